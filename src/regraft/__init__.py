@@ -1,0 +1,1 @@
+"""Prune a language model, regrow it low-rank, serve it anywhere."""
