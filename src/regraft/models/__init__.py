@@ -1,0 +1,1 @@
+"""Load, look at and save Hugging Face causal language models."""

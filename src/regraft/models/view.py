@@ -1,0 +1,124 @@
+"""A causal language model seen by its parts: layers, projections, and the sizes they really have.
+
+Sizes are read from the weights, never from the config, so that an unevenly pruned model is seen as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from regraft.errors import ModelError
+from regraft.models.family import Family, family_of
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Sizes of one decoder layer; zeros where a part was removed.
+
+    Attributes:
+        query_heads: Number of query heads.
+        kv_heads: Number of key-value heads.
+        head_dim: Channels of a head.
+        ffn: Channels of the feed-forward network.
+    """
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+
+
+class ModelView:
+    """Names, modules and sizes of a causal language model of a known family.
+
+    Args:
+        model: Any ``PreTrainedModel`` whose ``config.model_type`` is declared in ``architectures/``.
+
+    Raises:
+        ModelError: The family is not known, or a module that it declares is missing.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.family: Family = family_of(model.config.model_type)
+        try:
+            self.layers: nn.ModuleList = model.get_submodule(self.family.layers)  # pyright: ignore[reportAttributeAccessIssue]
+        except AttributeError:
+            raise ModelError(
+                f"{type(model).__name__} has no '{self.family.layers}'; its layers differ from family '{self.family.model_type}'"
+            ) from None
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head; the same in every layer."""
+        config = self.model.config
+        declared = getattr(config, "head_dim", None)
+        return int(declared if declared else config.hidden_size // config.num_attention_heads)
+
+    def layer_name(self, index: int) -> str:
+        """Returns the full module name of a decoder layer."""
+        return f"{self.family.layers}.{index}"
+
+    def linear(self, layer: int, name: str) -> nn.Linear | None:
+        """Returns a projection of a layer by its name inside the layer, or None where that part was removed."""
+        try:
+            module = self.layers[layer].get_submodule(name)
+        except AttributeError:
+            return None
+        return module if isinstance(module, nn.Linear) else None
+
+    def sizes(self, layer: int) -> LayerSizes:
+        """Returns the sizes of a layer, read from its weights."""
+        counts = {"query_group": 0, "head": 0, "one": 0}
+        for coupling in self.family.couplings:
+            for axis in coupling.axes:
+                module = self.linear(layer, axis.module)
+                if module is not None:
+                    counts[axis.block] = module.weight.shape[0 if axis.side == "out" else 1]
+        head_dim = self.head_dim
+        return LayerSizes(
+            query_heads=counts["query_group"] // head_dim,
+            kv_heads=counts["head"] // head_dim,
+            head_dim=head_dim,
+            ffn=counts["one"],
+        )
+
+    def linear_names(self) -> tuple[str, ...]:
+        """Returns the names, inside a layer, of all its linear projections, in declared order."""
+        return tuple(axis.module for coupling in self.family.couplings for axis in coupling.axes)
+
+    def adapted_modules(self) -> dict[str, nn.Linear]:
+        """Returns every linear projection of every layer by full name: what LoRA adapts by default."""
+        found: dict[str, nn.Linear] = {}
+        for index in range(len(self.layers)):
+            for name in self.linear_names():
+                module = self.linear(index, name)
+                if module is not None:
+                    found[f"{self.layer_name(index)}.{name}"] = module
+        return found
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Returns the number of parameters, each tied one counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Returns a short hash of names, shapes, dtypes and a sample of the values of every parameter.
+
+    Two models of equal architecture but other weights differ: the sample takes up to 64 values spread over each tensor, so that
+    the cost does not grow with the size of the model.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        flat = parameter.detach().reshape(-1)
+        step = max(1, flat.numel() // 64)
+        sample = flat[::step][:64].to(device="cpu", dtype=torch.float32)
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,344 @@
+"""The values that pass between stages: frozen, compared by value, and the same after a round trip through JSON.
+
+A stage is a verb; what it decides is one of these. They are printed by ``--dry-run``, stored in the run folder and in the
+saved model, and can be replayed. Nothing here knows a model, a tensor or a file system.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from regraft.errors import PlanError
+
+Side = Literal["out", "in"]
+GroupKind = Literal["ffn", "heads", "query_heads", "residual", "attention", "mlp", "layer"]
+Shape = Literal["uniform", "per-layer"]
+
+T = TypeVar("T")
+
+
+@lru_cache(maxsize=None)
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def to_json(value: Any, indent: int | None = 2) -> str:
+    """Returns the JSON text of a plan; :func:`from_json` reads it back to an equal value."""
+    return _adapter(type(value)).dump_json(value, indent=indent).decode()
+
+
+def to_dict(value: Any) -> dict[str, Any]:
+    """Returns a plan as plain JSON types."""
+    return json.loads(to_json(value, indent=None))
+
+
+def from_json(kind: type[T], text: str | bytes) -> T:
+    """Reads a plan of type ``kind``.
+
+    Raises:
+        PlanError: The text is not JSON or does not describe such a plan; the message names the first field at fault.
+    """
+    try:
+        return _adapter(kind).validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole text"
+        raise PlanError(
+            f"not a {kind.__name__}: {where}: {first['msg']}; write it again with regraft"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Member:
+    """One axis of one parameter, cut into the units of a group.
+
+    Unit ``u`` owns the indices ``offset + k*stride + u*size + [0, size)`` for ``k`` in ``range(repeats)``. A plain projection
+    has ``repeats = 1``; a fused one (gate and up in one matrix) appears as several members with different offsets; query heads
+    that are removed evenly from every key-value group use ``repeats`` and ``stride``.
+
+    Attributes:
+        parameter: Full name of the parameter, such as ``model.layers.0.mlp.up_proj.weight``.
+        axis: Axis of the parameter's tensor along which units lie.
+        side: ``"out"`` when the axis produces the unit's channels, ``"in"`` when it reads them.
+        offset: First index of unit 0.
+        size: Consecutive indices of one unit.
+        repeats: How many such blocks one unit owns.
+        stride: Distance between the blocks of one unit.
+    """
+
+    parameter: str
+    axis: int
+    side: Side
+    offset: int = 0
+    size: int = 1
+    repeats: int = 1
+    stride: int = 0
+
+    def indices(self, unit: int) -> Iterator[int]:
+        """Yields the indices along ``axis`` that unit ``unit`` owns."""
+        for block in range(self.repeats):
+            start = self.offset + block * self.stride + unit * self.size
+            yield from range(start, start + self.size)
+
+    @property
+    def width(self) -> int:
+        """How many indices one unit owns."""
+        return self.size * self.repeats
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that can be removed one by one, each with everything that must go with it.
+
+    Attributes:
+        name: Unique, stable: ``layers.3.ffn``.
+        kind: What a unit is.
+        layer: Index of the decoder layer, or None for the residual width.
+        units: How many units there are.
+        members: The coupled axes.
+        unit_parameters: How many parameters go with one unit.
+    """
+
+    name: str
+    kind: GroupKind
+    layer: int | None
+    units: int
+    members: tuple[Member, ...]
+    unit_parameters: int
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Everything in one model that can be pruned.
+
+    Attributes:
+        fingerprint: Of the model the groups were found in.
+        family: ``model_type`` of its config.
+        layers: How many decoder layers it has.
+        parameters: How many parameters it has, tied ones counted once.
+        groups: In the order of the layers.
+    """
+
+    fingerprint: str
+    family: str
+    layers: int
+    parameters: int
+    groups: tuple[Group, ...]
+
+    def named(self) -> dict[str, Group]:
+        """Returns the groups by name."""
+        return {group.name: group for group in self.groups}
+
+    def of(self, kind: GroupKind) -> tuple[Group, ...]:
+        """Returns the groups of one kind, in the order of the layers."""
+        return tuple(group for group in self.groups if group.kind == kind)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How much each unit matters: higher is kept.
+
+    Attributes:
+        fingerprint: Of the model that was scored.
+        criterion: Name and settings, such as ``taylor(order=first, reduce=sum)``.
+        values: One number per unit for every group name.
+    """
+
+    fingerprint: str
+    criterion: str
+    values: dict[str, tuple[float, ...]]
+
+    def __post_init__(self) -> None:
+        for name, values in self.values.items():
+            if not all(math.isfinite(value) for value in values):
+                raise PlanError(
+                    f"scores of {name} are not finite; the model or its gradients hold NaN or infinity: "
+                    "use --dtype float32, or another criterion"
+                )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What stays of one group: the kept units, ascending."""
+
+    group: str
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """Which units of which groups stay; everything not named stays whole.
+
+    Attributes:
+        fingerprint: Of the model the plan is for.
+        criterion: How units were scored.
+        selection: How widths were chosen.
+        shape: Whether every layer must end with the same widths.
+        ratio: Share of all parameters that was asked for.
+        align: Widths are multiples of this.
+        parameters_before: Of the whole model.
+        parameters_after: Of the whole model.
+        cuts: One for each group that loses units.
+    """
+
+    fingerprint: str
+    criterion: str
+    selection: str
+    shape: Shape
+    ratio: float
+    align: int
+    parameters_before: int
+    parameters_after: int
+    cuts: tuple[Cut, ...]
+
+    @property
+    def achieved(self) -> float:
+        """Share of all parameters that the plan removes."""
+        return 1.0 - self.parameters_after / self.parameters_before
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """A LoRA rank for every adapted module.
+
+    Attributes:
+        fingerprint: Of the model the plan is for.
+        method: How the ranks were found.
+        ranks: Module name to rank; modules not named get no adapter.
+        alpha_per_rank: LoRA's alpha is this times the rank.
+        trainable_parameters: What the adapters cost.
+    """
+
+    fingerprint: str
+    method: str
+    ranks: dict[str, int]
+    alpha_per_rank: float = 2.0
+    trainable_parameters: int = 0
+
+
+@dataclass(frozen=True)
+class LossReport:
+    """Loss of a causal language model on one text, and everything needed to measure it again.
+
+    Attributes:
+        loss_nats: Mean negative log-likelihood of a predicted token.
+        perplexity: ``exp(loss_nats)``.
+        bits_per_byte: Total negative log-likelihood in bits over the bytes of the text that was predicted.
+        window_tokens: Longest context.
+        stride_tokens: Distance between the starts of two windows; tokens in the overlap are context only.
+        tokens: How many tokens were predicted.
+        bytes: How many bytes of text those tokens are.
+        documents: How many documents were read.
+        bos: Whether every document starts with the beginning-of-sequence token.
+        text: What was read: a file name or the name of a built-in text.
+        split: Which part of it, such as ``test``.
+    """
+
+    loss_nats: float
+    perplexity: float
+    bits_per_byte: float
+    window_tokens: int
+    stride_tokens: int
+    tokens: int
+    bytes: int
+    documents: int
+    bos: bool
+    text: str
+    split: str
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """How large a model is.
+
+    Attributes:
+        parameters: Tied ones counted once.
+        bytes_on_disk: Of its safetensors files; 0 when it was never saved.
+        bytes_in_memory: Of its parameters and buffers.
+        macs_per_token: Multiply-accumulates of one token's forward pass, head included, attention over ``context_tokens``.
+        context_tokens: Context that ``macs_per_token`` assumes.
+    """
+
+    parameters: int
+    bytes_on_disk: int
+    bytes_in_memory: int
+    macs_per_token: int
+    context_tokens: int
+
+
+@dataclass(frozen=True)
+class SpeedReport:
+    """How fast a model runs, as medians of repeated measurements on one machine.
+
+    Attributes:
+        prefill_seconds: One forward pass over ``prompt_tokens``.
+        decode_seconds_per_token: One step of generation with a KV cache after that prompt.
+        peak_memory_bytes: Largest resident memory while measuring (device memory on a GPU).
+        prompt_tokens: Length of the prompt.
+        decoded_tokens: How many tokens were generated.
+        repeats: How many measurements the medians are of.
+        threads: CPU threads in use.
+        device: Where it ran.
+    """
+
+    prefill_seconds: float
+    decode_seconds_per_token: float
+    peak_memory_bytes: int
+    prompt_tokens: int
+    decoded_tokens: int
+    repeats: int
+    threads: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Everything that one harness measured of one model.
+
+    Attributes:
+        label: Which model: ``dense``, ``pruned``, ``recovered`` or a path.
+        loss: On the held-out text.
+        size: Parameters, bytes and MACs.
+        speed: Prefill and decode; None when it was not asked for.
+    """
+
+    label: str
+    loss: LossReport
+    size: SizeReport
+    speed: SpeedReport | None = None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a folder came to be; written as ``regraft.json``.
+
+    Attributes:
+        command: The command or call that made it.
+        source: The model it was made from.
+        source_fingerprint: Of that model.
+        seed: Of everything random.
+        versions: Library name to version.
+        plan: The prune plan, when units were cut.
+        ranks: The rank plan, when adapters were trained.
+        settings: Whatever else the stage was told.
+        files: SHA-256 of every weight file, by name; checked when the folder is loaded.
+        parents: The provenance of the folders before, oldest first.
+    """
+
+    command: str
+    source: str
+    source_fingerprint: str
+    seed: int
+    versions: Mapping[str, str]
+    plan: PrunePlan | None = None
+    ranks: RankPlan | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    parents: tuple[dict[str, Any], ...] = ()
