@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -24,7 +24,7 @@ Shape = Literal["uniform", "per-layer"]
 T = TypeVar("T")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
@@ -50,9 +50,7 @@ def from_json(kind: type[T], text: str | bytes) -> T:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole text"
-        raise PlanError(
-            f"not a {kind.__name__}: {where}: {first['msg']}; write it again with regraft"
-        ) from None
+        raise PlanError(f"not a {kind.__name__}: {where}: {first['msg']}; write it again with regraft") from None
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,5 @@ def family_of(model_type: str) -> Family:
     base = model_type.removeprefix("regraft_")
     if base not in known:
         names = ", ".join(known)
-        raise ModelError(
-            f"model family '{model_type}' is not known; known: {names}{did_you_mean(base, known)}"
-        )
+        raise ModelError(f"model family '{model_type}' is not known; known: {names}{did_you_mean(base, known)}")
     return known[base]

@@ -1,0 +1,164 @@
+"""What a user can set, with defaults and limits, once for recipes, the command line and the Python API.
+
+Each class is one section of a recipe. Unknown keys are refused and every problem of a section is found at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from regraft.errors import ConfigError, did_you_mean
+from regraft.plans import Shape
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Reduction = Literal["sum", "mean", "max", "product", "last"]
+Positive = Annotated[int, Field(gt=0)]
+Ratio = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+class Settings(BaseModel):
+    """Base of all sections: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class LoadSettings(Settings):
+    """How a model is loaded."""
+
+    dtype: Dtype = Field("auto", description="number type of the weights; auto keeps what the file has")
+    device: str = Field("cpu", description="cpu, cuda or cuda:N")
+    trust_remote_code: bool = Field(False, description="run the Python code that a model folder brings")
+
+
+class PruneSettings(Settings):
+    """What is cut and how it is chosen (LLM-Pruner, arXiv 2305.11627)."""
+
+    ratio: Ratio = Field(0.2, description="share of ALL parameters to remove")
+    criterion: str = Field("taylor", description="random, l1, l2 or taylor")
+    order: Literal["first", "second", "mixed"] = Field("first", description="order of the Taylor criterion")
+    granularity: Literal["element", "vector"] = Field(
+        "element", description="absolute value before (element) or after the sum (vector)"
+    )
+    reduce: Reduction = Field("sum", description="how the scores of coupled weights become one")
+    shape: Shape = Field("per-layer", description="uniform: the same width in every layer, loads in stock classes")
+    layers: str = Field(":", description="range of layers to prune, as a Python slice: 1:-1 spares the first and the last")
+    targets: tuple[Literal["heads", "ffn"], ...] = Field(("heads", "ffn"), description="what is pruned")
+    align: Positive | Literal["auto"] = Field(
+        "auto", description="widths are multiples of this; auto: 16, less where 16 misses the target"
+    )
+    calibration: Path | None = Field(None, description="text for gradients; default: the built-in text")
+    samples: Positive = Field(32, description="calibration windows")
+    seq_len: Positive = Field(128, description="tokens of a calibration window")
+
+    @field_validator("layers")
+    @classmethod
+    def _is_a_slice(cls, value: str) -> str:
+        parts = value.split(":")
+        if len(parts) not in (2, 3) or not all(part.strip().lstrip("-").isdigit() or not part.strip() for part in parts):
+            raise ValueError(f"'{value}' is not a range of layers; write it as START:STOP, such as 1:-1")
+        return value
+
+
+class RecoverSettings(Settings):
+    """How quality is won back: LoRA through PEFT with the Hugging Face Trainer."""
+
+    data: Path | None = Field(None, description="text or instruction records to train on; default: the built-in text")
+    adapter: str = Field("lora", description="which adapter")
+    rank: Positive = Field(8, description="rank of the adapter")
+    alpha: Rate | None = Field(None, description="LoRA alpha; default: twice the rank")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.05, description="dropout inside the adapter")
+    lr: Rate = Field(1e-3, description="peak learning rate")
+    steps: Positive = Field(200, description="optimizer steps")
+    batch: Positive = Field(8, description="windows of one forward pass")
+    accumulate: Positive = Field(1, description="forward passes of one optimizer step")
+    seq_len: Positive = Field(256, description="tokens of a training window")
+    warmup: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.05, description="share of the steps that warms up")
+    max_grad_norm: Rate = Field(1.0, description="gradients are clipped to this norm")
+    eval_every: Positive = Field(50, description="steps between two looks at the held-out loss")
+    held_out: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
+        0.05, description="share of the data kept for choosing the best checkpoint"
+    )
+    merge: bool = Field(True, description="fold the adapter into the weights; otherwise it is kept beside them")
+    report_to: tuple[str, ...] = Field((), description="trackers, as in the Hugging Face Trainer")
+
+
+class EvaluateSettings(Settings):
+    """What is measured, and on what."""
+
+    text: Path | None = Field(None, description="held-out text; default: the built-in test split")
+    window: Positive | None = Field(None, description="tokens of context; default: 512 or the model's limit")
+    stride: Positive | None = Field(None, description="tokens between the starts of two windows; default: half the window")
+    max_tokens: Positive | None = Field(None, description="stop after this many tokens; default: the whole text")
+    bos: bool | Literal["auto"] = Field(
+        "auto", description="whether a document starts with the BOS token; auto: as the tokenizer does"
+    )
+    speed: bool = Field(False, description="also measure prefill, decode and peak memory")
+
+
+class SampleSettings(Settings):
+    """A sample of text from each model, greedy."""
+
+    prompt: str = Field("", description="what the model continues; empty: from the BOS token")
+    tokens: Positive = Field(48, description="how many tokens are generated")
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def checked(kind: type[S], values: Mapping[str, Any], source: str) -> S:
+    """Builds a section from plain values.
+
+    Args:
+        kind: The section's class.
+        values: What the user gave.
+        source: Where it came from, for the message.
+
+    Raises:
+        ConfigError: Something is wrong; all problems are listed, unknown keys with a suggestion.
+    """
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(source, problems_of(error, kind)) from None
+
+
+def problems_of(error: ValidationError, kind: type[BaseModel]) -> list[str]:
+    """Returns one line for each problem of a pydantic error: where, what, the value, and a suggestion for unknown keys."""
+    return [_line(dict(problem), kind) for problem in error.errors(include_url=False)]
+
+
+def _line(problem: dict[str, Any], kind: type[BaseModel]) -> str:
+    location = tuple(part for part in problem["loc"] if isinstance(part, str | int) and "[" not in str(part))
+    where = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        known = list(_fields_at(kind, location[:-1]))
+        return f"{where}: unknown key{did_you_mean(str(location[-1]), known) or '; known: ' + ', '.join(known)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{where}: required, but not given"
+    return f"{where}: {message[0].lower()}{message[1:]} (got {problem['input']!r})"
+
+
+def _fields_at(kind: type[BaseModel], location: Iterable[str | int]) -> Iterable[str]:
+    """Returns the field names of the section that a location points into."""
+    current = kind
+    for part in location:
+        field = current.model_fields.get(str(part))
+        nested = _section_of(field.annotation) if field is not None else None
+        if nested is None:
+            return current.model_fields
+        current = nested
+    return current.model_fields
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """Returns the settings class in an annotation such as ``PruneSettings | None``."""
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
