@@ -38,7 +38,7 @@ _PROTECTED_FIRST: tuple[Split, ...] = ("test", "validation", "train")
 
 # Folders that hold tests, other people's packages or build settings; generated tables; the topics, which are documents of their own.
 _SKIPPED_FOLDERS = frozenset(
-    ["test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages", "_bundled", "lib-dynload", "pydoc_data"]
+    ["test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"] + ["_bundled", "lib-dynload", "pydoc_data"]
 )
 _SKIPPED_FAMILIES = frozenset(["encodings", "sysconfigdata", "sitecustomize", "usercustomize", "phello__", "msilib"])
 
@@ -53,11 +53,16 @@ _FAMILY_OF = {
 }
 
 # Written in C and safe to import anywhere; those that an installation lacks are passed over.
+# fmt: off
 _C_MODULES = (
-    "_asyncio _bisect _bz2 _codecs _collections _csv _ctypes _datetime _decimal _elementtree _functools _heapq _io _json _lzma _operator "
-    "_pickle _random _signal _sqlite3 _ssl _socket _struct _thread _tracemalloc _warnings _weakref array atexit binascii builtins cmath errno "
-    "faulthandler gc itertools marshal math mmap posix pyexpat select sys time unicodedata zlib"
-).split()
+    "_asyncio", "_bisect", "_bz2", "_codecs", "_collections", "_csv", "_ctypes", "_datetime",
+    "_decimal", "_elementtree", "_functools", "_heapq", "_io", "_json", "_lzma", "_operator", "_pickle",
+    "_random", "_signal", "_sqlite3", "_ssl", "_socket", "_struct", "_thread", "_tracemalloc",
+    "_warnings", "_weakref", "array", "atexit", "binascii", "builtins", "cmath", "errno",
+    "faulthandler", "gc", "itertools", "marshal", "math", "mmap", "posix", "pyexpat", "select", "sys",
+    "time", "unicodedata", "zlib",
+)
+# fmt: on
 
 _WINDOW_LINES = 3
 _WINDOW_MIN_CHARS = 48
@@ -226,8 +231,8 @@ def _sources(split: Split) -> Iterator[Document]:
         try:
             with tokenize.open(file) as stream:  # honours the coding line of the file
                 text = _clean(stream.read())
-        except (OSError, SyntaxError, UnicodeDecodeError):  # unreadable, or not text in the encoding that it names
-            continue
+        except (OSError, SyntaxError, UnicodeDecodeError):
+            continue  # unreadable, or not text in the encoding that it names
         yield Document(path, text)
 
 
