@@ -1,0 +1,155 @@
+"""Command-line options, made from the sections of :mod:`regraft.settings` so that names, defaults and help are written once.
+
+A command names a section as a parameter, and the decorator puts the section's fields in its place::
+
+    @with_settings
+    def prune(model: ModelArgument, output: OutputOption, prune: PruneSettings, load: LoadSettings, seed: SeedOption = 0) -> None:
+        \"\"\"Cut heads and FFN channels.\"\"\"
+
+    app.command()(prune)     # --ratio --criterion … --seq-len … --trust-remote-code/--no-trust-remote-code
+
+``seq_len`` becomes ``--seq-len``; a bool becomes ``--merge/--no-merge``, or ``--speed`` alone when it is off by default; a tuple
+is repeatable and takes commas, ``--targets heads,ffn``. What is not given keeps the section's default. The command is called
+with the sections built and checked; everything that is wrong, in all sections, is one :class:`~regraft.errors.ConfigError` that
+names the options.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typer
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from regraft.errors import ConfigError
+from regraft.settings import Settings, problems_of
+
+SOURCE = "command line"
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a model folder, a hub id, or: seedling", show_default=False)]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="folder to write; must not exist")]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="seed of everything that is random", min=0, max=2**32 - 1)]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="print the plan and the sizes before and after; write nothing")]
+
+
+def command_line() -> str:
+    """Returns the command as the user typed it, for the provenance of what it makes."""
+    return shlex.join(["regraft", *sys.argv[1:]])
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Replaces every parameter of a command that is a section of settings by one option for each of its fields.
+
+    Args:
+        command: A function whose parameters are annotated. Those annotated with a subclass of ``Settings`` must have no default.
+
+    Returns:
+        A function for ``typer.Typer.command``: the same name and help, with the sections' options at the end.
+
+    Raises:
+        ConfigError: When the command is called and values are wrong; all of them are listed.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    own: list[inspect.Parameter] = []
+    sections: dict[str, type[Settings]] = {}
+    for parameter in inspect.signature(command).parameters.values():
+        kind = hints[parameter.name]
+        if isinstance(kind, type) and issubclass(kind, Settings):
+            sections[parameter.name] = kind
+        else:
+            own.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
+    options = [_parameter(name, field, kind) for kind in sections.values() for name, field in kind.model_fields.items()]
+    parameters = [*own, *options]
+    names = [parameter.name for parameter in parameters]
+    assert len(set(names)) == len(names), f"options of {command.__name__} collide: {sorted(names)}"
+
+    @wraps(command)
+    def wrapper(**given: Any) -> None:
+        built = _build(sections, given)
+        command(**{parameter.name: given[parameter.name] for parameter in own if parameter.name in given}, **built)
+
+    wrapper.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    # typer resolves annotations of what it wraps; the wrapper's own are already types.
+    del wrapper.__wrapped__
+    return wrapper
+
+
+def _build(sections: dict[str, type[Settings]], given: dict[str, Any]) -> dict[str, Settings]:
+    """Builds the sections from the options, given or at their defaults."""
+    built: dict[str, Settings] = {}
+    problems: list[str] = []
+    for section, kind in sections.items():
+        values = {name: _plain(given[name]) for name in kind.model_fields if given.get(name) is not None}
+        try:
+            built[section] = kind.model_validate(values)
+        except ValidationError as error:
+            problems += [_as_option(problem) for problem in problems_of(error, kind)]
+    if problems:
+        raise ConfigError(SOURCE, list(dict.fromkeys(problems)))
+    return built
+
+
+def _as_option(problem: str) -> str:
+    """Writes the field at the start of a problem as the option that the user typed."""
+    field, colon, rest = problem.partition(":")
+    return f"{_flag(field.split('.')[0])}{colon}{rest}"
+
+
+def _plain(value: Any) -> Any:
+    """Splits ``heads,ffn`` of repeatable options; leaves everything else as typed, for the section to read."""
+    if isinstance(value, list | tuple):
+        return tuple(part.strip() for text in value for part in str(text).split(",") if part.strip())
+    return value
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _parameter(name: str, field: FieldInfo, section: type[Settings]) -> inspect.Parameter:
+    """Makes the option of one field. Values stay text: the section reads them, so that all problems are found together."""
+    flag, default = _flag(name), field.default
+    kind: Any
+    if field.annotation is bool:
+        kind = bool
+        option = typer.Option(
+            f"{flag}/--no-{flag[2:]}" if default else flag, help=field.description, rich_help_panel=_panel(section)
+        )
+    else:
+        kind = list[str] if get_origin(field.annotation) is tuple else str
+        metavar = _metavar(field.annotation)
+        option = typer.Option(flag, metavar=metavar, help=field.description, rich_help_panel=_panel(section))
+        if field.is_required():
+            default = inspect.Parameter.empty
+        elif default in (None, "", ()):
+            default, kind = None, kind | None
+        else:
+            default = [str(part) for part in default] if isinstance(default, tuple) else str(default)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+def _panel(section: type[Settings]) -> str:
+    return section.__name__.removesuffix("Settings")
+
+
+def _metavar(annotation: Any) -> str:
+    """Returns what stands for the value in the help: the choices, N, X, FILE or TEXT."""
+    if get_origin(annotation) is Literal:
+        return "[" + "|".join(str(choice) for choice in get_args(annotation)) + "]"
+    if get_origin(annotation) is tuple:
+        return _metavar(get_args(annotation)[0]) + ",…"
+    if get_origin(annotation) is Annotated:
+        return _metavar(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return "|".join(dict.fromkeys(_metavar(part).strip("[]") for part in get_args(annotation) if part is not NoneType))
+    plain = {bool: "true|false", int: "N", float: "X", Path: "FILE", str: "TEXT"}
+    return plain.get(annotation, "VALUE")
