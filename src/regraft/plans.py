@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -31,7 +31,7 @@ def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
 
 def to_json(value: Any, indent: int | None = 2) -> str:
     """Returns the JSON text of a plan; :func:`from_json` reads it back to an equal value."""
-    return _adapter(type(value)).dump_json(value, indent=indent).decode()
+    return _adapter(cast("type[Any]", type(value))).dump_json(value, indent=indent).decode()
 
 
 def to_dict(value: Any) -> dict[str, Any]:
@@ -337,6 +337,6 @@ class Provenance:
     versions: Mapping[str, str]
     plan: PrunePlan | None = None
     ranks: RankPlan | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    files: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    files: Mapping[str, str] = field(default_factory=dict[str, str])
     parents: tuple[dict[str, Any], ...] = ()

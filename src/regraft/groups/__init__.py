@@ -1,0 +1,1 @@
+"""Which weights of a model must be cut together."""

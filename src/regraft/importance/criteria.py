@@ -1,0 +1,132 @@
+"""The contract of a criterion, and the one way in which the scores of coupled weights become the score of a unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from regraft.errors import InputError
+from regraft.plans import Group, Groups, Member, Scores
+from regraft.registry import Registry
+from regraft.settings import Reduction
+
+Granularity = Literal["element", "vector"]
+Saliency = Callable[[str], Tensor]
+"""Parameter name to a tensor of the parameter's shape: how much each weight matters, signed."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a criterion may look at.
+
+    Attributes:
+        model: In evaluation mode; left as it was found, gradients included.
+        groups: What is scored.
+        windows: Calibration text, int64 (samples, tokens); None for criteria that need none.
+        seed: For criteria that draw.
+        order: Of the Taylor expansion.
+        granularity: Absolute value per weight, or per row or column after the sum.
+        reduce: How the members of a group are combined.
+    """
+
+    model: PreTrainedModel
+    groups: Groups
+    windows: Tensor | None
+    seed: int
+    order: Literal["first", "second", "mixed"] = "first"
+    granularity: Granularity = "element"
+    reduce: Reduction = "sum"
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A named way to score units.
+
+    Attributes:
+        name: As on the command line.
+        needs_text: Whether calibration windows are required.
+        units: Evidence to one float64 tensor of shape (units,) for each group name.
+    """
+
+    name: str
+    needs_text: bool
+    units: Callable[[Evidence], Mapping[str, Tensor]]
+
+
+CRITERIA: Registry[Criterion] = Registry("criterion", group="regraft.criteria")
+
+
+def score(criterion: str, evidence: Evidence) -> Scores:
+    """Scores every unit of every group.
+
+    Args:
+        criterion: A registered name.
+        evidence: The model, its groups and the calibration text.
+
+    Raises:
+        InputError: The criterion is unknown, or needs text and got none.
+        PlanError: A score is not finite.
+    """
+    chosen = CRITERIA.get(criterion)
+    if chosen.needs_text and evidence.windows is None:
+        raise InputError(f"criterion '{criterion}' needs calibration text; give one with --calibration")
+    values = chosen.units(evidence)
+    settings = f"granularity={evidence.granularity}, reduce={evidence.reduce}"
+    if chosen.needs_text:
+        settings = f"order={evidence.order}, {settings}"
+    ordered = {group.name: tuple(values[group.name].tolist()) for group in evidence.groups.groups}
+    return Scores(evidence.groups.fingerprint, f"{criterion}({settings})", ordered)
+
+
+def reduce_saliency(group: Group, saliency: Saliency, granularity: Granularity, how: Reduction) -> Tensor:
+    """Returns the scores of a group's units from the saliency of single weights.
+
+    Element: the absolute values of all weights of a unit are summed, member by member. Vector: the saliency is first summed
+    along each row (output side) or column (input side), the bias with its row, then made absolute, then summed over the unit's
+    rows or columns. The members' scores are combined last (LLM-Pruner, arXiv 2305.11627, section 3.2, equations 5 and 6).
+
+    Args:
+        group: The coupled axes.
+        saliency: Signed saliency of each weight.
+        granularity: Where the absolute value is taken.
+        how: How members combine: ``last`` takes the last projection (the one that reads the channels).
+
+    Returns:
+        float64 (units,).
+    """
+    per_module: dict[str, Tensor] = {}
+    for member in group.members:
+        module = member.parameter.rpartition(".")[0]
+        vectors = _vectors(saliency(member.parameter), member, granularity)
+        owned = torch.tensor([list(member.indices(unit)) for unit in range(group.units)], device=vectors.device)
+        per_channel = vectors[owned]
+        key = f"{module}@{member.offset}"
+        per_module[key] = per_module[key] + per_channel if key in per_module else per_channel
+    per_unit = torch.stack([channels.abs().sum(dim=1).cpu() for channels in per_module.values()])
+    return _combine(per_unit, how)
+
+
+def _vectors(saliency: Tensor, member: Member, granularity: Granularity) -> Tensor:
+    """Returns one float64 number per index along the member's axis."""
+    values = saliency.abs() if granularity == "element" else saliency
+    if values.dim() == 1:
+        return values.double()
+    return values.sum(dim=1 - member.axis, dtype=torch.float64)
+
+
+def _combine(per_unit_MU: Tensor, how: Reduction) -> Tensor:
+    """Combines the scores of M members for U units."""
+    if how == "sum":
+        return per_unit_MU.sum(dim=0)
+    if how == "mean":
+        return per_unit_MU.mean(dim=0)
+    if how == "max":
+        return per_unit_MU.amax(dim=0)
+    if how == "product":
+        return per_unit_MU.prod(dim=0)
+    return per_unit_MU[-1]

@@ -1,0 +1,28 @@
+"""Magnitude scores: the sum of ``|w|`` (``l1``) or ``w**2`` (``l2``) over a unit's weights. They collapse without recovery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from regraft.importance.criteria import CRITERIA, Criterion, Evidence, reduce_saliency
+
+
+def magnitude_units(power: int) -> Callable[[Evidence], Mapping[str, Tensor]]:
+    """Returns a scorer by ``sum(|w|**power)``. There is no sign to cancel, so granularity makes no difference."""
+
+    def units(evidence: Evidence) -> Mapping[str, Tensor]:
+        parameters = dict(evidence.model.named_parameters())
+        return {
+            group.name: reduce_saliency(
+                group, lambda name: parameters[name].detach().float().abs() ** power, "element", evidence.reduce
+            )
+            for group in evidence.groups.groups
+        }
+
+    return units
+
+
+CRITERIA.add("l1", Criterion("l1", needs_text=False, units=magnitude_units(1)))
+CRITERIA.add("l2", Criterion("l2", needs_text=False, units=magnitude_units(2)))

@@ -1,0 +1,145 @@
+"""The contract of a selector: groups, scores and a budget of parameters to the units that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from regraft.errors import InputError, PlanError
+from regraft.plans import Cut, Group, GroupKind, Groups, PrunePlan, Scores, Shape
+from regraft.registry import Registry
+
+# Tried from the left where the user leaves the alignment to us: the widest that meets the target within _CLOSE_ENOUGH.
+AUTO_ALIGNMENTS = (16, 8, 4, 2, 1)
+_CLOSE_ENOUGH = 0.0025
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to remove, and from where.
+
+    Attributes:
+        ratio: Share of all parameters of the model.
+        shape: ``uniform`` asks for the same widths in every layer.
+        layers: Indices of the layers that may be cut, ascending.
+        targets: Kinds of groups that may be cut.
+        align: Feed-forward widths that are cut become multiples of this. Heads stay whole and need no alignment.
+    """
+
+    ratio: float
+    shape: Shape
+    layers: tuple[int, ...]
+    targets: tuple[GroupKind, ...]
+    align: int
+
+    def prunable(self, groups: Groups) -> tuple[Group, ...]:
+        """Returns the groups that may be cut."""
+        return tuple(group for group in groups.groups if group.layer in self.layers and group.kind in self.targets)
+
+    def step(self, group: Group) -> int:
+        """Returns the alignment of a group's number of units."""
+        return self.align if group.kind == "ffn" else 1
+
+    def floor(self, group: Group) -> int:
+        """Returns the fewest units that a group may keep: one aligned step, or all of a group that is smaller."""
+        return min(self.step(group), group.units)
+
+
+Kept = Mapping[str, int]
+"""Group name to the number of units that stay."""
+
+Selector = Callable[[Groups, Scores, Budget], Kept]
+
+SELECTORS: Registry[Selector] = Registry("selector", group="regraft.selectors")
+
+
+def select(name: str, groups: Groups, scores: Scores, budget: Budget, *, auto_align: bool = False) -> PrunePlan:
+    """Chooses the units that stay: the selector decides how many, the scores decide which.
+
+    Args:
+        name: A registered selector.
+        groups: Of the model.
+        scores: Of the same model.
+        budget: How much to remove.
+        auto_align: Replace ``budget.align`` by the widest of 16, 8, 4, 2 and 1 that meets the target.
+
+    Raises:
+        InputError: The budget cannot be met; the message says what can.
+        PlanError: The scores are of another model.
+    """
+    if scores.fingerprint != groups.fingerprint:
+        raise PlanError(f"the scores are of model {scores.fingerprint}, not of {groups.fingerprint}; score this model again")
+    selector = SELECTORS.get(name)
+    alignments = AUTO_ALIGNMENTS if auto_align else (budget.align,)
+    plans: list[PrunePlan] = []
+    refused: InputError | None = None
+    for align in alignments:
+        aligned = Budget(budget.ratio, budget.shape, budget.layers, budget.targets, align)
+        try:
+            check_possible(groups, aligned)
+            kept = selector(groups, scores, aligned)
+        except InputError as error:
+            refused = error
+            continue
+        plans.append(_plan(name, groups, scores, aligned, kept))
+        if abs(plans[-1].achieved - budget.ratio) <= _CLOSE_ENOUGH:
+            return plans[-1]
+    if not plans:
+        assert refused is not None
+        raise refused
+    return min(plans, key=lambda plan: abs(plan.achieved - budget.ratio))
+
+
+def check_possible(groups: Groups, budget: Budget) -> None:
+    """Refuses a ratio that would leave a layer empty.
+
+    Raises:
+        InputError: With the largest ratio that is possible.
+    """
+    prunable = budget.prunable(groups)
+    if not prunable:
+        raise InputError(f"nothing to prune: no {' or '.join(budget.targets)} in layers {list(budget.layers)}; widen --layers")
+    most = sum((group.units - budget.floor(group)) * group.unit_parameters for group in prunable)
+    wanted = budget.ratio * groups.parameters
+    if wanted > most:
+        raise InputError(
+            f"ratio {budget.ratio:g} would leave a layer empty: at most {most / groups.parameters:.3f} of the "
+            f"{groups.parameters:,} parameters can go (one unit of {budget.align} stays in every layer); "
+            "lower --ratio or widen --layers"
+        )
+
+
+def _plan(name: str, groups: Groups, scores: Scores, budget: Budget, kept: Kept) -> PrunePlan:
+    cuts = tuple(
+        Cut(group.name, best_units(scores.values[group.name], kept[group.name]))
+        for group in groups.groups
+        if kept.get(group.name, group.units) < group.units
+    )
+    removed = sum(
+        (group.units - len(cut.kept)) * group.unit_parameters for group, cut in ((groups.named()[cut.group], cut) for cut in cuts)
+    )
+    if not cuts:
+        raise InputError(
+            f"ratio {budget.ratio:g} removes less than one unit; raise --ratio, or lower --align (now {budget.align})"
+        )
+    return PrunePlan(
+        fingerprint=groups.fingerprint,
+        criterion=scores.criterion,
+        selection=name,
+        shape=budget.shape,
+        ratio=budget.ratio,
+        align=budget.align,
+        parameters_before=groups.parameters,
+        parameters_after=groups.parameters - removed,
+        cuts=cuts,
+    )
+
+
+def best_units(scores: tuple[float, ...], count: int) -> tuple[int, ...]:
+    """Returns the ``count`` units with the highest scores, ascending; of equals the earlier ones stay.
+
+    >>> best_units((0.1, 3.0, 2.0, 3.0), 2)
+    (1, 3)
+    """
+    ranked = sorted(range(len(scores)), key=lambda unit: (-scores[unit], unit))
+    return tuple(sorted(ranked[:count]))

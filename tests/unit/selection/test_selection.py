@@ -1,0 +1,126 @@
+"""The parameter target is met within one aligned unit, whatever the sizes; what cannot be met is refused with what can."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from regraft.errors import InputError, PlanError
+from regraft.plans import Group, Groups, Scores
+from regraft.selection import Budget, select
+from regraft.selection.budget import best_units
+
+
+def groups_of(layers, heads, ffn, head_cost, ffn_cost, rest):
+    made = []
+    for layer in range(layers):
+        made.append(Group(f"layers.{layer}.heads", "heads", layer, heads, (), head_cost))
+        made.append(Group(f"layers.{layer}.ffn", "ffn", layer, ffn, (), ffn_cost))
+    total = rest + layers * (heads * head_cost + ffn * ffn_cost)
+    return Groups("f", "llama", layers, total, tuple(made))
+
+
+def scores_of(groups, seed=0):
+    draw = random.Random(seed)
+    return Scores("f", "planted", {group.name: tuple(draw.random() for _ in range(group.units)) for group in groups.groups})
+
+
+def budget(groups, ratio, **options):
+    given = {"shape": "per-layer", "layers": tuple(range(groups.layers)), "targets": ("heads", "ffn"), "align": 16}
+    return Budget(ratio=ratio, **(given | options))
+
+
+SIZES = {
+    "layers": st.integers(1, 8),
+    "heads": st.integers(1, 8),
+    "ffn": st.integers(17, 400),
+    "ratio": st.floats(0.02, 0.6),
+    "align": st.sampled_from([1, 8, 16]),
+}
+
+
+def planned(selector, groups, scores, wanted):
+    """A plan, or None where the ratio is refused for a reason that the message gives."""
+    try:
+        return select(selector, groups, scores, wanted)
+    except InputError as refusal:
+        message = str(refusal)
+    assert re.search("would leave a layer empty|less than one unit", message)
+    return None
+
+
+@settings(max_examples=150, deadline=None)
+@given(**SIZES, seed=st.integers(0, 1000))
+def test_global_meets_the_target_within_one_aligned_unit(layers, heads, ffn, ratio, align, seed):
+    groups = groups_of(layers, heads, ffn, head_cost=900, ffn_cost=30, rest=2000)
+    plan = planned("global", groups, scores_of(groups, seed), budget(groups, ratio, align=align))
+    if plan is None:
+        return
+    removed = plan.parameters_before - plan.parameters_after
+    kept = {cut.group: len(cut.kept) for cut in plan.cuts}
+    ffn_left = any(kept.get(f"layers.{layer}.ffn", ffn) > align for layer in range(layers))
+    assert abs(removed - ratio * groups.parameters) <= (align * 30 if ffn_left else 900)
+    assert all(count >= 1 for count in kept.values())
+    assert all(count % align == 0 for name, count in kept.items() if name.endswith("ffn"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(**SIZES)
+def test_uniform_gives_every_layer_the_same_widths_and_meets_the_target(layers, heads, ffn, ratio, align):
+    groups = groups_of(layers, heads, ffn, head_cost=900, ffn_cost=30, rest=2000)
+    plan = planned("uniform", groups, scores_of(groups), budget(groups, ratio, align=align, shape="uniform"))
+    if plan is None:
+        return
+    removed = plan.parameters_before - plan.parameters_after
+    widths = {kind: {len(cut.kept) for cut in plan.cuts if cut.group.endswith(kind)} for kind in ("heads", "ffn")}
+    assert all(len(found) <= 1 for found in widths.values())
+    floor_reached = widths["ffn"] and min(widths["ffn"]) <= align
+    assert abs(removed - ratio * groups.parameters) <= layers * (900 if floor_reached else align * 30)
+
+
+def test_the_best_units_stay():
+    groups = groups_of(1, 2, 64, 900, 30, 100)
+    values = {"layers.0.heads": (2.0, 1.0), "layers.0.ffn": tuple(float((7 * unit) % 64) for unit in range(64))}
+    plan = select("uniform", groups, Scores("f", "planted", values), budget(groups, 0.3))
+    kept = {cut.group: cut.kept for cut in plan.cuts}
+    ffn = kept["layers.0.ffn"]
+    gone = set(range(64)) - set(ffn)
+    assert min(values["layers.0.ffn"][unit] for unit in ffn) > max(values["layers.0.ffn"][unit] for unit in gone)
+
+
+def test_global_takes_from_the_layer_that_matters_least():
+    groups = groups_of(2, 1, 64, 900, 30, 0)
+    values = {"layers.0.heads": (1e9,), "layers.1.heads": (1e9,)}
+    values |= {"layers.0.ffn": tuple(range(100, 164)), "layers.1.ffn": tuple(range(64))}
+    plan = select("global", groups, Scores("f", "planted", values), budget(groups, 0.2))
+    assert [cut.group for cut in plan.cuts] == ["layers.1.ffn"]
+
+
+def test_alignment_is_lowered_only_where_it_misses():
+    wide = groups_of(4, 4, 4096, 500_000, 3000, 10_000_000)
+    assert select("uniform", wide, scores_of(wide), budget(wide, 0.2), auto_align=True).align == 16
+    tiny = groups_of(3, 2, 40, 900, 60, 500)
+    plan = select("uniform", tiny, scores_of(tiny), budget(tiny, 0.2), auto_align=True)
+    assert plan.align == 1
+    assert plan.achieved == pytest.approx(0.2, abs=3 * 60 / tiny.parameters)
+
+
+@pytest.mark.parametrize("ratio", [0.95, 0.999])
+def test_a_ratio_that_would_empty_a_layer_names_what_is_possible(ratio):
+    groups = groups_of(2, 2, 64, 900, 30, 5000)
+    with pytest.raises(InputError, match=r"would leave a layer empty: at most 0\.\d+"):
+        select("global", groups, scores_of(groups), budget(groups, ratio))
+
+
+def test_scores_of_another_model_are_refused():
+    groups = groups_of(1, 2, 64, 900, 30, 0)
+    with pytest.raises(PlanError, match="score this model again"):
+        select("uniform", groups, Scores("other", "x", {}), budget(groups, 0.2))
+
+
+def test_ties_keep_the_earlier_unit():
+    assert best_units((1.0, 1.0, 1.0), 2) == (0, 1)
