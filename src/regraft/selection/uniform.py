@@ -24,12 +24,14 @@ def uniform(groups: Groups, scores: Scores, budget: Budget) -> Kept:
     coarse = [group for group in prunable if group.kind != "ffn"]
     if not fine:
         return _closest(coarse, target, budget)
-    kept = {group.name: max(1, group.units - int(share * group.units)) for group in coarse}
+    candidates: list[dict[str, int]] = []
+    heads = {group.name: max(1, group.units - int(share * group.units)) for group in coarse}
     while True:
-        rest = target - _removed(coarse, kept)
-        if rest <= _most(fine, budget) or all(count == 1 for count in kept.values()):
-            return kept | _closest(fine, max(rest, 0.0), budget)
-        kept = {name: max(1, count - 1) for name, count in kept.items()}
+        rest = target - _removed(coarse, heads)
+        candidates.append(heads | _closest(fine, max(rest, 0.0), budget))
+        if rest <= _most(fine, budget) or all(count == 1 for count in heads.values()):
+            return min(candidates, key=lambda kept: abs(_removed(prunable, kept) - target))
+        heads = {name: max(1, count - 1) for name, count in heads.items()}
 
 
 def _closest(groups: Sequence[Group], target: float, budget: Budget) -> dict[str, int]:

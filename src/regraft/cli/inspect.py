@@ -1,0 +1,52 @@
+"""``regraft inspect``: what a model is made of."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from regraft.cli.options import ModelArgument, with_settings
+from regraft.models.load import load as load_model
+from regraft.pipelines.inspect import inspect_model
+from regraft.settings import LoadSettings
+
+
+@with_settings
+def inspect(
+    model: ModelArgument,
+    load: LoadSettings,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    """Show the layers of a model, their sizes, what can be pruned, and the parameters."""
+    facts = inspect_model(load_model(model, load))
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        _show(Console(), facts)
+
+
+def _show(console: Console, facts: dict[str, Any]) -> None:
+    console.print(
+        f"{facts['source']}: {facts['class']} ({facts['family']}, {facts['dtype']}), fingerprint {facts['fingerprint']}"
+    )
+    console.print(
+        f"{facts['parameters']:,} parameters, {facts['prunable_parameters']:,} of them in prunable groups; hidden size "
+        f"{facts['hidden_size']}, vocabulary {facts['vocabulary']}, embeddings {'tied' if facts['tied_embeddings'] else 'not tied'}"
+    )
+    table = Table(title=f"{len(facts['layers'])} layers, {'all alike' if facts['uniform'] else 'of different sizes'}")
+    for heading in ("layer", "query heads", "KV heads", "head dim", "FFN", "parameters"):
+        table.add_column(heading, justify="right")
+    for row in facts["layers"]:
+        sizes = (row["layer"], row["query_heads"], row["kv_heads"], row["head_dim"], row["ffn"])
+        table.add_row(*(str(value) for value in sizes), f"{row['parameters']:,}")
+    console.print(table)
+    kinds = {group["kind"]: group for group in facts["groups"]}
+    for kind, group in kinds.items():
+        count = sum(other["kind"] == kind for other in facts["groups"])
+        console.print(
+            f"groups of kind '{kind}': {count}; one unit of {group['name']} holds {group['unit_parameters']:,} parameters"
+        )

@@ -1,0 +1,52 @@
+"""Look at a model: its layers, sizes, groups and parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from regraft.models.load import Loaded
+
+from regraft.groups.declared import discover
+from regraft.models.view import ModelView, parameter_count
+
+
+def inspect_model(loaded: Loaded) -> dict[str, Any]:
+    """Returns the facts of a loaded model as plain JSON types.
+
+    Keys: ``source``, ``family``, ``class``, ``fingerprint``, ``dtype``, ``parameters``, ``prunable_parameters``, ``hidden_size``,
+    ``vocabulary``, ``tied_embeddings``, ``uniform`` (whether all layers have the same sizes), ``layers`` (a row for each: query
+    heads, key-value heads, head dimension, feed-forward channels, parameters) and ``groups`` (a row for each: name, kind, units,
+    parameters of one unit).
+    """
+    model, view = loaded.model, ModelView(loaded.model)
+    groups = discover(view)
+    sizes = [view.sizes(index) for index in range(len(view.layers))]
+    embedding = model.get_input_embeddings()
+    return {
+        "source": loaded.source,
+        "family": view.family.model_type,
+        "class": type(model).__name__,
+        "fingerprint": loaded.fingerprint,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": parameter_count(model),
+        "prunable_parameters": sum(group.units * group.unit_parameters for group in groups.groups),
+        "hidden_size": int(model.config.hidden_size),
+        "vocabulary": int(embedding.weight.shape[0]),
+        "tied_embeddings": bool(model.config.tie_word_embeddings),
+        "uniform": len(set(sizes)) == 1,
+        "layers": [
+            {
+                "layer": index,
+                "query_heads": size.query_heads,
+                "kv_heads": size.kv_heads,
+                "head_dim": size.head_dim,
+                "ffn": size.ffn,
+                "parameters": parameter_count(view.layers[index]),
+            }
+            for index, size in enumerate(sizes)
+        ],
+        "groups": [
+            {"name": group.name, "kind": group.kind, "units": group.units, "unit_parameters": group.unit_parameters}
+            for group in groups.groups
+        ],
+    }
