@@ -1,0 +1,118 @@
+"""The command ``regraft``: finds the command's file, runs it, and turns errors into exit codes.
+
+Exit codes: 0 done; 2 something that the user can mend, said in one line on the standard error; 130 interrupted. Anything else is
+a defect and keeps its traceback.
+
+Commands are imported when they are called, so that ``--help`` and ``--version`` answer at once: most commands need torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+import typer.core
+import typer.main
+from rich.console import Console
+
+from regraft.errors import RegraftError
+
+# One entry for each file in this folder that holds a command: the first line of its help. A test compares the two.
+COMMANDS = {
+    "run": "Run a recipe: prune, recover and measure a model, in one folder.",
+    "doctor": "Show what is installed, what is missing and how to get it.",
+}
+
+INTERRUPTED = 130
+
+# The base of everything that is wrong with a command line; typer exports only its child.
+_USAGE_ERRORS: tuple[type[Exception], ...] = typer.BadParameter.__bases__
+
+
+class LazyGroup(typer.core.TyperGroup):
+    """A group that lists its commands without importing them and imports the one that is called."""
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> tuple[str | None, Any, list[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Returns the name, the command and the rest of the arguments."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load_command(name) if name in COMMANDS else command, rest
+
+
+def load_command(name: str) -> Any:
+    """Imports ``regraft.cli.<name>`` and returns its function of that name as a command."""
+    function = getattr(importlib.import_module(f"regraft.cli.{name}"), name)
+    alone = typer.Typer(add_completion=False)
+    alone.command(name)(function)
+    return typer.main.get_command(alone)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"regraft {version('regraft')}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Prune a language model, regrow it low-rank, serve it anywhere."""
+
+
+def _elsewhere() -> None:
+    """Stands in the list of commands; :class:`LazyGroup` runs the real one."""
+    raise AssertionError("a command was called without being imported")
+
+
+def build() -> typer.Typer:
+    """Returns the application with every command listed."""
+    app = typer.Typer(cls=LazyGroup, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    app.callback()(_root)
+    for name, summary in COMMANDS.items():
+        app.command(name, help=summary)(_elsewhere)
+    return app
+
+
+def say_error(error: RegraftError | str) -> None:
+    """Prints ``error: …`` on the standard error, never wrapped; red where that is a terminal and colour is wanted."""
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console.print("error:", style="bold red", end=" ")
+    console.print(str(error))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line.
+
+    Args:
+        arguments: Without the name of the program; none shows the help.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        code = typer.main.get_command(build()).main(
+            args=list(arguments) or ["--help"], prog_name="regraft", standalone_mode=False
+        )
+    except RegraftError as error:
+        say_error(error)
+        return 2
+    except _USAGE_ERRORS as error:
+        message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
+        context = error.ctx  # pyright: ignore[reportAttributeAccessIssue]
+        say_error(f"{message.rstrip('.')}; see: {context.command_path if context is not None else 'regraft'} --help")
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        say_error("interrupted")
+    return code if isinstance(code, int) else 0
+
+
+def main() -> None:
+    """Runs the command line of this process and exits."""
+    sys.exit(run(sys.argv[1:]))
