@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from regraft.errors import ConfigError, did_you_mean
-from regraft.plans import Shape
+from regraft.plans import RankPlan, Shape
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Reduction = Literal["sum", "mean", "max", "product", "last"]
@@ -32,36 +32,37 @@ class Settings(BaseModel):
 class LoadSettings(Settings):
     """How a model is loaded."""
 
-    dtype: Dtype = Field("auto", description="number type of the weights; auto keeps what the file has")
-    device: str = Field("cpu", description="cpu, cuda or cuda:N")
-    trust_remote_code: bool = Field(False, description="run the Python code that a model folder brings")
+    dtype: Dtype = Field(default="auto", description="number type of the weights; auto keeps what the file has")
+    device: str = Field(default="cpu", description="cpu, cuda or cuda:N")
+    trust_remote_code: bool = Field(default=False, description="run the Python code that a model folder brings")
 
 
 class PruneSettings(Settings):
     """What is cut and how it is chosen (LLM-Pruner, arXiv 2305.11627)."""
 
-    ratio: Ratio = Field(0.2, description="share of ALL parameters to remove")
-    criterion: str = Field("taylor", description="random, l1, l2 or taylor")
-    order: Literal["first", "second", "mixed"] = Field("first", description="order of the Taylor criterion")
+    ratio: Ratio = Field(default=0.2, description="share of ALL parameters to remove")
+    criterion: str = Field(default="taylor", description="random, l1, l2 or taylor")
+    order: Literal["first", "second", "mixed"] = Field(default="first", description="order of the Taylor criterion")
     granularity: Literal["element", "vector"] = Field(
-        "element", description="absolute value before (element) or after the sum (vector)"
+        default="element", description="absolute value before (element) or after the sum (vector)"
     )
-    reduce: Reduction = Field("sum", description="how the scores of coupled weights become one")
-    shape: Shape = Field("per-layer", description="uniform: the same width in every layer, loads in stock classes")
-    layers: str = Field(":", description="range of layers to prune, as a Python slice: 1:-1 spares the first and the last")
-    targets: tuple[Literal["heads", "ffn"], ...] = Field(("heads", "ffn"), description="what is pruned")
+    reduce: Reduction = Field(default="sum", description="how the scores of coupled weights become one")
+    shape: Shape = Field(default="per-layer", description="uniform: the same width in every layer, loads in stock classes")
+    layers: str = Field(
+        default=":", description="range of layers to prune, as a Python slice: 1:-1 spares the first and the last"
+    )
+    targets: tuple[Literal["heads", "ffn"], ...] = Field(default=("heads", "ffn"), description="what is pruned")
     align: Positive | Literal["auto"] = Field(
-        "auto", description="widths are multiples of this; auto: 16, less where 16 misses the target"
+        default="auto", description="widths are multiples of this; auto: 16, less where 16 misses the target"
     )
-    calibration: Path | None = Field(None, description="text for gradients; default: the built-in text")
-    samples: Positive = Field(32, description="calibration windows")
-    seq_len: Positive = Field(128, description="tokens of a calibration window")
+    calibration: Path | None = Field(default=None, description="text for gradients; default: the built-in text")
+    samples: Positive = Field(default=32, description="calibration windows")
+    seq_len: Positive = Field(default=128, description="tokens of a calibration window")
 
     @field_validator("layers")
     @classmethod
     def _is_a_slice(cls, value: str) -> str:
-        parts = value.split(":")
-        if len(parts) not in (2, 3) or not all(part.strip().lstrip("-").isdigit() or not part.strip() for part in parts):
+        if not re.fullmatch(r"\s*(-?[0-9]+)?\s*:\s*(-?[0-9]+)?\s*(:\s*(-?[0-9]+)?\s*)?", value) or value.split(":")[2:3] == ["0"]:
             raise ValueError(f"'{value}' is not a range of layers; write it as START:STOP, such as 1:-1")
         return value
 
@@ -69,42 +70,64 @@ class PruneSettings(Settings):
 class RecoverSettings(Settings):
     """How quality is won back: LoRA through PEFT with the Hugging Face Trainer."""
 
-    data: Path | None = Field(None, description="text or instruction records to train on; default: the built-in text")
-    adapter: str = Field("lora", description="which adapter")
-    rank: Positive = Field(8, description="rank of the adapter")
-    alpha: Rate | None = Field(None, description="LoRA alpha; default: twice the rank")
+    data: Path | None = Field(default=None, description="text or instruction records to train on; default: the built-in text")
+    adapter: str = Field(default="lora", description="which adapter")
+    rank: Positive = Field(default=8, description="rank of the adapter")
+    alpha: Rate | None = Field(default=None, description="LoRA alpha; default: twice the rank")
+    ranks: Path | None = Field(default=None, description="a rank plan (JSON) with a rank for each module, instead of --rank")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.05, description="dropout inside the adapter")
-    lr: Rate = Field(1e-3, description="peak learning rate")
-    steps: Positive = Field(200, description="optimizer steps")
-    batch: Positive = Field(8, description="windows of one forward pass")
-    accumulate: Positive = Field(1, description="forward passes of one optimizer step")
-    seq_len: Positive = Field(256, description="tokens of a training window")
+    lr: Rate = Field(default=1e-3, description="peak learning rate")
+    steps: Positive = Field(default=200, description="optimizer steps")
+    batch: Positive = Field(default=8, description="windows of one forward pass")
+    accumulate: Positive = Field(default=1, description="forward passes of one optimizer step")
+    seq_len: Positive = Field(default=256, description="tokens of a training window")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="how the learning rate falls after warm-up"
+    )
     warmup: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.05, description="share of the steps that warms up")
-    max_grad_norm: Rate = Field(1.0, description="gradients are clipped to this norm")
-    eval_every: Positive = Field(50, description="steps between two looks at the held-out loss")
+    max_grad_norm: Rate = Field(default=1.0, description="gradients are clipped to this norm")
+    eval_every: Positive = Field(default=50, description="steps between two looks at the held-out loss")
     held_out: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
         0.05, description="share of the data kept for choosing the best checkpoint"
     )
-    merge: bool = Field(True, description="fold the adapter into the weights; otherwise it is kept beside them")
-    report_to: tuple[str, ...] = Field((), description="trackers, as in the Hugging Face Trainer")
+    held_out_windows: Positive = Field(
+        default=64, description="held-out windows of one look, spread evenly over the held-out data"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="number type of the products; auto: bfloat16 on a GPU that has it, else float32"
+    )
+    merge: bool = Field(default=True, description="fold the adapter into the weights; otherwise it is kept beside them")
+    report_to: tuple[str, ...] = Field(default=(), description="trackers, as in the Hugging Face Trainer")
+    quiet: bool = Field(default=False, description="show no progress bar")
+
+    @field_validator("ranks")
+    @classmethod
+    def _ranks_bring_alpha(cls, value: Path | RankPlan | None, info: ValidationInfo) -> Path | RankPlan | None:
+        if value is not None and info.data.get("alpha") is not None:
+            raise ValueError("a rank plan brings its own alpha; give either ranks or alpha")
+        return value
 
 
 class EvaluateSettings(Settings):
     """What is measured, and on what."""
 
-    text: Path | None = Field(None, description="held-out text; default: the built-in test split")
-    window: Positive | None = Field(None, description="tokens of context; default: 512 or the model's limit")
-    stride: Positive | None = Field(None, description="tokens between the starts of two windows; default: half the window")
-    max_tokens: Positive | None = Field(None, description="stop after this many tokens; default: the whole text")
-    bos: bool | Literal["auto"] = Field("auto", description="whether documents start with BOS; auto: as the tokenizer does")
-    speed: bool = Field(False, description="also measure prefill, decode and peak memory")
+    text: Path | None = Field(default=None, description="held-out text; default: the built-in test split")
+    window: Positive | None = Field(default=None, description="tokens of context; default: 512 or the model's limit")
+    stride: Positive | None = Field(
+        default=None, description="tokens between the starts of two windows; default: half the window"
+    )
+    max_tokens: Positive | None = Field(default=None, description="stop after this many tokens; default: the whole text")
+    bos: bool | Literal["auto"] = Field(
+        default="auto", description="whether documents start with BOS; auto: as the tokenizer does"
+    )
+    speed: bool = Field(default=False, description="also measure prefill, decode and peak memory")
 
 
 class SampleSettings(Settings):
     """A sample of text from each model, greedy."""
 
-    prompt: str = Field("", description="what the model continues; empty: from the BOS token")
-    tokens: Positive = Field(48, description="how many tokens are generated")
+    prompt: str = Field(default="", description="what the model continues; empty: from the BOS token")
+    tokens: Positive = Field(default=48, description="how many tokens are generated")
 
 
 S = TypeVar("S", bound=Settings)

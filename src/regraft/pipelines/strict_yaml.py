@@ -1,0 +1,126 @@
+"""YAML as people mean it: no duplicate keys, no surprises in numbers, and the line of every key.
+
+PyYAML follows YAML 1.1, where ``1e-3`` is text, ``1:20`` is the number 80 and ``no`` is false; here plain values follow the core
+schema of YAML 1.2. Only plain data is made (a ``SafeLoader``); tags that ask for Python objects are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from regraft.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader with the numbers and words of YAML 1.2."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own way of declaring them
+
+
+def _plain(tag: str, pattern: str, first: str) -> None:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), list(first))
+
+
+_plain("null", r"^(?:null|Null|NULL|~|)$", "nN~")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^$"), [""])
+_plain("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF")
+_plain("int", r"^[-+]?[0-9]+$", "-+0123456789")
+_plain(
+    "float",
+    r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$",
+    "-+.0123456789",
+)
+_plain("merge", r"^<<$", "<")
+
+
+def _whole_number(_: yaml.SafeLoader, node: yaml.Node) -> int:
+    return int(node.value)  # PyYAML reads 010 as eight; here a leading zero means nothing
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+
+
+@dataclass
+class YamlText:
+    """A YAML document.
+
+    Attributes:
+        values: Plain data.
+        lines: Dotted key to the line it stands on, from 1.
+        empty: Dotted keys that nothing follows, not even ``null``.
+        problems: One line for each duplicate key.
+    """
+
+    values: Any
+    lines: dict[str, int] = field(default_factory=dict[str, int])
+    empty: set[str] = field(default_factory=set[str])
+    problems: list[str] = field(default_factory=list[str])
+
+
+def read_yaml(text: str, source: str) -> YamlText:
+    """Reads one YAML document.
+
+    Args:
+        text: The document.
+        source: Its name, for messages.
+
+    Raises:
+        ConfigError: It is not YAML; the message gives line and column.
+    """
+    try:
+        return _read(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        raise ConfigError(source, [f"{where}{error.problem or error.context}; this is not YAML"]) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(source, [f"{' '.join(str(error).split())}; this is not YAML"]) from None
+    except RecursionError:
+        raise ConfigError(source, ["nested too deeply; this is not a recipe"]) from None
+    except (ValueError, TypeError) as error:  # a value that its own tag contradicts, such as !!int x
+        raise ConfigError(source, [f"{error}; this is not YAML that can be read"]) from None
+
+
+def _read(text: str) -> YamlText:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        found = YamlText(None)
+        if node is not None:
+            _walk(node, "", found, set())  # before construction, which writes merged keys into the nodes
+            found.values = loader.construct_document(node)
+        return found
+    finally:
+        loader.dispose()
+
+
+def _walk(node: yaml.Node, prefix: str, found: YamlText, above: set[int]) -> None:
+    """Notes the line of every key, and keys that stand twice."""
+    if not isinstance(node, yaml.MappingNode) or id(node) in above:
+        return
+    seen: dict[str, int] = {}
+    for key, value in node.value:
+        name = str(key.value)
+        dotted, line = prefix + name, key.start_mark.line + 1
+        if name == "<<":
+            continue
+        if name in seen:
+            found.problems.append(f"{dotted} (line {line}): stands twice, first on line {seen[name]}; keep one of them")
+        seen.setdefault(name, line)
+        found.lines.setdefault(dotted, line)
+        if isinstance(value, yaml.ScalarNode) and not value.value and value.style is None:
+            found.empty.add(dotted)
+        _walk(value, f"{dotted}.", found, above | {id(node)})
+
+
+def read_value(text: str) -> Any:
+    """Reads the value of an override such as ``prune.ratio=0.3``.
+
+    Raises:
+        ConfigError: It is not YAML.
+    """
+    return read_yaml(text, "value").values
