@@ -131,24 +131,6 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
-def changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Returns what differs between two recipes in plain data: ``prune.ratio was 0.25, is 0.3``."""
-    found: list[str] = []
-    for key in [*before, *(key for key in after if key not in before)]:
-        old, new, name = before.get(key), after.get(key), f"{prefix}{key}"
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += changes(old, new, f"{name}.")
-        elif old != new:
-            found.append(f"{name} was {_short(old)}, is {_short(new)}")
-    return found
-
-
-def _short(value: Any) -> str:
-    if value is None:
-        return "left out"
-    return "given" if isinstance(value, Mapping) else str(value)
-
-
 def _empty_sections(document: YamlText) -> Iterator[str]:
     for name in SECTIONS:
         if name in document.empty:
