@@ -1,0 +1,1 @@
+"""Texts, records and what models read of them: token ids."""

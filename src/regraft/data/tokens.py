@@ -1,0 +1,170 @@
+"""Token ids of a corpus: document by document, packed into blocks, and as calibration windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from regraft.data.encoding import Bos, bos_id, plain_ids
+from regraft.data.instructions import render
+from regraft.data.text import Corpus
+from regraft.errors import DataError, InputError
+
+# Calibration reads at least this much text before it draws, so that windows of few long documents come from all over them.
+_DRAWN_FROM_CHARS = 1 << 19
+_PIECE_CHARS = 1 << 16
+_BATCH_CHARS = 1 << 17
+
+
+def context_limit(config: PretrainedConfig) -> int | None:
+    """Returns the longest sequence a model takes, in tokens, or None where its positions have no end."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def check_context(tokens: int, config: PretrainedConfig, option: str) -> None:
+    """Refuses a length beyond a model's context.
+
+    Args:
+        tokens: The length that was asked for.
+        config: Of the model.
+        option: What the user calls it, such as ``--seq-len``.
+
+    Raises:
+        InputError: It is too long.
+    """
+    limit = context_limit(config)
+    if limit is not None and tokens > limit:
+        raise InputError(f"{option} {tokens} exceeds the model's context of {limit} tokens; use at most {limit}")
+
+
+def encode_documents(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> list[list[int]]:
+    """Encodes every document of a corpus by itself; records become one text each by the Alpaca template.
+
+    Args:
+        corpus: Documents or records.
+        tokenizer: Of the model.
+        bos: Whether each document starts with BOS; ``"auto"``: as the tokenizer does.
+
+    Returns:
+        One list of ids for each document, in order.
+    """
+    start = _start(tokenizer, bos)
+    return [start + ids for batch in _batches(texts_of(corpus)) for ids in plain_ids(batch, tokenizer)]
+
+
+def texts_of(corpus: Corpus) -> tuple[str, ...]:
+    """Returns the documents of a corpus, or its records as text."""
+    return corpus.documents or tuple(render(record) for record in corpus.records)
+
+
+def pack(documents: Sequence[Sequence[int]], block: int, separator: int | None = None) -> Tensor:
+    """Joins documents end to end and cuts them into blocks; what is left at the end is dropped, nothing is padded.
+
+    Args:
+        documents: Token ids, with BOS at their start where the model wants it.
+        block: Tokens of a block.
+        separator: An id put after every document but the last, such as EOS; None for nothing.
+
+    Returns:
+        Shape ``(n, block)``, int64, ``n >= 1``.
+
+    Raises:
+        InputError: ``block`` is below 1.
+        DataError: Together they are shorter than one block.
+    """
+    if block < 1:
+        raise InputError(f"a block of {block} tokens holds nothing; use at least 1")
+    stream = list(_joined(documents, separator))
+    count = len(stream) // block
+    if count == 0:
+        raise DataError(
+            f"the text has {len(stream)} tokens, fewer than one window of {block}; give more text or a shorter --seq-len"
+        )
+    return torch.tensor(stream[: count * block], dtype=torch.int64).reshape(count, block)
+
+
+def calibration_windows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int) -> Tensor:
+    """Draws windows of text for calibration: no padding, no window twice, the same for the same seed.
+
+    Documents are shuffled and joined with BOS between them (where the tokenizer writes one), the stream is cut into windows, and
+    some of them are drawn. No more text is encoded than it takes: a document of megabytes counts as many of 65,536 characters.
+
+    Args:
+        corpus: Documents or records.
+        tokenizer: Of the model.
+        samples: How many windows.
+        seq_len: Tokens of a window.
+        seed: Of the draw.
+
+    Returns:
+        Shape ``(min(samples, all there are), seq_len)``, int64; at least one window.
+
+    Raises:
+        InputError: ``samples`` or ``seq_len`` is below 1.
+        DataError: The text is shorter than one window.
+    """
+    if samples < 1 or seq_len < 1:
+        raise InputError(f"{samples} windows of {seq_len} tokens are nothing to calibrate on; use at least 1 of each")
+    generator = torch.Generator().manual_seed(seed)
+    pieces = [piece for text in texts_of(corpus) for piece in _pieces(text)]
+    order: list[int] = torch.randperm(len(pieces), generator=generator).tolist()
+    start = _start(tokenizer, "auto")
+    stream: list[int] = []
+    chars = 0
+    for batch in _batches([pieces[index] for index in order]):
+        stream += chain.from_iterable(start + ids for ids in plain_ids(batch, tokenizer))
+        chars += sum(map(len, batch))
+        if len(stream) >= samples * seq_len and chars >= _DRAWN_FROM_CHARS:
+            break
+    if len(stream) < seq_len:
+        raise DataError(
+            f"'{corpus.name}' has {len(stream)} tokens, fewer than one calibration window of {seq_len}; "
+            "give a longer --calibration text or a shorter --seq-len"
+        )
+    windows = pack([stream], seq_len)
+    return windows[torch.randperm(len(windows), generator=generator)[:samples]]
+
+
+def _start(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[int]:
+    token = bos_id(tokenizer, bos)
+    return [] if token is None else [token]
+
+
+def _joined(documents: Sequence[Sequence[int]], separator: int | None) -> Iterator[int]:
+    for index, document in enumerate(documents):
+        if index and separator is not None:
+            yield separator
+        yield from document
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cuts a long text at line ends, or at spaces where there are none, into pieces of at most ``_PIECE_CHARS`` characters."""
+    start = 0
+    while len(text) - start > _PIECE_CHARS:
+        end = start + _PIECE_CHARS
+        boundary = text.rfind("\n", start, end)
+        if boundary <= start:
+            boundary = text.rfind(" ", start, end)
+        end = boundary + 1 if boundary > start else end
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Groups texts so that one call of the tokenizer has enough to do on every core and little to hold in memory."""
+    batch: list[str] = []
+    chars = 0
+    for text in texts:
+        batch.append(text)
+        chars += len(text)
+        if chars >= _BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
