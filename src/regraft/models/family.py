@@ -57,6 +57,8 @@ class Family:
         attention: Name of the attention inside a layer.
         mlp: Name of the feed-forward network inside a layer.
         couplings: What must be cut together inside a layer.
+        attention_norms: Norms inside a layer that serve the attention alone, and go with it when it is removed.
+        mlp_norms: Norms inside a layer that serve the feed-forward network alone, and go with it when it is removed.
         stand_in: A family of the same mathematics whose config accepts head counts that this one refuses, or None.
     """
 
@@ -69,6 +71,8 @@ class Family:
     attention: str
     mlp: str
     couplings: tuple[Coupling, ...]
+    attention_norms: tuple[str, ...] = ("input_layernorm",)
+    mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
     stand_in: str | None = None
 
 
