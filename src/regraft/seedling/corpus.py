@@ -1,14 +1,14 @@
 """Text that every Python installation carries, split so that training and test never meet.
 
-Three kinds of document: the help topics of :mod:`pydoc_data.topics`, the source files of the standard library (with their docstrings
-where they stand), and the docstrings of the modules that are written in C. Each belongs to one split for good, by a SHA-256 of its
-path: of the topic's name, or of the *family* of a module. A family is the first component of the path without underscores and suffix, so
-that ``datetime.py``, ``_pydatetime.py`` and the docstrings of ``_datetime`` stay together, and ``pathlib.py`` of one Python and
-``pathlib/_local.py`` of the next get the same answer. The rule knows nothing of the installation: on any Python 3.11 or later a module
-that the shipped model was trained on is never a test document.
+Three kinds of document: the help topics of :mod:`pydoc_data.topics`, the source files of the standard library (with their
+docstrings where they stand), and the docstrings of the modules that are written in C. Each belongs to one split for good, by a
+SHA-256 of its path: of the topic's name, or of the *family* of a module. A family is the first component of the path without
+underscores and suffix, so that ``datetime.py``, ``_pydatetime.py`` and the docstrings of ``_datetime`` stay together, and
+``pathlib.py`` of one Python and ``pathlib/_local.py`` of the next get the same answer. The rule knows nothing of the
+installation: on any Python from 3.11, a module that the shipped model was trained on is never a test document.
 
-The rule alone would still let equal text through, since topics quote one another and modules borrow from one another. Hence a run of
-three lines that stands in a more protected split is taken out of the less protected ones (test before validation before train).
+The rule alone would still let equal text through, since topics quote one another and modules borrow from one another. Hence a run
+of three lines that stands in a more protected split is taken out of the less protected ones (test, then validation, then train).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import re
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Literal, get_args
@@ -36,10 +37,11 @@ VALIDATION_PERCENT = 5
 _SALT = "regraft-seedling/1"
 _PROTECTED_FIRST: tuple[Split, ...] = ("test", "validation", "train")
 
-# Folders that hold tests, other people's packages or build settings; generated tables; the topics, which are documents of their own.
+# Folders that hold tests, other people's packages or build products; the topics, which are documents of their own.
 _SKIPPED_FOLDERS = frozenset(
-    ["test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"] + ["_bundled", "lib-dynload", "pydoc_data"]
+    ["test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages", "_bundled", "lib-dynload", "pydoc_data"]
 )
+# Generated tables, settings of one build or of one system.
 _SKIPPED_FAMILIES = frozenset(["encodings", "sysconfigdata", "sitecustomize", "usercustomize", "phello__", "msilib"])
 
 # Modules whose text changed its file between Python versions: the new name follows the old.
@@ -64,6 +66,8 @@ _C_MODULES = (
 )
 # fmt: on
 
+_Reader = Callable[[], str | None]
+
 _WINDOW_LINES = 3
 _WINDOW_MIN_CHARS = 48
 _MIN_DOCUMENT_CHARS = 200
@@ -71,11 +75,11 @@ _MIN_DOCUMENT_CHARS = 200
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text of the corpus.
+    r"""One text of the corpus.
 
     Attributes:
         path: Its name: ``Lib/json/decoder.py``, ``topics/LAMBDAS`` or ``docstrings/math``; equal on every machine.
-        text: What it says, with ``\\n`` at line ends.
+        text: What it says, with ``\n`` at line ends.
     """
 
     path: str
@@ -118,7 +122,8 @@ def documents(split: Split, *, limit_chars: int | None = None) -> list[Document]
     The order is that of a hash of the paths, so that the first few are a fair sample. It takes a second or two for ``"train"``.
 
     Args:
-        split: ``"train"``, ``"validation"`` (for calibration and for choosing checkpoints) or ``"test"`` (for measuring, nothing else).
+        split: ``"train"``, ``"validation"`` (for calibration, recovery and the choice of checkpoints) or ``"test"`` (for
+            measuring, nothing else).
         limit_chars: Stop after this many characters; the last document is cut at a line end. ``None`` for all.
 
     Returns:
@@ -160,7 +165,7 @@ def _limited(texts: Iterator[Document], limit_chars: int | None) -> list[Documen
     return chosen
 
 
-def _distinct(texts: list[Document], protected: set[int]) -> Iterator[Document]:
+def _distinct(texts: Iterable[Document], protected: set[int]) -> Iterator[Document]:
     """Yields the documents without protected runs of lines, each content once."""
     seen: set[str] = set()
     for document in texts:
@@ -201,39 +206,40 @@ def _without(text: str, protected: set[int]) -> str:
     return _without("\n".join(line for number, line in enumerate(lines) if number not in dropped), protected)
 
 
-def _raw_documents(split: Split) -> list[Document]:
-    """Returns the documents of a split as they stand, ordered by a hash of their paths."""
-    found = [*_topics(split), *_sources(split), *_docstrings(split)]
-    return sorted(found, key=lambda document: hashlib.sha256(document.path.encode()).digest())
+def _raw_documents(split: Split) -> Iterator[Document]:
+    """Yields the documents of a split as they stand, ordered by a hash of their paths, each read when its turn comes."""
+    found = {**_topics(), **_sources(), **_docstrings()}
+    chosen = [path for path in found if split_of(path) == split]
+    for path in sorted(chosen, key=lambda path: hashlib.sha256(path.encode()).digest()):
+        text = found[path]()
+        if text is not None:
+            yield Document(path, _clean(text))
 
 
 def _stdlib_root() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def _topics(split: Split) -> Iterator[Document]:
+def _topics() -> dict[str, _Reader]:
     try:
         module = importlib.import_module("pydoc_data.topics")
     except ImportError:  # some systems leave it out of their smallest Python
-        return
-    for name, text in sorted(module.topics.items()):
-        path = f"topics/{name}"
-        if split_of(path) == split:
-            yield Document(path, _clean(text))
+        return {}
+    return {f"topics/{name}": partial(str, text) for name, text in module.topics.items()}
 
 
-def _sources(split: Split) -> Iterator[Document]:
+def _sources() -> dict[str, _Reader]:
     root = _stdlib_root()
-    for file in _source_files(root):
-        path = str(PurePosixPath("Lib", *file.relative_to(root).parts))
-        if split_of(path) != split:
-            continue
-        try:
-            with tokenize.open(file) as stream:  # honours the coding line of the file
-                text = _clean(stream.read())
-        except (OSError, SyntaxError, UnicodeDecodeError):
-            continue  # unreadable, or not text in the encoding that it names
-        yield Document(path, text)
+    files = {str(PurePosixPath("Lib", *file.relative_to(root).parts)): file for file in _source_files(root)}
+    return {path: partial(_source, file) for path, file in files.items()}
+
+
+def _source(file: Path) -> str | None:
+    try:
+        with tokenize.open(file) as stream:  # honours the coding line of the file
+            return stream.read()
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return None  # unreadable, or not text in the encoding that it names
 
 
 def _source_files(root: Path) -> Iterator[Path]:
@@ -248,17 +254,17 @@ def _source_files(root: Path) -> Iterator[Path]:
                 yield file
 
 
-def _docstrings(split: Split) -> Iterator[Document]:
-    """Yields what the modules written in C say of themselves, one document a module."""
-    for name in _C_MODULES:
-        path = f"docstrings/{name}"
-        if split_of(path) != split:
-            continue
-        try:
-            module = importlib.import_module(name)
-        except ImportError:  # another platform, or built without it
-            continue
-        yield Document(path, _clean("\n\n".join(_described(module)) + "\n"))
+def _docstrings() -> dict[str, _Reader]:
+    return {f"docstrings/{name}": partial(_docstrings_of, name) for name in _C_MODULES}
+
+
+def _docstrings_of(name: str) -> str | None:
+    """Returns what a module written in C says of itself, or None where there is no such module."""
+    try:
+        module = importlib.import_module(name)
+    except ImportError:  # another platform, or built without it
+        return None
+    return "\n\n".join(_described(module))
 
 
 def _described(module: ModuleType) -> Iterator[str]:
