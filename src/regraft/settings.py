@@ -75,7 +75,7 @@ class RecoverSettings(Settings):
     rank: Positive = Field(default=8, description="rank of the adapter")
     alpha: Rate | None = Field(default=None, description="LoRA alpha; default: twice the rank")
     ranks: Path | None = Field(default=None, description="a rank plan (JSON) with a rank for each module, instead of --rank")
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.05, description="dropout inside the adapter")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.05, description="dropout inside the adapter")
     lr: Rate = Field(default=1e-3, description="peak learning rate")
     steps: Positive = Field(default=200, description="optimizer steps")
     batch: Positive = Field(default=8, description="windows of one forward pass")
@@ -84,11 +84,11 @@ class RecoverSettings(Settings):
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="how the learning rate falls after warm-up"
     )
-    warmup: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.05, description="share of the steps that warms up")
+    warmup: Annotated[float, Field(ge=0.0, le=1.0)] = Field(default=0.05, description="share of the steps that warms up")
     max_grad_norm: Rate = Field(default=1.0, description="gradients are clipped to this norm")
     eval_every: Positive = Field(default=50, description="steps between two looks at the held-out loss")
     held_out: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
-        0.05, description="share of the data kept for choosing the best checkpoint"
+        default=0.05, description="share of the data kept for choosing the best checkpoint"
     )
     held_out_windows: Positive = Field(
         default=64, description="held-out windows of one look, spread evenly over the held-out data"
