@@ -1,0 +1,189 @@
+"""Look at this machine and this installation: what is there, what is missing, how to get it.
+
+Imports nothing that might be missing, so that it can say so.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from packaging.requirements import Requirement
+
+from regraft import seedling
+from regraft.atomic import sha256_of
+from regraft.errors import RegraftError
+
+DISTRIBUTION = "regraft"
+
+# Libraries that some commands use when they are there. What regraft declares as an extra is found by its name in the metadata.
+OPTIONAL = {
+    "optuna": "search for ranks and settings",
+    "ray": "parallel trials",
+    "lm_eval": "multiple-choice tasks",
+    "gguf": "export to GGUF",
+    "xllamacpp": "run GGUF files",
+    "bitsandbytes": "8-bit and 4-bit weights on a GPU",
+    "datasets": "data from the hub",
+    "plotly": "interactive plots",
+    "trackio": "experiment tracking",
+}
+
+Status = Literal["ok", "missing", "outdated", "damaged", "none"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        name: Of the library or the part of the machine.
+        status: ``ok``; ``missing`` or ``outdated`` libraries; ``damaged``; ``none`` for hardware that is not there.
+        value: Its version, size or state.
+        required: Whether regraft cannot work without it.
+        remedy: What to do; empty when there is nothing to do.
+    """
+
+    name: str
+    status: Status
+    value: str
+    required: bool = False
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """Everything that was looked at.
+
+    Attributes:
+        required: Python and the libraries that regraft needs.
+        optional: Libraries that some commands use.
+        machine: Cores, memory, disk and devices.
+        model: The embedded model.
+    """
+
+    required: tuple[Finding, ...]
+    optional: tuple[Finding, ...]
+    machine: tuple[Finding, ...]
+    model: Finding
+
+    @property
+    def healthy(self) -> bool:
+        """Whether everything required is there."""
+        return all(finding.status == "ok" for finding in (*self.required, self.model))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON types."""
+        return {"healthy": self.healthy, **asdict(self)}
+
+
+def examine(folder: Path | None = None) -> Examination:
+    """Looks at the installation and the machine.
+
+    Args:
+        folder: Whose disk is looked at; default: the current directory.
+    """
+    return Examination(tuple(_required()), tuple(_optional()), tuple(_machine(folder or Path.cwd())), _embedded_model())
+
+
+def _required() -> Iterator[Finding]:
+    yield Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}", required=True)
+    for requirement in _requirements():
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield check(requirement)
+
+
+def check(requirement: Requirement) -> Finding:
+    """Compares a requirement with what is installed."""
+    install = f"pip install '{requirement.name}{requirement.specifier}'"
+    try:
+        found = version(requirement.name)
+    except PackageNotFoundError:
+        return Finding(requirement.name, "missing", str(requirement.specifier), required=True, remedy=install)
+    if not requirement.specifier.contains(found, prereleases=True):
+        return Finding(requirement.name, "outdated", f"{found}, wanted {requirement.specifier}", required=True, remedy=install)
+    return Finding(requirement.name, "ok", found, required=True)
+
+
+def _requirements() -> list[Requirement]:
+    try:
+        return [Requirement(text) for text in requires(DISTRIBUTION) or []]
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return []
+
+
+def _optional() -> Iterator[Finding]:
+    extras = {
+        requirement.name.replace("-", "_"): extra
+        for requirement in _requirements()
+        for extra in _extras_of(requirement)
+        if extra != "dev"
+    }
+    for name, use in OPTIONAL.items():
+        try:
+            yield Finding(name, "ok", f"{version(name)}: {use}")
+        except PackageNotFoundError:
+            package = f"'{DISTRIBUTION}[{extras[name]}]'" if name in extras else name.replace("_", "-")
+            yield Finding(name, "missing", use, remedy=f"pip install {package}")
+
+
+def _extras_of(requirement: Requirement) -> list[str]:
+    """Returns the extras that bring a requirement, read from its marker ``extra == "name"``."""
+    text = str(requirement.marker or "")
+    return [part.split('"')[1] for part in text.split("extra ==")[1:] if '"' in part]
+
+
+def _machine(folder: Path) -> Iterator[Finding]:
+    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    yield Finding("CPU cores", "ok", f"{usable} usable of {os.cpu_count()}")
+    memory = psutil.virtual_memory()
+    yield Finding("memory", "ok", f"{_gib(memory.available)} free of {_gib(memory.total)}")
+    disk = shutil.disk_usage(folder)
+    yield Finding("disk here", "ok", f"{_gib(disk.free)} free of {_gib(disk.total)}")
+    yield from _devices()
+
+
+def _devices() -> Iterator[Finding]:
+    try:
+        torch = importlib.import_module("torch")
+    except (ImportError, OSError) as error:  # a torch whose libraries do not load says so with an OSError
+        yield Finding("torch devices", "none", f"torch cannot be imported: {error}")
+        return
+    yield Finding("torch threads", "ok", str(torch.get_num_threads()))
+    if not torch.cuda.is_available():
+        yield Finding("CUDA", "none", "no GPU that this torch can use; everything runs on the CPU")
+        return
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        bf16 = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bfloat16"
+        yield Finding(f"cuda:{index}", "ok", f"{facts.name}, {_gib(facts.total_memory)}, {bf16}")
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB"
+
+
+def _embedded_model() -> Finding:
+    """Compares the weights of the embedded model with the checksums it was shipped with."""
+    again = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
+    try:
+        folder = seedling.path()
+        files = json.loads((folder / "regraft.json").read_text(encoding="utf-8"))["files"]
+        damaged = [name for name, checksum in files.items() if sha256_of(folder / name) != checksum]
+    except (RegraftError, OSError, ValueError, KeyError) as error:
+        return Finding("seedling", "damaged", str(error), required=True, remedy=again)
+    if damaged:
+        return Finding("seedling", "damaged", f"checksum of {', '.join(damaged)} differs", required=True, remedy=again)
+    return Finding(
+        "seedling", "ok", f"{sum((folder / name).stat().st_size for name in files) / 1e6:.1f} MB, checksums match", True
+    )

@@ -1,0 +1,178 @@
+"""What a report is made of, and the figures that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from regraft.plans import Measurement, PrunePlan
+
+
+@dataclass(frozen=True)
+class Width:
+    """How many units one group had and has.
+
+    Attributes:
+        group: Its name, such as ``layers.3.ffn``.
+        before: Units of the dense model.
+        after: Units of the pruned model.
+    """
+
+    group: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Losses at one optimizer step, in nats a token; None where one was not measured."""
+
+    step: int
+    train_nats: float | None
+    held_out_nats: float | None
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Everything that the page of a run shows.
+
+    Attributes:
+        title: Name of the run.
+        description: One line for people, or empty.
+        recipe: The recipe as YAML, every key spelt out.
+        measurements: Of the dense, the pruned and the recovered model, as far as there are such.
+        plan: What was cut; None when nothing was.
+        widths: One entry for each group of the plan.
+        curve: The loss log of recovery; empty when there was none.
+        best_step: The step that recovery kept; None when there was none.
+        prompt: What the samples continue.
+        samples: Label to text.
+        facts: How the run came to be: command, seed, versions, checksums.
+    """
+
+    title: str
+    description: str
+    recipe: str
+    measurements: tuple[Measurement, ...]
+    plan: PrunePlan | None = None
+    widths: tuple[Width, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
+    best_step: int | None = None
+    prompt: str = ""
+    samples: Mapping[str, str] = field(default_factory=dict[str, str])
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class WonBack:
+    """How much of what pruning cost recovery won back.
+
+    Attributes:
+        cost_nats: Loss of the pruned model above that of the dense one, in nats a token.
+        gain_nats: Loss of the recovered model below that of the pruned one.
+    """
+
+    cost_nats: float
+    gain_nats: float
+
+    @property
+    def share(self) -> float | None:
+        """``gain / cost``; None when pruning cost nothing."""
+        return self.gain_nats / self.cost_nats if self.cost_nats > 0 else None
+
+    def sentence(self) -> str:
+        """Returns it in words.
+
+        >>> WonBack(0.81, 0.51).sentence()
+        'recovery won back 63 % of the 0.81 nats that pruning cost'
+        """
+        if self.share is None:
+            return (
+                f"pruning cost nothing ({-self.cost_nats:.2f} nats better than dense); "
+                f"recovery changed the loss by {-self.gain_nats:+.2f} nats"
+            )
+        if self.gain_nats < 0:
+            return f"recovery lost {-self.gain_nats:.2f} nats more, on top of the {self.cost_nats:.2f} nats that pruning cost"
+        return f"recovery won back {self.share * 100:.0f} % of the {self.cost_nats:.2f} nats that pruning cost"
+
+
+def won_back(measurements: Sequence[Measurement]) -> WonBack | None:
+    """Compares the dense, the pruned and the recovered model; None unless all three were measured."""
+    loss = {measurement.label: measurement.loss.loss_nats for measurement in measurements}
+    if not {"dense", "pruned", "recovered"} <= loss.keys():
+        return None
+    return WonBack(loss["pruned"] - loss["dense"], loss["pruned"] - loss["recovered"])
+
+
+def table(measurements: Sequence[Measurement]) -> list[list[str]]:
+    """Returns the table of the models: a heading, then one row for each figure with a cell for each model.
+
+    Sizes stand beside their share of the first model's; speeds only where they were measured.
+    """
+    rows = [
+        ["", *(entry.label for entry in measurements)],
+        ["loss, nats a token", *(f"{entry.loss.loss_nats:.3f}" for entry in measurements)],
+        ["perplexity", *(f"{entry.loss.perplexity:,.2f}" for entry in measurements)],
+        ["bits a byte", *(f"{entry.loss.bits_per_byte:.3f}" for entry in measurements)],
+        ["parameters", *(f"{entry.size.parameters:,}" for entry in measurements)],
+        ["  of the first", *(f"{entry.size.parameters / measurements[0].size.parameters:.1%}" for entry in measurements)],
+        ["on disk", *(scaled(entry.size.bytes_on_disk, "B") for entry in measurements)],
+        ["MACs a token", *(scaled(entry.size.macs_per_token, "") for entry in measurements)],
+    ]
+    speeds = [entry.speed for entry in measurements]
+    if any(speeds):
+        rows += [
+            ["prefill", *(f"{speed.prefill_seconds * 1e3:,.1f} ms" if speed else "" for speed in speeds)],
+            ["decode, a token", *(f"{speed.decode_seconds_per_token * 1e3:,.2f} ms" if speed else "" for speed in speeds)],
+            ["peak memory", *(scaled(speed.peak_memory_bytes, "B") if speed else "" for speed in speeds)],
+        ]
+    return rows
+
+
+def caption(measurements: Sequence[Measurement]) -> str:
+    """Returns what the losses are of: text, split, tokens, window, stride, BOS."""
+    if not measurements:
+        return "nothing was measured"
+    loss, size = measurements[0].loss, measurements[0].size
+    start = "each document starts with BOS" if loss.bos else "no BOS"
+    return (
+        f"{loss.tokens:,} tokens of {loss.text} ({loss.split}, {loss.documents:,} documents, {loss.bytes:,} bytes); "
+        f"window {loss.window_tokens}, stride {loss.stride_tokens}, {start}; MACs at a context of {size.context_tokens}"
+    )
+
+
+def speed_note(measurements: Sequence[Measurement]) -> str:
+    """Returns what the speeds are of, or an empty string."""
+    speeds = [entry.speed for entry in measurements if entry.speed is not None]
+    if not speeds:
+        return ""
+    speed = speeds[0]
+    return (
+        f"prefill of {speed.prompt_tokens} tokens, then {speed.decoded_tokens} tokens decoded one by one; medians of "
+        f"{speed.repeats} on {speed.device}, {speed.threads} threads"
+    )
+
+
+def plan_lines(report: RunReport) -> list[str]:
+    """Returns what was cut, in words."""
+    plan = report.plan
+    if plan is None:
+        return []
+    return [
+        f"{plan.achieved:.2%} of all parameters removed (asked for: {plan.ratio:.2%}): "
+        f"{plan.parameters_before:,} to {plan.parameters_after:,}",
+        f"criterion {plan.criterion}; selection {plan.selection}; shape {plan.shape}; widths aligned to {plan.align}",
+    ]
+
+
+def scaled(value: float, unit: str) -> str:
+    """Returns a number with a decimal prefix.
+
+    >>> scaled(8_388_608, "B"), scaled(512, ""), scaled(3.2e9, "")
+    ('8.39 MB', '512', '3.2 G')
+    """
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:g} {unit}".rstrip()
