@@ -1,1 +1,47 @@
-"""Prune a language model, regrow it low-rank, serve it anywhere."""
+"""Prune a language model, regrow it low-rank, serve it anywhere.
+
+>>> import regraft
+>>> sorted(regraft.__all__)
+['evaluate', 'inspect', 'load', 'prune', 'recover', 'run', 'save']
+
+``import regraft`` is light: it makes the Auto classes of transformers know our unevenly pruned models as soon as they are used, and
+the functions below import what they need when they are first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from regraft.models.uneven import register_on_import
+
+if TYPE_CHECKING:
+    from regraft.models.load import load as load
+    from regraft.models.save import save as save
+    from regraft.pipelines.evaluate import evaluate_model as evaluate
+    from regraft.pipelines.inspect import inspect_model as inspect
+    from regraft.pipelines.prune import prune as prune
+    from regraft.pipelines.recover import recover_model as recover
+    from regraft.pipelines.run import run as run
+
+__all__ = ["evaluate", "inspect", "load", "prune", "recover", "run", "save"]
+
+_PUBLIC = {
+    "evaluate": ("regraft.pipelines.evaluate", "evaluate_model"),
+    "inspect": ("regraft.pipelines.inspect", "inspect_model"),
+    "load": ("regraft.models.load", "load"),
+    "prune": ("regraft.pipelines.prune", "prune"),
+    "recover": ("regraft.pipelines.recover", "recover_model"),
+    "run": ("regraft.pipelines.run", "run"),
+    "save": ("regraft.models.save", "save"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'regraft' has no attribute '{name}'")
+    module, attribute = _PUBLIC[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+register_on_import()
