@@ -1,8 +1,8 @@
 """A model of given sizes from given tensors: decides its class and config, and makes what loading its saved folder gives.
 
 A model whose layers are equal becomes the stock class of its family. Where that class refuses the head count, a stand-in of the
-same mathematics takes its place (see ``stand_in`` in ``architectures/*.toml``). Everything else becomes our own class, which takes
-the sizes of each layer from ``per_layer_config``.
+same mathematics takes its place (``stand_in`` in ``architectures/*.toml``). Everything else becomes our own class, which takes the
+sizes of each layer from ``per_layer_config``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def build(
     """
     config = config_for(like.config, sizes, layers=layers, hidden_size=_hidden_size(like, state))
     register()
-    model_class: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     wanted = {name: tensor for name, tensor in state.items() if not _is_removed(name, sizes, family_of(like.config.model_type))}
     with quiet():
         model, report = model_class.from_pretrained(
@@ -109,7 +109,8 @@ def config_for(
             if config is not None:
                 return config
     register()
-    return CONFIG_MAPPING[f"regraft_{family.model_type}"](**values, per_layer_config=per_layer or None)
+    own_class: Any = CONFIG_MAPPING[f"regraft_{family.model_type}"]
+    return own_class(**values, per_layer_config=per_layer or None)
 
 
 def declared_sizes(config: PreTrainedConfig) -> tuple[LayerSizes, ...]:
@@ -149,7 +150,8 @@ def _kept_layers(base: PreTrainedConfig, sizes: Sequence[LayerSizes], layers: Se
     kept = tuple(range(before)) if layers is None else tuple(layers)
     if len(kept) != len(sizes) or not kept or not all(0 <= index < before for index in kept):
         raise PlanError(
-            f"sizes of {len(sizes)} layers do not fit layers {list(kept)} of a model of {before}; give one size for each layer that stays"
+            f"sizes of {len(sizes)} layers do not fit layers {list(kept)} of a model of {before}; "
+            "give one size for each layer that stays"
         )
     return kept
 

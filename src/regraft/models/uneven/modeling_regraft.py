@@ -93,7 +93,7 @@ def fit_layers(model: PreTrainedModel, config: UnevenConfig) -> None:
         config: What it is to become.
     """
     # Chosen while the even model was built, on its own copy of the config.
-    config._attn_implementation_internal = model.config._attn_implementation_internal
+    config.__dict__["_attn_implementation_internal"] = model.config._attn_implementation_internal
     base: Any = model.base_model
     model.config = base.config = config  # pyright: ignore[reportAttributeAccessIssue]
     layers = base.layers

@@ -1,0 +1,150 @@
+"""What must hold of a model folder before its weights are read, and of a model after: one line for everything that does not."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from regraft.atomic import sha256_of
+from regraft.errors import ModelError
+from regraft.models.family import families, family_of
+from regraft.models.provenance import FILE
+from regraft.plans import Provenance
+
+# Weights of trained language models stay below a few hundred. A flipped top exponent bit makes 1e30 and more.
+LARGEST_PLAUSIBLE = 1e6
+
+
+def check_config(folder: Path) -> dict[str, Any]:
+    """Returns the config of a model folder as plain values.
+
+    Raises:
+        ModelError: There is none, it cannot be read, or its family is not known.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"'{folder}' is an adapter without its model; merge it into the model first, or give the model's folder"
+            )
+        raise ModelError(f"'{folder}' has no config.json; give the folder of a Hugging Face model")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"'{path}' is not JSON ({error}); copy or download it again") from None
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(model_type, str) or not model_type:
+        known = ", ".join(families())
+        raise ModelError(f"'{path}' has no model_type; known families: {known}: give the folder of a causal language model")
+    try:
+        family_of(model_type)
+    except ModelError as error:
+        raise ModelError(f"'{folder}': {error}") from None
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise ModelError(
+            f"'{folder}' is quantized ({method}); give the model in float32, bfloat16 or float16 that it was made from"
+        )
+    return config
+
+
+def check_checksums(folder: Path, provenance: Provenance | None) -> None:
+    """Compares the weight files with the SHA-256 that ``regraft.json`` holds.
+
+    Raises:
+        ModelError: A file is missing or differs.
+    """
+    for name, expected in (provenance.files if provenance else {}).items():
+        path = folder / name
+        if not path.is_file():
+            raise ModelError(f"'{folder}' lacks '{name}', which its {FILE} lists; copy the folder again")
+        found = sha256_of(path)
+        if found != expected:
+            raise ModelError(
+                f"'{path}' is damaged or was changed: SHA-256 {found[:12]}…, {FILE} says {expected[:12]}…; copy it again, "
+                f"or remove {FILE} if the change was meant"
+            )
+
+
+def check_loading_report(folder: Path, report: Mapping[str, Any], layers: int) -> None:
+    """Refuses a model that was not made whole from its files: what is missing would be random.
+
+    Args:
+        folder: Where it was loaded from.
+        report: ``output_loading_info`` of ``from_pretrained``.
+        layers: ``num_hidden_layers`` of the config.
+
+    Raises:
+        ModelError: A tensor is missing, superfluous or of another shape; the message names the first.
+    """
+    for entry in sorted(report["mismatched_keys"], key=str):
+        name, stored, wanted = entry
+        raise ModelError(
+            f"'{folder}': '{name}' is {list(stored)} in the weights, but config.json asks for {list(wanted)}; "
+            "use the config and the weights of the same model"
+        )
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    numbered = [int(match[1]) for name in unexpected if (match := re.search(r"\.layers\.(\d+)\.", name))]
+    if numbered and max(numbered) >= layers:
+        raise ModelError(
+            f"'{folder}': config.json says {layers} layers, the weights hold {max(numbered) + 1}; "
+            "use the config and the weights of the same model"
+        )
+    for verdict, names in (("lack", missing), ("hold", unexpected)):
+        if names:
+            but = "which its config.json asks for" if verdict == "lack" else "which its config.json does not know"
+            raise ModelError(
+                f"'{folder}': the weights {verdict} '{names[0]}' ({len(names)} in all), {but}; "
+                "use the config and the weights of the same model"
+            )
+    errors = report.get("error_msgs") or report.get("conversion_errors")
+    if errors:
+        raise ModelError(f"'{folder}': the weights cannot be read: {str(errors).splitlines()[0]}; copy or download them again")
+
+
+def check_finite(model: PreTrainedModel, source: str) -> None:
+    """Refuses weights that are NaN, infinite or beyond anything that training gives.
+
+    Raises:
+        ModelError: The message names the first such tensor.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.numel():
+            continue
+        smallest, largest = (float(value) for value in torch.aminmax(parameter.detach()))
+        extreme = max(abs(smallest), abs(largest))  # NaN and infinity pass through aminmax
+        if not math.isfinite(smallest + largest):
+            bad = int((~torch.isfinite(parameter.detach())).sum())
+            raise ModelError(
+                f"'{source}': '{name}' holds NaN or infinity in {bad} of {parameter.numel()} values; "
+                "the file is damaged or the training diverged: use another copy or an earlier checkpoint"
+            )
+        if extreme > LARGEST_PLAUSIBLE:
+            raise ModelError(
+                f"'{source}': '{name}' holds a value of {extreme:.3g}, above {LARGEST_PLAUSIBLE:.0e}; "
+                "the file is damaged: copy or download it again"
+            )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, source: str) -> None:
+    """Refuses a tokenizer with ids that the embedding has no row for.
+
+    Raises:
+        ModelError: The largest id is beyond the embedding.
+    """
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    if largest >= rows:
+        raise ModelError(
+            f"'{source}': the tokenizer has ids up to {largest}, the embedding has {rows} rows; "
+            "use the tokenizer that the model was trained with"
+        )

@@ -1,0 +1,189 @@
+"""Load a causal language model and its tokenizer from a folder, the Hugging Face hub, or the package itself."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from regraft import seedling
+from regraft.errors import InputError, ModelError, did_you_mean
+from regraft.models.checks import (
+    check_checksums,
+    check_config,
+    check_finite,
+    check_loading_report,
+    check_vocabulary,
+)
+from regraft.models.provenance import read_provenance
+from regraft.models.quiet import quiet
+from regraft.models.uneven import register
+from regraft.models.view import ModelView, fingerprint
+from regraft.models.weights import stored_tensors, weights_dtype
+from regraft.plans import Provenance
+from regraft.settings import LoadSettings
+
+SEEDLING = "seedling"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
+# What is fetched from the hub: nothing in subfolders, no pickles, no second copy of the weights in the maker's own format.
+WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+UNWANTED = ("*/*", "consolidated*")
+HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+
+
+@dataclass
+class Loaded:
+    """A model that is ready to be worked on.
+
+    Attributes:
+        model: In evaluation mode.
+        tokenizer: None where the folder has none.
+        source: As it was given.
+        fingerprint: Of the model.
+        provenance: How the folder came to be, where regraft made it.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    source: str
+    fingerprint: str
+    provenance: Provenance | None
+
+
+def load(source: str | Path, settings: LoadSettings | None = None) -> Loaded:
+    """Loads a model and checks that it is whole.
+
+    Args:
+        source: A folder, which never touches the network; ``seedling``, the model in the package; or a hub id.
+        settings: Number type, device, and whether code from the folder may run.
+
+    Raises:
+        ModelError: The model is missing, damaged, unsafe or of an unknown family.
+        InputError: The device does not exist.
+    """
+    settings = settings or LoadSettings()
+    device = _device(settings.device)
+    folder = locate(source, trust_remote_code=settings.trust_remote_code)
+    name = str(source)
+    config_values = check_config(folder)
+    tensors = stored_tensors(folder)
+    provenance = read_provenance(folder)
+    check_checksums(folder, provenance)
+    dtype = weights_dtype(tensors) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    model = _load_model(folder, dtype, trust_remote_code=settings.trust_remote_code)
+    check_finite(model, name)
+    tokenizer = _load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, model, name)
+    assert config_values["model_type"] == model.config.model_type
+    ModelView(model)
+    model = model.to(device)  # pyright: ignore[reportArgumentType]
+    return Loaded(model, tokenizer, name, fingerprint(model), provenance)
+
+
+def require_tokenizer(loaded: Loaded) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer.
+
+    Raises:
+        ModelError: The folder has none.
+    """
+    if loaded.tokenizer is None:
+        raise ModelError(f"'{loaded.source}' has no tokenizer; copy the model's tokenizer.json and tokenizer_config.json into it")
+    return loaded.tokenizer
+
+
+def locate(source: str | Path, *, trust_remote_code: bool = False) -> Path:
+    """Returns the folder of a model; a hub id is downloaded to the cache of Hugging Face first.
+
+    Raises:
+        ModelError: There is no such folder, and no such model on the hub or no way to reach it.
+    """
+    name = str(source)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ModelError(f"'{name}' is a file; give the folder that holds config.json and the weights")
+    if name == SEEDLING:
+        return seedling.path()
+    beside = len(folder.parts) > 1 and folder.parent.is_dir()
+    if isinstance(source, Path) or beside or not HUB_ID.fullmatch(name):
+        raise ModelError(f"there is no folder '{name}'; give the folder of a model, a hub id, or '{SEEDLING}'")
+    wanted: list[str] = [*WANTED, "*.py"] if trust_remote_code else [*WANTED]
+    nowhere = f"'{name}' is not a folder here"
+    remedy = f"check the name, or give the folder of a model or '{SEEDLING}'{did_you_mean(name, [SEEDLING])}"
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=list(UNWANTED)))
+    except GatedRepoError:
+        raise ModelError(f"'{name}' is gated on the hub; accept its terms on its page and log in with: hf auth login") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise ModelError(f"{nowhere}, and the hub has no model of this name; {remedy}") from None
+    except Exception as error:  # the hub's client lets many kinds through: sockets, proxies, certificates, its own
+        raise ModelError(f"{nowhere}, and the hub cannot be reached ({_first_line(error)}); {remedy}") from error
+
+
+def _load_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
+    register()
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # each config class validates in its own way
+        raise ModelError(
+            f"'{folder / 'config.json'}' is not valid: {_first_line(error)}; mend it or download it again"
+        ) from error
+    try:
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # whatever the modelling code raises on a config that does not fit
+        raise ModelError(f"'{folder}' cannot be loaded: {_first_line(error)}; check its config.json") from error
+    model, report = loaded
+    check_loading_report(folder, report, config.num_hidden_layers)
+    return model
+
+
+def _load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ModelError(
+            f"the tokenizer of '{folder}' cannot be loaded: {_first_line(error)}; copy its tokenizer files again"
+        ) from error
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device '{name}' is not known; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise InputError(f"device '{name}' is not here ({count} CUDA devices); use cpu" + (" or cuda" if count else ""))
+    elif device.type != "cpu":
+        raise InputError(f"device '{name}' is not supported; use cpu, cuda or cuda:N")
+    return device
+
+
+def _first_line(error: BaseException) -> str:
+    """Returns the first line of an error that says something, without its final full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text[:300].rstrip(".")

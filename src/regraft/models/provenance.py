@@ -1,0 +1,55 @@
+"""How a model folder came to be: read, extended, written."""
+
+from __future__ import annotations
+
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from regraft.errors import ModelError, PlanError
+from regraft.plans import Provenance, from_json, to_dict, to_json
+
+FILE = "regraft.json"
+LIBRARIES = ("regraft", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
+_NUMBERS = re.compile(r"\[\s+((?:-?[\d.eE+-]+,?\s*)+)\]")
+
+
+def versions() -> dict[str, str]:
+    """Returns the version of Python and of every library that decides what a run computes, by name."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def read_provenance(folder: Path) -> Provenance | None:
+    """Returns how a folder came to be, or None where regraft did not make it.
+
+    Raises:
+        ModelError: Its ``regraft.json`` cannot be read.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        return from_json(Provenance, path.read_bytes())
+    except PlanError as error:
+        raise ModelError(f"'{path}' is damaged ({error}); copy the folder again, or remove that file to do without it") from None
+
+
+def provenance_text(provenance: Provenance) -> str:
+    """Returns the text of ``regraft.json``: indented, but with each list of numbers on one line."""
+    return _NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", to_json(provenance)) + "\n"
+
+
+def parents_of(provenance: Provenance | None) -> tuple[dict[str, Any], ...]:
+    """Returns what a model made from one with this provenance lists as its parents, oldest first."""
+    if provenance is None:
+        return ()
+    own = {key: value for key, value in to_dict(provenance).items() if key != "parents"}
+    return (*provenance.parents, own)

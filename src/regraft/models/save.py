@@ -1,0 +1,90 @@
+"""Save a model so that ``AutoModelForCausalLM.from_pretrained`` loads what is in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from regraft.atomic import atomic_folder, sha256_of
+from regraft.errors import OutputError
+from regraft.models.build import conform
+from regraft.models.card import loading_section, sizes_section
+from regraft.models.provenance import FILE, provenance_text
+from regraft.models.quiet import quiet
+from regraft.models.view import ModelView
+from regraft.models.weights import stored_tensors, weight_files
+from regraft.plans import Provenance
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    provenance: Provenance,
+    card: str,
+    *,
+    replace: bool = False,
+) -> Provenance:
+    """Writes a model folder: whole, or not at all.
+
+    A model whose layers are equal is saved as a stock class; any other as our class, whose code travels in the folder.
+
+    Args:
+        model: Whatever its weights are; a config that does not tell their sizes is put right first.
+        tokenizer: Saved beside the model; None for none.
+        folder: Where to.
+        provenance: How the model came to be; written as ``regraft.json`` with the checksums of the weight files.
+        card: Start of the model card; the sizes and how to load the model are added.
+        replace: Whether an existing folder is replaced.
+
+    Returns:
+        The provenance as it was written.
+
+    Raises:
+        OutputError: The folder exists or cannot be written, or what was written cannot be read back; what was there before is
+            untouched.
+        PlanError: The sizes of the model do not fit each other.
+    """
+    model = conform(model)
+    view = ModelView(model)
+    sizes = [view.sizes(index) for index in range(len(view.layers))]
+    uneven = model.config.model_type.startswith("regraft_")
+    sections = (card.rstrip(), sizes_section(sizes), loading_section(type(model).__name__, uneven=uneven))
+    with atomic_folder(Path(folder), replace=replace) as partial:
+        with quiet():
+            _mend_generation_config(model)
+            model.save_pretrained(partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+        _read_back(model, partial)
+        written = dataclasses.replace(provenance, files={file.name: sha256_of(file) for file in weight_files(partial)})
+        (partial / FILE).write_text(provenance_text(written), encoding="utf-8")
+        (partial / "README.md").write_text("\n\n".join(section.rstrip() for section in sections) + "\n", encoding="utf-8")
+    return written
+
+
+def _mend_generation_config(model: PreTrainedModel) -> None:
+    """Makes a generation config that transformers loads with a warning one that it also saves.
+
+    Many published models set a temperature without switching sampling on, which transformers refuses to write.
+    """
+    config = model.generation_config
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+
+
+def _read_back(model: PreTrainedModel, folder: Path) -> None:
+    """Compares the names and shapes in the files with those in memory; a tied tensor is stored once."""
+    stored = stored_tensors(folder)
+    state = model.state_dict()
+    kept = {state[name].data_ptr() for name in stored if name in state}
+    for name, tensor in state.items():
+        same = stored[name].shape == tuple(tensor.shape) if name in stored else tensor.data_ptr() in kept
+        if not same:
+            raise OutputError(f"'{name}' was not written as it is in memory; save again to another disk")
