@@ -62,7 +62,7 @@ class PruneSettings(Settings):
     @field_validator("layers")
     @classmethod
     def _is_a_slice(cls, value: str) -> str:
-        if not re.fullmatch(r"\s*(-?[0-9]+)?\s*:\s*(-?[0-9]+)?\s*(:\s*(-?[0-9]+)?\s*)?", value) or value.split(":")[2:3] == ["0"]:
+        if not re.fullmatch(r"\s*(-?[0-9]+)?\s*:\s*(-?[0-9]+)?\s*(:\s*(-?0*[1-9][0-9]*)?\s*)?", value):
             raise ValueError(f"'{value}' is not a range of layers; write it as START:STOP, such as 1:-1")
         return value
 

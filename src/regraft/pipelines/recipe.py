@@ -53,7 +53,7 @@ class Recipe(Settings):
 
 def shipped_recipes() -> dict[str, Path]:
     """Returns the recipes that come with regraft, by name."""
-    folder = Path(str(files("regraft.recipes")))
+    folder = Path(str(files("regraft"))) / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from regraft.atomic import atomic_file, atomic_folder, is_disk_full, refuse_existing, sha256_of, write_text
+from regraft.errors import OutputError
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by name, hidden ones too."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def fail_half_way(target: Path, error: BaseException, *, replace: bool = False) -> None:
+    """Begins to write a folder, then raises."""
+    with atomic_folder(target, replace=replace) as partial:
+        (partial / "a").write_text("half")
+        raise error
+
+
+def fail_in_a_file(path: Path) -> None:
+    with atomic_file(path) as partial:
+        partial.write_text("half")
+        raise KeyError("half way")
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "model"
+    with atomic_folder(target) as partial:
+        (partial / "a").write_text("1")
+        (partial / "sub").mkdir()
+        (partial / "sub" / "b").write_text("2")
+        assert not target.exists()
+    assert tree(tmp_path) == {"deep/model/a": b"1", "deep/model/sub/b": b"2"}
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyError):
+        fail_half_way(tmp_path / "model", KeyError("half way"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_while_replacing_leaves_the_old(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "model") as partial:
+        (partial / "a").write_text("old")
+    with pytest.raises(KeyError):
+        fail_half_way(tmp_path / "model", KeyError("half way"), replace=True)
+    assert tree(tmp_path) == {"model/a": b"old"}
+
+
+def test_replacing_leaves_only_the_new(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        with atomic_folder(tmp_path / "model", replace=True) as partial:
+            (partial / name).write_text(name)
+    assert tree(tmp_path) == {"model/b": b"b"}
+
+
+@pytest.mark.parametrize("kind", ["file", "full folder", "broken link"])
+def test_what_exists_is_refused_and_untouched(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "model"
+    if kind == "file":
+        target.write_text("mine")
+    elif kind == "full folder":
+        target.mkdir()
+        (target / "mine").write_text("mine")
+    else:
+        target.symlink_to(tmp_path / "nowhere")
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match=r"exists; choose another --output"), atomic_folder(target):
+        pytest.fail("the block must not run")
+    assert tree(tmp_path) == before
+
+
+def test_an_empty_folder_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    refuse_existing(tmp_path / "model")
+    with atomic_folder(tmp_path / "model") as partial:
+        (partial / "a").write_text("1")
+    assert tree(tmp_path) == {"model/a": b"1"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line_and_changes_nothing(tmp_path: Path, number: int) -> None:
+    with pytest.raises(OutputError) as caught:
+        fail_half_way(tmp_path / "model", OSError(number, "no room"))
+    message = str(caught.value)
+    assert "disk is full" in message
+    assert str(tmp_path / "model") in message
+    assert "\n" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_known_behind_other_errors() -> None:
+    outer = RuntimeError("could not save")
+    outer.__cause__ = OSError(errno.ENOSPC, "no room")
+    assert is_disk_full(outer)
+    assert not is_disk_full(RuntimeError("could not save"))
+    assert not is_disk_full(OSError(errno.EACCES, "not allowed"))
+
+
+def test_a_parent_that_is_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="cannot write"), atomic_folder(tmp_path / "notes.txt" / "model"):
+        pytest.fail("the block must not run")
+    assert tree(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_a_file_is_replaced_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    write_text(path, "old")
+    with atomic_file(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert tree(tmp_path) == {"plan.json": b"new"}
+
+
+def test_a_file_keeps_its_old_text_when_writing_fails(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    write_text(path, "old")
+    with pytest.raises(KeyError):
+        fail_in_a_file(path)
+    assert tree(tmp_path) == {"plan.json": b"old"}
+
+
+def test_text_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "naïve ☃\n")
+    assert (tmp_path / "a").read_bytes() == "naïve ☃\n".encode()
+
+
+def test_sha256_matches_hashlib(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(range(256)) * 5000)
+    assert sha256_of(tmp_path / "a") == hashlib.sha256(bytes(range(256)) * 5000).hexdigest()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from regraft.atomic import atomic_folder
+with atomic_folder(Path(sys.argv[1]), replace=True) as partial:
+    (partial / "a").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_writer_leaves_the_old_and_the_next_clears_up(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with atomic_folder(target) as partial:
+        (partial / "a").write_text("old")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(target)], env=dict(os.environ), check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert (target / "a").read_text() == "old"
+    with atomic_folder(target, replace=True) as partial:
+        assert list(partial.iterdir()) == []
+        (partial / "a").write_text("new")
+    assert tree(tmp_path) == {"model/a": b"new"}

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regraft import plans
+from regraft.errors import PlanError
+from regraft.plans import (
+    Cut,
+    Group,
+    GroupKind,
+    Groups,
+    LossReport,
+    Measurement,
+    Member,
+    Provenance,
+    PrunePlan,
+    RankPlan,
+    Scores,
+    SizeReport,
+    SpeedReport,
+    from_json,
+    to_dict,
+    to_json,
+)
+
+NAMES = st.text(min_size=1, max_size=20)
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+COUNTS = st.integers(0, 10**12)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | NUMBERS | NAMES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=6,
+)
+
+MEMBERS = st.builds(Member, NAMES, st.integers(0, 1), st.sampled_from(["in", "out"]), COUNTS, COUNTS, COUNTS, COUNTS)
+GROUPS = st.builds(
+    Group,
+    NAMES,
+    st.sampled_from(get_args(GroupKind)),
+    st.none() | COUNTS,
+    COUNTS,
+    st.lists(MEMBERS, max_size=2).map(tuple),
+    COUNTS,
+)
+CUTS = st.builds(Cut, NAMES, st.lists(COUNTS, max_size=5).map(tuple))
+PRUNE_PLANS = st.builds(
+    PrunePlan,
+    NAMES,
+    NAMES,
+    NAMES,
+    st.sampled_from(["uniform", "per-layer"]),
+    NUMBERS,
+    COUNTS,
+    COUNTS,
+    COUNTS,
+    st.lists(CUTS, max_size=3).map(tuple),
+)
+RANK_PLANS = st.builds(RankPlan, NAMES, NAMES, st.dictionaries(NAMES, COUNTS, max_size=3), NUMBERS, COUNTS)
+LOSSES = st.builds(LossReport, NUMBERS, NUMBERS, NUMBERS, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, st.booleans(), NAMES, NAMES)
+SIZES = st.builds(SizeReport, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS)
+SPEEDS = st.builds(SpeedReport, NUMBERS, NUMBERS, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, NAMES)
+ANY_PLAN = st.one_of(
+    MEMBERS,
+    GROUPS,
+    CUTS,
+    PRUNE_PLANS,
+    RANK_PLANS,
+    LOSSES,
+    SIZES,
+    SPEEDS,
+    st.builds(Groups, NAMES, NAMES, COUNTS, COUNTS, st.lists(GROUPS, max_size=2).map(tuple)),
+    st.builds(Scores, NAMES, NAMES, st.dictionaries(NAMES, st.lists(NUMBERS, max_size=4).map(tuple), max_size=3)),
+    st.builds(Measurement, NAMES, LOSSES, SIZES, st.none() | SPEEDS),
+    st.builds(
+        Provenance,
+        NAMES,
+        NAMES,
+        NAMES,
+        COUNTS,
+        st.dictionaries(NAMES, NAMES, max_size=2),
+        st.none() | PRUNE_PLANS,
+        st.none() | RANK_PLANS,
+        st.dictionaries(NAMES, JSON, max_size=2),
+        st.dictionaries(NAMES, NAMES, max_size=2),
+        st.lists(st.dictionaries(NAMES, JSON, max_size=2), max_size=2).map(tuple),
+    ),
+)
+
+COVERED = (
+    *(Member, Group, Groups, Scores, Cut, PrunePlan, RankPlan),
+    *(LossReport, SizeReport, SpeedReport, Measurement, Provenance),
+)
+
+
+@given(ANY_PLAN)
+def test_json_gives_an_equal_value_back(value: Any) -> None:
+    again = from_json(type(value), to_json(value))
+    assert again == value
+    assert to_json(again) == to_json(value)
+    assert to_dict(value) == json.loads(to_json(value, indent=None))
+
+
+def test_every_plan_is_covered_and_frozen() -> None:
+    kinds = {name for name, kind in vars(plans).items() if is_dataclass(kind)}
+    assert kinds == {kind.__name__ for kind in COVERED}
+    for name in kinds:
+        kind = getattr(plans, name)
+        assert kind.__dataclass_params__.frozen, f"{name} can be changed"
+        assert {field.name for field in fields(kind)} == get_type_hints(kind).keys() - {"__dataclass_fields__"}
+
+
+def test_a_plan_of_another_kind_is_refused_by_its_first_field() -> None:
+    with pytest.raises(PlanError, match=r"^not a PrunePlan: \w+: .*; write it again with regraft$"):
+        from_json(PrunePlan, to_json(Cut("layers.0.ffn", (1, 2))))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "\x00"])
+def test_text_that_is_no_plan_is_one_line(text: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        from_json(Cut, text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_scores_must_be_finite(bad: float) -> None:
+    with pytest.raises(PlanError, match=r"scores of layers\.1\.ffn are not finite"):
+        Scores("f", "taylor", {"layers.0.ffn": (1.0, 2.0), "layers.1.ffn": (1.0, bad)})
+
+
+@given(offset=st.integers(0, 5), size=st.integers(1, 4), repeats=st.integers(1, 3), units=st.integers(1, 5))
+def test_units_of_a_member_own_every_index_once(offset: int, size: int, repeats: int, units: int) -> None:
+    member = Member("w", 0, "out", offset=offset, size=size, repeats=repeats, stride=units * size)
+    owned = [index for unit in range(units) for index in member.indices(unit)]
+    assert sorted(owned) == list(range(offset, offset + units * size * repeats))
+    assert all(len(list(member.indices(unit))) == member.width for unit in range(units))
+
+
+def test_achieved_is_the_share_that_is_gone() -> None:
+    plan = PrunePlan("f", "l1", "global", "per-layer", 0.2, 16, 1000, 750, ())
+    assert plan.achieved == 0.25

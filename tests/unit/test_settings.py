@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from regraft.errors import ConfigError
+from regraft.settings import (
+    EvaluateSettings,
+    LoadSettings,
+    PruneSettings,
+    RecoverSettings,
+    SampleSettings,
+    Settings,
+    checked,
+    problems_of,
+)
+
+ALL = [LoadSettings, PruneSettings, RecoverSettings, EvaluateSettings, SampleSettings]
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
+def test_defaults_are_valid_described_and_survive_json(kind: type[Settings]) -> None:
+    settings = kind()
+    assert kind.model_validate_json(settings.model_dump_json()) == settings
+    assert all(field.description for field in kind.model_fields.values())
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
+def test_settings_cannot_be_changed(kind: type[Settings]) -> None:
+    name = next(iter(kind.model_fields))
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(kind(), name, "other")
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "line"),
+    [
+        (PruneSettings, {"ratio": 0}, "ratio: should be above 0.0 and below 1.0 (got 0)"),
+        (PruneSettings, {"ratio": 1}, "ratio: should be above 0.0 and below 1.0 (got 1)"),
+        (PruneSettings, {"ratio": -1.0}, "ratio: should be above 0.0 and below 1.0 (got -1.0)"),
+        (PruneSettings, {"ratio": float("nan")}, "ratio: should be above 0.0 and below 1.0 (got nan)"),
+        (PruneSettings, {"ratio": "lots"}, "ratio: should be a number (got 'lots')"),
+        (PruneSettings, {"ration": 0.2}, "ration: unknown key; did you mean 'ratio'?"),
+        (PruneSettings, {"shape": "unifrm"}, "shape: should be 'uniform' or 'per-layer' (got 'unifrm'); did you mean 'uniform'?"),
+        (PruneSettings, {"align": 0}, "align: should be greater than 0 or 'auto' (got 0)"),
+        (PruneSettings, {"samples": 1.5}, "samples: should be a whole number (got 1.5)"),
+        (PruneSettings, {"targets": ["heads", "ears"]}, "targets.1: should be 'heads' or 'ffn' (got 'ears')"),
+        (PruneSettings, {"targets": "ffn"}, "targets: should be a list (got 'ffn')"),
+        (RecoverSettings, {"lr": 0}, "lr: should be above 0.0 (got 0)"),
+        (RecoverSettings, {"lr": float("inf")}, "lr: should be above 0.0 (got inf)"),
+        (RecoverSettings, {"steps": 0}, "steps: should be above 0 (got 0)"),
+        (RecoverSettings, {"merge": "perhaps"}, "merge: should be true or false (got 'perhaps')"),
+        (EvaluateSettings, {"bos": 7}, "bos: should be true or false or 'auto' (got 7)"),
+        (EvaluateSettings, {"text": 3}, "text: should be a file name (got 3)"),
+        (LoadSettings, {"dtype": "float31"}, "did you mean 'float32'?"),
+    ],
+)
+def test_a_wrong_value_is_one_line_with_value_and_limit(kind: type[Settings], values: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        checked(kind, values, "command line")
+    assert len(caught.value.problems) == 1
+    assert line in str(caught.value)
+    assert str(caught.value).startswith("command line: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_all_problems_are_found_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        checked(PruneSettings, {"ratio": 2, "shape": "x", "smaples": 3, "seq_len": -1}, "recipe.yaml")
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["ratio", "shape", "seq_len", "smaples"]
+    assert str(caught.value).startswith("recipe.yaml: 4 problems\n  - ratio: ")
+
+
+@pytest.mark.parametrize("layers", [":", "1:", ":-1", "1:-1", "-3:", "0:8:2", "::-1", " 1 : 2 "])
+def test_ranges_of_layers(layers: str) -> None:
+    assert PruneSettings(layers=layers).layers == layers
+    parts = [int(part) if part.strip() else None for part in layers.split(":")]
+    assert len(range(10)[slice(*parts)]) > 0
+
+
+@pytest.mark.parametrize("layers", ["", "1", "a", "1:b", "1:2:3:4", "--1:", "1:--1", "²:", "::0", ":: -00", "1.5:"])
+def test_what_is_no_range_of_layers(layers: str) -> None:
+    with pytest.raises(ConfigError, match="is not a range of layers; write it as START:STOP, such as 1:-1"):
+        checked(PruneSettings, {"layers": layers}, "command line")
+
+
+@given(st.text(max_size=8) | st.text(alphabet="0123-: ", max_size=8))
+def test_a_range_that_is_accepted_can_be_used(layers: str) -> None:
+    try:
+        accepted = PruneSettings(layers=layers).layers
+    except ValidationError:
+        return
+    range(10)[slice(*[int(part) if part.strip() else None for part in accepted.split(":")])]
+
+
+def test_text_from_a_command_line_is_read_as_values() -> None:
+    values = {"ratio": "0.3", "align": "8", "samples": "4", "calibration": "a.txt", "targets": ("ffn",)}
+    assert checked(PruneSettings, values, "command line") == PruneSettings(
+        ratio=0.3, align=8, samples=4, calibration=Path("a.txt"), targets=("ffn",)
+    )
+    assert checked(PruneSettings, {"align": "auto"}, "command line").align == "auto"
+    assert checked(EvaluateSettings, {"bos": "false"}, "command line").bos is False
+
+
+def test_nested_problems_name_the_section() -> None:
+    class Recipe(Settings):
+        model: str
+        prune: PruneSettings | None = None
+
+    with pytest.raises(ValidationError) as caught:
+        Recipe.model_validate({"prune": {"ratio": 3, "x": 1}, "prnue": {}})
+    assert problems_of(caught.value, Recipe) == [
+        "model: required, but not given",
+        "prune.ratio: should be above 0.0 and below 1.0 (got 3)",
+        f"prune.x: unknown key; known: {', '.join(PruneSettings.model_fields)}",
+        "prnue: unknown key; did you mean 'prune'?",
+    ]
