@@ -20,13 +20,11 @@ import torch
 from tokenizers import Tokenizer
 
 from regraft.seedling.corpus import Document, documents
-from seedling.batches import PackedWindows
 from seedling.export import export
 from seedling.tokenizer import encode_documents, save_tokenizer, train_tokenizer
-from seedling.training import LogRow, Settings, Trainer, learning_rate
+from seedling.training import VALIDATION_WINDOWS, Batches, LogRow, Settings, Trainer, learning_rate
 
 CHECKPOINT = "checkpoint.safetensors"
-VALIDATION_WINDOWS = 32
 SMOKE = Settings(
     hidden=32,
     ffn=64,
@@ -36,9 +34,11 @@ SMOKE = Settings(
     head_dim=16,
     vocabulary_tokens=384,
     window_tokens=64,
-    batch_windows=2,
+    short_window_tokens=32,
+    batch_tokens=128,
     steps=8,
     warmup_steps=2,
+    decay_steps=2,
     bf16_autocast=False,
 )
 
@@ -57,8 +57,7 @@ def main() -> None:
     train_ids = encode_documents(tokenizer, (document.text for document in train))
     train_tokens = sum(len(ids) for ids in train_ids)
     print(f"{len(train)} documents, {sum(len(d.text) for d in train):,} characters, {train_tokens:,} tokens", flush=True)
-    windows = PackedWindows(train_ids, settings.window_tokens, settings.batch_windows, settings.seed)
-    trainer = Trainer(settings, windows, options.workers)
+    trainer = Trainer(settings, Batches(train_ids, settings), options.workers)
     if (work / CHECKPOINT).is_file():
         trainer.load(work / CHECKPOINT)
         print(f"going on from step {trainer.step}", flush=True)
@@ -119,7 +118,7 @@ def _train(trainer: Trainer, held_out_BT: torch.Tensor, work: Path, log_every: i
         measured = trainer.step % (4 * log_every) == 0 or last
         row = LogRow(
             step=trainer.step,
-            tokens=trainer.step * settings.batch_windows * settings.window_tokens,
+            tokens=trainer.step * settings.batch_tokens,
             lr=round(learning_rate(trainer.step - 1, settings), 8),
             train_loss_nats=round(float(np.mean(losses)), 4),
             held_out_loss_nats=round(trainer.held_out_loss(held_out_BT), 4) if measured else None,

@@ -24,7 +24,7 @@ from regraft.seedling.corpus import TEST_PERCENT, VALIDATION_PERCENT, Document, 
 from seedling.card import card
 from seedling.measure import baselines, figure, model_nats
 from seedling.tokenizer import encode_documents, save_tokenizer
-from seedling.training import LogRow, Trainer
+from seedling.training import VALIDATION_WINDOWS, LogRow, Trainer
 
 
 def export(
@@ -135,8 +135,9 @@ def _training_record(trainer: Trainer, train: Sequence[Document], train_ids: Seq
         "document_bytes": sum(len(document.text.encode()) for document in train),
         "document_tokens": sum(len(ids) for ids in train_ids),
         "steps_done": trainer.step,
-        "tokens_seen": trainer.step * settings.batch_windows * settings.window_tokens,
+        "tokens_seen": trainer.step * settings.batch_tokens,
         "seconds": round(trainer.seconds),
+        "validation_windows": VALIDATION_WINDOWS,
     }
 
 

@@ -6,11 +6,14 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,12 +23,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from seedling.batches import PackedWindows
 from seedling.tokenizer import SPECIAL_TOKENS
 
+VALIDATION_WINDOWS = 32
+
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides the weights, besides the corpus.
 
-    The batch is small and the learning rate high, since the text is short: what counts is how much each token teaches.
+    The batch is small and the learning rate high, since the text is short: what counts is how much each token teaches. Until the
+    decay the windows are short, which costs less for each token; the model learns to use its whole window during the decay.
     """
 
     hidden: int = 256
@@ -36,9 +42,11 @@ class Settings:
     head_dim: int = 32
     vocabulary_tokens: int = 4096
     window_tokens: int = 512
-    batch_windows: int = 4
+    short_window_tokens: int = 256
+    batch_tokens: int = 2048
     steps: int = 3600
     warmup_steps: int = 150
+    decay_steps: int = 1200
     peak_lr: float = 2e-3
     final_lr_share: float = 0.02
     weight_decay: float = 0.1
@@ -86,6 +94,7 @@ def initial_model(settings: Settings) -> LlamaForCausalLM:
     Normal with 0.02, and 0.02 / sqrt(2 layers) where a residual is written, as in GPT-2 (Radford et al. 2019, section 2.3).
     """
     model = LlamaForCausalLM(model_config(settings))
+    model.set_attn_implementation("eager")  # on a CPU and for heads this narrow, faster than the fused one
     generator = torch.Generator().manual_seed(settings.seed)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
@@ -97,12 +106,43 @@ def initial_model(settings: Settings) -> LlamaForCausalLM:
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """Returns the learning rate of a step (counted from 0): linear warm-up, then a cosine to its final share."""
+    """Returns the learning rate of a step (counted from 0): linear warm-up, level, and a cosine to its final share.
+
+    The level part makes it possible to decide on the number of steps while the run is on its way.
+    """
     if step < settings.warmup_steps:
         return settings.peak_lr * (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    progress = max(0, step - decay_start(settings)) / settings.decay_steps
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     return settings.peak_lr * (settings.final_lr_share + (1.0 - settings.final_lr_share) * cosine)
+
+
+def decay_start(settings: Settings) -> int:
+    """Returns the step from which the learning rate falls and the windows are long."""
+    return settings.steps - settings.decay_steps
+
+
+class Batches:
+    """The batch of each step: short windows up to the decay, whole ones from there.
+
+    Args:
+        documents: One array a document, (n_tokens,) uint16, with BOS and EOS.
+        settings: Sizes, steps and seed.
+    """
+
+    def __init__(self, documents: Sequence[NDArray[np.uint16]], settings: Settings) -> None:
+        self._from = decay_start(settings)
+        self._short = PackedWindows(
+            documents, settings.short_window_tokens, settings.batch_tokens // settings.short_window_tokens, settings.seed
+        )
+        self._long = PackedWindows(
+            documents, settings.window_tokens, settings.batch_tokens // settings.window_tokens, settings.seed + 1
+        )
+
+    def batch(self, step: int) -> Tensor:
+        """Returns the batch of a step (counted from 0): (B, T) int64 with B * T tokens in every step."""
+        windows = self._short.batch(step) if step < self._from else self._long.batch(step - self._from)
+        return torch.from_numpy(windows)
 
 
 def next_token_loss(model: LlamaForCausalLM, ids_BT: Tensor, bf16_autocast: bool) -> Tensor:
@@ -116,24 +156,24 @@ def next_token_loss(model: LlamaForCausalLM, ids_BT: Tensor, bf16_autocast: bool
 class Trainer:
     """The state of a run and how it moves on.
 
-    A batch is spread over worker threads window by window, each window computed on one thread. A worker takes the next window
-    when it is done with its own, so that a core that is busy elsewhere slows a step down by no more than its share. The
-    gradients are summed in the order of the windows, so that the bits do not depend on the number of workers.
+    A batch is spread over worker threads part by part, each part computed on one thread. A worker takes the next part when it is
+    done with its own, so that a core that is busy elsewhere slows a step down by no more than its share. The gradients are
+    summed in the order of the parts, so that the bits do not depend on the number of workers.
 
     Args:
         settings: What decides the weights.
-        windows: The training batches.
+        batches: The training batches.
         workers: Threads that compute at once.
     """
 
-    def __init__(self, settings: Settings, windows: PackedWindows, workers: int = 2) -> None:
+    def __init__(self, settings: Settings, batches: Batches, workers: int = 2) -> None:
         self.settings = settings
         self.workers = workers
         self.model = initial_model(settings)
         self.step = 0
         self.seconds = 0.0
         self.log: list[LogRow] = []
-        self._windows = windows
+        self._batches = batches
         self._parameters = list(self.model.parameters())
         torch.set_num_threads(1)
         self._pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
@@ -154,10 +194,11 @@ class Trainer:
             FloatingPointError: The loss is not finite.
         """
         started = time.perf_counter()
-        ids_BT = torch.from_numpy(self._windows.batch(self.step))
+        ids_BT = self._batches.batch(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.settings)
-        parts = list(self._pool.map(self._loss_and_gradients, ids_BT.split(1)))
+        rows = max(1, self.settings.window_tokens // ids_BT.shape[1])  # about the same work for each part
+        parts = list(self._pool.map(self._loss_and_gradients, ids_BT.split(rows)))
         loss = sum(part for part, _ in parts) / len(parts)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {self.step}: lower peak_lr and start anew")
@@ -206,12 +247,17 @@ class Trainer:
     def load(self, file: Path) -> None:
         """Takes up the state that :meth:`save` wrote.
 
+        Another number of steps is allowed as long as neither run has come to its decay: up to there they are the same run.
+
         Raises:
-            ValueError: It was written under other settings.
+            ValueError: It was written under settings that would have led elsewhere.
         """
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata()
-            if json.loads(metadata["settings"]) != asdict(self.settings):
+            written = Settings(**json.loads(metadata["settings"]))
+            still_level = int(metadata["step"]) <= min(decay_start(written), decay_start(self.settings))
+            comparable = replace(written, steps=self.settings.steps) if still_level else written
+            if comparable != self.settings:
                 raise ValueError(f"{file.name} was written under other settings: remove it to start anew")
             self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
             self.log = [LogRow(**row) for row in json.loads(metadata["log"])]

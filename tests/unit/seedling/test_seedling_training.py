@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import train_seedling
 from seedling.batches import PackedWindows
 from seedling.measure import model_nats
-from seedling.training import Settings, Trainer, initial_model, learning_rate
+from seedling.training import Batches, Settings, Trainer, initial_model, learning_rate
 
 TINY = Settings(
     hidden=16,
@@ -25,16 +25,18 @@ TINY = Settings(
     head_dim=8,
     vocabulary_tokens=300,
     window_tokens=32,
-    batch_windows=3,
+    short_window_tokens=16,
+    batch_tokens=96,
     steps=6,
     warmup_steps=2,
+    decay_steps=2,
 )
 
 
-def tiny_windows(settings: Settings = TINY) -> PackedWindows:
+def tiny_batches(settings: Settings = TINY) -> Batches:
     generator = np.random.default_rng(0)
     documents = [generator.integers(0, 300, size).astype(np.uint16) for size in (50, 400, 7, 300, 150)]
-    return PackedWindows(documents, settings.window_tokens, settings.batch_windows, settings.seed)
+    return Batches(documents, settings)
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -42,14 +44,14 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def test_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path: Path) -> None:
-    whole = Trainer(TINY, tiny_windows())
+    whole = Trainer(TINY, tiny_batches())
     losses = [whole.advance() for _ in range(6)]
-    first = Trainer(TINY, tiny_windows())
+    first = Trainer(TINY, tiny_batches())
     for _ in range(3):
         first.advance()
     first.save(tmp_path / "checkpoint.safetensors")
     first.advance()  # what comes after the last checkpoint is lost by a kill
-    second = Trainer(TINY, tiny_windows())
+    second = Trainer(TINY, tiny_batches())
     second.load(tmp_path / "checkpoint.safetensors")
     assert [second.advance() for _ in range(3)] == losses[3:]
     assert all(torch.equal(value, weights(second)[name]) for name, value in weights(whole).items())
@@ -59,7 +61,7 @@ def test_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path: Path
 def test_bits_do_not_depend_on_the_number_of_workers() -> None:
     ends = []
     for workers in (1, 3):
-        trainer = Trainer(TINY, tiny_windows(), workers)
+        trainer = Trainer(TINY, tiny_batches(), workers)
         for _ in range(3):
             trainer.advance()
         ends.append(weights(trainer))
@@ -68,14 +70,14 @@ def test_bits_do_not_depend_on_the_number_of_workers() -> None:
 
 def test_a_step_is_that_of_plain_adamw_on_the_whole_batch() -> None:
     settings = Settings(**{**TINY.__dict__, "bf16_autocast": False})
-    trainer = Trainer(settings, tiny_windows(settings))
+    trainer = Trainer(settings, tiny_batches(settings))
     model = initial_model(settings)
     optimizer = torch.optim.AdamW(
         [{"params": [p], "weight_decay": 0.1 if p.ndim == 2 else 0.0} for p in model.parameters()], betas=(0.9, 0.98)
     )
     for step in range(2):
         loss = trainer.advance()
-        ids_BT = torch.from_numpy(tiny_windows(settings).batch(step))
+        ids_BT = tiny_batches(settings).batch(step)
         expected = model(input_ids=ids_BT, labels=ids_BT).loss
         expected.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -89,19 +91,41 @@ def test_a_step_is_that_of_plain_adamw_on_the_whole_batch() -> None:
 
 
 def test_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
-    trainer = Trainer(TINY, tiny_windows())
+    trainer = Trainer(TINY, tiny_batches())
     trainer.save(tmp_path / "checkpoint.safetensors")
-    other = Trainer(Settings(**{**TINY.__dict__, "seed": 21}), tiny_windows())
+    other = Trainer(Settings(**{**TINY.__dict__, "seed": 21}), tiny_batches())
     with pytest.raises(ValueError, match="written under other settings"):
         other.load(tmp_path / "checkpoint.safetensors")
 
 
-def test_learning_rate_warms_up_and_ends_at_its_final_share() -> None:
+def test_number_of_steps_may_change_until_the_decay_and_not_after(tmp_path: Path) -> None:
+    longer = Settings(**{**TINY.__dict__, "steps": 8})
+    whole = Trainer(longer, tiny_batches(longer))
+    losses = [whole.advance() for _ in range(8)]
+    trainer = Trainer(TINY, tiny_batches())
+    for _ in range(4):
+        trainer.advance()
+    trainer.save(tmp_path / "checkpoint.safetensors")
+    other = Trainer(longer, tiny_batches(longer))
+    other.load(tmp_path / "checkpoint.safetensors")
+    assert [other.advance() for _ in range(4)] == losses[4:]
+    trainer.advance()
+    trainer.save(tmp_path / "checkpoint.safetensors")
+    with pytest.raises(ValueError, match="written under other settings"):
+        Trainer(longer, tiny_batches(longer)).load(tmp_path / "checkpoint.safetensors")
+
+
+def test_windows_are_short_up_to_the_decay_and_whole_from_there() -> None:
+    shapes = [tuple(tiny_batches().batch(step).shape) for step in range(6)]
+    assert shapes == [(6, 16)] * 4 + [(3, 32)] * 2
+
+
+def test_learning_rate_warms_up_stays_level_and_ends_at_its_final_share() -> None:
     rates = [learning_rate(step, TINY) for step in range(TINY.steps + 1)]
     assert rates[0] == TINY.peak_lr / 2
-    assert max(rates) == rates[1] == TINY.peak_lr
+    assert rates[1:5] == [TINY.peak_lr] * 4
     assert rates[-1] == pytest.approx(TINY.final_lr_share * TINY.peak_lr)
-    assert all(later < earlier for earlier, later in itertools.pairwise(rates[2:]))
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[4:]))
 
 
 def test_windows_of_an_epoch_cover_the_text_once_and_epochs_differ() -> None:
@@ -121,6 +145,7 @@ def test_windows_of_an_epoch_cover_the_text_once_and_epochs_differ() -> None:
 @pytest.mark.parametrize(("window", "stride"), [(32, 16), (32, 31), (24, 8)])
 def test_measured_losses_are_those_of_each_token_with_its_stated_context(window: int, stride: int) -> None:
     model = initial_model(TINY).double()
+    model.set_attn_implementation("sdpa")  # the eager one rounds its softmax to fp32
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():  # a model that looks at its context
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
