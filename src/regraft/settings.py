@@ -74,7 +74,9 @@ class RecoverSettings(Settings):
     adapter: str = Field(default="lora", description="which adapter")
     rank: Positive = Field(default=8, description="rank of the adapter")
     alpha: Rate | None = Field(default=None, description="LoRA alpha; default: twice the rank")
-    ranks: Path | None = Field(default=None, description="a rank plan (JSON) with a rank for each module, instead of --rank")
+    ranks: Path | RankPlan | None = Field(
+        default=None, description="a rank plan (JSON) with a rank for each module, instead of --rank"
+    )
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.05, description="dropout inside the adapter")
     lr: Rate = Field(default=1e-3, description="peak learning rate")
     steps: Positive = Field(default=200, description="optimizer steps")
