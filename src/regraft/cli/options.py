@@ -20,6 +20,7 @@ import inspect
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from functools import wraps
 from pathlib import Path
 from types import NoneType, UnionType
@@ -150,6 +151,8 @@ def _metavar(annotation: Any) -> str:
     if get_origin(annotation) is Annotated:
         return _metavar(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
-        return "|".join(dict.fromkeys(_metavar(part).strip("[]") for part in get_args(annotation) if part is not NoneType))
+        # A plan can be given as a value in Python and in a recipe; on the command line it is a file.
+        parts = [part for part in get_args(annotation) if part is not NoneType and not is_dataclass(part)]
+        return "|".join(dict.fromkeys(_metavar(part).strip("[]") for part in parts))
     plain = {bool: "true|false", int: "N", float: "X", Path: "FILE", str: "TEXT"}
     return plain.get(annotation, "VALUE")
