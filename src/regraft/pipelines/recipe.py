@@ -157,10 +157,23 @@ def _override(values: dict[str, Any], document: YamlText, overrides: Sequence[st
                 break
         else:
             try:
-                target[name] = read_value(value)
+                target[name] = _override_value(sections, name, value)
                 document.lines.pop(key.strip(), None)
             except ConfigError as error:
                 yield f"override '{text}': {error.problems[0]}"
+
+
+def _override_value(sections: Sequence[str], name: str, text: str) -> Any:
+    """Reads the value of an override: YAML; where the key holds text, what YAML does not read as text stays as typed."""
+    section = SECTIONS.get(sections[0], Recipe) if sections else Recipe
+    holds_text = name in section.model_fields and section.model_fields[name].annotation is str
+    try:
+        value = read_value(text)
+    except ConfigError:
+        if not holds_text:
+            raise
+        return text
+    return text if holds_text and not isinstance(value, str) else value
 
 
 def _listed(section: type[Settings], values: Any) -> Any:

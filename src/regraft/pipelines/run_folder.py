@@ -161,7 +161,7 @@ def open_run(path: Path, identity: Mapping[str, Any], *, resume: bool, say: Say)
             folder = RunFolder(path, say)
             yield folder
         except Exception:
-            if not resume and not any(path.glob(f"*/{MANIFEST}")):
+            if not resume and not any(path.rglob(MANIFEST)):
                 for parent in made:
                     shutil.rmtree(parent, ignore_errors=True)
             raise
@@ -210,7 +210,7 @@ def _named(owner: Path) -> str:
 
 def _clear_half_written(path: Path) -> None:
     """Removes what a killed process left aside."""
-    for entry in [*path.glob(".*.partial"), *path.glob(".*.old")]:
+    for entry in [*path.glob("**/.*.partial"), *path.glob("**/.*.old")]:
         if entry.is_dir():
             shutil.rmtree(entry)
         else:
