@@ -1,0 +1,95 @@
+"""``regraft evaluate``: measure a model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from regraft.atomic import write_text
+from regraft.cli.options import ModelArgument, SeedOption, with_settings
+from regraft.errors import OutputError
+from regraft.evaluation.harness import flat
+from regraft.pipelines.evaluate import evaluate_model
+from regraft.plans import Measurement
+from regraft.settings import EvaluateSettings, LoadSettings
+
+STDOUT = Path("-")
+
+
+@with_settings
+def evaluate(
+    model: ModelArgument,
+    evaluate: EvaluateSettings,
+    load: LoadSettings,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="write the figures here as flat JSON; - for the screen")
+    ] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Measure a model: loss, perplexity, bits per byte, size and, if asked, speed."""
+    if json_file is not None and json_file != STDOUT:
+        check_writable(json_file)
+    measurement = evaluate_model(model, evaluate, load=load, seed=seed)
+    text = json.dumps(flat(measurement), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    if json_file == STDOUT:
+        print(text, end="")
+        return
+    show_measurement(Console(), measurement)
+    if json_file is not None:
+        write_text(json_file, text)
+        Console().print(f"written to {json_file}", soft_wrap=True, markup=False, highlight=False)
+
+
+def check_writable(path: Path) -> None:
+    """Refuses a file that cannot be written, before anything is computed.
+
+    Raises:
+        OutputError: It is a folder, or its folder cannot be made or written.
+    """
+    if path.is_dir():
+        raise OutputError(f"'{path}' is a folder; give the name of a file")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write '{path}': '{parent}' is not a folder that can be written; choose another file")
+
+
+def show_measurement(console: Console, measurement: Measurement) -> None:
+    """Prints a measurement with everything that is needed to repeat it."""
+    table = Table(title=measurement.label, show_header=False)
+    table.add_column("what")
+    table.add_column("value", justify="right", overflow="fold")
+    for what, value in rows(measurement):
+        table.add_row(what, value)
+    console.print(table)
+
+
+def rows(measurement: Measurement) -> list[tuple[str, str]]:
+    """Returns a measurement as pairs of words and formatted figures with their units."""
+    loss, size, speed = measurement.loss, measurement.size, measurement.speed
+    found = [
+        ("loss", f"{loss.loss_nats:.4f} nats/token"),
+        ("perplexity", f"{loss.perplexity:,.3f}" if loss.perplexity < 1e6 else f"{loss.perplexity:.3e}"),
+        ("bits per byte", f"{loss.bits_per_byte:.4f}"),
+        ("text", loss.text),
+        ("split", loss.split),
+        ("documents", f"{loss.documents:,} ({'each starts with BOS' if loss.bos else 'no BOS'})"),
+        ("tokens predicted", f"{loss.tokens:,} of {loss.bytes:,} bytes"),
+        ("window / stride", f"{loss.window_tokens} / {loss.stride_tokens} tokens"),
+        ("parameters", f"{size.parameters:,}"),
+        ("on disk / in memory", f"{size.bytes_on_disk / 1e6:,.2f} MB / {size.bytes_in_memory / 1e6:,.2f} MB"),
+        ("MACs per token", f"{size.macs_per_token:,} (context of {size.context_tokens} tokens)"),
+    ]
+    if speed is not None:
+        found += [
+            ("prefill", f"{1e3 * speed.prefill_seconds:,.1f} ms for {speed.prompt_tokens} tokens"),
+            ("decode", f"{1e3 * speed.decode_seconds_per_token:,.2f} ms/token over {speed.decoded_tokens} tokens"),
+            ("peak memory", f"{speed.peak_memory_bytes / 1e6:,.1f} MB ({speed.device}, {speed.threads} threads)"),
+            ("speed is", f"the median of {speed.repeats} repeats"),
+        ]
+    return found

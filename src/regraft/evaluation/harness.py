@@ -1,0 +1,82 @@
+"""The one place where a model is measured, so that dense, pruned and recovered models are measured alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from regraft.data.text import Corpus
+from regraft.evaluation.loss import evaluate_loss
+from regraft.evaluation.size import measure_size
+from regraft.evaluation.speed import compare_speed
+from regraft.plans import Measurement, to_dict
+from regraft.settings import EvaluateSettings
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure.
+
+    Attributes:
+        model: In memory.
+        tokenizer: Of that model.
+        folder: Where its safetensors files are; None when it was never saved.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path | None = None
+
+
+def measure(
+    label: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    settings: EvaluateSettings | None = None,
+    folder: Path | None = None,
+    *,
+    seed: int = 0,
+) -> Measurement:
+    """Measures one model: loss on a corpus, size, and speed where ``settings.speed`` asks for it.
+
+    Raises:
+        InputError: A setting does not fit the model.
+        DataError: The corpus has no token to predict.
+        ModelError: The loss is not finite.
+    """
+    return measure_together({label: Subject(model, tokenizer, folder)}, corpus, settings, seed=seed)[label]
+
+
+def measure_together(
+    subjects: Mapping[str, Subject], corpus: Corpus, settings: EvaluateSettings | None = None, *, seed: int = 0
+) -> dict[str, Measurement]:
+    """Measures several models on the same text; their speed in turns, so that its ratios hold on a busy machine.
+
+    Args:
+        subjects: By label, such as ``dense``, ``pruned``, ``recovered``.
+        corpus: What they predict.
+        settings: Window, stride, BOS, number of tokens, and whether speed is measured.
+        seed: Of the prompt that speed is measured with.
+
+    Returns:
+        By label, in the same order.
+
+    Raises:
+        RegraftError: As :func:`measure`.
+    """
+    settings = settings or EvaluateSettings()
+    losses = {label: evaluate_loss(one.model, one.tokenizer, corpus, settings) for label, one in subjects.items()}
+    sizes = {label: measure_size(one.model, one.folder, losses[label].window_tokens) for label, one in subjects.items()}
+    speeds = compare_speed({label: one.model for label, one in subjects.items()}, seed=seed) if settings.speed else {}
+    return {label: Measurement(label, losses[label], sizes[label], speeds.get(label)) for label in subjects}
+
+
+def flat(measurement: Measurement) -> dict[str, Any]:
+    """Returns a measurement as one flat object: ``model``, then loss, size and, where measured, speed."""
+    parts = to_dict(measurement)
+    return {"model": parts["label"], **parts["loss"], **parts["size"], **(parts["speed"] or {})}

@@ -1,0 +1,79 @@
+"""A sample of a model's text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from regraft.data.encoding import bos_id
+from regraft.data.tokens import context_limit
+from regraft.errors import InputError
+from regraft.evaluation.inference import evaluating, input_device
+from regraft.settings import SampleSettings
+
+
+def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: SampleSettings | None = None) -> str:
+    """Continues a prompt greedily, always with the same result.
+
+    Generation stops where the model ends its text, or after ``settings.tokens``, or at the end of the model's context.
+
+    Args:
+        model: Any causal language model, with its ``generation_config``'s end-of-sequence ids.
+        tokenizer: Of that model.
+        settings: The prompt and how many tokens at most. An empty prompt is the BOS token, or EOS where there is no BOS.
+
+    Returns:
+        The prompt and its continuation, without special tokens.
+
+    Raises:
+        InputError: The prompt fills the context, or is empty while the tokenizer has neither BOS nor EOS.
+    """
+    settings = settings or SampleSettings()
+    prompt_1L = _prompt(tokenizer, settings.prompt)
+    length, limit = prompt_1L.shape[1], context_limit(model.config)
+    if limit is not None and length >= limit:
+        raise InputError(
+            f"the prompt has {length} tokens and the model's context {limit}: nothing can follow; shorten the prompt"
+        )
+    eos = _eos(model, tokenizer)
+    generation = GenerationConfig(
+        max_new_tokens=settings.tokens if limit is None else min(settings.tokens, limit - length),
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=eos,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0] if eos else 0,
+    )
+    prompt_1L = prompt_1L.to(input_device(model))
+    with evaluating(model):
+        ids_1L = model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=prompt_1L, attention_mask=torch.ones_like(prompt_1L), generation_config=generation
+        )
+    assert isinstance(ids_1L, Tensor)
+    text = tokenizer.decode(ids_1L[0].tolist(), skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """Returns the prompt's token ids, shape ``(1, length)``."""
+    first: Any = (
+        bos_id(tokenizer) if text else (tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
+    )
+    ids = [] if first is None else [first]
+    if text:
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore[reportOperatorIssue]
+    if not ids:
+        raise InputError("the prompt is empty and the tokenizer has neither BOS nor EOS to start from; give a prompt")
+    return torch.tensor([ids])
+
+
+def _eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the ids that end a text: as the model's generation config says, or as the tokenizer does."""
+    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
+    found: Any = declared if declared is not None else tokenizer.eos_token_id
+    return [] if found is None else [int(found)] if isinstance(found, int) else [int(token) for token in found]

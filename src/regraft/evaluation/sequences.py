@@ -1,0 +1,148 @@
+"""What is predicted: token sequences, and the windows through which a model sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from regraft.data.encoding import Bos, bos_id
+from regraft.data.instructions import encode_whole
+from regraft.data.text import Corpus
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One document or record, and which of its tokens are predicted.
+
+    Attributes:
+        ids: All of its tokens.
+        first_target: Index of the first token that is predicted, at least 1; all after it are, too.
+        n_bytes: How many bytes of UTF-8 the predicted tokens are; BOS and EOS are none.
+    """
+
+    ids: tuple[int, ...]
+    first_target: int
+    n_bytes: int
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are predicted."""
+        return max(0, len(self.ids) - self.first_target)
+
+
+@dataclass(frozen=True)
+class Window:
+    """One forward pass over part of a sequence: the model reads ``ids[start:end]`` and each token predicts the next.
+
+    Attributes:
+        ids: All tokens of the sequence.
+        start: First token that is read.
+        end: One past the last that is read; less than ``len(ids)``.
+        first_scored: First token read whose prediction counts; those before are context only.
+    """
+
+    ids: tuple[int, ...]
+    start: int
+    end: int
+    first_scored: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+def sequences_of(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bos, max_tokens: int | None) -> list[TokenSequence]:
+    """Encodes a corpus for measuring: every document by itself; of a record, the response alone is predicted.
+
+    Args:
+        corpus: Documents or records.
+        tokenizer: Of the model.
+        bos: Whether each starts with BOS; ``"auto"``: as the tokenizer does. Without BOS nothing predicts the first token.
+        max_tokens: Stop after this many predicted tokens, inside a document if need be; None for all.
+
+    Returns:
+        Those with a token to predict, in order; possibly none.
+    """
+    found: list[TokenSequence] = []
+    left = max_tokens
+    for sequence in _records(corpus, tokenizer, bos, left) if corpus.records else _documents(corpus, tokenizer, bos, left):
+        if sequence.targets:
+            found.append(sequence)
+            left = None if left is None else left - sequence.targets
+            if left == 0:
+                break
+    return found
+
+
+def windows_of(sequence: TokenSequence, window: int, stride: int) -> Iterator[Window]:
+    """Slides over a sequence so that each token is predicted exactly once, with the longest context that the stride allows.
+
+    The first window predicts all of its tokens; each later one starts ``stride`` tokens on, and only what lies beyond the window
+    before it counts. Windows without anything to count, as over a record's prompt, are left out.
+
+    Args:
+        sequence: What is predicted.
+        window: Tokens that the model reads at once.
+        stride: Tokens between the starts of two windows, at most ``window``.
+    """
+    last = len(sequence.ids) - 1
+    scored = 0
+    for start in range(0, max(1, last), stride):
+        end = min(start + window, last)
+        first = max(scored, sequence.first_target - 1)
+        if first < end:
+            yield Window(sequence.ids, start, end, first)
+        scored = end
+        if end == last:
+            return
+
+
+def _documents(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bos, left: int | None) -> Iterator[TokenSequence]:
+    """Yields documents as they come, so that no more are encoded than are asked for."""
+    first = bos_id(tokenizer, bos)
+    start = () if first is None else (first,)
+    fast = bool(tokenizer.is_fast)
+    for text in corpus.documents:
+        encoded = tokenizer(
+            text, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=fast, verbose=False
+        )
+        plain: list[int] = encoded["input_ids"]  # pyright: ignore[reportAssignmentType]
+        unseen = 0 if start else 1
+        kept = len(plain) if left is None else min(len(plain), left + unseen)
+        offsets = encoded["offset_mapping"] if fast else None
+        n_bytes = _prefix_bytes(text, kept, plain, offsets, tokenizer) - _prefix_bytes(text, unseen, plain, offsets, tokenizer)
+        sequence = TokenSequence((*start, *plain[:kept]), 1, n_bytes)
+        left = None if left is None else left - sequence.targets
+        yield sequence
+
+
+def _prefix_bytes(
+    text: str, count: int, ids: list[int], offsets: list[tuple[int, int]] | None, tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """Returns how many bytes of a text its first ``count`` tokens are."""
+    if count == 0 or not ids:
+        return 0
+    if count >= len(ids):
+        return len(text.encode())
+    if offsets is not None:
+        return len(text[: offsets[count - 1][1]].encode())
+    # A tokenizer without offsets is written in Python; what its tokens decode to is the next best answer.
+    return len(_decoded(tokenizer, ids[:count]).encode())
+
+
+def _records(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bos, left: int | None) -> Iterator[TokenSequence]:
+    for record, encoded in zip(corpus.records, encode_whole(corpus, tokenizer, bos), strict=True):
+        first = max(1, encoded.prompt_tokens)
+        ids = encoded.input_ids if left is None else encoded.input_ids[: first + left]
+        whole = len(ids) == len(encoded.input_ids)
+        output = record.output if whole else _decoded(tokenizer, list(ids[first:]))
+        sequence = TokenSequence(ids, first, len(output.encode()))
+        left = None if left is None else left - sequence.targets
+        yield sequence
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text

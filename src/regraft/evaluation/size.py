@@ -1,0 +1,87 @@
+"""How large a model is: parameters, bytes, and multiply-accumulates counted from the modules it really has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from regraft.models.family import family_of
+from regraft.models.view import parameter_count
+from regraft.plans import SizeReport
+
+
+def measure_size(model: PreTrainedModel | PeftModel, folder: Path | None, context_tokens: int) -> SizeReport:
+    """Counts a model.
+
+    Args:
+        model: Of a known family, with or without adapters.
+        folder: Where its safetensors files are; None when it was never saved.
+        context_tokens: How many tokens each token attends to, itself included.
+
+    Raises:
+        ModelError: The family is not known.
+    """
+    return SizeReport(
+        parameters=parameter_count(model),
+        bytes_on_disk=sum(file.stat().st_size for file in sorted(folder.glob("*.safetensors"))) if folder else 0,
+        bytes_in_memory=bytes_in_memory(model),
+        macs_per_token=macs_per_token(model, context_tokens),
+        context_tokens=context_tokens,
+    )
+
+
+def bytes_in_memory(model: nn.Module) -> int:
+    """Returns the bytes of all parameters and buffers, tied ones once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def macs_per_token(model: PreTrainedModel | PeftModel, context_tokens: int) -> int:
+    """Returns the multiply-accumulates of one token's forward pass.
+
+    Every linear module counts its weights once, the output head also where it shares them with the embedding. Attention counts
+    scores and weighted values, two products of the query width with each token attended to: ``context_tokens``, or the sliding
+    window where that is shorter. Norms, activations, rotations and the embedding's look-up count nothing.
+    """
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear | Conv1D))
+    return linear + sum(2 * width * min(context_tokens, span or context_tokens) for width, span in _attentions(model))
+
+
+def _attentions(model: PreTrainedModel | PeftModel) -> list[tuple[int, int | None]]:
+    """Returns, for every layer with attention, the channels of all its query heads and its sliding window if it has one."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    family = family_of(base.config.model_type)
+    outputs = [
+        axis.module
+        for coupling in family.couplings
+        for axis in coupling.axes
+        if axis.side == "in" and axis.block in ("head", "query_group") and axis.module.startswith(f"{family.attention}.")
+    ]
+    found: list[tuple[int, int | None]] = []
+    for index, layer in enumerate(base.get_submodule(family.layers).children()):
+        for output in outputs:
+            module = dict(layer.named_modules()).get(output)
+            if module is not None:  # else the layer's attention was removed
+                found.append((_inputs(module), _sliding_window(base, index)))
+    return found
+
+
+def _inputs(module: nn.Module) -> int:
+    """Returns the input channels of a projection; adapters around one keep ``in_features``."""
+    width = module.nx if isinstance(module, Conv1D) else module.in_features
+    assert isinstance(width, int)
+    return width
+
+
+def _sliding_window(model: PreTrainedModel, layer: int) -> int | None:
+    """Returns the sliding window of a layer, in tokens, or None where it attends to everything before it."""
+    window = getattr(model.config, "sliding_window", None)
+    types = getattr(model.config, "layer_types", None)
+    if window is None or (types is not None and types[layer] != "sliding_attention"):
+        return None
+    return int(window)

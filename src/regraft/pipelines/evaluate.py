@@ -1,0 +1,116 @@
+"""Measure a model: its loss on held-out text, its size and, where asked, its speed."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from regraft.data.text import read_corpus
+from regraft.errors import InputError, ModelError
+from regraft.evaluation.harness import measure
+from regraft.models.checks import check_finite
+from regraft.models.load import Loaded, locate, require_tokenizer
+from regraft.models.load import load as load_model
+from regraft.models.quiet import quiet
+from regraft.models.view import fingerprint
+from regraft.models.weights import read_header
+from regraft.plans import Measurement
+from regraft.settings import EvaluateSettings, LoadSettings
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def evaluate_model(
+    source: str | Path, settings: EvaluateSettings | None = None, *, load: LoadSettings | None = None, seed: int = 0
+) -> Measurement:
+    """Measures a model by the same harness as every other.
+
+    Args:
+        source: A model folder, a hub id, ``seedling``, or the folder of a PEFT adapter, whose base is loaded with it.
+        settings: The text and how it is read.
+        load: How the model is loaded.
+        seed: Of the random prompt that speed is measured with.
+
+    Returns:
+        Loss, size and, with ``settings.speed``, speed; labelled with the source.
+
+    Raises:
+        RegraftError: Anything that the user can mend, in one line.
+    """
+    settings = settings or EvaluateSettings()
+    corpus = read_corpus(settings.text, "test")
+    if is_adapter(source):
+        loaded, folder = load_adapted(Path(source), load or LoadSettings()), Path(source)
+    else:
+        loaded = load_model(source, load or LoadSettings())
+        folder = locate(source)
+    return measure(str(source), loaded.model, require_tokenizer(loaded), corpus, settings, folder, seed=seed)
+
+
+def is_adapter(source: str | Path) -> bool:
+    """Returns whether a source is the folder of a PEFT adapter without its model."""
+    folder = Path(source)
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def load_adapted(folder: Path, settings: LoadSettings) -> Loaded:
+    """Loads the base of a PEFT adapter and puts the adapter on it; weights are kept apart, as they were trained.
+
+    Args:
+        folder: With ``adapter_config.json`` and ``adapter_model.safetensors``. A base with a relative path is looked for from
+            here, then from the adapter's folder.
+        settings: How the base is loaded.
+
+    Returns:
+        The base's tokenizer and provenance; ``model`` is the ``PeftModel``, in evaluation mode.
+
+    Raises:
+        ModelError: The adapter or its base is missing, damaged or a pickle, or the one does not fit the other.
+    """
+    base = _base_of(folder)
+    weights = folder / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise ModelError(f"'{folder}' has no {ADAPTER_WEIGHTS}; save the adapter as safetensors (pickles are not read)")
+    read_header(weights)
+    try:
+        loaded = load_model(base, settings)
+    except InputError as error:
+        raise ModelError(f"the base model of the adapter '{folder}': {error}") from None
+    model = _attached(loaded.model, folder)
+    check_finite(model, str(folder))
+    return replace(loaded, model=model, source=str(folder), fingerprint=fingerprint(model))
+
+
+def _base_of(folder: Path) -> str:
+    """Returns the base model that an adapter names."""
+    path = folder / ADAPTER_CONFIG
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"'{path}' names no base model; set base_model_name_or_path to the folder or hub id of the model")
+    beside = folder / base
+    return str(beside) if not Path(base).is_dir() and beside.is_dir() else base
+
+
+def _attached(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Puts an adapter on its base; both the missing and the superfluous are refused."""
+    try:
+        with quiet(), warnings.catch_warnings():
+            # PEFT only warns of weights that it does not find; they would stay as at the start of training.
+            warnings.filterwarnings("error", message=".*missing adapter keys.*")
+            adapted: Any = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
+    except Exception as error:  # whatever PEFT raises on a config or on weights that do not fit
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"the adapter '{folder}' does not fit its base model: {first[:200].rstrip('.:')}; train it again"
+        ) from error
+    return cast(PreTrainedModel, adapted.eval())
