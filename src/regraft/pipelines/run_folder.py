@@ -73,12 +73,15 @@ class RunFolder:
             return path
         if problem:
             self._say(f"{name}: made again, since {problem}")
+        self._say(f"{name} …")
         started = time.perf_counter()
         with atomic_folder(path, replace=True) as partial:
             make(partial)
             manifest = {"stage": name, "inputs": inputs, "files": _checksums(partial)}
             write_text(partial / MANIFEST, _json(manifest))
-        self._note_seconds(name, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self._note_seconds(name, seconds)
+        self._say(f"{name}: done in {seconds:.1f} s")
         self.made += 1
         return path
 

@@ -1,0 +1,89 @@
+"""``regraft run``: a recipe from beginning to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from regraft.cli.options import DryRunOption
+from regraft.cli.prune import show_plan
+from regraft.errors import InputError
+from regraft.pipelines.recipe import read_recipe, shipped_recipes, to_yaml
+from regraft.pipelines.run import RunResult
+from regraft.pipelines.run import run as run_recipe
+from regraft.report.page import screen_table
+from regraft.report.summary import caption, scaled, speed_note, won_back
+
+
+def run(
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE", help="a YAML file, or the name of a recipe that comes with regraft", show_default=False),
+    ] = "",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="changes to the recipe: prune.ratio=0.3", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="the run folder; default: runs/ and the recipe's name")
+    ] = None,
+    dry_run: DryRunOption = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with a run that was stopped, from its last finished stage")
+    ] = False,
+    show_list: Annotated[bool, typer.Option("--list", help="list the recipes that come with regraft")] = False,
+) -> None:
+    """Run a recipe: prune, recover and measure a model, in one folder."""
+    console = Console(highlight=False, soft_wrap=True)
+    if show_list:
+        _show_recipes(console)
+        return
+    if not recipe:
+        raise InputError(f"no recipe was given; give a YAML file or one of: {', '.join(shipped_recipes())}")
+    result = run_recipe(
+        recipe,
+        output,
+        overrides=overrides or [],
+        resume=resume,
+        dry_run=dry_run,
+        say=lambda line: console.print(line, style="dim", markup=False),
+    )
+    if dry_run:
+        _show_dry_run(console, result)
+    else:
+        _show_result(console, result)
+
+
+def _show_recipes(console: Console) -> None:
+    for name, path in shipped_recipes().items():
+        console.print(f"{name}: {read_recipe(name).description} ({path})", markup=False)
+
+
+def _show_dry_run(console: Console, result: RunResult) -> None:
+    console.print(to_yaml(result.recipe), markup=False, end="")
+    if result.plan is not None:
+        show_plan(console, result.groups, result.plan)
+    table = Table("", "parameters", "in memory", "MACs a token")
+    for label, size in result.sizes.items():
+        table.add_row(label, f"{size.parameters:,}", scaled(size.bytes_in_memory, "B"), scaled(size.macs_per_token, ""))
+    console.print(table)
+    console.print("dry run: nothing was written")
+
+
+def _show_result(console: Console, result: RunResult) -> None:
+    report = result.report
+    assert report is not None
+    for label, text in report.samples.items():
+        console.print(f"\n{label} writes:", style="bold", markup=False)
+        console.print(text, markup=False)
+    console.print(screen_table(report.measurements))
+    console.print(caption(report.measurements), style="dim", markup=False)
+    if speed_note(report.measurements):
+        console.print(speed_note(report.measurements), style="dim", markup=False)
+    won = won_back(report.measurements)
+    if won is not None:
+        console.print(won.sentence(), style="bold", markup=False)
+    console.print(f"everything is in {result.path}; its page is {result.path}/report.html", markup=False)
