@@ -1,8 +1,8 @@
 """A model of given sizes from given tensors: decides its class and config, and makes what loading its saved folder gives.
 
 A model whose layers are equal becomes the stock class of its family. Where that class refuses the head count, a stand-in of the
-same mathematics takes its place (``stand_in`` in ``architectures/*.toml``). Everything else becomes our own class, which takes the
-sizes of each layer from ``per_layer_config``.
+same mathematics takes its place (``stand_in`` in ``architectures/*.toml``). Everything else becomes our own class, which takes
+each layer's sizes from ``per_layer_config``.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ INDEX = "model.safetensors.index.json"
 LONGEST_HEADER_BYTES = 100_000_000  # the limit of the reference reader
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float32}
+CONVERT = "transformers.AutoModelForCausalLM.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(OTHER_FOLDER)"
 AGAIN = "copy or download it again"
 
 
@@ -106,7 +107,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     if pickles:
         raise ModelError(
             f"'{folder}' has its weights as a pickle ('{pickles[0]}'), which can run code when read; if you trust it, convert it "
-            "to safetensors with transformers: AutoModelForCausalLM.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(NEW_FOLDER)"
+            f"to safetensors: {CONVERT}"
         )
     if any(folder.glob("*.gguf")):
         raise ModelError(f"'{folder}' has its weights as GGUF; give the folder of the Hugging Face model that it was made from")

@@ -1,8 +1,8 @@
 """Models whose layers differ, known to the Auto classes of transformers.
 
 ``configuration_regraft`` and ``modeling_regraft`` are also what a saved folder carries for those who have not got regraft; they
-import nothing of ours. Importing transformers' models takes seconds, so ``import regraft`` does not: it waits until somebody else
-imports the Auto classes, and the model classes wait until the first config is made.
+import nothing of ours. Importing transformers' models takes seconds, so ``import regraft`` does not: the configs are registered
+when AutoConfig is asked for one, and the model classes before the first config is made.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
+PREFIX = "regraft_"
 CODE_FILES = ("configuration_regraft.py", "modeling_regraft.py")
 
 
@@ -33,9 +35,9 @@ def register() -> None:
 
 
 def register_on_import() -> None:
-    """Does what :func:`register` does, as soon as something imports the Auto classes; costs nothing until then."""
+    """Does what :func:`register` does, as soon as the Auto classes are asked for one of our models; costs nothing until then."""
     if AUTO_CONFIG in sys.modules:
-        _register_configs()
+        _defer(sys.modules[AUTO_CONFIG])
     elif not any(isinstance(finder, _AfterAutoConfig) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterAutoConfig())
 
@@ -58,25 +60,44 @@ def _register_models() -> None:
         auto.AutoModelForCausalLM.register(config_class, causal_class, exist_ok=True)
 
 
-class _AfterAutoConfig(MetaPathFinder):
-    """Registers our configs right after the module of AutoConfig has been imported by whomever.
+class _Pending(dict[str, Any]):
+    """What is registered with AutoConfig beside transformers' own; registers ours when somebody looks for one of them."""
 
-    The models cannot be registered at that moment: it lies in the middle of transformers' own imports.
+    pending = True
+
+    def __contains__(self, key: object) -> bool:
+        if self.pending and isinstance(key, str) and key.startswith(PREFIX):
+            self.pending = False
+            _register_configs()
+        return super().__contains__(key)
+
+
+def _defer(module: ModuleType) -> None:
+    """Arranges the registration with an imported module of AutoConfig.
+
+    Registering at once would import the families' configs, which is not possible while transformers' own imports are under way.
     """
+    mapping = module.CONFIG_MAPPING
+    if not isinstance(mapping._extra_content, _Pending):
+        mapping._extra_content = _Pending(mapping._extra_content)
+
+
+class _AfterAutoConfig(MetaPathFinder):
+    """Waits for the module of AutoConfig to be imported by whomever."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Finds the module as everybody else would, and adds the registration behind it."""
+        """Finds the module as everybody else would, and adds what comes after it."""
         if fullname != AUTO_CONFIG:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)
+            spec.loader = _ThenDefer(spec.loader)
         return spec
 
 
-class _ThenRegister(Loader):
-    """A module's own loader, with the registration behind it."""
+class _ThenDefer(Loader):
+    """A module's own loader, with our arrangement behind it."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -86,10 +107,9 @@ class _ThenRegister(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Runs the module, then registers."""
+        """Runs the module, puts its own loader back and arranges the registration."""
         self.loader.exec_module(module)
-        spec = module.__spec__
-        if spec is not None:
-            spec.loader = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         module.__loader__ = self.loader
-        _register_configs()
+        _defer(module)
