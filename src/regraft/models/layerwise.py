@@ -1,0 +1,93 @@
+"""Run a decoder one layer at a time on calibration windows.
+
+Layer-by-layer methods need the inputs of one layer and nothing else. What a model hands to its layers beside the hidden states (the
+causal mask, the rotary embedding, positions) is recorded once for every layer, from the model's own forward pass, so that nothing
+here knows a family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regraft.models.view import ModelView
+
+
+class Layerwise:
+    """The layers of a model, each called with what the model would call it with.
+
+    Args:
+        view: The model; it is read, never changed, and has to be in evaluation mode.
+        windows_NT: Calibration tokens, int64 (windows, tokens).
+        batch: Windows of one forward pass.
+    """
+
+    def __init__(self, view: ModelView, windows_NT: Tensor, batch: int = 8) -> None:
+        self.view = view
+        self.batches: list[Tensor] = list(windows_NT.split(batch))
+        self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self.first: list[Tensor] = []
+        for ids in self.batches:
+            rows = ids.shape[0]
+            hidden, arguments = _record(view, ids)
+            self.first.append(hidden)
+            # The arguments depend on the shape of a batch alone.
+            self._arguments.setdefault(rows, arguments)
+
+    @torch.no_grad()
+    def run(self, layer: int, hidden: list[Tensor]) -> list[Tensor]:
+        """Returns the outputs of one layer, a tensor (batch, tokens, hidden) for each batch."""
+        return [self.call(layer, batch) for batch in hidden]
+
+    def call(self, layer: int, hidden_BTD: Tensor) -> Tensor:
+        """Returns the output of one layer for one batch; gradients flow where they are on."""
+        positional, named = self._arguments[hidden_BTD.shape[0]][layer]
+        output = self.view.layers[layer](hidden_BTD, *positional, **named)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def logits(self, hidden: list[Tensor]) -> Iterator[Tensor]:
+        """Yields the logits (batch, tokens, vocabulary) of the last layer's outputs, batch by batch."""
+        for ids, batch in zip(self.batches, hidden, strict=True):
+            with _layers_give(self.view, batch):
+                yield self.view.model(input_ids=ids.to(batch.device), use_cache=False).logits
+
+
+def _record(view: ModelView, ids: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Runs the model with layers that only take notes; returns the embedded tokens and what each layer was given beside them."""
+    notes: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    entering: list[Tensor] = []
+
+    def note(*positional: Any, **named: Any) -> Tensor:
+        hidden = positional[0] if positional else named.pop("hidden_states")
+        entering.append(hidden)
+        notes.append((positional[1:], named))
+        return hidden
+
+    with _replaced_forward(view, note), torch.no_grad():
+        view.model(input_ids=ids.to(view.model.device), use_cache=False, logits_to_keep=1)
+    return entering[0], notes
+
+
+@contextmanager
+def _layers_give(view: ModelView, hidden: Tensor) -> Iterator[None]:
+    """Makes every layer return the same hidden states, so that only what follows the layers is computed."""
+    with _replaced_forward(view, lambda *positional, **named: hidden):
+        yield
+
+
+@contextmanager
+def _replaced_forward(view: ModelView, forward: Any) -> Iterator[None]:
+    """Replaces the forward pass of every layer and puts it back."""
+    layers: list[nn.Module] = list(view.layers)
+    try:
+        for layer in layers:
+            layer.__dict__["forward"] = forward
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)

@@ -1,0 +1,60 @@
+"""Second moments of activations, accumulated in float64 in memory of O(width^2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Moments:
+    """Sums over the rows that were seen.
+
+    Attributes:
+        count: Rows seen.
+        total_D: Sum of the rows, float64.
+        square_DD: Sum of the outer products of the rows, float64.
+    """
+
+    count: int
+    total_D: Tensor
+    square_DD: Tensor
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device | str = "cpu") -> Moments:
+        """Returns moments that have seen nothing."""
+        return cls(
+            0,
+            torch.zeros(width, dtype=torch.float64, device=device),
+            torch.zeros(width, width, dtype=torch.float64, device=device),
+        )
+
+    def add(self, rows: Tensor) -> None:
+        """Adds rows, (..., width), of any float dtype."""
+        rows_ND = rows.reshape(-1, rows.shape[-1]).double()
+        self.count += rows_ND.shape[0]
+        self.total_D += rows_ND.sum(dim=0)
+        self.square_DD.addmm_(rows_ND.T, rows_ND)
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.count + other.count, self.total_D + other.total_D, self.square_DD + other.square_DD)
+
+    @property
+    def mean_D(self) -> Tensor:
+        """Mean of the rows."""
+        return self.total_D / max(1, self.count)
+
+    @property
+    def second_DD(self) -> Tensor:
+        """Mean of the outer products, not centred."""
+        return self.square_DD / max(1, self.count)
+
+    @property
+    def variance_D(self) -> Tensor:
+        """Unbiased variance of each channel; zero for fewer than two rows."""
+        if self.count < 2:
+            return torch.zeros_like(self.total_D)
+        centred = self.square_DD.diagonal() - self.count * self.mean_D.square()
+        return centred.clamp_min(0.0) / (self.count - 1)

@@ -1,0 +1,124 @@
+"""Least squares against SciPy's solver on the activations themselves, and the removal order against brute force."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+
+from regraft.errors import InputError
+from regraft.numerics.moments import Moments
+from regraft.numerics.reconstruction import choose_damping, error, reconstruct
+from regraft.numerics.surgeon import removal_order
+
+GENERATOR = torch.Generator().manual_seed(0)
+MIX = torch.randn(8, 8, generator=GENERATOR, dtype=torch.float64)
+X = torch.randn(500, 8, generator=GENERATOR, dtype=torch.float64) @ MIX
+W = torch.randn(5, 8, generator=GENERATOR, dtype=torch.float64)
+
+
+def moments(rows):
+    seen = Moments.empty(rows.shape[1])
+    for part in rows.split(77):
+        seen.add(part)
+    return seen
+
+
+def lstsq_error(kept):
+    kept = list(kept)
+    solution, *_ = np.linalg.lstsq(X[:, kept].numpy(), (X @ W.T).numpy(), rcond=None)
+    return float(np.square(X[:, kept].numpy() @ solution - (X @ W.T).numpy()).sum() / len(X)), torch.tensor(solution).T
+
+
+def test_moments_match_numpy():
+    seen = moments(X)
+    torch.testing.assert_close(seen.second_DD, X.T @ X / len(X))
+    torch.testing.assert_close(seen.mean_D, X.mean(0))
+    torch.testing.assert_close(seen.variance_D, torch.tensor(np.var(X.numpy(), axis=0, ddof=1)))
+
+
+def test_reconstruction_is_the_least_squares_solution():
+    kept = torch.tensor([0, 2, 3, 7])
+    want_error, want = lstsq_error(kept.tolist())
+    got = reconstruct(W, moments(X).second_DD, kept, 1e-12)
+    torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
+    assert error(W, moments(X).second_DD, kept, got) == pytest.approx(want_error, rel=1e-7)
+    assert want_error < error(W, moments(X).second_DD, kept, W[:, kept]), "plain pruning must be worse"
+
+
+def test_all_channels_kept_changes_nothing_and_heavy_damping_gives_plain_pruning():
+    everything = torch.arange(8)
+    torch.testing.assert_close(reconstruct(W, moments(X).second_DD, everything, 1e-2), W, rtol=1e-9, atol=1e-9)
+    kept = torch.tensor([1, 4])
+    torch.testing.assert_close(reconstruct(W, moments(X).second_DD, kept, 1e9), W[:, kept], rtol=1e-6, atol=1e-6)
+
+
+def test_singular_moments_are_solved():
+    doubled = torch.cat([X, X], dim=1)
+    weight = torch.cat([W, W], dim=1)
+    got = reconstruct(weight, moments(doubled).second_DD, torch.arange(8), 1e-12)
+    torch.testing.assert_close(got, 2 * W, rtol=1e-4, atol=1e-4)
+
+
+def test_damping_is_chosen_by_the_part_that_was_not_fitted():
+    fit, judge = moments(X[:9]), moments(X[9:])
+    kept = torch.tensor([0, 1, 2, 3, 4])
+    chosen = choose_damping(W, fit, judge, kept)
+    errors = {
+        damping: error(W, judge.second_DD, kept, reconstruct(W, fit.second_DD, kept, damping)) for damping in (1e-6, 1e-2, chosen)
+    }
+    assert errors[chosen] == min(errors.values())
+
+
+@pytest.mark.parametrize("outputs", [5, 20])
+def test_each_removal_is_the_cheapest_and_its_price_is_right(outputs):
+    weight = torch.randn(outputs, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    order, costs = removal_order(weight, moments(X).second_DD, damping=1e-13)
+
+    def cost(gone):
+        kept = [channel for channel in range(8) if channel not in gone]
+        if not kept:
+            return float((X @ weight.T).square().sum() / len(X))
+        solution, *_ = np.linalg.lstsq(X[:, kept].numpy(), (X @ weight.T).numpy(), rcond=None)
+        return float(np.square(X[:, kept].numpy() @ solution - (X @ weight.T).numpy()).sum() / len(X))
+
+    gone: list[int] = []
+    for unit, price in zip(order, costs, strict=True):
+        steps = {other: cost([*gone, other]) - (cost(gone) if gone else 0.0) for other in range(8) if other not in gone}
+        assert unit == min(steps, key=steps.__getitem__)
+        assert price == pytest.approx(steps[unit], rel=1e-5)
+        gone.append(unit)
+
+
+def test_blocks_leave_together_and_the_first_is_the_best_of_all():
+    order, costs = removal_order(W, moments(X).second_DD, block=2, damping=1e-13)
+    alone = {unit: lstsq_error([c for c in range(8) if c // 2 != unit])[0] for unit in range(4)}
+    assert order[0] == min(alone, key=alone.__getitem__)
+    assert costs[0] == pytest.approx(min(alone.values()), rel=1e-5)
+    assert sorted(order) == [0, 1, 2, 3]
+    assert sum(costs) == pytest.approx(float((X @ W.T).square().sum() / len(X)), rel=1e-6)
+
+
+def test_the_metric_of_the_output_decides_what_is_cheap():
+    only_first = torch.zeros(5, 5, dtype=torch.float64)
+    only_first[0, 0] = 1.0
+    order, costs = removal_order(W, moments(X).second_DD, damping=1e-13, metric_OO=only_first)
+    want, _ = removal_order(W[:1], moments(X).second_DD, damping=1e-13)
+    assert order[:4] == want[:4]
+    assert sum(costs) == pytest.approx(float((X @ W[0]).square().mean()), rel=1e-6)
+
+
+def test_greedy_is_far_better_than_chance_and_near_the_best_subset():
+    _, costs = removal_order(W, moments(X).second_DD, damping=1e-13)
+    errors = sorted(lstsq_error(kept)[0] for kept in combinations(range(8), 4))
+    assert sum(costs[:4]) <= errors[len(errors) // 10]
+    assert sum(costs[:4]) <= 2.0 * errors[0]
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(InputError, match="do not divide a width of 8"):
+        removal_order(W, moments(X).second_DD, block=3)
+    with pytest.raises(InputError, match="not finite"):
+        reconstruct(W, moments(X).second_DD * torch.nan, torch.tensor([0]), 1e-3)
