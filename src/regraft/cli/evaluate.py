@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import rich.progress
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +38,8 @@ def evaluate(
     """Measure a model: loss, perplexity, bits per byte, size and, if asked, speed."""
     if json_file is not None and json_file != STDOUT:
         check_writable(json_file)
-    measurement = evaluate_model(model, evaluate, load=load, seed=seed)
+    with progress_bar() as progress:
+        measurement = evaluate_model(model, evaluate, load=load, seed=seed, progress=progress)
     text = json.dumps(flat(measurement), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     if json_file == STDOUT:
         print(text, end="")
@@ -44,6 +48,15 @@ def evaluate(
     if json_file is not None:
         write_text(json_file, text)
         Console().print(f"written to {json_file}", soft_wrap=True, markup=False, highlight=False)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[int, int], None]]:
+    """Shows how far the pass over the text is, on the standard error and only where that is a terminal; gone afterwards."""
+    console = Console(stderr=True)
+    with rich.progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("tokens", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def check_writable(path: Path) -> None:
@@ -79,7 +92,7 @@ def rows(measurement: Measurement) -> list[tuple[str, str]]:
         ("text", loss.text),
         ("split", loss.split),
         ("documents", f"{loss.documents:,} ({'each starts with BOS' if loss.bos else 'no BOS'})"),
-        ("tokens predicted", f"{loss.tokens:,} of {loss.bytes:,} bytes"),
+        ("tokens predicted", f"{loss.tokens:,} ({loss.bytes:,} bytes of text)"),
         ("window / stride", f"{loss.window_tokens} / {loss.stride_tokens} tokens"),
         ("parameters", f"{size.parameters:,}"),
         ("on disk / in memory", f"{size.bytes_on_disk / 1e6:,.2f} MB / {size.bytes_in_memory / 1e6:,.2f} MB"),

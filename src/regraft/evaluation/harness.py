@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.data.text import Corpus
-from regraft.evaluation.loss import evaluate_loss
+from regraft.evaluation.loss import Progress, evaluate_loss
 from regraft.evaluation.size import measure_size
 from regraft.evaluation.speed import compare_speed
 from regraft.plans import Measurement, to_dict
@@ -41,6 +41,7 @@ def measure(
     folder: Path | None = None,
     *,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Measurement:
     """Measures one model: loss on a corpus, size, and speed where ``settings.speed`` asks for it.
 
@@ -49,11 +50,17 @@ def measure(
         DataError: The corpus has no token to predict.
         ModelError: The loss is not finite.
     """
-    return measure_together({label: Subject(model, tokenizer, folder)}, corpus, settings, seed=seed)[label]
+    subjects = {label: Subject(model, tokenizer, folder)}
+    return measure_together(subjects, corpus, settings, seed=seed, progress=progress)[label]
 
 
 def measure_together(
-    subjects: Mapping[str, Subject], corpus: Corpus, settings: EvaluateSettings | None = None, *, seed: int = 0
+    subjects: Mapping[str, Subject],
+    corpus: Corpus,
+    settings: EvaluateSettings | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> dict[str, Measurement]:
     """Measures several models on the same text; their speed in turns, so that its ratios hold on a busy machine.
 
@@ -62,6 +69,7 @@ def measure_together(
         corpus: What they predict.
         settings: Window, stride, BOS, number of tokens, and whether speed is measured.
         seed: Of the prompt that speed is measured with.
+        progress: Told of the tokens that are done, for each model anew.
 
     Returns:
         By label, in the same order.
@@ -70,7 +78,9 @@ def measure_together(
         RegraftError: As :func:`measure`.
     """
     settings = settings or EvaluateSettings()
-    losses = {label: evaluate_loss(one.model, one.tokenizer, corpus, settings) for label, one in subjects.items()}
+    losses = {
+        label: evaluate_loss(one.model, one.tokenizer, corpus, settings, progress=progress) for label, one in subjects.items()
+    }
     sizes = {label: measure_size(one.model, one.folder, losses[label].window_tokens) for label, one in subjects.items()}
     speeds = compare_speed({label: one.model for label, one in subjects.items()}, seed=seed) if settings.speed else {}
     return {label: Measurement(label, losses[label], sizes[label], speeds.get(label)) for label in subjects}

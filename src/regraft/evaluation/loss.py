@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.data.encoding import bos_id
@@ -25,6 +24,9 @@ from regraft.plans import LossReport
 from regraft.settings import EvaluateSettings
 
 DEFAULT_WINDOW_TOKENS = 512
+
+Progress = Callable[[int, int], None]
+"""Is told how many tokens are done, and how many there are."""
 
 # Logits of one forward pass, as float32, stay below this; one window is always taken.
 _LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
@@ -39,6 +41,7 @@ def evaluate_loss(
     device: torch.device | str | None = None,
     *,
     batch_windows: int | None = None,
+    progress: Progress | None = None,
 ) -> LossReport:
     """Measures loss, perplexity and bits per byte.
 
@@ -49,6 +52,7 @@ def evaluate_loss(
         settings: Window, stride, BOS and the number of tokens.
         device: Where the inputs go; None for where the embedding is.
         batch_windows: Windows of one forward pass; None for as many as fit. It does not change the result.
+        progress: Called after each forward pass with the tokens that are done and all there are.
 
     Returns:
         The measurement, with everything needed to repeat it. Perplexity beyond the range of a float is its largest value.
@@ -72,13 +76,8 @@ def evaluate_loss(
     tokens = sum(sequence.targets for sequence in sequences)
     n_bytes = sum(sequence.n_bytes for sequence in sequences)
     windows = [part for sequence in sequences for part in windows_of(sequence, window, stride)]
-    assert sum(part.end - part.first_scored for part in windows) == tokens, "each token is predicted exactly once"
-    total_nats = _total_nats(model, windows, device, batch_windows)
-    if not math.isfinite(total_nats):
-        raise ModelError(
-            f"the loss of {type(model).__name__} on '{name}' is {total_nats}: its weights or activations are not finite "
-            f"in {model.dtype}; try --dtype float32, or take another model"
-        )
+    assert sum(part.scored for part in windows) == tokens, "each token is predicted exactly once"
+    total_nats = _total_nats(model, windows, device, batch_windows, progress)
     loss_nats = total_nats / tokens
     return LossReport(
         loss_nats=loss_nats,
@@ -123,16 +122,29 @@ def _check_vocabulary(model: PreTrainedModel, sequences: Sequence[TokenSequence]
 
 
 def _total_nats(
-    model: PreTrainedModel, windows: Sequence[Window], device: torch.device | str | None, batch_windows: int | None
+    model: PreTrainedModel,
+    windows: Sequence[Window],
+    device: torch.device | str | None,
+    batch_windows: int | None,
+    progress: Progress | None,
 ) -> float:
-    """Returns the sum over all scored tokens of their negative log-likelihood."""
+    """Returns the sum over all scored tokens of their negative log-likelihood; stops as soon as it is not finite."""
     where = torch.device(device) if device is not None else input_device(model)
     most_tokens = _LOGITS_BYTES.get(where.type, _LOGITS_BYTES["cpu"]) // (4 * vocabulary_size(model))
-    total = torch.zeros((), dtype=torch.float64)
+    tokens = sum(window.scored for window in windows)
+    total_nats, done = 0.0, 0
     with evaluating(model):
         for batch in _batches(windows, most_tokens, batch_windows):
-            total += _batch_nats(model, batch, where)
-    return total.item()
+            total_nats += _batch_nats(model, batch, where)
+            if not math.isfinite(total_nats):
+                raise ModelError(
+                    f"the loss of {type(model).__name__} is {total_nats}: its weights or activations are not finite in "
+                    f"{model.dtype}; try --dtype float32, or take another model"
+                )
+            done += sum(window.scored for window in batch)
+            if progress is not None:
+                progress(done, tokens)
+    return total_nats
 
 
 def _batches(windows: Sequence[Window], most_tokens: int, batch_windows: int | None) -> Iterator[list[Window]]:
@@ -150,8 +162,8 @@ def _batches(windows: Sequence[Window], most_tokens: int, batch_windows: int | N
         yield batch
 
 
-def _batch_nats(model: PreTrainedModel, batch: Sequence[Window], device: torch.device) -> Tensor:
-    """Returns the summed loss of a batch, float64 on the CPU.
+def _batch_nats(model: PreTrainedModel, batch: Sequence[Window], device: torch.device) -> float:
+    """Returns the summed loss of a batch, added in float64.
 
     Shorter windows are filled up on the right. Since attention is causal, no token that counts sees the filling, so that no mask
     is needed and attention stays on its fast path.
@@ -169,4 +181,4 @@ def _batch_nats(model: PreTrainedModel, batch: Sequence[Window], device: torch.d
     scored_BL = (targets_BL != _IGNORED).to(logits_BLV.device)
     targets_N = targets_BL.to(logits_BLV.device)[scored_BL]
     nats_N = F.cross_entropy(logits_BLV[scored_BL].float(), targets_N, reduction="none")
-    return nats_N.double().sum().cpu()
+    return nats_N.double().sum().item()

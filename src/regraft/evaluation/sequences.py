@@ -51,6 +51,11 @@ class Window:
     def __len__(self) -> int:
         return self.end - self.start
 
+    @property
+    def scored(self) -> int:
+        """How many predictions count."""
+        return self.end - self.first_scored
+
 
 def sequences_of(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bos, max_tokens: int | None) -> list[TokenSequence]:
     """Encodes a corpus for measuring: every document by itself; of a record, the response alone is predicted.

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from regraft.data.text import read_corpus
 from regraft.errors import InputError, ModelError
 from regraft.evaluation.harness import measure
+from regraft.evaluation.loss import Progress
 from regraft.models.checks import check_finite
 from regraft.models.load import Loaded, locate, require_tokenizer
 from regraft.models.load import load as load_model
@@ -28,7 +29,12 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def evaluate_model(
-    source: str | Path, settings: EvaluateSettings | None = None, *, load: LoadSettings | None = None, seed: int = 0
+    source: str | Path,
+    settings: EvaluateSettings | None = None,
+    *,
+    load: LoadSettings | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> Measurement:
     """Measures a model by the same harness as every other.
 
@@ -37,6 +43,7 @@ def evaluate_model(
         settings: The text and how it is read.
         load: How the model is loaded.
         seed: Of the random prompt that speed is measured with.
+        progress: Told of the tokens that are done, and of all there are.
 
     Returns:
         Loss, size and, with ``settings.speed``, speed; labelled with the source.
@@ -51,7 +58,8 @@ def evaluate_model(
     else:
         loaded = load_model(source, load or LoadSettings())
         folder = locate(source)
-    return measure(str(source), loaded.model, require_tokenizer(loaded), corpus, settings, folder, seed=seed)
+    tokenizer = require_tokenizer(loaded)
+    return measure(str(source), loaded.model, tokenizer, corpus, settings, folder, seed=seed, progress=progress)
 
 
 def is_adapter(source: str | Path) -> bool:
