@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -216,7 +217,8 @@ save_adapter(inject(model, RecoverSettings(rank=2), None, seed=5), folder, "base
     contents = []
     for hash_seed in ("1", "2"):
         folder = tmp_path / hash_seed
-        subprocess.run([sys.executable, "-c", script, str(folder)], check=True, env={"PYTHONHASHSEED": hash_seed, "PATH": ""})
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+        subprocess.run([sys.executable, "-c", script, str(folder)], check=True, env=environment)
         contents.append({file.name: file.read_bytes() for file in folder.iterdir()})
     assert contents[0] == contents[1]
     config = json.loads(contents[0]["adapter_config.json"])

@@ -1,0 +1,165 @@
+"""Training and held-out batches: what is in them, and an order that follows from a seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from regraft.adapters.isolation import derived_seed
+from regraft.data.instructions import IGNORED, encode_records
+from regraft.data.text import Corpus
+from regraft.data.tokens import encode_documents, pack
+from regraft.errors import DataError
+from regraft.settings import RecoverSettings
+
+# Rows are made for this many times the wanted ones, so that those that are drawn come from many documents.
+_POOL = 4
+_DOCUMENTS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a batch.
+
+    Attributes:
+        input_ids: ``(tokens,)`` int64.
+        labels: ``(tokens,)`` int64: the same, with -100 where nothing is to be learned.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+
+
+def make_examples(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seq_len: int, *, wanted: int, seed: int) -> list[Example]:
+    """Makes rows of a corpus, no more of them than are of use.
+
+    Text becomes blocks of exactly ``seq_len`` tokens, documents one after the other with EOS between them; a text shorter than
+    one block becomes one shorter row. Instruction records become one row each, cut to ``seq_len``, learned on the response only;
+    records whose response is cut away are left out.
+
+    Args:
+        corpus: Text or records.
+        tokenizer: The model's.
+        seq_len: Longest row in tokens.
+        wanted: How many rows will be looked at. Of a corpus with many more, documents or records are drawn until a few times as
+            many are made, so that a short run does not wait for the tokens of a long text.
+        seed: Of that draw.
+
+    Raises:
+        DataError: Nothing to learn is left.
+    """
+    generator = torch.Generator().manual_seed(derived_seed(seed, "draw"))
+    order: list[int] = torch.randperm(len(corpus), generator=generator).tolist()
+    if corpus.records:
+        drawn = tuple(corpus.records[index] for index in order[: _POOL * wanted])
+        pairs = encode_records(replace(corpus, records=drawn), tokenizer, seq_len)
+        return [Example(torch.tensor(ids), torch.tensor(labels)) for ids, labels in pairs]
+    documents: list[list[int]] = []
+    tokens = 0
+    for start in range(0, len(order), _DOCUMENTS_AT_ONCE):
+        drawn = tuple(corpus.documents[index] for index in order[start : start + _DOCUMENTS_AT_ONCE])
+        documents += encode_documents(replace(corpus, documents=drawn), tokenizer)
+        tokens = sum(map(len, documents)) + len(documents) - 1
+        if tokens >= _POOL * wanted * seq_len:
+            break
+    if tokens < 2:
+        raise DataError(f"'{corpus.name}' holds {tokens} tokens; training and its held-out loss need at least two of each")
+    separator = tokenizer.eos_token_id if isinstance(tokenizer.eos_token_id, int) else None
+    available = tokens if separator is not None else sum(map(len, documents))
+    return [Example(block, block) for block in pack(documents, min(seq_len, available), separator)]
+
+
+def spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """Returns at most ``count`` examples, evenly spread, always the same ones."""
+    if len(examples) <= count:
+        return list(examples)
+    return [examples[index * len(examples) // count] for index in range(count)]
+
+
+def collate(examples: Sequence[Example], padding: int) -> dict[str, Tensor]:
+    """Pads rows on the right to the longest.
+
+    Args:
+        examples: The rows.
+        padding: Token that fills up; its label is -100 and its attention 0.
+
+    Returns:
+        ``input_ids``, ``labels`` and, where rows were padded, ``attention_mask``, each ``(rows, tokens)`` int64.
+    """
+    longest = max(len(example.input_ids) for example in examples)
+    if all(len(example.input_ids) == longest for example in examples):
+        return {
+            "input_ids": torch.stack([example.input_ids for example in examples]),
+            "labels": torch.stack([example.labels for example in examples]),
+        }
+    shape = (len(examples), longest)
+    input_ids, labels = torch.full(shape, padding), torch.full(shape, IGNORED)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        input_ids[row, :length] = example.input_ids
+        labels[row, :length] = example.labels
+        attention_mask[row, :length] = 1
+    return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the token that fills up rows; masked everywhere, so any will do where the tokenizer has none."""
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(token, int)), 0)
+
+
+def shuffled(count: int, wanted: int, seed: int) -> list[int]:
+    """Returns ``wanted`` indices below ``count``: one permutation after another, each from its own seed."""
+    order: list[int] = []
+    epoch = 0
+    while len(order) < wanted:
+        generator = torch.Generator().manual_seed(derived_seed(seed, "order", epoch))
+        order += torch.randperm(count, generator=generator).tolist()
+        epoch += 1
+    return order[:wanted]
+
+
+@final
+class Ordered(Dataset[Example]):
+    """Examples in the order in which they are trained on, repeated as often as the steps need.
+
+    Args:
+        examples: The rows.
+        settings: Steps, batch and accumulation.
+        seed: Of the order.
+        name: Of the data, for the message.
+
+    Raises:
+        DataError: There are fewer rows than one batch.
+    """
+
+    def __init__(self, examples: Sequence[Example], settings: RecoverSettings, seed: int, name: str) -> None:
+        if len(examples) < settings.batch:
+            raise DataError(
+                f"'{name}' gives {len(examples)} training windows of up to {settings.seq_len} tokens, fewer than one batch of "
+                f"{settings.batch}; give more data, or lower --batch or --seq-len"
+            )
+        self.examples = examples
+        self.order = shuffled(len(examples), settings.steps * settings.accumulate * settings.batch, seed)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[self.order[index]]
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """Returns a short hash of the tokens and labels of all rows."""
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(example.input_ids.numpy().tobytes())
+        found.update(example.labels.numpy().tobytes())
+    return found.hexdigest()[:16]

@@ -1,0 +1,134 @@
+"""Checkpoints of a training run: whole or absent, safetensors and JSON only.
+
+A checkpoint is a folder ``checkpoint-STEP`` with the trained tensors, the best tensors so far, the optimizer's tensors, and two
+JSON files. Nothing of the random generators is stored: data order and dropout follow from the seed and the step.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from regraft.atomic import atomic_folder
+from regraft.errors import TrainingError
+
+TRAINER_STATE = "trainer_state.json"
+"""Where the Trainer looks for its own state when it resumes."""
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that a training run needs to go on as if nothing had happened.
+
+    Attributes:
+        step: Optimizer steps taken.
+        trained: The trained parameters by name, after that step.
+        best: The same at the step with the lowest held-out loss so far.
+        optimizer: The state dict of the optimizer.
+        progress: JSON values: the schedule, the log, the best step, and what the run is of.
+    """
+
+    step: int
+    trained: Tensors
+    best: Tensors
+    optimizer: Mapping[str, Any]
+    progress: Mapping[str, Any]
+
+
+def write_checkpoint(work: Path, checkpoint: Checkpoint, save_trainer_state: Callable[[str], None]) -> Path:
+    """Writes a checkpoint and then removes the ones before it.
+
+    Args:
+        work: Folder of all checkpoints of one run.
+        checkpoint: What to write.
+        save_trainer_state: Writes the Trainer's state to the path that it is given.
+
+    Raises:
+        OutputError: It cannot be written, as on a full disk; the checkpoint before is untouched.
+    """
+    path = work / f"checkpoint-{checkpoint.step}"
+    groups = checkpoint.optimizer["param_groups"]
+    flat = {
+        f"{index}.{name}": value.detach().to("cpu").contiguous()
+        for index, state in checkpoint.optimizer["state"].items()
+        for name, value in state.items()
+    }
+    with atomic_folder(path, replace=True) as partial:
+        save_file(dict(checkpoint.trained), partial / "trained.safetensors")
+        save_file(dict(checkpoint.best), partial / "best.safetensors")
+        save_file(flat, partial / "optimizer.safetensors")
+        save_trainer_state(str(partial / TRAINER_STATE))
+        text = json.dumps({"param_groups": groups, **checkpoint.progress}, indent=1)
+        (partial / "progress.json").write_text(text, encoding="utf-8")
+    for older in checkpoints(work):
+        if older != path:
+            shutil.rmtree(older)
+    return path
+
+
+def checkpoints(work: Path) -> list[Path]:
+    """Returns the whole checkpoints of a run, the latest last."""
+    found = [entry for entry in work.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", entry.name)]
+    return sorted(found, key=lambda entry: int(entry.name.rpartition("-")[2]))
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint.
+
+    Raises:
+        TrainingError: It is damaged.
+    """
+    try:
+        progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+        tensors = {name: load_file(path / f"{name}.safetensors") for name in ("trained", "best", "optimizer")}
+        groups = progress.pop("param_groups")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise TrainingError(f"checkpoint '{path}' is damaged ({error}); remove '{path.parent}' and train again") from None
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors["optimizer"].items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    for group in groups:  # JSON has no tuples
+        group.update({name: tuple(value) for name, value in group.items() if name == "betas"})
+    return Checkpoint(
+        step=int(path.name.rpartition("-")[2]),
+        trained=tensors["trained"],
+        best=tensors["best"],
+        optimizer={"state": state, "param_groups": groups},
+        progress=progress,
+    )
+
+
+def trained_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Returns a copy on the CPU of every parameter that is trained, by name."""
+    return {
+        name: parameter.detach().to("cpu", copy=True).contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def put_tensors(model: torch.nn.Module, tensors: Tensors) -> None:
+    """Copies tensors into the trained parameters of the same names.
+
+    Raises:
+        TrainingError: Names or shapes differ from the model's trained parameters.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if {name: value.shape for name, value in trained.items()} != {name: value.shape for name, value in tensors.items()}:
+        raise TrainingError("the checkpoint's tensors do not fit the adapter; remove the checkpoints and train again")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(tensors[name])
