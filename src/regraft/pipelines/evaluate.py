@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from regraft.data.text import read_corpus
@@ -26,6 +25,7 @@ from regraft.settings import EvaluateSettings, LoadSettings
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # what PEFT puts before the names of the base's own tensors
 
 
 def evaluate_model(
@@ -80,20 +80,28 @@ def load_adapted(folder: Path, settings: LoadSettings) -> Loaded:
         The base's tokenizer and provenance; ``model`` is the ``PeftModel``, in evaluation mode.
 
     Raises:
-        ModelError: The adapter or its base is missing, damaged or a pickle, or the one does not fit the other.
+        ModelError: The adapter or its base is missing, damaged or a pickle, or they do not fit: a tensor lacks or is left over.
     """
     base = _base_of(folder)
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise ModelError(f"'{folder}' has no {ADAPTER_WEIGHTS}; save the adapter as safetensors (pickles are not read)")
-    read_header(weights)
+    stored = set(read_header(weights))
     try:
         loaded = load_model(base, settings)
     except InputError as error:
         raise ModelError(f"the base model of the adapter '{folder}': {error}") from None
-    model = _attached(loaded.model, folder)
-    check_finite(model, str(folder))
-    return replace(loaded, model=model, source=str(folder), fingerprint=fingerprint(model))
+    own = {f"{_PREFIX}{name}" for name in loaded.model.state_dict()}
+    adapted = _attached(loaded.model, folder)
+    # PEFT at most warns where the two differ: the one would stay as at the start of training, the other be left out.
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    for names, problem in ((wanted - stored, "it lacks"), (stored - wanted - own, "the base has no place for")):
+        if names:
+            raise ModelError(
+                f"the adapter '{folder}' does not fit its base '{base}': {problem} '{min(names)}'; give its own base"
+            )
+    check_finite(adapted, str(folder))
+    return replace(loaded, model=adapted, source=str(folder), fingerprint=fingerprint(adapted))
 
 
 def _base_of(folder: Path) -> str:
@@ -110,15 +118,11 @@ def _base_of(folder: Path) -> str:
 
 
 def _attached(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Puts an adapter on its base; both the missing and the superfluous are refused."""
+    """Puts an adapter on its base."""
     try:
-        with quiet(), warnings.catch_warnings():
-            # PEFT only warns of weights that it does not find; they would stay as at the start of training.
-            warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        with quiet():
             adapted: Any = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
     except Exception as error:  # whatever PEFT raises on a config or on weights that do not fit
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"the adapter '{folder}' does not fit its base model: {first[:200].rstrip('.:')}; train it again"
-        ) from error
+        raise ModelError(f"the adapter '{folder}' does not fit its base: {first[:200].rstrip('.:')}; train it again") from error
     return cast(PreTrainedModel, adapted.eval())
