@@ -1,0 +1,48 @@
+"""``regraft recover``: win back what pruning cost."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from regraft.cli.options import ModelArgument, OutputOption, SeedOption, command_line, with_settings
+from regraft.pipelines.recover import recover_model
+from regraft.settings import LoadSettings, RecoverSettings
+from regraft.training.recover import Recovered
+
+
+@with_settings
+def recover(
+    model: ModelArgument,
+    output: OutputOption,
+    recover: RecoverSettings,
+    load: LoadSettings,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoints of a run that was stopped")] = False,
+    seed: SeedOption = 0,
+) -> None:
+    """Train a small adapter on a pruned model and fold it in: text or instructions, best checkpoint by held-out loss."""
+    result = recover_model(model, output, recover, load=load, seed=seed, resume=resume, command=command_line())
+    console = Console()
+    show(console, result.recovered)
+    what = "model" if result.recovered.injected is None else "adapter"
+    console.print(f"{what} saved to {output}", soft_wrap=True)
+
+
+def show(console: Console, recovered: Recovered) -> None:
+    """Prints what recovery did."""
+    table = Table(show_header=False)
+    table.add_column(justify="left")
+    table.add_column(justify="right")
+    steps = recovered.log[-1].step
+    table.add_row("held-out loss before", f"{recovered.first_loss:.4f} nats a token")
+    table.add_row("held-out loss after", f"{recovered.best_loss:.4f} nats a token")
+    table.add_row("best step", f"{recovered.best_step} of {steps}")
+    table.add_row("trained parameters", f"{recovered.trainable_parameters:,}")
+    table.add_row("time", f"{recovered.seconds:.1f} s")
+    table.add_row("peak memory", f"{recovered.peak_memory_bytes / 1e6:,.0f} MB")
+    console.print(table)
+    if recovered.best_step == 0:
+        console.print("training never lowered the held-out loss, so the weights are unchanged; try a lower --lr or more --steps")

@@ -1,0 +1,229 @@
+"""Recover a model: load, train an adapter on text or instructions, fold it in or keep it, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import PreTrainedModel
+
+from regraft.adapters import ADAPTERS
+from regraft.atomic import atomic_folder, refuse_existing, sha256_of
+from regraft.data.text import Corpus, read_corpus, split_corpus
+from regraft.errors import OutputError
+from regraft.models.card import model_card
+from regraft.models.load import SEEDLING, Loaded, locate, require_tokenizer
+from regraft.models.load import load as load_model
+from regraft.models.provenance import FILE, parents_of, provenance_text, versions
+from regraft.models.save import save
+from regraft.plans import Provenance
+from regraft.settings import LoadSettings, RecoverSettings
+from regraft.surgery.adapters import save_adapter
+from regraft.training.callbacks import log_csv
+from regraft.training.checkpoint import checkpoints
+from regraft.training.recover import Recovered, check_trackers, read_ranks, recover
+
+LOSS_LOG = "training_log.csv"
+TIMINGS = "timings.json"
+
+
+@dataclass(frozen=True)
+class RecoverResult:
+    """What recovering a model gave.
+
+    Attributes:
+        recovered: The model, its loss log and figures.
+        loaded: Tokenizer, source and fingerprint of the model it was made from.
+        provenance: As it was written; None when nothing was saved.
+    """
+
+    recovered: Recovered
+    loaded: Loaded
+    provenance: Provenance | None
+
+
+def recover_model(
+    source: str | Path,
+    output: str | Path | None = None,
+    settings: RecoverSettings | None = None,
+    *,
+    load: LoadSettings | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    command: str = "regraft.recover",
+) -> RecoverResult:
+    """Trains an adapter on a model and saves the result.
+
+    Checkpoints are kept in ``.NAME.work`` beside the output until it is saved.
+
+    Args:
+        source: A folder, a hub id, or ``seedling``.
+        output: A model folder when the adapter is folded in, else a PEFT adapter folder; None keeps the result in memory.
+        settings: Data, adapter and training.
+        load: How the model is loaded.
+        seed: Of everything random.
+        resume: Go on from the checkpoints of a run that was stopped; with none there, begin.
+        command: How this was called, for the folder's record.
+
+    Raises:
+        OutputError: The output exists, or checkpoints of an unfinished run are there and ``resume`` is off.
+        RegraftError: Anything else that the user can mend, in one line.
+    """
+    settings, load = settings or RecoverSettings(), load or LoadSettings()
+    output = Path(output) if output is not None else None
+    _check_early(settings)
+    with _work_folder(output, resume=resume) as work:
+        corpora = training_corpora(settings, seed)
+        loaded = load_model(source, load)
+        recovered = recover(loaded.model, require_tokenizer(loaded), *corpora, settings, seed=seed, work=work, resume=resume)
+        provenance = None
+        if output is not None:
+            provenance = save_recovered(recovered, loaded, output, settings, seed=seed, command=command)
+    return RecoverResult(recovered, loaded, provenance)
+
+
+def training_corpora(settings: RecoverSettings, seed: int) -> tuple[Corpus, Corpus]:
+    """Reads what is trained on and what is held out: of a file a share, of the built-in text its own splits.
+
+    Raises:
+        DataError: The file cannot be used.
+    """
+    if settings.data is None:
+        return read_corpus(None, "train"), read_corpus(None, "validation")
+    return split_corpus(read_corpus(settings.data, "train"), settings.held_out, seed)
+
+
+def save_recovered(
+    recovered: Recovered,
+    loaded: Loaded,
+    output: Path,
+    settings: RecoverSettings,
+    *,
+    seed: int,
+    command: str,
+    replace: bool = False,
+) -> Provenance:
+    """Saves a recovered model, or its adapter, with its card, its loss log and how it came to be.
+
+    Args:
+        recovered: From :func:`regraft.training.recover.recover`.
+        loaded: The model that was trained.
+        output: Where to: a model folder when the adapter was folded in, else a PEFT adapter folder.
+        settings: Of the recovery.
+        seed: Of the recovery.
+        command: How it was called.
+        replace: Whether an existing folder is replaced.
+
+    Returns:
+        The provenance as it was written.
+
+    Raises:
+        OutputError: It cannot be written; what was there before is untouched.
+    """
+    provenance = Provenance(
+        command=command,
+        source=loaded.source,
+        source_fingerprint=loaded.fingerprint,
+        seed=seed,
+        versions=versions(),
+        ranks=recovered.ranks,
+        settings={"recover": settings.model_dump(mode="json")},
+        parents=parents_of(loaded.provenance),
+    )
+    card = model_card(provenance, facts(recovered, settings))
+    with atomic_folder(output, replace=replace) as partial:
+        if recovered.injected is None:
+            model = cast(PreTrainedModel, recovered.model)
+            written = save(model, loaded.tokenizer, partial, provenance, card)
+        else:
+            base = str(locate(SEEDLING)) if loaded.source == SEEDLING else loaded.source
+            save_adapter(recovered.injected, partial, base)
+            files = {file.name: sha256_of(file) for file in sorted(partial.glob("*.safetensors"))}
+            written = dataclasses.replace(provenance, files=files)
+            (partial / FILE).write_text(provenance_text(written), encoding="utf-8")
+            (partial / "README.md").write_text(_adapter_card(card, base), encoding="utf-8")
+        (partial / LOSS_LOG).write_text(log_csv(recovered.log), encoding="utf-8")
+        (partial / TIMINGS).write_text(_timings(recovered), encoding="utf-8")
+    return written
+
+
+def facts(recovered: Recovered, settings: RecoverSettings) -> dict[str, Any]:
+    """Returns what a reader of a model card wants to know of a recovery, in words."""
+    ranks = f"rank {settings.rank}" if recovered.ranks is None else f"ranks by {recovered.ranks.method}"
+    state = "folded into the weights" if recovered.injected is None else "kept beside the weights"
+    return {
+        "recovered with": f"{settings.adapter}, {ranks}, {state}",
+        "trained parameters": f"{recovered.trainable_parameters:,}",
+        "data": str(settings.data) if settings.data else "the built-in text",
+        "steps": f"{settings.steps} of {settings.batch * settings.accumulate} windows of {settings.seq_len} tokens",
+        "held-out loss": f"{recovered.first_loss:.4f} to {recovered.best_loss:.4f} nats a token (step {recovered.best_step})",
+    }
+
+
+def _adapter_card(card: str, base: str) -> str:
+    """Makes the card of a model that of an adapter."""
+    lines = [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({base!r})  # `import regraft` first if its layers differ in size",
+        "model = PeftModel.from_pretrained(model, FOLDER)",
+    ]
+    how = "\n".join(["## How to load it", "", "It is a plain PEFT adapter.", "", "```python", *lines, "```", ""])
+    return card.replace("library_name: transformers", "library_name: peft", 1).rstrip() + "\n\n" + how
+
+
+def _timings(recovered: Recovered) -> str:
+    """Returns what differs from run to run, apart from the loss log, so that everything else is the same bytes."""
+    values = {
+        "seconds": round(recovered.seconds, 3),
+        "peak_memory_bytes": recovered.peak_memory_bytes,
+        "log": [{"step": row.step, "seconds": row.seconds} for row in recovered.log],
+    }
+    return json.dumps(values, indent=1) + "\n"
+
+
+def _check_early(settings: RecoverSettings) -> None:
+    """Checks what needs no model before one is loaded."""
+    ADAPTERS.get(settings.adapter)
+    check_trackers(settings.report_to)
+    read_ranks(settings.ranks)
+
+
+@contextmanager
+def _work_folder(output: Path | None, *, resume: bool) -> Iterator[Path]:
+    """Gives the folder of the checkpoints; it stays only when the block fails after a checkpoint was written.
+
+    Raises:
+        OutputError: The output exists, or an unfinished run is there and ``resume`` is off.
+    """
+    if output is None:
+        with tempfile.TemporaryDirectory(prefix="regraft-") as folder:
+            yield Path(folder) / "work"
+        return
+    refuse_existing(output)
+    work = output.absolute().with_name(f".{output.absolute().name}.work")
+    unfinished = checkpoints(work)
+    if unfinished and not resume:
+        step = unfinished[-1].name.rpartition("-")[2]
+        raise OutputError(
+            f"a run to '{output}' was stopped after step {step}; go on with --resume, or remove '{work}' to begin anew"
+        )
+    missing = [parent for parent in work.parents if not parent.exists()]
+    try:
+        yield work
+    except BaseException:
+        if not checkpoints(work):
+            shutil.rmtree(work, ignore_errors=True)
+            for parent in missing:
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+        raise
+    shutil.rmtree(work, ignore_errors=True)
