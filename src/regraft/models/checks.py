@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from regraft.atomic import sha256_of
 from regraft.errors import ModelError
@@ -20,6 +20,8 @@ from regraft.plans import Provenance
 
 # Weights of trained language models stay below a few hundred. A flipped top exponent bit makes 1e30 and more.
 LARGEST_PLAUSIBLE = 1e6
+MOST_EMPTY_LAYERS = 1000  # at the end of one of our models: far more than anyone removes, far less than hurts
+SAME_MODEL = "use the config and the weights of the same model"
 
 
 def check_config(folder: Path) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def check_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"'{folder}' has no config.json; give the folder of a Hugging Face model")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"'{path}' is not JSON ({error}); copy or download it again") from None
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(model_type, str) or not model_type:
@@ -74,13 +76,28 @@ def check_checksums(folder: Path, provenance: Provenance | None) -> None:
             )
 
 
-def check_loading_report(folder: Path, report: Mapping[str, Any], layers: int) -> None:
+def check_layer_count(folder: Path, config: Mapping[str, Any], tensors: Iterable[str]) -> None:
+    """Compares the number of layers in the config, where it is said, with the names of the weights, before either is built from.
+
+    Raises:
+        ModelError: They differ. In our own models a layer may be empty; others have weights in each.
+    """
+    model_type = str(config["model_type"])
+    container = family_of(model_type).layers.rpartition(".")[2]
+    numbered = re.compile(rf"(?:^|\.){container}\.(\d+)\.")
+    held = max((int(match[1]) for name in tensors if (match := numbered.search(name))), default=-1) + 1
+    said = config.get("num_hidden_layers")
+    may_be_empty = model_type.startswith("regraft_") and isinstance(said, int) and held <= said <= held + MOST_EMPTY_LAYERS
+    if said is not None and said != held and not may_be_empty:
+        raise ModelError(f"'{folder}': config.json says {said} layers, the weights hold {held}; {SAME_MODEL}")
+
+
+def check_loading_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Refuses a model that was not made whole from its files: what is missing would be random.
 
     Args:
         folder: Where it was loaded from.
         report: ``output_loading_info`` of ``from_pretrained``.
-        layers: ``num_hidden_layers`` of the config.
 
     Raises:
         ModelError: A tensor is missing, superfluous or of another shape; the message names the first.
@@ -88,23 +105,15 @@ def check_loading_report(folder: Path, report: Mapping[str, Any], layers: int) -
     for entry in sorted(report["mismatched_keys"], key=str):
         name, stored, wanted = entry
         raise ModelError(
-            f"'{folder}': '{name}' is {list(stored)} in the weights, but config.json asks for {list(wanted)}; "
-            "use the config and the weights of the same model"
+            f"'{folder}': '{name}' is {list(stored)} in the weights, but config.json asks for {list(wanted)}; {SAME_MODEL}"
         )
-    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    numbered = [int(match[1]) for name in unexpected if (match := re.search(r"\.layers\.(\d+)\.", name))]
-    if numbered and max(numbered) >= layers:
-        raise ModelError(
-            f"'{folder}': config.json says {layers} layers, the weights hold {max(numbered) + 1}; "
-            "use the config and the weights of the same model"
-        )
+    # Old checkpoints carry the rotary frequencies, which every model computes for itself.
+    unexpected = sorted(name for name in report["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq"))
+    missing = sorted(report["missing_keys"])
     for verdict, names in (("lack", missing), ("hold", unexpected)):
         if names:
             but = "which its config.json asks for" if verdict == "lack" else "which its config.json does not know"
-            raise ModelError(
-                f"'{folder}': the weights {verdict} '{names[0]}' ({len(names)} in all), {but}; "
-                "use the config and the weights of the same model"
-            )
+            raise ModelError(f"'{folder}': the weights {verdict} '{names[0]}' ({len(names)} in all), {but}; {SAME_MODEL}")
     errors = report.get("error_msgs") or report.get("conversion_errors")
     if errors:
         raise ModelError(f"'{folder}': the weights cannot be read: {str(errors).splitlines()[0]}; copy or download them again")
@@ -132,19 +141,3 @@ def check_finite(model: PreTrainedModel, source: str) -> None:
                 f"'{source}': '{name}' holds a value of {extreme:.3g}, above {LARGEST_PLAUSIBLE:.0e}; "
                 "the file is damaged: copy or download it again"
             )
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, source: str) -> None:
-    """Refuses a tokenizer with ids that the embedding has no row for.
-
-    Raises:
-        ModelError: The largest id is beyond the embedding.
-    """
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    embedding: Any = model.get_input_embeddings()
-    rows = embedding.weight.shape[0]
-    if largest >= rows:
-        raise ModelError(
-            f"'{source}': the tokenizer has ids up to {largest}, the embedding has {rows} rows; "
-            "use the tokenizer that the model was trained with"
-        )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft import seedling
 from regraft.errors import InputError, ModelError, did_you_mean
@@ -18,11 +18,12 @@ from regraft.models.checks import (
     check_checksums,
     check_config,
     check_finite,
+    check_layer_count,
     check_loading_report,
-    check_vocabulary,
 )
 from regraft.models.provenance import read_provenance
-from regraft.models.quiet import quiet
+from regraft.models.quiet import in_one_line, quiet
+from regraft.models.tokenizer import load_tokenizer
 from regraft.models.uneven import register
 from regraft.models.view import ModelView, fingerprint
 from regraft.models.weights import stored_tensors, weights_dtype
@@ -30,7 +31,6 @@ from regraft.plans import Provenance
 from regraft.settings import LoadSettings
 
 SEEDLING = "seedling"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
 # What is fetched from the hub: nothing in subfolders, no pickles, no second copy of the weights in the maker's own format.
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 UNWANTED = ("*/*", "consolidated*")
@@ -71,18 +71,20 @@ def load(source: str | Path, settings: LoadSettings | None = None) -> Loaded:
     device = _device(settings.device)
     folder = locate(source, trust_remote_code=settings.trust_remote_code)
     name = str(source)
-    config_values = check_config(folder)
-    tensors = stored_tensors(folder)
-    provenance = read_provenance(folder)
-    check_checksums(folder, provenance)
+    try:
+        config = check_config(folder)
+        tensors = stored_tensors(folder)
+        provenance = read_provenance(folder)
+        check_layer_count(folder, config, tensors)
+        check_checksums(folder, provenance)
+    except OSError as error:
+        raise ModelError(f"'{folder}' cannot be read: {error.strerror} ({error.filename}); check its permissions") from error
     dtype = weights_dtype(tensors) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     model = _load_model(folder, dtype, trust_remote_code=settings.trust_remote_code)
     check_finite(model, name)
-    tokenizer = _load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
-    if tokenizer is not None:
-        check_vocabulary(tokenizer, model, name)
-    assert config_values["model_type"] == model.config.model_type
-    ModelView(model)
+    ModelView(model)  # refuses a model that is not built as its family is
+    embedding: Any = model.get_input_embeddings()
+    tokenizer = load_tokenizer(folder, embedding.weight.shape[0], trust_remote_code=settings.trust_remote_code)
     model = model.to(device)  # pyright: ignore[reportArgumentType]
     return Loaded(model, tokenizer, name, fingerprint(model), provenance)
 
@@ -125,7 +127,7 @@ def locate(source: str | Path, *, trust_remote_code: bool = False) -> Path:
     except (RepositoryNotFoundError, HFValidationError):
         raise ModelError(f"{nowhere}, and the hub has no model of this name; {remedy}") from None
     except Exception as error:  # the hub's client lets many kinds through: sockets, proxies, certificates, its own
-        raise ModelError(f"{nowhere}, and the hub cannot be reached ({_first_line(error)}); {remedy}") from error
+        raise ModelError(f"{nowhere}, and the hub cannot be reached ({in_one_line(error)}); {remedy}") from error
 
 
 def _load_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
@@ -135,7 +137,7 @@ def _load_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) ->
             config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # each config class validates in its own way
         raise ModelError(
-            f"'{folder / 'config.json'}' is not valid: {_first_line(error)}; mend it or download it again"
+            f"'{folder / 'config.json'}' is not valid: {in_one_line(error)}; mend it or download it again"
         ) from error
     try:
         with quiet():
@@ -150,22 +152,12 @@ def _load_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) ->
                 output_loading_info=True,
             )
     except Exception as error:  # whatever the modelling code raises on a config that does not fit
-        raise ModelError(f"'{folder}' cannot be loaded: {_first_line(error)}; check its config.json") from error
+        raise ModelError(f"'{folder}' cannot be loaded: {in_one_line(error)}; check its config.json") from error
     model, report = loaded
-    check_loading_report(folder, report, config.num_hidden_layers)
+    check_loading_report(folder, report)
+    if model.config.tie_word_embeddings and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False  # the file holds two different matrices, and transformers keeps both
     return model
-
-
-def _load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers raises plain Exception
-        raise ModelError(
-            f"the tokenizer of '{folder}' cannot be loaded: {_first_line(error)}; copy its tokenizer files again"
-        ) from error
 
 
 def _device(name: str) -> torch.device:
@@ -180,10 +172,3 @@ def _device(name: str) -> torch.device:
     elif device.type != "cpu":
         raise InputError(f"device '{name}' is not supported; use cpu, cuda or cuda:N")
     return device
-
-
-def _first_line(error: BaseException) -> str:
-    """Returns the first line of an error that says something, without its final full stop."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text[:300].rstrip(".")

@@ -1,4 +1,4 @@
-"""Keeps the terminal clean while transformers loads and saves."""
+"""Keeps the terminal clean while transformers loads and saves, and its errors short."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from transformers.utils import logging
+
+LONGEST_QUOTE = 240  # characters of another library's message
 
 
 @contextmanager
@@ -23,3 +25,9 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def in_one_line(error: BaseException) -> str:
+    """Returns an error of another library in one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:LONGEST_QUOTE].rstrip(". ") + ("…" if len(text) > LONGEST_QUOTE else "")

@@ -62,7 +62,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         entries = {name: (StoredTensor(e["dtype"], tuple(e["shape"])), tuple(e["data_offsets"])) for name, e in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"'{path}' is damaged: its header cannot be read ({type(error).__name__}); {AGAIN}") from None
     _refuse_gaps(path, entries, size_bytes - 8 - header_bytes)
     return {name: tensor for name, (tensor, _) in entries.items()}
@@ -72,11 +72,9 @@ def _refuse_gaps(path: Path, entries: Mapping[str, tuple[StoredTensor, tuple[Any
     """Checks that the tensors fill the file without gaps and that each has as many bytes as its shape needs."""
     position = 0
     for name, (tensor, offsets) in sorted(entries.items(), key=lambda item: repr(item[1][1])):
-        if tensor.dtype not in BYTES:
+        if tensor.dtype not in BYTES or (tensor.dtype not in FLOATS and name.endswith(".weight")):
             known = ", ".join(FLOATS)
-            raise ModelError(
-                f"'{path}' holds '{name}' as {tensor.dtype}; regraft reads {known}: use a checkpoint that is not quantized"
-            )
+            raise ModelError(f"'{path}' holds '{name}' as {tensor.dtype}, not as {known}; use a checkpoint that is not quantized")
         whole = all(isinstance(number, int) and number >= 0 for number in (*tensor.shape, *offsets)) and len(offsets) == 2
         if not whole or offsets[1] - offsets[0] != math.prod(tensor.shape) * BYTES[tensor.dtype]:
             raise ModelError(f"'{path}' is damaged: the bytes of '{name}' do not fit its shape {list(tensor.shape)}; {AGAIN}")
@@ -119,7 +117,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     try:
         mapping = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = {str(name): str(file) for name, file in mapping.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"'{path}' is damaged: no list of weight files can be read ({type(error).__name__}); {AGAIN}") from None
     outside = [file for file in names.values() if Path(file).name != file]
     if outside or not names:
