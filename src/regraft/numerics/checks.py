@@ -1,0 +1,53 @@
+"""Limits that several numerical routines share, each as one line with the value, the limit and the remedy."""
+
+from __future__ import annotations
+
+import math
+from typing import SupportsFloat, SupportsIndex
+
+from regraft.errors import InputError
+
+
+def checked_count(value: object, name: str, minimum: int = 1) -> int:
+    """Returns ``value`` when it is a whole number of at least ``minimum``.
+
+    Raises:
+        InputError: It is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise InputError(f"{name} {value!r} is not a whole number; give one of at least {minimum}")
+    count = value.__index__()
+    if count < minimum:
+        raise InputError(f"{name} {count} is below {minimum}; give at least {minimum}")
+    return count
+
+
+def checked_rank(rank: object, rows: int, columns: int, name: str = "rank") -> int:
+    """Returns a rank r whose compressed factorization, 2r wide, fits a ``rows`` x ``columns`` matrix.
+
+    Raises:
+        InputError: It is not a whole number, is below 1, or 2r exceeds the smaller side.
+    """
+    count = checked_count(rank, name)
+    limit = min(rows, columns) // 2
+    if count > limit:
+        raise InputError(
+            f"{name} {count} is too large for a {rows} x {columns} matrix: twice the {name} must fit its smaller side, "
+            f"so at most {limit}; lower the {name}"
+        )
+    return count
+
+
+def checked_number(value: object, name: str, minimum: float = 0.0, *, above: bool = False) -> float:
+    """Returns ``value`` as a float when it is finite and at least (or, with ``above``, more than) ``minimum``.
+
+    Raises:
+        InputError: It is not.
+    """
+    limit = f"above {minimum:g}" if above else f"at least {minimum:g}"
+    if isinstance(value, bool) or not isinstance(value, SupportsFloat):
+        raise InputError(f"{name} {value!r} is not a number; give one {limit}")
+    number = float(value)
+    if not math.isfinite(number) or number < minimum or (above and number == minimum):
+        raise InputError(f"{name} {number:g} is not allowed; give a finite number {limit}")
+    return number

@@ -1,0 +1,52 @@
+"""The few names of ``torch.linalg`` that we use, with the types that torch leaves out."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class QR(NamedTuple):
+    """``q @ r``."""
+
+    q: Tensor
+    r: Tensor
+
+
+class SVD(NamedTuple):
+    """``left @ diag(values) @ right_h``, values descending."""
+
+    left: Tensor
+    values: Tensor
+    right_h: Tensor
+
+
+def qr(matrix: Tensor, *, complete: bool = False) -> QR:
+    """Returns q (m x k) with orthonormal columns and r upper triangular, k = min(m, n), or k = m when ``complete``."""
+    found = torch.linalg.qr(matrix, mode="complete" if complete else "reduced")
+    return QR(found[0], found[1])
+
+
+def svd(matrix: Tensor, *, full: bool = False) -> SVD:
+    """Returns the thin decomposition, or the square one when ``full``."""
+    found = torch.linalg.svd(matrix, full_matrices=full)
+    return SVD(found[0], found[1], found[2])
+
+
+def spectral_norm(matrix: Tensor) -> float:
+    """Returns the largest singular value."""
+    return float(torch.linalg.matrix_norm(matrix, ord=2))
+
+
+def solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solves ``matrix @ x = right``, batched: ... x k x k and ... x k x j."""
+    return torch.linalg.solve(matrix, right)
+
+
+def csr(pointers: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Returns a CSR tensor, its arguments trusted: pointers rows + 1, columns and values one for each entry."""
+    return torch.sparse_csr_tensor(pointers, columns, values, shape, check_invariants=False)
