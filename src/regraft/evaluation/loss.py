@@ -82,6 +82,7 @@ def evaluate_loss(
     return LossReport(
         loss_nats=loss_nats,
         perplexity=math.exp(loss_nats) if loss_nats < math.log(sys.float_info.max) else sys.float_info.max,
+        # A single token that stands for no text, such as a leading space of the tokenizer's own, has no bytes at all.
         bits_per_byte=total_nats / math.log(2) / max(1, n_bytes),
         window_tokens=window,
         stride_tokens=stride,

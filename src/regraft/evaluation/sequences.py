@@ -125,13 +125,13 @@ def _documents(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bos, lef
 def _prefix_bytes(
     text: str, count: int, ids: list[int], offsets: list[tuple[int, int]] | None, tokenizer: PreTrainedTokenizerBase
 ) -> int:
-    """Returns how many bytes of a text its first ``count`` tokens are."""
+    """Returns how many bytes of a text its first ``count`` tokens are: those before the next token begins."""
     if count == 0 or not ids:
         return 0
     if count >= len(ids):
         return len(text.encode())
     if offsets is not None:
-        return len(text[: offsets[count - 1][1]].encode())
+        return len(text[: offsets[count][0]].encode())
     # A tokenizer without offsets is written in Python; what its tokens decode to is the next best answer.
     return len(_decoded(tokenizer, ids[:count]).encode())
 

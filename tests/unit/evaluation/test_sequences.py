@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from regraft.data.instructions import prompt_of
@@ -45,6 +46,13 @@ def test_without_bos_the_first_token_and_its_bytes_are_not_predicted(make_tokeni
     assert [(one.targets, one.n_bytes) for one in found] == [(3, 3), (1, 1)]
     cut = sequences_of(corpus, make_tokenizer(bos=False), "auto", 2)
     assert [(one.targets, one.n_bytes) for one in cut] == [(2, 2)]
+
+
+def test_a_token_that_stands_for_no_text_has_no_bytes(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(bos=False)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("#")
+    found = sequences_of(Corpus("t", "all", documents=("x", "éa")), tokenizer, "auto", None)
+    assert [(one.targets, one.n_bytes) for one in found] == [(1, 1), (2, 3)]
 
 
 def test_of_a_record_only_the_response_is_predicted(make_tokenizer: Make) -> None:
