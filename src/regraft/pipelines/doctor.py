@@ -178,7 +178,7 @@ def _embedded_model() -> Finding:
     again = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
     try:
         folder = seedling.path()
-        files = json.loads((folder / "regraft.json").read_text(encoding="utf-8"))["files"]
+        files = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
         damaged = [name for name, checksum in files.items() if sha256_of(folder / name) != checksum]
     except (RegraftError, OSError, ValueError, KeyError) as error:
         return Finding("seedling", "damaged", str(error), required=True, remedy=again)

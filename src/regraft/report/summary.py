@@ -89,7 +89,7 @@ class WonBack:
         """
         if self.share is None:
             return (
-                f"pruning cost nothing ({-self.cost_nats:.2f} nats better than dense); "
+                f"pruning cost nothing ({abs(self.cost_nats):.2f} nats better than dense); "
                 f"recovery changed the loss by {-self.gain_nats:+.2f} nats"
             )
         if self.gain_nats < 0:
