@@ -59,6 +59,8 @@ def save(
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
         _read_back(model, partial)
+        for file in weight_files(partial):  # safetensors makes files that only their owner can read
+            file.chmod((partial / "config.json").stat().st_mode)
         written = dataclasses.replace(provenance, files={file.name: sha256_of(file) for file in weight_files(partial)})
         (partial / FILE).write_text(provenance_text(written), encoding="utf-8")
         (partial / "README.md").write_text("\n\n".join(section.rstrip() for section in sections) + "\n", encoding="utf-8")

@@ -112,11 +112,13 @@ def fingerprint(model: nn.Module) -> str:
     """Returns a short hash of names, shapes, dtypes and a sample of the values of every parameter.
 
     Two models of equal architecture but other weights differ: the sample takes up to 64 values spread over each tensor, so that
-    the cost does not grow with the size of the model.
+    the cost does not grow with the size of the model. A model without weights (on the meta device) has names and shapes only.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if parameter.is_meta:
+            continue
         flat = parameter.detach().reshape(-1)
         step = max(1, flat.numel() // 64)
         sample = flat[::step][:64].to(device="cpu", dtype=torch.float32)
