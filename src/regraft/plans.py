@@ -163,6 +163,38 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """What it does to the model to keep only so many units of one group, everything else whole.
+
+    Attributes:
+        kept: Numbers of units, ascending; the last is the whole group.
+        damage_nats: Kullback-Leibler divergence to the dense model per token at each; the last is zero.
+        cost: What the group costs at each: parameters, bytes or milliseconds.
+    """
+
+    kept: tuple[int, ...]
+    damage_nats: tuple[float, ...]
+    cost: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Measured damage against size for every group that may be cut.
+
+    Attributes:
+        fingerprint: Of the model.
+        unit: Of the costs.
+        fixed_cost: Of everything that is not in a curve.
+        values: Group name to curve.
+    """
+
+    fingerprint: str
+    unit: Literal["parameters", "bytes", "milliseconds"]
+    fixed_cost: float
+    values: dict[str, Curve]
+
+
+@dataclass(frozen=True)
 class Cut:
     """What stays of one group: the kept units, ascending."""
 

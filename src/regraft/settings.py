@@ -38,26 +38,28 @@ class LoadSettings(Settings):
 
 
 class PruneSettings(Settings):
-    """What is cut and how it is chosen (LLM-Pruner, arXiv 2305.11627)."""
+    """What is cut and how it is chosen (LLM-Pruner, arXiv 2305.11627, and what came after it)."""
 
-    ratio: Ratio = Field(default=0.2, description="share of ALL parameters to remove")
-    criterion: str = Field(default="taylor", description="random, l1, l2 or taylor")
-    order: Literal["first", "second", "mixed"] = Field(default="first", description="order of the Taylor criterion")
-    granularity: Literal["element", "vector"] = Field(
-        default="element", description="absolute value before (element) or after the sum (vector)"
+    ratio: Ratio = Field(0.2, description="share of ALL parameters to remove (of bytes or milliseconds: see budget)")
+    criterion: str = Field("surgeon", description="random, l1, l2, taylor, wanda, flap, energy or surgeon")
+    order: Literal["first", "second", "mixed"] = Field("first", description="order of the Taylor criterion")
+    granularity: Literal["element", "vector"] = Field("element", description="absolute value before (element) or after the sum (vector)")
+    reduce: Reduction = Field("sum", description="how the scores of coupled weights become one")
+    shape: Shape = Field("per-layer", description="uniform: the same width in every layer, loads in stock classes")
+    select: Literal["auto", "uniform", "global", "knapsack"] = Field(
+        "auto", description="how widths are chosen; auto: knapsack, or without text: uniform or global, as the shape asks"
     )
-    reduce: Reduction = Field(default="sum", description="how the scores of coupled weights become one")
-    shape: Shape = Field(default="per-layer", description="uniform: the same width in every layer, loads in stock classes")
-    layers: str = Field(
-        default=":", description="range of layers to prune, as a Python slice: 1:-1 spares the first and the last"
+    reconstruct: Literal["auto", "least_squares", "mean", "none"] = Field(
+        "auto", description="re-fit what reads the pruned channels; auto: least_squares, or none for criteria without text"
     )
-    targets: tuple[Literal["heads", "ffn"], ...] = Field(default=("heads", "ffn"), description="what is pruned")
-    align: Positive | Literal["auto"] = Field(
-        default="auto", description="widths are multiples of this; auto: 16, less where 16 misses the target"
-    )
-    calibration: Path | None = Field(default=None, description="text for gradients; default: the built-in text")
-    samples: Positive = Field(default=32, description="calibration windows")
-    seq_len: Positive = Field(default=128, description="tokens of a calibration window")
+    budget: Literal["parameters", "bytes", "milliseconds"] = Field("parameters", description="what the ratio is a share of")
+    rounds: Positive = Field(1, description="prune in this many steps, with scores taken anew")
+    layers: str = Field(":", description="range of layers to prune, as a Python slice: 1:-1 spares the first and the last")
+    targets: tuple[Literal["heads", "ffn"], ...] = Field(("heads", "ffn"), description="what is pruned")
+    align: Positive | Literal["auto"] = Field("auto", description="widths are multiples of this; auto: 16, less where 16 misses the target")
+    calibration: Path | None = Field(None, description="text to calibrate on; default: the built-in text")
+    samples: Positive = Field(128, description="calibration windows")
+    seq_len: Positive = Field(128, description="tokens of a calibration window")
 
     @field_validator("layers")
     @classmethod
@@ -74,27 +76,21 @@ class RecoverSettings(Settings):
     adapter: str = Field(default="lora", description="which adapter")
     rank: Positive = Field(default=8, description="rank of the adapter")
     alpha: Rate | None = Field(default=None, description="LoRA alpha; default: twice the rank")
-    ranks: Path | RankPlan | None = Field(
-        default=None, description="a rank plan (JSON) with a rank for each module, instead of --rank"
-    )
+    ranks: Path | RankPlan | None = Field(default=None, description="a rank plan (JSON) with a rank for each module, instead of --rank")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.05, description="dropout inside the adapter")
     lr: Rate = Field(default=1e-3, description="peak learning rate")
     steps: Positive = Field(default=200, description="optimizer steps")
     batch: Positive = Field(default=8, description="windows of one forward pass")
     accumulate: Positive = Field(default=1, description="forward passes of one optimizer step")
     seq_len: Positive = Field(default=256, description="tokens of a training window")
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="how the learning rate falls after warm-up"
-    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="how the learning rate falls after warm-up")
     warmup: Annotated[float, Field(ge=0.0, le=1.0)] = Field(default=0.05, description="share of the steps that warms up")
     max_grad_norm: Rate = Field(default=1.0, description="gradients are clipped to this norm")
     eval_every: Positive = Field(default=50, description="steps between two looks at the held-out loss")
     held_out: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
         default=0.05, description="share of the data kept for choosing the best checkpoint"
     )
-    held_out_windows: Positive = Field(
-        default=64, description="held-out windows of one look, spread evenly over the held-out data"
-    )
+    held_out_windows: Positive = Field(default=64, description="held-out windows of one look, spread evenly over the held-out data")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="number type of the products; auto: bfloat16 on a GPU that has it, else float32"
     )
@@ -115,13 +111,9 @@ class EvaluateSettings(Settings):
 
     text: Path | None = Field(default=None, description="held-out text; default: the built-in test split")
     window: Positive | None = Field(default=None, description="tokens of context; default: 512 or the model's limit")
-    stride: Positive | None = Field(
-        default=None, description="tokens between the starts of two windows; default: half the window"
-    )
+    stride: Positive | None = Field(default=None, description="tokens between the starts of two windows; default: half the window")
     max_tokens: Positive | None = Field(default=None, description="stop after this many tokens; default: the whole text")
-    bos: bool | Literal["auto"] = Field(
-        default="auto", description="whether documents start with BOS; auto: as the tokenizer does"
-    )
+    bos: bool | Literal["auto"] = Field(default="auto", description="whether documents start with BOS; auto: as the tokenizer does")
     speed: bool = Field(default=False, description="also measure prefill, decode and peak memory")
 
 

@@ -15,9 +15,7 @@ def magnitude_units(power: int) -> Callable[[Evidence], Mapping[str, Tensor]]:
     def units(evidence: Evidence) -> Mapping[str, Tensor]:
         parameters = dict(evidence.model.named_parameters())
         return {
-            group.name: reduce_saliency(
-                group, lambda name: parameters[name].detach().float().abs() ** power, "element", evidence.reduce
-            )
+            group.name: reduce_saliency(group, lambda name: parameters[name].detach().float().abs() ** power, "element", evidence.reduce)
             for group in evidence.groups.groups
         }
 

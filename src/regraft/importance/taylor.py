@@ -37,9 +37,7 @@ def taylor_units(evidence: Evidence) -> Mapping[str, Tensor]:
         curvature = weight.square() * second[name]
         return curvature if evidence.order == "second" else weight * first[name] - 0.5 * curvature
 
-    return {
-        group.name: reduce_saliency(group, saliency, evidence.granularity, evidence.reduce) for group in evidence.groups.groups
-    }
+    return {group.name: reduce_saliency(group, saliency, evidence.granularity, evidence.reduce) for group in evidence.groups.groups}
 
 
 def _gradients(

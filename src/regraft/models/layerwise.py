@@ -1,13 +1,13 @@
 """Run a decoder one layer at a time on calibration windows.
 
-Layer-by-layer methods need the inputs of one layer and nothing else. What a model hands to its layers beside the hidden states (the
-causal mask, the rotary embedding, positions) is recorded once for every layer, from the model's own forward pass, so that nothing
-here knows a family.
+Layer-by-layer methods need the inputs of one layer and nothing else. What a model hands to its layers beside the hidden states
+(the causal mask, the rotary embedding, positions) is recorded once for every layer, from the model's own forward pass, so that
+nothing here knows a family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,14 +39,20 @@ class Layerwise:
             self._arguments.setdefault(rows, arguments)
 
     @torch.no_grad()
-    def run(self, layer: int, hidden: list[Tensor]) -> list[Tensor]:
-        """Returns the outputs of one layer, a tensor (batch, tokens, hidden) for each batch."""
-        return [self.call(layer, batch) for batch in hidden]
+    def run(self, layer: int, hidden: list[Tensor], module: nn.Module | None = None) -> list[Tensor]:
+        """Returns the outputs of one layer, a tensor (batch, tokens, hidden) for each batch.
 
-    def call(self, layer: int, hidden_BTD: Tensor) -> Tensor:
+        Args:
+            layer: Its index.
+            hidden: Its inputs, a tensor for each batch.
+            module: What to run in its place, such as a changed copy.
+        """
+        return [self.call(layer, batch, module) for batch in hidden]
+
+    def call(self, layer: int, hidden_BTD: Tensor, module: nn.Module | None = None) -> Tensor:
         """Returns the output of one layer for one batch; gradients flow where they are on."""
         positional, named = self._arguments[hidden_BTD.shape[0]][layer]
-        output = self.view.layers[layer](hidden_BTD, *positional, **named)
+        output = (module or self.view.layers[layer])(hidden_BTD, *positional, **named)
         return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
@@ -71,6 +77,21 @@ def _record(view: ModelView, ids: Tensor) -> tuple[Tensor, list[tuple[tuple[Any,
     with _replaced_forward(view, note), torch.no_grad():
         view.model(input_ids=ids.to(view.model.device), use_cache=False, logits_to_keep=1)
     return entering[0], notes
+
+
+@contextmanager
+def watched_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Shows the input of each module to ``see(name, input)`` on every forward pass inside the block."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _module, inputs: see(name, inputs[0].detach())
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

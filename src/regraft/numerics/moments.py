@@ -58,3 +58,43 @@ class Moments:
             return torch.zeros_like(self.total_D)
         centred = self.square_DD.diagonal() - self.count * self.mean_D.square()
         return centred.clamp_min(0.0) / (self.count - 1)
+
+
+@dataclass
+class ChannelMoments:
+    """The diagonal of :class:`Moments`, for those who need no more.
+
+    Attributes:
+        count: Rows seen.
+        total_D: Sum of the rows, float64.
+        square_D: Sum of the squares, float64.
+    """
+
+    count: int
+    total_D: Tensor
+    square_D: Tensor
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device | str = "cpu") -> ChannelMoments:
+        """Returns moments that have seen nothing."""
+        zeros = torch.zeros(width, dtype=torch.float64, device=device)
+        return cls(0, zeros, zeros.clone())
+
+    def add(self, rows: Tensor) -> None:
+        """Adds rows, (..., width), of any float dtype."""
+        rows_ND = rows.reshape(-1, rows.shape[-1]).double()
+        self.count += rows_ND.shape[0]
+        self.total_D += rows_ND.sum(dim=0)
+        self.square_D += rows_ND.square().sum(dim=0)
+
+    @property
+    def power_D(self) -> Tensor:
+        """Mean square of each channel."""
+        return self.square_D / max(1, self.count)
+
+    @property
+    def variance_D(self) -> Tensor:
+        """Unbiased variance of each channel; zero for fewer than two rows."""
+        if self.count < 2:
+            return torch.zeros_like(self.total_D)
+        return (self.square_D - self.total_D.square() / self.count).clamp_min(0.0) / (self.count - 1)

@@ -57,9 +57,7 @@ def error(weight_OI: Tensor, second_II: Tensor, kept: Tensor, new_OS: Tensor) ->
     return float(torch.einsum("oi,ij,oj->", difference, second_II, difference))
 
 
-def choose_damping(
-    weight_OI: Tensor, fit: Moments, held_out: Moments, kept: Tensor, dampings: Sequence[float] = DAMPINGS
-) -> float:
+def choose_damping(weight_OI: Tensor, fit: Moments, held_out: Moments, kept: Tensor, dampings: Sequence[float] = DAMPINGS) -> float:
     """Returns the damping whose weights, fitted on one part of the calibration text, do best on the other."""
     second_II, judge_II = fit.second_DD, held_out.second_DD
     return min(dampings, key=lambda damping: error(weight_OI, judge_II, kept, reconstruct(weight_OI, second_II, kept, damping)))

@@ -1,6 +1,6 @@
 """How many units stay in each layer, and which."""
 
-from regraft.selection import global_threshold, uniform
-from regraft.selection.budget import SELECTORS, Budget, select
+from regraft.selection import global_threshold, knapsack, uniform
+from regraft.selection.budget import SELECTORS, Budget, Selector, select
 
-__all__ = ["SELECTORS", "Budget", "global_threshold", "select", "uniform"]
+__all__ = ["SELECTORS", "Budget", "Selector", "global_threshold", "knapsack", "select", "uniform"]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from regraft.errors import InputError, PlanError
-from regraft.plans import Cut, Group, GroupKind, Groups, PrunePlan, Scores, Shape
+from regraft.plans import Curves, Cut, Group, GroupKind, Groups, PrunePlan, Scores, Shape
 from regraft.registry import Registry
 
 # Tried from the left where the user leaves the alignment to us: the widest that meets the target within _CLOSE_ENOUGH.
@@ -24,6 +24,7 @@ class Budget:
         layers: Indices of the layers that may be cut, ascending.
         targets: Kinds of groups that may be cut.
         align: Feed-forward widths that are cut become multiples of this. Heads stay whole and need no alignment.
+        curves: Measured damage against size, for the selectors that want it. Their unit is what the ratio is a share of.
     """
 
     ratio: float
@@ -31,6 +32,7 @@ class Budget:
     layers: tuple[int, ...]
     targets: tuple[GroupKind, ...]
     align: int
+    curves: Curves | None = None
 
     def prunable(self, groups: Groups) -> tuple[Group, ...]:
         """Returns the groups that may be cut."""
@@ -48,7 +50,21 @@ class Budget:
 Kept = Mapping[str, int]
 """Group name to the number of units that stay."""
 
-Selector = Callable[[Groups, Scores, Budget], Kept]
+
+@dataclass(frozen=True)
+class Selector:
+    """A named way to choose widths.
+
+    Attributes:
+        name: As on the command line.
+        needs_curves: Whether ``Budget.curves`` must be given.
+        choose: Groups, scores and budget to the number of units that stay.
+    """
+
+    name: str
+    needs_curves: bool
+    choose: Callable[[Groups, Scores, Budget], Kept]
+
 
 SELECTORS: Registry[Selector] = Registry("selector", group="regraft.selectors")
 
@@ -74,15 +90,16 @@ def select(name: str, groups: Groups, scores: Scores, budget: Budget, *, auto_al
     plans: list[PrunePlan] = []
     refused: InputError | None = None
     for align in alignments:
-        aligned = Budget(budget.ratio, budget.shape, budget.layers, budget.targets, align)
+        aligned = replace(budget, align=align)
         try:
             check_possible(groups, aligned)
-            kept = selector(groups, scores, aligned)
+            kept = selector.choose(groups, scores, aligned)
         except InputError as error:
             refused = error
             continue
         plans.append(_plan(name, groups, scores, aligned, kept))
-        if abs(plans[-1].achieved - budget.ratio) <= _CLOSE_ENOUGH:
+        counted = budget.curves is None or budget.curves.unit == "parameters"
+        if not counted or abs(plans[-1].achieved - budget.ratio) <= _CLOSE_ENOUGH:
             return plans[-1]
     if not plans:
         assert refused is not None
@@ -101,7 +118,8 @@ def check_possible(groups: Groups, budget: Budget) -> None:
         raise InputError(f"nothing to prune: no {' or '.join(budget.targets)} in layers {list(budget.layers)}; widen --layers")
     most = sum((group.units - budget.floor(group)) * group.unit_parameters for group in prunable)
     wanted = budget.ratio * groups.parameters
-    if wanted > most:
+    in_parameters = budget.curves is None or budget.curves.unit == "parameters"
+    if in_parameters and wanted > most:
         raise InputError(
             f"ratio {budget.ratio:g} would leave a layer empty: at most {most / groups.parameters:.3f} of the "
             f"{groups.parameters:,} parameters can go (one unit of {budget.align} stays in every layer); "
@@ -119,9 +137,7 @@ def _plan(name: str, groups: Groups, scores: Scores, budget: Budget, kept: Kept)
         (group.units - len(cut.kept)) * group.unit_parameters for group, cut in ((groups.named()[cut.group], cut) for cut in cuts)
     )
     if not cuts:
-        raise InputError(
-            f"ratio {budget.ratio:g} removes less than one unit; raise --ratio, or lower --align (now {budget.align})"
-        )
+        raise InputError(f"ratio {budget.ratio:g} removes less than one unit; raise --ratio, or lower --align (now {budget.align})")
     return PrunePlan(
         fingerprint=groups.fingerprint,
         criterion=scores.criterion,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from regraft.errors import InputError
 from regraft.plans import Group, Groups, Scores
-from regraft.selection.budget import SELECTORS, Budget, Kept
+from regraft.selection.budget import SELECTORS, Budget, Kept, Selector
 
 
 @dataclass(frozen=True)
@@ -62,4 +62,4 @@ def _blocks(group: Group, values: tuple[float, ...], budget: Budget) -> list[_Bl
     return blocks
 
 
-SELECTORS.add("global", global_threshold)
+SELECTORS.add("global", Selector("global", needs_curves=False, choose=global_threshold))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from regraft.plans import Group, Groups, Scores
-from regraft.selection.budget import SELECTORS, Budget, Kept
+from regraft.selection.budget import SELECTORS, Budget, Kept, Selector
 
 
 def uniform(groups: Groups, scores: Scores, budget: Budget) -> Kept:
@@ -71,4 +71,4 @@ def _most(groups: Sequence[Group], budget: Budget) -> int:
     return sum((group.units - budget.floor(group)) * group.unit_parameters for group in groups)
 
 
-SELECTORS.add("uniform", uniform)
+SELECTORS.add("uniform", Selector("uniform", needs_curves=False, choose=uniform))

@@ -15,19 +15,20 @@ from regraft.models.view import LayerSizes, ModelView
 from regraft.plans import Cut, Group, Groups, PrunePlan
 
 
-def cut(model: PreTrainedModel, groups: Groups, plan: PrunePlan) -> PreTrainedModel:
+def cut(model: PreTrainedModel, groups: Groups, plan: PrunePlan, changed: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
     """Returns the pruned model; removing a unit gives what zeroing it would give.
 
     Args:
         model: The model that the groups were found in; it shares every tensor that is not cut with the result.
         groups: Of that model.
         plan: What stays.
+        changed: Parameters to take in place of the model's own, at full size: what :func:`regraft.surgery.compensate` gives.
 
     Raises:
         PlanError: The plan is of another model, or names a group or a unit that this model has not.
     """
     check_plan(groups, plan)
-    state = cut_state(model.state_dict(), groups, plan.cuts)
+    state = cut_state(changed_state(model.state_dict(), changed or {}), groups, plan.cuts)
     return build(model, sizes_after(ModelView(model), groups, plan.cuts), state)
 
 
@@ -47,8 +48,7 @@ def check_plan(groups: Groups, plan: PrunePlan) -> None:
         ascending = all(first < second for first, second in zip(entry.kept, entry.kept[1:], strict=False))
         if not entry.kept or not ascending or entry.kept[0] < 0 or entry.kept[-1] >= units:
             raise PlanError(
-                f"the plan keeps units of '{entry.group}' that are empty, not ascending or outside 0 to {units - 1}; "
-                "plan this model again"
+                f"the plan keeps units of '{entry.group}' that are empty, not ascending or outside 0 to {units - 1}; plan this model again"
             )
 
 
@@ -67,6 +67,11 @@ def cut_state(state: Mapping[str, Tensor], groups: Groups, cuts: tuple[Cut, ...]
         keep[sorted(removed)] = False
         result[parameter] = tensor.index_select(axis, keep.nonzero().squeeze(1).to(tensor.device)).contiguous()
     return result
+
+
+def changed_state(state: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a state dict with changed tensors in place, in the dtype that they had."""
+    return {name: changed[name].to(tensor.dtype) if name in changed else tensor for name, tensor in state.items()}
 
 
 def removed_indices(groups: Groups, cuts: tuple[Cut, ...]) -> dict[tuple[str, int], set[int]]:

@@ -1,0 +1,134 @@
+"""Scores from activations on calibration text, one layer at a time; no gradients.
+
+* ``wanda``: ``|w| * ||x||`` summed over a unit's weights, each with the norm of its own input channel (Wanda, arXiv 2306.11695,
+  made structural). ``reduce=last`` keeps the reading projection alone, the variant that FLAP's authors call Wanda-sp.
+* ``flap``: fluctuation ``Var(x_j) * ||W[:, j]||^2`` of the reading projection (FLAP, arXiv 2312.11983, equation 5): what is lost
+  when a channel is replaced by its mean.
+* ``energy``: ``E[x_j^2] * ||W[:, j]||^2``: what a channel adds to the output of the reading projection, alone.
+* ``surgeon``: what the output of the reading projection loses when a unit goes *and the others are re-fitted*
+  (:mod:`regraft.numerics.surgeon`). The greedy order decides which units stay; the score is the error that the removal adds.
+
+The reading projection of a group is the member on whose input side the units lie: the down and the output projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from regraft.importance.criteria import CRITERIA, Criterion, Evidence, reduce_saliency
+from regraft.models.layerwise import Layerwise, watched_inputs
+from regraft.models.view import ModelView
+from regraft.numerics.moments import ChannelMoments, Moments
+from regraft.numerics.surgeon import removal_order
+from regraft.plans import Group, Member
+
+Watched = ChannelMoments | Moments
+
+
+def reading(group: Group) -> Member:
+    """Returns the member that reads the channels of a group."""
+    return next(member for member in group.members if member.side == "in")
+
+
+def input_moments(evidence: Evidence, *, readers_only: bool, full: bool) -> Iterator[tuple[tuple[Group, ...], dict[str, Watched]]]:
+    """Yields, layer by layer, its groups and the moments of the inputs of their projections, by module name.
+
+    Args:
+        evidence: With calibration windows.
+        readers_only: Only the projections that read a group's channels.
+        full: Whole second moments, O(width^2), instead of their diagonal.
+    """
+    assert evidence.windows is not None
+    view = ModelView(evidence.model)
+    walk = Layerwise(view, evidence.windows)
+    hidden = walk.first
+    for layer in range(len(view.layers)):
+        groups = tuple(group for group in evidence.groups.groups if group.layer == layer)
+        modules = _modules(view, groups, readers_only)
+        seen: dict[str, Watched] = {}
+
+        def see(name: str, rows: Tensor, seen: dict[str, Watched] = seen) -> None:
+            kind = Moments if full else ChannelMoments
+            if name not in seen:
+                seen[name] = kind.empty(rows.shape[-1], rows.device)
+            seen[name].add(rows)
+
+        with watched_inputs(modules, see):
+            hidden = walk.run(layer, hidden)
+        yield groups, seen
+
+
+def _modules(view: ModelView, groups: tuple[Group, ...], readers_only: bool) -> dict[str, nn.Module]:
+    members = [member for group in groups for member in group.members if member.side == "in" or not readers_only]
+    names = dict.fromkeys(member.parameter.rpartition(".")[0] for member in members)
+    return {name: view.model.get_submodule(name) for name in names}
+
+
+def wanda_units(evidence: Evidence) -> Mapping[str, Tensor]:
+    """Returns the scores of ``wanda``; biases count with an input of one."""
+    parameters = dict(evidence.model.named_parameters())
+    found: dict[str, Tensor] = {}
+    for groups, seen in input_moments(evidence, readers_only=False, full=False):
+
+        def saliency(name: str, seen: dict[str, Watched] = seen) -> Tensor:
+            weight = parameters[name].detach().double().abs()
+            moments = seen[name.rpartition(".")[0]]
+            assert isinstance(moments, ChannelMoments)
+            return weight if weight.dim() == 1 else weight * moments.power_D.sqrt()
+
+        found |= {group.name: reduce_saliency(group, saliency, "element", evidence.reduce) for group in groups}
+    return found
+
+
+def reader_units(channel_score: Callable[[ChannelMoments], Tensor]) -> Callable[[Evidence], Mapping[str, Tensor]]:
+    """Returns a scorer by a number for each channel times the squared norm of its column in the reading projection."""
+
+    def units(evidence: Evidence) -> Mapping[str, Tensor]:
+        parameters = dict(evidence.model.named_parameters())
+        found: dict[str, Tensor] = {}
+        for groups, seen in input_moments(evidence, readers_only=True, full=False):
+            for group in groups:
+                member = reading(group)
+                moments = seen[member.parameter.rpartition(".")[0]]
+                assert isinstance(moments, ChannelMoments)
+                squares = parameters[member.parameter].detach().double().square().sum(dim=1 - member.axis)
+                channels = (channel_score(moments) * squares).cpu()
+                found[group.name] = torch.stack([channels[list(member.indices(unit))].sum() for unit in range(group.units)])
+        return found
+
+    return units
+
+
+def surgeon_units(evidence: Evidence) -> Mapping[str, Tensor]:
+    """Returns the scores of ``surgeon``: rising in the order in which units leave."""
+    parameters = dict(evidence.model.named_parameters())
+    found: dict[str, Tensor] = {}
+    for groups, seen in input_moments(evidence, readers_only=True, full=True):
+        for group in groups:
+            member = reading(group)
+            moments = seen[member.parameter.rpartition(".")[0]]
+            assert isinstance(moments, Moments)
+            weight = parameters[member.parameter].detach()
+            weight_OI = weight if member.axis == 1 else weight.T
+            found[group.name] = _rising(group.units, *removal_order(weight_OI, moments.second_DD, member.size))
+    return found
+
+
+def _rising(units: int, order: list[int], costs: list[float]) -> Tensor:
+    """Returns the cost of each unit's removal, made to rise strictly in the order of removal."""
+    values = torch.zeros(units, dtype=torch.float64)
+    highest = 0.0
+    smallest = max(costs, default=0.0) * 1e-12 + torch.finfo(torch.float64).tiny
+    for unit, cost in zip(order, costs, strict=True):
+        highest = max(highest + smallest, cost)
+        values[unit] = highest
+    return values
+
+
+CRITERIA.add("wanda", Criterion("wanda", needs_text=True, units=wanda_units))
+CRITERIA.add("flap", Criterion("flap", needs_text=True, units=reader_units(lambda moments: moments.variance_D)))
+CRITERIA.add("energy", Criterion("energy", needs_text=True, units=reader_units(lambda moments: moments.power_D)))
+CRITERIA.add("surgeon", Criterion("surgeon", needs_text=True, units=surgeon_units))

@@ -1,0 +1,130 @@
+"""Re-fit the projections that read pruned channels, layer after layer, so that each sees the pruned ones below.
+
+For every cut group the reading projection (down or output) gets the weights that reproduce its old output from the channels that stay, on
+calibration text that has gone through the layers already pruned (:mod:`regraft.numerics.reconstruction`). Where the projection has
+a bias, the fit is affine; without one, nothing is added that the saved format could not hold.
+
+Only the calibration's hidden states and one matrix of second moments are in memory at a time, never the activations.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from regraft.models.layerwise import Layerwise, watched_inputs
+from regraft.models.view import ModelView
+from regraft.numerics.moments import Moments
+from regraft.numerics.reconstruction import choose_damping, reconstruct
+from regraft.plans import Cut, Group, Groups, Member
+
+Method = Literal["least_squares", "mean"]
+
+
+def compensate(view: ModelView, groups: Groups, cuts: tuple[Cut, ...], windows_NT: Tensor, method: Method) -> dict[str, Tensor]:
+    """Returns new tensors for the reading projections of the cut groups, still at full width.
+
+    Columns of removed channels are zero in them; :func:`regraft.surgery.cut.cut` takes them as ``changed``.
+
+    Args:
+        view: The model before the cut; left as it is.
+        groups: Of that model.
+        cuts: What stays.
+        windows_NT: Calibration tokens, int64 (windows, tokens); at least one in eight windows judges the damping.
+        method: ``least_squares``; or ``mean``, which folds the mean of the removed channels into the bias, where there is one.
+    """
+    named = groups.named()
+    walk = Layerwise(view, windows_NT)
+    hidden = walk.first
+    changed: dict[str, Tensor] = {}
+    for layer in range(len(view.layers)):
+        here = [(named[entry.group], entry.kept) for entry in cuts if named[entry.group].layer == layer]
+        module = copy.deepcopy(view.layers[layer]) if here else view.layers[layer]
+        prefix = f"{view.layer_name(layer)}."
+        for group, kept in sorted(here, key=lambda cut: _depth(module, _reader(cut[0]), prefix)):
+            reader = _reader(group)
+            name = reader.parameter.removeprefix(prefix).rpartition(".")[0]
+            projection = module.get_submodule(name)
+            fit, judge = _moments(walk, layer, hidden, module, projection)
+            channels = torch.tensor([index for unit in kept for index in reader.indices(unit)], device=fit.total_D.device)
+            refit(projection, reader.axis, fit, judge, channels.sort().values, method)
+            full_name = reader.parameter.rpartition(".")[0]
+            changed |= {f"{full_name}.{key}": value.detach() for key, value in projection.named_parameters()}
+        hidden = walk.run(layer, hidden, module)
+    return changed
+
+
+@torch.no_grad()
+def refit(
+    projection: nn.Module,
+    axis: int,
+    fit: Moments,
+    judge: Moments,
+    channels: Tensor,
+    method: Method,
+    damping: float | None = None,
+) -> None:
+    """Changes a projection in place so that only ``channels`` of its input count.
+
+    Args:
+        projection: With ``weight`` and perhaps ``bias``.
+        axis: Of the weight along which the inputs lie.
+        fit: Moments of its inputs.
+        judge: Moments of its inputs on other text, by which the damping is chosen.
+        channels: Input channels that stay, int64, ascending.
+        method: See :func:`compensate`.
+        damping: Fixed, instead of chosen by ``judge``.
+    """
+    parameters = dict(projection.named_parameters(recurse=False))
+    weight, bias = parameters["weight"], parameters.get("bias")
+    old_OI = (weight if axis == 1 else weight.T).double()
+    new_OI = torch.zeros_like(old_OI)
+    if method == "least_squares":
+        centred = bias is not None
+        fit_II, judge_II = _seen(fit, centred), _seen(judge, centred)
+        chosen = choose_damping(old_OI, fit_II, judge_II, channels) if damping is None else damping
+        new_OI[:, channels] = reconstruct(old_OI, (fit_II + judge_II).second_DD, channels, chosen)
+    else:
+        new_OI[:, channels] = old_OI[:, channels]
+    if bias is not None:
+        bias.copy_(bias.double() + (old_OI - new_OI) @ (fit + judge).mean_D)
+    weight.copy_(new_OI if axis == 1 else new_OI.T)
+
+
+def _seen(moments: Moments, centred: bool) -> Moments:
+    """Returns the moments as they are, or about their mean where a bias takes care of that."""
+    if not centred:
+        return moments
+    outer = torch.outer(moments.mean_D, moments.mean_D) * moments.count
+    return Moments(moments.count, torch.zeros_like(moments.total_D), moments.square_DD - outer)
+
+
+def _moments(walk: Layerwise, layer: int, hidden: list[Tensor], module: nn.Module, projection: nn.Module) -> tuple[Moments, Moments]:
+    """Returns the moments of a projection's inputs on most windows of each batch, and on the rest of them."""
+    seen: list[Moments] = []
+
+    def see(_name: str, rows_BTI: Tensor) -> None:
+        if not seen:
+            seen.extend(Moments.empty(rows_BTI.shape[-1], rows_BTI.device) for _ in range(2))
+        windows = rows_BTI.shape[0]
+        fitted = max(1, windows - max(1, windows // 8))
+        seen[0].add(rows_BTI[:fitted])
+        seen[1].add(rows_BTI[fitted:])
+
+    with watched_inputs({"reader": projection}, see):
+        walk.run(layer, hidden, module)
+    fit, judge = seen
+    return fit, judge if judge.count else fit
+
+
+def _reader(group: Group) -> Member:
+    return next(member for member in group.members if member.side == "in")
+
+
+def _depth(module: nn.Module, reader: Member, prefix: str) -> int:
+    """Returns where in a layer a projection stands, so that attention is re-fitted before what reads its output."""
+    name = reader.parameter.removeprefix(prefix).rpartition(".")[0]
+    return [found for found, _ in module.named_modules()].index(name)

@@ -1,0 +1,172 @@
+"""Measure what cutting one group alone does to a model: the curves that the knapsack chooses from.
+
+For each group and each of a few sizes, the layer is replaced by a copy in which the removed units are gone and the reading projection is
+re-fitted, and the divergence of the model's predictions from the dense ones is measured on calibration windows that the fit did not
+see. Only the layers above are run again.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from regraft.models.layerwise import Layerwise, watched_inputs
+from regraft.models.view import ModelView
+from regraft.numerics.moments import Moments
+from regraft.plans import Curve, Curves, Group, Groups, Member, Scores
+from regraft.surgery.compensate import refit
+
+# Shares of a group that are kept where the damage is measured; between them the curve is interpolated.
+SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+CostUnit = Literal["parameters", "bytes", "milliseconds"]
+
+
+def measure_curves(
+    view: ModelView,
+    groups: Groups,
+    scores: Scores,
+    windows_NT: Tensor,
+    *,
+    only: Sequence[str],
+    unit: CostUnit = "parameters",
+    say: Callable[[str], None] = lambda line: None,
+) -> Curves:
+    """Returns damage against size for the groups that may be cut.
+
+    Args:
+        view: The dense model; left as it is.
+        groups: Of that model.
+        scores: Which units stay at each size.
+        windows_NT: Calibration tokens, int64 (windows, tokens): a quarter of them, at least one, measures; the rest fits.
+        only: Names of the groups to measure.
+        unit: What sizes are counted in; milliseconds are measured here and now, on the device of the model.
+        say: Called with one line for each layer.
+    """
+    judged = max(1, windows_NT.shape[0] // 4)
+    fitted = windows_NT[:-judged] if windows_NT.shape[0] > 1 else windows_NT
+    fit_walk, judge_walk = Layerwise(view, fitted), Layerwise(view, windows_NT[-judged:])
+    fit_hidden, inputs = fit_walk.first, [judge_walk.first]
+    for layer in range(len(view.layers)):
+        inputs.append(judge_walk.run(layer, inputs[-1]))
+    dense = [functional.log_softmax(logits.float(), dim=-1) for logits in judge_walk.logits(inputs[-1])]
+    wanted = set(only)
+    values: dict[str, Curve] = {}
+    for layer in range(len(view.layers)):
+        here = [group for group in groups.groups if group.layer == layer and group.name in wanted]
+        projections = {group.name: _reading_module(view, group) for group in here}
+        moments: dict[str, Moments] = {}
+        with watched_inputs(projections, _adder(moments)):
+            fit_hidden = fit_walk.run(layer, fit_hidden)
+        for group in here:
+            sizes = _sizes(group.units)
+            damage = [
+                _divergence(view, judge_walk, layer, inputs[layer], dense, group, scores.values[group.name], size, moments[group.name])
+                for size in sizes[:-1]
+            ]
+            cost = _costs(view, group, sizes, unit, windows_NT.shape[1])
+            values[group.name] = Curve(sizes, (*damage, 0.0), cost)
+        if here:
+            say(f"measured the damage of cutting layer {layer + 1} of {len(view.layers)}")
+    fixed = 0.0
+    if unit != "milliseconds":
+        per_parameter = 1 if unit == "parameters" else view.model.dtype.itemsize
+        fixed = groups.parameters * per_parameter - sum(curve.cost[-1] for curve in values.values())
+    return Curves(groups.fingerprint, unit, fixed, values)
+
+
+def _sizes(units: int) -> tuple[int, ...]:
+    return tuple(sorted({*(max(1, round(share * units)) for share in SHARES), units}))
+
+
+def _adder(moments: dict[str, Moments]) -> Callable[[str, Tensor], None]:
+    def see(name: str, rows: Tensor) -> None:
+        if name not in moments:
+            moments[name] = Moments.empty(rows.shape[-1], rows.device)
+        moments[name].add(rows)
+
+    return see
+
+
+def _reader(group: Group) -> Member:
+    return next(member for member in group.members if member.side == "in")
+
+
+def _reading_module(view: ModelView, group: Group) -> nn.Module:
+    return view.model.get_submodule(_reader(group).parameter.rpartition(".")[0])
+
+
+@torch.no_grad()
+def _divergence(
+    view: ModelView,
+    walk: Layerwise,
+    layer: int,
+    entering: list[Tensor],
+    dense: list[Tensor],
+    group: Group,
+    scores: Sequence[float],
+    size: int,
+    moments: Moments,
+) -> float:
+    """Returns the mean divergence per token, in nats, of the model with one group cut to ``size`` units."""
+    module = copy.deepcopy(view.layers[layer])
+    reader = _reader(group)
+    name = reader.parameter.removeprefix(f"{view.layer_name(layer)}.").rpartition(".")[0]
+    ranked = sorted(range(group.units), key=lambda unit: (-scores[unit], unit))[:size]
+    channels = torch.tensor(sorted(index for unit in ranked for index in reader.indices(unit)), device=moments.total_D.device)
+    refit(module.get_submodule(name), reader.axis, moments, moments, channels, "least_squares", damping=1e-3)
+    hidden = walk.run(layer, entering, module)
+    for above in range(layer + 1, len(view.layers)):
+        hidden = walk.run(above, hidden)
+    total, tokens = 0.0, 0
+    for logits, before in zip(walk.logits(hidden), dense, strict=True):
+        after = functional.log_softmax(logits.float(), dim=-1)
+        total += float(functional.kl_div(after, before, reduction="sum", log_target=True))
+        tokens += before.shape[0] * before.shape[1]
+    return total / tokens
+
+
+def _costs(view: ModelView, group: Group, sizes: Sequence[int], unit: CostUnit, tokens: int) -> tuple[float, ...]:
+    """Returns what a group costs at each size."""
+    if unit == "parameters":
+        return tuple(float(size * group.unit_parameters) for size in sizes)
+    if unit == "bytes":
+        return tuple(float(size * group.unit_parameters * view.model.dtype.itemsize) for size in sizes)
+    return _milliseconds(dict(view.model.named_parameters()), group, sizes, tokens)
+
+
+@torch.no_grad()
+def _milliseconds(parameters: Mapping[str, Tensor], group: Group, sizes: Sequence[int], tokens: int) -> tuple[float, ...]:
+    """Returns the median time of a group's projections at each size over ``tokens`` tokens; sizes take turns, so noise is shared."""
+    work: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for size in sizes:
+        work[size] = []
+        for member in group.members:
+            weight = parameters[member.parameter]
+            if weight.dim() == 2:
+                part = weight.narrow(member.axis, 0, size * member.width).contiguous()
+                weight_OI = part if (member.axis == 0) == (member.side == "out") else part.T.contiguous()
+                work[size].append((torch.randn(tokens, weight_OI.shape[1]).to(weight_OI), weight_OI))
+    times: dict[int, list[float]] = {size: [] for size in sizes}
+    for repeat in range(12):
+        for size in sizes:
+            _synchronize(work[size][0][0])
+            start = time.perf_counter()
+            for rows, weight_OI in work[size]:
+                functional.linear(rows, weight_OI)
+            _synchronize(work[size][0][0])
+            if repeat >= 2:  # the first rounds warm up
+                times[size].append(1e3 * (time.perf_counter() - start))
+    medians = [median(times[size]) for size in sizes]
+    return tuple(max(medians[: index + 1]) for index in range(len(medians)))  # a larger size never counts as faster
+
+
+def _synchronize(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
