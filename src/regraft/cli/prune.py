@@ -31,8 +31,11 @@ def prune(
     """Remove whole heads and feed-forward channels until a share of all parameters is gone."""
     if output is None and not dry_run:
         raise InputError("--output is missing; say where the pruned model goes, or look first with --dry-run")
-    result = prune_model(model, output, prune, load_settings=load, seed=seed, dry_run=dry_run, command=command_line())
     console = Console()
+    with console.status("pruning") as status:
+        result = prune_model(
+            model, output, prune, load_settings=load, seed=seed, dry_run=dry_run, command=command_line(), say=status.update
+        )
     show_plan(console, discover(ModelView(result.loaded.model)), result.plan)
     console.print("dry run: nothing was written" if dry_run else f"saved to {output}")
 
@@ -46,6 +49,5 @@ def show_plan(console: Console, groups: Groups, plan: PrunePlan) -> None:
         table.add_row(row["group"], str(row["before"]), str(row["after"]))
     console.print(table)
     console.print(
-        f"parameters {plan.parameters_before:,} -> {plan.parameters_after:,}: "
-        f"{plan.achieved:.2%} removed (asked for: {plan.ratio:.2%})"
+        f"parameters {plan.parameters_before:,} -> {plan.parameters_after:,}: {plan.achieved:.2%} removed (asked for: {plan.ratio:.2%})"
     )

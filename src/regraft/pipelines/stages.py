@@ -24,14 +24,13 @@ from regraft.evaluation.speed import compare_speed
 from regraft.models.load import Loaded, load, locate, require_tokenizer
 from regraft.models.provenance import versions
 from regraft.pipelines.evaluate import is_adapter, load_adapted
-from regraft.pipelines.prune import plan_pruning, plan_summary, save_pruned
+from regraft.pipelines.prune import cut_to_plan, plan_pruning, plan_summary, save_pruned
 from regraft.pipelines.recipe import Recipe, to_yaml
 from regraft.pipelines.recover import LOSS_LOG, save_recovered, training_corpora
 from regraft.pipelines.run_folder import TIMINGS, RunFolder
 from regraft.plans import Groups, Measurement, PrunePlan, SpeedReport, from_json, to_dict, to_json
 from regraft.report.page import to_html, to_markdown
 from regraft.report.summary import CurvePoint, RunReport, Width, won_back
-from regraft.surgery.cut import cut
 from regraft.training.recover import recover
 
 PLAN, RECOVERY, MEASUREMENT, SAMPLE = "plan.json", "recovery.json", "measurement.json", "sample.txt"
@@ -100,7 +99,7 @@ class Stages:
             dense = self._dense
             assert dense is not None
             plan = plan_pruning(dense, self._groups, settings, seed)
-            model = cut(dense.model, self._groups, plan)
+            model = cut_to_plan(dense, self._groups, plan, settings, seed)
             save_pruned(model, dense, plan, folder, settings, seed=seed, command=self._command, replace=True)
             write_text(folder / PLAN, to_json(plan) + "\n")
 
@@ -118,9 +117,7 @@ class Stages:
             loaded = replace(load(source, self._recipe.load), source=named)
             work = self._folder.work("recover")
             tokenizer = require_tokenizer(loaded)
-            done = recover(
-                loaded.model, tokenizer, *training_corpora(settings, seed), settings, seed=seed, work=work, resume=True
-            )
+            done = recover(loaded.model, tokenizer, *training_corpora(settings, seed), settings, seed=seed, work=work, resume=True)
             save_recovered(done, loaded, folder, settings, seed=seed, command=self._command, replace=True)
             facts = {"best_step": done.best_step, "best_loss_nats": done.best_loss, "first_loss_nats": done.first_loss}
             write_text(folder / RECOVERY, _json(facts | {"trainable_parameters": done.trainable_parameters}))
@@ -153,17 +150,13 @@ class Stages:
             return list(measurements)
 
         def make(folder: Path) -> None:
-            speeds = compare_speed(
-                {label: self._loaded(source)[0].model for label, source in models.items()}, seed=self._recipe.seed
-            )
+            speeds = compare_speed({label: self._loaded(source)[0].model for label, source in models.items()}, seed=self._recipe.seed)
             write_text(folder / TIMINGS, _json({label: to_dict(speed) for label, speed in speeds.items()}))
 
         inputs = {label: self._inputs(source) for label, source in models.items()}
         path = self._folder.stage("speed", inputs, make, folder="measured/speed") / TIMINGS
         speeds = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return [
-            replace(entry, speed=SpeedReport(**speeds[entry.label])) if entry.label in speeds else entry for entry in measurements
-        ]
+        return [replace(entry, speed=SpeedReport(**speeds[entry.label])) if entry.label in speeds else entry for entry in measurements]
 
     def _loaded(self, source: str | Path) -> tuple[Loaded, PreTrainedTokenizerBase]:
         """Loads a model of the run, or an adapter on its base, with its tokenizer."""
@@ -212,9 +205,7 @@ class Stages:
             "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
         }
         if isinstance(final, Path):
-            weights = {
-                name: checksum for name, checksum in self._folder.checksums(final).items() if name.endswith(".safetensors")
-            }
+            weights = {name: checksum for name, checksum in self._folder.checksums(final).items() if name.endswith(".safetensors")}
             facts |= {f"SHA-256 of {final.name}/{name}": checksum for name, checksum in weights.items()}
         return facts
 
