@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import regraft
@@ -23,14 +22,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 
 
 @pytest.fixture
-def base(make_model: MakeModel, tmp_path: Path) -> Path:
-    """A model folder with a tokenizer of one token a letter."""
-    vocabulary = {symbol: index for index, symbol in enumerate(["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz \n"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+def base(make_model: MakeModel, make_tokenizer: Callable[..., PreTrainedTokenizerFast], tmp_path: Path) -> Path:
+    """A model folder with a tokenizer of one token a character."""
     folder = tmp_path / "base"
     make_model("llama").save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     return folder
 
 
