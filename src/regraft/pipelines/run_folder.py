@@ -217,7 +217,7 @@ def _clear_half_written(path: Path) -> None:
         if entry.is_dir():
             shutil.rmtree(entry)
         else:
-            entry.unlink()
+            entry.unlink(missing_ok=True)  # it may have stood in a folder that is gone by now
 
 
 def _check_identity(path: Path, identity: Mapping[str, Any]) -> None:
