@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -24,11 +25,20 @@ def recover(
     seed: SeedOption = 0,
 ) -> None:
     """Train a small adapter on a pruned model and fold it in: text or instructions, best checkpoint by held-out loss."""
-    result = recover_model(model, output, recover, load=load, seed=seed, resume=resume, command=command_line())
+    result = recover_model(model, output, recover, load=load, seed=seed, resume=resume, command=recorded(command_line()))
     console = Console()
     show(console, result.recovered)
     what = "model" if result.recovered.injected is None else "adapter"
     console.print(f"{what} saved to {output}", soft_wrap=True)
+
+
+def recorded(command: str) -> str:
+    """Returns a command without ``--resume``: what it makes is the same with and without.
+
+    >>> recorded("regraft recover pruned --output out --resume --steps 9")
+    'regraft recover pruned --output out --steps 9'
+    """
+    return shlex.join(part for part in shlex.split(command) if part != "--resume")
 
 
 def show(console: Console, recovered: Recovered) -> None:

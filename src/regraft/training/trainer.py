@@ -35,7 +35,7 @@ def training_arguments(
         optim="adamw_torch",
         bf16=compute == torch.bfloat16,
         use_cpu=device.type == "cpu",
-        seed=seed,
+        seed=seed % 2**32,  # the Trainer also seeds NumPy, which takes no more
         # The examples are ordered already, so that resuming only has to skip.
         train_sampling_strategy="sequential",
         dataloader_num_workers=0,
@@ -51,6 +51,8 @@ def training_arguments(
         disable_tqdm=True,
         log_level="error",
     )
+    # Whatever the environment says (accelerate's launcher can ask for float16), the type is the one that was decided.
+    arguments.mixed_precision = "bf16" if arguments.bf16 else "no"
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # otherwise the Trainer would spread each batch over all GPUs with DataParallel
     return arguments

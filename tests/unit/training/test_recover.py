@@ -67,11 +67,7 @@ def by_hand(
     losses = []
     for step in range(settings.steps):
         part = (step - warm) / (settings.steps - warm)
-        rate = (
-            step / warm
-            if step < warm
-            else {"cosine": 0.5 * (1 + math.cos(math.pi * part)), "linear": 1 - part}[settings.schedule]
-        )
+        rate = step / warm if step < warm else {"cosine": 0.5 * (1 + math.cos(math.pi * part)), "linear": 1 - part}[settings.schedule]
         optimizer.param_groups[0]["lr"] = settings.lr * rate
         size = settings.batch * settings.accumulate
         batch = collate([rows[index] for index in order[step * size : (step + 1) * size]], padding=2)
@@ -208,9 +204,7 @@ def test_accumulated_batches_equal_one_large_batch(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, records: Corpora, quick: Quick, tmp_path: Path
 ) -> None:
     """Records have answers of unequal length, so a mean of the means of batches would differ."""
-    train = replace(
-        records[0], records=tuple(replace(r, output=r.output * (1 + 7 * (i % 3))) for i, r in enumerate(records[0].records))
-    )
+    train = replace(records[0], records=tuple(replace(r, output=r.output * (1 + 7 * (i % 3))) for i, r in enumerate(records[0].records)))
     found = []
     for batch, accumulate in ((4, 1), (2, 2), (1, 4)):
         settings = quick(steps=4, eval_every=4, batch=batch, accumulate=accumulate, seq_len=400, dropout=0.0, merge=False)
@@ -274,6 +268,25 @@ def test_half_precision_weights_come_back_in_their_own_type(
     assert "forward" not in vars(model)  # autocast is taken off again
     after = held_out_loss(model.float(), repeating[1], tokenizer, quick())
     assert after == pytest.approx(result.best_loss, abs=0.15)  # the merged weights are rounded to 8 or 11 bits
+
+
+def test_the_environment_cannot_make_it_float16(
+    make_tiny: Make,
+    tokenizer: PreTrainedTokenizerFast,
+    repeating: Corpora,
+    quick: Quick,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What accelerate's launcher sets for all of its processes."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    for precision, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        model = make_tiny()
+        seen = set()
+        model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *parts, seen=seen: seen.add(parts[2].dtype))
+        settings = quick(steps=2, precision=precision)
+        recover(model, tokenizer, *repeating, settings, seed=-1, work=tmp_path / precision)
+        assert seen == {dtype}
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -61,9 +62,7 @@ def names(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir())
 
 
-def test_a_merged_model_loads_in_plain_transformers(
-    folder: Path, settings: Callable[..., RecoverSettings], tmp_path: Path
-) -> None:
+def test_a_merged_model_loads_in_plain_transformers(folder: Path, settings: Callable[..., RecoverSettings], tmp_path: Path) -> None:
     output = tmp_path / "out" / "recovered"
     result = recover_model(folder, output, settings(), seed=3, command="regraft recover pruned")
     stock = AutoModelForCausalLM.from_pretrained(output)
@@ -272,9 +271,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(
         "before_older_checkpoints_are_removed ['checkpoint-10', 'checkpoint-5']",
         "while_saving ['checkpoint-20']",
     ]
-    contents = [
-        {path.name: path.read_bytes() for path in run.iterdir() if path.name != "timings.json"} for run in (undisturbed, killed)
-    ]
+    contents = [{path.name: path.read_bytes() for path in run.iterdir() if path.name != "timings.json"} for run in (undisturbed, killed)]
     assert contents[0].keys() == contents[1].keys()
     assert [name for name in contents[0] if contents[0][name] != contents[1][name]] == []
     assert names(killed.parent) == ["out"]
@@ -284,9 +281,7 @@ def command(*arguments: str) -> None:
     load_command("recover").main(args=list(arguments), standalone_mode=False)
 
 
-def test_the_command_line_takes_both_forms_of_merge(
-    folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_takes_both_forms_of_merge(folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--data", str(data), "--held-out", "0.2", "--steps", "5", "--batch", "4", "--seq-len", "24", "--rank", "4"]
     command(str(folder), "--output", str(tmp_path / "a"), *common, "--merge", "--lr", "0.01", "--seed", "3")
     printed = capsys.readouterr()
@@ -298,6 +293,18 @@ def test_the_command_line_takes_both_forms_of_merge(
     assert (tmp_path / "a" / "model.safetensors").is_file()
     assert (tmp_path / "b" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "c" / "model.safetensors").is_file()
+
+
+def test_a_resumed_command_is_recorded_as_the_command_itself(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [str(folder), "--output", str(tmp_path / "out"), "--data", str(data), "--held-out", "0.2", "--steps", "2"]
+    given += ["--batch", "4", "--seq-len", "24", "--resume"]
+    monkeypatch.setattr(sys, "argv", ["regraft", "recover", *given])
+    command(*given)
+    provenance = read_provenance(tmp_path / "out")
+    assert provenance is not None
+    assert provenance.command == shlex.join(["regraft", "recover", *given[:-1]])
 
 
 def test_the_command_line_lists_all_that_is_wrong(folder: Path, tmp_path: Path) -> None:
