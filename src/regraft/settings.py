@@ -59,7 +59,7 @@ class PruneSettings(Settings):
     align: Positive | Literal["auto"] = Field("auto", description="widths are multiples of this; auto: 16, less where 16 misses the target")
     calibration: Path | None = Field(None, description="text to calibrate on; default: the built-in text")
     samples: Positive = Field(128, description="calibration windows")
-    seq_len: Positive = Field(128, description="tokens of a calibration window")
+    seq_len: Positive | None = Field(default=None, description="tokens of a calibration window; default: 128 or the model's limit")
 
     @field_validator("layers")
     @classmethod

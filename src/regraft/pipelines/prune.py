@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from regraft.atomic import refuse_existing
 from regraft.data.text import read_corpus
-from regraft.data.tokens import calibration_windows, context_limit
+from regraft.data.tokens import calibration_windows, check_context, context_limit
 from regraft.errors import InputError
 from regraft.groups.declared import discover
 from regraft.importance import CRITERIA, Evidence, score
@@ -294,11 +293,7 @@ def plan_dict(plan: PrunePlan) -> dict[str, Any]:
 
 
 def _windows(loaded: Loaded, settings: PruneSettings, seed: int) -> Tensor:
-    limit = context_limit(loaded.model.config)
-    if limit is not None and settings.seq_len > limit:
-        raise InputError(f"--seq-len {settings.seq_len} exceeds the model's context of {limit} tokens; use at most {limit}")
+    seq_len = settings.seq_len or min(128, context_limit(loaded.model.config) or 128)
+    check_context(seq_len, loaded.model.config, "--seq-len")
     corpus = read_corpus(settings.calibration, "validation")
-    tokenizer = require_tokenizer(loaded)
-    windows = calibration_windows(corpus, tokenizer, settings.samples, settings.seq_len, seed)
-    assert windows.dtype == torch.int64
-    return windows
+    return calibration_windows(corpus, require_tokenizer(loaded), settings.samples, seq_len, seed)
