@@ -7,7 +7,19 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from regraft.errors import PlanError
 from regraft.models.build import build, config_for, conform, declared_sizes
@@ -328,3 +340,86 @@ def test_the_config_of_a_pruned_model_survives_json(make_model, family, tmp_path
     again = type(config).from_pretrained(tmp_path)
     assert declared_sizes(again) == tuple(sizes)
     assert again.to_dict()["per_layer_config"] == config.to_dict()["per_layer_config"]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_sizes_of_random_families(seed, tmp_path):
+    """Other head ratios (one head each, one for all), head sizes, layer counts and tying; saved and loaded again."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*options):
+        return options[int(torch.randint(0, len(options), (), generator=generator))]
+
+    groups, repeats, layers = draw(1, 2, 5), draw(1, 2, 3), draw(1, 2, 4)
+    model_class, config_class = draw(
+        (LlamaForCausalLM, LlamaConfig),
+        (MistralForCausalLM, MistralConfig),
+        (Qwen2ForCausalLM, Qwen2Config),
+        (Qwen3ForCausalLM, Qwen3Config),
+    )
+    config = config_class(
+        vocab_size=61,
+        hidden_size=30,
+        intermediate_size=draw(17, 32),
+        num_hidden_layers=layers,
+        num_attention_heads=groups * repeats,
+        num_key_value_heads=groups,
+        head_dim=draw(4, 10),
+        tie_word_embeddings=draw(True, False),
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
+    whole = model_class(config).eval()
+    kept = []
+    for _ in range(layers):
+        heads = [g for g in range(groups) if draw(True, True, False)]
+        channels = [c for c in range(config.intermediate_size) if draw(True, False)]
+        kept.append(Kept(heads, channels))
+    if draw(True, False):
+        kept = [kept[0]] * layers
+    small = build(whole, *sliced(whole, kept))
+    x = ids(whole)
+    torch.testing.assert_close(small(x).logits, zeroed(whole, kept)(x).logits, atol=1e-5, rtol=0)
+    small.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(small)
+    assert torch.equal(again(x).logits, small(x).logits)
+    assert again.config.to_diff_dict() == small.config.to_diff_dict()
+
+
+def test_other_ways_to_load(make_model, tmp_path):
+    whole = make_model("qwen3", tie_word_embeddings=True)
+    small = build(whole, *sliced(whole, REMOVED))
+    small.save_pretrained(tmp_path)
+    x = ids(whole)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert type(base).__name__ == "RegraftQwen3Model"
+    hidden = small(x, output_hidden_states=True).hidden_states
+    assert len(hidden) == 4
+    assert torch.equal(base(x).last_hidden_state, hidden[-1])
+    for settings in ({"device_map": "cpu"}, {"low_cpu_mem_usage": True}, {"attn_implementation": "eager"}):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, **settings)
+        torch.testing.assert_close(model(x).logits, small(x).logits, atol=1e-5, rtol=0)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(half(x).logits.float(), small(x).logits, atol=0.2, rtol=0)
+    settings = {"num_beams": 3, "max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(small.generate(x, use_cache=True, **settings), small.generate(x, use_cache=False, **settings))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks by the old name
+def test_peft_adapts_and_merges_what_is_there(make_model, tmp_path):
+    whole = make_model("llama-bias")
+    small = build(whole, *sliced(whole, REMOVED))
+    x = ids(whole)
+    before = small(x).logits
+    targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    adapted = get_peft_model(small, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+    changed = adapted(x).logits
+    assert (changed - before).abs().max() > 1e-2
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(x).logits, changed, atol=1e-4, rtol=0)
+    merged.save_pretrained(tmp_path)
+    assert (tmp_path / "modeling_regraft.py").is_file()
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits, merged(x).logits)
