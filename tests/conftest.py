@@ -8,15 +8,37 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 
 SIZES: dict[str, Any] = {
@@ -41,6 +63,33 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "qwen3": lambda **kw: Qwen3ForCausalLM(Qwen3Config(**SIZES, **kw)),
 }
 
+# The same sizes for families whose configs know fewer of them: head size = hidden size / heads, and often one key-value head each.
+_BARE: dict[str, Any] = {key: value for key, value in SIZES.items() if key not in ("head_dim", "num_key_value_heads", "intermediate_size")}
+_GROUPED: dict[str, Any] = {key: value for key, value in SIZES.items() if key != "head_dim"}
+_BLOOM: dict[str, Any] = {key: value for key, value in _BARE.items() if key != "max_position_embeddings"}
+_WINDOWS: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 8}
+_SEQUENTIAL: dict[str, Any] = {"multi_query": False, "parallel_attn": False, "bias": True, "alibi": True}
+_SMALL_EMBEDDING: dict[str, Any] = {"word_embed_proj_dim": 24, "do_layer_norm_before": False}
+
+MORE_FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
+    "bloom": lambda **kw: BloomForCausalLM(BloomConfig(**_BLOOM, **kw)),
+    "falcon": lambda **kw: FalconForCausalLM(FalconConfig(**_BARE, num_kv_heads=1, **kw)),
+    "falcon-grouped": lambda **kw: FalconForCausalLM(FalconConfig(**_BARE, num_kv_heads=3, new_decoder_architecture=True, **kw)),
+    "falcon-alibi": lambda **kw: FalconForCausalLM(FalconConfig(**_BARE, **_SEQUENTIAL, **kw)),
+    "gemma2": lambda **kw: Gemma2ForCausalLM(Gemma2Config(**SIZES, **_WINDOWS, **kw)),
+    "gemma3": lambda **kw: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **_WINDOWS, **kw)),
+    "gpt2": lambda **kw: GPT2LMHeadModel(GPT2Config(**_BARE, n_inner=64, **kw)),
+    "gpt_neox": lambda **kw: GPTNeoXForCausalLM(GPTNeoXConfig(**_BARE, intermediate_size=64, **kw)),
+    "gpt_neox-sequential": lambda **kw: GPTNeoXForCausalLM(GPTNeoXConfig(**_BARE, intermediate_size=64, use_parallel_residual=False, **kw)),
+    "olmo2": lambda **kw: Olmo2ForCausalLM(Olmo2Config(**_GROUPED, **kw)),
+    "opt": lambda **kw: OPTForCausalLM(OPTConfig(**_BARE, ffn_dim=64, **kw)),
+    "opt-350m": lambda **kw: OPTForCausalLM(OPTConfig(**_BARE, **_SMALL_EMBEDDING, ffn_dim=64, **kw)),
+    "phi3": lambda **kw: Phi3ForCausalLM(Phi3Config(**_GROUPED, pad_token_id=0, **kw)),
+    "stablelm": lambda **kw: StableLmForCausalLM(StableLmConfig(**_GROUPED, **kw)),
+    "stablelm-parallel": lambda **kw: StableLmForCausalLM(StableLmConfig(**_GROUPED, use_parallel_residual=True, use_qkv_bias=True, **kw)),
+    "starcoder2": lambda **kw: Starcoder2ForCausalLM(Starcoder2Config(**_GROUPED, **kw)),
+}
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
@@ -52,14 +101,14 @@ def make_model() -> Callable[..., PreTrainedModel]:
     """Returns ``make(family, **config)``: a random model whose biases and norms are not trivial."""
 
     def make(family: str = "llama", **config: Any) -> PreTrainedModel:
-        model = FAMILIES[family](**config).eval()
+        model = (FAMILIES | MORE_FAMILIES)[family](**config).eval()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
                 if name.endswith("bias"):
                     parameter.copy_(0.1 * noise)
-                elif "norm" in name:
+                elif "norm" in name or ".ln_" in name:
                     parameter.copy_(1.0 + 0.1 * noise)
                 else:
                     parameter.copy_(0.15 * noise)
@@ -70,5 +119,11 @@ def make_model() -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture(params=sorted(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
+    """Every family and variant of the Llama kind in turn."""
+    return request.param
+
+
+@pytest.fixture(params=sorted(FAMILIES | MORE_FAMILIES))
+def any_family(request: pytest.FixtureRequest) -> str:
     """Every family and variant in turn."""
     return request.param

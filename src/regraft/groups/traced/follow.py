@@ -1,0 +1,284 @@
+"""Walks through an exported graph and follows every channel of it.
+
+What each kind of operator does to channels is in ``rules``; here is the walk, the memory of what was met on the way, and the
+refusal of what no rule covers. A computation is never guessed: an operator that is not known to leave channels apart stops it.
+"""
+# pyright: standard
+# (torch.fx and NumPy leave most types unknown)
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from regraft.errors import ModelError
+from regraft.groups.traced.labels import Labels, LabelSpace
+from regraft.groups.traced.values import Channels, Matrix, Plain, Value
+from regraft.plans import Side
+
+# Values that follow from constants are computed up to this size: indices, positions, slopes.
+LARGEST_KNOWN = 1 << 20
+REMEDY = "prune a model of a family that docs/families.md lists, or declare this one in models/architectures"
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A number computed from several channels at once, as norms do.
+
+    Attributes:
+        node: Where.
+        module: Name of the module that computes it.
+        kind: ``rms`` for a mean of squares, ``layer`` for mean and variance, ``other`` for anything else.
+        rows: The channels of each such number, (numbers, channels).
+    """
+
+    node: str
+    module: str
+    kind: str
+    rows: Labels
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A constant that meets channels: whether it treats them alike is known once the units are.
+
+    Attributes:
+        node: Where.
+        module: Name of the module that uses it.
+        labels: Of the channels, one for each meeting.
+        slots: Which value of the constant each of them meets.
+    """
+
+    node: str
+    module: str
+    labels: Labels
+    slots: Labels
+
+
+@dataclass(frozen=True)
+class Call:
+    """One node of the graph with its arguments looked up.
+
+    Attributes:
+        node: The node itself.
+        name: Operator without namespace, overload and the underscore of the in-place form.
+        args: Positional arguments; tensors are values.
+        kwargs: Keyword arguments, likewise.
+    """
+
+    node: fx.Node
+    name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def values(self) -> list[Value]:
+        """Returns every tensor among the arguments, in order."""
+        return list(_values((*self.args, *self.kwargs.values())))
+
+    def arg(self, position: int, name: str, default: Any = None) -> Any:
+        """Returns an argument by position or name."""
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+
+class Follower:
+    """The state of one walk.
+
+    Args:
+        rules: Operator name to what it does to channels.
+        parameter_of: Placeholder name to the parameter's full name.
+        constants: Placeholder name to the value of a buffer or lifted constant, where it is known.
+    """
+
+    def __init__(self, rules: Mapping[str, Callable[..., Any]], parameter_of: Mapping[str, str], constants: Mapping[str, Tensor]) -> None:
+        self.space = LabelSpace()
+        self.statistics: list[Statistic] = []
+        self.constants: list[Constant] = []
+        self.outputs: list[Labels] = []
+        self.sums: list[tuple[fx.Node, int]] = []
+        self.sides: dict[tuple[str, int], Side] = {}
+        self._rules = rules
+        self._parameter_of = parameter_of
+        self._known = constants
+
+    def walk(self, module: fx.GraphModule, operands: tuple[Any, ...] | None = None) -> Any:
+        """Follows a graph.
+
+        Args:
+            module: The graph and its submodules.
+            operands: Values of its placeholders; None at the top, where they are parameters, buffers and inputs.
+
+        Returns:
+            The values of its outputs.
+
+        Raises:
+            ModelError: An operator mixes channels, or is not known; the message names the node.
+        """
+        memory: dict[fx.Node, Any] = {}
+        given = iter(operands or ())
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                memory[node] = self._placeholder(node) if operands is None else next(given)
+            elif node.op == "get_attr":
+                memory[node] = _attribute(module, node)
+            elif node.op == "output":
+                found = map_arg(node.args[0], memory.__getitem__)
+                if operands is None:
+                    self.outputs += [value.labels.numpy() for value in _values([found]) if isinstance(value, Channels)]
+                return found
+            else:
+                self._step(node, memory)
+        raise AssertionError("a graph ends with its output")
+
+    def refuse(self, node: fx.Node, why: str) -> ModelError:
+        """Returns the error that says where the walk stopped."""
+        where = module_of(node)
+        inside = f" in '{where}'" if where else ""
+        return ModelError(f"cannot follow the channels through node '{node.name}' ({node.target}){inside}: {why}; {REMEDY}")
+
+    def note_statistic(self, call: Call, kind: str, rows: Tensor) -> None:
+        """Remembers that numbers were computed from several channels each, (numbers, channels)."""
+        self.statistics.append(Statistic(call.node.name, module_of(call.node), kind, np.unique(rows.numpy(), axis=0)))
+
+    def note_constant(self, call: Call, labels: Tensor, constant: Plain) -> None:
+        """Remembers which entries of a constant meet which channels; single numbers meet all alike."""
+        count = int(np.prod(constant.shape))
+        if count <= 1:
+            return
+        if constant.known is not None:
+            slots = torch.unique(constant.known, return_inverse=True)[1].reshape(constant.shape)
+        else:
+            slots = torch.arange(count).reshape(constant.shape)
+        met = torch.stack([labels.reshape(-1), slots.expand(labels.shape).reshape(-1)])[:, labels.reshape(-1) > 0]
+        met = np.unique(met.numpy(), axis=1)
+        self.constants.append(Constant(call.node.name, module_of(call.node), met[0], met[1]))
+
+    def _placeholder(self, node: fx.Node) -> Any:
+        shape = _shape(node)
+        if node.name in self._parameter_of:
+            name = self._parameter_of[node.name]
+            axes = tuple(self.space.axis(name, axis, size) for axis, size in enumerate(shape))
+            if len(axes) == 1:
+                self.sides[name, 0] = "out"
+                return Channels(torch.from_numpy(axes[0].labels), parameter=name)
+            return Matrix(axes)
+        return Plain(shape, self._known.get(node.name))
+
+    def _step(self, node: fx.Node, memory: dict[fx.Node, Any]) -> None:
+        args: Any
+        kwargs: Any
+        args, kwargs = map_arg((node.args, node.kwargs), memory.__getitem__)
+        name, in_place = _name(node.target)
+        call = Call(node, name, args, kwargs)
+        if node.target is operator.getitem:
+            memory[node] = args[0][args[1]]
+            return
+        inner = [index for index, arg in enumerate(args) if isinstance(arg, fx.GraphModule)]
+        if inner:
+            memory[node] = self.walk(args[inner[0]], args[inner[0] + 1 :])
+            return
+        produced = isinstance(node.meta.get("val"), Tensor | list | tuple)
+        if not produced or all(isinstance(value, Plain) for value in call.values()):
+            memory[node] = _plain(call)
+            return
+        rule = self._rules.get(name) or (self._rules["pointwise"] if _is_pointwise(node.target) else None)
+        if rule is None:
+            raise self.refuse(node, "regraft does not know what this operator does to channels")
+        memory[node] = result = rule(self, call)
+        if in_place:
+            self._write_back(node, result, memory)
+
+    def _write_back(self, node: fx.Node, result: Any, memory: dict[fx.Node, Any]) -> None:
+        """Gives the target of an in-place operator its new value; one that is a window into another tensor is not followed."""
+        target = node.args[0]
+        assert isinstance(target, fx.Node)
+        if isinstance(memory[target], Plain) and isinstance(result, Channels) and target.op != "placeholder":
+            aliased = any(memory.get(user) is not None for user in target.users if user is not node)
+            if aliased or _name(target.target)[0] in ("slice", "select", "view", "index"):
+                raise self.refuse(node, "it writes channels into a part of another tensor")
+        memory[target] = result
+
+
+def module_of(node: fx.Node) -> str:
+    """Returns the full name of the module that a node comes from, or an empty string."""
+    stack = node.meta.get("nn_module_stack") or {}
+    names = [entry[0] for entry in stack.values()]
+    return names[-1] if names else ""
+
+
+def _values(arguments: Iterable[Any]) -> Iterable[Value]:
+    for argument in arguments:
+        if isinstance(argument, Matrix | Channels | Plain):
+            yield argument
+        elif isinstance(argument, list | tuple):
+            yield from _values(argument)
+        elif isinstance(argument, dict):
+            yield from _values(argument.values())
+
+
+def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
+    found: Any = module
+    for part in str(node.target).split("."):
+        found = getattr(found, part)
+    return Plain(tuple(found.shape), found if found.device.type == "cpu" else None) if isinstance(found, Tensor) else found
+
+
+def _name(target: Any) -> tuple[str, bool]:
+    """Returns an operator's bare name, and whether it changes its first argument."""
+    packet = getattr(target, "overloadpacket", target)
+    name = str(getattr(packet, "__name__", packet))
+    in_place = name.endswith("_") and not name.endswith("__")
+    return (name[:-1] if in_place else name), in_place
+
+
+def _is_pointwise(target: Any) -> bool:
+    return torch.Tag.pointwise in getattr(target, "tags", ())
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _plain(call: Call) -> Any:
+    """Returns the outcome of an operator on tensors without channels, computed where everything is known and small."""
+    outcome = call.node.meta.get("val")
+    if not isinstance(outcome, Tensor | list | tuple):
+        return outcome
+    known = _computed(call)
+
+    def described(fake: Any, value: Any) -> Any:
+        if isinstance(fake, list | tuple):
+            return tuple(described(part, None if value is None else value[index]) for index, part in enumerate(fake))
+        return Plain(tuple(fake.shape), value) if isinstance(fake, Tensor) else fake
+
+    return described(outcome, known)
+
+
+def _computed(call: Call) -> Any:
+    values = call.values()
+    outcome = call.node.meta["val"]
+    size = outcome.numel() if isinstance(outcome, Tensor) else 0
+    if any(value.known is None for value in values if isinstance(value, Plain)) or size > LARGEST_KNOWN:
+        return None
+    if torch.Tag.nondeterministic_seeded in getattr(call.node.target, "tags", ()):
+        return None
+
+    def real(argument: Any) -> Any:
+        if isinstance(argument, Plain):
+            return argument.known
+        if isinstance(argument, list | tuple):
+            return type(argument)(real(part) for part in argument)
+        return torch.device("cpu") if isinstance(argument, torch.device) else argument
+
+    target: Any = call.node.target
+    try:
+        return target(*(real(argument) for argument in call.args), **{key: real(value) for key, value in call.kwargs.items()})
+    except (RuntimeError, NotImplementedError, TypeError):
+        return None  # not needed: only indices and slopes must be known, and a rule that lacks them says so

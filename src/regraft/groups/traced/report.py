@@ -1,0 +1,292 @@
+"""From followed channels to the groups of a model, or to the reasons why some of them cannot be cut."""
+# pyright: standard
+# (torch.fx and NumPy leave most types unknown)
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from torch import fx, nn
+
+from regraft.groups.traced.follow import Constant, Follower, Statistic, module_of
+from regraft.groups.traced.labels import AxisLabels, Labels
+from regraft.groups.traced.parts import owners
+from regraft.groups.traced.skeleton import Graph, Layers
+from regraft.groups.traced.units import Units, find_units, members_of
+from regraft.plans import Group, GroupKind, Member
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Channels that were followed but cannot be cut.
+
+    Attributes:
+        kind: Of the group.
+        layer: Index of the layer, the first of its kind, or None for the residual width.
+        reason: In words, with the name of what is in the way.
+    """
+
+    kind: GroupKind
+    layer: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A group of one layer kind before it is repeated for every layer of that kind."""
+
+    kind: GroupKind
+    layer: int | None
+    units: Units
+
+
+class Report:
+    """Reads the groups of a model off a finished walk.
+
+    Args:
+        model: Which was followed.
+        layers: Of that model.
+        graph: Its computation.
+        state: The walk.
+    """
+
+    def __init__(self, model: nn.Module, layers: Layers, graph: Graph, state: Follower) -> None:
+        self.layers = layers
+        self.refusals: list[Refusal] = []
+        self._graph = graph
+        self._state = state
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        order = {name: index for index, name in enumerate(self._shapes)}
+        used = [axis for axis in state.space.axes.values() if (axis.parameter, axis.axis) in state.sides]
+        self._axes: list[AxisLabels] = sorted(used, key=lambda axis: (order[axis.parameter], axis.axis))
+        self._coarse = state.space.components(with_copies=True)
+        self._fine = state.space.components(with_copies=False)
+
+    def groups(self) -> tuple[Group, ...]:
+        """Returns every group, in the order of the layers; what cannot be cut is added to ``refusals``."""
+        found: list[Group] = []
+        for kind in self.layers.kinds:
+            for shape in self._of_layer(kind[0]):
+                group = self._group(shape)
+                if group is not None:
+                    found += [self._repeated(group, layer) for layer in kind]
+        found += self._whole_parts()
+        residual = self._residual()
+        order: Sequence[GroupKind] = ("heads", "query_heads", "ffn", "attention", "mlp", "layer")
+        found.sort(key=lambda group: (group.layer, order.index(group.kind)))
+        return (*found, residual) if residual is not None else tuple(found)
+
+    @cached_property
+    def _coupled(self) -> list[Units]:
+        pinned = np.unique(np.concatenate([self._coarse[labels[labels > 0]] for labels in self._state.outputs] or [[]]))
+        free = [units for units in find_units(self._axes, self._coarse) if not np.isin(units.components, pinned).any()]
+        return [units for units in free if {self._state.sides[key] for key in units.indices} == {"in", "out"}]
+
+    @cached_property
+    def _attended(self) -> Labels:
+        labels = self._state.space.attended
+        return np.unique(self._coarse[np.concatenate(labels)]) if labels else np.empty(0, dtype=np.int64)
+
+    def _of_layer(self, layer: int) -> list[_Found]:
+        """Returns the groups that lie within a layer."""
+        inside = [units for units in self._coupled if {self.layers.index(name) for name in units.parameters} == {layer}]
+        heads = [units for units in inside if np.isin(units.components, self._attended).any()]
+        ffn = [units for units in inside if not np.isin(units.components, self._attended).any()]
+        found: list[_Found] = []
+        kinds: tuple[tuple[GroupKind, list[Units]], ...] = (("heads", heads), ("ffn", ffn))
+        for kind, sets in kinds:
+            if len(sets) > 1:
+                alone = sorted(set(sets[0].parameters) ^ set(sets[1].parameters)) or [sets[0].parameters[0]]
+                where = f"'{alone[0]}' belongs to some of them only"
+                self.refusals.append(Refusal(kind, layer, f"its channels are not cut alike everywhere: {where}"))
+            elif sets:
+                found.append(_Found(kind, layer, self._without_shared_norms(sets[0]) if kind == "heads" else sets[0]))
+        if len(heads) == 1:
+            queries = self._query_heads(heads[0], layer)
+            if queries is not None:
+                found.append(_Found("query_heads", layer, queries))
+        return found
+
+    def _without_shared_norms(self, heads: Units) -> Units:
+        """Leaves out norms inside a head where there is only one, so that it counts as it does where there are several."""
+        if heads.count > 1:
+            return heads
+        norms = {self.layers.representative(statistic.module) for statistic in self._state.statistics}
+        return heads.narrowed(lambda name: name.rpartition(".")[0] not in norms)
+
+    def _query_heads(self, heads: Units, layer: int) -> Units | None:
+        """Returns query heads as units of one from each key-value group, or None where every head has keys of its own."""
+        axes = [axis for axis in self._axes if (axis.parameter, axis.axis) in heads.indices]
+        sets = [units for units in find_units(axes, self._fine) if {self._state.sides[key] for key in units.indices} == {"in", "out"}]
+        if len(sets) != 1 or sets[0].count <= heads.count or sets[0].count % heads.count:
+            return None
+        queries = sets[0]
+        repeats = queries.count // heads.count
+        group_of = self._coarse_of(queries.components)
+        order = np.argsort(group_of, kind="stable").reshape(heads.count, repeats).T
+        if len(np.unique(group_of)) != heads.count or (np.diff(group_of[order.T], axis=1) != 0).any():
+            self.refusals.append(Refusal("query_heads", layer, "key-value heads serve different numbers of query heads"))
+            return None
+        rows = {key: np.sort(indices[order].reshape(repeats, -1), axis=1) for key, indices in queries.indices.items()}
+        return Units(queries.components[order], rows)
+
+    def _coarse_of(self, fine: Labels) -> Labels:
+        """Returns the component with copies that each component without copies lies in."""
+        table = np.zeros(int(self._fine.max()) + 1, dtype=np.int64)
+        table[self._fine] = self._coarse
+        return table[fine]
+
+    def _group(self, found: _Found) -> Group | None:
+        reason = self._reason(found)
+        members = members_of(found.units, self._state.sides, found.kind)
+        if reason is None and isinstance(members, str):
+            reason = f"the channels of '{members}' are not in an order that can be cut"
+        if reason is not None or isinstance(members, str):
+            self.refusals.append(Refusal(found.kind, found.layer, reason or ""))
+            return None
+        name = f"layers.{found.layer}.{found.kind}"
+        return Group(name, found.kind, found.layer, found.units.count, members, self._parameters(members))
+
+    def _reason(self, found: _Found) -> str | None:
+        """Returns why removing units would not equal zeroing them, or None."""
+        unit_of = np.full(int(max(self._coarse.max(), self._fine.max())) + 1, -1, dtype=np.int64)
+        component = self._fine if found.kind == "query_heads" else self._coarse
+        for unit, components in enumerate(found.units.components):
+            unit_of[components] = unit
+        for statistic in self._state.statistics:
+            reason = _statistic_reason(statistic, unit_of[component[statistic.rows]], self._norm_weight(statistic), found)
+            if reason is not None:
+                return reason
+        for constant in self._state.constants:
+            if _tells_apart(constant, unit_of[component[constant.labels]]):
+                return f"a constant in '{constant.module or 'the model'}' (node '{constant.node}') differs between units"
+        return None
+
+    def _norm_weight(self, statistic: Statistic) -> str:
+        return f"{self.layers.representative(statistic.module)}.weight"
+
+    def _parameters(self, members: Sequence[Member]) -> int:
+        """Returns how many parameters one unit owns."""
+        return sum(member.width * (math.prod(self._shapes[member.parameter]) // self._length(member)) for member in members)
+
+    def _length(self, member: Member) -> int:
+        return self._shapes[member.parameter][member.axis]
+
+    def _repeated(self, group: Group, layer: int) -> Group:
+        members = tuple(_renamed(member, self.layers.renamed(member.parameter, layer)) for member in group.members)
+        return Group(f"layers.{layer}.{group.kind}", group.kind, layer, group.units, members, group.unit_parameters)
+
+    def _residual(self) -> Group | None:
+        """Returns the width of the stream that runs through all layers."""
+        within = {kind[0] for kind in self.layers.kinds}
+        streams = [units for units in self._coupled if {self.layers.index(name) for name in units.parameters} >= {None, *within}]
+        if len(streams) != 1:
+            why = "no width runs through all layers" if not streams else "several widths run through all layers"
+            self.refusals.append(Refusal("residual", None, why))
+            return None
+        found = _Found("residual", None, streams[0])
+        reason = self._reason(found)
+        members = members_of(streams[0], self._state.sides, "residual")
+        if reason is None and isinstance(members, str):
+            reason = f"the channels of '{members}' are not in an order that can be cut"
+        names = [name for name, _ in streams[0].indices]
+        if reason is None and len(set(names)) < len(names):
+            reason = "a matrix both reads and writes the stream by one parameter"
+        if reason is not None or isinstance(members, str):
+            self.refusals.append(Refusal("residual", None, reason or ""))
+            return None
+        everywhere: list[Member] = []
+        for member in members:
+            everywhere += [_renamed(member, name) for name in self._alike(member.parameter)]
+        place = {name: index for index, name in enumerate(self._shapes)}
+        everywhere.sort(key=lambda member: (member.side == "in", place[member.parameter]))
+        return Group("residual", "residual", None, streams[0].count, tuple(everywhere), self._parameters(everywhere))
+
+    def _alike(self, parameter: str) -> list[str]:
+        """Returns the names of a parameter in every layer of its kind."""
+        index = self.layers.index(parameter)
+        if index is None:
+            return [parameter]
+        kind = next(kind for kind in self.layers.kinds if kind[0] == index)
+        return [self.layers.renamed(parameter, layer) for layer in kind]
+
+    def _whole_parts(self) -> list[Group]:
+        """Returns each layer, its attention and its feed-forward network as groups of one unit that can go whole."""
+        found: list[Group] = []
+        for kind in self.layers.kinds:
+            prefix = f"{self.layers.name}.{kind[0]}."
+            names = [name for name in self._shapes if name.startswith(prefix)]
+            modules = self._part_modules(kind[0])
+            owned = self._norm_owners(kind[0], modules)
+            parts: list[tuple[GroupKind, list[str]]] = [("layer", names)]
+            for part in ("attention", "mlp"):
+                inside = [name for name in names if _inside(name, modules[part]) or owned.get(name.rpartition(".")[0]) == part]
+                if inside and modules[part]:
+                    parts.append((part, inside))
+            for part, inside in parts:
+                members = tuple(Member(name, 0, "out", size=self._shapes[name][0]) for name in inside)
+                group = Group("", part, kind[0], 1, members, sum(math.prod(self._shapes[name]) for name in inside))
+                found += [self._repeated(group, layer) for layer in kind]
+        return found
+
+    def _part_modules(self, layer: int) -> dict[str, tuple[str, ...]]:
+        """Returns the modules that are a layer's attention and its feed-forward network."""
+        prefix = f"{self.layers.name}.{layer}"
+        found: dict[str, tuple[str, ...]] = {"attention": (), "mlp": ()}
+        for units in self._coupled:
+            if {self.layers.index(name) for name in units.parameters} == {layer}:
+                part = "attention" if np.isin(units.components, self._attended).any() else "mlp"
+                children = {name.removeprefix(f"{prefix}.").partition(".")[0] for name in units.parameters}
+                found[part] = (*found[part], *sorted(f"{prefix}.{child}" for child in children))
+        return found
+
+    def _norm_owners(self, layer: int, modules: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+        prefix = f"{self.layers.name}.{layer}."
+        everything = (*modules["attention"], *modules["mlp"])
+        norms = {name.rpartition(".")[0] for name in self._shapes if name.startswith(prefix) and not _inside(name, everything)}
+        component = next((units.components for units in self._coupled if None in map(self.layers.index, units.parameters)), [])
+        sums = {node.name for node, label in self._state.sums if self._coarse[label] in component}
+
+        def part_of(module: str) -> str | None:
+            return next((part for part, inside in modules.items() if _inside(module, inside)), None)
+
+        def place(node: fx.Node) -> str:
+            return self.layers.representative(module_of(node))
+
+        parameters = {holder: name.rpartition(".")[0] for holder, name in self._graph.parameters.items()}
+        return owners(self._graph.module.graph, place, part_of, norms, parameters, sums)
+
+
+def _inside(name: str, modules: Sequence[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _renamed(member: Member, parameter: str) -> Member:
+    return Member(parameter, member.axis, member.side, member.offset, member.size, member.repeats, member.stride)
+
+
+def _statistic_reason(statistic: Statistic, units: Labels, weight: str, found: _Found) -> str | None:
+    """Returns why a norm over several units stands in the way: only a mean of squares with a weight can be made up for."""
+    mine = units >= 0
+    low = np.where(mine, units, np.iinfo(np.int64).max).min(axis=1)
+    high = np.where(mine, units, -1).max(axis=1)
+    if not (mine.any(axis=1) & (low != high)).any():
+        return None
+    if statistic.kind == "rms" and weight in found.units.parameters:
+        return None
+    what = "subtracts the mean of all channels" if statistic.kind == "layer" else "computes one number from all channels"
+    return f"'{statistic.module or 'the model'}' (node '{statistic.node}') {what}, so that removing one changes the others"
+
+
+def _tells_apart(constant: Constant, units: Labels) -> bool:
+    """Returns whether a constant has other values for one unit than for another."""
+    mine = units >= 0
+    if not mine.any():
+        return False
+    met = np.unique(np.stack([units[mine], constant.slots[mine]]), axis=1)
+    values = len(np.unique(met[1]))
+    return bool((np.bincount(met[0])[np.unique(met[0])] != values).any())
