@@ -19,6 +19,11 @@ from regraft.plans import RankPlan, Shape
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Reduction = Literal["sum", "mean", "max", "product", "last"]
 Positive = Annotated[int, Field(gt=0)]
+
+# Windows where nothing is asked for; shorter where the model's context is.
+CALIBRATION_TOKENS = 128
+TRAINING_TOKENS = 256
+
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
@@ -82,7 +87,7 @@ class RecoverSettings(Settings):
     steps: Positive = Field(default=200, description="optimizer steps")
     batch: Positive = Field(default=8, description="windows of one forward pass")
     accumulate: Positive = Field(default=1, description="forward passes of one optimizer step")
-    seq_len: Positive = Field(default=256, description="tokens of a training window")
+    seq_len: Positive | None = Field(default=None, description="tokens of a training window; default: 256 or the model's limit")
     schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="how the learning rate falls after warm-up")
     warmup: Annotated[float, Field(ge=0.0, le=1.0)] = Field(default=0.05, description="share of the steps that warms up")
     max_grad_norm: Rate = Field(default=1.0, description="gradients are clipped to this norm")

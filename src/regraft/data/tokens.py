@@ -42,6 +42,18 @@ def check_context(tokens: int, config: PretrainedConfig, option: str) -> None:
         raise InputError(f"{option} {tokens} exceeds the model's context of {limit} tokens; use at most {limit}")
 
 
+def window_tokens(asked: int | None, usual: int, config: PretrainedConfig, option: str) -> int:
+    """Returns the length of a window: what was asked for, else the usual length or the model's context where that is shorter.
+
+    Raises:
+        InputError: What was asked for is beyond the model's context.
+    """
+    if asked is not None:
+        check_context(asked, config, option)
+        return asked
+    return min(usual, context_limit(config) or usual)
+
+
 def encode_documents(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> list[list[int]]:
     """Encodes every document of a corpus by itself; records become one text each by the Alpaca template.
 
@@ -82,9 +94,7 @@ def pack(documents: Sequence[Sequence[int]], block: int, separator: int | None =
     stream = list(_joined(documents, separator))
     count = len(stream) // block
     if count == 0:
-        raise DataError(
-            f"the text has {len(stream)} tokens, fewer than one window of {block}; give more text or a shorter --seq-len"
-        )
+        raise DataError(f"the text has {len(stream)} tokens, fewer than one window of {block}; give more text or a shorter --seq-len")
     return torch.tensor(stream[: count * block], dtype=torch.int64).reshape(count, block)
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from regraft.atomic import refuse_existing
 from regraft.data.text import read_corpus
-from regraft.data.tokens import calibration_windows, check_context, context_limit
+from regraft.data.tokens import calibration_windows, window_tokens
 from regraft.errors import InputError
 from regraft.groups.declared import discover
 from regraft.importance import CRITERIA, Evidence, score
@@ -24,7 +24,7 @@ from regraft.models.view import ModelView
 from regraft.plans import Cut, Groups, Provenance, PrunePlan, to_dict
 from regraft.selection import SELECTORS, Budget, select
 from regraft.selection.budget import check_possible
-from regraft.settings import LoadSettings, PruneSettings
+from regraft.settings import CALIBRATION_TOKENS, LoadSettings, PruneSettings
 from regraft.surgery.compensate import Method, compensate
 from regraft.surgery.cut import check_plan, cut
 from regraft.surgery.damage import measure_curves
@@ -293,7 +293,6 @@ def plan_dict(plan: PrunePlan) -> dict[str, Any]:
 
 
 def _windows(loaded: Loaded, settings: PruneSettings, seed: int) -> Tensor:
-    seq_len = settings.seq_len or min(128, context_limit(loaded.model.config) or 128)
-    check_context(seq_len, loaded.model.config, "--seq-len")
+    seq_len = window_tokens(settings.seq_len, CALIBRATION_TOKENS, loaded.model.config, "--seq-len")
     corpus = read_corpus(settings.calibration, "validation")
     return calibration_windows(corpus, require_tokenizer(loaded), settings.samples, seq_len, seed)

@@ -24,7 +24,7 @@ from regraft.models.load import load as load_model
 from regraft.models.provenance import FILE, parents_of, provenance_text, versions
 from regraft.models.save import save
 from regraft.plans import Provenance
-from regraft.settings import LoadSettings, RecoverSettings
+from regraft.settings import TRAINING_TOKENS, LoadSettings, RecoverSettings
 from regraft.surgery.adapters import save_adapter
 from regraft.training.callbacks import log_csv
 from regraft.training.checkpoint import checkpoints
@@ -162,7 +162,7 @@ def facts(recovered: Recovered, settings: RecoverSettings) -> dict[str, Any]:
         "recovered with": f"{settings.adapter}, {ranks}, {state}",
         "trained parameters": f"{recovered.trainable_parameters:,}",
         "data": str(settings.data) if settings.data else "the built-in text",
-        "steps": f"{settings.steps} of {settings.batch * settings.accumulate} windows of {settings.seq_len} tokens",
+        "steps": f"{settings.steps} of {settings.batch * settings.accumulate} windows of {settings.seq_len or TRAINING_TOKENS} tokens at most",
         "held-out loss": f"{recovered.first_loss:.4f} to {recovered.best_loss:.4f} nats a token (step {recovered.best_step})",
     }
 
@@ -213,9 +213,7 @@ def _work_folder(output: Path | None, *, resume: bool) -> Iterator[Path]:
     unfinished = checkpoints(work)
     if unfinished and not resume:
         step = unfinished[-1].name.rpartition("-")[2]
-        raise OutputError(
-            f"a run to '{output}' was stopped after step {step}; go on with --resume, or remove '{work}' to begin anew"
-        )
+        raise OutputError(f"a run to '{output}' was stopped after step {step}; go on with --resume, or remove '{work}' to begin anew")
     missing = [parent for parent in work.parents if not parent.exists()]
     try:
         yield work

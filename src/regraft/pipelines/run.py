@@ -11,7 +11,7 @@ from typing import Any
 from regraft.adapters import ADAPTERS
 from regraft.atomic import refuse_existing, sha256_of
 from regraft.data.text import read_corpus
-from regraft.data.tokens import check_context
+from regraft.data.tokens import window_tokens
 from regraft.errors import ConfigError, RegraftError
 from regraft.evaluation.loss import window_and_stride
 from regraft.evaluation.size import measure_size
@@ -24,6 +24,7 @@ from regraft.pipelines.run_folder import Say, open_run
 from regraft.pipelines.stages import Stages, files_of
 from regraft.plans import Groups, Measurement, PrunePlan, SizeReport
 from regraft.report.summary import RunReport
+from regraft.settings import CALIBRATION_TOKENS, TRAINING_TOKENS
 from regraft.surgery.cut import cut
 from regraft.training.recover import check_trackers, read_ranks
 
@@ -120,13 +121,13 @@ def _checks(recipe: Recipe, dense: Loaded) -> Iterator[tuple[str, Callable[[], o
     if prune is not None:
         layers = int(config.num_hidden_layers)
         yield "prune.layers", lambda: layers_in(prune.layers, layers)
-        yield "prune.seq_len", lambda: check_context(prune.seq_len, config, "seq_len")
+        yield "prune.seq_len", lambda: window_tokens(prune.seq_len, CALIBRATION_TOKENS, config, "seq_len")
         yield "prune.calibration", lambda: read_corpus(prune.calibration, "validation") if prune.calibration else None
     if settings is not None:
         yield "recover.adapter", lambda: ADAPTERS.get(settings.adapter)
         yield "recover.report_to", lambda: check_trackers(settings.report_to)
         yield "recover.ranks", lambda: read_ranks(settings.ranks)
-        yield "recover.seq_len", lambda: check_context(settings.seq_len, config, "seq_len")
+        yield "recover.seq_len", lambda: window_tokens(settings.seq_len, TRAINING_TOKENS, config, "seq_len")
         yield "recover.data", lambda: read_corpus(settings.data, "train") if settings.data else None
     yield "evaluate.window", lambda: window_and_stride(dense.model, recipe.evaluate)
     yield "evaluate.text", lambda: read_corpus(recipe.evaluate.text, "test") if recipe.evaluate.text else None

@@ -24,11 +24,11 @@ from transformers.utils import logging as transformers_logging
 
 from regraft.adapters.isolation import isolated
 from regraft.data.text import Corpus
-from regraft.data.tokens import check_context
+from regraft.data.tokens import window_tokens
 from regraft.errors import InputError, OutputError, TrainingError, did_you_mean
 from regraft.models.view import fingerprint
 from regraft.plans import RankPlan, from_json
-from regraft.settings import RecoverSettings
+from regraft.settings import TRAINING_TOKENS, RecoverSettings
 from regraft.surgery.adapters import Injected, inject, merge
 from regraft.training.batches import Example, Ordered, digest, make_examples, padding_token, spread
 from regraft.training.callbacks import Bar, Keeper, LogRow, Pace
@@ -103,7 +103,8 @@ def recover(
     device = _training_device(model)
     compute = compute_dtype(settings.precision, device)
     check_trackers(settings.report_to)
-    check_context(settings.seq_len, model.config, "--seq-len")
+    seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "--seq-len")
+    settings = settings.model_copy(update={"seq_len": seq_len})
     ranks = read_ranks(settings.ranks)
     rows = _training_rows(train, tokenizer, settings, seed)
     looked_at = _held_out_rows(held_out, tokenizer, settings)
@@ -184,14 +185,14 @@ def _train(trainer: RecoveryTrainer, keeper: Keeper, bar: Bar, checkpoint: Path 
 
 def _training_rows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, settings: RecoverSettings, seed: int) -> Ordered:
     wanted = settings.steps * settings.accumulate * settings.batch
-    examples = make_examples(corpus, tokenizer, settings.seq_len, wanted=wanted, seed=seed)
+    examples = make_examples(corpus, tokenizer, settings.seq_len or TRAINING_TOKENS, wanted=wanted, seed=seed)
     return Ordered(examples, settings, seed, corpus.name)
 
 
 def _held_out_rows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, settings: RecoverSettings) -> list[Example]:
     """Draws with a fixed seed: runs of several seeds are judged on the same rows."""
     wanted = settings.held_out_windows
-    return spread(make_examples(corpus, tokenizer, settings.seq_len, wanted=wanted, seed=0), wanted)
+    return spread(make_examples(corpus, tokenizer, settings.seq_len or TRAINING_TOKENS, wanted=wanted, seed=0), wanted)
 
 
 def _training_device(model: PreTrainedModel) -> torch.device:
