@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from regraft import plans
 from regraft.errors import PlanError
 from regraft.plans import (
+    Curve,
+    Curves,
     Cut,
     Group,
     GroupKind,
@@ -66,7 +68,12 @@ RANK_PLANS = st.builds(RankPlan, NAMES, NAMES, st.dictionaries(NAMES, COUNTS, ma
 LOSSES = st.builds(LossReport, NUMBERS, NUMBERS, NUMBERS, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, st.booleans(), NAMES, NAMES)
 SIZES = st.builds(SizeReport, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS)
 SPEEDS = st.builds(SpeedReport, NUMBERS, NUMBERS, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, NAMES)
+CURVES = st.builds(
+    Curve, st.lists(COUNTS, max_size=4).map(tuple), st.lists(NUMBERS, max_size=4).map(tuple), st.lists(NUMBERS, max_size=4).map(tuple)
+)
 ANY_PLAN = st.one_of(
+    CURVES,
+    st.builds(Curves, NAMES, st.sampled_from(["parameters", "bytes", "milliseconds"]), NUMBERS, st.dictionaries(NAMES, CURVES, max_size=2)),
     MEMBERS,
     GROUPS,
     CUTS,
@@ -94,7 +101,7 @@ ANY_PLAN = st.one_of(
 )
 
 COVERED = (
-    *(Member, Group, Groups, Scores, Cut, PrunePlan, RankPlan),
+    *(Member, Group, Groups, Scores, Curve, Curves, Cut, PrunePlan, RankPlan),
     *(LossReport, SizeReport, SpeedReport, Measurement, Provenance),
 )
 

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 
 from regraft.errors import ConfigError, InputError, RegraftError, did_you_mean
 from regraft.importance import CRITERIA
+from regraft.pipelines.prune import resolve
 from regraft.pipelines.strict_yaml import YamlText, read_value, read_yaml
 from regraft.settings import (
     EvaluateSettings,
@@ -93,9 +94,7 @@ def read_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(f"recipe '{path}' cannot be read as UTF-8 text: {error}; give a YAML file") from None
     document = read_yaml(text, path.name)
     if not isinstance(document.values, dict):
-        raise ConfigError(
-            path.name, ["not a recipe: it holds no keys; start from one that comes with regraft (regraft run --list)"]
-        )
+        raise ConfigError(path.name, ["not a recipe: it holds no keys; start from one that comes with regraft (regraft run --list)"])
     problems = [*document.problems, *_empty_sections(document)]
     values = {str(key): value for key, value in document.values.items()}
     problems += _override(values, document, overrides)
@@ -234,8 +233,17 @@ def _prune_contradictions(prune: PruneSettings) -> Iterator[str]:
         CRITERIA.get(prune.criterion)
     except RegraftError as error:
         yield f"prune.criterion: {error}"
+    else:
+        yield from _unresolved(prune)
     if prune.calibration is not None:
         yield from _no_file("prune.calibration", prune.calibration)
+
+
+def _unresolved(prune: PruneSettings) -> Iterator[str]:
+    try:
+        resolve(prune)
+    except RegraftError as error:
+        yield f"prune.select: {error}"
 
 
 def _spares_layers(layers: str) -> bool:

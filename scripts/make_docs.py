@@ -1,0 +1,128 @@
+"""Writes the pages that are made from the code: ``docs/commands.md`` and the recipe that explains every key.
+
+Run it after a change of options or settings (``make docs``); ``--check`` only says whether they are up to date, as the tests do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from regraft.cli.app import COMMANDS, load_command
+from regraft.pipelines.recipe import SECTIONS, Recipe
+from regraft.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+COMMANDS_PAGE = ROOT / "docs" / "commands.md"
+EXPLAINED_RECIPE = ROOT / "src" / "regraft" / "recipes" / "prune-recover.yaml"
+WIDTH = 120
+
+
+def commands_page() -> str:
+    """Returns the page of all commands and their options, in Markdown."""
+    lines = [
+        "# Commands",
+        "",
+        "Made from the commands' help by `scripts/make_docs.py`; do not edit by hand.",
+        "",
+        "Exit codes: 0 done; 2 something that you can mend, said in one line on the standard error; 130 interrupted. `regraft doctor`",
+        "gives 1 when something that is needed is not there.",
+        "",
+    ]
+    lines += [f"- [`regraft {name}`](#regraft-{name}): {summary}" for name, summary in COMMANDS.items()]
+    for name in COMMANDS:
+        lines += ["", *_command(name)]
+    return "\n".join(lines) + "\n"
+
+
+def _command(name: str) -> list[str]:
+    command = load_command(name)
+    arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+    options = [parameter for parameter in command.params if parameter.param_type_name == "option" and parameter.name != "help"]
+    usage = " ".join(argument.metavar if argument.required else f"[{argument.metavar}]" for argument in arguments)
+    help_lines = [line.strip() for line in (command.help or "").splitlines()]
+    lines = [f"## regraft {name}", "", *help_lines, "", "```", f"regraft {name} {usage} [OPTIONS]".replace("  ", " "), "```", ""]
+    panels: dict[str, list[Any]] = {}
+    for option in options:
+        panels.setdefault(getattr(option, "rich_help_panel", None) or "", []).append(option)
+    if arguments:
+        lines += ["| argument | |", "|---|---|", *(f"| `{entry.metavar}` | {_cell(entry.help)} |" for entry in arguments), ""]
+    for panel, members in panels.items():
+        lines += [*([f"**{panel}**", ""] if panel else []), "| option | | default |", "|---|---|---|"]
+        lines += [f"| `{_option(entry)}` | {_cell(entry.help)} | {_default(entry)} |" for entry in members]
+        lines.append("")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _option(entry: Any) -> str:
+    names = ", ".join(entry.opts) + ("/" + "/".join(entry.secondary_opts) if entry.secondary_opts else "")
+    return _cell(names if entry.is_flag else f"{names} {entry.metavar}")
+
+
+def _default(entry: Any) -> str:
+    if entry.required:
+        return "required"
+    if entry.default is None or entry.default is False or entry.default == ():
+        return ""
+    if entry.default is True:
+        return f"`{entry.opts[0]}`"
+    value = entry.default
+    return f"`{','.join(str(part) for part in value) if isinstance(value, list | tuple) else value}`"
+
+
+def _cell(text: str | None) -> str:
+    return (text or "").replace("|", "\\|").replace("\n", " ")
+
+
+def explained_recipe() -> str:
+    """Returns a recipe with every key at its default, each with its description."""
+    lines = [
+        "# Prune a model, win the loss back, measure. Every key is here, at its default, to be copied and changed:",
+        "# leave out what you do not need; leave out a whole section to leave out its stage. Paths are relative to the",
+        "# current directory. Change single keys without a copy:  regraft run prune-recover model=PATH prune.ratio=0.3",
+        "# Made from the settings by scripts/make_docs.py.",
+        "",
+    ]
+    given = {"description": "every key at its default, to copy", "model": "seedling"}
+    for name, field in Recipe.model_fields.items():
+        if name not in SECTIONS:
+            lines += _key(name, given.get(name, field.default), field.description or "", "")
+    for name, section in SECTIONS.items():
+        lines += ["", f"# {Recipe.model_fields[name].description}", f"{name}:", *_section(section)]
+    return "\n".join(lines) + "\n"
+
+
+def _section(section: type[Settings]) -> list[str]:
+    return [line for name, field in section.model_fields.items() for line in _key(name, field.default, field.description or "", "  ")]
+
+
+def _key(name: str, value: Any, description: str, indent: str) -> list[str]:
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, width=WIDTH, allow_unicode=True).splitlines()[0]
+    line = f"{indent}{name}: {text}"
+    return [f"{line:<32}  # {description}"]
+
+
+def main() -> int:
+    """Writes the pages, or compares them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when a page is out of date")
+    wanted = {COMMANDS_PAGE: commands_page(), EXPLAINED_RECIPE: explained_recipe()}
+    stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    if parser.parse_args().check:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is out of date; run scripts/make_docs.py", file=sys.stderr)
+        return 1 if stale else 0
+    for path in stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(wanted[path], encoding="utf-8")
+        print(f"wrote {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

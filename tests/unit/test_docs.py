@@ -1,0 +1,35 @@
+"""The pages that are made from the code are as the code would make them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from regraft.pipelines.recipe import SECTIONS, Recipe, read_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_commands_and_the_explained_recipe_are_up_to_date() -> None:
+    done = subprocess.run([sys.executable, "scripts/make_docs.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + "\nrun: python scripts/make_docs.py"
+
+
+def test_the_explained_recipe_has_every_key_at_its_default() -> None:
+    recipe = read_recipe("prune-recover")
+    for name, section in SECTIONS.items():
+        assert getattr(recipe, name) == section()
+    text = (ROOT / "src" / "regraft" / "recipes" / "prune-recover.yaml").read_text(encoding="utf-8")
+    keys = [*Recipe.model_fields, *(key for section in SECTIONS.values() for key in section.model_fields)]
+    assert all(f"{key}:" in text for key in keys)
+
+
+@pytest.mark.parametrize("page", ["docs/commands.md"])
+def test_every_option_is_on_the_page(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for section in SECTIONS.values():
+        if section.__name__ != "SampleSettings":
+            assert all(f"--{key.replace('_', '-')}" in text for key in section.model_fields)
