@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.importance.criteria import CRITERIA, Criterion, Evidence, reduce_saliency
-from regraft.models.layerwise import Layerwise, watched_inputs
+from regraft.models.layerwise import watched_inputs
 from regraft.models.view import ModelView
 from regraft.numerics.moments import ChannelMoments, Moments
 from regraft.numerics.surgeon import removal_order
@@ -41,13 +41,10 @@ def input_moments(evidence: Evidence, *, readers_only: bool, full: bool) -> Iter
         readers_only: Only the projections that read a group's channels.
         full: Whole second moments, O(width^2), instead of their diagonal.
     """
-    assert evidence.windows is not None
-    view = ModelView(evidence.model)
-    walk = Layerwise(view, evidence.windows)
-    hidden = walk.first
-    for layer in range(len(view.layers)):
+    walk = evidence.how().walk()
+    for layer in walk.layers():
         groups = tuple(group for group in evidence.groups.groups if group.layer == layer)
-        modules = _modules(view, groups, readers_only)
+        modules = _modules(walk.view, groups, readers_only)
         seen: dict[str, Watched] = {}
 
         def see(name: str, rows: Tensor, seen: dict[str, Watched] = seen) -> None:
@@ -57,7 +54,7 @@ def input_moments(evidence: Evidence, *, readers_only: bool, full: bool) -> Iter
             seen[name].add(rows)
 
         with watched_inputs(modules, see):
-            hidden = walk.run(layer, hidden)
+            walk.advance(layer)
         yield groups, seen
 
 

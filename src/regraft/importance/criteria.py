@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regraft.errors import InputError
+from regraft.importance.passes import Passes, WholeModel
 from regraft.plans import Group, Groups, Member, Scores
 from regraft.registry import Registry
 from regraft.settings import Reduction
@@ -32,6 +33,7 @@ class Evidence:
         order: Of the Taylor expansion.
         granularity: Absolute value per weight, or per row or column after the sum.
         reduce: How the members of a group are combined.
+        passes: Where weights, inputs and gradients come from; None: from the model, which is in memory.
     """
 
     model: PreTrainedModel
@@ -41,6 +43,11 @@ class Evidence:
     order: Literal["first", "second", "mixed"] = "first"
     granularity: Granularity = "element"
     reduce: Reduction = "sum"
+    passes: Passes | None = None
+
+    def how(self) -> Passes:
+        """Returns where weights, inputs and gradients come from."""
+        return self.passes or WholeModel(self.model, self.windows)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ def magnitude_units(power: int) -> Callable[[Evidence], Mapping[str, Tensor]]:
         parameters = dict(evidence.model.named_parameters())
         return {
             group.name: reduce_saliency(group, lambda name: parameters[name].detach().float().abs() ** power, "element", evidence.reduce)
-            for group in evidence.groups.groups
+            for groups in evidence.how().weights(evidence.groups)
+            for group in groups
         }
 
     return units

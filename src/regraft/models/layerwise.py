@@ -7,6 +7,8 @@ nothing here knows a family.
 
 from __future__ import annotations
 
+import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -59,8 +61,64 @@ class Layerwise:
     def logits(self, hidden: list[Tensor]) -> Iterator[Tensor]:
         """Yields the logits (batch, tokens, vocabulary) of the last layer's outputs, batch by batch."""
         for ids, batch in zip(self.batches, hidden, strict=True):
-            with _layers_give(self.view, batch):
+            with layers_give(self.view, batch):
                 yield self.view.model(input_ids=ids.to(batch.device), use_cache=False).logits
+
+
+class Walk(ABC):
+    """Calibration windows on their way through the layers of a model, from the first to the last, once.
+
+    It hides where the weights and the hidden states are: a layer is only sure to have its weights while it is the one that
+    :meth:`layers` has yielded last.
+    """
+
+    view: ModelView
+
+    @abstractmethod
+    def layers(self) -> Iterator[int]:
+        """Yields the index of every layer in turn."""
+
+    @abstractmethod
+    def changeable(self, layer: int) -> nn.Module:
+        """Returns the layer, or a copy of it, for its weights to be changed: this walk goes on through what was changed."""
+
+    @abstractmethod
+    def look(self, layer: int, module: nn.Module | None = None) -> None:
+        """Sends the windows through a layer, or through ``module`` in its place, for the sake of those who watch it."""
+
+    @abstractmethod
+    def advance(self, layer: int, module: nn.Module | None = None) -> None:
+        """Sends the windows through a layer, or through ``module`` in its place, and on to the next."""
+
+
+class WholeWalk(Walk):
+    """A walk through a model that is in memory.
+
+    Args:
+        view: The model; it is read, never changed, and has to be in evaluation mode.
+        windows_NT: Calibration tokens, int64 (windows, tokens).
+    """
+
+    def __init__(self, view: ModelView, windows_NT: Tensor) -> None:
+        self.view = view
+        self._layerwise = Layerwise(view, windows_NT)
+        self._hidden = self._layerwise.first
+
+    def layers(self) -> Iterator[int]:
+        """Yields the index of every layer in turn."""
+        yield from range(len(self.view.layers))
+
+    def changeable(self, layer: int) -> nn.Module:
+        """Returns a copy of the layer."""
+        return copy.deepcopy(self.view.layers[layer])
+
+    def look(self, layer: int, module: nn.Module | None = None) -> None:
+        """Sends the windows through a layer and forgets what comes out."""
+        self._layerwise.run(layer, self._hidden, module)
+
+    def advance(self, layer: int, module: nn.Module | None = None) -> None:
+        """Sends the windows through a layer and keeps what comes out."""
+        self._hidden = self._layerwise.run(layer, self._hidden, module)
 
 
 def _record(view: ModelView, ids: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
@@ -95,7 +153,7 @@ def watched_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor]
 
 
 @contextmanager
-def _layers_give(view: ModelView, hidden: Tensor) -> Iterator[None]:
+def layers_give(view: ModelView, hidden: Tensor) -> Iterator[None]:
     """Makes every layer return the same hidden states, so that only what follows the layers is computed."""
     with _replaced_forward(view, lambda *positional, **named: hidden):
         yield

@@ -9,13 +9,13 @@ Only the calibration's hidden states and one matrix of second moments are in mem
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from regraft.models.layerwise import Layerwise, watched_inputs
+from regraft.models.layerwise import Walk, WholeWalk, watched_inputs
 from regraft.models.view import ModelView
 from regraft.numerics.moments import Moments
 from regraft.numerics.reconstruction import choose_damping, reconstruct
@@ -36,25 +36,29 @@ def compensate(view: ModelView, groups: Groups, cuts: tuple[Cut, ...], windows_N
         windows_NT: Calibration tokens, int64 (windows, tokens); at least one in eight windows judges the damping.
         method: ``least_squares``; or ``mean``, which folds the mean of the removed channels into the bias, where there is one.
     """
+    walk = WholeWalk(view, windows_NT)
+    return {name: tensor for _, changed in refitted(walk, groups, cuts, method) for name, tensor in changed.items()}
+
+
+def refitted(walk: Walk, groups: Groups, cuts: tuple[Cut, ...], method: Method) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yields each layer with the new tensors of its reading projections, as :func:`compensate` returns them for all at once."""
     named = groups.named()
-    walk = Layerwise(view, windows_NT)
-    hidden = walk.first
-    changed: dict[str, Tensor] = {}
-    for layer in range(len(view.layers)):
+    for layer in walk.layers():
         here = [(named[entry.group], entry.kept) for entry in cuts if named[entry.group].layer == layer]
-        module = copy.deepcopy(view.layers[layer]) if here else view.layers[layer]
-        prefix = f"{view.layer_name(layer)}."
+        module = walk.changeable(layer) if here else walk.view.layers[layer]
+        prefix = f"{walk.view.layer_name(layer)}."
+        changed: dict[str, Tensor] = {}
         for group, kept in sorted(here, key=lambda cut: _depth(module, _reader(cut[0]), prefix)):
             reader = _reader(group)
             name = reader.parameter.removeprefix(prefix).rpartition(".")[0]
             projection = module.get_submodule(name)
-            fit, judge = _moments(walk, layer, hidden, module, projection)
+            fit, judge = _moments(walk, layer, module, projection)
             channels = torch.tensor([index for unit in kept for index in reader.indices(unit)], device=fit.total_D.device)
             refit(projection, reader.axis, fit, judge, channels.sort().values, method)
             full_name = reader.parameter.rpartition(".")[0]
             changed |= {f"{full_name}.{key}": value.detach() for key, value in projection.named_parameters()}
-        hidden = walk.run(layer, hidden, module)
-    return changed
+        walk.advance(layer, module)
+        yield layer, changed
 
 
 @torch.no_grad()
@@ -102,7 +106,7 @@ def _seen(moments: Moments, centred: bool) -> Moments:
     return Moments(moments.count, torch.zeros_like(moments.total_D), moments.square_DD - outer)
 
 
-def _moments(walk: Layerwise, layer: int, hidden: list[Tensor], module: nn.Module, projection: nn.Module) -> tuple[Moments, Moments]:
+def _moments(walk: Walk, layer: int, module: nn.Module, projection: nn.Module) -> tuple[Moments, Moments]:
     """Returns the moments of a projection's inputs on most windows of each batch, and on the rest of them."""
     seen: list[Moments] = []
 
@@ -115,7 +119,7 @@ def _moments(walk: Layerwise, layer: int, hidden: list[Tensor], module: nn.Modul
         seen[1].add(rows_BTI[fitted:])
 
     with watched_inputs({"reader": projection}, see):
-        walk.run(layer, hidden, module)
+        walk.look(layer, module)
     fit, judge = seen
     return fit, judge if judge.count else fit
 

@@ -1,0 +1,123 @@
+"""How a criterion comes by what it looks at: weights, inputs and gradients, whether or not the model is in memory as a whole.
+
+A criterion asks for them some groups at a time, and takes no more than it was given last. So the same few lines score a model
+that is in memory and one that is read layer by layer from a file larger than memory (:mod:`regraft.streaming`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from regraft.models.layerwise import Walk, WholeWalk
+from regraft.models.view import ModelView
+from regraft.plans import Group, Groups
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of the mean language-modelling loss over calibration windows, of the members of some groups.
+
+    Attributes:
+        groups: Whose members they are of.
+        first: Parameter name to the mean gradient, float32, of the parameter's shape.
+        second: Parameter name to the mean over windows of the squared gradient; empty where it was not asked for.
+    """
+
+    groups: tuple[Group, ...]
+    first: Mapping[str, Tensor]
+    second: Mapping[str, Tensor]
+
+
+class Passes(ABC):
+    """Where a criterion gets its evidence from."""
+
+    @abstractmethod
+    def weights(self, groups: Groups) -> Iterator[tuple[Group, ...]]:
+        """Yields all groups, some at a time; their members have their values until the next ones are asked for."""
+
+    @abstractmethod
+    def walk(self) -> Walk:
+        """Returns a walk of the calibration windows through the layers."""
+
+    @abstractmethod
+    def gradients(self, groups: Groups, *, squares: bool) -> Iterator[Gradients]:
+        """Yields the gradients of all groups, some at a time, in any order; weights have their values as in :meth:`weights`.
+
+        Args:
+            groups: Of the model.
+            squares: Whether the mean squares are wanted too.
+        """
+
+
+class WholeModel(Passes):
+    """Evidence from a model that is in memory.
+
+    Args:
+        model: Left as it was found.
+        windows_NT: Calibration tokens, int64 (windows, tokens), or None where only weights are looked at.
+    """
+
+    def __init__(self, model: PreTrainedModel, windows_NT: Tensor | None) -> None:
+        self._model = model
+        self._windows = windows_NT
+
+    def weights(self, groups: Groups) -> Iterator[tuple[Group, ...]]:
+        """Yields all groups at once."""
+        yield groups.groups
+
+    def walk(self) -> Walk:
+        """Returns a walk through the model."""
+        assert self._windows is not None
+        return WholeWalk(ModelView(self._model), self._windows)
+
+    def gradients(self, groups: Groups, *, squares: bool) -> Iterator[Gradients]:
+        """Yields all gradients at once. Memory: one gradient, and one square where it is wanted."""
+        assert self._windows is not None
+        names = {member.parameter for group in groups.groups for member in group.members}
+        parameters = {name: parameter for name, parameter in self._model.named_parameters() if name in names}
+        first, second = mean_gradients(self._model, parameters, self._windows, squares=squares)
+        yield Gradients(groups.groups, first, second)
+
+
+def mean_gradients(
+    model: PreTrainedModel, parameters: Mapping[str, Tensor], windows: Tensor, *, squares: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns the mean gradient of the language-modelling loss and, if asked, its mean square over windows, in float32."""
+    first = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
+    second = {name: torch.zeros_like(value) for name, value in first.items()} if squares else {}
+    device = next(iter(parameters.values())).device
+    with _only_these_train(model, parameters):
+        for window in windows:
+            ids = window.unsqueeze(0).to(device)
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            gradients = torch.autograd.grad(loss, list(parameters.values()))
+            for name, gradient in zip(parameters, gradients, strict=True):
+                first[name].add_(gradient.float(), alpha=1.0 / len(windows))
+                if squares:
+                    second[name].addcmul_(gradient.float(), gradient.float(), value=1.0 / len(windows))
+    return first, second
+
+
+@contextmanager
+def _only_these_train(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Asks for the gradients of these parameters alone, in evaluation mode, and puts everything back afterwards."""
+    wanted = {id(parameter) for parameter in parameters.values()}
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    training = model.training
+    try:
+        model.eval()
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in wanted)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+        model.train(training)
