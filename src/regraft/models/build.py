@@ -150,8 +150,7 @@ def _kept_layers(base: PreTrainedConfig, sizes: Sequence[LayerSizes], layers: Se
     kept = tuple(range(before)) if layers is None else tuple(layers)
     if len(kept) != len(sizes) or not kept or not all(0 <= index < before for index in kept):
         raise PlanError(
-            f"sizes of {len(sizes)} layers do not fit layers {list(kept)} of a model of {before}; "
-            "give one size for each layer that stays"
+            f"sizes of {len(sizes)} layers do not fit layers {list(kept)} of a model of {before}; give one size for each layer that stays"
         )
     return kept
 
@@ -244,6 +243,4 @@ def _refuse_misfits(report: Mapping[str, Any]) -> None:
     mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
     for what, names in (("lack", missing), ("also hold", unexpected), ("have another shape for", mismatched)):
         if names:
-            raise PlanError(
-                f"the tensors {what} '{names[0]}' ({len(names)} in all); build the model from sizes that fit its weights"
-            )
+            raise PlanError(f"the tensors {what} '{names[0]}' ({len(names)} in all); build the model from sizes that fit its weights")

@@ -33,9 +33,7 @@ def check_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
-            raise ModelError(
-                f"'{folder}' is an adapter without its model; merge it into the model first, or give the model's folder"
-            )
+            raise ModelError(f"'{folder}' is an adapter without its model; merge it into the model first, or give the model's folder")
         raise ModelError(f"'{folder}' has no config.json; give the folder of a Hugging Face model")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -52,9 +50,7 @@ def check_config(folder: Path) -> dict[str, Any]:
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise ModelError(
-            f"'{folder}' is quantized ({method}); give the model in float32, bfloat16 or float16 that it was made from"
-        )
+        raise ModelError(f"'{folder}' is quantized ({method}); give the model in float32, bfloat16 or float16 that it was made from")
     return config
 
 
@@ -104,9 +100,7 @@ def check_loading_report(folder: Path, report: Mapping[str, Any]) -> None:
     """
     for entry in sorted(report["mismatched_keys"], key=str):
         name, stored, wanted = entry
-        raise ModelError(
-            f"'{folder}': '{name}' is {list(stored)} in the weights, but config.json asks for {list(wanted)}; {SAME_MODEL}"
-        )
+        raise ModelError(f"'{folder}': '{name}' is {list(stored)} in the weights, but config.json asks for {list(wanted)}; {SAME_MODEL}")
     # Old checkpoints carry the rotary frequencies, which every model computes for itself.
     unexpected = sorted(name for name in report["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq"))
     missing = sorted(report["missing_keys"])

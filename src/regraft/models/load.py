@@ -127,7 +127,8 @@ def locate(source: str | Path, *, trust_remote_code: bool = False) -> Path:
     except (RepositoryNotFoundError, HFValidationError):
         raise ModelError(f"{nowhere}, and the hub has no model of this name; {remedy}") from None
     except Exception as error:  # the hub's client lets many kinds through: sockets, proxies, certificates, its own
-        raise ModelError(f"{nowhere}, and the hub cannot be reached ({in_one_line(error)}); {remedy}") from error
+        reason = in_one_line(error).split(" An error happened")[0]  # the rest of the client's message says no more
+        raise ModelError(f"{nowhere}, and the hub cannot be reached ({reason}); {remedy}") from error
 
 
 def _load_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
@@ -136,9 +137,7 @@ def _load_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) ->
         with quiet():
             config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # each config class validates in its own way
-        raise ModelError(
-            f"'{folder / 'config.json'}' is not valid: {in_one_line(error)}; mend it or download it again"
-        ) from error
+        raise ModelError(f"'{folder / 'config.json'}' is not valid: {in_one_line(error)}; mend it or download it again") from error
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(

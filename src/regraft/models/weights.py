@@ -54,9 +54,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise ModelError(f"'{path}' is a git-lfs pointer, not the weights; fetch them with: git lfs pull")
         header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 0 < header_bytes <= min(LONGEST_HEADER_BYTES, size_bytes - 8):
-            raise ModelError(
-                f"'{path}' is truncated or damaged: {size_bytes} bytes, of which the header claims {header_bytes}; {AGAIN}"
-            )
+            raise ModelError(f"'{path}' is truncated or damaged: {size_bytes} bytes, of which the header claims {header_bytes}; {AGAIN}")
         text = stream.read(header_bytes)
     try:
         header = json.loads(text)

@@ -433,7 +433,7 @@ def answer(kind: type[Exception]) -> Exception:
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (LocalEntryNotFoundError("Got: ConnectError\nsecond line"), "the hub cannot be reached (Got: ConnectError second line)"),
+        (LocalEntryNotFoundError("Got: ConnectError: no\nAn error happened while"), "the hub cannot be reached (Got: ConnectError: no)"),
         (answer(RepositoryNotFoundError), "the hub has no model of this name"),
         (answer(GatedRepoError), "hf auth login"),
         (OSError("proxy"), "the hub cannot be reached (proxy)"),

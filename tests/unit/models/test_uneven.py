@@ -82,8 +82,6 @@ IMPORTS = {
     "regraft first": "import regraft; from transformers import AutoConfig",
     "transformers first": "from transformers import AutoConfig; import regraft",
     "a model class in between": "import regraft; from transformers import LlamaForCausalLM, AutoConfig",
-    "twice": "import regraft; from regraft.models.uneven import register_on_import as r; r(); r(); "
-    "from transformers import AutoConfig; r()",
 }
 
 
@@ -99,9 +97,7 @@ def test_importing_regraft_is_enough_in_any_order(order):
         "import transformers.models.auto.configuration_auto as c, inspect\n"
         "assert 'class AutoConfig' in inspect.getsource(c)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={"PYTHONPATH": ":".join(sys.path)}
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env={"PYTHONPATH": ":".join(sys.path)})
     assert done.stdout.split() == ["RegraftQwen3ForCausalLM"], done.stderr
 
 

@@ -17,6 +17,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
+if not hasattr(PreTrainedConfig, "per_layer_config"):
+    raise ImportError("a model with per-layer sizes needs transformers 5.15 or later; get it with: pip install -U transformers")
+
 # Called once, before the first config is made: where regraft is installed it makes the Auto classes know the models here.
 BEFORE_FIRST_CONFIG: list[Callable[[], None]] = []
 
