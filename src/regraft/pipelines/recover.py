@@ -162,7 +162,7 @@ def facts(recovered: Recovered, settings: RecoverSettings) -> dict[str, Any]:
         "recovered with": f"{settings.adapter}, {ranks}, {state}",
         "trained parameters": f"{recovered.trainable_parameters:,}",
         "data": str(settings.data) if settings.data else "the built-in text",
-        "steps": f"{settings.steps} of {settings.batch * settings.accumulate} windows of {settings.seq_len or TRAINING_TOKENS} tokens at most",
+        "steps": f"{settings.steps} of {settings.batch * settings.accumulate} windows of up to {settings.seq_len or TRAINING_TOKENS}",
         "held-out loss": f"{recovered.first_loss:.4f} to {recovered.best_loss:.4f} nats a token (step {recovered.best_step})",
     }
 
