@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from regraft.atomic import sha256_of
@@ -120,18 +121,32 @@ def check_finite(model: PreTrainedModel, source: str) -> None:
         ModelError: The message names the first such tensor.
     """
     for name, parameter in model.named_parameters():
-        if not parameter.numel():
-            continue
-        smallest, largest = (float(value) for value in torch.aminmax(parameter.detach()))
-        extreme = max(abs(smallest), abs(largest))  # NaN and infinity pass through aminmax
-        if not math.isfinite(smallest + largest):
-            bad = int((~torch.isfinite(parameter.detach())).sum())
-            raise ModelError(
-                f"'{source}': '{name}' holds NaN or infinity in {bad} of {parameter.numel()} values; "
-                "the file is damaged or the training diverged: use another copy or an earlier checkpoint"
-            )
-        if extreme > LARGEST_PLAUSIBLE:
-            raise ModelError(
-                f"'{source}': '{name}' holds a value of {extreme:.3g}, above {LARGEST_PLAUSIBLE:.0e}; "
-                "the file is damaged: copy or download it again"
-            )
+        check_values(name, parameter.detach(), source)
+
+
+def check_values(name: str, tensor: Tensor, source: str) -> None:
+    """Refuses a tensor with values that are NaN, infinite or beyond anything that training gives.
+
+    Args:
+        name: Of the tensor.
+        tensor: Of any float dtype.
+        source: Where it came from, for the message.
+
+    Raises:
+        ModelError: There are such values.
+    """
+    if not tensor.numel():
+        return
+    smallest, largest = (float(value) for value in torch.aminmax(tensor))
+    extreme = max(abs(smallest), abs(largest))  # NaN and infinity pass through aminmax
+    if not math.isfinite(smallest + largest):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise ModelError(
+            f"'{source}': '{name}' holds NaN or infinity in {bad} of {tensor.numel()} values; "
+            "the file is damaged or the training diverged: use another copy or an earlier checkpoint"
+        )
+    if extreme > LARGEST_PLAUSIBLE:
+        raise ModelError(
+            f"'{source}': '{name}' holds a value of {extreme:.3g}, above {LARGEST_PLAUSIBLE:.0e}; "
+            "the file is damaged: copy or download it again"
+        )

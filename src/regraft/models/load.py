@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft import seedling
 from regraft.errors import InputError, ModelError, did_you_mean
@@ -26,7 +26,7 @@ from regraft.models.quiet import in_one_line, quiet
 from regraft.models.tokenizer import load_tokenizer
 from regraft.models.uneven import register
 from regraft.models.view import ModelView, fingerprint
-from regraft.models.weights import stored_tensors, weights_dtype
+from regraft.models.weights import StoredTensor, stored_tensors, weights_dtype
 from regraft.plans import Provenance
 from regraft.settings import LoadSettings
 
@@ -68,17 +68,10 @@ def load(source: str | Path, settings: LoadSettings | None = None) -> Loaded:
         InputError: The device does not exist.
     """
     settings = settings or LoadSettings()
-    device = _device(settings.device)
+    device = device_named(settings.device)
     folder = locate(source, trust_remote_code=settings.trust_remote_code)
     name = str(source)
-    try:
-        config = check_config(folder)
-        tensors = stored_tensors(folder)
-        provenance = read_provenance(folder)
-        check_layer_count(folder, config, tensors)
-        check_checksums(folder, provenance)
-    except OSError as error:
-        raise ModelError(f"'{folder}' cannot be read: {error.strerror} ({error.filename}); check its permissions") from error
+    tensors, provenance = check_folder(folder)
     dtype = weights_dtype(tensors) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     model = _load_model(folder, dtype, trust_remote_code=settings.trust_remote_code)
     check_finite(model, name)
@@ -87,6 +80,23 @@ def load(source: str | Path, settings: LoadSettings | None = None) -> Loaded:
     tokenizer = load_tokenizer(folder, embedding.weight.shape[0], trust_remote_code=settings.trust_remote_code)
     model = model.to(device)  # pyright: ignore[reportArgumentType]
     return Loaded(model, tokenizer, name, fingerprint(model), provenance)
+
+
+def check_folder(folder: Path) -> tuple[dict[str, StoredTensor], Provenance | None]:
+    """Returns what is stored in a model folder and how it came to be, once all that can be told before reading it is right.
+
+    Raises:
+        ModelError: The folder is damaged, or its config and its weights are of different models.
+    """
+    try:
+        config = check_config(folder)
+        tensors = stored_tensors(folder)
+        provenance = read_provenance(folder)
+        check_layer_count(folder, config, tensors)
+        check_checksums(folder, provenance)
+    except OSError as error:
+        raise ModelError(f"'{folder}' cannot be read: {error.strerror} ({error.filename}); check its permissions") from error
+    return tensors, provenance
 
 
 def require_tokenizer(loaded: Loaded) -> PreTrainedTokenizerBase:
@@ -131,13 +141,22 @@ def locate(source: str | Path, *, trust_remote_code: bool = False) -> Path:
         raise ModelError(f"{nowhere}, and the hub cannot be reached ({reason}); {remedy}") from error
 
 
-def _load_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
+def read_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
+    """Returns the config of a model folder, of the class that it names.
+
+    Raises:
+        ModelError: It is not valid.
+    """
     register()
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+            return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # each config class validates in its own way
         raise ModelError(f"'{folder / 'config.json'}' is not valid: {in_one_line(error)}; mend it or download it again") from error
+
+
+def _load_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
+    config = read_config(folder, trust_remote_code=trust_remote_code)
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -159,7 +178,12 @@ def _load_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) ->
     return model
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """Returns a device.
+
+    Raises:
+        InputError: It is not known, or not here.
+    """
     try:
         device = torch.device(name)
     except RuntimeError:

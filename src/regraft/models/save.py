@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,7 +15,7 @@ from regraft.models.build import conform
 from regraft.models.card import loading_section, sizes_section
 from regraft.models.provenance import FILE, provenance_text
 from regraft.models.quiet import quiet
-from regraft.models.view import ModelView
+from regraft.models.view import LayerSizes, ModelView
 from regraft.models.weights import stored_tensors, weight_files
 from regraft.plans import Provenance
 
@@ -50,11 +52,9 @@ def save(
     model = conform(model)
     view = ModelView(model)
     sizes = [view.sizes(index) for index in range(len(view.layers))]
-    uneven = model.config.model_type.startswith("regraft_")
-    sections = (card.rstrip(), sizes_section(sizes), loading_section(type(model).__name__, uneven=uneven))
     with atomic_folder(Path(folder), replace=replace) as partial:
         with quiet():
-            _mend_generation_config(model)
+            mend_generation_config(model)
             model.save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
@@ -62,12 +62,28 @@ def save(
         for file in weight_files(partial):  # safetensors makes files that only their owner can read
             file.chmod((partial / "config.json").stat().st_mode)
         written = dataclasses.replace(provenance, files={file.name: sha256_of(file) for file in weight_files(partial)})
-        (partial / FILE).write_text(provenance_text(written), encoding="utf-8")
-        (partial / "README.md").write_text("\n\n".join(section.rstrip() for section in sections) + "\n", encoding="utf-8")
+        describe(partial, type(model), sizes, written, card)
     return written
 
 
-def _mend_generation_config(model: PreTrainedModel) -> None:
+def describe(folder: Path, model_class: type[PreTrainedModel], sizes: Sequence[LayerSizes], provenance: Provenance, card: str) -> None:
+    """Writes the record and the card of a model folder.
+
+    Args:
+        folder: With everything else in it.
+        model_class: Of the model that loading the folder gives.
+        sizes: Of its layers.
+        provenance: Complete, with the checksums of the weight files.
+        card: Start of the model card; the sizes and how to load the model are added.
+    """
+    config_class: Any = model_class.config_class
+    uneven = str(config_class.model_type).startswith("regraft_")
+    sections = (card.rstrip(), sizes_section(sizes), loading_section(model_class.__name__, uneven=uneven))
+    (folder / FILE).write_text(provenance_text(provenance), encoding="utf-8")
+    (folder / "README.md").write_text("\n\n".join(section.rstrip() for section in sections) + "\n", encoding="utf-8")
+
+
+def mend_generation_config(model: PreTrainedModel) -> None:
     """Makes a generation config that transformers loads with a warning one that it also saves.
 
     Many published models set a temperature without switching sampling on, which transformers refuses to write.

@@ -6,14 +6,17 @@ Sizes are read from the weights, never from the config, so that an unevenly prun
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from regraft.errors import ModelError
 from regraft.models.family import Family, family_of
+
+SAMPLED = 64  # values of each parameter that go into a fingerprint
 
 
 @dataclass(frozen=True)
@@ -114,13 +117,32 @@ def fingerprint(model: nn.Module) -> str:
     Two models of equal architecture but other weights differ: the sample takes up to 64 values spread over each tensor, so that
     the cost does not grow with the size of the model. A model without weights (on the meta device) has names and shapes only.
     """
+    entries = ((name, tuple(parameter.shape), parameter.dtype, _sample(parameter)) for name, parameter in model.named_parameters())
+    return fingerprint_of(entries)
+
+
+def fingerprint_of(entries: Iterable[tuple[str, tuple[int, ...], torch.dtype, Tensor | None]]) -> str:
+    """Returns the fingerprint of a model from what is known of its parameters.
+
+    Args:
+        entries: Name, shape, dtype and a sample of the values (see :func:`sample_step`; None for no weights) of each parameter,
+            in the order of ``named_parameters``.
+    """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if parameter.is_meta:
-            continue
-        flat = parameter.detach().reshape(-1)
-        step = max(1, flat.numel() // 64)
-        sample = flat[::step][:64].to(device="cpu", dtype=torch.float32)
-        digest.update(sample.numpy().tobytes())
+    for name, shape, dtype, sample in entries:
+        digest.update(f"{name} {shape} {dtype}".encode())
+        if sample is not None:
+            digest.update(sample.to(device="cpu", dtype=dtype).to(torch.float32).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def sample_step(values: int) -> int:
+    """Returns the distance between two values of a sample: up to :data:`SAMPLED` are taken, from the first."""
+    return max(1, values // SAMPLED)
+
+
+def _sample(parameter: Tensor) -> Tensor | None:
+    if parameter.is_meta:
+        return None
+    flat = parameter.detach().reshape(-1)
+    return flat[:: sample_step(flat.numel())][:SAMPLED]
