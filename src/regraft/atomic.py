@@ -81,7 +81,10 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         _remove(retired)
         partial.mkdir()
         yield partial
+        readable = partial.stat().st_mode & 0o666  # as new files are here; safetensors makes its own for the owner alone
         for file in sorted(partial.rglob("*")):
+            if file.is_file():
+                file.chmod(readable)
             _sync(file)
         _sync(partial)
         if path.exists():

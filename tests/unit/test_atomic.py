@@ -161,3 +161,10 @@ def test_a_killed_writer_leaves_the_old_and_the_next_clears_up(tmp_path: Path) -
         assert list(partial.iterdir()) == []
         (partial / "a").write_text("new")
     assert tree(tmp_path) == {"model/a": b"new"}
+
+
+def test_files_get_the_rights_that_new_files_have(tmp_path):
+    with atomic_folder(tmp_path / "out") as partial:
+        (partial / "model.safetensors").touch(mode=0o600)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == (tmp_path / "plain").stat().st_mode & 0o777
