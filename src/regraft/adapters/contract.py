@@ -65,9 +65,7 @@ class Adapter(Protocol):
 ADAPTERS: Registry[Adapter] = Registry("adapter", group="regraft.adapters")
 
 
-def make_request(
-    modules: Mapping[str, nn.Linear], settings: RecoverSettings, ranks: RankPlan | None, seed: int
-) -> AdapterRequest:
+def make_request(modules: Mapping[str, nn.Linear], settings: RecoverSettings, ranks: RankPlan | None, seed: int) -> AdapterRequest:
     """Decides rank and alpha of every module: the plan's where there is one, else the same rank everywhere.
 
     Args:

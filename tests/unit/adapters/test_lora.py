@@ -183,9 +183,7 @@ def test_a_plan_counted_on_another_model_is_refused(make_model: Callable[..., Pr
 
 
 @pytest.mark.parametrize("ranks", [None, {LAST + "mlp.up_proj": 5, LAST + "mlp.down_proj": 3, "model.layers.0.mlp.up_proj": 5}])
-def test_stock_peft_loads_what_is_saved(
-    make_model: Callable[..., PreTrainedModel], tmp_path: Path, ranks: dict[str, int] | None
-) -> None:
+def test_stock_peft_loads_what_is_saved(make_model: Callable[..., PreTrainedModel], tmp_path: Path, ranks: dict[str, int] | None) -> None:
     make_model("mistral").save_pretrained(tmp_path / "base")
     model = make_model("mistral")
     injected = inject(model, RecoverSettings(rank=4), RankPlan("any", "test", ranks) if ranks else None, seed=0)
