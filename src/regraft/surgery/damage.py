@@ -25,6 +25,8 @@ from regraft.surgery.compensate import refit
 
 # Shares of a group that are kept where the damage is measured; between them the curve is interpolated.
 SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+# More windows than this sharpen the curves less than they cost: every one is run for every size of every group.
+JUDGED_WINDOWS = 16
 CostUnit = Literal["parameters", "bytes", "milliseconds"]
 
 
@@ -44,12 +46,12 @@ def measure_curves(
         view: The dense model; left as it is.
         groups: Of that model.
         scores: Which units stay at each size.
-        windows_NT: Calibration tokens, int64 (windows, tokens): a quarter of them, at least one, measures; the rest fits.
+        windows_NT: Calibration tokens, int64 (windows, tokens): a quarter of them, from one to 16, measures; the rest fits.
         only: Names of the groups to measure.
         unit: What sizes are counted in; milliseconds are measured here and now, on the device of the model.
         say: Called with one line for each layer.
     """
-    judged = max(1, windows_NT.shape[0] // 4)
+    judged = max(1, min(JUDGED_WINDOWS, windows_NT.shape[0] // 4))
     fitted = windows_NT[:-judged] if windows_NT.shape[0] > 1 else windows_NT
     fit_walk, judge_walk = Layerwise(view, fitted), Layerwise(view, windows_NT[-judged:])
     fit_hidden, inputs = fit_walk.first, [judge_walk.first]
