@@ -61,9 +61,7 @@ def _show_version(wanted: bool) -> None:
 
 
 def _root(
-    version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)] = False,
 ) -> None:
     """Prune a language model, regrow it low-rank, serve it anywhere."""
 
@@ -99,9 +97,7 @@ def run(arguments: Sequence[str]) -> int:
         The exit code.
     """
     try:
-        code = typer.main.get_command(build()).main(
-            args=list(arguments) or ["--help"], prog_name="regraft", standalone_mode=False
-        )
+        code = typer.main.get_command(build()).main(args=list(arguments) or ["--help"], prog_name="regraft", standalone_mode=False)
     except RegraftError as error:
         say_error(error)
         return 2

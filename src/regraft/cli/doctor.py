@@ -37,7 +37,5 @@ def _show(console: Console, title: str, findings: Sequence[Finding]) -> None:
     for finding in findings:
         colour = "red" if finding.required and finding.status == "missing" else _COLOURS[finding.status]
         remedy = f"; get it with: {finding.remedy}" if finding.remedy else ""
-        console.print(
-            Text.assemble(f"  {finding.name:<{width}}  ", (f"{finding.status:<8}", colour), f"  {finding.value}{remedy}")
-        )
+        console.print(Text.assemble(f"  {finding.name:<{width}}  ", (f"{finding.status:<8}", colour), f"  {finding.value}{remedy}"))
     console.print()

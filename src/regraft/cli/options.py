@@ -122,9 +122,7 @@ def _parameter(name: str, field: FieldInfo, section: type[Settings]) -> inspect.
     kind: Any
     if field.annotation is bool:
         kind = bool
-        option = typer.Option(
-            f"{flag}/--no-{flag[2:]}" if default else flag, help=field.description, rich_help_panel=_panel(section)
-        )
+        option = typer.Option(f"{flag}/--no-{flag[2:]}" if default else flag, help=field.description, rich_help_panel=_panel(section))
     else:
         kind = list[str] if get_origin(field.annotation) is tuple else str
         metavar = _metavar(field.annotation)

@@ -31,9 +31,7 @@ def run(
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="the run folder; default: runs/ and the recipe's name")
     ] = None,
     dry_run: DryRunOption = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="go on with a run that was stopped, from its last finished stage")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped, from its last finished stage")] = False,
     show_list: Annotated[bool, typer.Option("--list", help="list the recipes that come with regraft")] = False,
 ) -> None:
     """Run a recipe: prune, recover and measure a model, in one folder."""

@@ -124,10 +124,7 @@ def _requirements() -> list[Requirement]:
 
 def _optional() -> Iterator[Finding]:
     extras = {
-        requirement.name.replace("-", "_"): extra
-        for requirement in _requirements()
-        for extra in _extras_of(requirement)
-        if extra != "dev"
+        requirement.name.replace("-", "_"): extra for requirement in _requirements() for extra in _extras_of(requirement) if extra != "dev"
     }
     for name, use in OPTIONAL.items():
         try:
@@ -184,6 +181,4 @@ def _embedded_model() -> Finding:
         return Finding("seedling", "damaged", str(error), required=True, remedy=again)
     if damaged:
         return Finding("seedling", "damaged", f"checksum of {', '.join(damaged)} differs", required=True, remedy=again)
-    return Finding(
-        "seedling", "ok", f"{sum((folder / name).stat().st_size for name in files) / 1e6:.1f} MB, checksums match", True
-    )
+    return Finding("seedling", "ok", f"{sum((folder / name).stat().st_size for name in files) / 1e6:.1f} MB, checksums match", True)

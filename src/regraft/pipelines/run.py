@@ -119,7 +119,7 @@ def _checks(recipe: Recipe, dense: Loaded) -> Iterator[tuple[str, Callable[[], o
     config, prune, settings = dense.model.config, recipe.prune, recipe.recover
     yield "model", lambda: require_tokenizer(dense)
     if prune is not None:
-        layers = int(config.num_hidden_layers)
+        layers = len(ModelView(dense.model).layers)
         yield "prune.layers", lambda: layers_in(prune.layers, layers)
         yield "prune.seq_len", lambda: window_tokens(prune.seq_len, CALIBRATION_TOKENS, config, "seq_len")
         yield "prune.calibration", lambda: read_corpus(prune.calibration, "validation") if prune.calibration else None

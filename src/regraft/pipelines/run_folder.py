@@ -234,8 +234,7 @@ def _check_identity(path: Path, identity: Mapping[str, Any]) -> None:
     differing = changes(before, wanted)
     if differing:
         raise OutputError(
-            f"run folder '{path}' was begun differently: {'; '.join(differing)}; "
-            "undo the change to resume, or choose another --output"
+            f"run folder '{path}' was begun differently: {'; '.join(differing)}; undo the change to resume, or choose another --output"
         )
 
 

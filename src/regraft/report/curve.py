@@ -34,9 +34,7 @@ def loss_curve(points: Sequence[CurvePoint], best_step: int | None = None) -> st
     parts = [_grid(x, y, step), _line(train, x, y, TRAIN, "train"), _line(held_out, x, y, HELD_OUT, "held out")]
     kept = dict(held_out).get(best_step) if best_step is not None else None
     if best_step is not None and kept is not None:
-        parts.append(
-            f'<circle cx="{x(best_step)}" cy="{y(kept)}" r="4" fill="none" stroke="{HELD_OUT}"><title>kept</title></circle>'
-        )
+        parts.append(f'<circle cx="{x(best_step)}" cy="{y(kept)}" r="4" fill="none" stroke="{HELD_OUT}"><title>kept</title></circle>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="Loss in nats over optimizer steps" font-family="sans-serif" font-size="11">{"".join(parts)}</svg>'
@@ -77,9 +75,7 @@ def _grid(x: _Axis, y: _Axis, step: float) -> str:
         at = round(x.high * share)
         parts.append(f'<text x="{x(at)}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle" fill="#556">{at}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(
-        f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle" fill="#556">optimizer steps (loss in nats a token)</text>'
-    )
+    parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle" fill="#556">optimizer steps (loss in nats a token)</text>')
     return "".join(parts)
 
 

@@ -61,9 +61,7 @@ def to_html(report: RunReport) -> str:
     body += [f'<p class="note">{escape(note)}</p>' for note in _notes(report)]
     if report.curve:
         body += ["<h2>Loss while recovering</h2>", loss_curve(report.curve, best_step=report.best_step)]
-        body.append(
-            f'<p class="note">Step {report.best_step} was kept: its held-out loss, on text set aside from the training data.</p>'
-        )
+        body.append(f'<p class="note">Step {report.best_step} was kept: its held-out loss, on text set aside from the training data.</p>')
     if report.plan is not None:
         body.append("<h2>What was cut</h2>")
         body += [f"<p>{escape(line)}</p>" for line in plan_lines(report)]

@@ -87,14 +87,18 @@ class WonBack:
         >>> WonBack(0.81, 0.51).sentence()
         'recovery won back 63 % of the 0.81 nats that pruning cost'
         """
+        cost, gain = _nats(self.cost_nats), _nats(self.gain_nats)
         if self.share is None:
-            return (
-                f"pruning cost nothing ({abs(self.cost_nats):.2f} nats better than dense); "
-                f"recovery changed the loss by {-self.gain_nats:+.2f} nats"
-            )
+            changed = "lowered" if self.gain_nats > 0 else "raised"
+            return f"pruning cost nothing ({cost} nats better than dense); recovery {changed} the loss by {gain} nats"
         if self.gain_nats < 0:
-            return f"recovery lost {-self.gain_nats:.2f} nats more, on top of the {self.cost_nats:.2f} nats that pruning cost"
-        return f"recovery won back {self.share * 100:.0f} % of the {self.cost_nats:.2f} nats that pruning cost"
+            return f"recovery lost {gain} nats more, on top of the {cost} nats that pruning cost"
+        return f"recovery won back {self.share * 100:.0f} % of the {cost} nats that pruning cost"
+
+
+def _nats(value: float) -> str:
+    """Returns the size of a loss difference with enough digits for small ones."""
+    return f"{abs(value):.2f}" if abs(value) >= 0.1 else f"{abs(value):.4f}"
 
 
 def won_back(measurements: Sequence[Measurement]) -> WonBack | None:

@@ -59,9 +59,7 @@ def test_every_shape_of_option() -> None:
         *("--amount", "2e-1", "--kind", "white", "--made-of", "cream,wine", "--recipe-file", "a.txt", "--spoons", "2"),
         *("--no-warm", "--spicy", "--size-cm", "30", "--seed", "9"),
     )
-    assert sauce == Sauce(
-        amount=0.2, kind="white", made_of=("cream", "wine"), recipe_file=Path("a.txt"), spoons=2, warm=False, spicy=True
-    )
+    assert sauce == Sauce(amount=0.2, kind="white", made_of=("cream", "wine"), recipe_file=Path("a.txt"), spoons=2, warm=False, spicy=True)
     assert plate == Plate(size_cm=30)
     assert seed == 9
 

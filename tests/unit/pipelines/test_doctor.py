@@ -41,9 +41,7 @@ def test_optional_libraries_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch)
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(doctor, "version", absent)
-    monkeypatch.setattr(
-        doctor, "requires", lambda _: ["optuna>=4; extra == 'search'", 'gguf; extra == "gguf"', "ruff; extra == 'dev'"]
-    )
+    monkeypatch.setattr(doctor, "requires", lambda _: ["optuna>=4; extra == 'search'", 'gguf; extra == "gguf"', "ruff; extra == 'dev'"])
     found = {finding.name: finding for finding in doctor.examine().optional}
     assert found["gguf"].remedy == "pip install 'regraft[gguf]'"
     assert found["optuna"].remedy == "pip install 'regraft[search]'"

@@ -60,8 +60,9 @@ def test_what_was_won_back() -> None:
         (0.81, 0.51, "recovery won back 63 % of the 0.81 nats that pruning cost"),
         (0.5, 0.6, "recovery won back 120 % of the 0.50 nats that pruning cost"),
         (0.5, -0.1, "recovery lost 0.10 nats more, on top of the 0.50 nats that pruning cost"),
-        (-0.2, 0.1, "pruning cost nothing (0.20 nats better than dense); recovery changed the loss by -0.10 nats"),
-        (0.0, 0.1, "pruning cost nothing (0.00 nats better than dense); recovery changed the loss by -0.10 nats"),
+        (0.0123, 0.006, "recovery won back 49 % of the 0.0123 nats that pruning cost"),
+        (-0.2, 0.1, "pruning cost nothing (0.20 nats better than dense); recovery lowered the loss by 0.10 nats"),
+        (0.0, -0.1, "pruning cost nothing (0.0000 nats better than dense); recovery raised the loss by 0.10 nats"),
     ],
 )
 def test_it_is_said_in_words(cost: float, gain: float, sentence: str) -> None:
