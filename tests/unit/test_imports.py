@@ -27,6 +27,7 @@ LEVEL = {room: level for level, bracket in enumerate(BRACKETS) for room in brack
 ALLOWED = {
     ("models", "seedling"): "loading by the name 'seedling' needs the folder of the embedded model",
     ("data", "seedling"): "the default text is the embedded model's corpus",
+    ("streaming", "surgery"): "a layer is cut and re-fitted by the same code, whether or not the rest of the model is in memory",
     ("pipelines", "report"): "the last stage of a run writes its page",
 }
 

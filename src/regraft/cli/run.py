@@ -41,14 +41,20 @@ def run(
         return
     if not recipe:
         raise InputError(f"no recipe was given; give a YAML file or one of: {', '.join(shipped_recipes())}")
-    result = run_recipe(
-        recipe,
-        output,
-        overrides=overrides or [],
-        resume=resume,
-        dry_run=dry_run,
-        say=lambda line: console.print(line, style="dim", markup=False),
-    )
+    status = console.status("")
+
+    def say(line: str) -> None:
+        status.stop()
+        console.print(line, style="dim", markup=False)
+
+    def progress(line: str) -> None:
+        status.update(line)
+        status.start()
+
+    try:
+        result = run_recipe(recipe, output, overrides=overrides or [], resume=resume, dry_run=dry_run, say=say, progress=progress)
+    finally:
+        status.stop()
     if dry_run:
         _show_dry_run(console, result)
     else:

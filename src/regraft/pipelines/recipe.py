@@ -227,6 +227,11 @@ def _prune_contradictions(prune: PruneSettings) -> Iterator[str]:
             f"prune.layers: '{prune.layers}' spares layers, but prune.shape is uniform, the same width in every layer; "
             "drop layers or use shape: per-layer"
         )
+    if prune.memory is not None:
+        yield (
+            "prune.memory: a run loads the whole model to measure it, so that no bound can hold; leave it out, or prune by itself with "
+            "regraft prune --memory"
+        )
     if not prune.targets:
         yield "prune.targets: names nothing to prune; use heads, ffn or both"
     try:

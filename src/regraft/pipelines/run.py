@@ -63,6 +63,7 @@ def run(
     resume: bool = False,
     dry_run: bool = False,
     say: Say = lambda line: None,
+    progress: Say = lambda line: None,
 ) -> RunResult:
     """Runs a recipe.
 
@@ -73,6 +74,7 @@ def run(
         resume: Go on with a run that was stopped. Finished stages are checked and kept.
         dry_run: Check everything and plan; write nothing.
         say: Called with one line for each thing a user wants to know.
+        progress: Called with what is being done just now, for a line that is overwritten.
 
     Raises:
         ConfigError: The recipe is wrong; everything that is wrong is listed.
@@ -89,11 +91,11 @@ def run(
     check_fit(recipe, dense, file.name)
     groups = discover(ModelView(dense.model))
     if dry_run:
-        return _dry_run(recipe, dense, groups)
+        return _dry_run(recipe, dense, groups, progress)
     asked = file.name if file.suffix and str(source) != name else name
     command = shlex.join(["regraft", "run", asked, *overrides])
     with open_run(path, _identity(recipe, dense), resume=resume, say=say) as folder:
-        plan, report = Stages(folder, recipe, dense, groups, command, name).make_all()
+        plan, report = Stages(folder, recipe, dense, groups, command, name, progress).make_all()
     sizes = {entry.label: entry.size for entry in report.measurements}
     return RunResult(path, recipe, groups, plan, sizes, report)
 
@@ -142,11 +144,11 @@ def _identity(recipe: Recipe, dense: Loaded) -> dict[str, Any]:
     }
 
 
-def _dry_run(recipe: Recipe, dense: Loaded, groups: Groups) -> RunResult:
+def _dry_run(recipe: Recipe, dense: Loaded, groups: Groups, progress: Say) -> RunResult:
     context, _ = window_and_stride(dense.model, recipe.evaluate)
     sizes = {"dense": measure_size(dense.model, locate(recipe.model), context)}
     if recipe.prune is None:
         return RunResult(None, recipe, groups, None, sizes, None)
-    plan = plan_pruning(dense, groups, recipe.prune, recipe.seed)
+    plan = plan_pruning(dense, groups, recipe.prune, recipe.seed, progress)
     sizes["pruned"] = measure_size(cut(dense.model, groups, plan), None, context)
     return RunResult(None, recipe, groups, plan, sizes, None)

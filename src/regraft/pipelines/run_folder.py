@@ -165,8 +165,7 @@ def open_run(path: Path, identity: Mapping[str, Any], *, resume: bool, say: Say)
             yield folder
         except Exception:
             if not resume and not any(path.rglob(MANIFEST)):
-                for parent in made:
-                    shutil.rmtree(parent, ignore_errors=True)
+                _unmake(path, made)
             raise
 
 
@@ -176,13 +175,26 @@ def _holds_files(path: Path) -> bool:
 
 
 def _make_folder(path: Path) -> list[Path]:
-    """Makes a folder and its parents; returns those that were not there, or the folder itself when all were."""
+    """Makes a folder and its parents; returns those that were not there, innermost first."""
     missing = [parent for parent in (path, *path.parents) if not parent.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write '{path}': {error.strerror}; choose another --output") from None
-    return missing[-1:] or [path]
+    return missing
+
+
+def _unmake(path: Path, made: list[Path]) -> None:
+    """Empties a run folder and removes the folders that were made for it, unless somebody else has put something there."""
+    for entry in path.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+    for folder in made:
+        if any(folder.iterdir()):
+            return
+        folder.rmdir()
 
 
 @contextmanager

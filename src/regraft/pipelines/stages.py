@@ -27,7 +27,7 @@ from regraft.pipelines.evaluate import is_adapter, load_adapted
 from regraft.pipelines.prune import cut_to_plan, plan_pruning, plan_summary, save_pruned
 from regraft.pipelines.recipe import Recipe, to_yaml
 from regraft.pipelines.recover import LOSS_LOG, save_recovered, training_corpora
-from regraft.pipelines.run_folder import TIMINGS, RunFolder
+from regraft.pipelines.run_folder import TIMINGS, RunFolder, Say
 from regraft.plans import Groups, Measurement, PrunePlan, SpeedReport, from_json, to_dict, to_json
 from regraft.report.page import to_html, to_markdown
 from regraft.report.summary import CurvePoint, RunReport, Width, won_back
@@ -56,15 +56,17 @@ class Stages:
         groups: Of the dense model.
         command: How the run was called, without what differs between equal runs.
         name: Of the run.
+        progress: Called with what is being done just now.
     """
 
-    def __init__(self, folder: RunFolder, recipe: Recipe, dense: Loaded, groups: Groups, command: str, name: str) -> None:
+    def __init__(self, folder: RunFolder, recipe: Recipe, dense: Loaded, groups: Groups, command: str, name: str, progress: Say) -> None:
         self._folder = folder
         self._recipe = recipe
         self._dense: Loaded | None = dense
         self._groups = groups
         self._command = command
         self._name = name
+        self._progress = progress
         self._source = {"model": recipe.model, "fingerprint": dense.fingerprint}
         self._load = {"load": recipe.load.model_dump(mode="json")}
 
@@ -98,7 +100,7 @@ class Stages:
         def make(folder: Path) -> None:
             dense = self._dense
             assert dense is not None
-            plan = plan_pruning(dense, self._groups, settings, seed)
+            plan = plan_pruning(dense, self._groups, settings, seed, self._progress)
             model = cut_to_plan(dense, self._groups, plan, settings, seed)
             save_pruned(model, dense, plan, folder, settings, seed=seed, command=self._command, replace=True)
             write_text(folder / PLAN, to_json(plan) + "\n")

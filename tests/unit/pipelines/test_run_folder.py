@@ -156,6 +156,20 @@ def test_bad_input_in_the_first_stage_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def fail_beside_another_run(path: Path) -> None:
+    with open_run(path, IDENTITY, resume=False, say=print) as run:
+        (path.parent / "another").mkdir(exist_ok=True)
+        run.stage("first", {}, fail(InputError("the ratio cannot be met")))
+
+
+def test_bad_input_leaves_an_empty_folder_empty_and_other_runs_alone(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for target in (tmp_path / "empty", tmp_path / "runs" / "run"):
+        with pytest.raises(InputError, match="cannot be met"):
+            fail_beside_another_run(target)
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["another", "empty", "runs", "runs/another"]
+
+
 def fail_in_the_second(path: Path, work: Work) -> None:
     with open_run(path, IDENTITY, resume=False, say=print) as run:
         run.stage("first", {"ratio": 0.25}, work.first)
