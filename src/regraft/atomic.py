@@ -10,7 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,12 +57,14 @@ def refuse_existing(path: Path) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path, *, replace: bool = False, keep: Callable[[Path], bool] = lambda partial: False) -> Iterator[Path]:
     """Gives an empty folder beside ``path`` and renames it to ``path`` when the block ends well.
 
     Args:
         path: The final folder. Missing parents are made.
         replace: Whether an existing folder is replaced (it stays whole until the new one is).
+        keep: Told what an interrupted attempt left aside, and what this one leaves when it fails: whether it is worth going on from.
+            Then it is kept, and given in place of an empty folder.
 
     Yields:
         The folder to write into.
@@ -77,9 +79,10 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     partial, retired = _partial(path), _retired(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
         _remove(retired)
-        partial.mkdir()
+        if not (partial.is_dir() and keep(partial)):
+            _remove(partial)
+            partial.mkdir()
         yield partial
         readable = partial.stat().st_mode & 0o666  # as new files are here; safetensors makes its own for the owner alone
         for file in sorted(partial.rglob("*")):
@@ -95,7 +98,8 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     except BaseException as error:
         if retired.exists() and not path.exists():
             retired.rename(path)
-        shutil.rmtree(partial, ignore_errors=True)
+        if not keep(partial):
+            shutil.rmtree(partial, ignore_errors=True)
         raise _explained(error, path) from error
 
 
@@ -140,10 +144,7 @@ def is_disk_full(error: BaseException) -> bool:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
-        if any(
-            sign in str(seen)
-            for sign in ("No space left on device", "os error 28", "os error 27", "os error 122", "File too large")
-        ):
+        if any(sign in str(seen) for sign in ("No space left on device", "os error 28", "os error 27", "os error 122", "File too large")):
             return True
         seen = seen.__cause__ or seen.__context__
     return False
@@ -154,12 +155,7 @@ def _explained(error: BaseException, path: Path) -> BaseException:
     if isinstance(error, OutputError):
         return error
     if is_disk_full(error):
-        return OutputError(
-            f"the disk is full while writing '{path}'; nothing was changed: free some space or choose another --output"
-        )
-    if (
-        isinstance(error, PermissionError | NotADirectoryError | FileExistsError | FileNotFoundError)
-        and error.filename is not None
-    ):
+        return OutputError(f"the disk is full while writing '{path}'; nothing was changed: free some space or choose another --output")
+    if isinstance(error, PermissionError | NotADirectoryError | FileExistsError | FileNotFoundError) and error.filename is not None:
         return OutputError(f"cannot write '{path}': {error.strerror} ({error.filename}); choose another --output")
     return error

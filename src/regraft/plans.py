@@ -216,6 +216,8 @@ class PrunePlan:
         parameters_before: Of the whole model.
         parameters_after: Of the whole model.
         cuts: One for each group that loses units.
+        made_with: What it takes to go from the plan to the same bytes again: the prune settings, the seed, and the SHA-256 of the
+            calibration windows (None without text). Empty where that is not known.
     """
 
     fingerprint: str
@@ -227,6 +229,7 @@ class PrunePlan:
     parameters_before: int
     parameters_after: int
     cuts: tuple[Cut, ...]
+    made_with: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def achieved(self) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from regraft.errors import ConfigError, did_you_mean
 from regraft.plans import RankPlan, Shape
@@ -24,6 +24,26 @@ Positive = Annotated[int, Field(gt=0)]
 CALIBRATION_TOKENS = 128
 TRAINING_TOKENS = 256
 
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def bytes_in(amount: Any) -> int:
+    """Returns the bytes of an amount of memory.
+
+    Raises:
+        ValueError: It is not one.
+
+    >>> bytes_in("6GB"), bytes_in("1.5 GiB"), bytes_in(1000)
+    (6000000000, 1610612736, 1000)
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(|[KMGT]|[KMGT]I)B?\s*", str(amount).upper())
+    count = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if isinstance(amount, bool) or count < 1:
+        raise ValueError(f"'{amount}' is not an amount of memory; write it as 6GB, 512MB or 4GiB")
+    return count
+
+
+Memory = Annotated[int, BeforeValidator(bytes_in)]
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
@@ -65,6 +85,14 @@ class PruneSettings(Settings):
     calibration: Path | None = Field(None, description="text to calibrate on; default: the built-in text")
     samples: Positive = Field(128, description="calibration windows")
     seq_len: Positive | None = Field(default=None, description="tokens of a calibration window; default: 128 or the model's limit")
+    memory: Memory | None = Field(
+        default=None, description="most memory, such as 6GB: the model is read layer by layer; default: loaded whole"
+    )
+    cache: Path | None = Field(default=None, description="folder that keeps scores, so that another ratio needs no new calibration")
+
+    def decisive(self) -> dict[str, Any]:
+        """Returns, as plain JSON types, what decides which model comes out: all but how much memory there is and where scores are."""
+        return self.model_dump(mode="json", exclude={"memory", "cache"})
 
     @field_validator("layers")
     @classmethod

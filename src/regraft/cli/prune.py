@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypedDict
 
 import typer
 from rich.console import Console
@@ -13,7 +13,9 @@ from regraft.cli.options import DryRunOption, ModelArgument, SeedOption, command
 from regraft.errors import InputError
 from regraft.groups.declared import discover
 from regraft.models.view import ModelView
-from regraft.pipelines.prune import plan_summary
+from regraft.pipelines.plan_files import read_plan, refuse_existing_plan, write_plan
+from regraft.pipelines.planning import Say
+from regraft.pipelines.prune import plan_summary, replay
 from regraft.pipelines.prune import prune as prune_model
 from regraft.plans import Groups, PrunePlan
 from regraft.settings import LoadSettings, PruneSettings
@@ -26,18 +28,46 @@ def prune(
     load: LoadSettings,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="folder to write; must not exist")] = None,
     dry_run: DryRunOption = False,
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="write the plan alone: to --output if that ends in .json, else to plan.json in that folder")
+    ] = False,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="prune to this plan; it brings its settings and its seed")
+    ] = None,
     seed: SeedOption = 0,
 ) -> None:
     """Remove whole heads and feed-forward channels until a share of all parameters is gone."""
     if output is None and not dry_run:
         raise InputError("--output is missing; say where the pruned model goes, or look first with --dry-run")
+    if plan_only and plan is not None:
+        raise InputError(f"--plan-only makes a plan, and --plan {plan} brings one; use one of the two")
+    if plan_only and output is not None:
+        refuse_existing_plan(output)
     console = Console()
     with console.status("pruning") as status:
-        result = prune_model(
-            model, output, prune, load_settings=load, seed=seed, dry_run=dry_run, command=command_line(), say=status.update
-        )
+        common: Common = {"load_settings": load, "seed": seed, "command": command_line(), "say": status.update}
+        if plan is not None:
+            result = replay(model, read_plan(plan), output, prune, dry_run=dry_run, **common)
+        else:
+            result = prune_model(model, output, prune, dry_run=dry_run or plan_only, **common)
     show_plan(console, discover(ModelView(result.loaded.model)), result.plan)
-    console.print("dry run: nothing was written" if dry_run else f"saved to {output}")
+    for note in result.notes:
+        console.print(note, soft_wrap=True)
+    if dry_run:
+        console.print("dry run: nothing was written")
+    elif plan_only and output is not None:
+        console.print(f"plan written to {write_plan(result.plan, output)}", soft_wrap=True)
+    else:
+        console.print(f"saved to {output}")
+
+
+class Common(TypedDict):
+    """What a plan that is made and a plan that is replayed are both told."""
+
+    load_settings: LoadSettings
+    seed: int
+    command: str
+    say: Say
 
 
 def show_plan(console: Console, groups: Groups, plan: PrunePlan) -> None:

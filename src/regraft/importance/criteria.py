@@ -17,6 +17,7 @@ from regraft.registry import Registry
 from regraft.settings import Reduction
 
 Granularity = Literal["element", "vector"]
+LooksAt = Literal["nothing", "weights", "channels", "moments", "gradients"]
 Saliency = Callable[[str], Tensor]
 """Parameter name to a tensor of the parameter's shape: how much each weight matters, signed."""
 
@@ -58,11 +59,14 @@ class Criterion:
         name: As on the command line.
         needs_text: Whether calibration windows are required.
         units: Evidence to one float64 tensor of shape (units,) for each group name.
+        looks_at: What decides how much memory a layer takes: its weights, or with them a number for each input channel, whole
+            second moments of the inputs, or gradients.
     """
 
     name: str
     needs_text: bool
     units: Callable[[Evidence], Mapping[str, Tensor]]
+    looks_at: LooksAt = "moments"
 
 
 CRITERIA: Registry[Criterion] = Registry("criterion", group="regraft.criteria")

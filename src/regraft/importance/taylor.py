@@ -39,4 +39,4 @@ def taylor_units(evidence: Evidence) -> Mapping[str, Tensor]:
     return found
 
 
-CRITERIA.add("taylor", Criterion("taylor", needs_text=True, units=taylor_units))
+CRITERIA.add("taylor", Criterion("taylor", needs_text=True, units=taylor_units, looks_at="gradients"))

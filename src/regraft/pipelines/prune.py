@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,33 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regraft.atomic import refuse_existing
-from regraft.data.text import read_corpus
-from regraft.data.tokens import calibration_windows, window_tokens
 from regraft.errors import InputError
 from regraft.groups.declared import discover
-from regraft.importance import CRITERIA, Evidence, score
-from regraft.models.card import model_card
-from regraft.models.load import Loaded, load, require_tokenizer
-from regraft.models.provenance import parents_of, versions
+from regraft.models.load import Loaded, load
 from regraft.models.save import save
 from regraft.models.view import ModelView
-from regraft.plans import Cut, Groups, Provenance, PrunePlan, to_dict
-from regraft.selection import SELECTORS, Budget, select
-from regraft.selection.budget import check_possible
-from regraft.settings import CALIBRATION_TOKENS, LoadSettings, PruneSettings
-from regraft.surgery.compensate import Method, compensate
+from regraft.pipelines.plan_files import settings_of
+from regraft.pipelines.planning import Planning, Say, Way, budget_of, calibration, check_text, composed, layers_in, resolve
+from regraft.pipelines.pruned_record import card_of, facts, record_of
+from regraft.pipelines.streamed import Request, prune_streamed
+from regraft.plans import Groups, Provenance, PrunePlan, to_dict
+from regraft.settings import LoadSettings, PruneSettings
+from regraft.surgery.compensate import compensate
 from regraft.surgery.cut import check_plan, cut
-from regraft.surgery.damage import measure_curves
+
+__all__ = [
+    "PruneResult",
+    "cut_to_plan",
+    "facts",
+    "layers_in",
+    "plan_dict",
+    "plan_pruning",
+    "plan_summary",
+    "prune",
+    "replay",
+    "resolve",
+    "save_pruned",
+]
 
 
 @dataclass(frozen=True)
@@ -36,13 +45,15 @@ class PruneResult:
 
     Attributes:
         plan: Which units stay.
-        model: The pruned model, or None after a dry run.
-        loaded: The model before, with its tokenizer and source.
+        model: The pruned model; None after a dry run, and where a bound of memory kept it on disk.
+        loaded: The model before, with its tokenizer and source; without its weights under a bound of memory.
+        notes: What the user should know, a line each.
     """
 
     plan: PrunePlan
     model: PreTrainedModel | None
     loaded: Loaded
+    notes: tuple[str, ...] = ()
 
 
 def prune(
@@ -54,14 +65,14 @@ def prune(
     seed: int = 0,
     dry_run: bool = False,
     command: str = "regraft.prune",
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> PruneResult:
     """Prunes a model to a share of all its parameters.
 
     Args:
         source: A folder, a hub id, or ``seedling``.
         output: Where the pruned model is saved; None keeps it in memory.
-        settings: What is cut and how it is chosen.
+        settings: What is cut and how it is chosen. With ``memory`` the model is read, pruned and written layer by layer.
         load_settings: How the model is loaded.
         seed: Of the calibration windows and of random scores.
         dry_run: Plan only: nothing is cut and nothing is written.
@@ -72,22 +83,70 @@ def prune(
         RegraftError: Anything that the user can mend, in one line.
     """
     settings = settings or PruneSettings()
+    way = resolve(settings)
+    request = Request(source, output, settings, way, load_settings or LoadSettings(), seed, None, command, say)
+    return _carry_out(request, dry_run=dry_run)
+
+
+def replay(
+    source: str | Path,
+    plan: PrunePlan,
+    output: Path | None = None,
+    settings: PruneSettings | None = None,
+    *,
+    load_settings: LoadSettings | None = None,
+    seed: int = 0,
+    dry_run: bool = False,
+    command: str = "regraft.replay",
+    say: Say = lambda line: None,
+) -> PruneResult:
+    """Prunes a model to a plan that was made before; the weights are those of the run that the plan is of, byte by byte.
+
+    Args:
+        source: The model that the plan was made for.
+        plan: What stays. It brings the settings and the seed that it was made with.
+        output: Where the pruned model is saved; None keeps it in memory.
+        settings: Memory, cache and where the calibration text lies now; everything else for plans that bring no settings.
+        load_settings: How the model is loaded.
+        seed: For plans that bring none.
+        dry_run: Look only: nothing is cut and nothing is written.
+        command: How this was called, for the folder's record.
+        say: Called with one line now and then.
+
+    Raises:
+        RegraftError: Anything that the user can mend, in one line: the plan is of another model, or the calibration text is another.
+    """
+    own, own_seed = settings_of(plan, settings or PruneSettings())
+    way = resolve(own.model_copy(update={"memory": None}))  # nothing is chosen any more
+    if own_seed is not None and seed not in (0, own_seed):
+        raise InputError(f"--seed {seed} does nothing beside --plan, which was made with {own_seed}; leave it out, or plan anew")
+    seed = seed if own_seed is None else own_seed
+    request = Request(source, output, own, way, load_settings or LoadSettings(), seed, plan, command, say)
+    return _carry_out(request, dry_run=dry_run)
+
+
+def _carry_out(request: Request, *, dry_run: bool) -> PruneResult:
+    settings, output, say = request.settings, request.output, request.say
     if output is not None and not dry_run:
         refuse_existing(Path(output))
-    loaded = load(source, load_settings or LoadSettings())
+    if settings.memory is not None:
+        if output is None and not dry_run:
+            raise InputError("--memory keeps the pruned model on disk; say where with --output")
+        plan, skeleton, notes = prune_streamed(replace(request, output=None if dry_run else output))
+        return PruneResult(plan, None, skeleton, notes)
+    loaded = load(request.source, request.load_settings)
     groups = discover(ModelView(loaded.model))
-    plan = plan_pruning(loaded, groups, settings, seed, say)
+    plan = request.plan or plan_pruning(loaded, groups, settings, request.seed, say)
+    check_plan(groups, plan)
     if dry_run:
         return PruneResult(plan, None, loaded)
-    model = cut_to_plan(loaded, groups, plan, settings, seed)
+    model = cut_to_plan(loaded, groups, plan, settings, request.seed)
     if output is not None:
-        save_pruned(model, loaded, plan, Path(output), settings, seed=seed, command=command)
+        save_pruned(model, loaded, plan, Path(output), settings, seed=request.seed, command=request.command)
     return PruneResult(plan, model, loaded)
 
 
-def plan_pruning(
-    loaded: Loaded, groups: Groups, settings: PruneSettings, seed: int, say: Callable[[str], None] = lambda line: None
-) -> PrunePlan:
+def plan_pruning(loaded: Loaded, groups: Groups, settings: PruneSettings, seed: int, say: Say = lambda line: None) -> PrunePlan:
     """Scores the groups of a loaded model and chooses what stays; the model is left as it is.
 
     With several rounds each one scores and cuts what the rounds before have left, towards an equal share of what remains to go.
@@ -97,125 +156,37 @@ def plan_pruning(
         DataError: The calibration text cannot be used.
     """
     way = resolve(settings)
-    budget = _budget(groups, settings)
-    windows = _windows(loaded, settings, seed) if way.needs_text else None
+    if settings.memory is not None:
+        raise InputError("--memory is for models that are not loaded; leave it out here")
+    budget = budget_of(groups, settings)
+    windows = calibration(loaded, settings, seed) if way.needs_text else None
+    planning = Planning(settings, way, windows, seed, say)
     view, current, plan = ModelView(loaded.model), groups, None
     for step in range(1, settings.rounds + 1):
         done = plan.achieved if plan is not None else 0.0
         wanted = done + (settings.ratio - done) / (settings.rounds - step + 1)
         share = (wanted - done) / (1.0 - done)
-        found = _plan_once(view, current, windows, settings, way, replace(budget, ratio=share), seed, say)
+        found = planning.once(view, current, replace(budget, ratio=share))
         plan = found if plan is None else composed(groups, plan, found)
         if step < settings.rounds:
             model = _cut(ModelView(loaded.model), groups, plan, windows, way)
             view = ModelView(model)
             current = discover(view)
     assert plan is not None
-    return replace(plan, ratio=settings.ratio)
+    return replace(plan, ratio=settings.ratio, made_with=planning.made_with())
 
 
 def cut_to_plan(loaded: Loaded, groups: Groups, plan: PrunePlan, settings: PruneSettings, seed: int) -> PreTrainedModel:
     """Returns the pruned model: what reads the pruned channels is re-fitted, then everything is cut.
 
     Raises:
-        PlanError: The plan does not fit the model.
+        PlanError: The plan does not fit the model, or was made with other calibration text than the settings name.
     """
     check_plan(groups, plan)
     way = resolve(settings)
-    windows = _windows(loaded, settings, seed) if way.reconstruct is not None else None
+    windows = calibration(loaded, settings, seed) if way.reconstruct is not None else None
+    check_text(plan, windows)
     return _cut(ModelView(loaded.model), groups, plan, windows, way)
-
-
-@dataclass(frozen=True)
-class Way:
-    """The settings that say "auto", decided.
-
-    Attributes:
-        select: A registered selector.
-        reconstruct: How reading projections are re-fitted, or None.
-        needs_text: Whether any of it needs calibration text.
-    """
-
-    select: str
-    reconstruct: Method | None
-    needs_text: bool
-
-
-def resolve(settings: PruneSettings) -> Way:
-    """Decides what "auto" means: criteria without text stay without text, everything else takes the best there is.
-
-    Raises:
-        InputError: The criterion is unknown, or the budget needs a selector that was not chosen.
-    """
-    with_text = CRITERIA.get(settings.criterion).needs_text
-    plain = "uniform" if settings.shape == "uniform" else "global"
-    curves_wanted = settings.budget != "parameters"
-    chosen = settings.select
-    if chosen == "auto":
-        chosen = "knapsack" if with_text or curves_wanted else plain
-    if curves_wanted and chosen != "knapsack":
-        raise InputError(f"--budget {settings.budget} is only known to the knapsack; use --select knapsack (now {chosen})")
-    method = settings.reconstruct
-    if method == "auto":
-        method = "least_squares" if with_text else "none"
-    reconstruct: Method | None = None if method == "none" else method
-    return Way(chosen, reconstruct, with_text or chosen == "knapsack" or reconstruct is not None)
-
-
-def composed(groups: Groups, first: PrunePlan, then: PrunePlan) -> PrunePlan:
-    """Returns one plan on the first model for two plans in a row, the second made on what the first left."""
-    kept = {entry.group: entry.kept for entry in first.cuts}
-    for entry in then.cuts:
-        before = kept.get(entry.group, tuple(range(groups.named()[entry.group].units)))
-        kept[entry.group] = tuple(before[unit] for unit in entry.kept)
-    cuts = tuple(Cut(group.name, kept[group.name]) for group in groups.groups if group.name in kept)
-    return replace(first, parameters_after=then.parameters_after, cuts=cuts, align=then.align)
-
-
-def _budget(groups: Groups, settings: PruneSettings) -> Budget:
-    budget = Budget(
-        ratio=settings.ratio,
-        shape=settings.shape,
-        layers=layers_in(settings.layers, groups.layers),
-        targets=settings.targets,
-        align=settings.align if isinstance(settings.align, int) else 1,
-    )
-    if settings.shape == "uniform" and len(budget.layers) < groups.layers:
-        raise InputError(
-            f"--shape uniform wants the same width in all {groups.layers} layers, but --layers {settings.layers} prunes only "
-            f"{len(budget.layers)}; drop --layers or use --shape per-layer"
-        )
-    return budget
-
-
-def _plan_once(
-    view: ModelView,
-    groups: Groups,
-    windows: Tensor | None,
-    settings: PruneSettings,
-    way: Way,
-    budget: Budget,
-    seed: int,
-    say: Callable[[str], None],
-) -> PrunePlan:
-    evidence = Evidence(
-        model=view.model,
-        groups=groups,
-        windows=windows if CRITERIA.get(settings.criterion).needs_text else None,
-        seed=seed,
-        order=settings.order,
-        granularity=settings.granularity,
-        reduce=settings.reduce,
-    )
-    if budget.ratio * groups.parameters > sum(group.units * group.unit_parameters for group in budget.prunable(groups)):
-        check_possible(groups, budget)
-    scores = score(settings.criterion, evidence)
-    if SELECTORS.get(way.select).needs_curves:
-        assert windows is not None
-        names = [group.name for group in budget.prunable(groups)]
-        curves = measure_curves(view, groups, scores, windows, only=names, unit=settings.budget, say=say)
-        budget = replace(budget, curves=curves)
-    return select(way.select, groups, scores, budget, auto_align=settings.align == "auto")
 
 
 def _cut(view: ModelView, groups: Groups, plan: PrunePlan, windows: Tensor | None, way: Way) -> PreTrainedModel:
@@ -224,22 +195,6 @@ def _cut(view: ModelView, groups: Groups, plan: PrunePlan, windows: Tensor | Non
         assert windows is not None
         changed = compensate(view, groups, plan.cuts, windows, way.reconstruct)
     return cut(view.model, groups, plan, changed)
-
-
-def layers_in(text: str, count: int) -> tuple[int, ...]:
-    """Returns the layer indices of a range written as a Python slice.
-
-    Raises:
-        InputError: The range is empty.
-
-    >>> layers_in("1:-1", 4)
-    (1, 2)
-    """
-    parts = [int(part) if part.strip() else None for part in text.split(":")]
-    chosen = tuple(range(count)[slice(*parts)])
-    if not chosen:
-        raise InputError(f"--layers {text} names no layer of this model's {count}; write START:STOP, such as 1:-1")
-    return tuple(sorted(chosen))
 
 
 def save_pruned(
@@ -254,28 +209,8 @@ def save_pruned(
     replace: bool = False,
 ) -> Provenance:
     """Saves a pruned model with its plan, its card and how it came to be."""
-    provenance = Provenance(
-        command=command,
-        source=loaded.source,
-        source_fingerprint=loaded.fingerprint,
-        seed=seed,
-        versions=versions(),
-        plan=plan,
-        settings={"prune": settings.model_dump(mode="json")},
-        parents=parents_of(loaded.provenance),
-    )
-    return save(model, loaded.tokenizer, output, provenance, model_card(provenance, facts(plan)), replace=replace)
-
-
-def facts(plan: PrunePlan) -> dict[str, Any]:
-    """Returns what a reader of a model card wants to know of a plan, in words."""
-    return {
-        "parameters before": f"{plan.parameters_before:,}",
-        "parameters after": f"{plan.parameters_after:,}",
-        "share removed": f"{plan.achieved:.2%} of all parameters (asked for: {plan.ratio:.2%})",
-        "criterion": plan.criterion,
-        "selection": f"{plan.selection}, {plan.shape}, widths aligned to {plan.align}",
-    }
+    record = record_of(loaded, plan, settings, seed=seed, command=command)
+    return save(model, loaded.tokenizer, output, record, card_of(record), replace=replace)
 
 
 def plan_summary(groups: Groups, plan: PrunePlan) -> list[dict[str, Any]]:
@@ -290,9 +225,3 @@ def plan_summary(groups: Groups, plan: PrunePlan) -> list[dict[str, Any]]:
 def plan_dict(plan: PrunePlan) -> dict[str, Any]:
     """Returns a plan as plain JSON types, with the share that it achieves."""
     return to_dict(plan) | {"achieved": plan.achieved}
-
-
-def _windows(loaded: Loaded, settings: PruneSettings, seed: int) -> Tensor:
-    seq_len = window_tokens(settings.seq_len, CALIBRATION_TOKENS, loaded.model.config, "--seq-len")
-    corpus = read_corpus(settings.calibration, "validation")
-    return calibration_windows(corpus, require_tokenizer(loaded), settings.samples, seq_len, seed)

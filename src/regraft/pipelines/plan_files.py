@@ -1,0 +1,113 @@
+"""Plans as files: written by ``--plan-only``, replayed by ``--plan``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from regraft.atomic import atomic_folder, write_text
+from regraft.errors import ConfigError, InputError, OutputError, PlanError
+from regraft.plans import Provenance, PrunePlan, from_json, to_json
+from regraft.settings import PruneSettings, checked
+
+FILE = "plan.json"
+# What may be given beside a plan: how the replay is done, and where the text of the plan lies now.
+BESIDE = ("memory", "cache", "calibration")
+
+
+def plan_path(output: Path) -> Path:
+    """Returns the file that a plan is written to: the output itself if it is called ``.json``, else ``plan.json`` in that folder."""
+    return output if output.suffix == ".json" else output / FILE
+
+
+def refuse_existing_plan(output: Path) -> None:
+    """Refuses a plan's output that exists.
+
+    Raises:
+        OutputError: It exists and is not an empty folder.
+    """
+    path = plan_path(output)
+    taken = path if path.exists() else output
+    if taken.exists() and not (taken.is_dir() and not any(taken.iterdir())):
+        raise OutputError(f"output '{taken}' exists; choose another --output or remove it first")
+
+
+def write_plan(plan: PrunePlan, output: Path) -> Path:
+    """Writes a plan, whole or not at all, and returns its file.
+
+    Raises:
+        OutputError: It exists or cannot be written.
+    """
+    refuse_existing_plan(output)
+    path = plan_path(output)
+    text = to_json(plan) + "\n"
+    if path == output:
+        write_text(path, text)
+    else:
+        with atomic_folder(output) as partial:
+            (partial / FILE).write_text(text, encoding="utf-8")
+    return path
+
+
+def read_plan(path: Path) -> PrunePlan:
+    """Reads a plan from its file, from the folder that holds it, or from the record of a pruned model (``regraft.json``).
+
+    Raises:
+        PlanError: There is none, or the file does not hold one.
+    """
+    found = next((path / name for name in (FILE, "regraft.json") if (path / name).is_file()), path) if path.is_dir() else path
+    try:
+        text = found.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise PlanError(f"no plan can be read from '{found}': {reason}; write one with --plan-only") from None
+    try:
+        if _is_record(text):
+            return _plan_of(from_json(Provenance, text), found)
+        return from_json(PrunePlan, text)
+    except PlanError as error:
+        raise PlanError(f"'{found}': {error}") from None
+
+
+def _is_record(text: str) -> bool:
+    try:
+        value: Any = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and "source_fingerprint" in value
+
+
+def _plan_of(record: Provenance, path: Path) -> PrunePlan:
+    if record.plan is None:
+        raise PlanError(f"'{path}' is the record of a model that was not pruned; give the record of a pruned model, or a plan")
+    return record.plan
+
+
+def settings_of(plan: PrunePlan, given: PruneSettings) -> tuple[PruneSettings, int | None]:
+    """Returns the settings and the seed that a plan was made with, and is replayed with; those given where it does not know.
+
+    Args:
+        plan: To be replayed.
+        given: By the user; memory, cache and calibration take the place of the plan's.
+
+    Raises:
+        InputError: Something else was given that the plan decides otherwise.
+    """
+    if not plan.made_with:
+        return given, None
+    try:
+        own = checked(PruneSettings, plan.made_with["settings"], "the plan's made_with")
+        seed = int(plan.made_with["seed"])
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise PlanError(f"the plan's made_with cannot be read ({error}); remove it from the file, and give the settings again") from None
+    defaults = PruneSettings()
+    values = own.model_dump()
+    for name in PruneSettings.model_fields:
+        wanted, default = getattr(given, name), getattr(defaults, name)
+        if name in BESIDE:
+            values[name] = wanted if wanted is not None else values[name]
+        elif wanted not in (default, values[name]):
+            option = f"--{name.replace('_', '-')} {wanted}"
+            raise InputError(f"{option} does nothing beside --plan, which was made with {values[name]}; leave it out, or plan anew")
+    return PruneSettings.model_validate(values), seed

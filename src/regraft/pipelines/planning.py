@@ -1,0 +1,247 @@
+"""From settings to a plan, whether the model is in memory or streamed: what "auto" means, the budget, the scores, the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from regraft.data.text import read_corpus
+from regraft.data.tokens import calibration_windows, window_tokens
+from regraft.errors import InputError, PlanError
+from regraft.importance import CRITERIA, Evidence, score
+from regraft.importance.passes import Passes
+from regraft.models.load import Loaded, require_tokenizer
+from regraft.models.view import ModelView
+from regraft.pipelines.score_cache import ScoreCache, checksum_of
+from regraft.plans import Curves, Cut, Groups, PrunePlan, Scores
+from regraft.selection import SELECTORS, Budget, select
+from regraft.selection.budget import check_possible
+from regraft.settings import CALIBRATION_TOKENS, PruneSettings
+from regraft.surgery.compensate import Method
+from regraft.surgery.damage import measure_curves
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Way:
+    """The settings that say "auto", decided.
+
+    Attributes:
+        select: A registered selector.
+        reconstruct: How reading projections are re-fitted, or None.
+        needs_text: Whether any of it needs calibration text.
+        notes: What the user should know of what was decided, a line each.
+    """
+
+    select: str
+    reconstruct: Method | None
+    needs_text: bool
+    notes: tuple[str, ...] = field(default=())
+
+
+def resolve(settings: PruneSettings) -> Way:
+    """Decides what "auto" means: criteria without text stay without text, everything else takes the best there is.
+
+    Under a bound of memory the best there is leaves out what has to run the whole model many times over.
+
+    Raises:
+        InputError: The criterion is unknown, or the budget needs a selector that was not chosen, or --memory rules something out.
+    """
+    with_text = CRITERIA.get(settings.criterion).needs_text
+    plain = "uniform" if settings.shape == "uniform" else "global"
+    curves_wanted = settings.budget != "parameters"
+    notes: tuple[str, ...] = ()
+    chosen = settings.select
+    if chosen == "auto":
+        chosen = "knapsack" if curves_wanted or (with_text and settings.memory is None) else plain
+        if with_text and settings.memory is not None and not curves_wanted:
+            notes = (f"selection: {plain}; the knapsack measures the whole model many times over, which --memory leaves no room for",)
+    if curves_wanted and chosen != "knapsack":
+        raise InputError(f"--budget {settings.budget} is only known to the knapsack; use --select knapsack (now {chosen})")
+    if settings.memory is not None:
+        _refuse_with_memory(settings, chosen)
+    method = settings.reconstruct
+    if method == "auto":
+        method = "least_squares" if with_text else "none"
+    reconstruct: Method | None = None if method == "none" else method
+    return Way(chosen, reconstruct, with_text or chosen == "knapsack" or reconstruct is not None, notes)
+
+
+def _refuse_with_memory(settings: PruneSettings, chosen: str) -> None:
+    if SELECTORS.get(chosen).needs_curves:
+        why = f"--budget {settings.budget} needs" if settings.budget != "parameters" else f"--select {chosen} is"
+        raise InputError(
+            f"{why} measurements of the whole model, which --memory leaves no room for; use --select global or uniform with "
+            "--budget parameters, or leave --memory out"
+        )
+    if settings.rounds > 1:
+        raise InputError(
+            f"--rounds {settings.rounds} prunes the pruned model again, which --memory leaves no room for; use --rounds 1, and prune "
+            "the result again for another round"
+        )
+
+
+def layers_in(text: str, count: int) -> tuple[int, ...]:
+    """Returns the layer indices of a range written as a Python slice.
+
+    Raises:
+        InputError: The range is empty.
+
+    >>> layers_in("1:-1", 4)
+    (1, 2)
+    """
+    parts = [int(part) if part.strip() else None for part in text.split(":")]
+    chosen = tuple(range(count)[slice(*parts)])
+    if not chosen:
+        raise InputError(f"--layers {text} names no layer of this model's {count}; write START:STOP, such as 1:-1")
+    return tuple(sorted(chosen))
+
+
+def budget_of(groups: Groups, settings: PruneSettings) -> Budget:
+    """Returns how much the settings remove from a model, and from where.
+
+    Raises:
+        InputError: The range of layers is empty, or spares layers of a model that is to stay uniform.
+    """
+    budget = Budget(
+        ratio=settings.ratio,
+        shape=settings.shape,
+        layers=layers_in(settings.layers, groups.layers),
+        targets=settings.targets,
+        align=settings.align if isinstance(settings.align, int) else 1,
+    )
+    if settings.shape == "uniform" and len(budget.layers) < groups.layers:
+        raise InputError(
+            f"--shape uniform wants the same width in all {groups.layers} layers, but --layers {settings.layers} prunes only "
+            f"{len(budget.layers)}; drop --layers or use --shape per-layer"
+        )
+    return budget
+
+
+def calibration(loaded: Loaded, settings: PruneSettings, seed: int) -> Tensor:
+    """Returns the calibration windows, int64 (windows, tokens).
+
+    Raises:
+        InputError: They are longer than the model's context.
+        DataError: The text cannot be used.
+        ModelError: There is no tokenizer.
+    """
+    seq_len = window_tokens(settings.seq_len, CALIBRATION_TOKENS, loaded.model.config, "--seq-len")
+    corpus = read_corpus(settings.calibration, "validation")
+    return calibration_windows(corpus, require_tokenizer(loaded), settings.samples, seq_len, seed)
+
+
+def check_text(plan: PrunePlan, windows: Tensor | None) -> None:
+    """Refuses to re-fit on other calibration text than a plan was made with: the result would not be the plan's.
+
+    Raises:
+        PlanError: The windows differ.
+    """
+    expected = plan.made_with.get("windows_sha256")
+    if windows is not None and expected is not None and checksum_of(windows) != expected:
+        raise PlanError(
+            "the calibration text gives other windows than those the plan was made with; give the same --calibration, or a plan made anew"
+        )
+
+
+@dataclass(frozen=True)
+class Planning:
+    """Everything that one plan is made from, beside the model.
+
+    Attributes:
+        settings: What was asked for.
+        way: What "auto" means here.
+        windows: Calibration tokens, int64 (windows, tokens), where they are needed.
+        seed: Of random scores.
+        say: Called with one line now and then.
+    """
+
+    settings: PruneSettings
+    way: Way
+    windows: Tensor | None
+    seed: int
+    say: Say = lambda line: None
+
+    def once(self, view: ModelView, groups: Groups, budget: Budget, passes: Passes | None = None) -> PrunePlan:
+        """Scores a model and chooses what stays.
+
+        Args:
+            view: The model.
+            groups: Of it.
+            budget: How much to remove.
+            passes: Where the criterion's evidence comes from, if not from the model.
+
+        Raises:
+            InputError: The budget cannot be met.
+        """
+        if budget.ratio * groups.parameters > sum(group.units * group.unit_parameters for group in budget.prunable(groups)):
+            check_possible(groups, budget)
+        scores = self._scores(view, groups, passes)
+        if SELECTORS.get(self.way.select).needs_curves:
+            budget = replace(budget, curves=self._curves(view, groups, scores, budget))
+        return select(self.way.select, groups, scores, budget, auto_align=self.settings.align == "auto")
+
+    def made_with(self) -> dict[str, Any]:
+        """Returns what a plan is to remember, so that it can be replayed to the same bytes."""
+        return {"settings": self.settings.decisive(), "seed": self.seed, "windows_sha256": checksum_of(self.windows)}
+
+    def _scores(self, view: ModelView, groups: Groups, passes: Passes | None) -> Scores:
+        settings = self.settings
+        with_text = CRITERIA.get(settings.criterion).needs_text
+        evidence = Evidence(
+            model=view.model,
+            groups=groups,
+            windows=self.windows if with_text else None,
+            seed=self.seed,
+            order=settings.order,
+            granularity=settings.granularity,
+            reduce=settings.reduce,
+            passes=passes,
+        )
+        if settings.cache is None:
+            return score(settings.criterion, evidence)
+        made_from = self._made_from(view, groups) | {
+            "criterion": settings.criterion,
+            "order": settings.order,
+            "granularity": settings.granularity,
+            "reduce": settings.reduce,
+        }
+        if not with_text:
+            made_from |= {"seed": self.seed, "windows_sha256": None}
+        return ScoreCache(settings.cache).get(Scores, made_from, lambda: score(settings.criterion, evidence), self.say)
+
+    def _curves(self, view: ModelView, groups: Groups, scores: Scores, budget: Budget) -> Curves:
+        windows, settings = self.windows, self.settings
+        assert windows is not None
+        names = [group.name for group in budget.prunable(groups)]
+
+        def measure() -> Curves:
+            return measure_curves(view, groups, scores, windows, only=names, unit=settings.budget, say=self.say)
+
+        if settings.cache is None or settings.budget == "milliseconds":  # times are of the machine and of the moment
+            return measure()
+        made_from = self._made_from(view, groups) | {"scores": checksum_of(scores), "groups": names, "unit": settings.budget}
+        return ScoreCache(settings.cache).get(Curves, made_from, measure, self.say)
+
+    def _made_from(self, view: ModelView, groups: Groups) -> dict[str, Any]:
+        """Returns what scores and curves depend on alike."""
+        return {
+            "fingerprint": groups.fingerprint,
+            "units": checksum_of(groups),
+            "windows_sha256": checksum_of(self.windows),
+            "computed_in": str(view.model.dtype),
+        }
+
+
+def composed(groups: Groups, first: PrunePlan, then: PrunePlan) -> PrunePlan:
+    """Returns one plan on the first model for two plans in a row, the second made on what the first left."""
+    kept = {entry.group: entry.kept for entry in first.cuts}
+    for entry in then.cuts:
+        before = kept.get(entry.group, tuple(range(groups.named()[entry.group].units)))
+        kept[entry.group] = tuple(before[unit] for unit in entry.kept)
+    cuts = tuple(Cut(group.name, kept[group.name]) for group in groups.groups if group.name in kept)
+    return replace(first, parameters_after=then.parameters_after, cuts=cuts, align=then.align)

@@ -1,0 +1,49 @@
+"""What a pruned model's folder says of itself: how it came to be, and the same in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from regraft.models.card import model_card
+from regraft.models.load import Loaded
+from regraft.models.provenance import parents_of, versions
+from regraft.plans import Provenance, PrunePlan
+from regraft.settings import PruneSettings
+
+
+def record_of(loaded: Loaded, plan: PrunePlan, settings: PruneSettings, *, seed: int, command: str) -> Provenance:
+    """Returns how a pruned model came to be, without the checksums of its files.
+
+    Args:
+        loaded: The model before.
+        plan: What stays.
+        settings: What was asked for.
+        seed: Of the calibration windows and of random scores.
+        command: The command or call that made it.
+    """
+    return Provenance(
+        command=command,
+        source=loaded.source,
+        source_fingerprint=loaded.fingerprint,
+        seed=seed,
+        versions=versions(),
+        plan=plan,
+        settings={"prune": settings.decisive()},
+        parents=parents_of(loaded.provenance),
+    )
+
+
+def card_of(record: Provenance) -> str:
+    """Returns the start of a pruned model's card."""
+    return model_card(record, facts(record.plan) if record.plan is not None else {})
+
+
+def facts(plan: PrunePlan) -> dict[str, Any]:
+    """Returns what a reader of a model card wants to know of a plan, in words."""
+    return {
+        "parameters before": f"{plan.parameters_before:,}",
+        "parameters after": f"{plan.parameters_after:,}",
+        "share removed": f"{plan.achieved:.2%} of all parameters (asked for: {plan.ratio:.2%})",
+        "criterion": plan.criterion,
+        "selection": f"{plan.selection}, {plan.shape}, widths aligned to {plan.align}",
+    }

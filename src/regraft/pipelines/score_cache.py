@@ -1,0 +1,78 @@
+"""Scores and curves kept in a folder, so that another ratio needs no new calibration.
+
+One JSON file for each, named by the SHA-256 of what it was made from: the model's fingerprint, the criterion with its settings, and
+the calibration windows. What it was made from is in the file too, and is compared before the file is believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from regraft.atomic import write_text
+from regraft.errors import OutputError, PlanError
+from regraft.plans import Curves, Groups, Scores, from_json, to_dict, to_json
+
+T = TypeVar("T", Scores, Curves)
+
+
+def checksum_of(value: Tensor | Groups | Scores | None) -> str | None:
+    """Returns the SHA-256 of a tensor's shape, dtype and values, or of a plan's JSON text; None of None."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        values = value.detach().cpu().contiguous().numpy()
+        return hashlib.sha256(f"{values.shape} {values.dtype} ".encode() + values.tobytes()).hexdigest()
+    return hashlib.sha256(to_json(value, indent=None).encode()).hexdigest()
+
+
+class ScoreCache:
+    """A folder of scores and curves.
+
+    Args:
+        folder: Made when the first is kept.
+
+    Raises:
+        OutputError: There is a file of that name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"--cache '{folder}' is a file; name a folder")
+        self._folder = folder
+
+    def get(self, kind: type[T], made_from: Mapping[str, Any], make: Callable[[], T], say: Callable[[str], None]) -> T:
+        """Returns what was kept, or makes it and keeps it.
+
+        Args:
+            kind: ``Scores`` or ``Curves``.
+            made_from: Everything that it depends on, as plain JSON types.
+            make: What to do where nothing was kept; a file that is damaged counts as nothing.
+            say: Called with one line when it was kept.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        made_from = {"kind": kind.__name__, **made_from}
+        key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:24]
+        path = self._folder / f"{kind.__name__.lower()}-{key}.json"
+        kept = _read(kind, path, made_from)
+        if kept is not None:
+            say(f"{kind.__name__.lower()} taken from {path}")
+            return kept
+        made = make()
+        write_text(path, json.dumps({"made_from": made_from, "value": to_dict(made)}) + "\n")
+        return made
+
+
+def _read(kind: type[T], path: Path, made_from: Mapping[str, Any]) -> T | None:
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        return from_json(kind, json.dumps(entry["value"])) if entry["made_from"] == made_from else None
+    except (OSError, ValueError, KeyError, TypeError, PlanError):
+        return None

@@ -1,0 +1,1 @@
+"""Layer-by-layer passes over a checkpoint that is larger than memory."""

@@ -1,0 +1,90 @@
+"""The gradient of the language-modelling loss with respect to the last hidden states, with the output projection in blocks of rows.
+
+For one token with logits z and target y the loss is ``logsumexp(z) - z_y`` and its gradient ``softmax(z) - onehot(y)``. Both can be
+had from blocks of the vocabulary: the first sweep over the blocks finds the normaliser, the second the gradient. What a model does
+to its logits afterwards (a soft cap, a scale) and before (the last norm) is its own code, under autograd; only that each logit is
+treated by itself is taken for granted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from regraft.models.layerwise import layers_give
+from regraft.streaming.hidden import HiddenStates
+from regraft.streaming.skeleton import Skeleton
+
+
+def loss_gradient(skeleton: Skeleton, windows_NT: Tensor, hidden: HiddenStates, slot: int, rows: int, tokens: int) -> None:
+    """Puts the gradient of each window's mean loss with respect to the hidden states in ``slot`` into the slot after it.
+
+    Args:
+        skeleton: The checkpoint.
+        windows_NT: Calibration tokens, int64 (windows, tokens), at least two tokens long.
+        hidden: With what leaves the last layer in ``slot``.
+        slot: Which that is.
+        rows: Of the output projection in memory at a time.
+        tokens: Whose logits are in memory at a time.
+    """
+    count, length = windows_NT.shape
+    targets_NP = windows_NT[:, 1:].to(skeleton.device)
+    normaliser_NP = torch.full((count, length - 1), -torch.inf, device=skeleton.device)
+    blocks = _Blocks(skeleton, rows)
+    for _, weight_VD, bias_V in blocks:
+        for window in range(count):
+            entering_TD = hidden.get(slot, window, 1)[0].to(skeleton.device)
+            for part in _parts(length - 1, tokens):
+                with torch.no_grad():
+                    logits_PV = _logits(skeleton, entering_TD[part], weight_VD, bias_V)
+                normaliser_NP[window, part] = torch.logaddexp(normaliser_NP[window, part], logits_PV.logsumexp(dim=-1))
+    for first_row, weight_VD, bias_V in blocks:
+        for window in range(count):
+            entering_TD = hidden.get(slot, window, 1)[0].to(skeleton.device)
+            gradient_TD = torch.zeros_like(entering_TD) if first_row == 0 else hidden.get(slot + 1, window, 1)[0].to(skeleton.device)
+            for part in _parts(length - 1, tokens):
+                leaf_PD = entering_TD[part].detach().requires_grad_(True)
+                with torch.enable_grad():
+                    logits_PV = _logits(skeleton, leaf_PD, weight_VD, bias_V)
+                slope_PV = (logits_PV.detach() - normaliser_NP[window, part, None]).exp_()
+                column_P = targets_NP[window, part] - first_row
+                here_P = (column_P >= 0) & (column_P < slope_PV.shape[1])
+                slope_PV[here_P, column_P[here_P]] -= 1.0
+                (added_PD,) = torch.autograd.grad(logits_PV, leaf_PD, slope_PV.div_(length - 1))
+                gradient_TD[part] += added_PD
+            hidden.put(slot + 1, window, gradient_TD.unsqueeze(0))
+
+
+class _Blocks:
+    """The output projection in blocks of rows; where one block is enough it is read once."""
+
+    def __init__(self, skeleton: Skeleton, rows: int) -> None:
+        self._skeleton = skeleton
+        self._rows = rows
+        self._last: tuple[int, Tensor] | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Yields the index of the first row, the rows (V, D), and their biases (V,) or None."""
+        bias = self._skeleton.head._parameters.get("bias")
+        total = self._skeleton.head.weight.shape[0]
+        for first in range(0, total, self._rows):
+            stop = min(total, first + self._rows)
+            if self._last is None or self._last[0] != first:
+                self._last = None  # the old block goes before the new one comes
+                self._last = (first, self._skeleton.head_rows(first, stop))
+            yield first, self._last[1], None if bias is None else bias[first:stop]
+
+
+def _logits(skeleton: Skeleton, hidden_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    """Returns the logits (P, V) of some rows of the vocabulary by the model's own code; each token counts as a sequence of one."""
+    ids = torch.zeros(hidden_PD.shape[0], 1, dtype=torch.int64, device=hidden_PD.device)
+    with skeleton.projecting(lambda normed: functional.linear(normed, weight_VD, bias_V)), layers_give(skeleton.view, hidden_PD[:, None]):
+        return skeleton.view.model(input_ids=ids, use_cache=False).logits[:, 0].float()
+
+
+def _parts(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(count, start + size))

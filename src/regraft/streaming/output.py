@@ -1,0 +1,291 @@
+"""The pruned checkpoint, written shard by shard, and gone on with where an interrupted run stopped.
+
+Everything is written into the folder that :func:`regraft.atomic.atomic_folder` keeps beside the output. A note in it says what was
+asked for, which units stay, and the SHA-256 of every shard that is finished; a run that was asked for the same goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+from regraft.atomic import atomic_folder, sha256_of, write_text
+from regraft.errors import OutputError, PlanError
+from regraft.models.build import config_for
+from regraft.models.quiet import quiet
+from regraft.models.save import describe, mend_generation_config
+from regraft.models.uneven import code_paths, register
+from regraft.models.view import LayerSizes
+from regraft.models.weights import INDEX, SINGLE, stored_tensors
+from regraft.plans import Groups, Provenance, PrunePlan, from_json, to_dict
+from regraft.streaming.checkpoint import Checkpoint
+from regraft.streaming.skeleton import Skeleton
+from regraft.streaming.writer import Shard, ShardWriter
+from regraft.surgery.cut import removed_indices, sizes_after
+
+NOTE = "progress.json"
+# Layers are written to one file until it is this large: a layer of a large model to a file, and a small model to one.
+SHARD_BYTES = 1 << 28
+
+
+class Progress:
+    """What an interrupted run left, and what this one has done.
+
+    Args:
+        folder: Beside the output.
+        asked: Everything that decides what is written, as plain JSON types.
+    """
+
+    def __init__(self, folder: Path, asked: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self._asked = asked
+        note = _read_note(folder)
+        same = note is not None and note["asked"] == asked
+        self.plan = from_json(PrunePlan, json.dumps(note["plan"])) if note is not None and same else None
+        self._shards: dict[str, str] = dict(note["shards"]) if note is not None and same else {}
+
+    def decided(self, plan: PrunePlan) -> None:
+        """Notes which units stay."""
+        self.plan = plan
+        self._write()
+
+    def finished(self, shards: Sequence[Shard]) -> int:
+        """Returns how many shards, from the first, are there and whole; forgets the others."""
+        count = 0
+        for shard in shards:
+            path = self.folder / shard.name
+            if shard.name not in self._shards or not path.is_file() or sha256_of(path) != self._shards[shard.name]:
+                break
+            count += 1
+        self._shards = {shard.name: self._shards[shard.name] for shard in shards[:count]}
+        return count
+
+    def add(self, shard: Shard, sha256: str) -> None:
+        """Notes that a shard is finished."""
+        self._shards[shard.name] = sha256
+        self._write()
+
+    def end(self) -> dict[str, str]:
+        """Removes the note; returns the SHA-256 of every shard by name."""
+        (self.folder / NOTE).unlink(missing_ok=True)
+        return dict(self._shards)
+
+    def _write(self) -> None:
+        assert self.plan is not None
+        note = {"asked": self._asked, "plan": to_dict(self.plan), "shards": self._shards}
+        write_text(self.folder / NOTE, json.dumps(note) + "\n")
+
+
+@contextmanager
+def resumable(output: Path, asked: Mapping[str, Any]) -> Iterator[Progress]:
+    """Gives what an interrupted run that was asked for the same left beside the output, or an empty folder.
+
+    Args:
+        output: The final folder; it appears when the block ends well.
+        asked: Everything that decides what is written, as plain JSON types.
+
+    Raises:
+        OutputError: It cannot be written; finished shards stay for the next attempt.
+    """
+    asked = json.loads(json.dumps(asked))
+
+    def worth_keeping(folder: Path) -> bool:
+        note = _read_note(folder)
+        return note is not None and note["asked"] == asked
+
+    left: list[Path] = []
+    try:
+        with atomic_folder(output, keep=worth_keeping) as folder:
+            left.append(folder)
+            yield Progress(folder, asked)
+    except OutputError as error:
+        if left and worth_keeping(left[0]):
+            raise OutputError(f"{error}; what is finished stays in '{left[0]}', and the same command goes on from there") from error
+        raise
+
+
+def _read_note(folder: Path) -> dict[str, Any] | None:
+    try:
+        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        from_json(PrunePlan, json.dumps(note["plan"]))
+        dict(note["shards"])
+        return note if "asked" in note else None
+    except (OSError, ValueError, KeyError, TypeError, PlanError):
+        return None
+
+
+Refit = Callable[[int, Callable[[int, nn.Module], None]], Iterator[tuple[int, dict[str, Tensor]]]]
+"""How many layers are finished, and what gives those the weights that they got, to each other layer with its new tensors."""
+
+
+class PrunedWriter:
+    """Writes the pruned tensors of a checkpoint.
+
+    Args:
+        skeleton: The checkpoint.
+        groups: Of it.
+        plan: What stays.
+        shard_bytes: Layers go to one file until it is this large.
+    """
+
+    def __init__(self, skeleton: Skeleton, groups: Groups, plan: PrunePlan, shard_bytes: int = SHARD_BYTES) -> None:
+        self._skeleton = skeleton
+        self._groups = groups
+        self._plan = plan
+        self._removed = removed_indices(groups, plan.cuts)
+        self._parts = list(self._split_by_layer())
+        self.shards = _shards(self._parts, skeleton.dtype, shard_bytes)
+        self.sizes: list[LayerSizes] = sizes_after(skeleton.view, groups, plan.cuts)
+
+    def write(self, progress: Progress, refit: Refit | None, say: Callable[[str], None] = lambda line: None) -> None:
+        """Writes every shard that is not finished.
+
+        Args:
+            progress: Where to, and what is finished.
+            refit: Gives the new tensors of the layers; None where they stay as they are.
+            say: Called with one line for each shard.
+        """
+        done = progress.finished(self.shards)
+        holder = {name: shard.name for shard in self.shards for name in shard.shapes}
+        written = {shard.name for shard in self.shards[:done]}
+        finished = sum(layer is not None and holder[next(iter(shapes))] in written for layer, shapes in self._parts)
+        refitted: Iterator[tuple[int, dict[str, Tensor]]] = iter(())
+        if refit is not None and finished < len(self._skeleton.view.layers):
+            source = Checkpoint(progress.folder, [progress.folder / name for name in sorted(written)])
+            refitted = refit(finished, lambda layer, module: self._restore(source, layer, module))
+        for number, shard in enumerate(self.shards[done:], start=done + 1):
+            say(f"writing shard {number} of {len(self.shards)}")
+            with ShardWriter(progress.folder, shard) as writer:
+                for layer, shapes in self._parts:
+                    if holder[next(iter(shapes))] == shard.name:
+                        self._write_part(writer, shapes, refitted if layer is not None and refit is not None else None)
+            progress.add(shard, writer.sha256)
+
+    def finish(self, progress: Progress, provenance: Provenance, card: Callable[[Provenance], str]) -> Provenance:
+        """Writes everything beside the weights.
+
+        Args:
+            progress: With all shards.
+            provenance: How the model came to be, without the checksums.
+            card: Makes the start of the model card.
+        """
+        folder, skeleton = progress.folder, self._skeleton
+        model_class = self._write_config(folder)
+        if len(self.shards) > 1:
+            mapping = {name: shard.name for shard in self.shards for name in shard.shapes}
+            total = {"total_parameters": self._plan.parameters_after, "total_size": sum(shard.nbytes for shard in self.shards)}
+            index = {"metadata": total, "weight_map": mapping}
+            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        with quiet():
+            if skeleton.loaded.tokenizer is not None:
+                skeleton.loaded.tokenizer.save_pretrained(folder)
+        stored = stored_tensors(folder)
+        for shard in self.shards:
+            for name, shape in shard.shapes.items():
+                if name not in stored or stored[name].shape != shape:
+                    raise OutputError(f"'{name}' was not written as it was meant; start again on another disk")
+        written = replace(provenance, files=progress.end())
+        describe(folder, model_class, self.sizes, written, card(written))
+        return written
+
+    def _write_config(self, folder: Path) -> type[PreTrainedModel]:
+        """Writes the config, that of generation, and the code where the model needs ours; returns the class of the model."""
+        model = self._skeleton.loaded.model
+        config: Any = config_for(model.config, self.sizes)
+        register()
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        config.dtype = str(self._skeleton.dtype).partition(".")[2]
+        config.architectures = [model_class.__name__]
+        with quiet():
+            config.save_pretrained(folder)
+            mend_generation_config(model)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(folder)
+        if config.model_type.startswith("regraft_"):
+            for path in code_paths():
+                (folder / path.name).write_bytes(path.read_bytes())
+        return model_class
+
+    def _write_part(self, writer: ShardWriter, shapes: Mapping[str, Any], refitted: Iterator[tuple[int, dict[str, Tensor]]] | None) -> None:
+        changed = next(refitted)[1] if refitted is not None else {}
+        for name in shapes:
+            axes = [axis for parameter, axis in self._removed if parameter == name]
+            if name not in changed and not axes:
+                writer.write(name, self._skeleton.pieces(name))
+                continue
+            tensor = changed[name].detach().to(device="cpu", dtype=self._skeleton.dtype) if name in changed else self._skeleton.stored(name)
+            for axis in axes:
+                tensor = tensor.index_select(axis, self._kept(name, axis, tensor.shape[axis]))
+            writer.write(name, [tensor])
+
+    def _kept(self, name: str, axis: int, size: int) -> Tensor:
+        keep = torch.ones(size, dtype=torch.bool)
+        keep[sorted(self._removed[name, axis])] = False
+        return keep.nonzero().squeeze(1)
+
+    @torch.no_grad()
+    def _restore(self, source: Checkpoint, layer: int, module: nn.Module) -> None:
+        """Gives a layer the tensors that were written for it, at full size: columns of what was removed are zero.
+
+        That, and not the narrow layer, is what the hidden states of the uninterrupted run went through.
+        """
+        named = self._groups.named()
+        prefix = f"{self._skeleton.view.layer_name(layer)}."
+        for entry in self._plan.cuts:
+            group = named[entry.group]
+            if group.layer != layer:
+                continue
+            reader = next(member for member in group.members if member.side == "in")
+            for key, parameter in module.get_submodule(_module_of(reader.parameter).removeprefix(prefix)).named_parameters():
+                name = f"{_module_of(reader.parameter)}.{key}"
+                tensor = source.read(name).to(parameter)
+                for axis in (axis for cut, axis in self._removed if cut == name):
+                    full = torch.zeros(parameter.shape).to(parameter)
+                    tensor = full.index_copy(axis, self._kept(name, axis, parameter.shape[axis]).to(parameter.device), tensor)
+                parameter.copy_(tensor)
+
+    def _split_by_layer(self) -> Iterator[tuple[int | None, dict[str, tuple[int, ...]]]]:
+        """Yields the pruned shapes of the parameters of each layer, and of what lies before, between and after them."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, parameter in self._skeleton.view.model.named_parameters():
+            shape = list(parameter.shape)
+            for axis in range(len(shape)):
+                shape[axis] -= len(self._removed.get((name, axis), ()))
+            shapes[name] = tuple(shape)
+        prefix = f"{self._skeleton.view.family.layers}."
+
+        def layer_of(name: str) -> int | None:
+            return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
+
+        for layer, names in groupby(shapes, key=layer_of):
+            yield layer, {name: shapes[name] for name in names}
+
+
+def _module_of(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _shards(parts: Sequence[tuple[int | None, Mapping[str, tuple[int, ...]]]], dtype: torch.dtype, limit_bytes: int) -> list[Shard]:
+    """Returns the files: consecutive parts together, as long as they stay below the limit."""
+    files: list[dict[str, tuple[int, ...]]] = [{}]
+    size = 0
+    for _, shapes in parts:
+        part = sum(map(prod, shapes.values())) * dtype.itemsize
+        if files[-1] and size + part > limit_bytes:
+            files.append({})
+            size = 0
+        files[-1] |= shapes
+        size += part
+    if len(files) == 1:
+        return [Shard(SINGLE, files[0], dtype)]
+    return [Shard(f"model-{number:05}-of-{len(files):05}.safetensors", shapes, dtype) for number, shapes in enumerate(files, start=1)]

@@ -1,0 +1,294 @@
+"""Passes over a checkpoint, one layer at a time: what criteria and re-fitting ask for, without the model in memory.
+
+The exact gradient of the language-modelling loss takes three passes over the file: forward through the layers, keeping what enters
+each of them; through the output projection in blocks of its rows, for the loss and its gradient; and backward, where each layer is
+computed again with autograd and hands the gradient of its input down. Nothing is approximated: it is gradient checkpointing with the
+weights on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from regraft.errors import InputError
+from regraft.importance.passes import Gradients, Passes
+from regraft.models.layerwise import Layerwise, Walk
+from regraft.models.view import ModelView
+from regraft.plans import Group, Groups
+from regraft.streaming.head import loss_gradient
+from regraft.streaming.hidden import HiddenStates
+from regraft.streaming.skeleton import Skeleton
+
+# Windows of one forward pass; re-fitting judges the last of each such batch, so it is the same as in memory.
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is done at once.
+
+    Attributes:
+        backward_windows: Windows of one backward pass.
+        head_rows: Rows of the output projection in memory at a time.
+        head_tokens: Tokens whose logits are computed at a time.
+    """
+
+    backward_windows: int
+    head_rows: int
+    head_tokens: int
+
+
+class StreamedPasses(Passes):
+    """Evidence read layer by layer from a file.
+
+    Args:
+        skeleton: The checkpoint.
+        windows_NT: Calibration tokens, int64 (windows, tokens), or None where only weights are looked at.
+        hidden: Makes a place for the hidden states of one use.
+        limits: How much is done at once.
+        say: Called with one line for each layer.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        windows_NT: Tensor | None,
+        hidden: Callable[[], HiddenStates],
+        limits: Limits,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._skeleton = skeleton
+        self._windows = windows_NT
+        self._hidden = hidden
+        self._limits = limits
+        self._say = say
+
+    def weights(self, groups: Groups) -> Iterator[tuple[Group, ...]]:
+        """Yields the groups layer by layer."""
+        for layer, here in self._by_layer(groups):
+            with self._skeleton.layer(layer):
+                self._say(f"scoring layer {layer + 1} of {groups.layers}")
+                yield here
+
+    def walk(self) -> StreamedWalk:
+        """Returns a walk that reads each layer as it comes to it."""
+        assert self._windows is not None
+        return StreamedWalk(self._skeleton, self._windows, self._hidden, self._say)
+
+    def gradients(self, groups: Groups, *, squares: bool) -> Iterator[Gradients]:
+        """Yields the gradients layer by layer, from the last to the first.
+
+        Raises:
+            InputError: The windows are of one token, so that there is nothing to predict.
+        """
+        assert self._windows is not None
+        if self._windows.shape[1] < 2:
+            raise InputError("windows of 1 token leave nothing to predict; use a --seq-len of at least 2")
+        layers = groups.layers
+        with self._hidden() as hidden:
+            walk = StreamedWalk(self._skeleton, self._windows, lambda: hidden, self._say, keep=True)
+            for layer in walk.layers():
+                walk.advance(layer)
+            self._say("computing the gradient of the loss")
+            head = self._limits.head_rows, self._limits.head_tokens
+            loss_gradient(self._skeleton, self._windows, hidden, layers, *head)
+            backward = _Backward(self._skeleton, self._windows, hidden, layers, self._limits.backward_windows)
+            for layer, here in reversed(list(self._by_layer(groups))):
+                with self._skeleton.layer(layer) as module:
+                    self._say(f"going back through layer {layer + 1} of {layers}")
+                    names = {member.parameter for group in here for member in group.members}
+                    first, second = backward.through(layer, module, names, squares=squares)
+                    yield Gradients(here, first, second)
+                    del first, second
+
+    def _by_layer(self, groups: Groups) -> Iterator[tuple[int, tuple[Group, ...]]]:
+        for layer in range(groups.layers):
+            yield layer, tuple(group for group in groups.groups if group.layer == layer)
+
+
+class StreamedWalk(Walk):
+    """A walk through the layers of a checkpoint.
+
+    Args:
+        skeleton: The checkpoint.
+        windows_NT: Calibration tokens, int64 (windows, tokens).
+        hidden: Makes a place for the hidden states.
+        say: Called with one line for each layer.
+        finished: Takes a layer that was re-fitted before, with its index, and gives it the weights that it got then. None: none was.
+        start: How many layers those are.
+        keep: Whether what enters layer ``i`` stays in slot ``i`` of ``hidden``, which is left open then, what leaves the last one
+            in the slot after; otherwise there is one slot.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        windows_NT: Tensor,
+        hidden: Callable[[], HiddenStates],
+        say: Callable[[str], None] = lambda line: None,
+        *,
+        finished: Callable[[int, nn.Module], None] | None = None,
+        start: int = 0,
+        keep: bool = False,
+    ) -> None:
+        self.view: ModelView = skeleton.view
+        self._skeleton = skeleton
+        self._windows = windows_NT
+        self._open = hidden
+        self._say = say
+        self._finished = finished
+        self._start = start
+        self._keep = keep
+        self._calls = Calls(skeleton, windows_NT)
+
+    def layers(self) -> Iterator[int]:
+        """Yields the index of every layer that is not finished in turn, once it is in memory."""
+        count = len(self.view.layers)
+        self._hidden = self._open()
+        try:
+            for first, ids in self._batches():
+                self._hidden.put(0, first, self._calls.embedded(ids))
+            for layer in range(count):
+                with self._skeleton.layer(layer) as module:
+                    self._say(f"reading layer {layer + 1} of {count}")
+                    if self._finished is not None and layer < self._start:
+                        self._finished(layer, module)
+                        self.advance(layer, module)
+                    else:
+                        yield layer
+        finally:
+            if not self._keep:
+                self._hidden.close()
+
+    def changeable(self, layer: int) -> nn.Module:
+        """Returns the layer itself: it is forgotten soon."""
+        return self.view.layers[layer]
+
+    def look(self, layer: int, module: nn.Module | None = None) -> None:
+        """Sends the windows through a layer and forgets what comes out."""
+        self._round(module)
+        for first, ids in self._batches():
+            self._through(layer, module, first, len(ids))
+
+    def advance(self, layer: int, module: nn.Module | None = None) -> None:
+        """Sends the windows through a layer and keeps what comes out."""
+        self._round(module)
+        for first, ids in self._batches():
+            self._hidden.put(layer + 1 if self._keep else 0, first, self._through(layer, module, first, len(ids)))
+
+    @torch.no_grad()
+    def _through(self, layer: int, module: nn.Module | None, first: int, count: int) -> Tensor:
+        entering = self._hidden.get(layer if self._keep else 0, first, count).to(self._skeleton.device)
+        return self._calls.through(layer, entering, module)
+
+    @torch.no_grad()
+    def _round(self, module: nn.Module | None) -> None:
+        """Rounds changed weights to the dtype that they are written in, so that layers above see what is saved."""
+        if module is not None and self._skeleton.dtype != torch.float32:
+            for parameter in module.parameters():
+                parameter.copy_(parameter.to(self._skeleton.dtype))
+
+    def _batches(self) -> Iterator[tuple[int, Tensor]]:
+        for first in range(0, len(self._windows), BATCH):
+            yield first, self._windows[first : first + BATCH]
+
+
+class Calls:
+    """Calls layers with what the model itself would hand to them.
+
+    Args:
+        skeleton: The checkpoint.
+        windows_NT: Calibration tokens; what layers are handed depends on the number and the length of windows alone.
+    """
+
+    def __init__(self, skeleton: Skeleton, windows_NT: Tensor) -> None:
+        self._skeleton = skeleton
+        self._windows = windows_NT
+        self._known: dict[int, Layerwise] = {}
+
+    def embedded(self, ids_BT: Tensor) -> Tensor:
+        """Returns what enters the first layer, (batch, tokens, channels)."""
+        walk = Layerwise(self._skeleton.view, ids_BT, batch=len(ids_BT))
+        entering = walk.first.pop()
+        self._known.setdefault(len(ids_BT), walk)
+        return entering
+
+    def through(self, layer: int, hidden_BTD: Tensor, module: nn.Module | None = None) -> Tensor:
+        """Returns the output of a layer; gradients flow where they are on."""
+        count = hidden_BTD.shape[0]
+        if count not in self._known:
+            self.embedded(self._windows[:count])
+        return self._known[count].call(layer, hidden_BTD, module)
+
+
+class _Backward:
+    """Takes the gradient of the hidden states from above a layer to below it, and that of the layer's weights on the way."""
+
+    def __init__(self, skeleton: Skeleton, windows_NT: Tensor, hidden: HiddenStates, layers: int, windows: int) -> None:
+        self._calls = Calls(skeleton, windows_NT)
+        self._device = skeleton.device
+        self._view = skeleton.view
+        self._count = len(windows_NT)
+        self._hidden = hidden
+        self._slot = layers + 1
+        self._windows = windows
+
+    def through(self, layer: int, module: nn.Module, names: set[str], *, squares: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Returns the mean gradients, and their mean squares over windows where asked, of the named parameters of a layer."""
+        prefix = self._view.layer_name(layer)
+        wanted = {f"{prefix}.{name}": parameter for name, parameter in module.named_parameters() if f"{prefix}.{name}" in names}
+        sums = {name: torch.zeros_like(parameter) for name, parameter in wanted.items()} if squares else {}
+        second = {name: torch.zeros_like(parameter) for name, parameter in wanted.items()} if squares else {}
+        handles = [
+            parameter.register_post_accumulate_grad_hook(_squarer(sums[name], second[name]))
+            for name, parameter in wanted.items()
+            if squares
+        ]
+        for parameter in wanted.values():
+            parameter.requires_grad_(True)
+        step = 1 if squares else self._windows
+        try:
+            for first in range(0, self._count, step):
+                self._window(layer, list(wanted.values()), first, min(step, self._count - first))
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._hidden.drop(layer)
+        if squares:
+            return {name: total.div_(self._count) for name, total in sums.items()}, {
+                name: total.div_(self._count) for name, total in second.items()
+            }
+        means = {name: _gradient(parameter).div_(self._count) for name, parameter in wanted.items()}
+        for parameter in wanted.values():
+            parameter.grad = None
+        return means, {}
+
+    def _window(self, layer: int, parameters: list[nn.Parameter], first: int, count: int) -> None:
+        """Goes back through a layer with some windows; gradients of the parameters are added up."""
+        entering = self._hidden.get(layer, first, count).to(self._device).detach().requires_grad_(True)
+        above = self._hidden.get(self._slot, first, count).to(self._device)
+        with torch.enable_grad():
+            leaving = self._calls.through(layer, entering)
+        torch.autograd.backward([leaving], [above], inputs=[entering, *parameters])
+        self._hidden.put(self._slot, first, _gradient(entering))
+
+
+def _squarer(total: Tensor, squares: Tensor) -> Callable[[Tensor], None]:
+    """Returns a hook that takes the gradient of one window away as soon as it is there."""
+
+    def take(parameter: Tensor) -> None:
+        gradient = _gradient(parameter)
+        total.add_(gradient)
+        squares.addcmul_(gradient, gradient)
+        parameter.grad = None
+
+    return take
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad

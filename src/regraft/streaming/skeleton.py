@@ -1,0 +1,264 @@
+"""A model without weights whose layers get theirs one at a time from a file.
+
+The skeleton is an ordinary model of transformers in which every parameter is a single NaN, expanded to the parameter's shape: what is
+used before it was read poisons the result and is refused, never silently wrong. Reading a layer swaps the data under its parameters,
+which stay the same objects, so that everything that works on a model in memory works on the layer that is there.
+
+Whatever the file's dtype is, layers are computed in float32.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from regraft.errors import ModelError
+from regraft.groups.declared import discover
+from regraft.models.checks import check_loading_report, check_values
+from regraft.models.load import Loaded, check_folder, device_named, locate, read_config
+from regraft.models.quiet import in_one_line, quiet
+from regraft.models.tokenizer import load_tokenizer
+from regraft.models.view import SAMPLED, ModelView, fingerprint_of, sample_step
+from regraft.models.weights import weights_dtype
+from regraft.plans import Groups
+from regraft.settings import LoadSettings
+from regraft.streaming.checkpoint import Checkpoint
+
+
+class Skeleton:
+    """A checkpoint seen as a model, of which one layer at a time is in memory; made by :func:`open_skeleton`.
+
+    Attributes:
+        loaded: The model without its weights, with its tokenizer and where it came from.
+        view: Of that model.
+        checkpoint: Where the weights are.
+        dtype: Of the weights, as the model would be loaded and as it is written again.
+        device: Where layers are computed.
+    """
+
+    def __init__(self, loaded: Loaded, checkpoint: Checkpoint, stored: Mapping[str, str], dtype: torch.dtype, device: torch.device) -> None:
+        self.loaded = loaded
+        self.view = ModelView(loaded.model)
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.device = device
+        self._stored = stored
+        self._nan = torch.full((), torch.nan, device=device)
+        self._checked: set[str] = set()
+        self._project: Callable[[Tensor], Tensor] = lambda hidden: hidden[..., :1]
+        model: Any = loaded.model
+        self.embedding: Any = model.get_input_embeddings()
+        self.head: Any = model.get_output_embeddings()
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.embedding_name = names[id(self.embedding.weight)]
+        self.head_name = names[id(self.head.weight)]
+        self._outer = {name: parameter for name, parameter in model.named_parameters() if self._is_small_and_outside(name)}
+        for name, parameter in self._outer.items():
+            parameter.data = self.values(name)
+        self.embedding.__dict__["forward"] = self._embed
+        self.head.__dict__["forward"] = lambda hidden: self._project(hidden)
+
+    def groups(self) -> Groups:
+        """Returns what can be pruned: what :func:`regraft.groups.declared.discover` finds in the model in memory."""
+        return replace(discover(self.view), fingerprint=self.loaded.fingerprint)
+
+    @property
+    def head_shape(self) -> tuple[int, int]:
+        """Rows and channels of the output projection."""
+        rows, channels = self.head.weight.shape
+        return rows, channels
+
+    def stored(self, name: str) -> Tensor:
+        """Returns a parameter as the model would be loaded: in its dtype, on the CPU."""
+        return self.checkpoint.read(self._stored[name]).to(self.dtype)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Yields a parameter as the model would be loaded, in blocks of rows, on the CPU.
+
+        Raises:
+            ModelError: It holds NaN, infinity or values that no training gives.
+        """
+        for piece in self.checkpoint.pieces(self._stored[name]):
+            values = piece.to(self.dtype)
+            if name not in self._checked:
+                check_values(name, values, self.loaded.source)
+            yield values
+
+    def values(self, name: str) -> Tensor:
+        """Returns a parameter to compute with: float32, on the device.
+
+        Raises:
+            ModelError: It holds NaN, infinity or values that no training gives.
+        """
+        tensor = self.stored(name)
+        if name not in self._checked:  # once is enough
+            check_values(name, tensor, self.loaded.source)
+            self._checked.add(name)
+        return tensor.to(self.device).float()
+
+    def head_rows(self, start: int, stop: int) -> Tensor:
+        """Returns rows of the output projection to compute with: float32 (rows, channels), on the device."""
+        rows = self.checkpoint.rows(self._stored[self.head_name], start, stop).to(self.dtype)
+        check_values(self.head_name, rows, self.loaded.source)
+        return rows.to(self.device).float()
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Reads a decoder layer, and forgets it at the end of the block."""
+        module = self.view.layers[index]
+        prefix = self.view.layer_name(index)
+        try:
+            for name, parameter in module.named_parameters():
+                parameter.data = self.values(f"{prefix}.{name}")
+            yield module
+        finally:
+            for parameter in module.parameters():
+                parameter.grad = None
+                parameter.requires_grad_(False)
+                parameter.data = self._nan.expand(parameter.shape)
+
+    @contextmanager
+    def projecting(self, project: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Puts a function of the final hidden states, (..., channels) to (..., anything), in the place of the output projection."""
+        before = self._project
+        self._project = project
+        try:
+            yield
+        finally:
+            self._project = before
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Does what the token embedding does, with no more of its matrix than it takes."""
+        embedding: Any = self.embedding
+        unique, inverse = ids.unique(return_inverse=True)
+        rows = self.checkpoint.gather(self._stored[self.embedding_name], unique.cpu()).to(self.dtype)
+        check_values(self.embedding_name, rows, self.loaded.source)
+        padding, embedding.padding_idx = embedding.padding_idx, None
+        whole, embedding.weight.data = embedding.weight.data, rows.to(self.device).float()
+        try:
+            return type(embedding).forward(embedding, inverse.to(self.device))
+        finally:
+            embedding.padding_idx, embedding.weight.data = padding, whole
+
+    def _is_small_and_outside(self, name: str) -> bool:
+        inside = name.startswith(f"{self.view.family.layers}.")
+        return not inside and name not in (self.embedding_name, self.head_name)
+
+
+def open_skeleton(source: str | Path, settings: LoadSettings | None = None) -> Skeleton:
+    """Opens a checkpoint to be read layer by layer, after checking that it is whole and of one model.
+
+    Args:
+        source: As in :func:`regraft.models.load.load`.
+        settings: The dtype is that of the weights as they are kept and written; they are computed with in float32.
+
+    Raises:
+        ModelError: The model is missing, damaged, unsafe or of an unknown family.
+        InputError: The device does not exist.
+    """
+    settings = settings or LoadSettings()
+    device = device_named(settings.device)
+    folder = locate(source, trust_remote_code=settings.trust_remote_code)
+    tensors, provenance = check_folder(folder)
+    dtype = weights_dtype(tensors) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    checkpoint = Checkpoint(folder)
+    model = _empty_model(folder, device, trust_remote_code=settings.trust_remote_code)
+    stored = _stored_names(model, checkpoint, dtype)
+    ModelView(model)  # refuses a model that is not built as its family is
+    embedding: Any = model.get_input_embeddings()
+    tokenizer = load_tokenizer(folder, embedding.weight.shape[0], trust_remote_code=settings.trust_remote_code)
+    loaded = Loaded(model, tokenizer, str(source), _fingerprint(model, checkpoint, stored, dtype), provenance)
+    return Skeleton(loaded, checkpoint, stored, dtype, device)
+
+
+def _empty_model(folder: Path, device: torch.device, *, trust_remote_code: bool) -> PreTrainedModel:
+    """Returns a model of the folder's config whose parameters are NaN and take no memory; its buffers are what they should be."""
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    try:
+        with quiet(), init_empty_weights(include_buffers=False):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever the modelling code raises on a config that does not fit
+        raise ModelError(f"'{folder}' cannot be loaded: {in_one_line(error)}; check its config.json") from error
+    nan = torch.full((), torch.nan, device=device)
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(nan.expand(parameter.shape), requires_grad=False)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    with quiet():
+        model.tie_weights()
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    return model.eval()
+
+
+def _stored_names(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, str]:
+    """Returns where each parameter is stored, by name; unties what the file holds twice with different values.
+
+    Raises:
+        ModelError: A tensor is missing, superfluous or of another shape.
+    """
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    found: dict[str, str] = {}
+    used: set[str] = set()
+    for names in aliases.values():
+        there = [stored for name in names if (stored := _stored_name(model, name, checkpoint)) is not None]
+        used.update(there)
+        if len(there) > 1 and not _equal(checkpoint, there[0], there[1], dtype):
+            _untie(model)
+            return _stored_names(model, checkpoint, dtype)
+        if there:
+            found[names[0]] = there[0]
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
+    buffers = {name for name, _ in model.named_buffers()}
+    extra = [name for name in checkpoint.places if name not in used and not any(pattern.search(name) for pattern in ignored)]
+    wrong = [(name, checkpoint.places[stored].shape, shapes[name]) for name, stored in found.items()]
+    report = {
+        "missing_keys": [name for name in shapes if name not in found],
+        "unexpected_keys": [name for name in extra if name not in buffers],
+        "mismatched_keys": [entry for entry in wrong if entry[1] != entry[2]],
+    }
+    check_loading_report(checkpoint.folder, report)
+    return found
+
+
+def _stored_name(model: PreTrainedModel, name: str, checkpoint: Checkpoint) -> str | None:
+    """Returns the name of a parameter in the file; checkpoints of the base model alone lack its prefix."""
+    bare = name.removeprefix(f"{model.base_model_prefix}.")
+    return next((candidate for candidate in (name, bare) if candidate in checkpoint.places), None)
+
+
+def _equal(checkpoint: Checkpoint, first: str, second: str, dtype: torch.dtype) -> bool:
+    if checkpoint.places[first].shape != checkpoint.places[second].shape:
+        return False
+    pairs = zip(checkpoint.pieces(first), checkpoint.pieces(second), strict=True)
+    return all(torch.equal(one.to(dtype), other.to(dtype)) for one, other in pairs)
+
+
+def _untie(model: Any) -> None:
+    """Gives the output projection a matrix of its own, as transformers does when the file holds two different ones."""
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.data, requires_grad=False)
+    model.config.tie_word_embeddings = False
+
+
+def _fingerprint(model: PreTrainedModel, checkpoint: Checkpoint, stored: Mapping[str, str], dtype: torch.dtype) -> str:
+    """Returns the fingerprint of the model in memory, from a few values of each tensor."""
+    return fingerprint_of(
+        (name, tuple(parameter.shape), dtype, checkpoint.sample(stored[name], sample_step(parameter.numel()), SAMPLED))
+        for name, parameter in model.named_parameters()
+    )

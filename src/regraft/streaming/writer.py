@@ -1,0 +1,97 @@
+"""A safetensors file written tensor by tensor, so that no more than one of them need be in memory.
+
+The format is that of :mod:`regraft.models.weights`. The library's own writer wants all tensors of a file at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a model.
+
+    Attributes:
+        name: Of the file.
+        shapes: Tensor name to shape, in the order in which they are written.
+        dtype: Of all of them.
+    """
+
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights in it."""
+        return sum(map(prod, self.shapes.values())) * self.dtype.itemsize
+
+
+class ShardWriter:
+    """Writes one safetensors file; use as a context manager.
+
+    Args:
+        folder: Where to.
+        shard: What it will hold.
+
+    Attributes:
+        sha256: Of the file, in hexadecimal, once it is closed.
+    """
+
+    def __init__(self, folder: Path, shard: Shard) -> None:
+        self._shard = shard
+        self._path = folder / shard.name
+        self._left = list(shard.shapes)
+        self._digest = hashlib.sha256()
+        self.sha256 = ""
+
+    def __enter__(self) -> ShardWriter:
+        self._file = self._path.open("wb")
+        offset, header = 0, {"__metadata__": {"format": "pt"}}
+        entries: dict[str, object] = dict(header)
+        for name, shape in self._shard.shapes.items():
+            size = prod(shape) * self._shard.dtype.itemsize
+            entries[name] = {"dtype": NAMES[self._shard.dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the reference writer aligns the data to eight bytes
+        self._put(struct.pack("<Q", len(text)) + text)
+        return self
+
+    def write(self, name: str, pieces: Iterable[Tensor]) -> None:
+        """Writes the next tensor, given as blocks of its rows in order."""
+        expected = self._left.pop(0)
+        assert name == expected, f"'{name}' comes where '{expected}' belongs"
+        count = 0
+        for piece in pieces:
+            flat = piece.detach().to(device="cpu", dtype=self._shard.dtype).contiguous().reshape(-1)
+            self._put(flat.view(torch.uint8).numpy())
+            count += flat.numel()
+        assert count == prod(self._shard.shapes[name]), f"'{name}' has {count} values, not {self._shard.shapes[name]}"
+
+    def __exit__(self, kind: object, value: object, trace: object) -> None:
+        try:
+            if kind is None:
+                assert not self._left, f"'{self._left[0]}' was not written"
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self.sha256 = self._digest.hexdigest()
+        finally:
+            self._file.close()
+
+    def _put(self, data: object) -> None:
+        self._file.write(data)  # pyright: ignore[reportArgumentType]
+        self._digest.update(data)  # pyright: ignore[reportArgumentType]
