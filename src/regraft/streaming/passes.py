@@ -241,33 +241,38 @@ class _Backward:
         """Returns the mean gradients, and their mean squares over windows where asked, of the named parameters of a layer."""
         prefix = self._view.layer_name(layer)
         wanted = {f"{prefix}.{name}": parameter for name, parameter in module.named_parameters() if f"{prefix}.{name}" in names}
-        sums = {name: torch.zeros_like(parameter) for name, parameter in wanted.items()} if squares else {}
-        second = {name: torch.zeros_like(parameter) for name, parameter in wanted.items()} if squares else {}
-        handles = [
-            parameter.register_post_accumulate_grad_hook(_squarer(sums[name], second[name]))
-            for name, parameter in wanted.items()
-            if squares
-        ]
         for parameter in wanted.values():
             parameter.requires_grad_(True)
-        step = 1 if squares else self._windows
-        try:
-            for first in range(0, self._count, step):
-                self._window(layer, list(wanted.values()), first, min(step, self._count - first))
-        finally:
-            for handle in handles:
-                handle.remove()
+        found = self._with_squares(layer, wanted) if squares else (self._means(layer, wanted), {})
         self._hidden.drop(layer)
-        if squares:
-            return {name: total.div_(self._count) for name, total in sums.items()}, {
-                name: total.div_(self._count) for name, total in second.items()
-            }
+        return found
+
+    def _means(self, layer: int, wanted: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Returns mean gradients, from several windows at once."""
+        for first in range(0, self._count, self._windows):
+            self._back(layer, list(wanted.values()), first, min(self._windows, self._count - first))
         means = {name: _gradient(parameter).div_(self._count) for name, parameter in wanted.items()}
         for parameter in wanted.values():
             parameter.grad = None
-        return means, {}
+        return means
 
-    def _window(self, layer: int, parameters: list[nn.Parameter], first: int, count: int) -> None:
+    def _with_squares(self, layer: int, wanted: dict[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Returns mean gradients and mean squared gradients, window by window; no window's gradients are there all at once."""
+        first = {name: torch.zeros_like(parameter, requires_grad=False) for name, parameter in wanted.items()}
+        second = {name: torch.zeros_like(parameter, requires_grad=False) for name, parameter in wanted.items()}
+        handles = [
+            parameter.register_post_accumulate_grad_hook(_squarer(first[name], second[name], self._count))
+            for name, parameter in wanted.items()
+        ]
+        try:
+            for window in range(self._count):
+                self._back(layer, list(wanted.values()), window, 1)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return first, second
+
+    def _back(self, layer: int, parameters: list[nn.Parameter], first: int, count: int) -> None:
         """Goes back through a layer with some windows; gradients of the parameters are added up."""
         entering = self._hidden.get(layer, first, count).to(self._device).detach().requires_grad_(True)
         above = self._hidden.get(self._slot, first, count).to(self._device)
@@ -277,13 +282,13 @@ class _Backward:
         self._hidden.put(self._slot, first, _gradient(entering))
 
 
-def _squarer(total: Tensor, squares: Tensor) -> Callable[[Tensor], None]:
-    """Returns a hook that takes the gradient of one window away as soon as it is there."""
+def _squarer(first: Tensor, second: Tensor, count: int) -> Callable[[Tensor], None]:
+    """Returns a hook that takes the gradient of one window of several away as soon as it is there."""
 
     def take(parameter: Tensor) -> None:
         gradient = _gradient(parameter)
-        total.add_(gradient)
-        squares.addcmul_(gradient, gradient)
+        first.add_(gradient, alpha=1.0 / count)
+        second.addcmul_(gradient, gradient, value=1.0 / count)
         parameter.grad = None
 
     return take
