@@ -20,7 +20,7 @@ from regraft.streaming.skeleton import Skeleton
 
 # The interpreter and the libraries. What the process that calls us holds beyond them is not ours to count.
 MOST_PROGRAM_BYTES = 700_000_000
-# Buffers of the allocator and of the matrix library, pieces that are being written.
+# What the program grows by when it works: buffers of the allocator and of the matrix library, pieces that are being written.
 SPARE_BYTES = 100_000_000
 HEAD_TOKENS = 64
 F32, F64 = 4, 8
@@ -78,7 +78,7 @@ def find_room(skeleton: Skeleton, task: Task, bound_bytes: int) -> Room:
         InputError: The bound is below what one layer needs; the message says how much that is.
     """
     sizes = _Sizes.of(skeleton)
-    program = min(psutil.Process().memory_info().rss, MOST_PROGRAM_BYTES)
+    program = min(psutil.Process().memory_info().rss, MOST_PROGRAM_BYTES) + SPARE_BYTES
     parts = _parts(sizes, task)
     needed = sum(parts.values())
     if needed > bound_bytes:
@@ -105,11 +105,12 @@ def in_words(count_bytes: int) -> str:
     """Returns a number of bytes as ``--memory`` takes it, rounded up.
 
     >>> in_words(1_234_567_890), in_words(45_000_001), in_words(12)
-    ('1.24GB', '46MB', '1MB')
+    ('1.24GB', '46MB', '1KB')
     """
     if count_bytes >= 1_000_000_000:
         return f"{-(-count_bytes // 10_000_000) / 100:.2f}GB"
-    return f"{max(1, -(-count_bytes // 1_000_000))}MB"
+    unit, name = (1_000_000, "MB") if count_bytes >= 1_000_000 else (1_000, "KB")
+    return f"{-(-count_bytes // unit)}{name}"
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _parts(sizes: _Sizes, task: Task) -> Mapping[str, int]:
             }
         )
     most = max(phases, key=lambda parts: sum(parts.values()))
-    return most | {"everything else": SPARE_BYTES + sizes.outside * F32}
+    return most | {"norms and the like": sizes.outside * F32}
 
 
 def _readers(view: ModelView, index: int) -> tuple[int, ...]:

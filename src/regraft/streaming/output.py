@@ -135,16 +135,15 @@ class PrunedWriter:
         skeleton: The checkpoint.
         groups: Of it.
         plan: What stays.
-        shard_bytes: Layers go to one file until it is this large.
     """
 
-    def __init__(self, skeleton: Skeleton, groups: Groups, plan: PrunePlan, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, skeleton: Skeleton, groups: Groups, plan: PrunePlan) -> None:
         self._skeleton = skeleton
         self._groups = groups
         self._plan = plan
         self._removed = removed_indices(groups, plan.cuts)
         self._parts = list(self._split_by_layer())
-        self.shards = _shards(self._parts, skeleton.dtype, shard_bytes)
+        self.shards = _shards(self._parts, skeleton.dtype, SHARD_BYTES)
         self.sizes: list[LayerSizes] = sizes_after(skeleton.view, groups, plan.cuts)
 
     def write(self, progress: Progress, refit: Refit | None, say: Callable[[str], None] = lambda line: None) -> None:
