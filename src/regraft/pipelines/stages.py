@@ -34,6 +34,7 @@ from regraft.report.summary import CurvePoint, RunReport, Width, won_back
 from regraft.training.recover import recover
 
 PLAN, RECOVERY, MEASUREMENT, SAMPLE = "plan.json", "recovery.json", "measurement.json", "sample.txt"
+SCORES = "scores"  # a folder for --cache: another ratio can start from there
 
 
 def files_of(recipe: Recipe) -> dict[str, Path]:
@@ -100,7 +101,8 @@ class Stages:
         def make(folder: Path) -> None:
             dense = self._dense
             assert dense is not None
-            plan = plan_pruning(dense, self._groups, settings, seed, self._progress)
+            kept = settings if settings.cache is not None else settings.model_copy(update={"cache": self._folder.path / SCORES})
+            plan = plan_pruning(dense, self._groups, kept, seed, self._progress)
             model = cut_to_plan(dense, self._groups, plan, settings, seed)
             save_pruned(model, dense, plan, folder, settings, seed=seed, command=self._command, replace=True)
             write_text(folder / PLAN, to_json(plan) + "\n")
