@@ -92,9 +92,7 @@ def _write_log(log: Sequence[LogRow], file: Path) -> None:
         writer.writerows(asdict(row) for row in log)
 
 
-def _measured(
-    folder: Path, tokenizer: Tokenizer, train_ids: Sequence[NDArray[np.uint16]], test: Sequence[Document]
-) -> dict[str, Any]:
+def _measured(folder: Path, tokenizer: Tokenizer, train_ids: Sequence[NDArray[np.uint16]], test: Sequence[Document]) -> dict[str, Any]:
     """Measures the written files, not the weights in memory: bf16 weights, computed in fp32."""
     model = LlamaForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
     window_tokens = model.config.max_position_embeddings

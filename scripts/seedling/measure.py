@@ -44,11 +44,7 @@ def model_nats(
     """
     if not 1 <= stride_tokens < window_tokens:
         raise ValueError(f"stride {stride_tokens} has to lie in 1..{window_tokens - 1} for windows of {window_tokens} tokens")
-    jobs = [
-        (number, start)
-        for number, document in enumerate(documents)
-        for start in _starts(len(document), window_tokens, stride_tokens)
-    ]
+    jobs = [(number, start) for number, document in enumerate(documents) for start in _starts(len(document), window_tokens, stride_tokens)]
     nats = [np.empty(len(document) - 1) for document in documents]
     model.eval()
     for first in range(0, len(jobs), _BATCH_WINDOWS):

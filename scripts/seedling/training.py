@@ -135,9 +135,7 @@ class Batches:
         self._short = PackedWindows(
             documents, settings.short_window_tokens, settings.batch_tokens // settings.short_window_tokens, settings.seed
         )
-        self._long = PackedWindows(
-            documents, settings.window_tokens, settings.batch_tokens // settings.window_tokens, settings.seed + 1
-        )
+        self._long = PackedWindows(documents, settings.window_tokens, settings.batch_tokens // settings.window_tokens, settings.seed + 1)
 
     def batch(self, step: int) -> Tensor:
         """Returns the batch of a step (counted from 0): (B, T) int64 with B * T tokens in every step."""

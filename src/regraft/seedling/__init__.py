@@ -21,7 +21,5 @@ def path() -> Path:
     """
     folder = Path(str(files(__name__)))
     if not (folder / "model.safetensors").is_file():
-        raise ModelError(
-            f"seedling has no weights at {folder}: install regraft from a wheel, unpacked, or give a model folder of your own"
-        )
+        raise ModelError(f"seedling has no weights at {folder}: install regraft from a wheel, unpacked, or give a model folder of your own")
     return folder

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -83,10 +83,15 @@ def test_tokenizer_knows_its_special_tokens_and_fits_the_embedding(folder: Path,
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text())
+@example(text="a special token <|bos|> in a text<|eos|>")
 def test_any_text_comes_back_from_the_tokenizer(text: str) -> None:
     loaded = _tokenizer_once()
-    assert loaded.decode(loaded(text).input_ids, skip_special_tokens=True) == text
+    ids = loaded(text).input_ids
+    assert ids[0] == loaded.bos_token_id
+    assert loaded.decode(ids[1:]) == text
     assert loaded.decode(loaded(text, add_special_tokens=False).input_ids) == text
+    if not any(token in text for token in loaded.all_special_tokens):  # these are skipped wherever they stand
+        assert loaded.decode(ids, skip_special_tokens=True) == text
 
 
 _LOADED: list = []

@@ -75,9 +75,7 @@ def test_kneser_ney_equals_the_formula_written_plainly(order: int) -> None:
     ours = KneserNey(train, order, VOCABULARY).probabilities(test)
     plain = PlainKneserNey(train, order)
     expected = [
-        plain.probability(tuple(int(t) for t in document[:end]), int(document[end]))
-        for document in test
-        for end in range(1, len(document))
+        plain.probability(tuple(int(t) for t in document[:end]), int(document[end])) for document in test for end in range(1, len(document))
     ]
     np.testing.assert_allclose(ours, expected, rtol=1e-12)
 
