@@ -26,10 +26,11 @@ def picture(results: dict[str, dict[str, Any]]) -> str:
     for index, (label, entry) in enumerate(results.items()):
         y = TOP + index * (BAR + GAP)
         length = entry["loss_nats"] * scale
+        said = f"{entry['loss_nats']:.3f} nats, {entry['parameters'] / 1e6:.2f} M parameters"
         rows += [
             f'<text x="{LEFT - 8}" y="{y + 18}" text-anchor="end">{label}</text>',
             f'<rect x="{LEFT}" y="{y}" width="{length:.1f}" height="{BAR}" rx="3" fill="{COLOURS[label]}"/>',
-            f'<text x="{LEFT + length + 8:.1f}" y="{y + 18}">{entry["loss_nats"]:.3f} nats, {entry["parameters"] / 1e6:.2f} M parameters</text>',
+            f'<text x="{LEFT + length + 8:.1f}" y="{y + 18}">{said}</text>',
         ]
     height = TOP + len(results) * (BAR + GAP) + 8
     style = "font: 14px system-ui, sans-serif; fill: #222"
@@ -56,8 +57,8 @@ def words(results: dict[str, dict[str, Any]]) -> str:
             *lines,
             "",
             f"Pruning {1 - pruned['parameters'] / dense['parameters']:.1%} of all parameters cost {cost:.3f} nats; recovery won back "
-            f"{won / cost:.0%} of them. Measured on {dense['tokens']:,} tokens of held-out files (windows of {dense['window_tokens']} tokens, "
-            f"stride {dense['stride_tokens']}), one seed.",
+            f"{won / cost:.0%} of them. Measured on {dense['tokens']:,} tokens of held-out files, windows of "
+            f"{dense['window_tokens']} tokens, stride {dense['stride_tokens']}, one seed.",
         ]
     )
 
