@@ -65,25 +65,29 @@ class LoadSettings(Settings):
 class PruneSettings(Settings):
     """What is cut and how it is chosen (LLM-Pruner, arXiv 2305.11627, and what came after it)."""
 
-    ratio: Ratio = Field(0.2, description="share of ALL parameters to remove (of bytes or milliseconds: see budget)")
-    criterion: str = Field("surgeon", description="random, l1, l2, taylor, wanda, flap, energy or surgeon")
-    order: Literal["first", "second", "mixed"] = Field("first", description="order of the Taylor criterion")
-    granularity: Literal["element", "vector"] = Field("element", description="absolute value before (element) or after the sum (vector)")
-    reduce: Reduction = Field("sum", description="how the scores of coupled weights become one")
-    shape: Shape = Field("per-layer", description="uniform: the same width in every layer, loads in stock classes")
+    ratio: Ratio = Field(default=0.2, description="share of ALL parameters to remove (of bytes or milliseconds: see budget)")
+    criterion: str = Field(default="surgeon", description="random, l1, l2, taylor, wanda, flap, energy or surgeon")
+    order: Literal["first", "second", "mixed"] = Field(default="first", description="order of the Taylor criterion")
+    granularity: Literal["element", "vector"] = Field(
+        default="element", description="absolute value before (element) or after the sum (vector)"
+    )
+    reduce: Reduction = Field(default="sum", description="how the scores of coupled weights become one")
+    shape: Shape = Field(default="per-layer", description="uniform: the same width in every layer, loads in stock classes")
     select: Literal["auto", "uniform", "global", "knapsack"] = Field(
-        "auto", description="how widths are chosen; auto: knapsack, or without text: uniform or global, as the shape asks"
+        default="auto", description="how widths are chosen; auto: knapsack, or without text: uniform or global, as the shape asks"
     )
     reconstruct: Literal["auto", "least_squares", "mean", "none"] = Field(
-        "auto", description="re-fit what reads the pruned channels; auto: least_squares, or none for criteria without text"
+        default="auto", description="re-fit what reads the pruned channels; auto: least_squares, or none for criteria without text"
     )
-    budget: Literal["parameters", "bytes", "milliseconds"] = Field("parameters", description="what the ratio is a share of")
-    rounds: Positive = Field(1, description="prune in this many steps, with scores taken anew")
-    layers: str = Field(":", description="range of layers to prune, as a Python slice: 1:-1 spares the first and the last")
-    targets: tuple[Literal["heads", "ffn"], ...] = Field(("heads", "ffn"), description="what is pruned")
-    align: Positive | Literal["auto"] = Field("auto", description="widths are multiples of this; auto: 16, less where 16 misses the target")
-    calibration: Path | None = Field(None, description="text to calibrate on; default: the built-in text")
-    samples: Positive = Field(128, description="calibration windows")
+    budget: Literal["parameters", "bytes", "milliseconds"] = Field(default="parameters", description="what the ratio is a share of")
+    rounds: Positive = Field(default=1, description="prune in this many steps, with scores taken anew")
+    layers: str = Field(default=":", description="range of layers to prune, as a Python slice: 1:-1 spares the first and the last")
+    targets: tuple[Literal["heads", "ffn"], ...] = Field(default=("heads", "ffn"), description="what is pruned")
+    align: Positive | Literal["auto"] = Field(
+        default="auto", description="widths are multiples of this; auto: 16, less where 16 misses the target"
+    )
+    calibration: Path | None = Field(default=None, description="text to calibrate on; default: the built-in text")
+    samples: Positive = Field(default=128, description="calibration windows")
     seq_len: Positive | None = Field(default=None, description="tokens of a calibration window; default: 128 or the model's limit")
     memory: Memory | None = Field(
         default=None, description="most memory, such as 6GB: the model is read layer by layer; default: loaded whole"

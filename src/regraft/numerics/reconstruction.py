@@ -21,6 +21,53 @@ from regraft.numerics.moments import Moments
 DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
+class NormalEquations:
+    """The normal equations of a layer's weights on the channels that stay.
+
+    They are solved to the same weights whatever the moments are divided by, so that sums do as well as means, and no copy of a matrix
+    of (in, in) is ever made: that matrix is what decides how much memory re-fitting takes.
+
+    Args:
+        weight_OI: Weights before, (out, in).
+        kept: Indices of the channels that stay, int64 (kept,), ascending.
+    """
+
+    def __init__(self, weight_OI: Tensor, kept: Tensor) -> None:
+        self._weight_OI = weight_OI.double()
+        self._kept = kept
+        self._gram_SS = weight_OI.new_zeros(0)
+        self._right_SO = weight_OI.new_zeros(0)
+
+    def add(self, second_II: Tensor) -> None:
+        """Adds second moments of the inputs, float64 (in, in).
+
+        Raises:
+            InputError: They are not finite.
+        """
+        if not torch.isfinite(second_II).all():
+            raise InputError("activations on the calibration text are not finite; use --dtype float32 or other calibration text")
+        right_SO = (self._weight_OI @ second_II)[:, self._kept].T
+        gram_SS = second_II[self._kept[:, None], self._kept]
+        first = not self._gram_SS.numel()
+        self._gram_SS = gram_SS if first else self._gram_SS.add_(gram_SS)
+        self._right_SO = right_SO if first else self._right_SO + right_SO
+
+    def solve(self, damping: float) -> Tensor:
+        """Returns the weights on the kept channels, float64 (out, kept), for a ridge relative to the mean of the diagonal."""
+        diagonal_S = self._gram_SS.diagonal()
+        undamped_S = diagonal_S.clone()
+        ridge = damping * undamped_S.mean().clamp_min(torch.finfo(torch.float64).tiny)
+        right_SO = self._right_SO + ridge * self._weight_OI[:, self._kept].T
+        diagonal_S += ridge
+        try:
+            factor, failed = torch.linalg.cholesky_ex(self._gram_SS)
+            if failed:  # the damping is below the rounding of the moments
+                return torch.linalg.lstsq(self._gram_SS, right_SO, driver=None).solution.T
+            return torch.cholesky_solve(right_SO, factor).T
+        finally:
+            diagonal_S.copy_(undamped_S)
+
+
 def reconstruct(weight_OI: Tensor, second_II: Tensor, kept: Tensor, damping: float) -> Tensor:
     """Returns the weights on the kept channels.
 
@@ -36,28 +83,27 @@ def reconstruct(weight_OI: Tensor, second_II: Tensor, kept: Tensor, damping: flo
     Raises:
         InputError: The second moments are not finite.
     """
-    if not torch.isfinite(second_II).all():
-        raise InputError("activations on the calibration text are not finite; use --dtype float32 or other calibration text")
-    weight = weight_OI.to(second_II)
-    cross_IS = second_II[:, kept]
-    gram_SS = cross_IS[kept]
-    ridge = damping * gram_SS.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    right_SO = (weight @ cross_IS + ridge * weight[:, kept]).T
-    damped = gram_SS + ridge * torch.eye(len(kept), dtype=gram_SS.dtype, device=gram_SS.device)
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if failed:  # the damping is below the rounding of the moments
-        return torch.linalg.lstsq(damped, right_SO, driver=None).solution.T
-    return torch.cholesky_solve(right_SO, factor).T
+    equations = NormalEquations(weight_OI, kept)
+    equations.add(second_II)
+    return equations.solve(damping)
 
 
 def error(weight_OI: Tensor, second_II: Tensor, kept: Tensor, new_OS: Tensor) -> float:
     """Returns the mean squared error ``E |W x - W' x_S|^2`` of new weights on inputs of these second moments."""
-    difference = weight_OI.to(second_II).clone()
-    difference[:, kept] -= new_OS
-    return float(torch.einsum("oi,ij,oj->", difference, second_II, difference))
+    difference_OI = weight_OI.to(second_II).clone()
+    difference_OI[:, kept] -= new_OS
+    return float((difference_OI @ second_II).mul_(difference_OI).sum())
 
 
 def choose_damping(weight_OI: Tensor, fit: Moments, held_out: Moments, kept: Tensor, dampings: Sequence[float] = DAMPINGS) -> float:
     """Returns the damping whose weights, fitted on one part of the calibration text, do best on the other."""
-    second_II, judge_II = fit.second_DD, held_out.second_DD
-    return min(dampings, key=lambda damping: error(weight_OI, judge_II, kept, reconstruct(weight_OI, second_II, kept, damping)))
+    equations = NormalEquations(weight_OI, kept)
+    equations.add(fit.square_DD)
+    return best_damping(equations, weight_OI, held_out, kept, dampings)
+
+
+def best_damping(
+    equations: NormalEquations, weight_OI: Tensor, held_out: Moments, kept: Tensor, dampings: Sequence[float] = DAMPINGS
+) -> float:
+    """Returns the damping with which equations that are there already do best on the other part of the text."""
+    return min(dampings, key=lambda damping: error(weight_OI, held_out.square_DD, kept, equations.solve(damping)))

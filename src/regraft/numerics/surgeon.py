@@ -45,8 +45,11 @@ def removal_order(
     if weight.shape[0] > width:
         weight = _root(weight.T @ weight).T
     ridge = damping * second_II.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    inverse = torch.linalg.inv(second_II + ridge * torch.eye(width, dtype=second_II.dtype, device=second_II.device))
-    return _eliminate(weight.clone(), 0.5 * (inverse + inverse.T), block)
+    damped_II = second_II.clone()
+    damped_II.diagonal().add_(ridge)
+    inverse = torch.linalg.inv(damped_II)
+    del damped_II
+    return _eliminate(weight.clone(), inverse.add_(inverse.T.clone()).mul_(0.5), block)
 
 
 def _eliminate(weight: Tensor, inverse: Tensor, block: int) -> tuple[list[int], list[float]]:
@@ -59,8 +62,8 @@ def _eliminate(weight: Tensor, inverse: Tensor, block: int) -> tuple[list[int], 
         unit = int(price.argmin())
         channels = slice(unit * block, (unit + 1) * block)
         solved = torch.linalg.solve(inverse[channels, channels], inverse[channels])
-        weight -= weight[:, channels].clone() @ solved
-        inverse -= inverse[:, channels].clone() @ solved
+        weight.addmm_(weight[:, channels].clone(), solved, alpha=-1.0)
+        inverse.addmm_(inverse[:, channels].clone(), solved, alpha=-1.0)
         # What is exactly zero in theory is made so: a pivot that rounding left behind would look cheap or explode.
         weight[:, channels] = 0.0
         inverse[channels, :] = 0.0

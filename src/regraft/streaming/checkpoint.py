@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from io import FileIO
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,7 +138,7 @@ class Checkpoint:
 
     def _into(self, stream: FileIO, place: Place, first: int, tensor: Tensor) -> None:
         """Fills a tensor with values ``first`` onwards of a stored one."""
-        buffer = memoryview(tensor.view(torch.uint8).numpy())
+        buffer = memory_of(tensor)
         stream.seek(place.offset + first * place.dtype.itemsize)
         done = 0
         while done < len(buffer):
@@ -146,6 +147,12 @@ class Checkpoint:
                 raise ModelError(f"'{place.path}' ended while it was read, {len(buffer) - done} bytes too early; {AGAIN}")
             done += got
         self.bytes_read += len(buffer)
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """Returns the bytes of a contiguous tensor on the CPU, to be read and written in place."""
+    values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(values)
 
 
 def _starts(path: Path) -> Iterator[tuple[str, int]]:

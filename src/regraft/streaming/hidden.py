@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from regraft.errors import OutputError
+from regraft.streaming.checkpoint import memory_of
 
 
 class HiddenStates(ABC):
@@ -87,7 +88,7 @@ class OnDisk(HiddenStates):
 
     def put(self, slot: int, first: int, hidden_BTD: Tensor) -> None:
         """Writes the states of the windows from ``first`` onwards."""
-        data = memoryview(hidden_BTD.detach().to(device="cpu", dtype=torch.float32).contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = memory_of(hidden_BTD.detach().to(device="cpu", dtype=torch.float32).contiguous())
         self._file.seek(self._offset(slot, first))
         while data:
             data = data[self._file.write(data) :]
@@ -95,7 +96,7 @@ class OnDisk(HiddenStates):
     def get(self, slot: int, first: int, count: int) -> Tensor:
         """Reads the states of some windows."""
         hidden_BTD = torch.empty(count, *self._shape[1:])
-        buffer = memoryview(hidden_BTD.reshape(-1).view(torch.uint8).numpy())
+        buffer = memory_of(hidden_BTD)
         self._file.seek(self._offset(slot, first))
         while buffer:
             got = self._file.readinto(buffer)

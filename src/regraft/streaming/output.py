@@ -202,7 +202,7 @@ class PrunedWriter:
         model = self._skeleton.loaded.model
         config: Any = config_for(model.config, self.sizes)
         register()
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         config.dtype = str(self._skeleton.dtype).partition(".")[2]
         config.architectures = [model_class.__name__]
         with quiet():

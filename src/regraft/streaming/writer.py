@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from regraft.streaming.checkpoint import memory_of
+
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -78,7 +80,7 @@ class ShardWriter:
         count = 0
         for piece in pieces:
             flat = piece.detach().to(device="cpu", dtype=self._shard.dtype).contiguous().reshape(-1)
-            self._put(flat.view(torch.uint8).numpy())
+            self._put(memory_of(flat))
             count += flat.numel()
         assert count == prod(self._shard.shapes[name]), f"'{name}' has {count} values, not {self._shard.shapes[name]}"
 
@@ -92,6 +94,6 @@ class ShardWriter:
         finally:
             self._file.close()
 
-    def _put(self, data: object) -> None:
-        self._file.write(data)  # pyright: ignore[reportArgumentType]
-        self._digest.update(data)  # pyright: ignore[reportArgumentType]
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from regraft.models.layerwise import Walk, WholeWalk, watched_inputs
 from regraft.models.view import ModelView
 from regraft.numerics.moments import Moments
-from regraft.numerics.reconstruction import choose_damping, reconstruct
+from regraft.numerics.reconstruction import NormalEquations, best_damping
 from regraft.plans import Cut, Group, Groups, Member
 
 Method = Literal["least_squares", "mean"]
@@ -87,14 +87,17 @@ def refit(
     old_OI = (weight if axis == 1 else weight.T).double()
     new_OI = torch.zeros_like(old_OI)
     if method == "least_squares":
-        centred = bias is not None
-        fit_II, judge_II = _seen(fit, centred), _seen(judge, centred)
-        chosen = choose_damping(old_OI, fit_II, judge_II, channels) if damping is None else damping
-        new_OI[:, channels] = reconstruct(old_OI, (fit_II + judge_II).second_DD, channels, chosen)
+        fit_II, judge_II = _seen(fit, bias is not None), _seen(judge, bias is not None)
+        equations = NormalEquations(old_OI, channels)
+        equations.add(fit_II.square_DD)
+        chosen = best_damping(equations, old_OI, judge_II, channels) if damping is None else damping
+        equations.add(judge_II.square_DD)
+        new_OI[:, channels] = equations.solve(chosen)
     else:
         new_OI[:, channels] = old_OI[:, channels]
     if bias is not None:
-        bias.copy_(bias.double() + (old_OI - new_OI) @ (fit + judge).mean_D)
+        mean_I = (fit.total_D + judge.total_D) / max(1, fit.count + judge.count)
+        bias.copy_(bias.double() + (old_OI - new_OI) @ mean_I)
     weight.copy_(new_OI if axis == 1 else new_OI.T)
 
 
@@ -102,8 +105,8 @@ def _seen(moments: Moments, centred: bool) -> Moments:
     """Returns the moments as they are, or about their mean where a bias takes care of that."""
     if not centred:
         return moments
-    outer = torch.outer(moments.mean_D, moments.mean_D) * moments.count
-    return Moments(moments.count, torch.zeros_like(moments.total_D), moments.square_DD - outer)
+    about_mean_DD = torch.addr(moments.square_DD, moments.mean_D, moments.mean_D, alpha=-moments.count)
+    return Moments(moments.count, torch.zeros_like(moments.total_D), about_mean_DD)
 
 
 def _moments(walk: Walk, layer: int, module: nn.Module, projection: nn.Module) -> tuple[Moments, Moments]:
