@@ -30,9 +30,7 @@ def inspect(
 
 
 def _show(console: Console, facts: dict[str, Any]) -> None:
-    console.print(
-        f"{facts['source']}: {facts['class']} ({facts['family']}, {facts['dtype']}), fingerprint {facts['fingerprint']}"
-    )
+    console.print(f"{facts['source']}: {facts['class']} ({facts['family']}, {facts['dtype']}), fingerprint {facts['fingerprint']}")
     console.print(
         f"{facts['parameters']:,} parameters, {facts['prunable_parameters']:,} of them in prunable groups; hidden size "
         f"{facts['hidden_size']}, vocabulary {facts['vocabulary']}, embeddings {'tied' if facts['tied_embeddings'] else 'not tied'}"
@@ -47,6 +45,4 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
     kinds = {group["kind"]: group for group in facts["groups"]}
     for kind, group in kinds.items():
         count = sum(other["kind"] == kind for other in facts["groups"])
-        console.print(
-            f"groups of kind '{kind}': {count}; one unit of {group['name']} holds {group['unit_parameters']:,} parameters"
-        )
+        console.print(f"groups of kind '{kind}': {count}; one unit of {group['name']} holds {group['unit_parameters']:,} parameters")

@@ -78,9 +78,7 @@ def measure_together(
         RegraftError: As :func:`measure`.
     """
     settings = settings or EvaluateSettings()
-    losses = {
-        label: evaluate_loss(one.model, one.tokenizer, corpus, settings, progress=progress) for label, one in subjects.items()
-    }
+    losses = {label: evaluate_loss(one.model, one.tokenizer, corpus, settings, progress=progress) for label, one in subjects.items()}
     sizes = {label: measure_size(one.model, one.folder, losses[label].window_tokens) for label, one in subjects.items()}
     speeds = compare_speed({label: one.model for label, one in subjects.items()}, seed=seed) if settings.speed else {}
     return {label: Measurement(label, losses[label], sizes[label], speeds.get(label)) for label in subjects}

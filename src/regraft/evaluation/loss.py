@@ -107,8 +107,7 @@ def window_and_stride(model: PreTrainedModel, settings: EvaluateSettings) -> tup
     stride = settings.stride or max(1, window // 2)
     if stride > window:
         raise InputError(
-            f"--stride {stride} exceeds the window of {window} tokens and would skip text between two windows; "
-            f"use at most {window}"
+            f"--stride {stride} exceeds the window of {window} tokens and would skip text between two windows; use at most {window}"
         )
     return window, stride
 
@@ -117,9 +116,7 @@ def _check_vocabulary(model: PreTrainedModel, sequences: Sequence[TokenSequence]
     rows = vocabulary_size(model)
     largest = max(max(sequence.ids) for sequence in sequences)
     if largest >= rows:
-        raise ModelError(
-            f"the tokenizer gives token {largest} but the model's embedding has {rows} rows; use the model's own tokenizer"
-        )
+        raise ModelError(f"the tokenizer gives token {largest} but the model's embedding has {rows} rows; use the model's own tokenizer")
 
 
 def _total_nats(
@@ -152,9 +149,7 @@ def _batches(windows: Sequence[Window], most_tokens: int, batch_windows: int | N
     """Groups windows of about equal length, longest first."""
     batch: list[Window] = []
     for window in sorted(windows, key=len, reverse=True):
-        full = (
-            len(batch) == batch_windows if batch_windows else (len(batch) + 1) * len(batch[0] if batch else window) > most_tokens
-        )
+        full = len(batch) == batch_windows if batch_windows else (len(batch) + 1) * len(batch[0] if batch else window) > most_tokens
         if batch and full:
             yield batch
             batch = []

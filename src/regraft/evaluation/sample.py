@@ -35,9 +35,7 @@ def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, se
     prompt_1L = _prompt(tokenizer, settings.prompt)
     length, limit = prompt_1L.shape[1], context_limit(model.config)
     if limit is not None and length >= limit:
-        raise InputError(
-            f"the prompt has {length} tokens and the model's context {limit}: nothing can follow; shorten the prompt"
-        )
+        raise InputError(f"the prompt has {length} tokens and the model's context {limit}: nothing can follow; shorten the prompt")
     eos = _eos(model, tokenizer)
     generation = GenerationConfig(
         max_new_tokens=settings.tokens if limit is None else min(settings.tokens, limit - length),
@@ -61,9 +59,7 @@ def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, se
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """Returns the prompt's token ids, shape ``(1, length)``."""
-    first: Any = (
-        bos_id(tokenizer) if text else (tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
-    )
+    first: Any = bos_id(tokenizer) if text else (tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
     ids = [] if first is None else [first]
     if text:
         ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore[reportOperatorIssue]

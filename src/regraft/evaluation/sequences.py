@@ -109,9 +109,7 @@ def _documents(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bos, lef
     start = () if first is None else (first,)
     fast = bool(tokenizer.is_fast)
     for text in corpus.documents:
-        encoded = tokenizer(
-            text, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=fast, verbose=False
-        )
+        encoded = tokenizer(text, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=fast, verbose=False)
         plain: list[int] = encoded["input_ids"]  # pyright: ignore[reportAssignmentType]
         unseen = 0 if start else 1
         kept = len(plain) if left is None else min(len(plain), left + unseen)
@@ -122,9 +120,7 @@ def _documents(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bos, lef
         yield sequence
 
 
-def _prefix_bytes(
-    text: str, count: int, ids: list[int], offsets: list[tuple[int, int]] | None, tokenizer: PreTrainedTokenizerBase
-) -> int:
+def _prefix_bytes(text: str, count: int, ids: list[int], offsets: list[tuple[int, int]] | None, tokenizer: PreTrainedTokenizerBase) -> int:
     """Returns how many bytes of a text its first ``count`` tokens are: those before the next token begins."""
     if count == 0 or not ids:
         return 0

@@ -110,9 +110,7 @@ def _lengths(models: Mapping[str, PreTrainedModel], prompt: int | None, decoded:
     if prompt < 1 or decoded < 1:
         raise InputError(f"a prompt of {prompt} and {decoded} generated tokens measure nothing; use at least 1 of each")
     if limit is not None and prompt + decoded > limit:
-        raise InputError(
-            f"a prompt of {prompt} and {decoded} generated tokens exceed the model's context of {limit}; use fewer of either"
-        )
+        raise InputError(f"a prompt of {prompt} and {decoded} generated tokens exceed the model's context of {limit}; use fewer of either")
     return prompt, decoded
 
 

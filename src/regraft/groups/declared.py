@@ -51,7 +51,7 @@ def _group(view: ModelView, layer: int, sizes: LayerSizes, coupling: Coupling) -
         members.append(Member(f"{name}.weight", axis=0 if axis.side == "out" else 1, side=axis.side, size=size))
         units = (rows if axis.side == "out" else columns) // size
         unit_parameters += size * (columns if axis.side == "out" else rows)
-        bias = module._parameters["bias"]  # nn.Linear declares its bias as never None, and sets None
+        bias = dict(module.named_parameters(recurse=False)).get("bias")
         if axis.side == "out" and bias is not None:
             members.append(Member(f"{name}.bias", axis=0, side="out", size=size))
             unit_parameters += size

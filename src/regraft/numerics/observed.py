@@ -277,18 +277,14 @@ def _compressed(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int,
 def _check_entries(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> None:
     sizes = (rows.numel(), columns.numel(), values.numel())
     if rows.dim() != 1 or columns.dim() != 1 or values.dim() != 1 or len(set(sizes)) != 1:
-        raise DataError(
-            f"rows, columns and values have {sizes[0]}, {sizes[1]} and {sizes[2]} entries; give three flat lists of one length"
-        )
+        raise DataError(f"rows, columns and values have {sizes[0]}, {sizes[1]} and {sizes[2]} entries; give three flat lists of one length")
     if sizes[0] == 0:
         raise DataError("there are no observed entries; give at least one")
     for indices, name, size in ((rows, "row", shape[0]), (columns, "column", shape[1])):
         low, high = int(indices.min()), int(indices.max())
         if low < 0 or high >= size:
             worst = low if low < 0 else high
-            raise DataError(
-                f"{name} {worst} is out of range: the shape {shape[0]} x {shape[1]} has {name}s 0 to {size - 1}; mend it"
-            )
+            raise DataError(f"{name} {worst} is out of range: the shape {shape[0]} x {shape[1]} has {name}s 0 to {size - 1}; mend it")
     if not bool(torch.isfinite(values).all()):
         place = int((~torch.isfinite(values)).nonzero()[0])
         raise DataError(f"value {float(values[place])} of entry {place} is not finite; remove the entry")

@@ -148,6 +148,4 @@ def factored_triplets(left: Tensor, right: Tensor) -> Triplets:
 def _check(rank: int, rows: int, columns: int) -> None:
     checked_count(rank, "rank")
     if rank > min(rows, columns):
-        raise InputError(
-            f"rank {rank} is too large: a {rows} x {columns} matrix has {min(rows, columns)} singular values; lower it"
-        )
+        raise InputError(f"rank {rank} is too large: a {rows} x {columns} matrix has {min(rows, columns)} singular values; lower it")

@@ -97,9 +97,7 @@ def load_adapted(folder: Path, settings: LoadSettings) -> Loaded:
     wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     for names, problem in ((wanted - stored, "it lacks"), (stored - wanted - own, "the base has no place for")):
         if names:
-            raise ModelError(
-                f"the adapter '{folder}' does not fit its base '{base}': {problem} '{min(names)}'; give its own base"
-            )
+            raise ModelError(f"the adapter '{folder}' does not fit its base '{base}': {problem} '{min(names)}'; give its own base")
     check_finite(adapted, str(folder))
     return replace(loaded, model=adapted, source=str(folder), fingerprint=fingerprint(adapted))
 

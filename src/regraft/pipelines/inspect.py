@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from regraft.models.load import Loaded
-
 from regraft.groups.declared import discover
+from regraft.models.load import Loaded
 from regraft.models.view import ModelView, parameter_count
 
 
@@ -21,7 +20,7 @@ def inspect_model(loaded: Loaded) -> dict[str, Any]:
     model, view = loaded.model, ModelView(loaded.model)
     groups = discover(view)
     sizes = [view.sizes(index) for index in range(len(view.layers))]
-    embedding = model.get_input_embeddings()
+    embedding_weight = dict(model.get_input_embeddings().named_parameters())["weight"]
     return {
         "source": loaded.source,
         "family": view.family.model_type,
@@ -31,7 +30,7 @@ def inspect_model(loaded: Loaded) -> dict[str, Any]:
         "parameters": parameter_count(model),
         "prunable_parameters": sum(group.units * group.unit_parameters for group in groups.groups),
         "hidden_size": int(model.config.hidden_size),
-        "vocabulary": int(embedding.weight.shape[0]),
+        "vocabulary": int(embedding_weight.shape[0]),
         "tied_embeddings": bool(model.config.tie_word_embeddings),
         "uniform": len(set(sizes)) == 1,
         "layers": [

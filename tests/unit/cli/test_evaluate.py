@@ -33,9 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
 
 
 def test_options_become_settings(calls: list, capsys: pytest.CaptureFixture[str]) -> None:
-    line = (
-        "evaluate some/folder --text t.txt --window 64 --stride 16 --max-tokens 9 --bos false --speed --dtype bfloat16 --seed 5"
-    )
+    line = "evaluate some/folder --text t.txt --window 64 --stride 16 --max-tokens 9 --bos false --speed --dtype bfloat16 --seed 5"
     assert app.run(shlex.split(line)) == 0
     ((model, settings, load, seed),) = calls
     assert (model, load.dtype, load.device, seed) == ("some/folder", "bfloat16", "cpu", 5)
@@ -75,9 +73,7 @@ def test_json_on_the_screen_is_nothing_but_json(calls: list, capsys: pytest.Capt
         ([], "MODEL"),
     ],
 )
-def test_wrong_options_are_told_in_one_line(
-    calls: list, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
+def test_wrong_options_are_told_in_one_line(calls: list, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert app.run(["evaluate", *(["seedling", *arguments] if arguments else [])]) == 2
     told = capsys.readouterr().err
     assert message in told
@@ -85,9 +81,7 @@ def test_wrong_options_are_told_in_one_line(
     assert calls == []
 
 
-def test_a_file_that_cannot_be_written_is_refused_before_measuring(
-    calls: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_cannot_be_written_is_refused_before_measuring(calls: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("x")
     for path, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "a.json", "not a folder that can be written")):
         assert app.run(["evaluate", "seedling", "--json", str(path)]) == 2

@@ -18,9 +18,7 @@ CORPUS = Corpus("made up", "test", documents=("Once upon a time.", "The end."))
 REQUIRED = {"loss_nats", "perplexity", "bits_per_byte", "window_tokens", "stride_tokens", "tokens", "parameters", "text"}
 
 
-def test_a_measurement_is_flat_json_with_all_that_is_promised(
-    make_model: MakeModel, make_tokenizer: Make, tmp_path: Path
-) -> None:
+def test_a_measurement_is_flat_json_with_all_that_is_promised(make_model: MakeModel, make_tokenizer: Make, tmp_path: Path) -> None:
     model, tokenizer = make_model("llama"), make_tokenizer()
     model.save_pretrained(tmp_path)
     measured = measure("dense", model, tokenizer, CORPUS, folder=tmp_path)

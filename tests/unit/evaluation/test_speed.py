@@ -15,9 +15,7 @@ MakeModel = Callable[..., PreTrainedModel]
 
 
 def of_size(hidden: int, layers: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4
-    )
+    config = LlamaConfig(vocab_size=97, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4)
     return LlamaForCausalLM(config).eval()
 
 
@@ -31,9 +29,7 @@ def test_a_larger_model_is_slower_and_needs_more_memory() -> None:
     assert (large.threads, large.device) == (torch.get_num_threads(), "cpu")
 
 
-def test_models_are_measured_in_turns_and_the_first_turn_does_not_count(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_are_measured_in_turns_and_the_first_turn_does_not_count(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     models = {"a": make_model("llama"), "b": make_model("qwen2")}
     calls: list[str] = []
     for label, model in models.items():

@@ -62,17 +62,13 @@ def dense_score(model, saliency, layer, kind, unit, granularity, how):
             total += float(values.abs().sum() if granularity == "element" else values.sum().abs())
         members.append(total)
     members = torch.tensor(members, dtype=torch.float64)
-    return {"sum": members.sum, "mean": members.mean, "max": members.max, "product": members.prod, "last": lambda: members[-1]}[
-        how
-    ]()
+    return {"sum": members.sum, "mean": members.mean, "max": members.max, "product": members.prod, "last": lambda: members[-1]}[how]()
 
 
 def assert_matches(model, got, saliency, granularity, how):
     for group in discover(ModelView(model)).groups:
         want = [dense_score(model, saliency, group.layer, group.kind, unit, granularity, how) for unit in range(group.units)]
-        torch.testing.assert_close(
-            torch.tensor(got.values[group.name], dtype=torch.float64), torch.stack(want), rtol=1e-4, atol=1e-12
-        )
+        torch.testing.assert_close(torch.tensor(got.values[group.name], dtype=torch.float64), torch.stack(want), rtol=1e-4, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-bias"])

@@ -40,9 +40,7 @@ def test_random_frames_are_orthonormal(rows: int, share: float, seed: int) -> No
     seed=st.integers(0, 2**31),
     scale=st.floats(1e-6, 1e6),
 )
-def test_compact_frames_hold_the_gradient_and_something_beside_it(
-    rows: int, columns: int, rank: int, seed: int, scale: float
-) -> None:
+def test_compact_frames_hold_the_gradient_and_something_beside_it(rows: int, columns: int, rank: int, seed: int, scale: float) -> None:
     rank = min(rank, min(rows, columns) // 2)
     generator = torch.Generator().manual_seed(seed)
     gradient = top_triplets(scale * torch.randn(rows, columns, generator=generator, dtype=torch.float64), rank)

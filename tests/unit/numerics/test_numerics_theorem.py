@@ -183,8 +183,6 @@ def test_the_discrepant_rate_is_gamma_times_the_step() -> None:
         (lambda g: null_space_basis(torch.eye(6), torch.eye(6), 4), "rank 4 is too large for a 6 x 6 matrix.*at most 3"),
     ],
 )
-def test_impossible_settings_are_refused(
-    make: Callable[[torch.Generator], object], words: str, generator: torch.Generator
-) -> None:
+def test_impossible_settings_are_refused(make: Callable[[torch.Generator], object], words: str, generator: torch.Generator) -> None:
     with pytest.raises(InputError, match=words):
         make(generator)

@@ -66,9 +66,7 @@ def test_damping_is_chosen_by_the_part_that_was_not_fitted():
     fit, judge = moments(X[:9]), moments(X[9:])
     kept = torch.tensor([0, 1, 2, 3, 4])
     chosen = choose_damping(W, fit, judge, kept)
-    errors = {
-        damping: error(W, judge.second_DD, kept, reconstruct(W, fit.second_DD, kept, damping)) for damping in (1e-6, 1e-2, chosen)
-    }
+    errors = {damping: error(W, judge.second_DD, kept, reconstruct(W, fit.second_DD, kept, damping)) for damping in (1e-6, 1e-2, chosen)}
     assert errors[chosen] == min(errors.values())
 
 

@@ -40,9 +40,7 @@ def settings(tmp_path: Path) -> EvaluateSettings:
 @pytest.fixture
 def adapter(base: Path, tmp_path: Path) -> Path:
     """A saved adapter that changes the model, beside its base."""
-    model = get_peft_model(
-        regraft.load(base).model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    )
+    model = get_peft_model(regraft.load(base).model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -124,9 +122,7 @@ def test_damaged_adapters_are_refused(base: Path, adapter: Path, settings: Evalu
         evaluate_model(adapter, settings)
 
 
-def test_an_adapter_of_another_model_is_refused(
-    adapter: Path, settings: EvaluateSettings, make_model: MakeModel, tmp_path: Path
-) -> None:
+def test_an_adapter_of_another_model_is_refused(adapter: Path, settings: EvaluateSettings, make_model: MakeModel, tmp_path: Path) -> None:
     set_base(adapter, str(tmp_path / "gone"))
     with pytest.raises(ModelError, match=r"the base model of the adapter.*gone"):
         evaluate_model(adapter, settings)
