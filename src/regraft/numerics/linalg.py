@@ -50,3 +50,19 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
 def csr(pointers: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     """Returns a CSR tensor, its arguments trusted: pointers rows + 1, columns and values one for each entry."""
     return torch.sparse_csr_tensor(pointers, columns, values, shape, check_invariants=False)
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """Returns the lower triangle whose product with its transpose is the (positive definite) argument."""
+    return torch.linalg.cholesky(matrix)
+
+
+def solve_right(matrix: Tensor, upper: Tensor) -> Tensor:
+    """Solves ``x @ upper = matrix`` for an upper triangle."""
+    return torch.linalg.solve_triangular(upper, matrix, upper=True, left=False)
+
+
+def unique(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the different numbers, ascending, and for each given one its place among them."""
+    found = torch.unique(numbers, return_inverse=True)
+    return found[0], found[1]
