@@ -12,13 +12,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
-import yaml
 from pydantic import Field, ValidationError
 
 from regraft.errors import ConfigError, InputError, RegraftError, did_you_mean
 from regraft.importance import CRITERIA
 from regraft.pipelines.prune import resolve
-from regraft.pipelines.strict_yaml import YamlText, read_value, read_yaml
+from regraft.pipelines.strict_yaml import YamlText, read_value, read_yaml, write_yaml
 from regraft.settings import (
     EvaluateSettings,
     LoadSettings,
@@ -127,7 +126,7 @@ def check_recipe(values: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
 
 def to_yaml(recipe: Recipe) -> str:
     """Returns a recipe with every key spelt out; :func:`read_recipe` reads it back to an equal one."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return write_yaml(recipe.model_dump(mode="json"))
 
 
 def _empty_sections(document: YamlText) -> Iterator[str]:

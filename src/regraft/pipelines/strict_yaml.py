@@ -21,8 +21,22 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own way of declaring them
 
 
+class _Dumper(yaml.SafeDumper):
+    """The safe dumper, which quotes what either version of YAML would take for something else than text."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {  # noqa: RUF012 - PyYAML's own way of declaring them
+        first: list(known) for first, known in yaml.SafeDumper.yaml_implicit_resolvers.items()
+    }
+
+
 def _plain(tag: str, pattern: str, first: str) -> None:
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), list(first))
+    for kind in (_Loader, _Dumper):
+        kind.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), list(first))
+
+
+def write_yaml(value: Any) -> str:
+    """Returns plain data as YAML that :func:`read_value` reads back to an equal value: text that looks like a number is quoted."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 _plain("null", r"^(?:null|Null|NULL|~|)$", "nN~")
