@@ -55,17 +55,21 @@ class Task:
         self.step = automatic_step(float(self.triplets.values[0]), self.entries.share, DEPTH, GAMMA, safety=1.0)
 
     def masked(self) -> WholeMatrix:
+        """What is seen, as a dense mask."""
         mask = torch.zeros(self.dimension, self.dimension, dtype=torch.float64)
         mask[self.entries.rows, self.entries.columns] = 1.0
         return WholeMatrix(self.left @ self.right.T, mask)
 
     def full(self) -> Chain:
+        """The full-width start."""
         return full_start((self.dimension, self.dimension), DEPTH, SCALE, self.generator)
 
     def narrow(self) -> Chain:
+        """A random start of the compressed one's width, 2r."""
         return narrow_start((self.dimension, self.dimension), 2 * self.rank, DEPTH, SCALE, self.generator)
 
     def compressed(self, gamma: float = GAMMA) -> Chain:
+        """The compressed start."""
         return compressed_start(compact_frames(self.triplets, self.generator), DEPTH, SCALE, gamma)
 
     def unseen_error(self, chain: Chain) -> float:
