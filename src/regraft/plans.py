@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, TypeVar, cast
@@ -254,6 +254,81 @@ class RankPlan:
     ranks: dict[str, int]
     alpha_per_rank: float = 2.0
     trainable_parameters: int = 0
+
+
+@dataclass(frozen=True)
+class RankSlot:
+    """What gets one rank in a search: a decoder layer, or one module.
+
+    Attributes:
+        name: Unique: ``layers.3``, or the module's full name.
+        modules: The adapted modules that share the rank, by full name.
+        layer: Index of their decoder layer.
+        parameters_per_rank: Trainable parameters that one more rank costs: the sum of ``in + out`` of the modules, as they are now.
+        limit: Largest rank that every module can hold.
+        features: What is known of the slot before any recovery, by name: the share that was pruned, the importance that was removed,
+            gradient energy and the like. Every slot of a space has the same names.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    layer: int
+    parameters_per_rank: int
+    limit: int
+    features: dict[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True)
+class RankSpace:
+    """The rank vectors among which an allocator chooses.
+
+    Attributes:
+        fingerprint: Of the model.
+        granularity: What a slot is.
+        slots: In the order of the model; a rank vector has one entry for each.
+        choices: The ranks, ascending, such as ``(2, 4, 6, 8, 10, 12)``.
+        budget: Most trainable parameters, a hard limit.
+        uniform: The uniform rank whose cost the budget is, or the largest that fits where the budget was given as a number.
+    """
+
+    fingerprint: str
+    granularity: Literal["layer", "module"]
+    slots: tuple[RankSlot, ...]
+    choices: tuple[int, ...]
+    budget: int
+    uniform: int
+
+    def cost(self, ranks: Sequence[int]) -> int:
+        """Returns the trainable parameters of a rank vector."""
+        return sum(slot.parameters_per_rank * rank for slot, rank in zip(self.slots, ranks, strict=True))
+
+    def holds(self, ranks: Sequence[int]) -> bool:
+        """Returns whether a rank vector is of this space: from the choices, within every limit and within the budget."""
+        allowed = all(rank in self.choices and rank <= slot.limit for slot, rank in zip(self.slots, ranks, strict=True))
+        return allowed and self.cost(ranks) <= self.budget
+
+
+@dataclass(frozen=True)
+class RankTrial:
+    """One measurement of one rank vector.
+
+    Attributes:
+        ranks: One for each slot.
+        loss_nats: Held-out loss after recovery, lower is better; None when the recovery failed.
+        fidelity: Share of a full recovery's steps that were trained, in (0, 1].
+        cost: What the measurement took, in units of one full recovery.
+        kind: A real recovery, or a forward pass of the elastic adapter.
+        seed: Of batches and initial values; trials of one seed are paired.
+        note: Why it failed, or empty.
+    """
+
+    ranks: tuple[int, ...]
+    loss_nats: float | None
+    fidelity: float
+    cost: float
+    kind: Literal["recovery", "elastic"] = "recovery"
+    seed: int = 0
+    note: str = ""
 
 
 @dataclass(frozen=True)
