@@ -156,7 +156,8 @@ def gradients(chain: Chain, d_left: Tensor, d_first: Tensor | None) -> list[Tens
         d_first: w x n, left^T E; None leaves the first factor out.
 
     Returns:
-        One gradient for each factor; None for the first when ``d_first`` is None, and for a last factor of rate 0.
+        One gradient for each factor; None for the first when ``d_first`` is None, and for a last factor of rate 0. All are new
+        tensors.
     """
     upper = chain.factors[1:]
     below = [upper[0]]  # below[i] is upper[i] @ ... @ upper[0]

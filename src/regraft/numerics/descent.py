@@ -16,19 +16,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from regraft.errors import InputError, TrainingError
 from regraft.numerics.chain import Chain, gradients
 from regraft.numerics.checks import checked_count, checked_number
 from regraft.numerics.observed import Observed
+from regraft.numerics.updates import Adam, HeavyBall, Moved, Update
 
 OptimizerName = Literal["gd", "momentum", "adam"]
 
 Watch = Callable[[int, Chain, float], bool]
 """Called with the iteration, the chain before its step and the relative loss; returning True stops the descent."""
-
-ADAM_EPSILON = 1e-12
-"""torch's 1e-8 is of the size of the first gradients of a start at scale 1e-3 (scale^2 and below) and would damp them."""
 
 DIVERGED = 1e3
 """A relative loss, 1 at a vanishing start, above which a descent will not come back."""
@@ -97,27 +96,31 @@ class Stepper:
         chain: Where to start; not changed.
         observed: What to fit.
         descent: How.
+
+    Attributes:
+        chain: Where it is now.
+        gradients: Of the factors that move (a rate of 0 freezes), first to last, after :meth:`loss`.
     """
 
     def __init__(self, chain: Chain, observed: Observed, descent: Descent) -> None:
         if chain.shape != observed.shape:
             raise InputError(f"the factors make a {chain.shape} matrix, the data are {observed.shape}; build them for one shape")
         self.chain = chain.clone()
+        self.gradients: list[Tensor] = []
         self._observed = observed
-        self._optimizer = _optimizer(self.chain, descent)
+        self._update = _update(self.chain, descent)
         self._norm = observed.squared_norm or 1.0
 
     def loss(self) -> float:
         """Evaluates the relative loss and leaves the gradients in place for :meth:`step`."""
         chain = self.chain
         pull = self._observed.pull(chain.left(), chain.factors[0], need_first=chain.rates[0] != 0)
-        for factor, gradient in zip(chain.factors, gradients(chain, pull.d_left, pull.d_first), strict=True):
-            factor.grad = gradient
+        self.gradients = [found for found in gradients(chain, pull.d_left, pull.d_first) if found is not None]
         return pull.squared_error / self._norm
 
     def step(self) -> None:
-        """Moves every factor along the gradients of the last :meth:`loss`."""
-        self._optimizer.step()
+        """Moves every factor along the gradients of the last :meth:`loss`, which it uses up."""
+        self._update.apply(self.gradients)
 
 
 def descend(chain: Chain, observed: Observed, descent: Descent, watch: Watch | None = None) -> Outcome:
@@ -174,14 +177,13 @@ def automatic_step(top_value: float, share: float, depth: int, gamma: float = 0.
     return safety / max(curvature, torch.finfo(torch.float64).tiny)
 
 
-def _optimizer(chain: Chain, descent: Descent) -> torch.optim.Optimizer:
+def _update(chain: Chain, descent: Descent) -> Update:
     last = len(chain.factors) - 1
-    groups: list[dict[str, object]] = []
+    moved: list[Moved] = []
     for index, (factor, rate) in enumerate(zip(chain.factors, chain.rates, strict=True)):
         outer = chain.frames and index in (0, last)
         if rate:
-            decay = 0.0 if outer else descent.weight_decay
-            groups.append({"params": [factor], "lr": rate * descent.step_size, "weight_decay": decay})
+            moved.append(Moved(factor, rate * descent.step_size, 0.0 if outer else descent.weight_decay))
     if descent.optimizer == "adam":
-        return torch.optim.Adam(groups, betas=(descent.momentum, 0.999), eps=ADAM_EPSILON)
-    return torch.optim.SGD(groups, lr=descent.step_size, momentum=descent.momentum if descent.optimizer == "momentum" else 0.0)
+        return Adam(moved, descent.momentum)
+    return HeavyBall(moved, descent.momentum if descent.optimizer == "momentum" else 0.0)

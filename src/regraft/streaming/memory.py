@@ -21,7 +21,7 @@ from regraft.streaming.skeleton import Skeleton
 # The interpreter and the libraries. What the process that calls us holds beyond them is not ours to count.
 MOST_PROGRAM_BYTES = 700_000_000
 # What the program grows by when it works: buffers of the allocator and of the matrix library, pieces that are being written.
-SPARE_BYTES = 100_000_000
+SPARE_BYTES = 150_000_000
 HEAD_TOKENS = 64
 F32, F64 = 4, 8
 
@@ -187,7 +187,7 @@ def _parts(sizes: _Sizes, task: Task) -> Mapping[str, int]:
         phases.append(
             {
                 "a layer in float32": layer,
-                "second moments": squared + 6 * widest + 2 * projection,
+                "second moments": squared + 4 * widest + 2 * projection,
                 "activations": sizes.forward_bytes(task.tokens),
             }
         )
@@ -195,7 +195,7 @@ def _parts(sizes: _Sizes, task: Task) -> Mapping[str, int]:
         phases.append(
             {
                 "a layer in float32": layer,
-                "re-fitting its widest projection": 9 * widest + 3 * projection,
+                "re-fitting its widest projection": 4 * widest + 2 * projection,
                 "activations": sizes.forward_bytes(task.tokens),
             }
         )
