@@ -101,25 +101,26 @@ def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+def random_model(family: str = "llama", **config: Any) -> PreTrainedModel:
+    """Returns a random model whose biases and norms are not trivial."""
+    model = (FAMILIES | MORE_FAMILIES)[family](**config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("bias"):
+                parameter.copy_(0.1 * noise)
+            elif "norm" in name or ".ln_" in name:
+                parameter.copy_(1.0 + 0.1 * noise)
+            else:
+                parameter.copy_(0.15 * noise)
+    return model
+
+
 @pytest.fixture
 def make_model() -> Callable[..., PreTrainedModel]:
     """Returns ``make(family, **config)``: a random model whose biases and norms are not trivial."""
-
-    def make(family: str = "llama", **config: Any) -> PreTrainedModel:
-        model = (FAMILIES | MORE_FAMILIES)[family](**config).eval()
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                if name.endswith("bias"):
-                    parameter.copy_(0.1 * noise)
-                elif "norm" in name or ".ln_" in name:
-                    parameter.copy_(1.0 + 0.1 * noise)
-                else:
-                    parameter.copy_(0.15 * noise)
-        return model
-
-    return make
+    return random_model
 
 
 @pytest.fixture(params=sorted(FAMILIES))

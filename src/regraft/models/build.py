@@ -11,21 +11,23 @@ import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from regraft.errors import PlanError
-from regraft.models.family import Family, family_of
+from regraft.models.family import Family, family_of, matches
 from regraft.models.quiet import quiet
-from regraft.models.uneven import register
+from regraft.models.uneven import own_config
+from regraft.models.uneven.configuration_regraft import LAYOUT
 from regraft.models.view import LayerSizes, ModelView
 
 # Lists in a config that have one entry for each layer.
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 # Written by transformers on saving, or ours: never carried from one config to the next.
+OURS = ("layout", "alibi_of", "alibi_heads", "norm_width")  # known to our own configs only
 DERIVED = ("per_layer_config", "auto_map", "architectures", "model_type", "transformers_version", "_name_or_path")
 
 
@@ -35,6 +37,7 @@ def build(
     state: Mapping[str, Tensor],
     *,
     layers: Sequence[int] | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Returns a new model of the given sizes with the given tensors.
 
@@ -47,14 +50,15 @@ def build(
         sizes: Of each layer, in order; zero query heads or a zero feed-forward width for a part that is removed.
         state: Parameter name to tensor, layers numbered as in ``sizes``. Tensors of removed parts are ignored.
         layers: Which layer of ``like`` each entry of ``sizes`` was; all of them in order by default.
+        changes: Further entries of the config: the epsilon of rescaled norms, the width that layer norms still count.
 
     Raises:
         PlanError: The sizes do not fit each other or the tensors.
     """
-    config = config_for(like.config, sizes, layers=layers, hidden_size=_hidden_size(like, state))
-    register()
+    config = config_for(like.config, sizes, layers=layers, hidden_size=_hidden_size(like, state), changes=changes)
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    wanted = {name: tensor for name, tensor in state.items() if not _is_removed(name, sizes, family_of(like.config.model_type))}
+    parts = family_of(like.config.model_type).parts(like.config)
+    wanted = {name: tensor for name, tensor in state.items() if not _is_removed(name, sizes, like, parts)}
     with quiet():
         model, report = model_class.from_pretrained(
             None,
@@ -78,6 +82,7 @@ def config_for(
     *,
     layers: Sequence[int] | None = None,
     hidden_size: int | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> PreTrainedConfig:
     """Returns the config of a model with the given sizes; its type says which class the model becomes.
 
@@ -86,48 +91,111 @@ def config_for(
         sizes: Of each layer that stays, in order.
         layers: Which layer of ``base`` each entry of ``sizes`` was; all of them in order by default.
         hidden_size: Width of the residual stream; that of ``base`` by default.
+        changes: Further entries, by the names that the config uses.
 
     Raises:
         PlanError: The sizes do not fit each other or ``base``.
     """
     kept = _kept_layers(base, sizes, layers)
-    _refuse_impossible(sizes)
+    family = family_of(base.model_type)
+    _refuse_impossible(sizes, family)
+    names = base.attribute_map
     values = {key: value for key, value in base.to_dict().items() if key not in DERIVED}
-    values |= {"num_hidden_layers": len(sizes), "head_dim": sizes[0].head_dim}
-    if hidden_size is not None:
-        values["hidden_size"] = hidden_size
+    values |= {names.get("num_hidden_layers", "num_hidden_layers"): len(sizes)}
     values |= {key: [values[key][index] for index in kept] for key in PER_LAYER_LISTS if values.get(key)}
     if "max_window_layers" in values:
         values["max_window_layers"] = sum(index < values["max_window_layers"] for index in kept)
-    common = _common(sizes, values)
-    values |= common
-    per_layer = _overrides(sizes, common)
-    family = family_of(base.model_type)
-    if not per_layer:
+    before = values[names.get("hidden_size", "hidden_size")]
+    width = before if hidden_size is None else hidden_size
+    projecting = any(values[key] != before for key in family.keys.width)
+    values |= {key: width for key in family.keys.width if values[key] == before}
+    values |= {names.get("hidden_size", "hidden_size"): width, **(changes or {})}
+    slopes_of = values.get("alibi_of") or values[names.get(family.keys.heads, family.keys.heads)]
+    common = _common(sizes, family)
+    values |= {names.get(key, key): value for key, value in common.items()}
+    per_layer = _overrides(sizes, family, common, _cut_slopes(sizes, slopes_of, family.has_alibi(base)))
+    if not per_layer and _as_computed(sizes[0], family, width) and not values.get("norm_width"):
         for candidate in (family.model_type, family.stand_in):
-            config = _stock_config(values, family.model_type, candidate) if candidate else None
+            config = _stock_config(_stock_values(values, sizes[0], family), family.model_type, candidate) if candidate else None
             if config is not None:
                 return config
-    register()
-    own_class: Any = CONFIG_MAPPING[f"regraft_{family.model_type}"]
-    return own_class(**values, per_layer_config=per_layer or None)
+    own = {"head_dim": sizes[0].head_dim, "layout": _layout(family, base, projecting=projecting)}
+    if family.has_alibi(base):
+        own |= {"alibi_of": slopes_of, "alibi_heads": None}
+    return own_config(family.model_type)(**(values | own), per_layer_config=per_layer or None)
+
+
+def _as_computed(layer: LayerSizes, family: Family, width: int) -> bool:
+    """Returns whether a layer has the sizes that its family computes from the hidden size, where it does."""
+    heads = family.head_size == "explicit" or layer.query_heads * layer.head_dim == width
+    return heads and (bool(family.keys.ffn) or layer.ffn == 4 * width)
+
+
+def _stock_values(values: Mapping[str, Any], layer: LayerSizes, family: Family) -> dict[str, Any]:
+    """Returns the values that a stock config knows; its head size only where it is not the usual quotient."""
+    known = {key: value for key, value in values.items() if key not in OURS and not (key == "head_dim" and value is None)}
+    if family.head_size == "derived":
+        known.pop("head_dim", None)
+    elif "head_dim" in known or layer.head_dim * layer.query_heads != known["hidden_size"]:
+        known["head_dim"] = layer.head_dim
+    if not family.keys.ffn:
+        known.pop("intermediate_size", None)
+    return known
+
+
+def _layout(family: Family, base: PreTrainedConfig, *, projecting: bool) -> dict[str, Any]:
+    """Returns what the uneven classes have to know of a family, as far as it differs from their defaults."""
+    parts = family.parts(base)
+    modules = (family.attention, family.mlp, *family.mlp_parts)
+    found: dict[str, Any] = {
+        "layers": family.layers.partition(".")[2],
+        "attention": family.attention,
+        "mlp": list(family.mlp_parts or (family.mlp,)),
+        "attention_norms": [name for name in parts["attention"] if name not in modules],
+        "mlp_norms": [name for name in parts["mlp"] if name not in modules],
+        "heads": family.keys.heads,
+        "head_size": family.head_size,
+        "mlp_size": "explicit" if family.keys.ffn else "derived",
+        "writers": list(family.writers),
+        "apart": list(family.apart) if projecting else [],
+        "width_keys": list(family.keys.width),
+    }
+    return {key: value for key, value in found.items() if value != LAYOUT[key]}
+
+
+def _cut_slopes(sizes: Sequence[LayerSizes], total: int, has_alibi: bool) -> list[tuple[int, ...]]:
+    """Returns, for each layer, which of the first model's heads are left where not all are; empty where heads are alike."""
+    found: list[tuple[int, ...]] = []
+    for index, layer in enumerate(sizes):
+        slopes = layer.slopes or tuple(range(total))
+        if has_alibi and layer.query_heads and len(slopes) != layer.query_heads:
+            raise PlanError(f"layer {index} has {layer.query_heads} query heads but {len(slopes)} position slopes; name one for each head")
+        found.append(slopes if has_alibi and layer.query_heads and slopes != tuple(range(total)) else ())
+    return found
 
 
 def declared_sizes(config: PreTrainedConfig) -> tuple[LayerSizes, ...]:
     """Returns the sizes of each layer that a config asks for; zeros where a part is skipped."""
+    family = family_of(config.model_type)
+    keys = family.keys
+    single = bool(family.single_kv_when) and matches(family.single_kv_when, config)
     found: list[LayerSizes] = []
     for index in range(config.num_hidden_layers):
         layer: Any = config.per_layer_config[index]
         skip = getattr(layer, "skip", None) or ()
-        head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
-        heads, groups = layer.num_attention_heads, getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+        heads = getattr(layer, keys.heads)
+        groups = 1 if single else (getattr(layer, keys.kv_heads or keys.heads) or heads)
+        head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+        ffn = getattr(layer, keys.ffn or "intermediate_size", None) or 4 * layer.hidden_size
+        slopes = (getattr(layer, "alibi_heads", None) or range(heads)) if family.has_alibi(config) else ()
         absent = "attention" in skip
         found.append(
             LayerSizes(
                 query_heads=0 if absent else heads,
                 kv_heads=0 if absent else groups,
                 head_dim=head_dim,
-                ffn=0 if "mlp" in skip else layer.intermediate_size,
+                ffn=0 if "mlp" in skip else ffn,
+                slopes=() if absent else tuple(slopes),
             )
         )
     return tuple(found)
@@ -155,7 +223,7 @@ def _kept_layers(base: PreTrainedConfig, sizes: Sequence[LayerSizes], layers: Se
     return kept
 
 
-def _refuse_impossible(sizes: Sequence[LayerSizes]) -> None:
+def _refuse_impossible(sizes: Sequence[LayerSizes], family: Family) -> None:
     for index, layer in enumerate(sizes):
         if layer.head_dim != sizes[0].head_dim:
             raise PlanError(
@@ -167,32 +235,44 @@ def _refuse_impossible(sizes: Sequence[LayerSizes]) -> None:
                 f"layer {index} has {layer.query_heads} query heads for {layer.kv_heads} key-value heads; "
                 "the first must be a multiple of the second"
             )
+        if not family.keys.kv_heads and layer.kv_heads != layer.query_heads:
+            raise PlanError(
+                f"layer {index} has {layer.query_heads} query heads for {layer.kv_heads} key-value heads; "
+                f"in family '{family.model_type}' every query head has its own"
+            )
 
 
-def _common(sizes: Sequence[LayerSizes], values: Mapping[str, Any]) -> dict[str, int]:
+def _common(sizes: Sequence[LayerSizes], family: Family) -> dict[str, int]:
     """Returns the widths that most layers share, so that the list of exceptions is short; ties go to the earliest layer."""
-    heads = Counter((layer.query_heads, layer.kv_heads) for layer in sizes if layer.query_heads)
-    widths = Counter(layer.ffn for layer in sizes if layer.ffn)
-    queries, groups = heads.most_common(1)[0][0] if heads else (values["num_attention_heads"], values["num_key_value_heads"])
-    return {
-        "num_attention_heads": queries,
-        "num_key_value_heads": groups,
-        "intermediate_size": widths.most_common(1)[0][0] if widths else values["intermediate_size"],
-    }
+    rows = [_own_sizes(layer, family) for layer in sizes]
+    attention = (family.keys.heads, family.keys.kv_heads)
+    heads = Counter(tuple(row[key] for key in attention if key) for row in rows if row[family.keys.heads])
+    ffn = family.keys.ffn or "intermediate_size"
+    widths = Counter(row[ffn] for row in rows if row[ffn])
+    found = dict(zip((key for key in attention if key), heads.most_common(1)[0][0], strict=True)) if heads else {}
+    if widths:
+        found[ffn] = widths.most_common(1)[0][0]
+    return found
 
 
-def _overrides(sizes: Sequence[LayerSizes], common: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+def _own_sizes(layer: LayerSizes, family: Family) -> dict[str, int]:
+    """Returns the sizes of a layer under the names that its family's config has for them."""
+    keys = family.keys
+    found = {keys.heads: layer.query_heads, keys.ffn or "intermediate_size": layer.ffn}
+    return found | ({keys.kv_heads: layer.kv_heads} if keys.kv_heads else {})
+
+
+def _overrides(
+    sizes: Sequence[LayerSizes], family: Family, common: Mapping[str, int], slopes: Sequence[tuple[int, ...]]
+) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for index, layer in enumerate(sizes):
-        own = {
-            "num_attention_heads": layer.query_heads,
-            "num_key_value_heads": layer.kv_heads,
-            "intermediate_size": layer.ffn,
-        }
-        entry: dict[str, Any] = {key: value for key, value in own.items() if value and value != common[key]}
+        entry: dict[str, Any] = {key: value for key, value in _own_sizes(layer, family).items() if value and value != common[key]}
         skip = [part for part, width in (("attention", layer.query_heads), ("mlp", layer.ffn)) if not width]
         if skip:
             entry["skip"] = skip
+        if slopes[index]:
+            entry["alibi_heads"] = list(slopes[index])
         if entry:
             found[str(index)] = entry
     return found
@@ -217,20 +297,22 @@ def _stock_config(values: Mapping[str, Any], family: str, candidate: str) -> Pre
 
 
 def _hidden_size(like: PreTrainedModel, state: Mapping[str, Tensor]) -> int:
-    embedding = state.get(f"{family_of(like.config.model_type).embedding}.weight")
-    return like.config.hidden_size if embedding is None else embedding.shape[1]
+    family = family_of(like.config.model_type)
+    known = state.get(family.width_from or f"{family.embedding}.weight")
+    return like.config.hidden_size if known is None else known.shape[-1]
 
 
-def _is_removed(name: str, sizes: Sequence[LayerSizes], family: Family) -> bool:
+def _is_removed(
+    name: str, sizes: Sequence[LayerSizes], like: PreTrainedModel, parts: Mapping[Literal["attention", "mlp"], Sequence[str]]
+) -> bool:
     """Returns whether a tensor belongs to a part that its layer has not got any more, norms included."""
-    prefix, _, rest = name.partition(f"{family.layers}.")
+    prefix, _, rest = name.partition(f"{family_of(like.config.model_type).layers}.")
     if prefix or not rest:
         return False
     index, _, inside = rest.partition(".")
     layer = sizes[int(index)]
-    parts = (family.attention, *family.attention_norms) if not layer.query_heads else ()
-    parts += (family.mlp, *family.mlp_norms) if not layer.ffn else ()
-    return any(inside.startswith(f"{part}.") for part in parts)
+    gone = (*(parts["attention"] if not layer.query_heads else ()), *(parts["mlp"] if not layer.ffn else ()))
+    return any(inside.startswith(f"{part}.") for part in gone)
 
 
 def _refuse_misfits(report: Mapping[str, Any]) -> None:

@@ -83,7 +83,7 @@ def check_layer_count(folder: Path, config: Mapping[str, Any], tensors: Iterable
     container = family_of(model_type).layers.rpartition(".")[2]
     numbered = re.compile(rf"(?:^|\.){container}\.(\d+)\.")
     held = max((int(match[1]) for name in tensors if (match := numbered.search(name))), default=-1) + 1
-    said = config.get("num_hidden_layers")
+    said = config.get("num_hidden_layers", config.get("n_layer"))  # as GPT-2 and BLOOM have it
     may_be_empty = model_type.startswith("regraft_") and isinstance(said, int) and held <= said <= held + MOST_EMPTY_LAYERS
     if said is not None and said != held and not may_be_empty:
         raise ModelError(f"'{folder}': config.json says {said} layers, the weights hold {held}; {SAME_MODEL}")

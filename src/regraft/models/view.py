@@ -28,12 +28,15 @@ class LayerSizes:
         kv_heads: Number of key-value heads.
         head_dim: Channels of a head.
         ffn: Channels of the feed-forward network.
+        slopes: Which heads of the first model the query heads were, in families where heads differ by a position slope of their
+            own (ALiBi); empty elsewhere.
     """
 
     query_heads: int
     kv_heads: int
     head_dim: int
     ffn: int
+    slopes: tuple[int, ...] = ()
 
 
 class ModelView:
@@ -63,33 +66,47 @@ class ModelView:
         declared = getattr(config, "head_dim", None)
         return int(declared if declared else config.hidden_size // config.num_attention_heads)
 
+    @property
+    def width(self) -> int:
+        """Channels of the residual stream."""
+        return self.model.get_parameter(self.family.width_from or f"{self.family.embedding}.weight").shape[-1]
+
     def layer_name(self, index: int) -> str:
         """Returns the full module name of a decoder layer."""
         return f"{self.family.layers}.{index}"
 
     def linear(self, layer: int, name: str) -> nn.Linear | None:
         """Returns a projection of a layer by its name inside the layer, or None where that part was removed."""
+        module = self.module(layer, name)
+        return module if isinstance(module, nn.Linear) else None
+
+    def module(self, layer: int, name: str) -> nn.Module | None:
+        """Returns a module of a layer by its name inside the layer, or None where that part was removed."""
         try:
-            module = self.layers[layer].get_submodule(name)
+            return self.layers[layer].get_submodule(name)
         except AttributeError:
             return None
-        return module if isinstance(module, nn.Linear) else None
 
     def sizes(self, layer: int) -> LayerSizes:
         """Returns the sizes of a layer, read from its weights."""
-        counts = {"query_group": 0, "head": 0, "one": 0}
+        widths: dict[tuple[str, str], int] = {}
         for coupling in self.family.couplings:
             for axis in coupling.axes:
-                module = self.linear(layer, axis.module)
-                if module is not None:
-                    counts[axis.block] = module.weight.shape[0 if axis.side == "out" else 1]
-        head_dim = self.head_dim
-        return LayerSizes(
-            query_heads=counts["query_group"] // head_dim,
-            kv_heads=counts["head"] // head_dim,
-            head_dim=head_dim,
-            ffn=counts["one"],
-        )
+                weight = getattr(self.module(layer, axis.module), "weight", None)
+                if weight is not None:
+                    index = int((axis.side == "in") != self.family.transposed)
+                    widths[coupling.kind, axis.side] = widths.get((coupling.kind, axis.side), 0) + weight.shape[index]
+        # Queries, keys and values are written together, however many matrices do it; what comes back is as wide as the queries.
+        query_heads = widths.get(("heads", "in"), 0) // self.head_dim
+        kv_heads = (widths.get(("heads", "out"), 0) // self.head_dim - query_heads) // 2
+        return LayerSizes(query_heads, kv_heads, self.head_dim, widths.get(("ffn", "in"), 0), self._slopes(layer, query_heads))
+
+    def _slopes(self, layer: int, heads: int) -> tuple[int, ...]:
+        config = self.model.config
+        if not self.family.has_alibi(config):
+            return ()
+        own = config.layer(layer).alibi_heads if config.model_type.startswith("regraft_") else None
+        return tuple(own) if own else tuple(range(heads))
 
     def linear_names(self) -> tuple[str, ...]:
         """Returns the names, inside a layer, of all its linear projections, in declared order."""

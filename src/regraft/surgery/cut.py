@@ -1,9 +1,11 @@
-"""Cut a model to a plan: index every coupled axis by the units that stay."""
+"""Cut a model to a plan: index every coupled axis by the units that stay, drop what goes whole, and make up for it in the norms."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,7 +14,10 @@ from transformers import PreTrainedModel
 from regraft.errors import PlanError
 from regraft.models.build import build
 from regraft.models.view import LayerSizes, ModelView
-from regraft.plans import Cut, Group, Groups, PrunePlan
+from regraft.plans import Cut, Groups, PrunePlan
+from regraft.surgery.rescale import config_changes, rescaled
+
+WHOLE = ("layer", "attention", "mlp")  # kinds of groups that stay or go whole
 
 
 def cut(model: PreTrainedModel, groups: Groups, plan: PrunePlan, changed: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
@@ -28,15 +33,27 @@ def cut(model: PreTrainedModel, groups: Groups, plan: PrunePlan, changed: Mappin
         PlanError: The plan is of another model, or names a group or a unit that this model has not.
     """
     check_plan(groups, plan)
-    state = cut_state(changed_state(model.state_dict(), changed or {}), groups, plan.cuts)
-    return build(model, sizes_after(ModelView(model), groups, plan.cuts), state)
+    view = ModelView(model)
+    state = cut_state(changed_state(_without_doubles(model), changed or {}), groups, plan.cuts)
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    state = rescaled(state, groups, plan.cuts, view.family, tied=tied)
+    layers = layers_after(groups, plan.cuts)
+    sizes = sizes_after(view, groups, plan.cuts)
+    return build(
+        model,
+        [sizes[layer] for layer in layers],
+        renumbered(state, view.family.layers, layers),
+        layers=layers,
+        changes=config_changes(groups, plan.cuts, view.family, model.config),
+    )
 
 
 def check_plan(groups: Groups, plan: PrunePlan) -> None:
     """Refuses a plan that does not fit.
 
     Raises:
-        PlanError: The fingerprint differs, or a group or unit does not exist, or a group would be left empty.
+        PlanError: The fingerprint differs, a group or unit does not exist or is named twice, or a group would be left empty that
+            has to keep a unit; so has the model to keep a layer.
     """
     if plan.fingerprint != groups.fingerprint:
         raise PlanError(f"the plan is for model {plan.fingerprint}, this is model {groups.fingerprint}; plan this model again")
@@ -44,12 +61,19 @@ def check_plan(groups: Groups, plan: PrunePlan) -> None:
     for entry in plan.cuts:
         if entry.group not in named:
             raise PlanError(f"the plan cuts '{entry.group}', which this model has not; plan this model again")
-        units = named[entry.group].units
-        ascending = all(first < second for first, second in zip(entry.kept, entry.kept[1:], strict=False))
-        if not entry.kept or not ascending or entry.kept[0] < 0 or entry.kept[-1] >= units:
+        group = named[entry.group]
+        ascending = all(first < second for first, second in pairwise(entry.kept))
+        empty = not entry.kept and group.kind not in WHOLE
+        if empty or not ascending or any(not 0 <= unit < group.units for unit in entry.kept):
             raise PlanError(
-                f"the plan keeps units of '{entry.group}' that are empty, not ascending or outside 0 to {units - 1}; plan this model again"
+                f"the plan keeps units of '{entry.group}' that are empty, not ascending or outside 0 to {group.units - 1}; "
+                "plan this model again"
             )
+    twice = [name for name, count in Counter(entry.group for entry in plan.cuts).items() if count > 1]
+    if twice:
+        raise PlanError(f"the plan cuts '{twice[0]}' twice; plan this model again")
+    if not layers_after(groups, plan.cuts):
+        raise PlanError(f"the plan removes all {groups.layers} layers; keep one at least")
 
 
 def cut_state(state: Mapping[str, Tensor], groups: Groups, cuts: tuple[Cut, ...]) -> dict[str, Tensor]:
@@ -60,8 +84,11 @@ def cut_state(state: Mapping[str, Tensor], groups: Groups, cuts: tuple[Cut, ...]
         groups: Of the model.
         cuts: What stays.
     """
-    result = dict(state)
+    gone = removed_parameters(groups, cuts)
+    result = {name: tensor for name, tensor in state.items() if name not in gone}
     for (parameter, axis), removed in removed_indices(groups, cuts).items():
+        if parameter in gone:
+            continue
         tensor = result[parameter]
         keep = torch.ones(tensor.shape[axis], dtype=torch.bool)
         keep[sorted(removed)] = False
@@ -75,11 +102,16 @@ def changed_state(state: Mapping[str, Tensor], changed: Mapping[str, Tensor]) ->
 
 
 def removed_indices(groups: Groups, cuts: tuple[Cut, ...]) -> dict[tuple[str, int], set[int]]:
-    """Returns the indices that go, for each parameter and axis; fused projections collect those of all their members."""
+    """Returns the indices that go, for each parameter and axis; fused projections collect those of all their members.
+
+    Parameters that go whole are not among them: see :func:`removed_parameters`.
+    """
     named = groups.named()
     removed: defaultdict[tuple[str, int], set[int]] = defaultdict(set)
     for entry in cuts:
         group = named[entry.group]
+        if group.kind in WHOLE:
+            continue
         gone = sorted(set(range(group.units)) - set(entry.kept))
         for member in group.members:
             for unit in gone:
@@ -87,19 +119,76 @@ def removed_indices(groups: Groups, cuts: tuple[Cut, ...]) -> dict[tuple[str, in
     return dict(removed)
 
 
-def sizes_after(view: ModelView, groups: Groups, cuts: tuple[Cut, ...]) -> list[LayerSizes]:
-    """Returns the sizes of every layer once the cuts are made."""
+def removed_parameters(groups: Groups, cuts: tuple[Cut, ...]) -> set[str]:
+    """Returns the names of the parameters that go whole, with a layer or a part of one."""
     named = groups.named()
-    sizes = [view.sizes(layer) for layer in range(len(view.layers))]
-    for entry in cuts:
-        group = named[entry.group]
-        assert group.layer is not None
-        sizes[group.layer] = _shrunk(sizes[group.layer], group, len(entry.kept))
-    return sizes
+    gone = [named[entry.group] for entry in cuts if named[entry.group].kind in WHOLE and not entry.kept]
+    return {member.parameter for group in gone for member in group.members}
 
 
-def _shrunk(sizes: LayerSizes, group: Group, kept: int) -> LayerSizes:
-    if group.kind == "ffn":
-        return LayerSizes(sizes.query_heads, sizes.kv_heads, sizes.head_dim, kept)
-    repeats = sizes.query_heads // sizes.kv_heads
-    return LayerSizes(kept * repeats, kept, sizes.head_dim, sizes.ffn)
+def layers_after(groups: Groups, cuts: tuple[Cut, ...]) -> tuple[int, ...]:
+    """Returns the indices of the layers that stay."""
+    named = groups.named()
+    gone = {named[entry.group].layer for entry in cuts if named[entry.group].kind == "layer" and not entry.kept}
+    return tuple(layer for layer in range(groups.layers) if layer not in gone)
+
+
+def parameters_after(shapes: Mapping[str, Sequence[int]], groups: Groups, cuts: tuple[Cut, ...]) -> int:
+    """Returns how many parameters are left, exactly, also where cuts overlap (a head inside a narrower stream).
+
+    Args:
+        shapes: Of every parameter, tied ones once.
+        groups: Of the model.
+        cuts: What stays.
+    """
+    gone = removed_parameters(groups, cuts)
+    left = {name: list(shape) for name, shape in shapes.items() if name not in gone}
+    for (parameter, axis), removed in removed_indices(groups, cuts).items():
+        if parameter in left:
+            left[parameter][axis] -= len(removed)
+    return sum(math.prod(shape) for shape in left.values())
+
+
+def renumbered(state: Mapping[str, Tensor], prefix: str, layers: Sequence[int]) -> dict[str, Tensor]:
+    """Returns a state dict with the layers that stay numbered from zero.
+
+    Args:
+        state: Parameter name to tensor.
+        prefix: Module name of the list of layers.
+        layers: Which stay, ascending.
+    """
+    place = {str(old): new for new, old in enumerate(layers)}
+    result: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if not name.startswith(f"{prefix}."):
+            result[name] = tensor
+            continue
+        index, _, rest = name.removeprefix(f"{prefix}.").partition(".")
+        if index in place:
+            result[f"{prefix}.{place[index]}.{rest}"] = tensor
+    return result
+
+
+def sizes_after(view: ModelView, groups: Groups, cuts: tuple[Cut, ...]) -> list[LayerSizes]:
+    """Returns the sizes of every layer once the cuts are made; of layers that go as well."""
+    kept = {(groups.named()[entry.group].kind, groups.named()[entry.group].layer): entry.kept for entry in cuts}
+    found: list[LayerSizes] = []
+    for layer in range(len(view.layers)):
+        sizes = view.sizes(layer)
+        repeats = sizes.query_heads // sizes.kv_heads if sizes.kv_heads else 0
+        groups_kept = kept.get(("heads", layer), tuple(range(sizes.kv_heads)))
+        queries_kept = kept.get(("query_heads", layer), tuple(range(repeats)))
+        if not kept.get(("attention", layer), (0,)):
+            groups_kept = ()
+        ffn = len(kept.get(("ffn", layer), range(sizes.ffn))) if kept.get(("mlp", layer), (0,)) else 0
+        heads = [group * repeats + query for group in groups_kept for query in queries_kept]
+        slopes = tuple(sizes.slopes[head] for head in heads) if sizes.slopes else ()
+        found.append(LayerSizes(len(heads), len(groups_kept), sizes.head_dim, ffn, slopes))
+    return found
+
+
+def _without_doubles(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Returns a state dict with tied parameters once, by the name that groups know them by."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = dict(model.named_parameters(remove_duplicate=False))
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in every or names[id(every[name])] == name}

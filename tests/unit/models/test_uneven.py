@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from regraft.models.family import families
-from regraft.models.uneven import code_paths, configuration_regraft, modeling_regraft, register, register_on_import
+from regraft.models.uneven import code_paths, configuration_regraft, modeling_regraft, own_config, register_on_import
 
 SIZES = {
     "vocab_size": 31,
@@ -26,22 +26,42 @@ SIZES = {
 }
 
 
-def test_every_declared_family_has_its_classes():
-    assert [f"regraft_{name}" for name in families()] == sorted(config.model_type for config in configuration_regraft.CONFIGS)
-    for config, base, causal in modeling_regraft.MODELS:
-        stem = config.__name__.removesuffix("Config")
-        assert (base.__name__, causal.__name__) == (f"{stem}Model", f"{stem}ForCausalLM")
-        assert base.config_class is causal.config_class is config
-        assert not any(hasattr(transformers, name) for name in (config.__name__, base.__name__, causal.__name__))
-        assert issubclass(causal, getattr(transformers, families()[config.model_type.removeprefix("regraft_")].model_class))
+LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def test_the_norms_of_removed_parts_are_the_declared_ones():
-    for family in families().values():
-        assert (family.attention,) == modeling_regraft.ATTENTION
-        assert family.attention_norms == modeling_regraft.ATTENTION_NORMS
-        assert (family.mlp,) == modeling_regraft.MLP
-        assert family.mlp_norms == modeling_regraft.MLP_NORMS
+@pytest.mark.parametrize("name", sorted(families()))
+def test_every_declared_family_has_its_classes(name):
+    config = own_config(name)
+    base, causal = modeling_regraft.model_classes(config)
+    assert config.model_type == f"regraft_{name}"
+    stem = config.__name__.removesuffix("Config")
+    assert (base.__name__, causal.__name__) == (f"{stem}Model", f"{stem}ForCausalLM")
+    assert base.config_class is causal.config_class is config
+    assert not any(hasattr(transformers, name) for name in (config.__name__, base.__name__, causal.__name__))
+    assert issubclass(causal, getattr(transformers, families()[name].model_class))
+    # found by name, as the code that travels is, and the same each time
+    assert getattr(configuration_regraft, config.__name__) is config
+    assert getattr(modeling_regraft, causal.__name__) is causal
+
+
+def test_other_names_are_not_made_up():
+    for module, name in (
+        (configuration_regraft, "LlamaConfig"),
+        (configuration_regraft, "RegraftNothingConfig"),
+        (modeling_regraft, "RegraftNothingForCausalLM"),
+        (modeling_regraft, "RegraftLlamaForSequenceClassification"),
+    ):
+        with pytest.raises(AttributeError, match=name):
+            getattr(module, name)
+
+
+def test_the_defaults_of_the_layout_are_those_of_llama():
+    family = families()["llama"]
+    assert (family.attention, [family.mlp]) == (configuration_regraft.LAYOUT["attention"], configuration_regraft.LAYOUT["mlp"])
+    assert list(family.attention_norms) == configuration_regraft.LAYOUT["attention_norms"]
+    assert list(family.mlp_norms) == configuration_regraft.LAYOUT["mlp_norms"]
+    assert family.layers == f"model.{configuration_regraft.LAYOUT['layers']}"
+    assert family.keys.heads == configuration_regraft.LAYOUT["heads"]
 
 
 def test_the_code_that_travels_needs_only_torch_and_transformers():
@@ -55,8 +75,9 @@ def test_the_code_that_travels_needs_only_torch_and_transformers():
                 assert here or (node.level == 0 and str(node.module).split(".")[0] in allowed)
 
 
-@pytest.mark.parametrize("config_class", configuration_regraft.CONFIGS)
-def test_head_counts_that_do_not_divide_the_hidden_size(config_class, tmp_path):
+@pytest.mark.parametrize("name", LIKE_LLAMA)
+def test_head_counts_that_do_not_divide_the_hidden_size(name, tmp_path):
+    config_class = own_config(name)
     per_layer = {"1": {"num_attention_heads": 2, "num_key_value_heads": 1}, "2": {"skip": ["mlp"]}}
     config = config_class(**SIZES, per_layer_config=per_layer)
     config.validate()
@@ -71,8 +92,9 @@ def test_head_counts_that_do_not_divide_the_hidden_size(config_class, tmp_path):
 
 
 def test_the_auto_classes_know_them():
-    register()
-    for config_class, base, causal in modeling_regraft.MODELS:
+    for name in LIKE_LLAMA:
+        config_class = own_config(name)
+        base, causal = modeling_regraft.model_classes(config_class)
         config = config_class(**SIZES, per_layer_config={"0": {"intermediate_size": 8}})
         assert type(AutoModel.from_config(config)) is base
         assert type(AutoModelForCausalLM.from_config(config)) is causal

@@ -53,8 +53,14 @@ def trace(model: nn.Module | PreTrainedConfig) -> Groups:
     return follow_channels(model).groups
 
 
-def follow_channels(model: nn.Module | PreTrainedConfig) -> Traced:
+def follow_channels(model: nn.Module | PreTrainedConfig, *, numbered_heads: bool = False, counted_layer_norms: bool = False) -> Traced:
     """Returns the groups of a causal language model, as :func:`trace` does, and why the others are missing.
+
+    Args:
+        model: A model that takes token ids, or the config of one; weights are neither read nor changed.
+        numbered_heads: Whether a pruned model can be told which of the first model's heads it has left, so that constants which
+            differ from head to head (the slopes of ALiBi) do not stand in the way.
+        counted_layer_norms: Whether layer norms can go on counting the channels that were removed from the residual stream.
 
     Raises:
         ModelError: The computation cannot be exported or followed; the message names the node.
@@ -64,7 +70,7 @@ def follow_channels(model: nn.Module | PreTrainedConfig) -> Traced:
     graph = export(module, layers)
     state = Follower(RULES, graph.parameters, graph.constants)
     state.walk(graph.module)
-    report = Report(module, layers, graph, state)
+    report = Report(module, layers, graph, state, numbered_heads=numbered_heads, counted_layer_norms=counted_layer_norms)
     found = report.groups()
     config = getattr(module, "config", None)
     family = str(getattr(config, "model_type", "") or type(module).__name__).removeprefix("regraft_")

@@ -19,6 +19,9 @@ from regraft.groups.traced.skeleton import Graph, Layers
 from regraft.groups.traced.units import Units, find_units, members_of
 from regraft.plans import Group, GroupKind, Member
 
+# In models.uneven.modeling_regraft; known by name, since a saved folder carries a copy of the class.
+COUNTING_NORM = "StreamNorm"
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -52,10 +55,24 @@ class Report:
         layers: Of that model.
         graph: Its computation.
         state: The walk.
+        numbered_heads: Whether constants may differ from head to head.
+        counted_layer_norms: Whether layer norms may run over the residual width.
     """
 
-    def __init__(self, model: nn.Module, layers: Layers, graph: Graph, state: Follower) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        graph: Graph,
+        state: Follower,
+        *,
+        numbered_heads: bool = False,
+        counted_layer_norms: bool = False,
+    ) -> None:
+        self._numbered: tuple[GroupKind, ...] = ("heads", "query_heads") if numbered_heads else ()
+        self._counted: tuple[GroupKind, ...] = ("residual",) if counted_layer_norms else ()
         self.layers = layers
+        self._model = model
         self.refusals: list[Refusal] = []
         self._graph = graph
         self._state = state
@@ -158,13 +175,20 @@ class Report:
         for unit, components in enumerate(found.units.components):
             unit_of[components] = unit
         for statistic in self._state.statistics:
+            if found.kind in self._counted and self._is_layer_norm(statistic):
+                continue
             reason = _statistic_reason(statistic, unit_of[component[statistic.rows]], self._norm_weight(statistic), found)
             if reason is not None:
                 return reason
-        for constant in self._state.constants:
+        for constant in self._state.constants if found.kind not in self._numbered else ():
             if _tells_apart(constant, unit_of[component[constant.labels]]):
                 return f"a constant in '{constant.module or 'the model'}' (node '{constant.node}') differs between units"
         return None
+
+    def _is_layer_norm(self, statistic: Statistic) -> bool:
+        """Returns whether a statistic is that of a layer norm, stock or one that counts removed channels already."""
+        module = self._model.get_submodule(self.layers.representative(statistic.module))
+        return statistic.kind == "layer" or type(module).__name__ == COUNTING_NORM
 
     def _norm_weight(self, statistic: Statistic) -> str:
         return f"{self.layers.representative(statistic.module)}.weight"

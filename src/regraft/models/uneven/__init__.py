@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import cache
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -27,11 +27,20 @@ def code_paths() -> tuple[Path, ...]:
     return tuple(Path(__file__).with_name(name) for name in CODE_FILES)
 
 
-@cache
 def register() -> None:
-    """Makes the Auto classes know our configs and models; a second call does nothing."""
-    _register_configs()
-    _register_models()
+    """Makes the Auto classes know our models now, and each family's classes when one of them is asked for."""
+    _defer(importlib.import_module(AUTO_CONFIG))
+
+
+def own_config(model_type: str) -> Any:
+    """Returns the config class of a family's uneven models, which the Auto classes then know with its models.
+
+    Args:
+        model_type: Of the family's own config, such as ``llama``.
+    """
+    config_class = _register_config(model_type)
+    _register_models(config_class.model_type)
+    return config_class
 
 
 def register_on_import() -> None:
@@ -43,32 +52,39 @@ def register_on_import() -> None:
 
 
 @cache
-def _register_configs() -> None:
+def _register_config(model_type: str) -> Any:
     auto = importlib.import_module(AUTO_CONFIG)
     configuration = importlib.import_module(f"{__name__}.configuration_regraft")
-    for config_class in configuration.CONFIGS:
-        auto.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    configuration.BEFORE_FIRST_CONFIG.append(_register_models)
+    config_class = configuration.config_class(model_type)
+    auto.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    if _register_models not in configuration.BEFORE_FIRST_CONFIG:
+        configuration.BEFORE_FIRST_CONFIG.append(_register_models)
+    return config_class
 
 
 @cache
-def _register_models() -> None:
+def _register_models(own_type: str) -> None:
     auto = importlib.import_module("transformers.models.auto.modeling_auto")
     modeling = importlib.import_module(f"{__name__}.modeling_regraft")
-    for config_class, base_class, causal_class in modeling.MODELS:
-        auto.AutoModel.register(config_class, base_class, exist_ok=True)
-        auto.AutoModelForCausalLM.register(config_class, causal_class, exist_ok=True)
+    config_class = _register_config(own_type.removeprefix(PREFIX))
+    base_class, causal_class = modeling.model_classes(config_class)
+    auto.AutoModel.register(config_class, base_class, exist_ok=True)
+    auto.AutoModelForCausalLM.register(config_class, causal_class, exist_ok=True)
 
 
 class _Pending(dict[str, Any]):
     """What is registered with AutoConfig beside transformers' own; registers ours when somebody looks for one of them."""
 
-    pending = True
+    def __init__(self, known: dict[str, Any], stock: Container[str]) -> None:
+        super().__init__(known)
+        self.stock = stock
 
     def __contains__(self, key: object) -> bool:
-        if self.pending and isinstance(key, str) and key.startswith(PREFIX):
-            self.pending = False
-            _register_configs()
+        if super().__contains__(key):
+            return True
+        if not isinstance(key, str) or not key.startswith(PREFIX) or key.removeprefix(PREFIX) not in self.stock:
+            return False
+        _register_config(key.removeprefix(PREFIX))
         return super().__contains__(key)
 
 
@@ -79,7 +95,7 @@ def _defer(module: ModuleType) -> None:
     """
     mapping = module.CONFIG_MAPPING
     if not isinstance(mapping._extra_content, _Pending):
-        mapping._extra_content = _Pending(mapping._extra_content)
+        mapping._extra_content = _Pending(mapping._extra_content, mapping._mapping)
 
 
 class _AfterAutoConfig(MetaPathFinder):

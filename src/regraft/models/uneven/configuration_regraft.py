@@ -5,23 +5,42 @@ listed under ``per_layer_config``, a sparse mapping from layer index to what is 
 
     {"1": {"intermediate_size": 96}, "2": {"num_attention_heads": 3, "num_key_value_heads": 3}, "27": {"skip": ["attention"]}}
 
-``skip`` takes ``attention`` and ``mlp``: the part and its norms are gone from that layer.
+``skip`` takes ``attention`` and ``mlp``: the part and its norms are gone from that layer. Where a family differs from Llama in the
+names of its modules or in what follows from what, ``layout`` says so: see :data:`LAYOUT`.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 if not hasattr(PreTrainedConfig, "per_layer_config"):
     raise ImportError("a model with per-layer sizes needs transformers 5.15 or later; get it with: pip install -U transformers")
 
-# Called once, before the first config is made: where regraft is installed it makes the Auto classes know the models here.
-BEFORE_FIRST_CONFIG: list[Callable[[], None]] = []
+# Called with the model type, before the first config of a family is made: where regraft is installed it makes the Auto classes
+# know the models here.
+BEFORE_FIRST_CONFIG: list[Callable[[str], None]] = []
+
+LAYOUT: dict[str, Any] = {
+    "layers": "layers",  # name of the list of layers in the base model
+    "attention": "self_attn",  # name of the attention in a layer
+    "mlp": ["mlp"],  # names of the modules that are a layer's feed-forward network; the last one writes the stream
+    "attention_norms": ["input_layernorm"],  # norms that serve the attention alone
+    "mlp_norms": ["post_attention_layernorm"],  # norms that serve the feed-forward network alone
+    "heads": "num_attention_heads",  # key of the number of query heads
+    "head_size": "explicit",  # "derived": the family computes it as hidden size / heads
+    "mlp_size": "explicit",  # "derived": the family computes the feed-forward width from the hidden size
+    "writers": [],  # matrices that write the residual stream, where sizes are derived; all others read it
+    "apart": [],  # modules outside the layers that have nothing to do with the stream's width
+    "width_keys": [],  # further keys that hold the hidden size
+    "adds_residual": False,  # whether attention and feed-forward network add the residual themselves
+}
 
 
 class UnevenConfig:
@@ -31,8 +50,8 @@ class UnevenConfig:
     _auto_class = "AutoConfig"  # makes `save_pretrained` copy this file into the folder
 
     def __post_init__(self, **kwargs: Any) -> None:
-        while BEFORE_FIRST_CONFIG:
-            BEFORE_FIRST_CONFIG.pop()()
+        for call in BEFORE_FIRST_CONFIG:
+            call(self.model_type)
         super().__post_init__(**kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         # Set here and not only on saving, so that the code is found however the config reaches a folder. The order of the three
         # matters to readers that take the first entry they can use.
@@ -46,6 +65,10 @@ class UnevenConfig:
     def validate_architecture(self) -> None:
         """Accepts head counts that do not divide the hidden size: ``head_dim`` is explicit in a pruned model."""
 
+    def validate_rope(self) -> None:
+        """Checks the rotary embedding as every family does, and not the head size that some compute from the hidden size."""
+        PreTrainedConfig.validate_rope(self)  # pyright: ignore[reportArgumentType]
+
     def __getattr__(self, name: str) -> Any:
         # Only reached for what a layer's config has not: see `layer`.
         whole = self.__dict__.get("whole_config")
@@ -53,42 +76,70 @@ class UnevenConfig:
             return whole._attn_implementation_internal
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
+    def laid_out(self, key: str) -> Any:
+        """Returns what the layout says of one thing."""
+        return self.__dict__.get("layout", {}).get(key, LAYOUT[key])
+
     def layer(self, index: int) -> PreTrainedConfig:
         """Returns the config of one layer, with ``skip`` always set.
 
         Its attention implementation stays that of the whole model, also when that is changed later.
         """
-        config = copy.copy(self.per_layer_config[index])  # pyright: ignore[reportAttributeAccessIssue]
+        config: Any = copy.copy(self.per_layer_config[index])  # pyright: ignore[reportAttributeAccessIssue]
         config.skip = list(getattr(config, "skip", None) or [])
         config.__dict__.pop("_attn_implementation_internal", None)
         config.__dict__["whole_config"] = self
-        return config
+        return self._narrowed(config)
 
     def even(self) -> PreTrainedConfig:
         """Returns a copy without the per-layer sizes: what the stock class can be built from."""
-        config = copy.copy(self)
+        config: Any = copy.copy(self)
         config.__dict__.pop("_heterogeneity_spec", None)
-        return config  # pyright: ignore[reportReturnType]
+        key, stream = self.laid_out("heads"), config.hidden_size
+        # What is as wide as the stream stays so, and what is not must not become so by chance: a family may build a projection
+        # in between. The layers are built again, so that one head more does no harm.
+        others = {name: getattr(config, name) for name in self.laid_out("width_keys")}
+        if self.laid_out("head_size") == "derived":
+            while getattr(config, key) * config.head_dim in [size for size in others.values() if size != stream]:
+                setattr(config, key, getattr(config, key) + 1)
+        narrowed = self._narrowed(config)
+        for name, size in others.items():
+            if size == stream:
+                setattr(narrowed, name, narrowed.hidden_size)
+        return narrowed
+
+    def _narrowed(self, config: Any) -> PreTrainedConfig:
+        """Makes the hidden size that of all heads together, where the family takes the head size from it.
+
+        What is built so is right but for the width of the stream, which ``modeling_regraft`` then sets.
+        """
+        if self.laid_out("head_size") == "derived":
+            config.hidden_size = getattr(config, self.laid_out("heads")) * config.head_dim
+        return config
 
 
-@strict
-class RegraftLlamaConfig(UnevenConfig, LlamaConfig):  # noqa: D101
-    model_type = "regraft_llama"
+def config_named(name: str) -> Any:
+    """Returns ``Regraft<Family>Config``, made when it is first asked for.
+
+    Raises:
+        AttributeError: transformers has no such family.
+    """
+    base = getattr(transformers, name.removeprefix("Regraft"), None)
+    if not (name.startswith("Regraft") and name.endswith("Config") and isinstance(base, type)):
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return _made(name, base)
 
 
-@strict
-class RegraftMistralConfig(UnevenConfig, MistralConfig):  # noqa: D101
-    model_type = "regraft_mistral"
+def config_class(model_type: str) -> Any:
+    """Returns the config class of a family's uneven models, from the family's ``model_type``."""
+    return config_named(f"Regraft{CONFIG_MAPPING[model_type].__name__}")
 
 
-@strict
-class RegraftQwen2Config(UnevenConfig, Qwen2Config):  # noqa: D101
-    model_type = "regraft_qwen2"
+@cache
+def _made(name: str, base: type[PreTrainedConfig]) -> Any:
+    # A `head_dim` of its own takes the place of one that is computed.
+    body = {"__module__": __name__, "__qualname__": name, "model_type": f"regraft_{base.model_type}", "head_dim": None}
+    return strict(type(name, (UnevenConfig, base), body))
 
 
-@strict
-class RegraftQwen3Config(UnevenConfig, Qwen3Config):  # noqa: D101
-    model_type = "regraft_qwen3"
-
-
-CONFIGS = (RegraftLlamaConfig, RegraftMistralConfig, RegraftQwen2Config, RegraftQwen3Config)
+__getattr__ = config_named

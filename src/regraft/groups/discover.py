@@ -1,0 +1,66 @@
+"""One door to the groups of a model: from its family's table where that tells them, else by following its computation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from regraft.errors import ModelError
+from regraft.groups import declared, traced
+from regraft.groups.traced import Refusal, Traced
+from regraft.models.family import matches
+from regraft.models.view import ModelView
+from regraft.plans import GroupKind, Groups
+
+USUAL: tuple[GroupKind, ...] = ("heads", "ffn")
+
+
+def discover(model: PreTrainedModel | ModelView, kinds: Sequence[GroupKind] = USUAL) -> Groups:
+    """Returns the groups of a model that can be cut exactly and saved.
+
+    Args:
+        model: Of a family in ``models/architectures``; layers may differ from one another, or lack a part.
+        kinds: What is wanted. Kinds that a model has not got, or that cannot be cut in it, are left out: :func:`refusals` says why.
+
+    Returns:
+        Groups in the order of the layers, the residual width last.
+
+    Raises:
+        ModelError: The family is not known, its computation cannot be followed, or there is nothing of the kinds wanted.
+    """
+    view = model if isinstance(model, ModelView) else ModelView(model)
+    if view.family.discovery == "declared" and set(kinds) <= set(USUAL):
+        groups, refused = declared.discover(view), ()
+    else:
+        found = _traced(view)
+        groups, refused = found.groups, found.refusals
+    wanted = tuple(group for group in groups.groups if group.kind in kinds)
+    if not wanted:
+        reasons = "; ".join(dict.fromkeys(f"{refusal.kind}: {refusal.reason}" for refusal in refused if refusal.kind in kinds))
+        raise ModelError(
+            f"nothing to prune in this {view.family.model_type}: it has no {' or '.join(kinds)} that can be cut"
+            + (f" ({reasons})" if reasons else "")
+            + "; choose another target"
+        )
+    return replace(groups, groups=wanted)
+
+
+def refusals(model: PreTrainedModel | ModelView) -> tuple[Refusal, ...]:
+    """Returns what was found in a model but cannot be cut, with the reasons.
+
+    Raises:
+        ModelError: The family is not known, or its computation cannot be followed.
+    """
+    return _traced(model if isinstance(model, ModelView) else ModelView(model)).refusals
+
+
+def _traced(view: ModelView) -> Traced:
+    """Follows a model, with what its family's classes can and cannot express."""
+    family, config = view.family, view.model.config
+    found = traced.follow_channels(view.model, numbered_heads=family.has_alibi(config), counted_layer_norms=family.norm == "layer")
+    fixed = [Refusal(entry.kind, None, entry.why) for entry in family.fixed if matches(entry.when, config)]
+    barred = {refusal.kind for refusal in fixed}
+    kept = tuple(group for group in found.groups.groups if group.kind not in barred)
+    return Traced(replace(found.groups, groups=kept), (*found.refusals, *fixed))

@@ -1,0 +1,245 @@
+"""What works for which family, measured: the tests assert it, and ``docs/families.md`` is written from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from transformers import PreTrainedModel
+
+from conftest import FAMILIES, MORE_FAMILIES, random_model
+from regraft.groups.discover import discover, refusals
+from regraft.models.view import ModelView, parameter_count
+from regraft.plans import Cut, GroupKind, Groups, PrunePlan
+from regraft.surgery.cut import cut, parameters_after
+from zeroing import Gone, zeroed
+
+ALL = sorted(FAMILIES | MORE_FAMILIES)
+KINDS: tuple[GroupKind, ...] = ("heads", "query_heads", "ffn", "residual", "attention", "mlp", "layer")
+WIDTH = 48
+# Of three layers: what goes from each.
+GONE_CHANNELS = {0: range(1, 64, 2), 2: (5, 17, 40)}
+GONE_STREAM = (0, 3, 7, 20, 31, 32, 40, 47)
+GROUPED = ("llama", "mistral", "qwen", "gemma", "phi3", "olmo2", "stablelm", "starcoder2", "falcon-grouped")
+
+
+def shape_of(family: str) -> tuple[int, int]:
+    """Returns key-value heads and query heads of each, as the configs in conftest have them."""
+    if family == "falcon":
+        return 1, 6
+    return (3, 2) if family.startswith(GROUPED) else (6, 1)
+
+
+def gone_for(family: str, mode: str) -> Gone:
+    groups, repeats = shape_of(family)
+    heads = {0: (1,), 1: (0, 2)} if groups == 3 else {0: (1, 4), 1: (0,), 2: (2, 3, 5)} if groups == 6 else {}
+    queries = {0: (1,), 2: (0,)} if repeats == 2 else {0: (1, 4), 2: (0, 5)}
+    return {
+        "heads": Gone(heads=heads),
+        "query_heads": Gone(query_heads=queries),
+        "ffn": Gone(ffn=GONE_CHANNELS),
+        "residual": Gone(residual=GONE_STREAM),
+        "attention": Gone(attention=(0, 2)),
+        "mlp": Gone(mlp=(1,)),
+        "layer": Gone(layers=(1,)),
+        "together": Gone(
+            heads={k: v for k, v in heads.items() if k == 0},
+            query_heads={0: queries[0]} if repeats > 1 else {},
+            ffn={2: GONE_CHANNELS[2]},
+            residual=GONE_STREAM,
+            attention=(2,),
+            layers=(1,),
+        ),
+    }[mode]
+
+
+def cuts_for(groups: Groups, family: str, mode: str) -> tuple[Cut, ...]:
+    """The plan that says the same as :func:`gone_for`, in the words of groups."""
+    gone, named = gone_for(family, mode), groups.named()
+    found: list[Cut] = []
+    for kind, lost in (("heads", gone.heads), ("query_heads", gone.query_heads), ("ffn", gone.ffn)):
+        for layer, units in lost.items():
+            group = named[f"layers.{layer}.{kind}"]
+            found.append(Cut(group.name, tuple(unit for unit in range(group.units) if unit not in units)))
+    if gone.residual:
+        found.append(Cut("residual", tuple(channel for channel in range(WIDTH) if channel not in gone.residual)))
+    for kind, layers in (("attention", gone.attention), ("mlp", gone.mlp), ("layer", gone.layers)):
+        found += [Cut(f"layers.{layer}.{kind}", ()) for layer in layers]
+    return tuple(found)
+
+
+@cache
+def subject(family: str) -> tuple[PreTrainedModel, Groups]:
+    """A model, never changed, and its groups of every kind."""
+    torch.manual_seed(0)
+    model = random_model(family)
+    return model, discover(model, KINDS)
+
+
+def plan_for(groups: Groups, cuts: tuple[Cut, ...]) -> PrunePlan:
+    return PrunePlan(groups.fingerprint, "planted", "planted", "per-layer", 0.1, 1, groups.parameters, groups.parameters, cuts)
+
+
+MODES = ("heads", "query_heads", "ffn", "residual", "attention", "mlp", "layer", "together")
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    ids = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of cutting a family in one mode.
+
+    Attributes:
+        missing: Why it was not cut; empty where it was.
+        error: Largest difference of the logits to those of the zeroed model.
+        effect: Largest difference that zeroing makes at all.
+        miscounted: Parameters of the pruned model beyond what was announced.
+        stock: Whether the result is of the family's own class.
+    """
+
+    missing: str
+    error: float = 0.0
+    effect: float = 0.0
+    miscounted: int = 0
+    stock: bool = False
+
+
+@cache
+def verdict(family: str, mode: str) -> Verdict:
+    """Cuts a random model of a family in one mode, and compares it with the same channels silenced."""
+    model, groups = subject(family)
+    kinds: tuple[GroupKind, ...] = tuple(kind for kind in KINDS if kind == mode)
+    if mode == "together":
+        kinds = ("heads", "ffn", "residual", "attention", "layer")
+    for kind in kinds:
+        if kind == "query_heads" and not groups.of(kind):
+            return Verdict("every query head has keys and values of its own: see heads")
+        if not groups.of(kind):
+            return Verdict("; ".join(dict.fromkeys(refusal.reason for refusal in refusals(model) if refusal.kind == kind)))
+        if mode == kind == "heads" and groups.of(kind)[0].units == 1:
+            return Verdict("all query heads share one key-value head: see query heads")
+    cuts = cuts_for(groups, family, mode)
+    pruned = cut(model, groups, plan_for(groups, cuts))
+    number, repeats = shape_of(family)
+    with zeroed(model, family, gone_for(family, mode), groups=number, repeats=repeats, dim=8):
+        want = logits(model)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    announced = parameters_after(shapes, groups, cuts)
+    if mode != "together":
+        units = groups.named()
+        assert announced == groups.parameters - sum((units[c.group].units - len(c.kept)) * units[c.group].unit_parameters for c in cuts)
+    return Verdict(
+        missing="",
+        error=float((logits(pruned) - want).abs().max()),
+        effect=float((logits(model) - want).abs().max()),
+        miscounted=parameter_count(pruned) - announced,
+        stock=type(pruned) is type(model),
+    )
+
+
+def even_cut(family: str, kind: GroupKind) -> PreTrainedModel:
+    """Cuts a quarter of one kind everywhere, or one whole layer."""
+    model, groups = subject(family)
+    chosen = [group for group in groups.of(kind) if kind != "layer" or group.layer == 1]
+    cuts = tuple(Cut(group.name, tuple(range(group.units - max(1, group.units // 4)))) for group in chosen)
+    return cut(model, groups, plan_for(groups, cuts))
+
+
+COLUMNS: dict[str, str] = {
+    "heads": "heads (with their key-value group)",
+    "query_heads": "query heads (evenly from each group)",
+    "ffn": "FFN channels",
+    "residual": "residual width",
+    "attention": "attention alone",
+    "mlp": "FFN alone",
+    "layer": "whole layers",
+}
+TITLES = {
+    "llama": "Llama", "llama-bias": "Llama with biases", "mistral": "Mistral", "mistral-window": "Mistral, sliding window",
+    "qwen2": "Qwen 2", "qwen3": "Qwen 3", "gemma2": "Gemma 2", "gemma3": "Gemma 3 (text)", "phi3": "Phi-3", "olmo2": "OLMo 2",
+    "gpt2": "GPT-2", "gpt_neox": "GPT-NeoX (Pythia)", "gpt_neox-sequential": "GPT-NeoX, not parallel", "opt": "OPT",
+    "opt-350m": "OPT, as 350m", "bloom": "BLOOM", "falcon": "Falcon, as 7B", "falcon-grouped": "Falcon, as 40B",
+    "falcon-alibi": "Falcon, as RW", "starcoder2": "StarCoder2", "stablelm": "StableLM", "stablelm-parallel": "StableLM, parallel",
+}  # fmt: skip
+
+
+def page() -> str:
+    """Returns ``docs/families.md``."""
+    notes: dict[str, int] = {}
+    rows: list[str] = []
+    for family in TITLES:
+        cells: list[str] = []
+        for mode in COLUMNS:
+            found = verdict(family, mode)
+            if found.missing:
+                cells.append(f"no [{notes.setdefault(_note(found.missing), len(notes) + 1)}]")
+            elif mode in ("attention", "mlp"):
+                cells.append("own")
+            else:
+                cells.append("stock" if type(even_cut(family, mode)) is type(subject(family)[0]) else "own")
+        way = ModelView(subject(family)[0]).family.discovery
+        rows.append(f"| {TITLES[family]} | {way} | " + " | ".join(cells) + " |")
+    return (
+        TEXT.format(
+            head=" | ".join(COLUMNS.values()),
+            line="---|" * (len(COLUMNS) + 2),
+            rows="\n".join(rows),
+            notes="\n".join(f"{number}. {note[0].upper()}{note[1:]}." for note, number in notes.items()),
+        )
+        + "\n"
+    )
+
+
+def _note(reason: str) -> str:
+    """Leaves out the names of nodes, which are no reader's concern."""
+    return reason.partition(" (node")[0] + reason.partition(" (node")[2].partition(")")[2] if " (node" in reason else reason
+
+
+TEXT = """# Families
+
+Written by `scripts/make_families.py` from what `tests/conformance/test_families.py` measures on random models; do not edit by hand.
+
+**stock**: cut by the same amount in every layer, the model stays of its family's own class, which every library loads. **own**: it
+becomes regraft's class, on the stock layers; its code travels in the folder (`trust_remote_code=True`, or `import regraft`). Uneven
+widths give regraft's class in every family. In every cell with either word, the pruned model gives the logits of the dense one with the
+removed channels silenced, to 1e-5 in float32, is saved, loaded and pruned again, and all modes hold together.
+
+| family | groups are | {head} |
+|{line}
+{rows}
+
+{notes}
+
+## What is cut
+
+- **Heads**: a key-value head with all query heads that share it; or one query head from each group, so that groups stay alike.
+- **FFN channels**: a row of what writes them (gate and up) and the column that reads them.
+- **Residual width**: a channel of the stream, in the embedding, every norm, every matrix that reads or writes it, and the head. RMS
+  norms are rescaled so that the result is exact: weights by sqrt(N/n), epsilon by N/n, for n of N channels. Layer norms subtract the
+  mean of all channels; regraft's class goes on counting those that are gone, so that this is exact too, and never a stock class.
+- **Attention or FFN alone**: with the norms that serve it alone. **Whole layers**: the rest is renumbered, and every list in the config
+  that has an entry for each layer is shortened.
+
+## How groups are found
+
+**declared**: `models/architectures/*.toml` says which modules belong together. **traced**: the computation is followed. `regraft`
+exports the model with fake weights and one layer of each kind, gives each channel of each parameter a name, and carries the names
+through every operator; what is added, multiplied or attended together lives or dies together. Both agree wherever a table exists. An
+operator that mixes channels, or one that is not known, stops the walk with its name.
+
+```python
+from regraft.groups.traced import follow_channels
+
+found = follow_channels(model)  # any causal language model, known or not
+found.groups  # what can be cut exactly
+found.refusals  # what cannot, and why
+```
+
+A family needs one TOML file to be pruned and saved: the names of its modules and of the sizes in its config, and whether it computes
+its head size from the hidden size. Its groups need no table.
+"""
