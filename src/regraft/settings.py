@@ -116,6 +116,9 @@ class RecoverSettings(Settings):
     ranks: Path | RankPlan | None = Field(default=None, description="a rank plan (JSON) with a rank for each module, instead of --rank")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.05, description="dropout inside the adapter")
     lr: Rate = Field(default=1e-3, description="peak learning rate")
+    lr_ratio: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = Field(
+        default=1.0, description="learning rate of LoRA's B over that of A (LoRA+); 1: the same"
+    )
     steps: Positive = Field(default=200, description="optimizer steps")
     batch: Positive = Field(default=8, description="windows of one forward pass")
     accumulate: Positive = Field(default=1, description="forward passes of one optimizer step")

@@ -33,6 +33,7 @@ from regraft.surgery.adapters import Injected, inject, merge
 from regraft.training.batches import Example, Ordered, digest, make_examples, padding_token, spread
 from regraft.training.callbacks import Bar, Keeper, LogRow, Pace
 from regraft.training.checkpoint import Checkpoint, checkpoints, read_checkpoint
+from regraft.training.optimizer import ParameterGroup, parameter_groups
 from regraft.training.precision import compute_dtype, trainable_weights
 from regraft.training.trainer import RecoveryTrainer, training_arguments
 
@@ -111,6 +112,7 @@ def recover(
     identity = _identity(model, settings, ranks, seed) | {"data": digest(rows.examples), "held-out data": digest(looked_at)}
     resumed = _last_checkpoint(work, identity) if resume else None
     injected = inject(model, settings, ranks, seed)
+    groups = _groups_or_nothing(injected, settings)
     _make_folder(work)
     keeper, bar = Keeper(work, identity, resumed), Bar(settings.quiet)
     with _as_it_was(model, work), trainable_weights(model, compute), isolated(seed):
@@ -120,6 +122,7 @@ def recover(
             rows,
             looked_at,
             padding_token(tokenizer),
+            groups,
             (Pace(settings.eval_every, seed), keeper, bar),
         )
         _train(trainer, keeper, bar, checkpoints(work)[-1] if resumed else None)
@@ -181,6 +184,15 @@ def _train(trainer: RecoveryTrainer, keeper: Keeper, bar: Bar, checkpoint: Path 
     keeper.put_best()
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     trainer.accelerator.free_memory()
+
+
+def _groups_or_nothing(injected: Injected, settings: RecoverSettings) -> list[ParameterGroup]:
+    """Returns the parameter groups, or takes the adapter off again where they cannot be made."""
+    try:
+        return parameter_groups(injected, settings)
+    except InputError:
+        merge(injected)
+        raise
 
 
 def _training_rows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, settings: RecoverSettings, seed: int) -> Ordered:

@@ -16,6 +16,7 @@ from regraft.errors import TrainingError
 from regraft.settings import RecoverSettings
 from regraft.training.batches import Example, Ordered, collate
 from regraft.training.losses import mean_loss
+from regraft.training.optimizer import ParameterGroup, make_optimizer
 
 
 def training_arguments(
@@ -68,6 +69,7 @@ class RecoveryTrainer(Trainer):
         train: The rows in their order.
         held_out: The rows whose loss chooses the best checkpoint.
         padding: Token that fills up shorter rows.
+        groups: All trained parameters with their learning rates.
         callbacks: Ours, after the Trainer's own.
     """
 
@@ -78,6 +80,7 @@ class RecoveryTrainer(Trainer):
         train: Ordered,
         held_out: Sequence[Example],
         padding: int,
+        groups: Sequence[ParameterGroup],
         callbacks: Sequence[TrainerCallback],
     ) -> None:
         super().__init__(
@@ -88,8 +91,15 @@ class RecoveryTrainer(Trainer):
             callbacks=list(callbacks),
         )
         self.remove_callback(PrinterCallback)
+        self._groups = groups
         rows = arguments.per_device_train_batch_size
         self._held_out = [collate(held_out[start : start + rows], padding) for start in range(0, len(held_out), rows)]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Makes the optimizer of our groups, once."""
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self._groups)
+        return self.optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Takes one forward and backward pass.
