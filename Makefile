@@ -20,8 +20,9 @@ demo: $(READY)
 	rm -rf runs/quickstart
 	$(BIN)/regraft run quickstart --output runs/quickstart
 
+# One process a core, one thread a process: the models of the tests are too small to share.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
