@@ -332,6 +332,73 @@ class RankTrial:
 
 
 @dataclass(frozen=True)
+class PastSearch:
+    """A search that is over, kept for meta-learning.
+
+    Attributes:
+        space: Where it searched, with the features of the slots.
+        trials: Everything that was measured, in the order of measuring.
+        model: Name of the model before pruning.
+        parameters: Of the pruned model.
+        ratio: Share of the parameters that pruning removed.
+        settings: Whatever else tells it from others: data, steps, learning rate.
+    """
+
+    space: RankSpace
+    trials: tuple[RankTrial, ...]
+    model: str
+    parameters: int
+    ratio: float
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """How well a performance model predicts trials that it has not seen.
+
+    Levels (kind, fidelity and seed of a trial) are centred first: what counts is the difference between rank vectors.
+
+    Attributes:
+        r2: One minus the squared error over the variance; 0 or less: no better than the mean.
+        rmse_nats: Root of the mean squared error.
+        rank_correlation: Spearman's, of predicted and measured loss; 0 where either is constant.
+        trials: How many were predicted.
+        folds: In how many parts they were left out; whole rank vectors at a time.
+    """
+
+    r2: float
+    rmse_nats: float
+    rank_correlation: float
+    trials: int
+    folds: int
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """Whether a rank vector beats the uniform one, measured on fresh seeds side by side.
+
+    Attributes:
+        winner: The vector that the search proposed.
+        kept: The vector to use: the winner only where the interval excludes no gain.
+        gains_nats: Loss of uniform minus loss of the winner, one for each seed.
+        mean_nats: Of the gains.
+        low_nats: Lower end of the interval.
+        high_nats: Upper end.
+        confidence: Of the interval, such as 0.95.
+        verdict: What happened, in plain words.
+    """
+
+    winner: tuple[int, ...]
+    kept: tuple[int, ...]
+    gains_nats: tuple[float, ...]
+    mean_nats: float
+    low_nats: float
+    high_nats: float
+    confidence: float
+    verdict: str
+
+
+@dataclass(frozen=True)
 class LossReport:
     """Loss of a causal language model on one text, and everything needed to measure it again.
 

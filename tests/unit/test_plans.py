@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from regraft import plans
 from regraft.errors import PlanError
 from regraft.plans import (
+    Confirmation,
+    CrossValidation,
     Curve,
     Curves,
     Cut,
@@ -22,8 +24,12 @@ from regraft.plans import (
     Measurement,
     Member,
     Provenance,
+    PastSearch,
     PrunePlan,
     RankPlan,
+    RankSlot,
+    RankSpace,
+    RankTrial,
     Scores,
     SizeReport,
     SpeedReport,
@@ -71,7 +77,23 @@ SPEEDS = st.builds(SpeedReport, NUMBERS, NUMBERS, COUNTS, COUNTS, COUNTS, COUNTS
 CURVES = st.builds(
     Curve, st.lists(COUNTS, max_size=4).map(tuple), st.lists(NUMBERS, max_size=4).map(tuple), st.lists(NUMBERS, max_size=4).map(tuple)
 )
+RANKS = st.lists(COUNTS, max_size=4).map(tuple)
+SLOTS = st.builds(
+    RankSlot, NAMES, st.lists(NAMES, max_size=2).map(tuple), COUNTS, COUNTS, COUNTS, st.dictionaries(NAMES, NUMBERS, max_size=2)
+)
+SPACES = st.builds(RankSpace, NAMES, st.sampled_from(["layer", "module"]), st.lists(SLOTS, max_size=2).map(tuple), RANKS, COUNTS, COUNTS)
+TRIALS = st.builds(
+    RankTrial, RANKS, st.none() | NUMBERS, NUMBERS, NUMBERS, st.sampled_from(["recovery", "elastic"]), COUNTS, st.text(max_size=9)
+)
 ANY_PLAN = st.one_of(
+    SLOTS,
+    SPACES,
+    TRIALS,
+    st.builds(
+        PastSearch, SPACES, st.lists(TRIALS, max_size=2).map(tuple), NAMES, COUNTS, NUMBERS, st.dictionaries(NAMES, JSON, max_size=2)
+    ),
+    st.builds(CrossValidation, NUMBERS, NUMBERS, NUMBERS, COUNTS, COUNTS),
+    st.builds(Confirmation, RANKS, RANKS, st.lists(NUMBERS, max_size=3).map(tuple), NUMBERS, NUMBERS, NUMBERS, NUMBERS, NAMES),
     CURVES,
     st.builds(Curves, NAMES, st.sampled_from(["parameters", "bytes", "milliseconds"]), NUMBERS, st.dictionaries(NAMES, CURVES, max_size=2)),
     MEMBERS,
@@ -102,6 +124,7 @@ ANY_PLAN = st.one_of(
 
 COVERED = (
     *(Member, Group, Groups, Scores, Curve, Curves, Cut, PrunePlan, RankPlan),
+    *(RankSlot, RankSpace, RankTrial, PastSearch, CrossValidation, Confirmation),
     *(LossReport, SizeReport, SpeedReport, Measurement, Provenance),
 )
 

@@ -1,0 +1,14 @@
+"""The same rank everywhere: the baseline that every other allocation has to beat."""
+
+from __future__ import annotations
+
+from regraft.allocation.contract import ALLOCATORS, ClosedForm, Ranks
+from regraft.plans import RankSpace
+
+
+def uniform(space: RankSpace) -> Ranks:
+    """Returns the uniform vector."""
+    return (space.uniform,) * len(space.slots)
+
+
+ALLOCATORS.add("uniform", ClosedForm("uniform", uniform))
