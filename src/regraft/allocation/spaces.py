@@ -63,10 +63,10 @@ def _check_slots(slots: Sequence[RankSlot]) -> None:
 
 
 def _check_choices(slots: Sequence[RankSlot], choices: tuple[int, ...]) -> None:
-    if not choices or choices[0] < 1:
+    if any(rank < 1 for rank in choices):
         raise InputError(f"ranks {list(choices)} are not positive whole numbers; give some such as 2,4,6,8,10,12")
     if len(choices) < 2:
-        raise InputError(f"with rank {choices[0]} alone there is nothing to choose; give two ranks or more")
+        raise InputError(f"ranks {list(choices)} leave nothing to choose; give two ranks or more")
     narrow = min(slots, key=lambda slot: slot.limit)
     wide = max(slots, key=lambda slot: slot.limit)
     if choices[0] > narrow.limit:
