@@ -14,7 +14,6 @@ from typing import Protocol, final
 import numpy as np
 from numpy.typing import NDArray
 
-from regraft.errors import PlanError
 from regraft.plans import CrossValidation, RankSpace, RankTrial
 from regraft.registry import Registry
 
@@ -100,23 +99,3 @@ class Learner(Protocol):
 Allocator = ClosedForm | Learner
 
 ALLOCATORS: Registry[Allocator] = Registry("allocator", group="regraft.allocators")
-
-
-def feature(space: RankSpace, name: str) -> NDArray[np.float64]:
-    """Returns one feature of every slot, (L,) float64.
-
-    Raises:
-        PlanError: The slots do not have it, or it is not finite.
-    """
-    if any(name not in slot.features for slot in space.slots):
-        known = ", ".join(sorted(space.slots[0].features)) or "none"
-        raise PlanError(f"the slots have no feature '{name}' (they have: {known}); measure it first, or choose another --method")
-    values = np.array([slot.features[name] for slot in space.slots])
-    if not np.isfinite(values).all():
-        raise PlanError(f"feature '{name}' of the slots is not finite; measure it again in float32")
-    return values
-
-
-def feature_names(space: RankSpace) -> frozenset[str]:
-    """Returns the features that every slot has."""
-    return frozenset.intersection(*(frozenset(slot.features) for slot in space.slots))

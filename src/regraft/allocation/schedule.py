@@ -168,8 +168,13 @@ def _promoted(space: RankSpace, below: Sequence[RankTrial], learner: Learner, sc
     gains = learner.predict(space, below, others).gain_nats if others else np.zeros(0)
     order = np.argsort(-gains, kind="stable")
     survivors = [Proposal(others[index], "survivor") for index in order[: rung.width - 1 - rung.fresh]]
-    fresh = learner.propose(space, below, rung.fresh, np.random.default_rng((seed, place + 1, 0))) if rung.fresh else ()
-    return [Proposal(uniform, "uniform"), *survivors, *fresh]
+    if not rung.fresh:
+        return [Proposal(uniform, "uniform"), *survivors]
+    return [
+        Proposal(uniform, "uniform"),
+        *survivors,
+        *learner.propose(space, below, rung.fresh, np.random.default_rng((seed, place + 1, 0))),
+    ]
 
 
 def _affordable(missing: Sequence[Proposal], rung: Rung, below: Sequence[RankTrial], left: float, *, alone: bool) -> Request | None:

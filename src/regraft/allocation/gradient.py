@@ -1,0 +1,23 @@
+"""Ranks by the energy of the first gradients' leading singular values."""
+
+from __future__ import annotations
+
+from regraft.allocation.contract import ALLOCATORS, ClosedForm, Ranks
+from regraft.allocation.features import GRADIENT_ENERGY, curve
+from regraft.allocation.fill import fill
+from regraft.plans import RankSpace
+
+
+def gradient(space: RankSpace) -> Ranks:
+    r"""Returns the vector that catches the most energy of the weights' gradients under the budget.
+
+    A step :math:`-\eta\,[G]_r` along the best rank-r approximation of the gradient G of a weight lowers the loss by
+    :math:`\eta \sum_{i \le r} \sigma_i(G)^2` to first order. The sum of that over the modules of all slots is maximised.
+
+    Raises:
+        PlanError: The curve ``gradient_energy`` is not known.
+    """
+    return fill(space, curve(space, GRADIENT_ENERGY))
+
+
+ALLOCATORS.add("gradient", ClosedForm("gradient", gradient))

@@ -1,0 +1,116 @@
+"""What a performance model believes before the first trial: by default little, after meta-training what past searches have in common.
+
+A prior is two files, ``prior.safetensors`` with the numbers and ``prior.json`` with their names and where they come from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from regraft.atomic import atomic_folder
+from regraft.errors import PlanError
+
+FORMAT = 1
+SHIPPED = Path(__file__).parent / "shipped"
+_NUMBERS, _NAMES = "prior.safetensors", "prior.json"
+
+BASE_NAMES = ("log_gain", "log_half_rank", "fidelity_exponent", "log_elastic_scale")
+"""Parameters that every slot shares, before the coefficients of the features; :mod:`regraft.allocation.concave` says what they do."""
+
+_BASE_MEAN = (float(np.log(0.1)), float(np.log(8.0)), 0.3, 0.0)
+_BASE_DEVIATION = (1.5, 0.7, 0.3, 0.5)
+_COEFFICIENT_DEVIATION = 0.4
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """A Gaussian over the shared parameters of the performance model, and the sizes of what is particular to a slot.
+
+    Attributes:
+        features: Names of the features whose coefficients it knows.
+        mean: (4 + F,) of the shared parameters: those of ``BASE_NAMES``, then one coefficient for each feature.
+        covariance: (4 + F, 4 + F).
+        log_spread: Mean and standard deviation of the logarithm of tau, the spread over slots of what features do not explain.
+        log_noise: Mean and standard deviation of the logarithm of a trial's noise in nats.
+        made_from: How it was made: searches, errors, versions; empty for the default.
+    """
+
+    features: tuple[str, ...]
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+    log_spread: tuple[float, float] = (float(np.log(0.7)), 0.5)
+    log_noise: tuple[float, float] = (float(np.log(0.004)), 1.5)
+    made_from: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def over(self, features: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Returns mean (4 + F,) and covariance (4 + F, 4 + F) for these features; what is not known of one is the default."""
+        base = len(BASE_NAMES)
+        mean = np.zeros(base + len(features))
+        covariance = np.diag(np.concatenate([np.zeros(base), np.full(len(features), _COEFFICIENT_DEVIATION**2)]))
+        here = [*range(base), *(base + features.index(name) for name in self.features if name in features)]
+        there = [*range(base), *(base + place for place, name in enumerate(self.features) if name in features)]
+        mean[here] = self.mean[there]
+        covariance[np.ix_(here, here)] = self.covariance[np.ix_(there, there)]
+        return mean, covariance
+
+    def save(self, folder: Path) -> None:
+        """Writes the two files into a new folder.
+
+        Raises:
+            OutputError: The folder exists or cannot be written.
+        """
+        described = {"format": FORMAT, "parameters": list(BASE_NAMES), "features": list(self.features), "made_from": self.made_from}
+        with atomic_folder(folder) as partial:
+            (partial / _NAMES).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            arrays = {
+                "mean": self.mean,
+                "covariance": self.covariance,
+                "log_spread": np.array(self.log_spread),
+                "log_noise": np.array(self.log_noise),
+            }
+            save_file(arrays, partial / _NUMBERS)
+
+
+def default_prior() -> Prior:
+    """Returns a prior that knows no feature: gains of about 0.1 nats in all, half of it at rank 8, give or take a factor of a few."""
+    return Prior((), np.array(_BASE_MEAN), np.diag(np.square(_BASE_DEVIATION)))
+
+
+def load_prior(folder: Path) -> Prior:
+    """Reads the two files.
+
+    Raises:
+        PlanError: They are missing, damaged, or of another format.
+    """
+    try:
+        described = json.loads((folder / _NAMES).read_text(encoding="utf-8"))
+        arrays = load_file(folder / _NUMBERS)
+        if described["format"] != FORMAT or tuple(described["parameters"]) != BASE_NAMES:
+            raise PlanError(f"prior '{folder}' has another format than this version reads; train it again: regraft meta train STORE")
+        features, made_from = tuple(described["features"]), dict(described["made_from"])
+        mean, covariance = arrays["mean"], arrays["covariance"]
+        (spread, spread_sd), (noise, noise_sd) = arrays["log_spread"].tolist(), arrays["log_noise"].tolist()
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, PlanError):
+            raise
+        raise PlanError(f"prior '{folder}' cannot be read ({error}); train it again: regraft meta train STORE") from None
+    size = len(BASE_NAMES) + len(features)
+    if mean.shape != (size,) or covariance.shape != (size, size) or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise PlanError(f"prior '{folder}' is damaged: its numbers do not fit its names; train it again: regraft meta train STORE")
+    return Prior(features, mean, covariance, (spread, spread_sd), (noise, noise_sd), made_from)
+
+
+@cache
+def shipped_prior() -> Prior:
+    """Returns the prior that the package ships, or the default where it ships none."""
+    return load_prior(SHIPPED) if (SHIPPED / _NAMES).is_file() else default_prior()
