@@ -11,8 +11,6 @@ from rich.table import Table
 
 from regraft.cli.options import DryRunOption, ModelArgument, SeedOption, command_line, with_settings
 from regraft.errors import InputError
-from regraft.groups.declared import discover
-from regraft.models.view import ModelView
 from regraft.pipelines.plan_files import read_plan, refuse_existing_plan, write_plan
 from regraft.pipelines.planning import Say
 from regraft.pipelines.prune import plan_summary, replay
@@ -50,7 +48,7 @@ def prune(
             result = replay(model, read_plan(plan), output, prune, dry_run=dry_run, **common)
         else:
             result = prune_model(model, output, prune, dry_run=dry_run or plan_only, **common)
-    show_plan(console, discover(ModelView(result.loaded.model)), result.plan)
+    show_plan(console, result.groups, result.plan)
     for note in result.notes:
         console.print(note, soft_wrap=True)
     if dry_run:

@@ -69,15 +69,24 @@ def wanda_units(evidence: Evidence) -> Mapping[str, Tensor]:
     parameters = dict(evidence.model.named_parameters())
     found: dict[str, Tensor] = {}
     for groups, seen in input_moments(evidence, readers_only=False, full=False):
+        inputs = {member.parameter: _input_axis(member) for group in groups for member in group.members}
 
-        def saliency(name: str, seen: dict[str, Watched] = seen) -> Tensor:
+        def saliency(name: str, seen: dict[str, Watched] = seen, inputs: Mapping[str, int] = inputs) -> Tensor:
             weight = parameters[name].detach().double().abs()
             moments = seen[name.rpartition(".")[0]]
             assert isinstance(moments, ChannelMoments)
-            return weight if weight.dim() == 1 else weight * moments.power_D.sqrt()
+            if weight.dim() == 1:
+                return weight
+            size = moments.power_D.sqrt()
+            return weight * (size if inputs[name] == 1 else size[:, None])
 
         found |= {group.name: reduce_saliency(group, saliency, "element", evidence.reduce) for group in groups}
     return found
+
+
+def _input_axis(member: Member) -> int:
+    """Returns the axis of a matrix along which its inputs lie: GPT-2 stores (in, out)."""
+    return member.axis if member.side == "in" else 1 - member.axis
 
 
 def reader_units(channel_score: Callable[[ChannelMoments], Tensor]) -> Callable[[Evidence], Mapping[str, Tensor]]:
@@ -110,7 +119,10 @@ def surgeon_units(evidence: Evidence) -> Mapping[str, Tensor]:
             assert isinstance(moments, Moments)
             weight = parameters[member.parameter].detach()
             weight_OI = weight if member.axis == 1 else weight.T
-            found[group.name] = _rising(group.units, *removal_order(weight_OI, moments.second_DD, member.size))
+            # The channels of one unit need not be neighbours: a query head is taken from every key-value group.
+            order = torch.tensor([index for unit in range(group.units) for index in member.indices(unit)], device=weight.device)
+            second_II = moments.second_DD[order][:, order]
+            found[group.name] = _rising(group.units, *removal_order(weight_OI[:, order], second_II, member.width))
     return found
 
 

@@ -105,13 +105,13 @@ def reduce_saliency(group: Group, saliency: Saliency, granularity: Granularity, 
         group: The coupled axes.
         saliency: Signed saliency of each weight.
         granularity: Where the absolute value is taken.
-        how: How members combine: ``last`` takes the last projection (the one that reads the channels).
+        how: How members combine: ``last`` takes the last projection that reads the channels.
 
     Returns:
         float64 (units,).
     """
     per_module: dict[str, Tensor] = {}
-    for member in group.members:
+    for member in sorted(group.members, key=lambda member: member.side == "in"):
         module = member.parameter.rpartition(".")[0]
         vectors = _vectors(saliency(member.parameter), member, granularity)
         owned = torch.tensor([list(member.indices(unit)) for unit in range(group.units)], device=vectors.device)

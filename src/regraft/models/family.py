@@ -123,6 +123,8 @@ class Family:
         scaled_embedding: Whether embeddings are multiplied by the square root of the hidden size.
         alibi: ``always`` where heads differ by a slope of their own (ALiBi), or the config key that switches this on.
         fixed: Which kinds of groups cannot be cut in which variants.
+        stored_as: Modules that checkpoints know by another name, and that name.
+        layer_output: What the classes expect a decoder layer to return: the hidden states, or a ``tuple`` that begins with them.
         single_kv_when: Config values with which all query heads share one key-value head whatever the config says.
     """
 
@@ -153,6 +155,8 @@ class Family:
     scaled_embedding: bool = False
     alibi: str = ""
     fixed: tuple[Fixed, ...] = ()
+    stored_as: Mapping[str, str] = field(default_factory=dict[str, str])
+    layer_output: Literal["tensor", "tuple"] = "tensor"
     single_kv_when: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def has_alibi(self, config: Any) -> bool:

@@ -126,11 +126,11 @@ def _record(view: ModelView, ids: Tensor) -> tuple[Tensor, list[tuple[tuple[Any,
     notes: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     entering: list[Tensor] = []
 
-    def note(*positional: Any, **named: Any) -> Tensor:
+    def note(*positional: Any, **named: Any) -> Any:
         hidden = positional[0] if positional else named.pop("hidden_states")
         entering.append(hidden)
         notes.append((positional[1:], named))
-        return hidden
+        return _as_returned(view, hidden)
 
     with _replaced_forward(view, note), torch.no_grad():
         view.model(input_ids=ids.to(view.model.device), use_cache=False, logits_to_keep=1)
@@ -155,8 +155,13 @@ def watched_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor]
 @contextmanager
 def layers_give(view: ModelView, hidden: Tensor) -> Iterator[None]:
     """Makes every layer return the same hidden states, so that only what follows the layers is computed."""
-    with _replaced_forward(view, lambda *positional, **named: hidden):
+    with _replaced_forward(view, lambda *positional, **named: _as_returned(view, hidden)):
         yield
+
+
+def _as_returned(view: ModelView, hidden: Tensor) -> Any:
+    """Returns hidden states in the form in which the family's layers return them."""
+    return (hidden,) if view.family.layer_output == "tuple" else hidden
 
 
 @contextmanager

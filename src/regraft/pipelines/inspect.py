@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from regraft.groups.declared import discover
+from regraft.groups.discover import discover
 from regraft.models.load import Loaded
 from regraft.models.view import ModelView, parameter_count
 

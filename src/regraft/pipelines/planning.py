@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from regraft.importance.passes import Passes
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.view import ModelView
 from regraft.pipelines.score_cache import ScoreCache, checksum_of
-from regraft.plans import Curves, Cut, Groups, PrunePlan, Scores
+from regraft.plans import Curves, Cut, GroupKind, Groups, PrunePlan, Scores
 from regraft.selection import SELECTORS, Budget, select
 from regraft.selection.budget import check_possible
 from regraft.settings import CALIBRATION_TOKENS, PruneSettings
@@ -24,6 +24,8 @@ from regraft.surgery.compensate import Method
 from regraft.surgery.damage import measure_curves
 
 Say = Callable[[str], None]
+# Where the word on the command line is not that of the groups.
+KIND_OF: dict[str, GroupKind] = {"layers": "layer"}
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,13 @@ def layers_in(text: str, count: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
+def kinds_wanted(settings: PruneSettings, plan: PrunePlan | None = None) -> tuple[GroupKind, ...]:
+    """Returns the kinds of groups that the settings cut, and those that a plan cuts that is to be replayed."""
+    named = (entry.group.rpartition(".")[2] for entry in plan.cuts) if plan is not None else ()
+    found = (*(KIND_OF.get(target, target) for target in settings.targets), *(kind for kind in get_args(GroupKind) if kind in set(named)))
+    return tuple(dict.fromkeys(found))
+
+
 def budget_of(groups: Groups, settings: PruneSettings) -> Budget:
     """Returns how much the settings remove from a model, and from where.
 
@@ -111,7 +120,7 @@ def budget_of(groups: Groups, settings: PruneSettings) -> Budget:
         ratio=settings.ratio,
         shape=settings.shape,
         layers=layers_in(settings.layers, groups.layers),
-        targets=settings.targets,
+        targets=kinds_wanted(settings),
         align=settings.align if isinstance(settings.align, int) else 1,
     )
     if settings.shape == "uniform" and len(budget.layers) < groups.layers:

@@ -11,12 +11,23 @@ from transformers import PreTrainedModel
 
 from regraft.atomic import refuse_existing
 from regraft.errors import InputError
-from regraft.groups.declared import discover
+from regraft.groups.discover import discover
 from regraft.models.load import Loaded, load
 from regraft.models.save import save
 from regraft.models.view import ModelView
 from regraft.pipelines.plan_files import settings_of
-from regraft.pipelines.planning import Planning, Say, Way, budget_of, calibration, check_text, composed, layers_in, resolve
+from regraft.pipelines.planning import (
+    Planning,
+    Say,
+    Way,
+    budget_of,
+    calibration,
+    check_text,
+    composed,
+    kinds_wanted,
+    layers_in,
+    resolve,
+)
 from regraft.pipelines.pruned_record import card_of, facts, record_of
 from regraft.pipelines.streamed import Request, prune_streamed
 from regraft.plans import Groups, Provenance, PrunePlan, to_dict
@@ -28,6 +39,7 @@ __all__ = [
     "PruneResult",
     "cut_to_plan",
     "facts",
+    "kinds_wanted",
     "layers_in",
     "plan_dict",
     "plan_pruning",
@@ -47,12 +59,14 @@ class PruneResult:
         plan: Which units stay.
         model: The pruned model; None after a dry run, and where a bound of memory kept it on disk.
         loaded: The model before, with its tokenizer and source; without its weights under a bound of memory.
+        groups: Of the model before: what could be cut.
         notes: What the user should know, a line each.
     """
 
     plan: PrunePlan
     model: PreTrainedModel | None
     loaded: Loaded
+    groups: Groups
     notes: tuple[str, ...] = ()
 
 
@@ -132,18 +146,18 @@ def _carry_out(request: Request, *, dry_run: bool) -> PruneResult:
     if settings.memory is not None:
         if output is None and not dry_run:
             raise InputError("--memory keeps the pruned model on disk; say where with --output")
-        plan, skeleton, notes = prune_streamed(replace(request, output=None if dry_run else output))
-        return PruneResult(plan, None, skeleton, notes)
+        done = prune_streamed(replace(request, output=None if dry_run else output))
+        return PruneResult(done.plan, None, done.loaded, done.groups, done.notes)
     loaded = load(request.source, request.load_settings)
-    groups = discover(ModelView(loaded.model))
+    groups = discover(loaded.model, kinds_wanted(settings, request.plan))
     plan = request.plan or plan_pruning(loaded, groups, settings, request.seed, say)
     check_plan(groups, plan)
     if dry_run:
-        return PruneResult(plan, None, loaded)
+        return PruneResult(plan, None, loaded, groups)
     model = cut_to_plan(loaded, groups, plan, settings, request.seed)
     if output is not None:
         save_pruned(model, loaded, plan, Path(output), settings, seed=request.seed, command=request.command)
-    return PruneResult(plan, model, loaded)
+    return PruneResult(plan, model, loaded, groups)
 
 
 def plan_pruning(loaded: Loaded, groups: Groups, settings: PruneSettings, seed: int, say: Say = lambda line: None) -> PrunePlan:
@@ -171,7 +185,7 @@ def plan_pruning(loaded: Loaded, groups: Groups, settings: PruneSettings, seed: 
         if step < settings.rounds:
             model = _cut(ModelView(loaded.model), groups, plan, windows, way)
             view = ModelView(model)
-            current = discover(view)
+            current = discover(view, kinds_wanted(settings))
     assert plan is not None
     return replace(plan, ratio=settings.ratio, made_with=planning.made_with())
 

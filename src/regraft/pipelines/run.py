@@ -15,10 +15,10 @@ from regraft.data.tokens import window_tokens
 from regraft.errors import ConfigError, RegraftError
 from regraft.evaluation.loss import window_and_stride
 from regraft.evaluation.size import measure_size
-from regraft.groups.declared import discover
+from regraft.groups.discover import USUAL, discover
 from regraft.models.load import Loaded, load, locate, require_tokenizer
 from regraft.models.view import ModelView
-from regraft.pipelines.prune import layers_in, plan_pruning
+from regraft.pipelines.prune import kinds_wanted, layers_in, plan_pruning
 from regraft.pipelines.recipe import Recipe, find_recipe, read_recipe
 from regraft.pipelines.run_folder import Say, open_run
 from regraft.pipelines.stages import Stages, files_of
@@ -89,7 +89,7 @@ def run(
         refuse_existing(path)
     dense = load(recipe.model, recipe.load)
     check_fit(recipe, dense, file.name)
-    groups = discover(ModelView(dense.model))
+    groups = discover(dense.model, kinds_wanted(recipe.prune) if recipe.prune is not None else USUAL)
     if dry_run:
         return _dry_run(recipe, dense, groups, progress)
     asked = file.name if file.suffix and str(source) != name else name

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from regraft.importance import CRITERIA
 from regraft.models.load import Loaded
 from regraft.models.provenance import versions
-from regraft.pipelines.planning import Planning, Say, Way, budget_of, calibration, check_text
+from regraft.pipelines.planning import Planning, Say, Way, budget_of, calibration, check_text, kinds_wanted
 from regraft.pipelines.pruned_record import card_of, record_of
 from regraft.pipelines.score_cache import checksum_of
 from regraft.plans import Groups, PrunePlan, to_dict
@@ -23,7 +23,7 @@ from regraft.streaming.hidden import HiddenStates, InMemory, OnDisk, room_for
 from regraft.streaming.memory import Room, Task, find_room, in_words
 from regraft.streaming.output import PrunedWriter, Refit, resumable
 from regraft.streaming.passes import StreamedPasses, StreamedWalk
-from regraft.streaming.skeleton import Skeleton, open_skeleton
+from regraft.streaming.skeleton import Skeleton, open_skeleton, refuse_beyond_layers
 from regraft.surgery.compensate import refitted
 from regraft.surgery.cut import check_plan
 
@@ -57,19 +57,35 @@ class Request:
     say: Say
 
 
-def prune_streamed(request: Request) -> tuple[PrunePlan, Loaded, tuple[str, ...]]:
+@dataclass(frozen=True)
+class Streamed:
+    """What pruning a checkpoint gave.
+
+    Attributes:
+        plan: Which units stay.
+        loaded: The model without its weights.
+        groups: Of that model.
+        notes: What the user should know, a line each.
+    """
+
+    plan: PrunePlan
+    loaded: Loaded
+    groups: Groups
+    notes: tuple[str, ...]
+
+
+def prune_streamed(request: Request) -> Streamed:
     """Prunes a checkpoint without ever having it in memory as a whole.
 
-    Returns:
-        The plan, the model without its weights, and what the user should know.
-
     Raises:
-        InputError: The bound of memory is below what one layer needs, or the ratio cannot be met.
+        InputError: The bound of memory is below what one layer needs, the ratio cannot be met, or what is to be cut takes more than a
+            layer at a time.
         PlanError: The plan to be replayed is of another model.
         OutputError: The output cannot be written; finished shards stay for the next attempt.
     """
     skeleton = open_skeleton(request.source, request.load_settings)
-    groups = skeleton.groups()
+    groups = skeleton.groups(kinds_wanted(request.settings, request.plan))
+    refuse_beyond_layers(skeleton.view.family, groups)
     if request.plan is not None:
         check_plan(groups, request.plan)
     else:
@@ -84,7 +100,7 @@ def prune_streamed(request: Request) -> tuple[PrunePlan, Loaded, tuple[str, ...]
             plan = request.plan or job.plan(Path(work))
     else:
         plan = job.write(request.output)
-    return plan, skeleton.loaded, job.notes()
+    return Streamed(plan, skeleton.loaded, groups, job.notes())
 
 
 class _Job:

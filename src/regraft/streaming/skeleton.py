@@ -10,7 +10,7 @@ Whatever the file's dtype is, layers are computed in float32.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,17 +21,21 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from regraft.errors import ModelError
-from regraft.groups.declared import discover
+from regraft.errors import InputError, ModelError
+from regraft.groups.discover import USUAL, discover
 from regraft.models.checks import check_loading_report, check_values
+from regraft.models.family import Family, family_of
 from regraft.models.load import Loaded, check_folder, device_named, locate, read_config
 from regraft.models.quiet import in_one_line, quiet
 from regraft.models.tokenizer import load_tokenizer
 from regraft.models.view import SAMPLED, ModelView, fingerprint_of, sample_step
 from regraft.models.weights import weights_dtype
-from regraft.plans import Groups
+from regraft.plans import GroupKind, Groups
 from regraft.settings import LoadSettings
 from regraft.streaming.checkpoint import Checkpoint
+
+# What lies within one layer, and is written as it is read.
+WITHIN_A_LAYER = ("heads", "query_heads", "ffn")
 
 
 class Skeleton:
@@ -67,9 +71,14 @@ class Skeleton:
         self.embedding.__dict__["forward"] = self._embed
         self.head.__dict__["forward"] = lambda hidden: self._project(hidden)
 
-    def groups(self) -> Groups:
-        """Returns what can be pruned: what :func:`regraft.groups.declared.discover` finds in the model in memory."""
-        return replace(discover(self.view), fingerprint=self.loaded.fingerprint)
+    def groups(self, kinds: Sequence[GroupKind] = USUAL) -> Groups:
+        """Returns what can be pruned: what :func:`regraft.groups.discover.discover` finds in the model in memory."""
+        reading = {module: module.__dict__.pop("forward") for module in (self.embedding, self.head)}
+        try:
+            return replace(discover(self.view, kinds), fingerprint=self.loaded.fingerprint)
+        finally:
+            for module, forward in reading.items():
+                module.__dict__["forward"] = forward
 
     @property
     def head_shape(self) -> tuple[int, int]:
@@ -180,6 +189,28 @@ def open_skeleton(source: str | Path, settings: LoadSettings | None = None) -> S
     return Skeleton(loaded, checkpoint, stored, dtype, device)
 
 
+def refuse_beyond_layers(family: Family, groups: Groups) -> None:
+    """Refuses groups whose cut changes more than one layer at a time can show.
+
+    Raises:
+        InputError: The message names what is in the way.
+    """
+    wide = [group.kind for group in groups.groups if group.kind not in WITHIN_A_LAYER]
+    if wide:
+        raise InputError(
+            f"--targets {','.join(dict.fromkeys(wide))} changes more than one layer at a time, which is all that --memory leaves room "
+            f"for; use --targets {' or '.join(WITHIN_A_LAYER)}, or leave --memory out"
+        )
+    norms = tuple(f".{norm}.weight" for norm in family.head_norms)
+    for group in groups.groups:
+        normed = [member.parameter for member in group.members if member.parameter.endswith(norms)] if norms else []
+        if group.kind != "ffn" and normed:
+            raise InputError(
+                f"'{normed[0]}' normalises all heads of a layer together, and has to be rescaled when one goes, which --memory does not "
+                "do yet; use --targets ffn, or leave --memory out"
+            )
+
+
 def _empty_model(folder: Path, device: torch.device, *, trust_remote_code: bool) -> PreTrainedModel:
     """Returns a model of the folder's config whose parameters are NaN and take no memory; its buffers are what they should be."""
     config = read_config(folder, trust_remote_code=trust_remote_code)
@@ -238,8 +269,10 @@ def _stored_names(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.d
 
 def _stored_name(model: PreTrainedModel, name: str, checkpoint: Checkpoint) -> str | None:
     """Returns the name of a parameter in the file; checkpoints of the base model alone lack its prefix."""
+    module, _, last = name.rpartition(".")
+    renamed = f"{family_of(model.config.model_type).stored_as.get(module, module)}.{last}"
     bare = name.removeprefix(f"{model.base_model_prefix}.")
-    return next((candidate for candidate in (name, bare) if candidate in checkpoint.places), None)
+    return next((candidate for candidate in (name, renamed, bare) if candidate in checkpoint.places), None)
 
 
 def _equal(checkpoint: Checkpoint, first: str, second: str, dtype: torch.dtype) -> bool:
