@@ -18,6 +18,7 @@ from regraft.plans import RankPlan, Shape
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Reduction = Literal["sum", "mean", "max", "product", "last"]
+Target = Literal["heads", "ffn", "query_heads", "residual", "layers", "attention", "mlp"]
 Positive = Annotated[int, Field(gt=0)]
 
 # Windows where nothing is asked for; shorter where the model's context is.
@@ -46,6 +47,27 @@ def bytes_in(amount: Any) -> int:
 Memory = Annotated[int, BeforeValidator(bytes_in)]
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+def options_in(given: Any) -> Any:
+    """Returns ``NAME=VALUE`` texts of a mapping, as recipes give it; leaves a list as it is.
+
+    >>> options_in({"gamma": 0.01, "depth": 3})
+    ('gamma=0.01', 'depth=3')
+    """
+    return tuple(f"{name}={value}" for name, value in given.items()) if isinstance(given, Mapping) else given
+
+
+def option_values(options: Iterable[str]) -> dict[str, str]:
+    """Returns ``NAME=VALUE`` texts as a mapping; the last of a name counts.
+
+    >>> option_values(("gamma=0.01", "depth=3"))
+    {'gamma': '0.01', 'depth': '3'}
+    """
+    return {name.strip(): value.strip() for name, _, value in (option.partition("=") for option in options)}
+
+
+Options = Annotated[tuple[str, ...], BeforeValidator(options_in)]
 
 
 class Settings(BaseModel):
@@ -82,7 +104,14 @@ class PruneSettings(Settings):
     budget: Literal["parameters", "bytes", "milliseconds"] = Field(default="parameters", description="what the ratio is a share of")
     rounds: Positive = Field(default=1, description="prune in this many steps, with scores taken anew")
     layers: str = Field(default=":", description="range of layers to prune, as a Python slice: 1:-1 spares the first and the last")
-    targets: tuple[Literal["heads", "ffn"], ...] = Field(default=("heads", "ffn"), description="what is pruned")
+    targets: tuple[Target, ...] = Field(
+        default=("heads", "ffn"),
+        description="what is pruned, together: heads (by KV group), ffn, query_heads (evenly within KV groups), residual (the width of the "
+        "stream), layers, attention or mlp (of a layer alone)",
+    )
+    depth: Literal["auto", "block_influence", "angular", "removal"] = Field(
+        default="auto", description="how layers, attention and mlp are ranked; auto: removal, the damage that is measured without them"
+    )
     align: Positive | Literal["auto"] = Field(
         default="auto", description="widths are multiples of this; auto: 16, less where 16 misses the target"
     )
@@ -110,12 +139,37 @@ class RecoverSettings(Settings):
     """How quality is won back: LoRA through PEFT with the Hugging Face Trainer."""
 
     data: Path | None = Field(default=None, description="text or instruction records to train on; default: the built-in text")
-    adapter: str = Field(default="lora", description="which adapter")
+    adapter: str = Field(
+        default="lora",
+        description="lora, rslora, dora, olora, pissa, eva, adalora, deep_lora, nola, lora_xs or mora",
+    )
     rank: Positive = Field(default=8, description="rank of the adapter")
-    alpha: Rate | None = Field(default=None, description="LoRA alpha; default: twice the rank")
+    alpha: Rate | None = Field(default=None, description="LoRA alpha; default: the adapter's own (lora: twice the rank)")
     ranks: Path | RankPlan | None = Field(default=None, description="a rank plan (JSON) with a rank for each module, instead of --rank")
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.05, description="dropout inside the adapter")
-    lr: Rate = Field(default=1e-3, description="peak learning rate")
+    targets: tuple[str, ...] = Field(
+        default=(), description="what is adapted, such as q_proj or layers.0.*; default: every projection of every layer"
+    )
+    adapter_options: Options = Field(default=(), description="the adapter's own settings as NAME=VALUE; see docs/adapters.md")
+    teacher: str | None = Field(
+        default=None, description="model to learn from: a folder, a hub id, seedling, or: dense, the one that was pruned; default: none"
+    )
+    distill: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=0.5, description="with a teacher, how much of the loss is divergence from it: 0 none, 1 all"
+    )
+    temperature: Rate = Field(default=1.0, description="of that divergence; above 1 the teacher's rarer tokens count more")
+    distill_hidden: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(
+        default=0.0, description="weight of the distance between the hidden states of teacher and student"
+    )
+    teacher_cache: Path | None = Field(
+        default=None, description="folder that keeps the teacher's likeliest tokens, shared between runs; default: the teacher runs along"
+    )
+    teacher_top_k: Positive = Field(default=64, description="how many of them for each position; the others are one outcome together")
+    dropout: float | None = Field(
+        default=None, ge=0.0, lt=1.0, description="dropout inside the adapter; default: the adapter's own (lora: 0.05)"
+    )
+    lr: float | None = Field(
+        default=None, gt=0.0, allow_inf_nan=False, description="peak learning rate; default: the adapter's own (lora: 1e-3)"
+    )
     lr_ratio: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = Field(
         default=1.0, description="learning rate of LoRA's B over that of A (LoRA+); 1: the same"
     )
@@ -123,10 +177,14 @@ class RecoverSettings(Settings):
     batch: Positive = Field(default=8, description="windows of one forward pass")
     accumulate: Positive = Field(default=1, description="forward passes of one optimizer step")
     seq_len: Positive | None = Field(default=None, description="tokens of a training window; default: 256 or the model's limit")
+    packing: bool = Field(default=False, description="put several records into one window, each blind to the others; text always is")
     schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="how the learning rate falls after warm-up")
     warmup: Annotated[float, Field(ge=0.0, le=1.0)] = Field(default=0.05, description="share of the steps that warms up")
     max_grad_norm: Rate = Field(default=1.0, description="gradients are clipped to this norm")
     eval_every: Positive = Field(default=50, description="steps between two looks at the held-out loss")
+    patience: Positive | None = Field(
+        default=None, description="stop after this many looks in a row without a lower held-out loss; default: never"
+    )
     held_out: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
         default=0.05, description="share of the data kept for choosing the best checkpoint"
     )
@@ -134,9 +192,18 @@ class RecoverSettings(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="number type of the products; auto: bfloat16 on a GPU that has it, else float32"
     )
+    gradient_checkpointing: bool = Field(default=False, description="keep no activations inside layers; slower, in less memory")
     merge: bool = Field(default=True, description="fold the adapter into the weights; otherwise it is kept beside them")
     report_to: tuple[str, ...] = Field(default=(), description="trackers, as in the Hugging Face Trainer")
     quiet: bool = Field(default=False, description="show no progress bar")
+
+    @field_validator("adapter_options")
+    @classmethod
+    def _options_have_values(cls, options: tuple[str, ...]) -> tuple[str, ...]:
+        for option in options:
+            if not option.partition("=")[0].strip() or "=" not in option:
+                raise ValueError(f"'{option}' is not an option; write it as NAME=VALUE, such as gamma=0.01")
+        return options
 
     @field_validator("ranks")
     @classmethod

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, final
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import AdaLoraModel, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from regraft.adapters.contract import ADAPTERS, AdapterRequest
+from regraft.adapters.contract import AdapterRequest, Defaults, Evidence, LowRank
 from regraft.adapters.isolation import isolated
+from regraft.adapters.plain_lora import CONFIG, tidy_config, write_plain_lora
+from regraft.adapters.sites import oriented, weight_of
+from regraft.errors import InputError
+from regraft.settings import Settings
+
+NAME = "default"  # of PEFT's adapter inside its model
+_FIRST = "regraft_first"  # buffers with the first factors of an adapter whose start is taken out of the weights
+
+FirstValues = Callable[[PeftModel, AdapterRequest, Evidence | None], None]
+
+
+def _nothing(model: PeftModel, request: AdapterRequest, evidence: Evidence | None) -> None:
+    """Leaves the first values as PEFT made them."""
 
 
 @final
@@ -26,88 +38,136 @@ class PeftAdapter:
     """An adapter that PEFT builds, merges and saves.
 
     Attributes:
-        config: Makes the PEFT config from what is asked and from the names of all modules of the model.
+        config: Makes the PEFT config from what is asked and from the model.
+        first: Sets first values that PEFT does not.
+        moves_weights: Whether the start of the adapter is taken out of the weights. Such an adapter is wrong beside the original
+            weights, so its start is remembered and what is saved is the difference: a plain LoRA of twice the rank.
+        whole: Why it cannot be written as a plain LoRA, or empty.
     """
 
-    config: Callable[[AdapterRequest, tuple[str, ...]], PeftConfig]
+    config: Callable[[AdapterRequest, PreTrainedModel], PeftConfig]
+    first: FirstValues = _nothing
+    moves_weights: bool = False
+    whole: str = ""
+    options: type[Settings] = Settings
+    defaults: Defaults = field(default_factory=Defaults)
 
-    def attach(self, model: PreTrainedModel, request: AdapterRequest) -> nn.Module:
+    def attach(self, model: PreTrainedModel, request: AdapterRequest, evidence: Evidence | None) -> nn.Module:
         """Returns a ``PeftModel`` around the model; see :class:`~regraft.adapters.contract.Adapter`."""
-        names = tuple(name for name, _ in model.named_modules())
         with isolated(request.seed), warnings.catch_warnings():
-            # PEFT 0.21 asks for a property that transformers 5.23 renamed.
+            # PEFT 0.21 asks for a property that transformers 5.23 renamed, and says what it sets for Conv1D by itself.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            return get_peft_model(model, self.config(request, names))
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            config = self.config(request, model)
+            before = _weights(model, request.ranks) if self.moves_weights else {}
+            adapted = cast(PeftModel, get_peft_model(model, config))
+            try:
+                self.first(adapted, request, evidence)
+                for name, layer in layers_of(adapted):
+                    if self.moves_weights:
+                        _move_start(layer, before[name])
+            except BaseException:
+                cast(Any, adapted.base_model).unload()
+                for name, weight in before.items():
+                    weight_of(model.get_submodule(name)).data.copy_(weight)
+                raise
+            return adapted
+
+    def after_step(self, adapted: nn.Module, step: int) -> None:
+        """Lets AdaLoRA move its budget."""
+        base = cast(PeftModel, adapted).base_model
+        if isinstance(base, AdaLoraModel):
+            base.update_and_allocate(step)
+
+    def finish(self, adapted: nn.Module) -> None:
+        """Does nothing: what was trained is kept."""
+
+    def factors(self, adapted: nn.Module) -> dict[str, LowRank]:
+        """Returns B and A of every module, its scale in B, with respect to the original weights."""
+        if self.whole:
+            raise InputError(f"{self.whole}; fold it into the weights instead, with: regraft recover ... --merge")
+        return {name: _low_rank(layer) for name, layer in layers_of(cast(PeftModel, adapted))}
 
     def merge(self, adapted: nn.Module) -> PreTrainedModel:
         """Folds the factors into each weight in float32 and casts back, one module at a time."""
         peft_model = cast(PeftModel, adapted)
-        for module in peft_model.modules():
-            if isinstance(module, BaseTunerLayer):
-                base = cast(nn.Linear, module.get_base_layer())
-                dtype = base.weight.dtype
-                # PEFT adds in the dtype of the weight; in bfloat16 the sum would be rounded twice.
-                base.weight.data = base.weight.data.to(torch.float32)
-                cast(Any, module).merge()
-                base.weight.data = base.weight.data.to(dtype)
+        for _, layer in layers_of(peft_model):
+            base = layer.get_base_layer()
+            weight = weight_of(base)
+            dtype = weight.dtype
+            # PEFT adds in the dtype of the weight; in bfloat16 the sum would be rounded twice.
+            weight.data = weight.data.to(torch.float32)
+            cast(Any, layer).merge()
+            weight.data = weight.data.to(dtype)
         return cast(Any, peft_model.base_model).unload()
 
     def save(self, adapted: nn.Module, folder: Path, base: str) -> None:
-        """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` as stock PEFT reads them."""
+        """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` as stock PEFT reads them.
+
+        An adapter whose start was taken out of the weights is written as a plain LoRA for the original weights.
+        """
         peft_model = cast(PeftModel, adapted)
-        peft_model.peft_config["default"].base_model_name_or_path = base
-        # Adapted layers are never embeddings; "auto" would ask the hub for the base model's vocabulary.
+        if self.moves_weights:
+            modules = {name: layer.get_base_layer() for name, layer in layers_of(peft_model)}
+            task = peft_model.peft_config[NAME].task_type
+            write_plain_lora(self.factors(adapted), modules, _module_names(peft_model), folder, base, str(task) if task else None)
+            return
+        peft_model.peft_config[NAME].base_model_name_or_path = base
+        # "auto" would ask the hub for the base model's vocabulary; an adapted embedding is saved as its two factors.
         peft_model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
-        config = folder / "adapter_config.json"
-        # PEFT writes sets in the order of this process's hash seed; sorted, the same adapter is the same bytes.
-        values = {key: _ordered(value) for key, value in json.loads(config.read_text(encoding="utf-8")).items()}
-        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        tidy_config(folder / CONFIG)
 
 
-def _ordered(value: object) -> object:
-    strings = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
-    return sorted(cast(list[str], value)) if strings else value
+def layers_of(adapted: PeftModel) -> Iterator[tuple[str, Any]]:
+    """Yields PEFT's layers by the name of the module inside each."""
+    for name, module in cast(nn.Module, adapted.base_model.model).named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield name, module
 
 
-def target_names(wanted: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Returns the shortest names that PEFT matches to exactly the wanted modules.
-
-    The last part of a name (``q_proj``) stands for all modules that end with it, which is what runtimes that load adapters
-    expect; it is used when every module with that ending is wanted, else the full names are.
-
-    >>> target_names(["a.0.q", "a.1.q", "a.0.v"], ["a", "a.0", "a.0.q", "a.0.v", "a.1", "a.1.q", "a.1.v"])
-    ['a.0.v', 'q']
-    """
-    chosen = sorted(set(wanted))
-    endings = Counter(name.rpartition(".")[2] for name in names)
-    wanted_endings = Counter(name.rpartition(".")[2] for name in chosen)
-    whole = {ending for ending, count in wanted_endings.items() if endings[ending] == count}
-    return sorted({ending if (ending := name.rpartition(".")[2]) in whole else name for name in chosen})
+def _module_names(adapted: PeftModel) -> tuple[str, ...]:
+    """Returns the names of the model's own modules."""
+    return tuple(name.replace(".base_layer", "") for name, _ in cast(nn.Module, adapted.base_model.model).named_modules())
 
 
-def lora_config(request: AdapterRequest, names: tuple[str, ...]) -> LoraConfig:
-    """LoRA (arXiv 2106.09685): ``W + alpha/r * B A``, B ``(out, r)`` from zero, A ``(r, in)`` Kaiming uniform.
-
-    The most common rank and alpha are the config's, the others its patterns, so that a uniform plan needs no pattern.
-    """
-    rank = Counter(request.ranks.values()).most_common(1)[0][0]
-    alpha = Counter(request.alphas.values()).most_common(1)[0][0]
-    return LoraConfig(
-        r=rank,
-        lora_alpha=cast(int, _whole(alpha)),
-        lora_dropout=request.dropout,
-        target_modules=target_names(request.ranks, names),
-        rank_pattern={name: value for name, value in request.ranks.items() if value != rank},
-        alpha_pattern=cast(dict[str, int], {name: _whole(value) for name, value in request.alphas.items() if value != alpha}),
-        bias="none",
-        task_type=TaskType.CAUSAL_LM,
-    )
+def _weights(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Tensor]:
+    """Returns copies of weights, so that what is folded out of them can be put back exactly."""
+    return {name: weight_of(model.get_submodule(name)).detach().clone() for name in names}
 
 
-def _whole(alpha: float) -> float | int:
-    """Writes a whole alpha as an integer, which is what readers of the config expect."""
-    return int(alpha) if alpha == int(alpha) else alpha
+def factors_of(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """Returns LoRA's A ``(r, in)`` and B ``(out, r)`` of a layer of PEFT, as they are trained."""
+    if NAME in layer.lora_embedding_A:
+        return layer.lora_embedding_A[NAME], layer.lora_embedding_B[NAME]
+    first, second = layer.lora_A[NAME], layer.lora_B[NAME]
+    return (first, second) if isinstance(first, nn.Parameter) else (first.weight, second.weight)
 
 
-ADAPTERS.add("lora", PeftAdapter(lora_config))
+def _move_start(layer: Any, weight: Tensor) -> None:
+    """Takes the start of an adapter out of the original weight, W - s B A, and remembers it in buffers that are not saved."""
+    start = _scaled(layer)
+    base = layer.get_base_layer()
+    moved = weight.to(torch.float32) - oriented(base, start.left @ start.right)
+    weight_of(base).data.copy_(moved)
+    layer.register_buffer(f"{_FIRST}_left", start.left, persistent=False)
+    layer.register_buffer(f"{_FIRST}_right", start.right, persistent=False)
+
+
+def _scaled(layer: Any) -> LowRank:
+    """Returns what PEFT adds to the base of a layer as two factors, the scale in the left one."""
+    first, second = (factor.detach().to(torch.float32) for factor in factors_of(layer))
+    scale = float(layer.scaling[NAME])
+    if isinstance(layer, AdaLoraLayer):  # B (E * A), over the number of ranks, which PEFT keeps away from zero
+        first = first * layer.lora_E[NAME].detach()
+        scale /= float(layer.ranknum[NAME]) + 1e-5
+    return LowRank(scale * second, first)
+
+
+def _low_rank(layer: Any) -> LowRank:
+    """Returns the change of the original weight; of a weight that was moved, B A - B0 A0 as factors of twice the rank."""
+    now = _scaled(layer)
+    left, right = (getattr(layer, f"{_FIRST}_{side}", None) for side in ("left", "right"))
+    if left is None or right is None:
+        return now
+    return LowRank(torch.cat([now.left, -left], dim=1), torch.cat([now.right, right], dim=0))

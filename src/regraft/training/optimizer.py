@@ -3,46 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
-from torch import nn
 
+from regraft.adapters import Grouped, ParameterGroup
 from regraft.errors import InputError
 from regraft.settings import RecoverSettings
 from regraft.surgery.adapters import Injected
 
 _LORA_B = ("lora_B", "lora_embedding_B")
-
-
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters that share a learning rate.
-
-    Attributes:
-        parameters: They require gradients.
-        lr: Peak learning rate; the schedule multiplies it.
-        eps: Of Adam; None for PyTorch's 1e-8.
-    """
-
-    parameters: tuple[nn.Parameter, ...]
-    lr: float
-    eps: float | None = None
-
-
-@runtime_checkable
-class Grouped(Protocol):
-    """An adapter whose parameters do not all train at the same learning rate."""
-
-    def parameter_groups(self, adapted: nn.Module, lr: float) -> Sequence[ParameterGroup]:
-        """Returns all trained parameters, each in one group.
-
-        Args:
-            adapted: What ``attach`` returned.
-            lr: The learning rate that was asked for.
-        """
-        ...
 
 
 def parameter_groups(injected: Injected, settings: RecoverSettings) -> list[ParameterGroup]:
@@ -58,14 +27,15 @@ def parameter_groups(injected: Injected, settings: RecoverSettings) -> list[Para
         if settings.lr_ratio != 1.0:
             raise InputError(f"--lr-ratio {settings.lr_ratio} is of LoRA+; '{settings.adapter}' has its own ratio: leave --lr-ratio at 1")
         return list(injected.adapter.parameter_groups(injected.module, settings.lr))
+    lr = settings.lr if settings.lr is not None else injected.adapter.defaults.lr
     if settings.lr_ratio == 1.0:
-        return [ParameterGroup(tuple(trained.values()), settings.lr)]
+        return [ParameterGroup(tuple(trained.values()), lr)]
     second = tuple(parameter for name, parameter in trained.items() if any(f".{part}." in name for part in _LORA_B))
     if not second:
         raise InputError(f"--lr-ratio {settings.lr_ratio} is of LoRA+, and '{settings.adapter}' has no matrix B; leave --lr-ratio at 1")
     chosen = set(map(id, second))
     first = tuple(parameter for parameter in trained.values() if id(parameter) not in chosen)
-    return [ParameterGroup(first, settings.lr), ParameterGroup(second, settings.lr * settings.lr_ratio)]
+    return [ParameterGroup(first, lr), ParameterGroup(second, lr * settings.lr_ratio)]
 
 
 def make_optimizer(groups: Sequence[ParameterGroup]) -> torch.optim.AdamW:

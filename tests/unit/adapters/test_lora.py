@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from regraft.adapters import ADAPTERS
 from regraft.adapters.isolation import derived_seed, isolated
-from regraft.adapters.peft_backed import target_names
+from regraft.adapters.plain_lora import target_names
 from regraft.errors import InputError, PlanError
 from regraft.models.view import ModelView
 from regraft.plans import RankPlan
@@ -147,7 +147,7 @@ def test_a_rank_plan_leaves_modules_out(make_model: Callable[..., PreTrainedMode
     ("settings", "ranks", "error", "said"),
     [
         ({"rank": 25}, None, InputError, r"rank 25 exceeds the limit 24 .*k_proj' \(24 x 48\); use --rank 24 or less"),
-        ({"adapter": "lore"}, None, InputError, "unknown adapter 'lore'; known: lora; did you mean 'lora'"),
+        ({"adapter": "lore"}, None, InputError, "unknown adapter 'lore'; known: .*lora.*; did you mean 'lora'"),
         ({}, {"model.layers.9.mlp.up_proj": 2}, PlanError, "'model.layers.9.mlp.up_proj', which this model does not have"),
         ({}, {LAST + "mlp.up_proj": 49}, InputError, "rank 49 exceeds the limit 48 .* lower it in the plan"),
         ({}, {LAST + "mlp.up_proj": -1}, PlanError, "rank -1"),

@@ -1,0 +1,149 @@
+"""LoRA and its kin, as PEFT has them: what each asks of PEFT, and what it mends.
+
+References:
+    [HU21] LoRA, arXiv 2106.09685. [KAL23] rsLoRA, arXiv 2312.03732. [LIU24] DoRA, arXiv 2402.09353.
+    [MEN24] PiSSA, arXiv 2404.02948. [BUY24] OLoRA, arXiv 2406.01775. [PAI24] EVA, arXiv 2410.07170.
+    [ZHA23] AdaLoRA, arXiv 2303.10512.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from typing import Any, cast
+
+import torch
+from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftModel, initialize_lora_eva_weights
+from pydantic import Field
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from regraft.adapters.contract import ADAPTERS, AdapterRequest, Defaults, Evidence
+from regraft.adapters.peft_backed import PeftAdapter, factors_of, layers_of
+from regraft.adapters.plain_lora import target_names, task_type_of
+from regraft.adapters.shared_start import shared_start
+from regraft.adapters.sites import oriented, weight_of
+from regraft.errors import InputError
+from regraft.numerics import linalg
+from regraft.settings import Positive, Settings
+
+
+def lora_config(request: AdapterRequest, model: PreTrainedModel, **switches: Any) -> LoraConfig:
+    """[HU21]: ``W + alpha/r * B A``, B ``(out, r)`` from zero, A ``(r, in)`` Kaiming uniform.
+
+    The most common rank and alpha are the config's, the others its patterns, so that a uniform plan needs no pattern.
+
+    Args:
+        request: What is asked.
+        model: That will be adapted.
+        switches: Further fields of PEFT's config, which name the relative.
+    """
+    rank = Counter(request.ranks.values()).most_common(1)[0][0]
+    alpha = Counter(request.alphas.values()).most_common(1)[0][0]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=cast(int, _whole(alpha)),
+        lora_dropout=request.dropout,
+        target_modules=target_names(request.ranks, [name for name, _ in model.named_modules()]),
+        rank_pattern={name: value for name, value in request.ranks.items() if value != rank},
+        alpha_pattern=cast(dict[str, int], {name: _whole(value) for name, value in request.alphas.items() if value != alpha}),
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in request.ranks),
+        bias="none",
+        task_type=task_type_of(model),
+        **switches,
+    )
+
+
+def _whole(alpha: float) -> float | int:
+    """Writes a whole alpha as an integer, which is what readers of the config expect."""
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def olora_start(model: PeftModel, request: AdapterRequest, evidence: Evidence | None) -> None:
+    """[BUY24], algorithm 1: W = Q R without pivots, B = the first r columns of Q, A = the first r rows of R.
+
+    Those r columns depend on the first r columns of W alone, and R's rows are Q_r^T W: no whole decomposition is needed. PEFT's own
+    start computes it whole, in the weight's own orientation, and fails on Conv1D.
+    """
+    for _, layer in layers_of(model):
+        base = layer.get_base_layer()
+        weight = oriented(base, weight_of(base)).detach().double()
+        first, second = factors_of(layer)
+        frame = linalg.qr(weight[:, : second.shape[1]]).q
+        second.data.copy_(frame)
+        first.data.copy_(frame.T @ weight)
+
+
+class EvaOptions(Settings):
+    """Settings of EVA."""
+
+    batches: Positive = Field(default=4, description="training batches whose activations are decomposed")
+
+
+def eva_start(model: PeftModel, request: AdapterRequest, evidence: Evidence | None) -> None:
+    """[PAI24]: A = the leading right singular vectors of the inputs, computed by PEFT; ranks stay as they were asked for.
+
+    Raises:
+        InputError: There are no batches, or fewer tokens in one than the rank.
+    """
+    options = cast(EvaOptions, request.options)
+    if evidence is None:
+        raise InputError("adapter 'eva' starts from the inputs of training batches, and none were given; train it with regraft recover")
+    batches = [dict(batch) for batch in evidence.batches(options.batches)]
+    try:
+        with torch.no_grad():
+            initialize_lora_eva_weights(model, batches, gather_distributed_inputs=False, show_progress_bar=False)
+    except ValueError as error:
+        raise InputError(f"EVA cannot start: {str(error).splitlines()[0].rstrip('.')}; use larger batches or a lower --rank") from None
+
+
+class AdaLoraOptions(Settings):
+    """Settings of AdaLoRA, as in the paper: a start above the budget, then ranks are pruned to it."""
+
+    init_factor: float = Field(default=1.5, ge=1.0, le=8.0, description="first rank over the rank that is asked for")
+    warm: float = Field(default=0.1, ge=0.0, lt=0.5, description="share of the steps before ranks are pruned")
+    settle: float = Field(default=0.3, ge=0.0, lt=0.5, description="share of the steps after ranks are settled")
+    every: Positive = Field(default=5, description="steps between two moves of the budget")
+
+
+def adalora_config(request: AdapterRequest, model: PreTrainedModel) -> AdaLoraConfig:
+    """[ZHA23]: ``W + alpha/r * B diag(E) A``, entries of E zeroed by sensitivity until the mean rank is the one asked for.
+
+    Raises:
+        InputError: Ranks differ from module to module, which AdaLoRA finds by itself, or the steps are not known.
+    """
+    options = cast(AdaLoraOptions, request.options)
+    ranks = sorted(set(request.ranks.values()))
+    if len(ranks) > 1:
+        raise InputError(f"adapter 'adalora' finds its own ranks, but the plan gives {ranks[0]} to {ranks[-1]}; use --rank")
+    if request.steps < 1:
+        raise InputError("adapter 'adalora' needs the number of optimizer steps; give --steps")
+    rank, steps = ranks[0], request.steps
+    return AdaLoraConfig(
+        init_r=max(rank, round(options.init_factor * rank)),
+        target_r=rank,
+        tinit=round(options.warm * steps),
+        tfinal=round(options.settle * steps),
+        deltaT=options.every,
+        total_step=steps,
+        lora_alpha=cast(int, _whole(next(iter(request.alphas.values())))),
+        lora_dropout=request.dropout,
+        target_modules=target_names(request.ranks, [name for name, _ in model.named_modules()]),
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in request.ranks),
+        bias="none",
+        task_type=task_type_of(model),
+    )
+
+
+DORA_IS_NO_LORA = "adapter 'dora' normalises every row of the weight, which no plain LoRA does"
+
+ADAPTERS.add("lora", PeftAdapter(lora_config, first=shared_start))
+ADAPTERS.add("rslora", PeftAdapter(partial(lora_config, use_rslora=True), first=shared_start))
+ADAPTERS.add("dora", PeftAdapter(partial(lora_config, use_dora=True), first=shared_start, whole=DORA_IS_NO_LORA))
+ADAPTERS.add("pissa", PeftAdapter(partial(lora_config, init_lora_weights="pissa"), moves_weights=True))
+ADAPTERS.add("olora", PeftAdapter(lora_config, first=olora_start, moves_weights=True))
+ADAPTERS.add(
+    "eva",
+    PeftAdapter(partial(lora_config, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0)), first=eva_start, options=EvaOptions),
+)
+ADAPTERS.add("adalora", PeftAdapter(adalora_config, options=AdaLoraOptions, defaults=Defaults(lr=2e-3)))

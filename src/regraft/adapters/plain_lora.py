@@ -1,0 +1,109 @@
+"""A plain LoRA in the form that every runtime reads: one rank, alpha equal to it, nothing else.
+
+Servers are stricter than PEFT: one applies a single alpha / r to all modules and ignores ``rank_pattern`` and ``alpha_pattern``,
+another reads only ``lora_A`` and ``lora_B``. So smaller ranks are padded with zeros to the largest, alpha is the rank, the scale is
+inside B, and there is no bias, no pattern, no rsLoRA.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from regraft.adapters.contract import LowRank
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+def write_plain_lora(
+    factors: Mapping[str, LowRank],
+    modules: Mapping[str, nn.Module],
+    names: Iterable[str],
+    folder: Path,
+    base: str,
+    task_type: str | None,
+) -> int:
+    """Writes factors as a PEFT adapter.
+
+    Args:
+        factors: Of every module by full name; at least one.
+        modules: The same names to the plain modules.
+        names: Of all modules of the model.
+        folder: An empty folder.
+        base: The model that the adapter belongs to.
+        task_type: As PEFT names it.
+
+    Returns:
+        The rank.
+    """
+    rank = max(factor.right.shape[0] for factor in factors.values())
+    tensors: dict[str, Tensor] = {}
+    for name, factor in factors.items():
+        missing = rank - factor.right.shape[0]
+        right, left = pad(factor.right, (0, 0, 0, missing)), pad(factor.left, (0, missing))
+        first, second = (
+            ("lora_embedding_A", "lora_embedding_B") if isinstance(modules[name], nn.Embedding) else ("lora_A.weight", "lora_B.weight")
+        )
+        tensors[f"{_PREFIX}{name}.{first}"] = right.to("cpu").contiguous()
+        tensors[f"{_PREFIX}{name}.{second}"] = left.to("cpu").contiguous()
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        target_modules=target_names(factors, names),
+        fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in factors),
+        bias="none",
+        task_type=cast(Any, task_type),
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+    save_file(dict(sorted(tensors.items())), folder / WEIGHTS, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+    tidy_config(folder / CONFIG)
+    return rank
+
+
+def tidy_config(path: Path) -> None:
+    """Sorts the config of a PEFT adapter: PEFT writes sets in the order of the process's hash seed."""
+    values = {key: _ordered(value) for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _ordered(value: object) -> object:
+    strings = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    return sorted(cast("list[str]", value)) if strings else value
+
+
+def task_type_of(model: PreTrainedModel) -> str | None:
+    """Returns what PEFT calls the task of a model, or None."""
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return "SEQ_CLS"
+    return "CAUSAL_LM" if model.can_generate() else None
+
+
+def target_names(wanted: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Returns the shortest names that PEFT matches to exactly the wanted modules.
+
+    The last part of a name (``q_proj``) stands for all modules that end with it, which is what runtimes that load adapters
+    expect; it is used when every module with that ending is wanted, else the full names are.
+
+    >>> target_names(["a.0.q", "a.1.q", "a.0.v"], ["a", "a.0", "a.0.q", "a.0.v", "a.1", "a.1.q", "a.1.v"])
+    ['a.0.v', 'q']
+    """
+    chosen = sorted(set(wanted))
+    endings = Counter(name.rpartition(".")[2] for name in names)
+    wanted_endings = Counter(name.rpartition(".")[2] for name in chosen)
+    whole = {ending for ending, count in wanted_endings.items() if endings[ending] == count}
+    return sorted({ending if (ending := name.rpartition(".")[2]) in whole else name for name in chosen})

@@ -1,0 +1,165 @@
+"""A module with changes beside it: what injection puts in its place, and merging takes away again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import cast, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from regraft.adapters.contract import Delta
+from regraft.adapters.sites import oriented, shape_of, weight_of
+from regraft.errors import InputError
+
+
+@final
+class Adapted(nn.Module):
+    """A linear map, a Conv1D or an embedding with any number of changes, each switched on with a weight of its own.
+
+    Args:
+        base: The module, whose own parameters stay as they are.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.deltas = nn.ModuleDict()
+        self.shares: dict[str, float] = {}
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weight of the module inside, which models look at for its dtype and for tied heads."""
+        return cast(nn.Parameter, self.base.weight)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias of the module inside."""
+        return cast("nn.Parameter | None", getattr(self.base, "bias", None))
+
+    @property
+    def in_features(self) -> int:
+        """Input features of the linear map."""
+        return shape_of(self.base)[1]
+
+    @property
+    def out_features(self) -> int:
+        """Output features of the linear map."""
+        return shape_of(self.base)[0]
+
+    def add(self, name: str, delta: Delta) -> None:
+        """Puts a change beside the others and switches it on."""
+        self.deltas[name] = delta
+        self.shares[name] = 1.0
+
+    def drop(self, name: str) -> None:
+        """Takes a change away, if it is there."""
+        if name in self.deltas:
+            del self.deltas[name]
+        self.shares.pop(name, None)
+
+    def active(self) -> Iterator[tuple[Delta, float]]:
+        """Yields the changes that are on, with their weights."""
+        for name, share in self.shares.items():
+            if share != 0.0:
+                yield cast(Delta, self.deltas[name]), share
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the module's output plus the weighted changes, in the output's dtype.
+
+        Args:
+            x: ``(..., in)``, or token ids for an embedding.
+        """
+        result = self.base(x)
+        table = isinstance(self.base, nn.Embedding)
+        for delta, share in self.active():
+            change = delta.lookup(x) if table else delta(self._input(x, delta))
+            # Gemma scales what it looks up; its change is scaled with it.
+            scale = share * (self.base.embed_scale if table and hasattr(self.base, "embed_scale") else 1.0)
+            change = change.to(result.dtype)
+            result = result + (change if isinstance(scale, float) and scale == 1.0 else change * scale)
+        return result
+
+    def _input(self, x: Tensor, delta: Delta) -> Tensor:
+        """Returns the inputs of a change: in float32 as its parameters are, unless autocast sees to that, and with dropout."""
+        wide = x if torch.is_autocast_enabled(x.device.type) else x.float()
+        return dropout(wide, delta.spec.dropout) if self.training and delta.spec.dropout else wide
+
+    def change(self) -> Tensor:
+        """Returns the sum of all changes that are on, ``(out, in)`` float32."""
+        total = torch.zeros(shape_of(self.base), dtype=torch.float32, device=weight_of(self.base).device)
+        for delta, share in self.active():
+            total += share * delta.delta_weight()
+        return total
+
+    def merged(self) -> nn.Module:
+        """Adds the changes to the weight, in float32, and returns the module inside.
+
+        Raises:
+            InputError: The weight is not of a floating dtype.
+        """
+        weight = weight_of(self.base)
+        if not weight.is_floating_point():
+            raise InputError(f"a weight of type {weight.dtype} takes no change; keep the adapter beside it with --no-merge")
+        with torch.no_grad():
+            weight.copy_((weight.float() + oriented(self.base, self.change())).to(weight.dtype))
+        return self.base
+
+
+def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
+    """Returns every module with changes by its full name in the plain model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+
+
+def wrap(model: nn.Module, name: str) -> Adapted:
+    """Returns the place for changes of a module, making it where there is none yet."""
+    module = model.get_submodule(name)
+    if isinstance(module, Adapted):
+        return module
+    adapted = Adapted(module)
+    adapted.train(module.training)
+    _put(model, name, adapted)
+    return adapted
+
+
+def unwrap(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a plain module back in its place."""
+    _put(model, name, module)
+
+
+def activate(model: nn.Module, shares: Mapping[str, float]) -> None:
+    """Switches adapters on with the given weights, and all others off.
+
+    Args:
+        model: With adapters side by side.
+        shares: Name of an adapter to its weight.
+
+    Raises:
+        InputError: The model has no adapter of such a name.
+    """
+    modules = adapted_modules(model)
+    known = sorted({name for module in modules.values() for name in module.deltas})
+    for name in shares:
+        if name not in known:
+            raise InputError(f"the model has no adapter '{name}'; it has: {', '.join(known) or 'none'}")
+    for module in modules.values():
+        module.shares = {name: float(shares.get(name, 0.0)) for name in module.deltas}
+
+
+def untie(model: nn.Module, module: nn.Module) -> bool:
+    """Gives a module a weight of its own where it shares it with another, so that a change of one is no change of both.
+
+    Returns:
+        Whether it was shared.
+    """
+    weight = weight_of(module)
+    sharing = [other for other in model.modules() if other is not module and other._parameters.get("weight") is weight]
+    if sharing:
+        module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    return bool(sharing)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)

@@ -1,0 +1,162 @@
+"""The compact master of an adapter: what cannot be made again, as safetensors and JSON.
+
+``adapter.json`` names the method, its options, the base model with its fingerprint, and what every module was asked for;
+``adapter.safetensors`` holds the tensors. The names differ from PEFT's on purpose: a stock PEFT finds no adapter in such a folder
+and says so, where it would silently drop tensors that it does not know. ``regraft export`` writes what PEFT reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from regraft.adapters.contract import Delta
+from regraft.atomic import sha256_of
+from regraft.errors import ModelError
+from regraft.models.view import SAMPLED, fingerprint_of, sample_step
+
+DESCRIPTION = "adapter.json"
+TENSORS = "adapter.safetensors"
+FORMAT, VERSION = "regraft adapter", 1
+HEADS = ("classifier", "score")  # what models for classification call their new layer
+_HEAD, _BETWEEN = "head", "::"
+
+
+@dataclass(frozen=True)
+class Master:
+    """An adapter as it is written.
+
+    Attributes:
+        method: Name in the registry.
+        base: The model it belongs to, as its users name it.
+        base_fingerprint: Of that model.
+        deltas: Changes by module.
+        head: Trained parameters of a classification model's head.
+    """
+
+    method: str
+    base: str
+    base_fingerprint: str
+    deltas: Mapping[str, Delta]
+    head: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An adapter as it is read.
+
+    Attributes:
+        method: Name in the registry.
+        base: The model it belongs to.
+        base_fingerprint: Of that model.
+        options: Of the method, plain.
+        modules: Rank, alpha, dropout and seed of every module.
+        tensors: Of every module.
+        head: Of a classification model's head.
+    """
+
+    method: str
+    base: str
+    base_fingerprint: str
+    options: Mapping[str, Any]
+    modules: Mapping[str, Mapping[str, Any]]
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    head: Mapping[str, Tensor]
+
+
+def write_master(folder: Path, master: Master) -> None:
+    """Writes the two files into an empty folder; the same bytes for the same values."""
+    tensors = {
+        f"{name}{_BETWEEN}{key}": value.detach().to("cpu").contiguous()
+        for name, delta in master.deltas.items()
+        for key, value in delta.stored().items()
+    }
+    tensors |= {f"{_HEAD}{_BETWEEN}{name}": value.detach().to("cpu").contiguous() for name, value in master.head.items()}
+    save_file(dict(sorted(tensors.items())), folder / TENSORS)
+    specs = {name: delta.spec for name, delta in master.deltas.items()}
+    first = next(iter(specs.values()), None)
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "method": master.method,
+        "base": master.base,
+        "base_fingerprint": master.base_fingerprint,
+        "options": first.options.model_dump(mode="json") if first is not None else {},
+        "sha256": sha256_of(folder / TENSORS),
+        "modules": {name: {key: getattr(spec, key) for key in ("rank", "alpha", "dropout", "seed")} for name, spec in specs.items()},
+    }
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def is_master(folder: Path) -> bool:
+    """Returns whether a folder holds a compact master."""
+    return (folder / DESCRIPTION).is_file()
+
+
+def read_master(folder: Path) -> Stored:
+    """Reads a compact master.
+
+    Raises:
+        ModelError: It is missing, damaged, or of a later version.
+    """
+    path = folder / DESCRIPTION
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT or values["version"] > VERSION:
+            raise ModelError(f"'{path}' is of format {values['format']!r} {values['version']}, this regraft reads {VERSION}; update it")
+        if sha256_of(folder / TENSORS) != values["sha256"]:
+            raise ModelError(f"'{folder / TENSORS}' is not the file that was saved (its checksum differs); copy the adapter again")
+        flat = load_file(folder / TENSORS)
+        parts: dict[str, dict[str, Tensor]] = {_HEAD: {}} | {name: {} for name in values["modules"]}
+        for key, tensor in flat.items():
+            name, _, rest = key.partition(_BETWEEN)
+            parts[name][rest] = _finite(tensor, key, folder)
+        return Stored(
+            method=str(values["method"]),
+            base=str(values["base"]),
+            base_fingerprint=str(values["base_fingerprint"]),
+            options=dict(values["options"]),
+            modules={name: dict(entry) for name, entry in values["modules"].items()},
+            head=parts.pop(_HEAD),
+            tensors=parts,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"the adapter '{folder}' is damaged ({type(error).__name__}: {error}); copy it again") from None
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """Returns a hash of the names, shapes and sampled values of a model without its adapters and its classification head.
+
+    Values are compared in bfloat16: a model that is loaded in another number type is the same base.
+    """
+    heads = {name for name, _ in head_parameters(model)}
+    entries: list[tuple[str, tuple[int, ...], torch.dtype, Tensor]] = []
+    for name, parameter in model.named_parameters():
+        if ".deltas." in name or name in heads:
+            continue
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: sample_step(flat.numel())][:SAMPLED]
+        entries.append((name.replace(".base.", "."), tuple(parameter.shape), torch.bfloat16, sample))
+    return fingerprint_of(entries)
+
+
+def head_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields the parameters of a classification model's new layer, which is trained beside every adapter."""
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        yield from ((name, parameter) for name, parameter in model.named_parameters() if name.split(".")[0] in HEADS)
+
+
+def _finite(tensor: Tensor, name: str, folder: Path) -> Tensor:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise ModelError(f"'{folder}': '{name}' holds NaN or infinity; the training diverged: use another adapter")
+    return tensor

@@ -1,0 +1,70 @@
+"""Which modules of a model are adapted: every projection of every layer, or what patterns name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from regraft.adapters.sites import is_site
+from regraft.errors import InputError, did_you_mean
+from regraft.surgery.adapted import Adapted
+
+
+def find_targets(model: PreTrainedModel, patterns: Iterable[str] = ()) -> dict[str, nn.Module]:
+    """Returns the modules to adapt by full name, in the order of the model.
+
+    Args:
+        model: With or without adapters; of one with them, the modules inside.
+        patterns: Full names, ends of names (``q_proj``, ``mlp.up_proj``) or globs of either (``*.layers.0.*``, ``*_proj``). None:
+            every projection of every layer, which leaves embeddings and heads out.
+
+    Raises:
+        InputError: A pattern matches nothing; the message says what there is.
+    """
+    sites = _sites(model)
+    wanted = list(patterns)
+    if not wanted:
+        found = {name: module for name, module in sites.items() if not isinstance(module, nn.Embedding) and _in_a_layer(model, name)}
+        if not found:
+            raise InputError(f"no layer of {type(model).__name__} has a linear projection to adapt; name modules with --targets")
+        return found
+    for pattern in wanted:
+        if not any(_matches(name, pattern) for name in sites):
+            known = sorted({name.rpartition(".")[2] for name in sites})
+            raise InputError(
+                f"target '{pattern}' matches nothing; the model has: {', '.join(known)}{did_you_mean(pattern, [*known, *sites])}"
+            )
+    return {name: module for name, module in sites.items() if any(_matches(name, pattern) for pattern in wanted)}
+
+
+def describe_targets(modules: Mapping[str, nn.Module]) -> str:
+    """Returns the adapted modules in a few words, such as ``q_proj x 6, up_proj x 6``."""
+    counts = Counter(name.rpartition(".")[2] for name in modules)
+    return ", ".join(f"{ending} x {count}" for ending, count in counts.items())
+
+
+def _sites(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns everything that can be adapted; of a module with changes the one inside, under the plain model's name."""
+    found: dict[str, nn.Module] = {}
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted):
+            found[name] = module.base
+            inside.update(id(part) for part in module.modules())
+        elif is_site(module) and id(module) not in inside:
+            found[name] = module
+    return found
+
+
+def _in_a_layer(model: nn.Module, name: str) -> bool:
+    """Returns whether a module stands in a list of layers."""
+    parts = name.split(".")
+    return any(isinstance(model.get_submodule(".".join(parts[:depth])), nn.ModuleList) for depth in range(1, len(parts)))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
