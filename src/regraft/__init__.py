@@ -2,7 +2,7 @@
 
 >>> import regraft
 >>> sorted(regraft.__all__)
-['evaluate', 'inspect', 'load', 'prune', 'recover', 'run', 'save']
+['CompressedMatrixCompletion', 'complete_ratings', 'evaluate', 'inspect', 'load', 'prune', 'recover', 'run', 'save']
 
 ``import regraft`` is light: it makes the Auto classes of transformers know our unevenly pruned models as soon as they are used, and
 the functions below import what they need when they are first asked for.
@@ -18,15 +18,19 @@ from regraft.models.uneven import register_on_import
 if TYPE_CHECKING:
     from regraft.models.load import load as load
     from regraft.models.save import save as save
+    from regraft.numerics.estimator import CompressedMatrixCompletion as CompressedMatrixCompletion
+    from regraft.pipelines.complete import complete_ratings as complete_ratings
     from regraft.pipelines.evaluate import evaluate_model as evaluate
     from regraft.pipelines.inspect import inspect_model as inspect
     from regraft.pipelines.prune import prune as prune
     from regraft.pipelines.recover import recover_model as recover
     from regraft.pipelines.run import run as run
 
-__all__ = ["evaluate", "inspect", "load", "prune", "recover", "run", "save"]
+__all__ = ["CompressedMatrixCompletion", "complete_ratings", "evaluate", "inspect", "load", "prune", "recover", "run", "save"]
 
 _PUBLIC = {
+    "CompressedMatrixCompletion": ("regraft.numerics.estimator", "CompressedMatrixCompletion"),
+    "complete_ratings": ("regraft.pipelines.complete", "complete_ratings"),
     "evaluate": ("regraft.pipelines.evaluate", "evaluate_model"),
     "inspect": ("regraft.pipelines.inspect", "inspect_model"),
     "load": ("regraft.models.load", "load"),
