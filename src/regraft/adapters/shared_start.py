@@ -39,5 +39,6 @@ def shared_start(model: PeftModel, request: AdapterRequest, evidence: Evidence |
     """Gives every linear layer of PEFT's LoRA those rows; an adapted embedding keeps PEFT's start, where B is what is drawn."""
     for name, layer in layers_of(model):
         if NAME in layer.lora_A:
-            weight = layer.lora_A[NAME].weight
-            weight.data.copy_(first_rows(name, *weight.shape, request.seed))
+            weight: Tensor = layer.lora_A[NAME].weight
+            rank, columns = weight.shape
+            weight.data.copy_(first_rows(name, rank, columns, request.seed))
