@@ -34,6 +34,10 @@ class OutputError(RegraftError, OSError):
     """An output that cannot be written: the folder exists, the disk is full, permission is denied."""
 
 
+class StorageError(RegraftError, RuntimeError):
+    """A store of trials that is locked, corrupt or out of reach, or that holds another search."""
+
+
 class TrainingError(RegraftError, RuntimeError):
     """A training run that cannot go on: the loss is not finite, a checkpoint does not fit."""
 

@@ -1,0 +1,226 @@
+"""Who measures: this process, processes beside it, or the machines of a Ray cluster.
+
+A pool takes groups of jobs and gives back trials as they are finished, in any order. What becomes of a job whose process dies is the
+pool's business: it is measured again, a few times, and then given back as failed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any, Self, final
+
+from regraft.errors import InputError, RegraftError, TrainingError
+from regraft.plans import RankTrial
+from regraft.search.contract import Job, Measure, MeasureSpec
+
+MAX_ATTEMPTS = 3
+Group = Sequence[Job]
+"""Jobs that differ in their ranks alone."""
+Finished = list[tuple[Job, RankTrial]]
+
+
+def measure_group(measure: Measure, jobs: Group) -> list[RankTrial]:
+    """Measures jobs; what goes wrong with a candidate becomes a failed trial of it, so that the search goes on.
+
+    Raises:
+        RegraftError: Something is wrong with all candidates alike: the data, the model, the disk.
+    """
+    try:
+        trials = list(measure(jobs))
+    except TrainingError as error:
+        if len(jobs) > 1:  # one of them is at fault: find out which
+            return [trial for job in jobs for trial in measure_group(measure, (job,))]
+        return [jobs[0].failed(" ".join(str(error).split()))]
+    assert [trial.ranks for trial in trials] == [job.ranks for job in jobs], "one trial for each job, in order"
+    return trials
+
+
+def died(jobs: Group, what: str) -> Finished:
+    """Returns failed trials for jobs whose process died too often."""
+    return [(job, job.failed(f"{what} died {MAX_ATTEMPTS} times while measuring it (out of memory?)")) for job in jobs]
+
+
+class Pool(AbstractContextManager["Pool"], ABC):
+    """Whoever measures; leaving the block ends it."""
+
+    size: int
+
+    @abstractmethod
+    def busy(self) -> int:
+        """Returns how many groups are being measured or wait for it."""
+
+    @abstractmethod
+    def start(self, jobs: Group) -> None:
+        """Takes a group of jobs that differ in their ranks alone."""
+
+    @abstractmethod
+    def finished(self, timeout_seconds: float) -> Finished:
+        """Returns what is finished, as soon as anything is; nothing when the time is over.
+
+        Raises:
+            RegraftError: Something is wrong with all candidates alike.
+        """
+
+    def __enter__(self) -> Self:
+        return self
+
+
+@final
+class Inline(Pool):
+    """Measures in this process, one group after the other."""
+
+    size = 1
+
+    def __init__(self, spec: MeasureSpec) -> None:
+        self._spec = spec
+        self._measure: Measure | None = None
+        self._waiting: list[Group] = []
+
+    def busy(self) -> int:
+        """Returns how many groups wait."""
+        return len(self._waiting)
+
+    def start(self, jobs: Group) -> None:
+        """Puts a group into the queue."""
+        self._waiting.append(jobs)
+
+    def finished(self, timeout_seconds: float) -> Finished:
+        """Measures the first group of the queue."""
+        if not self._waiting:
+            return []
+        if self._measure is None:
+            self._measure = self._spec.open()
+        jobs = self._waiting.pop(0)
+        return list(zip(jobs, measure_group(self._measure, jobs), strict=True))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._measure = None
+
+
+@dataclass
+class _Worker:
+    """A process beside this one.
+
+    Attributes:
+        process: Of the system.
+        pipe: Groups go out, trials or an error come back.
+        jobs: What it is measuring; empty when it is free.
+        attempts: How often that was begun.
+    """
+
+    process: BaseProcess
+    pipe: Any
+    jobs: Group = ()
+    attempts: int = 0
+
+
+@final
+class Processes(Pool):
+    """Measures in processes on this machine, which share its cores.
+
+    Args:
+        spec: Opened once in each process.
+        size: How many.
+    """
+
+    def __init__(self, spec: MeasureSpec, size: int) -> None:
+        self.size = size
+        self._spec = spec
+        self._waiting: list[tuple[Group, int]] = []
+        self._workers: list[_Worker] = []
+
+    def busy(self) -> int:
+        """Returns how many groups are being measured or wait."""
+        return len(self._waiting) + sum(bool(worker.jobs) for worker in self._workers)
+
+    def start(self, jobs: Group) -> None:
+        """Gives a group to a free process, or puts it into the queue."""
+        self._waiting.append((jobs, 0))
+        self._hand_out()
+
+    def finished(self, timeout_seconds: float) -> Finished:
+        """Waits for the first process that is done or dead."""
+        at_work: dict[Any, _Worker] = {worker.pipe: worker for worker in self._workers if worker.jobs}
+        done: Finished = []
+        for pipe in wait(list(at_work), timeout_seconds):
+            done += self._collect(at_work[pipe])
+        self._hand_out()
+        return done
+
+    def _hand_out(self) -> None:
+        while self._waiting:
+            free = next((worker for worker in self._workers if not worker.jobs), None)
+            if free is None and len(self._workers) == self.size:
+                return
+            free = free or self._begin()
+            free.jobs, attempts = self._waiting.pop(0)
+            free.attempts = attempts + 1
+            with suppress(OSError):  # it is dead; collecting will find out
+                free.pipe.send(free.jobs)
+
+    def _begin(self) -> _Worker:
+        # Spawned, not forked: threads of torch and of the heartbeat do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        threads = max(1, (os.cpu_count() or 1) // self.size)
+        process = context.Process(target=_serve, args=(theirs, self._spec, threads), name="regraft-worker", daemon=True)
+        process.start()
+        theirs.close()
+        worker = _Worker(process, ours)
+        self._workers.append(worker)
+        return worker
+
+    def _collect(self, worker: _Worker) -> Finished:
+        jobs, attempts = worker.jobs, worker.attempts
+        try:
+            answer: Any = worker.pipe.recv()
+        except (EOFError, OSError):  # the pipe closed: the process is gone
+            self._workers.remove(worker)
+            self._end(worker)
+            if attempts >= MAX_ATTEMPTS:
+                return died(jobs, "the process")
+            self._waiting.insert(0, (jobs, attempts))
+            return []
+        worker.jobs = ()
+        if isinstance(answer, BaseException):
+            raise answer
+        return list(zip(jobs, answer, strict=True))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for worker in self._workers:
+            self._end(worker)
+        self._workers.clear()
+
+    @staticmethod
+    def _end(worker: _Worker) -> None:
+        worker.pipe.close()
+        worker.process.terminate()
+        worker.process.join()
+
+
+def _serve(pipe: Connection, spec: MeasureSpec, threads: int) -> None:
+    """Measures what comes through the pipe until it closes; runs in the process beside."""
+    measure: Measure | None = None
+    while True:
+        try:
+            jobs: Group = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            measure = measure or spec.open(threads)
+            answer: list[RankTrial] | RegraftError = measure_group(measure, jobs)
+        except RegraftError as error:
+            # Some of our errors are built from more than their message, and would not come out of the pipe as they went in.
+            answer = InputError(str(error))
+        except KeyboardInterrupt:
+            return
+        with suppress(OSError):
+            pipe.send(answer)

@@ -1,0 +1,132 @@
+"""Measuring on a Ray cluster: each group of candidates is a task, begun again elsewhere when the worker or its machine dies.
+
+Every machine needs regraft, the model's folder and the data under the same paths. Only the process that runs the search writes into
+the storage.
+"""
+
+from __future__ import annotations
+
+import importlib
+import socket
+from functools import lru_cache
+from types import TracebackType
+from typing import Any, final
+
+from regraft.errors import InputError, MissingDependencyError, RegraftError
+from regraft.plans import RankTrial
+from regraft.search.contract import Measure, MeasureSpec
+from regraft.search.pools import MAX_ATTEMPTS, Finished, Group, Pool, died, measure_group
+
+_KNOCK_SECONDS = 5.0
+
+
+@final
+class RayPool(Pool):
+    """Measures on the machines of a Ray cluster.
+
+    Args:
+        spec: Hashable; opened once in each worker of the cluster.
+        address: ``auto`` for the cluster that this machine is part of, or ``host:port``; ``local`` begins one on this machine.
+        cpus: That one task takes.
+        gpus: That one task takes.
+
+    Raises:
+        MissingDependencyError: Ray is not installed.
+        InputError: There is no such cluster.
+    """
+
+    def __init__(self, spec: MeasureSpec, address: str, *, cpus: float = 1.0, gpus: float = 0.0) -> None:
+        self._ray = import_ray()
+        self._began = not self._ray.is_initialized()
+        if self._began:
+            self._connect(address)
+        self._spec = self._ray.put(spec)
+        self._task = self._ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_ATTEMPTS - 1)(_measure_remotely)
+        self._running: dict[Any, Group] = {}
+        resources = self._ray.cluster_resources()
+        places = [resources.get("CPU", 1.0) / cpus] if cpus else []
+        places += [resources.get("GPU", 0.0) / gpus] if gpus else []
+        self.size = max(1, int(min(places, default=1.0)))
+
+    def _connect(self, address: str) -> None:
+        where: dict[str, Any] = {"address": address} if address != "local" else {"address": "local", "include_dashboard": False}
+        try:
+            _knock(address)
+            self._ray.init(**where, logging_level="ERROR", log_to_driver=False)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(
+                f"no Ray cluster is at '{address}' ({reason}); begin one with: ray start --head, or use --ray local or --workers N"
+            ) from None
+
+    def busy(self) -> int:
+        """Returns how many tasks are not finished."""
+        return len(self._running)
+
+    def start(self, jobs: Group) -> None:
+        """Gives a group to the cluster."""
+        self._running[self._task.remote(self._spec, jobs)] = jobs
+
+    def finished(self, timeout_seconds: float) -> Finished:
+        """Waits for the first task that is done, or that Ray has given up."""
+        ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=timeout_seconds) if self._running else ([], [])
+        done: Finished = []
+        for reference in ready:
+            jobs = self._running.pop(reference)
+            try:
+                answer = self._ray.get(reference)
+            except self._ray.exceptions.RayTaskError:
+                raise  # a defect of ours: its traceback is the remote one
+            except self._ray.exceptions.RayError:
+                done += died(jobs, "the Ray worker")
+                continue
+            if isinstance(answer, str):
+                raise InputError(answer)
+            done += list(zip(jobs, answer, strict=True))
+        return done
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for reference in self._running:
+            self._ray.cancel(reference, force=True)
+        self._running.clear()
+        if self._began:
+            self._ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Looks whether anybody answers at ``host:port``: Ray itself would wait for minutes.
+
+    Raises:
+        OSError: Nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if host and "//" not in address and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
+
+
+def import_ray() -> Any:
+    """Returns the library.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
+    try:
+        return importlib.import_module("ray")
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise MissingDependencyError("ray", "ray") from None
+
+
+def _measure_remotely(spec: MeasureSpec, jobs: Group) -> list[RankTrial] | str:
+    """Runs in a worker of the cluster; returns the message of an error that all candidates have in common."""
+    try:
+        return measure_group(_opened(spec), jobs)
+    except RegraftError as error:
+        return str(error)
+
+
+@lru_cache(maxsize=2)
+def _opened(spec: MeasureSpec) -> Measure:
+    """Returns what a spec opens to, once in each worker process."""
+    return spec.open()
