@@ -12,6 +12,7 @@ from rich.table import Table
 from regraft.cli.options import ModelArgument, OutputOption, SeedOption, command_line, with_settings
 from regraft.pipelines.recover import recover_model
 from regraft.settings import LoadSettings, RecoverSettings
+from regraft.training.processes import is_main
 from regraft.training.recover import Recovered
 
 
@@ -26,6 +27,8 @@ def recover(
 ) -> None:
     """Train a small adapter on a pruned model and fold it in: text or instructions, best checkpoint by held-out loss."""
     result = recover_model(model, output, recover, load=load, seed=seed, resume=resume, command=recorded(command_line()))
+    if not is_main():
+        return
     console = Console()
     show(console, result.recovered)
     what = "model" if result.recovered.injected is None else "adapter"

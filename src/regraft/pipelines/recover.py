@@ -14,10 +14,10 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel
 
-from regraft.adapters import ADAPTERS
+from regraft.adapters.contract import adapter_options
 from regraft.atomic import atomic_folder, refuse_existing, sha256_of
 from regraft.data.text import Corpus, read_corpus, split_corpus
-from regraft.errors import OutputError
+from regraft.errors import InputError, OutputError
 from regraft.models.card import model_card
 from regraft.models.load import SEEDLING, Loaded, locate, require_tokenizer
 from regraft.models.load import load as load_model
@@ -25,13 +25,17 @@ from regraft.models.provenance import FILE, parents_of, provenance_text, version
 from regraft.models.save import save
 from regraft.plans import Provenance
 from regraft.settings import TRAINING_TOKENS, LoadSettings, RecoverSettings
+from regraft.surgery.adapter_files import is_master
 from regraft.surgery.adapters import save_adapter
 from regraft.training.callbacks import log_csv
 from regraft.training.checkpoint import checkpoints
+from regraft.training.distill import Teacher
+from regraft.training.processes import is_main, local_device, wait_for_all
 from regraft.training.recover import Recovered, check_trackers, read_ranks, recover
 
 LOSS_LOG = "training_log.csv"
 TIMINGS = "timings.json"
+DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ def recover_model(
 ) -> RecoverResult:
     """Trains an adapter on a model and saves the result.
 
-    Checkpoints are kept in ``.NAME.work`` beside the output until it is saved.
+    Checkpoints are kept in ``.NAME.work`` beside the output until it is saved. Of several processes, as ``accelerate launch`` starts
+    them, all train and the first saves.
 
     Args:
         source: A folder, a hub id, or ``seedling``.
@@ -77,16 +82,40 @@ def recover_model(
         RegraftError: Anything else that the user can mend, in one line.
     """
     settings, load = settings or RecoverSettings(), load or LoadSettings()
+    load = load.model_copy(update={"device": local_device(load.device)})
     output = Path(output) if output is not None else None
     _check_early(settings)
     with _work_folder(output, resume=resume) as work:
         corpora = training_corpora(settings, seed)
         loaded = load_model(source, load)
-        recovered = recover(loaded.model, require_tokenizer(loaded), *corpora, settings, seed=seed, work=work, resume=resume)
+        tokenizer = require_tokenizer(loaded)
+        teacher = load_teacher(settings, load, loaded.provenance.source if loaded.provenance else None)
+        recovered = recover(loaded.model, tokenizer, *corpora, settings, seed=seed, work=work, resume=resume, teacher=teacher)
         provenance = None
-        if output is not None:
+        if output is not None and is_main():
             provenance = save_recovered(recovered, loaded, output, settings, seed=seed, command=command)
     return RecoverResult(recovered, loaded, provenance)
+
+
+def load_teacher(settings: RecoverSettings, load: LoadSettings, pruned_from: str | None) -> Teacher | None:
+    """Loads the model to learn from, where the settings name one.
+
+    Args:
+        settings: The teacher's name; ``dense`` is the model that the student was pruned from.
+        load: How it is loaded.
+        pruned_from: That model, where it is known.
+
+    Raises:
+        InputError: The name is ``dense`` and nothing says which model that is.
+        ModelError: It cannot be loaded.
+    """
+    if settings.teacher is None:
+        return None
+    if settings.teacher == DENSE and pruned_from is None:
+        raise InputError("--teacher dense: the model's folder does not say what it was pruned from; name the teacher itself")
+    name = pruned_from if settings.teacher == DENSE and pruned_from is not None else settings.teacher
+    loaded = load_model(name, load)
+    return Teacher(loaded.model, name, loaded.tokenizer, loaded.fingerprint)
 
 
 def training_corpora(settings: RecoverSettings, seed: int) -> tuple[Corpus, Corpus]:
@@ -148,7 +177,7 @@ def save_recovered(
             files = {file.name: sha256_of(file) for file in sorted(partial.glob("*.safetensors"))}
             written = dataclasses.replace(provenance, files=files)
             (partial / FILE).write_text(provenance_text(written), encoding="utf-8")
-            (partial / "README.md").write_text(_adapter_card(card, base), encoding="utf-8")
+            (partial / "README.md").write_text(_adapter_card(card, base, own=is_master(partial)), encoding="utf-8")
         (partial / LOSS_LOG).write_text(log_csv(recovered.log), encoding="utf-8")
         (partial / TIMINGS).write_text(_timings(recovered), encoding="utf-8")
     return written
@@ -157,9 +186,10 @@ def save_recovered(
 def facts(recovered: Recovered, settings: RecoverSettings) -> dict[str, Any]:
     """Returns what a reader of a model card wants to know of a recovery, in words."""
     ranks = f"rank {settings.rank}" if recovered.ranks is None else f"ranks by {recovered.ranks.method}"
+    taught = f", taught by {settings.teacher} ({settings.distill:g} of the loss)" if settings.teacher else ""
     state = "folded into the weights" if recovered.injected is None else "kept beside the weights"
     return {
-        "recovered with": f"{settings.adapter}, {ranks}, {state}",
+        "recovered with": f"{settings.adapter}, {ranks}, {state}{taught}",
         "trained parameters": f"{recovered.trainable_parameters:,}",
         "data": str(settings.data) if settings.data else "the built-in text",
         "steps": f"{settings.steps} of {settings.batch * settings.accumulate} windows of up to {settings.seq_len or TRAINING_TOKENS}",
@@ -167,8 +197,13 @@ def facts(recovered: Recovered, settings: RecoverSettings) -> dict[str, Any]:
     }
 
 
-def _adapter_card(card: str, base: str) -> str:
-    """Makes the card of a model that of an adapter."""
+def _adapter_card(card: str, base: str, *, own: bool) -> str:
+    """Makes the card of a model that of an adapter, ours or PEFT's."""
+    if own:
+        what = "It is a compact adapter of regraft: `regraft evaluate FOLDER` measures it on its base,"
+        ways = "`regraft export FOLDER --to peft-lora --output DIR` writes what PEFT loads, `--to merged` the model with it folded in."
+        how = "\n".join(["## How to load it", "", what, ways, ""])
+        return card.replace("library_name: transformers", "library_name: regraft", 1).rstrip() + "\n\n" + how
     lines = [
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
@@ -192,7 +227,7 @@ def _timings(recovered: Recovered) -> str:
 
 def _check_early(settings: RecoverSettings) -> None:
     """Checks what needs no model before one is loaded."""
-    ADAPTERS.get(settings.adapter)
+    adapter_options(settings)
     check_trackers(settings.report_to)
     read_ranks(settings.ranks)
 
@@ -218,10 +253,12 @@ def _work_folder(output: Path | None, *, resume: bool) -> Iterator[Path]:
     try:
         yield work
     except BaseException:
-        if not checkpoints(work):
+        if is_main() and not checkpoints(work):
             shutil.rmtree(work, ignore_errors=True)
             for parent in missing:
                 if parent.is_dir() and not any(parent.iterdir()):
                     parent.rmdir()
         raise
-    shutil.rmtree(work, ignore_errors=True)
+    wait_for_all()
+    if is_main():
+        shutil.rmtree(work, ignore_errors=True)

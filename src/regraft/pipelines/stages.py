@@ -26,7 +26,7 @@ from regraft.models.provenance import versions
 from regraft.pipelines.evaluate import is_adapter, load_adapted
 from regraft.pipelines.prune import cut_to_plan, plan_pruning, plan_summary, save_pruned
 from regraft.pipelines.recipe import Recipe, to_yaml
-from regraft.pipelines.recover import LOSS_LOG, save_recovered, training_corpora
+from regraft.pipelines.recover import LOSS_LOG, load_teacher, save_recovered, training_corpora
 from regraft.pipelines.run_folder import TIMINGS, RunFolder, Say
 from regraft.plans import Groups, Measurement, PrunePlan, SpeedReport, from_json, to_dict, to_json
 from regraft.report.page import to_html, to_markdown
@@ -121,7 +121,9 @@ class Stages:
             loaded = replace(load(source, self._recipe.load), source=named)
             work = self._folder.work("recover")
             tokenizer = require_tokenizer(loaded)
-            done = recover(loaded.model, tokenizer, *training_corpora(settings, seed), settings, seed=seed, work=work, resume=True)
+            teacher = load_teacher(settings, self._recipe.load, self._recipe.model)
+            corpora = training_corpora(settings, seed)
+            done = recover(loaded.model, tokenizer, *corpora, settings, seed=seed, work=work, resume=True, teacher=teacher)
             save_recovered(done, loaded, folder, settings, seed=seed, command=self._command, replace=True)
             facts = {"best_step": done.best_step, "best_loss_nats": done.best_loss, "first_loss_nats": done.first_loss}
             write_text(folder / RECOVERY, _json(facts | {"trainable_parameters": done.trainable_parameters}))

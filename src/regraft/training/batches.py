@@ -22,6 +22,7 @@ from regraft.settings import RecoverSettings
 # Rows are made for this many times the wanted ones, so that those that are drawn come from many documents.
 _POOL = 4
 _DOCUMENTS_AT_ONCE = 32
+_RECORDS_OF_A_ROW = 8
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,17 @@ class Example:
     Attributes:
         input_ids: ``(tokens,)`` int64.
         labels: ``(tokens,)`` int64: the same, with -100 where nothing is to be learned.
+        position_ids: ``(tokens,)`` int64 where several records share the row: each counts from 0, and attention ends where one does.
     """
 
     input_ids: Tensor
     labels: Tensor
+    position_ids: Tensor | None = None
 
 
-def make_examples(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seq_len: int, *, wanted: int, seed: int) -> list[Example]:
+def make_examples(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seq_len: int, *, wanted: int, seed: int, packing: bool = False
+) -> list[Example]:
     """Makes rows of a corpus, no more of them than are of use.
 
     Text becomes blocks of exactly ``seq_len`` tokens, documents one after the other with EOS between them; a text shorter than
@@ -51,6 +56,7 @@ def make_examples(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seq_len: i
         wanted: How many rows will be looked at. Of a corpus with many more, documents or records are drawn until a few times as
             many are made, so that a short run does not wait for the tokens of a long text.
         seed: Of that draw.
+        packing: Put several records into one row (:func:`pack_records`); text always is.
 
     Raises:
         DataError: Nothing to learn is left.
@@ -58,9 +64,10 @@ def make_examples(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seq_len: i
     generator = torch.Generator().manual_seed(derived_seed(seed, "draw"))
     order: list[int] = torch.randperm(len(corpus), generator=generator).tolist()
     if corpus.records:
-        drawn = tuple(corpus.records[index] for index in order[: _POOL * wanted])
+        drawn = tuple(corpus.records[index] for index in order[: _POOL * wanted * (_RECORDS_OF_A_ROW if packing else 1)])
         pairs = encode_records(replace(corpus, records=drawn), tokenizer, seq_len)
-        return [Example(torch.tensor(ids), torch.tensor(labels)) for ids, labels in pairs]
+        examples = [Example(torch.tensor(ids), torch.tensor(labels)) for ids, labels in pairs]
+        return pack_records(examples, seq_len) if packing else examples
     documents: list[list[int]] = []
     tokens = 0
     for start in range(0, len(order), _DOCUMENTS_AT_ONCE):
@@ -74,6 +81,39 @@ def make_examples(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seq_len: i
     separator = tokenizer.eos_token_id if isinstance(tokenizer.eos_token_id, int) else None
     available = tokens if separator is not None else sum(map(len, documents))
     return [Example(block, block) for block in pack(documents, min(seq_len, available), separator)]
+
+
+def pack_records(examples: Sequence[Example], seq_len: int) -> list[Example]:
+    """Puts short rows into rows of at most ``seq_len`` tokens, each with positions of its own and blind to its neighbours.
+
+    Best fit in the given order: a row goes where the least room is left for it. Nothing is cut and nothing repeated. Positions that
+    start again at 0 tell transformers where attention ends (its masks and its flash attention read them); that a model does so is
+    looked at by :func:`regraft.training.packing.is_blind_to_neighbours`. The first token of a row has no label, so that no record
+    predicts the next one's start.
+
+    Args:
+        examples: Of at most ``seq_len`` tokens each.
+        seq_len: Longest row in tokens.
+    """
+    bins: list[list[Example]] = []
+    room: list[int] = []
+    for example in examples:
+        length = len(example.input_ids)
+        fitting = [(left, index) for index, left in enumerate(room) if left >= length]
+        if fitting:
+            _, index = min(fitting)
+            bins[index].append(example)
+            room[index] -= length
+        else:
+            bins.append([example])
+            room.append(seq_len - length)
+    return [_joined(members) for members in bins]
+
+
+def _joined(members: Sequence[Example]) -> Example:
+    labels = [torch.cat([torch.tensor([IGNORED]), member.labels[1:]]) for member in members]
+    positions = [torch.arange(len(member.input_ids)) for member in members]
+    return Example(torch.cat([member.input_ids for member in members]), torch.cat(labels), torch.cat(positions))
 
 
 def spread(examples: Sequence[Example], count: int) -> list[Example]:
@@ -91,9 +131,12 @@ def collate(examples: Sequence[Example], padding: int) -> dict[str, Tensor]:
         padding: Token that fills up; its label is -100 and its attention 0.
 
     Returns:
-        ``input_ids``, ``labels`` and, where rows were padded, ``attention_mask``, each ``(rows, tokens)`` int64.
+        ``input_ids``, ``labels`` and, where rows were padded, ``attention_mask``, each ``(rows, tokens)`` int64. Packed rows have
+        ``position_ids`` in place of a mask: the padding counts from 0 as one more record, which no label looks at.
     """
     longest = max(len(example.input_ids) for example in examples)
+    if any(example.position_ids is not None for example in examples):
+        return _collate_packed(examples, longest, padding)
     if all(len(example.input_ids) == longest for example in examples):
         return {
             "input_ids": torch.stack([example.input_ids for example in examples]),
@@ -108,6 +151,20 @@ def collate(examples: Sequence[Example], padding: int) -> dict[str, Tensor]:
         labels[row, :length] = example.labels
         attention_mask[row, :length] = 1
     return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+
+
+def _collate_packed(examples: Sequence[Example], longest: int, padding: int) -> dict[str, Tensor]:
+    shape = (len(examples), longest)
+    batch = {"input_ids": torch.full(shape, padding), "labels": torch.full(shape, IGNORED)}
+    batch["position_ids"] = torch.arange(longest).repeat(len(examples), 1)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        batch["input_ids"][row, :length] = example.input_ids
+        batch["labels"][row, :length] = example.labels
+        if example.position_ids is not None:
+            batch["position_ids"][row, :length] = example.position_ids
+            batch["position_ids"][row, length:] = torch.arange(longest - length)
+    return batch
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -135,19 +192,25 @@ class Ordered(Dataset[Example]):
         settings: Steps, batch and accumulation.
         seed: Of the order.
         name: Of the data, for the message.
+        processes: How many train together, each on batches of its own: every step is of as many rows more.
 
     Raises:
         DataError: There are fewer rows than one batch.
     """
 
-    def __init__(self, examples: Sequence[Example], settings: RecoverSettings, seed: int, name: str) -> None:
-        if len(examples) < settings.batch:
+    def __init__(self, examples: Sequence[Example], settings: RecoverSettings, seed: int, name: str, processes: int = 1) -> None:
+        if len(examples) < settings.batch * processes:
+            together = f"{settings.batch}" if processes == 1 else f"{settings.batch} in each of {processes} processes"
             raise DataError(
                 f"'{name}' gives {len(examples)} training windows of up to {settings.seq_len} tokens, fewer than one batch of "
-                f"{settings.batch}; give more data, or lower --batch or --seq-len"
+                f"{together}; give more data, or lower --batch or --seq-len"
             )
         self.examples = examples
-        self.order = shuffled(len(examples), settings.steps * settings.accumulate * settings.batch, seed)
+        self.order = shuffled(len(examples), settings.steps * settings.accumulate * settings.batch * processes, seed)
+
+    def wanted(self) -> list[Example]:
+        """Returns all rows in the order in which they are trained on; most come more than once where the data are few."""
+        return [self.examples[index] for index in self.order]
 
     def __len__(self) -> int:
         return len(self.order)
@@ -162,4 +225,6 @@ def digest(examples: Sequence[Example]) -> str:
     for example in examples:
         found.update(example.input_ids.numpy().tobytes())
         found.update(example.labels.numpy().tobytes())
+        if example.position_ids is not None:
+            found.update(example.position_ids.numpy().tobytes())
     return found.hexdigest()[:16]

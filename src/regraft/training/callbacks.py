@@ -17,7 +17,17 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from regraft.adapters.isolation import derived_seed
-from regraft.training.checkpoint import Checkpoint, Tensors, checkpoints, put_tensors, trained_tensors, write_checkpoint
+from regraft.training.checkpoint import (
+    Checkpoint,
+    Tensors,
+    checkpoints,
+    optimizer_state,
+    put_optimizer_state,
+    put_tensors,
+    trained_tensors,
+    write_checkpoint,
+)
+from regraft.training.processes import is_main, process_index
 
 LOG_EVERY_STEPS = 10
 
@@ -65,8 +75,9 @@ class Pace(TrainerCallback):
         self._seed = seed
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Seeds what the step draws."""
-        torch.manual_seed(derived_seed(self._seed, "step", state.global_step))
+        """Seeds what the step draws; processes draw differently, since their rows differ."""
+        other = (process_index(),) if process_index() else ()
+        torch.manual_seed(derived_seed(self._seed, "step", state.global_step, *other))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asks for a row of the log and for the held-out loss."""
@@ -83,12 +94,14 @@ class Keeper(TrainerCallback):
         work: Folder of the checkpoints.
         identity: What the run is of; a checkpoint carries it.
         resumed: The checkpoint to go on from, or None.
+        patience: Looks in a row without a lower held-out loss after which training stops; None for no end.
     """
 
-    def __init__(self, work: Path, identity: Mapping[str, str], resumed: Checkpoint | None) -> None:
+    def __init__(self, work: Path, identity: Mapping[str, str], resumed: Checkpoint | None, patience: int | None = None) -> None:
         self._work = work
         self._identity = dict(identity)
         self._resumed = resumed
+        self._patience = patience
         self._began = time.monotonic()
         self._seconds_before = 0.0
         self._module: nn.Module | None = None
@@ -109,15 +122,37 @@ class Keeper(TrainerCallback):
         assert first is not None
         return first
 
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the last looks, as many as there is patience for, found nothing better."""
+        return self._is_over(self.rows, self.best_step)
+
+    @property
+    def resumes_what_has_stopped(self) -> bool:
+        """Whether the checkpoint to go on from is of a run whose patience was out: nothing is left to train."""
+        if self._resumed is None:
+            return False
+        progress = self._resumed.progress
+        return self._is_over([LogRow(**row) for row in progress["rows"]], progress["best_step"])
+
+    def _is_over(self, rows: Iterable[LogRow], best_step: int) -> bool:
+        looks = [row.step for row in rows if row.held_out_loss_nats is not None]
+        return self._patience is not None and sum(step > best_step for step in looks) >= self._patience
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Puts weights, optimizer, schedule and log back."""
-        self._module = kwargs["model"]
+        if self._resumed is not None:
+            put_optimizer_state(kwargs["optimizer"], self._resumed.optimizer)
+            kwargs["lr_scheduler"].load_state_dict(self._resumed.progress["schedule"])
+        self.begin(kwargs["model"])
+
+    def begin(self, module: nn.Module) -> None:
+        """Takes the module that is trained, and puts its weights and the log back where a run is resumed."""
+        self._module = module
         if self._resumed is None:
             return
         progress = self._resumed.progress
-        put_tensors(kwargs["model"], self._resumed.trained)
-        kwargs["optimizer"].load_state_dict(self._resumed.optimizer)
-        kwargs["lr_scheduler"].load_state_dict(progress["schedule"])
+        put_tensors(module, self._resumed.trained)
         self.rows = [LogRow(**row) for row in progress["rows"]]
         self.best = self._resumed.best
         self.best_step, self.best_loss_nats = progress["best_step"], progress["best_loss_nats"]
@@ -153,7 +188,7 @@ class Keeper(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Keeps the tensors if they are the best, and writes a checkpoint."""
+        """Keeps the tensors if they are the best, writes a checkpoint, and stops when patience is out."""
         assert metrics is not None
         model = kwargs["model"]
         tensors = trained_tensors(model)
@@ -169,8 +204,11 @@ class Keeper(TrainerCallback):
             "best_loss_nats": self.best_loss_nats,
             "seconds": self.seconds,
         }
-        optimizer = kwargs["optimizer"].state_dict()
-        write_checkpoint(self._work, Checkpoint(state.global_step, tensors, self.best, optimizer, progress), state.save_to_json)
+        optimizer = optimizer_state(kwargs["optimizer"])
+        if is_main():
+            write_checkpoint(self._work, Checkpoint(state.global_step, tensors, self.best, optimizer, progress), state.save_to_json)
+        if self.out_of_patience:
+            control.should_training_stop = True
 
     def where_the_best_is(self) -> str:
         """Returns the end of a message that says where the best weights so far were kept, if they were."""
@@ -203,14 +241,19 @@ class Bar(TrainerCallback):
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
-            disable=quiet or not console.is_terminal,
+            disable=quiet or not console.is_terminal or not is_main(),
             transient=True,
         )
         self._task = self._progress.add_task("training", total=None, losses="")
 
+    def asking(self, done: int, rows: int) -> None:
+        """Shows how many rows a teacher has been asked about."""
+        self._progress.start()
+        self._progress.update(self._task, completed=done, total=rows, losses="asking the teacher")
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Shows the bar."""
-        self._progress.update(self._task, total=state.max_steps, completed=state.global_step)
+        self._progress.update(self._task, total=state.max_steps, completed=state.global_step, losses="")
         self._progress.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -18,9 +18,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from regraft.atomic import atomic_folder
 from regraft.errors import TrainingError
+from regraft.training.processes import put_whole, whole
 
 TRAINER_STATE = "trainer_state.json"
 """Where the Trainer looks for its own state when it resumes."""
@@ -61,9 +63,7 @@ def write_checkpoint(work: Path, checkpoint: Checkpoint, save_trainer_state: Cal
     path = work / f"checkpoint-{checkpoint.step}"
     groups = checkpoint.optimizer["param_groups"]
     flat = {
-        f"{index}.{name}": value.detach().to("cpu").contiguous()
-        for index, state in checkpoint.optimizer["state"].items()
-        for name, value in state.items()
+        f"{index}.{name}": value.contiguous() for index, state in checkpoint.optimizer["state"].items() for name, value in state.items()
     }
     with atomic_folder(path, replace=True) as partial:
         save_file(dict(checkpoint.trained), partial / "trained.safetensors")
@@ -112,9 +112,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def trained_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Returns a copy on the CPU of every parameter that is trained, by name."""
+    """Returns a copy on the CPU of every parameter that is trained, by name, in one piece; all processes must ask together."""
     return {
-        name: parameter.detach().to("cpu", copy=True).contiguous()
+        name: whole(parameter.detach()).to("cpu", copy=True).contiguous()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
@@ -129,6 +129,28 @@ def put_tensors(model: torch.nn.Module, tensors: Tensors) -> None:
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if {name: value.shape for name, value in trained.items()} != {name: value.shape for name, value in tensors.items()}:
         raise TrainingError("the checkpoint's tensors do not fit the adapter; remove the checkpoints and train again")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(tensors[name])
+    for name, parameter in trained.items():
+        put_whole(parameter.data, tensors[name])
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Returns the state dict of an optimizer with every tensor in one piece; all processes must ask together."""
+    state: dict[str, Any] = optimizer.state_dict()
+    pieces = {
+        index: {name: whole(value.detach()).to("cpu", copy=True) for name, value in entry.items()}
+        for index, entry in state["state"].items()
+    }
+    return {"state": pieces, "param_groups": state["param_groups"]}
+
+
+def put_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Puts a state from :func:`optimizer_state` back, cut into the shards of the parameters it belongs to."""
+    parameters: list[Tensor] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    pieces = {index: {name: _like(parameters[index], value) for name, value in entry.items()} for index, entry in state["state"].items()}
+    optimizer.load_state_dict({"state": pieces, "param_groups": state["param_groups"]})
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value

@@ -1,11 +1,17 @@
-"""The loss of a causal language model over fixed batches, each predicted token counted once."""
+"""Losses of a causal language model: over fixed batches, against a teacher, and in pieces that need little memory.
+
+Legend of shapes: B rows, L tokens of a row, N positions that predict a token, D residual channels, V vocabulary, K tokens kept of a
+teacher's distribution.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from regraft.data.instructions import IGNORED
 
@@ -19,10 +25,13 @@ def predicted_tokens(labels: Tensor) -> int:
     return int((labels[:, 1:] != IGNORED).sum())
 
 
-def mean_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]], device: torch.device) -> float:
-    """Returns the mean negative log-likelihood of a predicted token in nats, without dropout and without gradients.
+def predicting(labels: Tensor) -> Tensor:
+    """Returns which positions predict a token that counts: bool ``(batch, tokens)``, never the last of a row."""
+    return F.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)
 
-    Batches of unequal numbers of predicted tokens weigh by that number, unlike a mean of the means of batches.
+
+def summed_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]], device: torch.device) -> tuple[float, int]:
+    """Returns the negative log-likelihood of all predicted tokens in nats, without dropout and without gradients, and their number.
 
     Args:
         model: Takes ``input_ids``, ``attention_mask`` and ``labels`` and returns an output with ``loss``; its mode (training or
@@ -42,4 +51,92 @@ def mean_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]], device: to
                 tokens += count
     finally:
         model.train(was_training)
+    return total_nats, tokens
+
+
+def mean_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]], device: torch.device) -> float:
+    """Returns the mean negative log-likelihood of a predicted token in nats, see :func:`summed_loss`.
+
+    Batches of unequal numbers of predicted tokens weigh by that number, unlike a mean of the means of batches.
+    """
+    total_nats, tokens = summed_loss(model, batches, device)
     return total_nats / tokens
+
+
+def divergence(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
+    """Returns the summed KL divergence from teacher to student at a temperature, times the temperature squared, in nats.
+
+    Knowledge distillation (Hinton et al., arXiv 1503.02531, section 2.1): the gradient of a softened divergence falls with 1/T², and
+    the factor T² keeps its share in a mix with the task loss.
+
+    Args:
+        student_NV: Logits, float32 or better.
+        teacher_NV: Logits of the same positions.
+        temperature: T.
+    """
+    log_q_NV = torch.log_softmax(student_NV / temperature, dim=-1)
+    log_p_NV = torch.log_softmax(teacher_NV.to(student_NV.dtype) / temperature, dim=-1)
+    return temperature**2 * F.kl_div(log_q_NV, log_p_NV, log_target=True, reduction="sum")
+
+
+def divergence_of_top(student_NV: Tensor, log_p_NK: Tensor, tokens_NK: Tensor, temperature: float) -> Tensor:
+    """Returns the same as :func:`divergence` for a teacher of which only its K likeliest tokens are known.
+
+    What the teacher gives to all other tokens is one outcome of its own, and so is what the student gives to them: the divergence
+    between the two distributions over K + 1 outcomes. Nothing is renormalised, so that a student which puts its mass outside the K is
+    told so; merging outcomes only lowers a divergence (the log-sum inequality), and with K = V it is exact.
+
+    Args:
+        student_NV: Logits, float32 or better.
+        log_p_NK: Log-probabilities of the teacher at this temperature, normalised over all V tokens.
+        tokens_NK: Which tokens they are of, int64, each at most once in a row.
+        temperature: T.
+    """
+    scaled_NV = student_NV / temperature
+    log_all_N = torch.logsumexp(scaled_NV, dim=-1)
+    log_q_NK = scaled_NV.gather(-1, tokens_NK) - log_all_N[:, None]
+    p_NK = log_p_NK.exp()
+    found_N = (p_NK * (log_p_NK - log_q_NK)).sum(-1)
+    if tokens_NK.shape[-1] < student_NV.shape[-1]:
+        log_rest_N = torch.logsumexp(scaled_NV.scatter(-1, tokens_NK, float("-inf")), dim=-1) - log_all_N
+        rest_N = (1.0 - p_NK.sum(-1)).clamp_min(torch.finfo(p_NK.dtype).tiny)
+        found_N = found_N + rest_N * (rest_N.log() - log_rest_N)
+    return temperature**2 * found_N.sum()
+
+
+class _InPieces(torch.autograd.Function):
+    """Sums a loss over pieces of its input; each piece's gradient is taken at once, so that no piece outlives the next."""
+
+    @staticmethod
+    def forward(ctx: Any, input_ND: Tensor, loss_of: Callable[[Tensor, slice], Tensor], rows: int) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=input_ND.device)
+        gradient_ND = torch.empty_like(input_ND) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(input_ND), rows):
+            piece = slice(start, start + rows)
+            part_nD = input_ND[piece].detach().requires_grad_(gradient_ND is not None)
+            with torch.set_grad_enabled(gradient_ND is not None):
+                loss = loss_of(part_nD, piece)
+            if gradient_ND is not None:
+                (gradient_ND[piece],) = torch.autograd.grad(loss, part_nD)
+            total += loss.detach()
+        ctx.gradient_ND = gradient_ND
+        return total.to(torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
+        (above,) = gradients
+        return ctx.gradient_ND * above, None, None
+
+
+def in_pieces(input_ND: Tensor, loss_of: Callable[[Tensor, slice], Tensor], rows: int) -> Tensor:
+    """Returns the sum of a loss over pieces of at most ``rows`` rows, float32, never holding more than one piece's intermediate values.
+
+    With hidden states as the input and a head inside the loss, the logits of all positions never exist at once. The gradient reaches
+    the input only: what the loss closes over, such as a frozen head, gets none.
+
+    Args:
+        input_ND: Hidden states, or logits.
+        loss_of: Given some rows and which they are, returns the sum of their losses.
+        rows: Of a piece.
+    """
+    return _InPieces.apply(input_ND, loss_of, rows)  # pyright: ignore[reportReturnType]

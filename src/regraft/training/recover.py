@@ -7,6 +7,7 @@ was not, on the same machine.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import sys
@@ -14,14 +15,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import logging as transformers_logging
 
+from regraft.adapters import Evidence
 from regraft.adapters.isolation import isolated
 from regraft.data.text import Corpus
 from regraft.data.tokens import window_tokens
@@ -29,15 +32,22 @@ from regraft.errors import InputError, OutputError, TrainingError, did_you_mean
 from regraft.models.view import fingerprint
 from regraft.plans import RankPlan, from_json
 from regraft.settings import TRAINING_TOKENS, RecoverSettings
-from regraft.surgery.adapters import Injected, inject, merge
-from regraft.training.batches import Example, Ordered, digest, make_examples, padding_token, spread
+from regraft.surgery.adapters import Injected, finish, inject, merge
+from regraft.training.after_step import AfterStep
+from regraft.training.batches import Example, Ordered, collate, digest, make_examples, padding_token, spread
 from regraft.training.callbacks import Bar, Keeper, LogRow, Pace
 from regraft.training.checkpoint import Checkpoint, checkpoints, read_checkpoint
+from regraft.training.distill import Distillation, Teacher, check_vocabulary, fit_projections
 from regraft.training.optimizer import ParameterGroup, parameter_groups
+from regraft.training.packing import is_blind_to_neighbours
 from regraft.training.precision import compute_dtype, trainable_weights
+from regraft.training.processes import filled, join_processes, process_count, skeleton_of
+from regraft.training.teacher_cache import TeacherCache
 from regraft.training.trainer import RecoveryTrainer, training_arguments
 
-_NO_EFFECT_ON_THE_RESULT = frozenset({"merge", "report_to", "quiet", "data", "held_out", "ranks"})
+_NO_EFFECT_ON_THE_RESULT = frozenset({"merge", "report_to", "quiet", "data", "held_out", "ranks", "teacher", "teacher_cache"})
+# Of the first training rows, where a teacher of another width is mapped to the student's.
+_PROJECTION_BATCHES = 4
 _TENSORBOARD_FOLDER = "TENSORBOARD_LOGGING_DIR"
 
 
@@ -80,54 +90,71 @@ def recover(
     seed: int,
     work: Path,
     resume: bool = False,
+    teacher: Teacher | None = None,
 ) -> Recovered:
     """Trains an adapter on a model, in place, and keeps the weights with the lowest held-out loss.
+
+    Where a launcher started several processes, all of them call this with the same arguments, and each trains on batches of its own:
+    a step is of ``processes`` times as many rows. The first process alone writes.
 
     Args:
         model: Of a known family, on the device where it trains. Weights in float16 are held in float32 while training, bfloat16
             ones too unless the products are bfloat16; afterwards each has its own type again.
         tokenizer: The model's.
-        train: Text (packed into windows) or instruction records (padded, learned on the response).
-        held_out: From elsewhere; its loss chooses the best checkpoint.
+        train: Text (packed into windows) or instruction records (padded or packed, learned on the response).
+        held_out: From elsewhere; its loss chooses the best checkpoint. Distillation has no part in it.
         settings: Everything that can be set.
         seed: Of the data's order, the adapter's first values and dropout. The global generators stay untouched.
         work: Folder of the checkpoints; it stays, for the caller to remove once the result is safe.
         resume: Go on from the last checkpoint in ``work``; with none there, begin.
+        teacher: The model to learn from; None for the task alone. Released once its answers are in ``settings.teacher_cache``.
 
     Raises:
         InputError: A setting does not fit the model: rank, window, tracker, device.
+        ModelError: The teacher has another vocabulary.
         DataError: There is less data than one batch.
         PlanError: The rank plan does not fit the model.
         TrainingError: The loss became NaN or infinite, or the checkpoints are of another run. The checkpoints stay.
         OutputError: A checkpoint cannot be written. The ones before stay.
     """
+    join_processes(model.device)
     device = _training_device(model)
     compute = compute_dtype(settings.precision, device)
     check_trackers(settings.report_to)
+    if teacher is not None:
+        check_vocabulary(teacher, model, tokenizer)
     seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "--seq-len")
-    settings = settings.model_copy(update={"seq_len": seq_len})
+    packing = settings.packing and bool(train.records) and is_blind_to_neighbours(model)
+    settings = settings.model_copy(update={"seq_len": seq_len, "packing": packing})
     ranks = read_ranks(settings.ranks)
     rows = _training_rows(train, tokenizer, settings, seed)
     looked_at = _held_out_rows(held_out, tokenizer, settings)
-    identity = _identity(model, settings, ranks, seed) | {"data": digest(rows.examples), "held-out data": digest(looked_at)}
+    identity = _identity(model, settings, ranks, seed, teacher) | {"data": digest(rows.examples), "held-out data": digest(looked_at)}
     resumed = _last_checkpoint(work, identity) if resume else None
-    injected = inject(model, settings, ranks, seed)
+    padding = padding_token(tokenizer)
+    evidence = _evidence(rows, settings.batch, padding, device)
+    injected = inject(model, settings, ranks, seed, evidence)
     groups = _groups_or_nothing(injected, settings)
     _make_folder(work)
-    keeper, bar = Keeper(work, identity, resumed), Bar(settings.quiet)
-    with _as_it_was(model, work), trainable_weights(model, compute), isolated(seed):
+    keeper, bar = Keeper(work, identity, resumed, settings.patience), Bar(settings.quiet)
+    with _as_it_was(model, work), trainable_weights(model, compute), _taught_in(teacher, compute), isolated(seed):
+        cache = _filled_cache(teacher, rows, settings, padding, compute, bar)
         trainer = RecoveryTrainer(
             injected.module,
             training_arguments(settings, work, seed, device, compute, evaluate_first=resumed is None),
             rows,
             looked_at,
-            padding_token(tokenizer),
+            padding,
             groups,
-            (Pace(settings.eval_every, seed), keeper, bar),
+            (Pace(settings.eval_every, seed), AfterStep(injected), keeper, bar),
+            _distillation(teacher, injected, evidence, settings, compute),
+            cache,
         )
-        _train(trainer, keeper, bar, checkpoints(work)[-1] if resumed else None)
+        injected = _train(trainer, keeper, bar, injected, checkpoints(work)[-1] if resumed else None)
         peak_bytes = _peak_memory_bytes(device)
+        finish(injected)
         trained = injected.trainable_parameters
+        finish(injected)
         result = merge(injected) if settings.merge else injected.module
     return Recovered(
         model=result.eval(),
@@ -173,10 +200,14 @@ def check_trackers(names: Sequence[str]) -> None:
             raise InputError(f"tracker '{name}' is not installed; get it with: pip install {library}")
 
 
-def _train(trainer: RecoveryTrainer, keeper: Keeper, bar: Bar, checkpoint: Path | None) -> None:
-    """Trains, from a checkpoint or from the start, and leaves the best weights in the plain, unwrapped model."""
+def _train(trainer: RecoveryTrainer, keeper: Keeper, bar: Bar, injected: Injected, checkpoint: Path | None) -> Injected:
+    """Trains, from a checkpoint or from the start, and returns the plain, unwrapped model with the best weights."""
+    skeleton = skeleton_of(injected.module) if trainer.is_fsdp_enabled else None
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint is not None and keeper.resumes_what_has_stopped:
+            keeper.begin(injected.module)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except TrainingError as error:
         raise TrainingError(f"{error}{keeper.where_the_best_is()}") from None
     finally:
@@ -184,6 +215,51 @@ def _train(trainer: RecoveryTrainer, keeper: Keeper, bar: Bar, checkpoint: Path 
     keeper.put_best()
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     trainer.accelerator.free_memory()
+    if trainer.args.activation_checkpointing:
+        injected.model.activation_checkpointing_disable()
+    if skeleton is None:
+        return injected
+    inner = next(name for name, module in injected.module.named_modules() if module is injected.model)
+    assert trainer.model is not None
+    whole = filled(skeleton, trainer.model)
+    return dataclasses.replace(injected, module=whole, model=cast(PreTrainedModel, whole.get_submodule(inner)))
+
+
+def _filled_cache(
+    teacher: Teacher | None, rows: Ordered, settings: RecoverSettings, padding: int, compute: torch.dtype, bar: Bar
+) -> TeacherCache | None:
+    """Asks the teacher about all rows that are not on disk yet and lets go of it, where its answers are to be kept."""
+    if teacher is None or settings.teacher_cache is None or settings.distill == 0.0:
+        return None
+    if settings.distill_hidden:
+        raise InputError("--distill-hidden needs the teacher's hidden states, which --teacher-cache does not keep; give one of the two")
+    cache = TeacherCache(settings.teacher_cache, teacher, settings, compute)
+    cache.fill(teacher, rows.wanted(), settings.batch, padding, bar.asking)
+    teacher.release()
+    return cache
+
+
+def _distillation(
+    teacher: Teacher | None, injected: Injected, evidence: Evidence, settings: RecoverSettings, compute: torch.dtype
+) -> Distillation | None:
+    """Returns the loss with a teacher, or None where there is none or nothing is asked of it."""
+    if teacher is None or (settings.distill == 0.0 and settings.distill_hidden == 0.0):
+        return None
+    projections: tuple[Tensor, ...] = ()
+    if settings.distill_hidden:
+        batches = evidence.batches(_PROJECTION_BATCHES)
+        projections = fit_projections(injected.model, teacher.present(), batches, compute)
+    return Distillation(injected.model, teacher.model, settings, compute, projections)
+
+
+@contextmanager
+def _taught_in(teacher: Teacher | None, compute: torch.dtype) -> Iterator[None]:
+    """Holds a teacher's weights in the type that it computes in, as long as it runs along."""
+    if teacher is None:
+        yield
+        return
+    with trainable_weights(teacher.present(), compute):
+        yield
 
 
 def _groups_or_nothing(injected: Injected, settings: RecoverSettings) -> list[ParameterGroup]:
@@ -196,9 +272,11 @@ def _groups_or_nothing(injected: Injected, settings: RecoverSettings) -> list[Pa
 
 
 def _training_rows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, settings: RecoverSettings, seed: int) -> Ordered:
-    wanted = settings.steps * settings.accumulate * settings.batch
-    examples = make_examples(corpus, tokenizer, settings.seq_len or TRAINING_TOKENS, wanted=wanted, seed=seed)
-    return Ordered(examples, settings, seed, corpus.name)
+    processes = process_count()
+    wanted = settings.steps * settings.accumulate * settings.batch * processes
+    seq_len = settings.seq_len or TRAINING_TOKENS
+    examples = make_examples(corpus, tokenizer, seq_len, wanted=wanted, seed=seed, packing=settings.packing)
+    return Ordered(examples, settings, seed, corpus.name, processes)
 
 
 def _held_out_rows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, settings: RecoverSettings) -> list[Example]:
@@ -211,10 +289,10 @@ def _training_device(model: PreTrainedModel) -> torch.device:
     """Returns the device of the model, if the Trainer can use it.
 
     Raises:
-        InputError: It is a GPU other than the first, which is the one the Trainer takes.
+        InputError: It is a GPU other than the first (of several processes: than the process's own), which is the one the Trainer takes.
     """
     device = model.device
-    if device.type == "cuda" and device.index not in (None, 0):
+    if device.type == "cuda" and device.index not in (None, int(os.environ.get("LOCAL_RANK", "0"))):
         raise InputError(
             f"training runs on the first visible GPU, not on --device {device}; "
             f"set CUDA_VISIBLE_DEVICES={device.index} and use --device cuda"
@@ -222,13 +300,29 @@ def _training_device(model: PreTrainedModel) -> torch.device:
     return device
 
 
-def _identity(model: PreTrainedModel, settings: RecoverSettings, ranks: RankPlan | None, seed: int) -> dict[str, str]:
+def _evidence(rows: Ordered, batch: int, padding: int, device: torch.device) -> Evidence:
+    """Returns the first training batches, which the first values of some adapters are computed from."""
+
+    def batches(count: int) -> list[dict[str, Tensor]]:
+        starts = range(0, min(count * batch, len(rows)), batch)
+        drawn = [collate([rows[start + index] for index in range(batch)], padding) for start in starts]
+        return [{name: tensor.to(device) for name, tensor in tensors.items()} for tensors in drawn]
+
+    return Evidence(batches)
+
+
+def _identity(
+    model: PreTrainedModel, settings: RecoverSettings, ranks: RankPlan | None, seed: int, teacher: Teacher | None
+) -> dict[str, str]:
     """Returns what a run is of, apart from its data: whatever would change its result."""
     plain = settings.model_dump(mode="json", exclude=set(_NO_EFFECT_ON_THE_RESULT))
     return {
         "model": fingerprint(model),
         "seed": str(seed),
         "ranks": str(ranks.ranks) if ranks else "none",
+        "processes": str(process_count()),
+        "teacher": teacher.fingerprint if teacher else "none",
+        "teacher-cache": "none" if settings.teacher_cache is None else "some",
         **{name.replace("_", "-"): str(value) for name, value in plain.items()},
     }
 

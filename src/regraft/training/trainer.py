@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer with three things of our own: an exact held-out loss, a halt on NaN, and our checkpoints."""
+"""The Hugging Face Trainer with four things of our own: an exact held-out loss, a halt on NaN, distillation, and our checkpoints."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ from transformers.trainer_callback import PrinterCallback
 from regraft.errors import TrainingError
 from regraft.settings import RecoverSettings
 from regraft.training.batches import Example, Ordered, collate
-from regraft.training.losses import mean_loss
+from regraft.training.distill import Distillation
+from regraft.training.losses import summed_loss
 from regraft.training.optimizer import ParameterGroup, make_optimizer
+from regraft.training.processes import any_process, is_sharded, process_count, process_index, sum_over_processes
+from regraft.training.teacher_cache import TeacherCache
+
+_CHECKPOINTING: dict[str, Any] = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 def training_arguments(
@@ -28,7 +33,7 @@ def training_arguments(
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch,
         gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.lr,
+        learning_rate=settings.lr or 1e-3,  # of no effect: the groups of the optimizer have their own
         lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
         warmup_steps=round(settings.warmup * settings.steps),
         weight_decay=0.0,
@@ -36,6 +41,9 @@ def training_arguments(
         optim="adamw_torch",
         bf16=compute == torch.bfloat16,
         use_cpu=device.type == "cpu",
+        # Every adapter's parameters take part in every step, so that no process has to look for those that do not.
+        ddp_find_unused_parameters=False,
+        ddp_backend="gloo" if device.type == "cpu" and process_count() > 1 else None,
         seed=seed % 2**32,  # the Trainer also seeds NumPy, which takes no more
         # The examples are ordered already, so that resuming only has to skip.
         train_sampling_strategy="sequential",
@@ -51,6 +59,7 @@ def training_arguments(
         report_to=list(settings.report_to) or "none",
         disable_tqdm=True,
         log_level="error",
+        **(_CHECKPOINTING if settings.gradient_checkpointing else {}),
     )
     # Whatever the environment says (accelerate's launcher can ask for float16), the type is the one that was decided.
     arguments.mixed_precision = "bf16" if arguments.bf16 else "no"
@@ -71,6 +80,8 @@ class RecoveryTrainer(Trainer):
         padding: Token that fills up shorter rows.
         groups: All trained parameters with their learning rates.
         callbacks: Ours, after the Trainer's own.
+        distillation: The loss where there is a teacher; None for the model's own.
+        cache: Where the teacher's likeliest tokens are, unless it runs along.
     """
 
     def __init__(
@@ -82,16 +93,21 @@ class RecoveryTrainer(Trainer):
         padding: int,
         groups: Sequence[ParameterGroup],
         callbacks: Sequence[TrainerCallback],
+        distillation: Distillation | None = None,
+        cache: TeacherCache | None = None,
     ) -> None:
         super().__init__(
             model=module,
             args=arguments,
             train_dataset=train,
-            data_collator=partial(collate, padding=padding),
+            data_collator=partial(_collate_taught, padding=padding, cache=cache) if cache else partial(collate, padding=padding),
             callbacks=list(callbacks),
         )
         self.remove_callback(PrinterCallback)
         self._groups = groups
+        self._distillation = distillation
+        if distillation is not None:
+            self.model_accepts_loss_kwargs = True  # our loss is told how many tokens all passes of a step predict
         rows = arguments.per_device_train_batch_size
         self._held_out = [collate(held_out[start : start + rows], padding) for start in range(0, len(held_out), rows)]
 
@@ -108,9 +124,26 @@ class RecoveryTrainer(Trainer):
             TrainingError: The loss is not finite.
         """
         loss = super().training_step(*args, **kwargs)
-        if not bool(torch.isfinite(loss)):
-            raise TrainingError(_not_finite(f"the training loss became {float(loss)} at step {self.state.global_step + 1}"))
+        finite = bool(torch.isfinite(loss))
+        if any_process(not finite, self.args.device):
+            where = "" if process_count() == 1 else f" in process {process_index()}" if not finite else " in another process"
+            raise TrainingError(_not_finite(f"the training loss became {float(loss)} at step {self.state.global_step + 1}{where}"))
         return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Returns the loss of one forward pass, a part of the mean over all tokens that the step predicts in all processes."""
+        if self._distillation is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        assert num_items_in_batch is not None
+        assert not return_outputs
+        # The gradients of all processes are averaged, and the sum of their losses is wanted.
+        return self._distillation(model, inputs) / num_items_in_batch * process_count()
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Measures the loss on the held-out rows, every predicted token counted once.
@@ -119,7 +152,7 @@ class RecoveryTrainer(Trainer):
             TrainingError: The loss is not finite.
         """
         assert self.model is not None
-        loss = mean_loss(self.model, self._held_out, self.args.device)
+        loss = self._held_out_loss()
         step = self.state.global_step
         if not torch.isfinite(torch.tensor(loss)):
             if step == 0:
@@ -133,8 +166,20 @@ class RecoveryTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _held_out_loss(self) -> float:
+        assert self.model is not None
+        mine = self._held_out[process_index() :: process_count()]
+        if is_sharded(self.model) and len(mine) < -(-len(self._held_out) // process_count()):
+            summed_loss(self.model, self._held_out[:1], self.args.device)  # shards are gathered by all processes or by none
+        total_nats, tokens = sum_over_processes(summed_loss(self.model, mine, self.args.device), self.args.device)
+        return total_nats / tokens
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Leaves the weights to the keeper of our checkpoints, which puts them in place when training begins."""
+
+
+def _collate_taught(examples: Sequence[Example], padding: int, cache: TeacherCache) -> dict[str, Tensor]:
+    return collate(examples, padding) | cache.of(examples)
 
 
 def _not_finite(what: str) -> str:

@@ -131,7 +131,7 @@ def test_half_precision_is_kept_on_disk(folder: Path, settings: Callable[..., Re
         ({"seq_len": 600}, InputError, "--seq-len 600 exceeds the model's context of 512"),
         ({"batch": 999}, DataError, "fewer than one batch of 999"),
         ({"rank": 17}, InputError, "rank 17 exceeds the limit 16"),
-        ({"adapter": "dora"}, InputError, "unknown adapter 'dora'"),
+        ({"adapter": "lorra"}, InputError, "unknown adapter 'lorra'"),
         ({"ranks": "nowhere.json"}, InputError, "rank plan 'nowhere.json' cannot be read"),
         ({"report_to": ("neptune",)}, InputError, "tracker 'neptune' is not installed"),
     ],
