@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regraft.models.layerwise import Walk, WholeWalk
+from regraft.models.trainable import only_these_train
 from regraft.models.view import ModelView
 from regraft.plans import Group, Groups
 
@@ -93,7 +93,7 @@ def mean_gradients(
     first = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     second = {name: torch.zeros_like(value) for name, value in first.items()} if squares else {}
     device = next(iter(parameters.values())).device
-    with _only_these_train(model, parameters):
+    with only_these_train(model, parameters.values()), torch.enable_grad():
         for window in windows:
             ids = window.unsqueeze(0).to(device)
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -103,21 +103,3 @@ def mean_gradients(
                 if squares:
                     second[name].addcmul_(gradient.float(), gradient.float(), value=1.0 / len(windows))
     return first, second
-
-
-@contextmanager
-def _only_these_train(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Asks for the gradients of these parameters alone, in evaluation mode, and puts everything back afterwards."""
-    wanted = {id(parameter) for parameter in parameters.values()}
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    training = model.training
-    try:
-        model.eval()
-        for parameter, _ in before:
-            parameter.requires_grad_(id(parameter) in wanted)
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)
-        model.train(training)

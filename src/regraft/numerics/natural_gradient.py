@@ -1,0 +1,44 @@
+"""The natural gradient of a linear layer, with the Fisher information as the product of two small matrices.
+
+For ``y = W x`` and ``g`` the gradient of the log-likelihood in ``y``, K-FAC takes the Fisher information of ``W`` to be ``C (x) M`` with
+``C = E[x x']`` and ``M = E[g g']`` (Martens and Grosse, arXiv 1503.05671, section 3). The natural gradient of a loss with gradient ``G`` is
+then ``M^-1 G C^-1``: two solves of the size of the layer's sides instead of one of the size of their product. Each factor is damped by a
+share of the mean of its diagonal, which is their factored Tikhonov damping (section 6.3) with a relative strength.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regraft.errors import InputError
+
+DAMPING = 0.1
+
+
+def natural_gradient(gradient_OI: Tensor, inputs_II: Tensor, outputs_OO: Tensor, damping: float = DAMPING) -> Tensor:
+    """Returns ``M^-1 G C^-1``, float64 (out, in).
+
+    Args:
+        gradient_OI: Gradient of the mean loss, (out, in).
+        inputs_II: Second moments C of the layer's inputs, (in, in).
+        outputs_OO: Second moments M of the gradients in its outputs, (out, out).
+        damping: Added to each diagonal, relative to its mean; > 0.
+
+    Raises:
+        InputError: Something is not finite.
+    """
+    gradient = gradient_OI.double()
+    if not (torch.isfinite(gradient).all() and torch.isfinite(inputs_II).all() and torch.isfinite(outputs_OO).all()):
+        raise InputError("gradients on the calibration text are not finite; use --dtype float32 or other calibration text")
+    left = torch.cholesky_solve(gradient, _factor(outputs_OO, damping))
+    return torch.cholesky_solve(left.T, _factor(inputs_II, damping)).T
+
+
+def _factor(moments: Tensor, damping: float) -> Tensor:
+    """Returns the Cholesky factor of damped moments; of the identity where they are zero, since then nothing depends on them."""
+    damped = moments.double().clone()
+    damped.diagonal().add_(damping * damped.diagonal().mean())
+    if not damped.any():
+        damped.diagonal().fill_(1.0)
+    return torch.linalg.cholesky(damped)

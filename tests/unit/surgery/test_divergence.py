@@ -1,0 +1,70 @@
+"""Re-fitting to the dense model's predictions: judged on text that it has not seen, by the definition of the divergence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from regraft.groups.discover import discover
+from regraft.models.view import ModelView
+from regraft.plans import Cut, PrunePlan
+from regraft.surgery.compensate import compensate
+from regraft.surgery.cut import cut
+from regraft.surgery.divergence import lessen_divergence, reading_projections
+
+WINDOWS = torch.randint(3, 97, (48, 24), generator=torch.Generator().manual_seed(5))
+UNSEEN = torch.randint(3, 97, (16, 24), generator=torch.Generator().manual_seed(6))
+
+
+@torch.no_grad()
+def divergence(dense, other, windows=UNSEEN):
+    before, after = (model(windows).logits.double().log_softmax(-1) for model in (dense, other))
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+def half_of_ffn(model):
+    """Returns the model with every second feed-forward channel gone, re-fitted by least squares."""
+    view = ModelView(model)
+    groups = discover(view)
+    cuts = tuple(Cut(group.name, tuple(range(0, group.units, 2))) for group in groups.groups if group.kind == "ffn")
+    plan = PrunePlan(groups.fingerprint, "planted", "planted", "per-layer", 0.1, 1, groups.parameters, groups.parameters, cuts)
+    return cut(model, groups, plan, compensate(view, groups, cuts, WINDOWS, "least_squares"))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-bias", "gpt2"])
+def test_unseen_text_diverges_less_than_after_least_squares(make_model, family):
+    """GPT-2 stores its weights the other way round."""
+    dense = make_model(family)
+    with torch.no_grad():  # small random weights hardly move the predictions; larger ones do
+        for parameter in dense.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(2.0)
+    pruned = half_of_ffn(dense)
+    before = divergence(dense, pruned)
+    kept = {name: value.clone() for name, value in pruned.state_dict().items()}
+    dense_before = {name: value.clone() for name, value in dense.state_dict().items()}
+    found = lessen_divergence(ModelView(pruned), dense, WINDOWS)
+    assert len(found) > 1, "no step was taken"
+    assert found == sorted(found, reverse=True)
+    assert found[-1] == pytest.approx(divergence(dense, pruned, WINDOWS[-12:]), rel=1e-4)
+    assert divergence(dense, pruned) < 0.95 * before
+    readers = reading_projections(ModelView(pruned))
+    changed = {name for name, value in pruned.state_dict().items() if not torch.equal(value, kept[name])}
+    assert changed <= {f"{name}.weight" for name in readers}
+    assert all(torch.equal(value, dense_before[name]) for name, value in dense.state_dict().items())
+    assert not any(parameter.grad is not None for parameter in pruned.parameters())
+
+
+def test_a_model_that_agrees_already_is_left_as_it_is(make_model):
+    dense, same = make_model("llama"), make_model("llama")
+    same.load_state_dict(dense.state_dict())
+    lessen_divergence(ModelView(same), dense, WINDOWS[:8], steps=2)
+    assert divergence(dense, same) < 1e-9
+
+
+def test_the_same_seed_gives_the_same_weights(make_model):
+    dense = make_model("llama")
+    one, two = half_of_ffn(dense), half_of_ffn(dense)
+    lessen_divergence(ModelView(one), dense, WINDOWS[:8], steps=1, seed=3)
+    lessen_divergence(ModelView(two), dense, WINDOWS[:8], steps=1, seed=3)
+    assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
