@@ -1,7 +1,9 @@
 """A LoRA rank for each layer, under one hard budget of trainable parameters."""
 
-from regraft.allocation import uniform
+from regraft.allocation import adalora, bayes, eva, gradient, perceptron, proportional, uniform
+from regraft.allocation.confirm import confirm
 from regraft.allocation.contract import ALLOCATORS, Allocator, ClosedForm, Learner, Prediction, Proposal, Ranks
+from regraft.allocation.rankadaptor import RankAdaptor
 from regraft.allocation.schedule import Request, Rung, Schedule, next_request, winner
 from regraft.allocation.spaces import DEFAULT_CHOICES, rank_plan, rank_space
 
@@ -13,11 +15,19 @@ __all__ = [
     "Learner",
     "Prediction",
     "Proposal",
+    "RankAdaptor",
     "Ranks",
     "Request",
     "Rung",
     "Schedule",
+    "adalora",
+    "bayes",
+    "confirm",
+    "eva",
+    "gradient",
     "next_request",
+    "perceptron",
+    "proportional",
     "rank_plan",
     "rank_space",
     "uniform",

@@ -1,5 +1,8 @@
 """Whether a rank vector really beats the uniform one: a paired comparison on seeds that the search has not seen."""
 
+# SciPy and safetensors carry few types: what they leave unknown is not ours to mend.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import math

@@ -7,7 +7,7 @@ as :mod:`regraft.selection.knapsack` is for widths).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import reduce
 
 import numpy as np
@@ -145,6 +145,18 @@ def nearest(space: RankSpace, wanted: Sequence[float]) -> Ranks:
     """Returns the vector under the budget whose ranks are nearest to the wanted ones, by the sum of squares of the differences."""
     difference = np.array(space.choices, dtype=float)[None, :] - np.array(wanted, dtype=float)[:, None]
     return fill(space, -(difference**2))
+
+
+def random_vectors(space: RankSpace, count: int, taken: Set[Ranks], generator: np.random.Generator) -> list[Ranks]:
+    """Returns up to ``count`` vectors, not among the taken ones, that spend the budget at random: each is the best for random worths."""
+    found: dict[Ranks, None] = {}
+    for _ in range(4 * count):  # a small space may not have as many
+        if len(found) == count:
+            break
+        ranks = fill(space, generator.standard_normal((len(space.slots), len(space.choices))))
+        if ranks not in taken:
+            found[ranks] = None
+    return list(found)
 
 
 def proportional_to(space: RankSpace, weights: NDArray[np.float64]) -> Ranks:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 
@@ -32,6 +31,7 @@ _ELASTIC_NOISE = 0.5  # of a recovery's: a forward pass of one adapter on fixed 
 _NOISES = np.linspace(-2.0, 2.0, 9)  # candidates for the logarithm of the noise, in the prior's deviations
 _SPREADS = np.linspace(-1.5, 1.5, 5)  # the same for tau
 _ITERATIONS = 15
+_REFINED_AT = (0, 2, 5, 8)  # iterations before which noise and tau are chosen again
 _LARGEST_STEP = 1.0  # of any parameter in one iteration
 _CLOSE = 1e-3
 
@@ -71,7 +71,7 @@ def fit(space: RankSpace, trials: Sequence[RankTrial], prior: Prior) -> Posterio
     parameters, noise, spread = design.mean, float(np.exp(prior.log_noise[0])), float(np.exp(prior.log_spread[0]))
     for iteration in range(_ITERATIONS if len(seen) else 0):
         linear = _linearize(design, seen, parameters)
-        if iteration % 3 == 0:
+        if iteration in _REFINED_AT:
             noise, spread = _by_evidence(linear, prior)
         covariance = linear.shared + spread**2 * linear.spread + noise**2 * np.diag(linear.noise)
         solved = np.linalg.solve(covariance, linear.target)
@@ -138,12 +138,16 @@ def _linearize(design: Design, seen: Observations, parameters: Array) -> _Linear
 
 def _by_evidence(linear: _Linear, prior: Prior) -> tuple[float, float]:
     """Returns the noise in nats and tau with the largest evidence of the linearised model times their prior."""
+    root = np.sqrt(linear.noise)
+    target = linear.target / root
     best = (-np.inf, 0.0, 0.0)
-    for noise_at, spread_at in product(_NOISES, _SPREADS):
-        noise = float(np.exp(prior.log_noise[0] + noise_at * prior.log_noise[1]))
+    for spread_at in _SPREADS:
         spread = float(np.exp(prior.log_spread[0] + spread_at * prior.log_spread[1]))
-        lower = np.linalg.cholesky(linear.shared + spread**2 * linear.spread + noise**2 * np.diag(linear.noise))
-        white = np.linalg.solve(lower, linear.target)
-        evidence = -0.5 * float(white @ white) - float(np.log(np.diag(lower)).sum()) - 0.5 * float(noise_at**2 + spread_at**2)
-        best = max(best, (evidence, noise, spread))
+        values, vectors = np.linalg.eigh((linear.shared + spread**2 * linear.spread) / np.outer(root, root))
+        squares = (vectors.T @ target) ** 2
+        for noise_at in _NOISES:
+            noise = float(np.exp(prior.log_noise[0] + noise_at * prior.log_noise[1]))
+            variances = np.maximum(values, 0.0) + noise**2
+            evidence = -0.5 * float((squares / variances).sum() + np.log(variances).sum() + noise_at**2 + spread_at**2)
+            best = max(best, (evidence, noise, spread))
     return best[1], best[2]

@@ -3,6 +3,9 @@
 A prior is two files, ``prior.safetensors`` with the numbers and ``prior.json`` with their names and where they come from.
 """
 
+# SciPy and safetensors carry few types: what they leave unknown is not ours to mend.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import json

@@ -9,6 +9,9 @@ the same batches, not a task's score; proposals are improved by local moves inst
 confirmed on fresh seeds (:mod:`regraft.allocation.confirm`).
 """
 
+# SciPy and safetensors carry few types: what they leave unknown is not ours to mend.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -32,7 +35,7 @@ from regraft.allocation.uniform import uniform
 from regraft.allocation.validation import cross_validate
 from regraft.plans import CrossValidation, RankSpace, RankTrial
 
-_DRAWS = 48  # posterior draws, each filled to its own best vector
+_DRAWS = 32  # posterior draws, each filled to its own best vector
 _BEST = 4  # how many of the pool are moved around
 _MOVES = 24  # sampled moves of each
 _ROUNDS = 3  # of moving
@@ -142,7 +145,7 @@ class _Improvement:
             vectors = list(pool)
             mean, covariance = self.posterior.moments(vectors)
             order = np.argsort(-expected_improvement(mean, np.diag(covariance), self.best_gain), kind="stable")
-            for place in order[:_BEST]:
+            for place in order.tolist()[:_BEST]:
                 pool |= dict.fromkeys(self._around(vectors[place]))
         return [ranks for ranks in pool if ranks not in taken]
 

@@ -20,10 +20,11 @@ from typing import Literal
 import numpy as np
 
 from regraft.allocation.contract import Learner, Proposal, Ranks
+from regraft.allocation.fill import random_vectors
 from regraft.errors import InputError
 from regraft.plans import RankSpace, RankTrial
 
-_ELASTIC_ROUNDS = 4
+_ELASTIC_AT_RANDOM = 0.75  # share of the elastic scores
 _ROUNDING = 1e-9
 
 
@@ -49,7 +50,7 @@ class Schedule:
     Attributes:
         rungs: With rising fidelity. The first is filled with proposals; the others with the survivors of the one before.
         elastic: How many vectors an elastic adapter scores before the first recovery; 0: there is none.
-        batch: How many proposals are made between two refits of the performance model (elastic scores come in four rounds).
+        batch: How many proposals are made between two refits of the performance model.
         cost_limit: Nothing is asked for that would cost more than this in all.
         continued: Whether a survivor goes on from where it stopped (and pays for the further steps alone) or starts again.
     """
@@ -99,17 +100,14 @@ def next_request(space: RankSpace, history: Sequence[RankTrial], learner: Learne
     left = schedule.cost_limit - sum(trial.cost for trial in history) + _ROUNDING
     if left <= 0:
         return None
-    if schedule.elastic:
-        scored = [trial for trial in history if trial.kind == "elastic"]
-        batch = -(-schedule.elastic // _ELASTIC_ROUNDS)
-        missing = _round(space, [], scored, learner, batch, schedule.elastic, (seed, 0))
-        if missing:
-            return Request(missing, 1.0, "elastic", 0.0)
+    missing = _elastic(space, [trial for trial in history if trial.kind == "elastic"], learner, schedule, seed)
+    if missing:
+        return Request(missing, 1.0, "elastic", 0.0)
     for place, rung in enumerate(schedule.rungs):
         below = [trial for trial in history if trial.kind == "elastic" or trial.fidelity < rung.fidelity]
         level = [trial for trial in history if trial.kind == "recovery" and trial.fidelity == rung.fidelity]
         if place == 0:
-            missing = _round(space, below, level, learner, schedule.batch, rung.width, (seed, 1))
+            missing = _round(space, below, level, learner, schedule.batch, rung.width, seed)
         else:
             there = {trial.ranks for trial in level}
             wanted = _promoted(space, below, learner, schedule, place, seed)
@@ -135,6 +133,21 @@ def winner(space: RankSpace, history: Sequence[RankTrial], learner: Learner) -> 
     return vectors[best] if gains[best] > 0 else (space.uniform,) * len(space.slots)
 
 
+def _elastic(space: RankSpace, scored: Sequence[RankTrial], learner: Learner, schedule: Schedule, seed: int) -> tuple[Proposal, ...]:
+    """Returns what is missing of the elastic scores: uniform and vectors at random, which tell of every slot, then proposals."""
+    if not schedule.elastic:
+        return ()
+    uniform = (space.uniform,) * len(space.slots)
+    drawn = random_vectors(space, round(_ELASTIC_AT_RANDOM * schedule.elastic) - 1, {uniform}, np.random.default_rng((seed, 0, 0)))
+    design = [Proposal(uniform, "uniform"), *(Proposal(ranks, "random") for ranks in drawn)]
+    if len(scored) >= len(design):
+        before, scored = scored[: len(design)], scored[len(design) :]
+        taken = [trial.ranks for trial in before]
+        design = learner.propose(space, before, schedule.elastic - len(before), np.random.default_rng((seed, 0, 1)), taken)
+    there = {trial.ranks for trial in scored}
+    return tuple(proposal for proposal in design if proposal.ranks not in there)
+
+
 def _round(
     space: RankSpace,
     below: Sequence[RankTrial],
@@ -142,7 +155,7 @@ def _round(
     learner: Learner,
     batch: int,
     width: int,
-    stream: tuple[int, int],
+    seed: int,
 ) -> tuple[Proposal, ...]:
     """Returns what is missing of the present round of proposals at one level; nothing when the level is full.
 
@@ -155,7 +168,7 @@ def _round(
     before = [*below, *level[: rounds * batch]]
     taken = [trial.ranks for trial in level[: rounds * batch]]
     there = {trial.ranks for trial in level[rounds * batch :]}
-    proposals = learner.propose(space, before, count, np.random.default_rng((*stream, rounds)), taken)
+    proposals = learner.propose(space, before, count, np.random.default_rng((seed, 1, rounds)), taken)
     return tuple(proposal for proposal in proposals if proposal.ranks not in there)
 
 
@@ -166,8 +179,8 @@ def _promoted(space: RankSpace, below: Sequence[RankTrial], learner: Learner, sc
     passed = {trial.ranks for trial in below if trial.kind == "recovery" and trial.fidelity == fidelity and trial.loss_nats is not None}
     others = sorted(passed - {uniform})
     gains = learner.predict(space, below, others).gain_nats if others else np.zeros(0)
-    order = np.argsort(-gains, kind="stable")
-    survivors = [Proposal(others[index], "survivor") for index in order[: rung.width - 1 - rung.fresh]]
+    order = sorted(range(len(others)), key=lambda place: -float(gains[place]))
+    survivors = [Proposal(others[place], "survivor") for place in order[: rung.width - 1 - rung.fresh]]
     if not rung.fresh:
         return [Proposal(uniform, "uniform"), *survivors]
     return [

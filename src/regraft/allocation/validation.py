@@ -1,5 +1,8 @@
 """How well a performance model predicts rank vectors that it was not fitted to."""
 
+# SciPy and safetensors carry few types: what they leave unknown is not ours to mend.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

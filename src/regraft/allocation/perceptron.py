@@ -1,0 +1,163 @@
+"""The paper's performance model (arXiv 2406.15734): a network of five layers from normalised ranks to the loss.
+
+Input, three hidden layers of 32 with ReLU, one output; mean squared error, Adam. Its three phases bear the paper's names:
+*initialisation* measures eight vectors drawn at random; *incremental learning* draws 64, measures the one that the network likes best and
+trains the network again, up to eight times; *convergence* ends that early, once predicted and measured loss are close. The answer is the
+best that was measured. It is here to be compared with: :class:`regraft.allocation.rankadaptor.RankAdaptor` is the default.
+
+Where it departs: the budget is hard, in parameters (there: a set of ranks, no budget); the target is held-out loss (there: the score of
+a task), standardised, because Adam's steps have a scale; and uniform is one of the first eight. Layers that were not pruned keep the
+uniform rank, as there.
+"""
+
+# torch and NumPy's bridge to it are only partly typed: what they leave unknown is not ours to mend.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from regraft.allocation.contract import ALLOCATORS, Prediction, Proposal, Ranks
+from regraft.allocation.features import SHARE_PRUNED, has_plain, plain
+from regraft.allocation.fill import choice_allowed, fill
+from regraft.allocation.paired import paired_gains
+from regraft.allocation.uniform import uniform
+from regraft.allocation.validation import cross_validate
+from regraft.plans import CrossValidation, RankSpace, RankTrial
+
+Phase = Literal["initialisation", "incremental learning", "convergence"]
+
+_HIDDEN = (32, 32, 32)
+_STEPS, _RATE = 400, 1e-2
+_NETWORK_SEED = 0  # of the first weights: the same in every refit, so that only the trials change the answer
+
+
+@final
+@dataclass(frozen=True)
+class PaperRankAdaptor:
+    """The learner with the paper's performance model.
+
+    Attributes:
+        initial: Vectors of the first phase, uniform among them.
+        candidates: Vectors drawn in each round of the second.
+        rounds: Most rounds of the second.
+        close_nats: Convergence: predicted and measured gain of the last proposal differ by less.
+        name: As on the command line.
+    """
+
+    initial: int = 8
+    candidates: int = 64
+    rounds: int = 8
+    close_nats: float = 1e-4
+    name: str = field(default="rankadaptor-paper")
+
+    def phase(self, space: RankSpace, history: Sequence[RankTrial]) -> Phase:
+        """Returns which phase comes next."""
+        measured = list(dict.fromkeys(trial.ranks for trial in history if trial.kind == "recovery"))
+        if len(measured) < self.initial:
+            return "initialisation"
+        if len(measured) >= self.initial + self.rounds:
+            return "convergence"
+        gains = paired_gains(space, history)
+        last = measured[-1]
+        if len(measured) > self.initial and last in gains:
+            before = [trial for trial in history if trial.ranks != last]
+            if abs(float(self.predict(space, before, [last]).gain_nats[0]) - gains[last]) < self.close_nats:
+                return "convergence"
+        return "incremental learning"
+
+    def propose(
+        self,
+        space: RankSpace,
+        history: Sequence[RankTrial],
+        count: int,
+        generator: np.random.Generator,
+        pending: Sequence[Ranks] = (),
+    ) -> tuple[Proposal, ...]:
+        """Returns uniform and vectors at random in the first phase, the best of 64 predicted in the second, nothing in the third."""
+        taken = {trial.ranks for trial in history if trial.kind == "recovery"} | set(pending)
+        phase = self.phase(space, history)
+        if phase == "convergence":
+            return ()
+        if phase == "initialisation":
+            first = [uniform(space), *_drawn(space, 4 * count, generator)]
+            fresh = [ranks for ranks in dict.fromkeys(first) if ranks not in taken]
+            return tuple(Proposal(ranks, "uniform" if ranks == uniform(space) else phase) for ranks in fresh[:count])
+        drawn = [ranks for ranks in dict.fromkeys(_drawn(space, self.candidates, generator)) if ranks not in taken]
+        gains = self.predict(space, history, drawn).gain_nats
+        order = np.argsort(-gains, kind="stable").tolist()
+        return tuple(Proposal(drawn[place], phase) for place in order[:count])
+
+    def predict(self, space: RankSpace, history: Sequence[RankTrial], ranks: Sequence[Ranks]) -> Prediction:
+        """Returns the network's predictions; it knows no uncertainty, so that the deviations are zero."""
+        gains = paired_gains(space, history)
+        nothing = np.zeros(len(ranks))
+        if len(gains) < 2 or not ranks:
+            return Prediction(nothing, nothing)
+        targets = np.array(list(gains.values()))
+        deviation = float(targets.std())
+        if deviation == 0.0:
+            return Prediction(nothing + targets[0], nothing)
+        network = _trained(_normalised(space, list(gains)), torch.tensor((targets - targets.mean()) / deviation))
+        predicted = targets.mean() + deviation * _forward(network, _normalised(space, ranks)).detach().numpy()
+        return Prediction(predicted.astype(np.float64), nothing)
+
+    def assess(self, space: RankSpace, history: Sequence[RankTrial]) -> CrossValidation | None:
+        """Returns the error of the network on rank vectors that it was not trained on."""
+
+        def predict(seen: Sequence[RankTrial], unseen: Sequence[RankTrial]) -> NDArray[np.float64]:
+            return -self.predict(space, seen, [trial.ranks for trial in unseen]).gain_nats
+
+        return cross_validate(space, history, predict)
+
+
+def _drawn(space: RankSpace, count: int, generator: np.random.Generator) -> list[Ranks]:
+    """Returns vectors at random; slots that were not pruned keep the uniform rank."""
+    allowed = choice_allowed(space)
+    kept = plain(space, SHARE_PRUNED) == 0 if has_plain(space, SHARE_PRUNED) else np.zeros(len(space.slots), dtype=np.bool_)
+    free = np.array([rank == space.uniform for rank in space.choices])[None, :] | ~kept[:, None]
+    # What is not free is worth less than anything else, yet stays possible: the budget is met in any case.
+    return [fill(space, np.where(free & allowed, generator.standard_normal(allowed.shape), -1e6)) for _ in range(count)]
+
+
+def _normalised(space: RankSpace, ranks: Sequence[Ranks]) -> Tensor:
+    """Returns (N, L) float64: the ranks as shares of the largest choice."""
+    return torch.tensor(ranks, dtype=torch.float64) / space.choices[-1]
+
+
+def _trained(inputs: Tensor, targets: Tensor) -> list[Tensor]:
+    """Returns the weights and biases of a network trained on (N, L) inputs and (N,) targets."""
+    generator = torch.Generator().manual_seed(_NETWORK_SEED)
+    sizes = (inputs.shape[1], *_HIDDEN, 1)
+    parameters: list[Tensor] = []
+    for fan_in, fan_out in pairwise(sizes):
+        bound = fan_in**-0.5  # torch.nn.Linear's own start, from a generator of ours
+        for shape in ((fan_out, fan_in), (fan_out,)):
+            start = torch.empty(shape, dtype=torch.float64).uniform_(-bound, bound, generator=generator)
+            parameters.append(start.requires_grad_())
+    optimizer = torch.optim.Adam(parameters, lr=_RATE)
+    for _ in range(_STEPS):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.mse_loss(_forward(parameters, inputs), targets)
+        loss.backward()
+        optimizer.step()
+    return parameters
+
+
+def _forward(parameters: Sequence[Tensor], inputs: Tensor) -> Tensor:
+    """Returns (N,) outputs."""
+    hidden = inputs
+    for weight, bias in zip(parameters[:-2:2], parameters[1:-2:2], strict=True):
+        hidden = torch.relu(torch.nn.functional.linear(hidden, weight, bias))
+    return torch.nn.functional.linear(hidden, parameters[-2], parameters[-1])[:, 0]
+
+
+ALLOCATORS.add("rankadaptor-paper", PaperRankAdaptor())
