@@ -78,7 +78,12 @@ class Bayes:
             sampler = GPSampler(seed=seed, n_startup_trials=0, deterministic_objective=False)
         else:
             sampler = TPESampler(seed=seed, n_startup_trials=0)
-        study = optuna.create_study(direction="maximize", sampler=sampler)
+        verbosity = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # a study that lives for one call is no news
+        try:
+            study = optuna.create_study(direction="maximize", sampler=sampler)
+        finally:
+            optuna.logging.set_verbosity(verbosity)
         for ranks, gain in gains.items():
             study.add_trial(_trial(space, ranks, gain))
         return study

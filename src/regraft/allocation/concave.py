@@ -136,6 +136,12 @@ class Posterior:
         reduced = (times @ self.jacobian.T + correction) @ self.whitening.T
         return gains.sum(1) + correction @ self.weights, prior - reduced @ reduced.T
 
+    def shared(self) -> tuple[Array, Array]:
+        """Returns mean (G,) and covariance (G, G) of the parameters that all slots share."""
+        count = self.design.shared
+        explained = self.whitening @ self.jacobian[:, :count] @ self.design.shared_covariance
+        return self.parameters[:count], self.design.shared_covariance - explained.T @ explained
+
     def scale(self, fidelity: Array) -> Array:
         """Returns (M,) what share of a gain shows after real recoveries of M fidelities."""
         return np.exp(self.parameters[2] * np.log(fidelity))

@@ -44,7 +44,7 @@ class Observations:
 def observe(space: RankSpace, trials: Sequence[RankTrial]) -> Observations:
     """Returns the trials that have a loss, as arrays."""
     done = [trial for trial in trials if trial.loss_nats is not None and np.isfinite(trial.loss_nats)]
-    done.sort(key=lambda trial: (trial.kind, trial.fidelity, trial.seed, trial.ranks))
+    done.sort(key=canonical)
     levels = {key: place for place, key in enumerate(dict.fromkeys((trial.kind, trial.fidelity) for trial in done))}
     groups = {key: place for place, key in enumerate(dict.fromkeys((trial.kind, trial.fidelity, trial.seed) for trial in done))}
     return Observations(
@@ -55,6 +55,11 @@ def observe(space: RankSpace, trials: Sequence[RankTrial]) -> Observations:
         np.array([levels[trial.kind, trial.fidelity] for trial in done], dtype=np.int64),
         np.array([groups[trial.kind, trial.fidelity, trial.seed] for trial in done], dtype=np.int64),
     )
+
+
+def canonical(trial: RankTrial) -> tuple[str, float, int, Ranks]:
+    """Returns the key by which :func:`observe` sorts trials."""
+    return trial.kind, trial.fidelity, trial.seed, trial.ranks
 
 
 def stacked(space: RankSpace, vectors: Sequence[Ranks]) -> NDArray[np.int64]:

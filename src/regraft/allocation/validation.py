@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from regraft.allocation.observations import group_means, observe
+from regraft.allocation.observations import canonical, group_means, observe
 from regraft.plans import CrossValidation, RankSpace, RankTrial
 
 Predict = Callable[[Sequence[RankTrial], Sequence[RankTrial]], NDArray[np.float64]]
@@ -36,7 +36,7 @@ def cross_validate(space: RankSpace, trials: Sequence[RankTrial], predict: Predi
         The error, or None with fewer than six rank vectors to leave out.
     """
     real = [trial for trial in trials if trial.kind == "recovery" and trial.loss_nats is not None]
-    real.sort(key=lambda trial: (trial.kind, trial.fidelity, trial.seed, trial.ranks))
+    real.sort(key=canonical)
     vectors = sorted({trial.ranks for trial in real})
     if len(vectors) < _FEWEST:
         return None

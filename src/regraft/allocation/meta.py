@@ -1,0 +1,181 @@
+r"""Offline meta-learning: what past searches have in common becomes the prior of the next one (the first phase of arXiv 2406.15734).
+
+Every search has its own shared parameters (how large gains are, where they saturate, what each feature is worth, how much of a gain a
+short recovery shows). They are taken as draws from one Gaussian, whose mean and covariance are estimated by expectation maximisation:
+each search is fitted under the present prior, then the prior becomes the mean and scatter of the fits. The default prior counts as
+two searches more, so that a few searches cannot make it certain.
+
+A store is a folder of JSON files, each a :class:`regraft.plans.PastSearch`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regraft.allocation.concave import Posterior
+from regraft.allocation.features import standardized
+from regraft.allocation.fitting import fit
+from regraft.allocation.observations import canonical, group_means, observe
+from regraft.allocation.prior import BASE_NAMES, Prior, default_prior
+from regraft.allocation.validation import errors
+from regraft.atomic import write_text
+from regraft.errors import DataError, PlanError
+from regraft.plans import CrossValidation, PastSearch, from_json, to_dict, to_json
+
+_ITERATIONS = 3
+_DEFAULT_COUNTS_AS = 2.0
+_PARTS = 5
+_FEWEST_TRIALS = 4
+
+
+@dataclass(frozen=True)
+class Training:
+    """A trained prior and how well its kind predicts searches that it has not seen.
+
+    Attributes:
+        prior: Trained on all searches.
+        searches: How many.
+        left_out: Error on searches left out, predicted from their features alone before any of their trials.
+        untrained: The same of the default prior.
+    """
+
+    prior: Prior
+    searches: int
+    left_out: CrossValidation
+    untrained: CrossValidation
+
+
+def add_to_store(folder: Path, search: PastSearch) -> Path:
+    """Writes a search into a store and returns the file, whose name follows from the contents: a search is never there twice.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    text = to_json(search) + "\n"
+    path = folder / f"search-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    write_text(path, text)
+    return path
+
+
+def read_store(folder: Path) -> tuple[PastSearch, ...]:
+    """Reads all searches of a store, in the order of the files' names.
+
+    Raises:
+        DataError: There is no such folder, or no search in it.
+        PlanError: A file is not a search.
+    """
+    files = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    if not files:
+        raise DataError(f"store '{folder}' holds no search; give the folder in which searches were kept, one JSON file each")
+    found: list[PastSearch] = []
+    for path in files:
+        try:
+            found.append(from_json(PastSearch, path.read_bytes()))
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from None
+        except OSError as error:
+            raise DataError(f"'{path}' cannot be read: {error.strerror}; mend its permissions or remove it") from None
+    return tuple(found)
+
+
+def train(searches: Sequence[PastSearch]) -> Training:
+    """Returns the prior of these searches, and the error of such priors on searches left out.
+
+    Raises:
+        DataError: Fewer than two searches have four successful trials or more.
+    """
+    usable = [search for search in searches if sum(trial.loss_nats is not None for trial in search.trials) >= _FEWEST_TRIALS]
+    if len(usable) < 2:
+        raise DataError(
+            f"{len(usable)} of {len(searches)} searches have {_FEWEST_TRIALS} successful trials; a prior needs two: search more"
+        )
+    parts = min(len(usable), _PARTS)
+    trained: list[tuple[PastSearch, Prior]] = []
+    for part in range(parts):
+        prior = _maximised([search for place, search in enumerate(usable) if place % parts != part])
+        trained += [(search, prior) for search in usable[part::parts]]
+    left_out = _error(trained, parts)
+    untrained = _error([(search, default_prior()) for search, _ in trained], parts)
+    made_from = {
+        "searches": len(usable),
+        "models": sorted({search.model for search in usable}),
+        "ratios": sorted({search.ratio for search in usable}),
+        "trials": sum(len(search.trials) for search in usable),
+        "left_out": to_dict(left_out),
+        "untrained": to_dict(untrained),
+    }
+    return Training(replace(_maximised(usable), made_from=made_from), len(usable), left_out, untrained)
+
+
+def _maximised(searches: Sequence[PastSearch]) -> Prior:
+    """Returns the Gaussian from which the searches' parameters are most probably drawn."""
+    features = tuple(dict.fromkeys(name for search in searches for name in sorted(standardized(search.space))))
+    mean, covariance = default_prior().over(features)
+    start = prior = replace(default_prior(), features=features, mean=mean, covariance=covariance)
+    for _ in range(_ITERATIONS):
+        posteriors = [fit(search.space, search.trials, prior) for search in searches]
+        fitted = [_shared(search, posterior, prior) for search, posterior in zip(searches, posteriors, strict=True)]
+        weight = _DEFAULT_COUNTS_AS + len(fitted)
+        mean = (_DEFAULT_COUNTS_AS * start.mean + sum(own for own, _ in fitted)) / weight
+        scatter = _DEFAULT_COUNTS_AS * (start.covariance + np.outer(start.mean - mean, start.mean - mean))
+        for own, spread in fitted:
+            scatter = scatter + spread + np.outer(own - mean, own - mean)
+        prior = Prior(
+            features,
+            mean,
+            scatter / weight,
+            _pooled(start.log_spread, [float(np.log(posterior.spread)) for posterior in posteriors]),
+            _pooled(start.log_noise, [float(np.log(posterior.noise_nats)) for posterior in posteriors]),
+        )
+    return prior
+
+
+def _shared(search: PastSearch, posterior: Posterior, prior: Prior) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns mean and covariance of a search's shared parameters; features that it does not have stay as the prior has them."""
+    base = len(BASE_NAMES)
+    places = [*range(base), *(base + prior.features.index(name) for name in standardized(search.space))]
+    own, covariance = posterior.shared()
+    mean, spread = prior.mean.copy(), np.diag(np.diag(prior.covariance))
+    mean[places] = own
+    spread[np.ix_(places, places)] = covariance
+    return mean, spread
+
+
+def _pooled(default: tuple[float, float], values: Sequence[float]) -> tuple[float, float]:
+    weight = _DEFAULT_COUNTS_AS + len(values)
+    mean = (_DEFAULT_COUNTS_AS * default[0] + sum(values)) / weight
+    squares = _DEFAULT_COUNTS_AS * (default[1] ** 2 + (default[0] - mean) ** 2) + sum((value - mean) ** 2 for value in values)
+    return mean, float(np.sqrt(squares / weight))
+
+
+def _error(trained: Sequence[tuple[PastSearch, Prior]], parts: int) -> CrossValidation:
+    """Returns the error over real recoveries of what each search's prior says before any of its trials.
+
+    Losses and predictions of a search are scaled by the spread of its losses, so that every search counts the same; the root mean square
+    is then in units of that spread, averaged over searches.
+    """
+    losses: list[NDArray[np.float64]] = []
+    expected: list[NDArray[np.float64]] = []
+    spreads: list[float] = []
+    for search, prior in trained:
+        real = [trial for trial in search.trials if trial.kind == "recovery" and trial.loss_nats is not None]
+        real.sort(key=canonical)
+        seen = observe(search.space, real)
+        measured = seen.without_offsets()
+        if not len(seen) or not measured.any():
+            continue
+        posterior = fit(search.space, (), prior)
+        predicted = -posterior.moments([trial.ranks for trial in real])[0] * posterior.scale(seen.fidelity)
+        spreads.append(float(measured.std()))
+        losses.append(measured / spreads[-1])
+        expected.append((predicted - group_means(predicted, seen.group)) / spreads[-1])
+    if not losses:
+        return CrossValidation(0.0, 0.0, 0.0, 0, parts)
+    found = errors(np.concatenate(losses), np.concatenate(expected), parts)
+    return replace(found, rmse_nats=found.rmse_nats * float(np.mean(spreads)))

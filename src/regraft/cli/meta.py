@@ -1,0 +1,54 @@
+"""``regraft meta``: learn from past searches for ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from regraft.allocation.meta import Training, read_store, train
+from regraft.allocation.prior import BASE_NAMES
+from regraft.atomic import refuse_existing
+from regraft.errors import InputError, did_you_mean
+
+ACTIONS = ("train",)
+
+
+def meta(
+    action: Annotated[str, typer.Argument(metavar="train", help="what to do: train a prior", show_default=False)],
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="folder of past searches, one JSON file each", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="folder for the prior; must not exist")] = Path("prior"),
+) -> None:
+    """Train the start of the next search for ranks on past ones.
+
+    What the features of a layer say of its gain, where gains saturate and what a short recovery shows of them is learned from every
+    search in the store: models, ratios and budgets. Reported is the error on searches that were left out, before any of their trials.
+    """
+    if action not in ACTIONS:
+        raise InputError(f"unknown action '{action}'; known: {', '.join(ACTIONS)}{did_you_mean(action, ACTIONS)}")
+    refuse_existing(output)
+    training = train(read_store(store))
+    training.prior.save(output)
+    _show(Console(), training)
+    Console().print(f"prior written to {output}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _show(console: Console, training: Training) -> None:
+    """Prints the errors on searches left out, and what was learned."""
+    table = Table(title=f"{training.searches} searches, each predicted before its first trial")
+    for name in ("start", "rank correlation", "R2", "RMSE in nats"):
+        table.add_column(name, justify="left" if name == "start" else "right")
+    for name, error in (("trained on the others", training.left_out), ("untrained", training.untrained)):
+        table.add_row(name, f"{error.rank_correlation:+.3f}", f"{error.r2:+.3f}", f"{error.rmse_nats:.5f}")
+    console.print(table)
+    prior = training.prior
+    deviations = prior.covariance.diagonal() ** 0.5
+    learned = Table(title="what was learned")
+    for name in ("parameter", "mean", "deviation"):
+        learned.add_column(name, justify="left" if name == "parameter" else "right")
+    for name, mean, deviation in zip((*BASE_NAMES, *prior.features), prior.mean, deviations, strict=True):
+        learned.add_row(name, f"{mean:+.3f}", f"{deviation:.3f}")
+    console.print(learned)
