@@ -21,7 +21,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from regraft.adapters import AdapterRequest, ParameterGroup, make_request
+from regraft.adapters import AdapterRequest, LowRank, ParameterGroup, make_request
 from regraft.adapters.isolation import derived_seed
 from regraft.allocation.spaces import rank_plan
 from regraft.errors import InputError
@@ -29,7 +29,7 @@ from regraft.plans import RankSpace, RankTrial
 from regraft.training.ground import Ground
 from regraft.training.kept import Kept, Progress
 from regraft.training.optimizer import make_optimizer
-from regraft.training.side_by_side import Stack, adapted, check_adapter, clip_each
+from regraft.training.side_by_side import SCALES, Stack, adapted, check_adapter, clip_each
 
 PASS_VALUES = 1 << 17
 """Residual values of one pass on a CPU: as many candidates share a pass as stay below. Beyond, the products leave the cache."""
@@ -96,6 +96,23 @@ class Candidates:
                     trials |= self._recovered(part, start, until, seed)
         return [replace(trials[place], fidelity=fidelity) for place in range(len(members))]
 
+    def change(self, ranks: tuple[int, ...], seed: int) -> dict[str, LowRank] | None:
+        """Returns what the recovery of a vector has made of every module so far, after its last step; None before its first.
+
+        Args:
+            ranks: The vector.
+            seed: Of the recovery.
+        """
+        progress = self._kept.get(self._key(ranks, seed))
+        if progress is None:
+            return None
+        request = make_request(self.ground.sites, self.ground.settings, rank_plan(self.space, ranks, "candidate"), seed)
+        scale = SCALES[self.ground.settings.adapter]
+        return {
+            name: LowRank(scale(request.alphas[name], rank) * progress.tensors[f"{name}.B.value"], progress.tensors[f"{name}.A.value"])
+            for name, rank in request.ranks.items()
+        }
+
     def _member(self, place: int, ranks: tuple[int, ...], seed: int, until: int) -> _Member:
         plan = rank_plan(self.space, ranks, "candidate")
         request = make_request(self.ground.sites, self.ground.settings, plan, seed)
@@ -131,7 +148,7 @@ class Candidates:
         ground, settings = self.ground, self.ground.settings
         trials: dict[int, RankTrial] = {}
         run = _Run(ground, members, start, seed)
-        looks = 1 if start in (0, until) else 0
+        looks = 1 if start == until else 0
         seen = run.look() if start == until else torch.zeros(0)
         for step in range(start, until):
             losses = run.step(step)

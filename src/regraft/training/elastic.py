@@ -28,6 +28,7 @@ from regraft.adapters import ParameterGroup
 from regraft.adapters.isolation import derived_seed
 from regraft.adapters.shared_start import first_rows
 from regraft.adapters.sites import shape_of
+from regraft.allocation.fill import random_vectors
 from regraft.errors import InputError
 from regraft.plans import RankSpace, RankTrial
 from regraft.training.ground import Ground
@@ -144,33 +145,7 @@ class Elastic:
         smallest = (self.space.choices[0],) * len(self.space.slots)
         largest = tuple(max(rank for rank in self.space.choices if rank <= slot.limit) for slot in self.space.slots)
         fixed = [smallest, largest] if self.settings.sandwich else []
-        return fixed + [random_vector(self.space, generator) for _ in range(self.settings.vectors - len(fixed))]
-
-
-def random_vector(space: RankSpace, generator: np.random.Generator) -> Ranks:
-    """Returns a rank vector that spends the budget: slots in random order, each given a random choice of what it can still have.
-
-    What the last slots leave over goes to random slots, a step at a time, until no step is affordable.
-    """
-    ranks = [space.choices[0]] * len(space.slots)
-    left = space.budget - space.cost(ranks)
-    for index in generator.permutation(len(ranks)):
-        slot = space.slots[index]
-        affordable = [rank for rank in space.choices if rank <= slot.limit and (rank - space.choices[0]) * slot.parameters_per_rank <= left]
-        ranks[index] = int(generator.choice(affordable))
-        left -= (ranks[index] - space.choices[0]) * slot.parameters_per_rank
-    while True:
-        raised = [
-            (index, rank)
-            for index, slot in enumerate(space.slots)
-            for rank in [next((rank for rank in space.choices if rank > ranks[index]), 0)]
-            if rank and rank <= slot.limit and (rank - ranks[index]) * slot.parameters_per_rank <= left
-        ]
-        if not raised:
-            return tuple(ranks)
-        index, rank = raised[int(generator.integers(len(raised)))]
-        left -= (rank - ranks[index]) * space.slots[index].parameters_per_rank
-        ranks[index] = rank
+        return fixed + random_vectors(self.space, self.settings.vectors - len(fixed), frozenset(), generator)
 
 
 def agreement(scored: Sequence[RankTrial], recovered: Sequence[RankTrial]) -> float:

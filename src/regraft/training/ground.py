@@ -151,12 +151,13 @@ class Ground:
 
         Args:
             steps: Optimizer steps.
-            looks: Looks at the held-out rows. A full recovery looks before the first step, every ``eval_every`` and at the end.
+            looks: Looks at the held-out rows. A full recovery looks every ``eval_every`` steps and at the end; the look before the first
+                step is the same for all and is not counted.
             passes: Forward passes of every batch of a step.
         """
         settings = self.settings
         row_passes = 3.0 * settings.batch * settings.accumulate
-        full = settings.steps * row_passes + (1 + -(-settings.steps // settings.eval_every)) * self.held_out_rows
+        full = settings.steps * row_passes + -(-settings.steps // settings.eval_every) * self.held_out_rows
         return (steps * passes * row_passes + looks * self.held_out_rows) / full
 
     def first_loss(self) -> float:

@@ -9,18 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rank_spaces import layer_space
 from regraft.data.text import Corpus
 from regraft.errors import InputError
-from regraft.plans import RankSlot, RankSpace, RankTrial
+from regraft.plans import RankTrial
 from regraft.settings import RecoverSettings
 from regraft.training.batches import collate, make_examples, spread
 from regraft.training.candidates import Candidates
-from regraft.training.elastic import Elastic, ElasticSettings, agreement, random_vector
+from regraft.training.elastic import Elastic, ElasticSettings, agreement
 from regraft.training.ground import Ground
 from regraft.training.kept import Kept
 
@@ -72,8 +70,8 @@ def test_training_is_paid_once_and_kept(ground: Ground, tmp_path: Path) -> None:
     space = layer_space(ground.model)
     elastic = Elastic(ground, space, ElasticSettings(fidelity=0.5, vectors=3), folder=tmp_path)
     first = elastic.measure([(4, 4), (6, 2)], seed=2)
-    # A recovery: 12 steps of 4 windows, three passes each, and two looks at 4 windows.
-    whole = 12 * 12 + 2 * 4
+    # A recovery: 12 steps of 4 windows, three passes each, and a look at 4 windows.
+    whole = 12 * 12 + 4
     assert [trial.cost for trial in first] == pytest.approx([(6 * 3 * 12 + 4) / whole, 4 / whole])
     assert elastic.measure([(2, 6)], seed=2)[0].cost == pytest.approx(4 / whole)
     again = Elastic(ground, space, ElasticSettings(fidelity=0.5, vectors=3), folder=tmp_path).measure([(4, 4)], seed=2)[0]
@@ -94,20 +92,6 @@ def test_the_sandwich_has_the_smallest_and_the_largest_vector(ground: Ground, mo
     vectors = elastic._vectors(np.random.default_rng(0))
     assert vectors[:2] == [(1, 1), (6, 6)]
     assert all(elastic.space.holds(vector) for vector in vectors[2:])
-
-
-@given(st.lists(st.tuples(st.integers(1, 900), st.integers(2, 20)), min_size=1, max_size=40), st.integers(0, 2**32), st.floats(0, 1))
-def test_random_vectors_spend_the_budget_and_no_more(sizes: list[tuple[int, int]], seed: int, share: float) -> None:
-    slots = tuple(RankSlot(f"s{index}", (f"m{index}",), index, size, limit) for index, (size, limit) in enumerate(sizes))
-    choices = (2, 4, 6, 12)
-    low = sum(2 * slot.parameters_per_rank for slot in slots)
-    space = RankSpace("any", "layer", slots, choices, int(low + share * low * 5), 2)
-    vector = random_vector(space, np.random.default_rng(seed))
-    assert space.holds(vector)
-    for index, slot in enumerate(slots):
-        higher = [rank for rank in choices if vector[index] < rank <= slot.limit]
-        if higher:
-            assert space.cost(vector) + (higher[0] - vector[index]) * slot.parameters_per_rank > space.budget
 
 
 def test_agreement_is_spearmans_of_the_vectors_that_have_both() -> None:
