@@ -2,7 +2,7 @@
 
 >>> import regraft
 >>> sorted(regraft.__all__)
-['CompressedMatrixCompletion', 'complete_ratings', 'evaluate', 'inspect', 'load', 'prune', 'recover', 'run', 'save']
+['CompressedMatrixCompletion', 'complete_ratings', 'evaluate', 'export', 'inspect', 'load', 'prune', 'recover', 'run', 'save']
 
 ``import regraft`` is light: it makes the Auto classes of transformers know our unevenly pruned models as soon as they are used, and
 the functions below import what they need when they are first asked for.
@@ -21,17 +21,19 @@ if TYPE_CHECKING:
     from regraft.numerics.estimator import CompressedMatrixCompletion as CompressedMatrixCompletion
     from regraft.pipelines.complete import complete_ratings as complete_ratings
     from regraft.pipelines.evaluate import evaluate_model as evaluate
+    from regraft.pipelines.export import export_adapter as export
     from regraft.pipelines.inspect import inspect_model as inspect
     from regraft.pipelines.prune import prune as prune
     from regraft.pipelines.recover import recover_model as recover
     from regraft.pipelines.run import run as run
 
-__all__ = ["CompressedMatrixCompletion", "complete_ratings", "evaluate", "inspect", "load", "prune", "recover", "run", "save"]
+__all__ = ["CompressedMatrixCompletion", "complete_ratings", "evaluate", "export", "inspect", "load", "prune", "recover", "run", "save"]
 
 _PUBLIC = {
     "CompressedMatrixCompletion": ("regraft.numerics.estimator", "CompressedMatrixCompletion"),
     "complete_ratings": ("regraft.pipelines.complete", "complete_ratings"),
     "evaluate": ("regraft.pipelines.evaluate", "evaluate_model"),
+    "export": ("regraft.pipelines.export", "export_adapter"),
     "inspect": ("regraft.pipelines.inspect", "inspect_model"),
     "load": ("regraft.models.load", "load"),
     "prune": ("regraft.pipelines.prune", "prune"),

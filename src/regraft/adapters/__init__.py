@@ -1,6 +1,6 @@
 """What can be trained beside frozen weights: one file an adapter, found by name in :data:`ADAPTERS`."""
 
-from regraft.adapters import deep_lora, peft_kinds
+from regraft.adapters import deep_lora, lora_xs, mora, nola, peft_kinds
 from regraft.adapters.contract import (
     ADAPTERS,
     Adapter,
@@ -28,7 +28,10 @@ __all__ = [
     "ParameterGroup",
     "Spec",
     "deep_lora",
+    "lora_xs",
     "make_request",
     "make_specs",
+    "mora",
+    "nola",
     "peft_kinds",
 ]

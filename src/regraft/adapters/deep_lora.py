@@ -65,13 +65,12 @@ class CompressedDelta(Delta):
 
     def __init__(self, spec: Spec, left: Tensor, right: Tensor, core: Sequence[Tensor]) -> None:
         super().__init__(spec)
-        self.core = nn.ParameterList([nn.Parameter(factor.float().contiguous()) for factor in core])
-        outer = {"left": left.float().contiguous(), "right": right.float().contiguous()}
-        for name, factor in outer.items():
+        self.core = nn.ParameterList([_owned(factor) for factor in core])
+        for name, factor in (("left", left), ("right", right)):
             if spec.options.gamma > 0:
-                self.register_parameter(name, nn.Parameter(factor))
+                self.register_parameter(name, _owned(factor))
             else:
-                self.register_buffer(name, factor)
+                self.register_buffer(name, _owned(factor).detach())
 
     def _inner(self) -> Tensor:
         """Returns W_L ... W_1 in float32, also under autocast: it starts at eps^L, which float16 does not hold."""
@@ -124,7 +123,7 @@ class ChainDelta(Delta):
 
     def __init__(self, spec: Spec, factors: Sequence[Tensor]) -> None:
         super().__init__(spec)
-        self.factors = nn.ParameterList([nn.Parameter(factor.float().contiguous()) for factor in factors])
+        self.factors = nn.ParameterList([_owned(factor) for factor in factors])
 
     def _upper(self) -> Tensor:
         """Returns W_L ... W_2, ``(out, w)``, in float32."""
@@ -148,7 +147,7 @@ class ChainDelta(Delta):
         if self.spec.options.form == "full":
             raise InputError(
                 f"deep_lora of full width has rank {min(self.spec.shape)} in '{self.spec.name}'; trim it first, or fold it in "
-                "with: regraft recover ... --merge"
+                "with: regraft export ADAPTER --to merged"
             )
         return self.factored()
 
@@ -231,6 +230,11 @@ def first_frames(gradient: Tensor, rank: int, generator: torch.Generator) -> Fra
     """Returns the outer factors of a compressed change of width ``rank`` from the first gradient ``(out, in)``, float64."""
     leading = randomized_triplets(gradient.double(), rank // 2, generator, iterations=ITERATIONS)
     return compact_frames(leading, generator)
+
+
+def _owned(factor: Tensor) -> nn.Parameter:
+    """Returns a parameter with memory of its own: equal first factors must not stay one."""
+    return nn.Parameter(factor.detach().to(torch.float32, copy=True).contiguous())
 
 
 def _truncated(spec: Spec, factors: LowRank, depth: int, threshold: float) -> Delta | None:

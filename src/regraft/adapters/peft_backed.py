@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast, final
 
 import torch
-from peft import AdaLoraModel, PeftConfig, PeftModel, get_peft_model
+from peft import AdaLoraModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -58,9 +58,15 @@ class PeftAdapter:
             # PEFT 0.21 asks for a property that transformers 5.23 renamed, and says what it sets for Conv1D by itself.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            warnings.filterwarnings("ignore", message="lora with eva initialization")
             config = self.config(request, model)
             before = _weights(model, request.ranks) if self.moves_weights else {}
-            adapted = cast(PeftModel, get_peft_model(model, config))
+            try:
+                adapted = cast(PeftModel, get_peft_model(model, config))
+            except (ValueError, TypeError, NotImplementedError) as error:
+                raise InputError(
+                    f"PEFT cannot put this adapter there: {str(error).splitlines()[0].rstrip('.')}; choose other --targets"
+                ) from None
             try:
                 self.first(adapted, request, evidence)
                 for name, layer in layers_of(adapted):
@@ -85,21 +91,12 @@ class PeftAdapter:
     def factors(self, adapted: nn.Module) -> dict[str, LowRank]:
         """Returns B and A of every module, its scale in B, with respect to the original weights."""
         if self.whole:
-            raise InputError(f"{self.whole}; fold it into the weights instead, with: regraft recover ... --merge")
+            raise InputError(f"{self.whole}; fold it into the weights instead, with: regraft export ADAPTER --to merged")
         return {name: _low_rank(layer) for name, layer in layers_of(cast(PeftModel, adapted))}
 
     def merge(self, adapted: nn.Module) -> PreTrainedModel:
         """Folds the factors into each weight in float32 and casts back, one module at a time."""
-        peft_model = cast(PeftModel, adapted)
-        for _, layer in layers_of(peft_model):
-            base = layer.get_base_layer()
-            weight = weight_of(base)
-            dtype = weight.dtype
-            # PEFT adds in the dtype of the weight; in bfloat16 the sum would be rounded twice.
-            weight.data = weight.data.to(torch.float32)
-            cast(Any, layer).merge()
-            weight.data = weight.data.to(dtype)
-        return cast(Any, peft_model.base_model).unload()
+        return merge_stock(cast(PeftModel, adapted))
 
     def save(self, adapted: nn.Module, folder: Path, base: str) -> None:
         """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` as stock PEFT reads them.
@@ -110,7 +107,7 @@ class PeftAdapter:
         if self.moves_weights:
             modules = {name: layer.get_base_layer() for name, layer in layers_of(peft_model)}
             task = peft_model.peft_config[NAME].task_type
-            write_plain_lora(self.factors(adapted), modules, _module_names(peft_model), folder, base, str(task) if task else None)
+            write_plain_lora(self.factors(adapted), modules, module_names(peft_model), folder, base, str(task) if task else None)
             return
         peft_model.peft_config[NAME].base_model_name_or_path = base
         # "auto" would ask the hub for the base model's vocabulary; an adapted embedding is saved as its two factors.
@@ -126,7 +123,7 @@ def layers_of(adapted: PeftModel) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _module_names(adapted: PeftModel) -> tuple[str, ...]:
+def module_names(adapted: PeftModel) -> tuple[str, ...]:
     """Returns the names of the model's own modules."""
     return tuple(name.replace(".base_layer", "") for name, _ in cast(nn.Module, adapted.base_model.model).named_modules())
 
@@ -144,9 +141,42 @@ def factors_of(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
     return (first, second) if isinstance(first, nn.Parameter) else (first.weight, second.weight)
 
 
+def merge_stock(adapted: PeftModel) -> PreTrainedModel:
+    """Folds an adapter of PEFT into each weight in float32 and casts back, one module at a time."""
+    for _, layer in layers_of(adapted):
+        weight = weight_of(layer.get_base_layer())
+        dtype = weight.dtype
+        # PEFT adds in the dtype of the weight; in bfloat16 the sum would be rounded twice.
+        weight.data = weight.data.to(torch.float32)
+        layer.merge()
+        weight.data = weight.data.to(dtype)
+    return cast(Any, adapted.base_model).unload()
+
+
+def stock_factors(adapted: PeftModel) -> dict[str, LowRank]:
+    """Returns the factors of an adapter that PEFT loaded, its scale in the left ones.
+
+    Raises:
+        InputError: It is no plain LoRA, or its start was taken out of the weights and it was not converted when it was saved.
+    """
+    config = adapted.peft_config[NAME]
+    if not isinstance(config, LoraConfig):
+        raise InputError(f"an adapter of type {config.peft_type} is no plain LoRA; merge it with PEFT's merge_and_unload instead")
+    start = config.init_lora_weights
+    if isinstance(start, str) and start.split("_")[0] in {"olora", "pissa", "corda", "loftq", "lora-ga"}:
+        raise InputError(
+            f"the adapter started from its weights ({start}) and was not converted when it was saved, so it is wrong beside the original "
+            "ones; save it again with PEFT's path_initial_model_for_weight_conversion"
+        )
+    if config.use_dora or config.modules_to_save:
+        what = "DoRA" if config.use_dora else "an adapter with modules of its own (modules_to_save)"
+        raise InputError(f"{what} is no plain LoRA; merge it with PEFT's merge_and_unload instead")
+    return {name: _scaled(layer) for name, layer in layers_of(adapted)}
+
+
 def _move_start(layer: Any, weight: Tensor) -> None:
     """Takes the start of an adapter out of the original weight, W - s B A, and remembers it in buffers that are not saved."""
-    start = _scaled(layer)
+    start = LowRank(*(factor.clone() for factor in (_scaled(layer).left, _scaled(layer).right)))
     base = layer.get_base_layer()
     moved = weight.to(torch.float32) - oriented(base, start.left @ start.right)
     weight_of(base).data.copy_(moved)

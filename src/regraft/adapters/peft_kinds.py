@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftModel, initialize_lora_eva_weights
 from pydantic import Field
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -137,13 +138,23 @@ def adalora_config(request: AdapterRequest, model: PreTrainedModel) -> AdaLoraCo
 
 DORA_IS_NO_LORA = "adapter 'dora' normalises every row of the weight, which no plain LoRA does"
 
+
+def eva_config(request: AdapterRequest, model: PreTrainedModel) -> LoraConfig:
+    """LoRA that awaits its first values.
+
+    Raises:
+        InputError: An embedding is among the modules, whose inputs are no vectors.
+    """
+    for name in request.ranks:
+        if isinstance(model.get_submodule(name), nn.Embedding):
+            raise InputError(f"adapter 'eva' starts from the inputs of a module, and '{name}' is an embedding; choose other --targets")
+    return lora_config(request, model, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
+
+
 ADAPTERS.add("lora", PeftAdapter(lora_config, first=shared_start))
 ADAPTERS.add("rslora", PeftAdapter(partial(lora_config, use_rslora=True), first=shared_start))
 ADAPTERS.add("dora", PeftAdapter(partial(lora_config, use_dora=True), first=shared_start, whole=DORA_IS_NO_LORA))
 ADAPTERS.add("pissa", PeftAdapter(partial(lora_config, init_lora_weights="pissa"), moves_weights=True))
 ADAPTERS.add("olora", PeftAdapter(lora_config, first=olora_start, moves_weights=True))
-ADAPTERS.add(
-    "eva",
-    PeftAdapter(partial(lora_config, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0)), first=eva_start, options=EvaOptions),
-)
+ADAPTERS.add("eva", PeftAdapter(eva_config, first=eva_start, options=EvaOptions))
 ADAPTERS.add("adalora", PeftAdapter(adalora_config, options=AdaLoraOptions, defaults=Defaults(lr=2e-3)))

@@ -22,6 +22,8 @@ from regraft.models.view import fingerprint
 from regraft.models.weights import read_header
 from regraft.plans import Measurement
 from regraft.settings import EvaluateSettings, LoadSettings
+from regraft.surgery.adapter_files import is_master, read_master
+from regraft.surgery.adapters import Injected, load_adapter
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -63,17 +65,17 @@ def evaluate_model(
 
 
 def is_adapter(source: str | Path) -> bool:
-    """Returns whether a source is the folder of a PEFT adapter without its model."""
+    """Returns whether a source is the folder of an adapter, ours or PEFT's, without its model."""
     folder = Path(source)
-    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+    return ((folder / ADAPTER_CONFIG).is_file() or is_master(folder)) and not (folder / "config.json").is_file()
 
 
 def load_adapted(folder: Path, settings: LoadSettings) -> Loaded:
-    """Loads the base of a PEFT adapter and puts the adapter on it; weights are kept apart, as they were trained.
+    """Loads the base of an adapter and puts the adapter on it; weights are kept apart, as they were trained.
 
     Args:
-        folder: With ``adapter_config.json`` and ``adapter_model.safetensors``. A base with a relative path is looked for from
-            here, then from the adapter's folder.
+        folder: An adapter of ours, or one of PEFT with ``adapter_config.json`` and ``adapter_model.safetensors``. A base with a
+            relative path is looked for from here, then from the adapter's folder.
         settings: How the base is loaded.
 
     Returns:
@@ -82,7 +84,10 @@ def load_adapted(folder: Path, settings: LoadSettings) -> Loaded:
     Raises:
         ModelError: The adapter or its base is missing, damaged or a pickle, or they do not fit: a tensor lacks or is left over.
     """
-    base = _base_of(folder)
+    if is_master(folder):
+        loaded, injected = load_master(folder, settings)
+        return replace(loaded, source=str(folder), fingerprint=fingerprint(injected.model))
+    base = base_of(folder)
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise ModelError(f"'{folder}' has no {ADAPTER_WEIGHTS}; save the adapter as safetensors (pickles are not read)")
@@ -102,8 +107,24 @@ def load_adapted(folder: Path, settings: LoadSettings) -> Loaded:
     return replace(loaded, model=adapted, source=str(folder), fingerprint=fingerprint(adapted))
 
 
-def _base_of(folder: Path) -> str:
-    """Returns the base model that an adapter names."""
+def load_master(folder: Path, settings: LoadSettings) -> tuple[Loaded, Injected]:
+    """Loads the base of an adapter of ours and puts the adapter on it.
+
+    Raises:
+        ModelError: The adapter or its base is missing or damaged, or it was saved for another base.
+    """
+    base = _found_from(folder, read_master(folder).base)
+    try:
+        loaded = load_model(base, settings)
+    except InputError as error:
+        raise ModelError(f"the base model of the adapter '{folder}': {error}") from None
+    injected = load_adapter(loaded.model, folder)
+    loaded.model.eval()
+    return loaded, injected
+
+
+def base_of(folder: Path) -> str:
+    """Returns the base model that an adapter of PEFT names."""
     path = folder / ADAPTER_CONFIG
     try:
         base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
@@ -111,6 +132,11 @@ def _base_of(folder: Path) -> str:
         base = None
     if not isinstance(base, str) or not base:
         raise ModelError(f"'{path}' names no base model; set base_model_name_or_path to the folder or hub id of the model")
+    return _found_from(folder, base)
+
+
+def _found_from(folder: Path, base: str) -> str:
+    """Returns a base that is named by a path relative to here or to its adapter."""
     beside = folder / base
     return str(beside) if not Path(base).is_dir() and beside.is_dir() else base
 

@@ -75,11 +75,14 @@ class Adapted(nn.Module):
         table = isinstance(self.base, nn.Embedding)
         for delta, share in self.active():
             change = delta.lookup(x) if table else delta(self._input(x, delta))
-            # Gemma scales what it looks up; its change is scaled with it.
-            scale = share * (self.base.embed_scale if table and hasattr(self.base, "embed_scale") else 1.0)
-            change = change.to(result.dtype)
-            result = result + (change if isinstance(scale, float) and scale == 1.0 else change * scale)
+            change = change if share == 1.0 else share * change
+            result = result + self._as_looked_up(change).to(result.dtype)
         return result
+
+    def _as_looked_up(self, change: Tensor) -> Tensor:
+        """Returns a change on the scale of the module's output: Gemma's embedding multiplies what it looks up."""
+        scale = getattr(self.base, "embed_scale", None) if isinstance(self.base, nn.Embedding) else None
+        return change if scale is None else change * scale
 
     def _input(self, x: Tensor, delta: Delta) -> Tensor:
         """Returns the inputs of a change: in float32 as its parameters are, unless autocast sees to that, and with dropout."""

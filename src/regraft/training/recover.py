@@ -152,7 +152,6 @@ def recover(
         )
         injected = _train(trainer, keeper, bar, injected, checkpoints(work)[-1] if resumed else None)
         peak_bytes = _peak_memory_bytes(device)
-        finish(injected)
         trained = injected.trainable_parameters
         finish(injected)
         result = merge(injected) if settings.merge else injected.module

@@ -1,0 +1,27 @@
+"""A plain LoRA that stock PEFT and stricter servers load: one zero-padded rank, alpha equal to it, the scale inside B."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from regraft.adapters.plain_lora import task_type_of, write_plain_lora
+from regraft.errors import InputError
+from regraft.export.contract import EXPORTERS, Exportable
+
+
+@EXPORTERS.register("peft-lora")
+def write(adapter: Exportable, folder: Path) -> str:
+    """Writes ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Args:
+        adapter: With a change of at least one module.
+        folder: An empty folder.
+
+    Raises:
+        InputError: Nothing is adapted.
+    """
+    if not adapter.factors:
+        raise InputError("the adapter changes no module (all were trimmed away), so there is nothing to export; train it again")
+    task = task_type_of(adapter.model)
+    rank = write_plain_lora(adapter.factors, adapter.modules, adapter.names, folder, adapter.base, task)
+    return f"a plain LoRA of rank {rank} on {len(adapter.factors)} modules"

@@ -1,0 +1,130 @@
+"""Export an adapter: load it on its base, take its factors, write them in another form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from regraft.adapters.peft_backed import layers_of, merge_stock, module_names, stock_factors
+from regraft.atomic import atomic_folder, refuse_existing, sha256_of
+from regraft.errors import InputError, ModelError
+from regraft.export import EXPORTERS, Exportable
+from regraft.models.card import model_card
+from regraft.models.load import Loaded
+from regraft.models.provenance import FILE, parents_of, provenance_text, versions
+from regraft.models.save import save
+from regraft.pipelines.evaluate import base_of, is_adapter, load_adapted, load_master
+from regraft.plans import Provenance
+from regraft.settings import LoadSettings
+from regraft.surgery.adapted import adapted_modules
+from regraft.surgery.adapter_files import head_parameters, is_master, read_master
+from regraft.surgery.adapters import factors, merge
+
+MERGED = "merged"  # a format of its own: no adapter any more, so that every method has it
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written.
+
+    Attributes:
+        words: In a few words.
+        modules: How many modules the adapter changes.
+        rank: Largest rank of their changes; 0 where the adapter was merged.
+    """
+
+    words: str
+    modules: int
+    rank: int
+
+
+def export_adapter(
+    source: str | Path,
+    output: str | Path,
+    to: str = "peft-lora",
+    *,
+    load: LoadSettings | None = None,
+    command: str = "regraft.export",
+) -> ExportResult:
+    """Writes an adapter in a form that other programs read.
+
+    Args:
+        source: The folder of an adapter, ours or PEFT's; its base is loaded with it.
+        output: A folder to write.
+        to: Name of the format, or ``merged``: the model with the adapter folded in.
+        load: How the base is loaded.
+        command: How this was called, for the folder's record.
+
+    Raises:
+        InputError: The format is not known, or the adapter has no such form; the message offers the merge.
+        ModelError: The adapter or its base is missing or damaged, or they do not fit.
+        OutputError: The output exists or cannot be written.
+    """
+    folder, output = Path(source), Path(output)
+    exporter = EXPORTERS.get(to) if to != MERGED else None
+    refuse_existing(output)
+    if not is_adapter(folder):
+        raise ModelError(f"'{folder}' holds no adapter (neither adapter.json nor adapter_config.json); give the folder of one")
+    if exporter is None:
+        return _merged(folder, output, load or LoadSettings(), command)
+    loaded, adapter = _exportable(folder, load or LoadSettings())
+    with atomic_folder(output) as partial:
+        words = exporter(adapter, partial)
+        provenance = Provenance(
+            command=command,
+            source=str(source),
+            source_fingerprint=loaded.fingerprint,
+            seed=0,
+            versions=versions(),
+            settings={"to": to},
+            files={file.name: sha256_of(file) for file in sorted(partial.glob("*.safetensors"))},
+            parents=parents_of(loaded.provenance),
+        )
+        (partial / FILE).write_text(provenance_text(provenance), encoding="utf-8")
+    rank = max(factor.right.shape[0] for factor in adapter.factors.values())
+    return ExportResult(words, len(adapter.factors), rank)
+
+
+def _merged(folder: Path, output: Path, settings: LoadSettings, command: str) -> ExportResult:
+    """Folds an adapter into its base and saves a model folder."""
+    if is_master(folder):
+        loaded, injected = load_master(folder, settings)
+        count, model = len(adapted_modules(loaded.model)), merge(injected)
+    else:
+        loaded = load_adapted(folder, settings)
+        adapted = cast(PeftModel, loaded.model)
+        count, model = sum(1 for _ in layers_of(adapted)), merge_stock(adapted)
+    provenance = Provenance(
+        command=command,
+        source=str(folder),
+        source_fingerprint=loaded.fingerprint,
+        seed=0,
+        versions=versions(),
+        settings={"to": MERGED},
+        parents=parents_of(loaded.provenance),
+    )
+    save(model, loaded.tokenizer, output, provenance, model_card(provenance))
+    return ExportResult("the model with the adapter in its weights", count, 0)
+
+
+def _exportable(folder: Path, settings: LoadSettings) -> tuple[Loaded, Exportable]:
+    """Loads an adapter on its base and takes it apart."""
+    if is_master(folder):
+        loaded, injected = load_master(folder, settings)
+        if any(True for _ in head_parameters(loaded.model)):
+            raise InputError(f"the adapter '{folder}' brings a trained classification head, which a plain LoRA has no place for; merge it")
+        places = adapted_modules(loaded.model)
+        modules: dict[str, nn.Module] = {name: place.base for name, place in places.items()}
+        inside = {id(part) for place in places.values() for part in (place.base, place.deltas, *place.deltas.modules())}
+        names = tuple(name for name, module in loaded.model.named_modules() if id(module) not in inside)
+        return loaded, Exportable(loaded.model, read_master(folder).base, factors(injected), modules, names)
+    loaded = load_adapted(folder, settings)
+    adapted = cast(PeftModel, loaded.model)
+    modules = {name: layer.get_base_layer() for name, layer in layers_of(adapted)}
+    model = cast(PreTrainedModel, adapted.get_base_model())
+    return loaded, Exportable(model, base_of(folder), stock_factors(adapted), modules, module_names(adapted))
