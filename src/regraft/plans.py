@@ -20,6 +20,7 @@ from regraft.errors import PlanError
 Side = Literal["out", "in"]
 GroupKind = Literal["ffn", "heads", "query_heads", "residual", "attention", "mlp", "layer"]
 Shape = Literal["uniform", "per-layer"]
+WHOLE: tuple[GroupKind, ...] = ("layer", "attention", "mlp")  # kinds of groups of one unit, which stays or goes
 
 T = TypeVar("T")
 
@@ -122,6 +123,7 @@ class Groups:
         layers: How many decoder layers it has.
         parameters: How many parameters it has, tied ones counted once.
         groups: In the order of the layers.
+        shapes: Of every parameter, by name; what overlapping cuts leave is counted from them.
     """
 
     fingerprint: str
@@ -129,6 +131,7 @@ class Groups:
     layers: int
     parameters: int
     groups: tuple[Group, ...]
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
 
     def named(self) -> dict[str, Group]:
         """Returns the groups by name."""
@@ -203,6 +206,19 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Removed:
+    """What a plan takes from one group, for those who have only the pruned model.
+
+    Attributes:
+        units: How many there were.
+        importance: Sum of the scores of those that went, in the criterion's unit.
+    """
+
+    units: int
+    importance: float
+
+
+@dataclass(frozen=True)
 class PrunePlan:
     """Which units of which groups stay; everything not named stays whole.
 
@@ -218,6 +234,7 @@ class PrunePlan:
         cuts: One for each group that loses units.
         made_with: What it takes to go from the plan to the same bytes again: the prune settings, the seed, and the SHA-256 of the
             calibration windows (None without text). Empty where that is not known.
+        removed: What goes of every group, by name; groups that stay whole too. Empty in plans from before it was recorded.
     """
 
     fingerprint: str
@@ -230,6 +247,7 @@ class PrunePlan:
     parameters_after: int
     cuts: tuple[Cut, ...]
     made_with: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    removed: Mapping[str, Removed] = field(default_factory=dict[str, Removed])
 
     @property
     def achieved(self) -> float:
@@ -396,6 +414,43 @@ class Confirmation:
     high_nats: float
     confidence: float
     verdict: str
+
+
+@dataclass(frozen=True)
+class RankSearch:
+    """Everything that came of allocating ranks.
+
+    Attributes:
+        plan: The ranks to use.
+        space: Among which they were chosen, with the features of the slots.
+        trials: What was measured to choose, in order; empty for methods that decide from the features alone.
+        origins: Where the vector of each trial comes from.
+        found: The vector that was chosen before it was confirmed.
+        confirming: What was measured to confirm it.
+        confirmation: Of that vector against uniform; None where nothing was to be confirmed.
+        error: Cross-validated error of the performance model; None without one, or with too few trials.
+        verdict: What happened, in plain words.
+    """
+
+    plan: RankPlan
+    space: RankSpace
+    trials: tuple[RankTrial, ...]
+    origins: tuple[str, ...]
+    found: tuple[int, ...]
+    confirming: tuple[RankTrial, ...]
+    confirmation: Confirmation | None
+    error: CrossValidation | None
+    verdict: str
+
+    @property
+    def search_cost(self) -> float:
+        """What choosing took, in full recoveries."""
+        return sum(trial.cost for trial in self.trials)
+
+    @property
+    def confirming_cost(self) -> float:
+        """What confirming took, in full recoveries."""
+        return sum(trial.cost for trial in self.confirming)
 
 
 @dataclass(frozen=True)

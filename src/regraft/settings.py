@@ -98,8 +98,10 @@ class PruneSettings(Settings):
     select: Literal["auto", "uniform", "global", "knapsack"] = Field(
         default="auto", description="how widths are chosen; auto: knapsack, or without text: uniform or global, as the shape asks"
     )
-    reconstruct: Literal["auto", "least_squares", "mean", "none"] = Field(
-        default="auto", description="re-fit what reads the pruned channels; auto: least_squares, or none for criteria without text"
+    reconstruct: Literal["auto", "divergence", "least_squares", "mean", "none"] = Field(
+        default="auto",
+        description="re-fit what reads the pruned channels; divergence: least squares, then to the dense model's predictions; "
+        "auto: divergence, or least_squares with --memory, or none for criteria without text",
     )
     budget: Literal["parameters", "bytes", "milliseconds"] = Field(default="parameters", description="what the ratio is a share of")
     rounds: Positive = Field(default=1, description="prune in this many steps, with scores taken anew")
@@ -211,6 +213,44 @@ class RecoverSettings(Settings):
         if value is not None and info.data.get("alpha") is not None:
             raise ValueError("a rank plan brings its own alpha; give either ranks or alpha")
         return value
+
+
+class AllocateSettings(Settings):
+    """How a rank is found for every layer (RankAdaptor, arXiv 2406.15734, made to hold what it says)."""
+
+    method: str = Field(default="rankadaptor", description="uniform, proportional, gradient, eva, adalora, bayes or rankadaptor")
+    budget: str = Field(default="r=8", description="most trainable parameters: a number, or r=RANK for what that rank costs everywhere")
+    granularity: Literal["layer", "module"] = Field(default="layer", description="what gets a rank of its own")
+    ranks: tuple[Positive, ...] = Field(default=(2, 4, 6, 8, 10, 12), description="the ranks to choose from")
+    trials: Annotated[int, Field(ge=2)] = Field(default=12, description="rank vectors of the first, shortest recoveries")
+    cost: Rate = Field(default=4.0, description="most that the search may cost, in full recoveries")
+    elastic: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="rank vectors scored beforehand by one adapter of nested ranks; 0: none"
+    )
+    confirm_seeds: Annotated[int, Field(ge=0)] = Field(
+        default=5, description="fresh seeds on which the result is compared with uniform ranks; 0: it is taken as found"
+    )
+    confirm_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.25, description="share of a full recovery's steps in that comparison"
+    )
+    samples: Positive = Field(default=16, description="windows of text for gradients and inputs, which say what layers need")
+    adalora_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.25, description="share of a full recovery's steps that the method adalora trains for"
+    )
+    workers: Positive = Field(default=1, description="processes that measure on this machine")
+    storage: str | None = Field(
+        default=None, description="database that machines share, such as postgresql://user@host/name; default: a file beside the plan"
+    )
+    ray: str | None = Field(default=None, description="Ray cluster to measure on: auto, local or host:port; default: this machine alone")
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    def decisive(self) -> dict[str, Any]:
+        """Returns, as plain JSON types, what decides the result: all but where it is measured and how long the search may take."""
+        return self.model_dump(mode="json", exclude={"workers", "storage", "ray"})
 
 
 class EvaluateSettings(Settings):

@@ -49,7 +49,11 @@ def test_settings_cannot_be_changed(kind: type[Settings]) -> None:
         (PruneSettings, {"shape": "unifrm"}, "shape: should be 'uniform' or 'per-layer' (got 'unifrm'); did you mean 'uniform'?"),
         (PruneSettings, {"align": 0}, "align: should be greater than 0 or 'auto' (got 0)"),
         (PruneSettings, {"samples": 1.5}, "samples: should be a whole number (got 1.5)"),
-        (PruneSettings, {"targets": ["heads", "ears"]}, "targets.1: should be 'heads' or 'ffn' (got 'ears')"),
+        (
+            PruneSettings,
+            {"targets": ["heads", "ears"]},
+            "targets.1: should be 'heads', 'ffn', 'query_heads', 'residual', 'layers', 'attention' or 'mlp' (got 'ears')",
+        ),
         (PruneSettings, {"targets": "ffn"}, "targets: should be a list (got 'ffn')"),
         (RecoverSettings, {"lr": 0}, "lr: should be above 0.0 (got 0)"),
         (RecoverSettings, {"lr": float("inf")}, "lr: should be above 0.0 (got inf)"),

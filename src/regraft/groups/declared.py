@@ -8,7 +8,7 @@ which are adjacent rows of the query projection; scores and cuts use that order.
 from __future__ import annotations
 
 from regraft.models.family import Block, Coupling
-from regraft.models.view import LayerSizes, ModelView, fingerprint, parameter_count
+from regraft.models.view import LayerSizes, ModelView, fingerprint, parameter_count, parameter_shapes
 from regraft.plans import Group, Groups, Member
 
 
@@ -34,6 +34,7 @@ def discover(view: ModelView) -> Groups:
         layers=len(view.layers),
         parameters=parameter_count(view.model),
         groups=tuple(groups),
+        shapes=parameter_shapes(view.model),
     )
 
 

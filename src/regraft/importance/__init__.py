@@ -1,6 +1,6 @@
 """How much each prunable unit matters."""
 
-from regraft.importance import activation, magnitude, random, taylor
+from regraft.importance import activation, depth, magnitude, random, taylor
 from regraft.importance.criteria import CRITERIA, Criterion, Evidence, score
 
-__all__ = ["CRITERIA", "Criterion", "Evidence", "activation", "magnitude", "random", "score", "taylor"]
+__all__ = ["CRITERIA", "Criterion", "Evidence", "activation", "depth", "magnitude", "random", "score", "taylor"]

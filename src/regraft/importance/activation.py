@@ -8,6 +8,8 @@
 * ``surgeon``: what the output of the reading projection loses when a unit goes *and the others are re-fitted*
   (:mod:`regraft.numerics.surgeon`). The greedy order decides which units stay; the score is the error that the removal adds.
 
+Channels of the residual stream have many readers, whose scores are added up (:mod:`regraft.importance.stream`).
+
 The reading projection of a group is the member on whose input side the units lie: the down and the output projection.
 """
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.importance.criteria import CRITERIA, Criterion, Evidence, reduce_saliency
+from regraft.importance.stream import stream_scores
 from regraft.models.layerwise import watched_inputs
 from regraft.models.view import ModelView
 from regraft.numerics.moments import ChannelMoments, Moments
@@ -81,7 +84,11 @@ def wanda_units(evidence: Evidence) -> Mapping[str, Tensor]:
             return weight * (size if inputs[name] == 1 else size[:, None])
 
         found |= {group.name: reduce_saliency(group, saliency, "element", evidence.reduce) for group in groups}
-    return found
+    return found | _stream(evidence, lambda moments: moments.power_D.sqrt(), 1)
+
+
+def _stream(evidence: Evidence, channel_score: Callable[[ChannelMoments], Tensor], power: int) -> dict[str, Tensor]:
+    return {group.name: stream_scores(evidence, group, channel_score, power) for group in evidence.groups.of("residual")}
 
 
 def _input_axis(member: Member) -> int:
@@ -103,7 +110,7 @@ def reader_units(channel_score: Callable[[ChannelMoments], Tensor]) -> Callable[
                 squares = parameters[member.parameter].detach().double().square().sum(dim=1 - member.axis)
                 channels = (channel_score(moments) * squares).cpu()
                 found[group.name] = torch.stack([channels[list(member.indices(unit))].sum() for unit in range(group.units)])
-        return found
+        return found | _stream(evidence, channel_score, 2)
 
     return units
 
@@ -123,7 +130,7 @@ def surgeon_units(evidence: Evidence) -> Mapping[str, Tensor]:
             order = torch.tensor([index for unit in range(group.units) for index in member.indices(unit)], device=weight.device)
             second_II = moments.second_DD[order][:, order]
             found[group.name] = _rising(group.units, *removal_order(weight_OI[:, order], second_II, member.width))
-    return found
+    return found | _stream(evidence, lambda moments: moments.power_D, 2)
 
 
 def _rising(units: int, order: list[int], costs: list[float]) -> Tensor:

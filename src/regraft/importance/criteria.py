@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 
 from regraft.errors import InputError
 from regraft.importance.passes import Passes, WholeModel
-from regraft.plans import Group, Groups, Member, Scores
+from regraft.plans import Group, GroupKind, Groups, Member, Scores
 from regraft.registry import Registry
 from regraft.settings import Reduction
 
 Granularity = Literal["element", "vector"]
 LooksAt = Literal["nothing", "weights", "channels", "moments", "gradients"]
+WIDTHS: tuple[GroupKind, ...] = ("heads", "query_heads", "ffn", "residual")
 Saliency = Callable[[str], Tensor]
 """Parameter name to a tensor of the parameter's shape: how much each weight matters, signed."""
 
@@ -34,6 +35,7 @@ class Evidence:
         order: Of the Taylor expansion.
         granularity: Absolute value per weight, or per row or column after the sum.
         reduce: How the members of a group are combined.
+        consecutive: How many layers in a row are to go, for criteria that compare runs of layers.
         passes: Where weights, inputs and gradients come from; None: from the model, which is in memory.
     """
 
@@ -44,6 +46,7 @@ class Evidence:
     order: Literal["first", "second", "mixed"] = "first"
     granularity: Granularity = "element"
     reduce: Reduction = "sum"
+    consecutive: int = 1
     passes: Passes | None = None
 
     def how(self) -> Passes:
@@ -61,12 +64,14 @@ class Criterion:
         units: Evidence to one float64 tensor of shape (units,) for each group name.
         looks_at: What decides how much memory a layer takes: its weights, or with them a number for each input channel, whole
             second moments of the inputs, or gradients.
+        scores: Kinds of groups that it can score.
     """
 
     name: str
     needs_text: bool
     units: Callable[[Evidence], Mapping[str, Tensor]]
     looks_at: LooksAt = "moments"
+    scores: tuple[GroupKind, ...] = WIDTHS
 
 
 CRITERIA: Registry[Criterion] = Registry("criterion", group="regraft.criteria")
@@ -86,6 +91,10 @@ def score(criterion: str, evidence: Evidence) -> Scores:
     chosen = CRITERIA.get(criterion)
     if chosen.needs_text and evidence.windows is None:
         raise InputError(f"criterion '{criterion}' needs calibration text; give one with --calibration")
+    strange = [group for group in evidence.groups.groups if group.kind not in chosen.scores]
+    if strange:
+        able = ", ".join(name for name in CRITERIA if strange[0].kind in CRITERIA.get(name).scores)
+        raise InputError(f"criterion '{criterion}' does not score {strange[0].kind} ({strange[0].name}); use one of {able}")
     values = chosen.units(evidence)
     settings = f"granularity={evidence.granularity}, reduce={evidence.reduce}"
     if chosen.needs_text:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.models.view import ModelView
+from regraft.plans import Group
 
 
 class Layerwise:
@@ -135,6 +136,17 @@ def _record(view: ModelView, ids: Tensor) -> tuple[Tensor, list[tuple[tuple[Any,
     with _replaced_forward(view, note), torch.no_grad():
         view.model(input_ids=ids.to(view.model.device), use_cache=False, logits_to_keep=1)
     return entering[0], notes
+
+
+def silenced(view: ModelView, group: Group) -> nn.Module:
+    """Returns a copy of a layer in which everything that a part of it owns is zero, so that the part adds nothing to the stream."""
+    assert group.layer is not None
+    module = copy.deepcopy(view.layers[group.layer])
+    prefix = f"{view.layer_name(group.layer)}."
+    with torch.no_grad():
+        for member in group.members:
+            module.get_parameter(member.parameter.removeprefix(prefix)).zero_()
+    return module
 
 
 @contextmanager

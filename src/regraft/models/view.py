@@ -128,6 +128,11 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every parameter by name, tied ones once."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
 def fingerprint(model: nn.Module) -> str:
     """Returns a short hash of names, shapes, dtypes and a sample of the values of every parameter.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -15,17 +15,27 @@ from regraft.importance import CRITERIA, Evidence, score
 from regraft.importance.passes import Passes
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.view import ModelView
+from regraft.pipelines.removed import removed_by, renumbered, together
 from regraft.pipelines.score_cache import ScoreCache, checksum_of
-from regraft.plans import Curves, Cut, GroupKind, Groups, PrunePlan, Scores
+from regraft.plans import WHOLE, Curves, Cut, GroupKind, Groups, PrunePlan, Scores
 from regraft.selection import SELECTORS, Budget, select
 from regraft.selection.budget import check_possible
-from regraft.settings import CALIBRATION_TOKENS, PruneSettings
-from regraft.surgery.compensate import Method
+from regraft.settings import CALIBRATION_TOKENS, PruneSettings, Target
+from regraft.surgery.cut import layers_after
 from regraft.surgery.damage import measure_curves
 
 Say = Callable[[str], None]
+Reconstruct = Literal["divergence", "least_squares", "mean"]
 # Where the word on the command line is not that of the groups.
-KIND_OF: dict[str, GroupKind] = {"layers": "layer"}
+KIND_OF: dict[Target, GroupKind] = {
+    "heads": "heads",
+    "ffn": "ffn",
+    "query_heads": "query_heads",
+    "residual": "residual",
+    "layers": "layer",
+    "attention": "attention",
+    "mlp": "mlp",
+}
 
 
 @dataclass(frozen=True)
@@ -36,12 +46,14 @@ class Way:
         select: A registered selector.
         reconstruct: How reading projections are re-fitted, or None.
         needs_text: Whether any of it needs calibration text.
+        depth: The criterion for layers and parts of layers that go whole.
         notes: What the user should know of what was decided, a line each.
     """
 
     select: str
-    reconstruct: Method | None
+    reconstruct: Reconstruct | None
     needs_text: bool
+    depth: str = "removal"
     notes: tuple[str, ...] = field(default=())
 
 
@@ -59,18 +71,36 @@ def resolve(settings: PruneSettings) -> Way:
     notes: tuple[str, ...] = ()
     chosen = settings.select
     if chosen == "auto":
-        chosen = "knapsack" if curves_wanted or (with_text and settings.memory is None) else plain
+        measured = with_text and settings.memory is None and (settings.shape == "per-layer" or set(settings.targets) <= {"heads", "ffn"})
+        chosen = "knapsack" if curves_wanted or measured else plain
         if with_text and settings.memory is not None and not curves_wanted:
             notes = (f"selection: {plain}; the knapsack measures the whole model many times over, which --memory leaves no room for",)
     if curves_wanted and chosen != "knapsack":
         raise InputError(f"--budget {settings.budget} is only known to the knapsack; use --select knapsack (now {chosen})")
     if settings.memory is not None:
         _refuse_with_memory(settings, chosen)
+    reconstruct = reconstruct_of(settings)
+    depth = "removal" if settings.depth == "auto" else settings.depth
+    whole = bool(set(kinds_wanted(settings)) & set(WHOLE))
+    return Way(chosen, reconstruct, with_text or chosen == "knapsack" or reconstruct is not None or whole, depth, notes)
+
+
+def reconstruct_of(settings: PruneSettings) -> Reconstruct | None:
+    """Decides how reading projections are re-fitted.
+
+    Raises:
+        InputError: It takes the whole model, and there is a bound of memory.
+    """
     method = settings.reconstruct
     if method == "auto":
-        method = "least_squares" if with_text else "none"
-    reconstruct: Method | None = None if method == "none" else method
-    return Way(chosen, reconstruct, with_text or chosen == "knapsack" or reconstruct is not None, notes)
+        with_text = CRITERIA.get(settings.criterion).needs_text
+        method = ("divergence" if settings.memory is None else "least_squares") if with_text else "none"
+    if method == "divergence" and settings.memory is not None:
+        raise InputError(
+            "--reconstruct divergence runs the whole model many times over, which --memory leaves no room for; "
+            "use --reconstruct least_squares, or leave --memory out"
+        )
+    return None if method == "none" else method
 
 
 def _refuse_with_memory(settings: PruneSettings, chosen: str) -> None:
@@ -105,17 +135,24 @@ def layers_in(text: str, count: int) -> tuple[int, ...]:
 
 def kinds_wanted(settings: PruneSettings, plan: PrunePlan | None = None) -> tuple[GroupKind, ...]:
     """Returns the kinds of groups that the settings cut, and those that a plan cuts that is to be replayed."""
-    named = (entry.group.rpartition(".")[2] for entry in plan.cuts) if plan is not None else ()
-    found = (*(KIND_OF.get(target, target) for target in settings.targets), *(kind for kind in get_args(GroupKind) if kind in set(named)))
-    return tuple(dict.fromkeys(found))
+    kinds: list[GroupKind] = [KIND_OF[target] for target in settings.targets]
+    if plan is not None:
+        kinds.extend(kind for kind in KIND_OF.values() if any(f".{entry.group}".endswith(f".{kind}") for entry in plan.cuts))
+    return tuple(dict.fromkeys(kinds))
 
 
 def budget_of(groups: Groups, settings: PruneSettings) -> Budget:
     """Returns how much the settings remove from a model, and from where.
 
     Raises:
-        InputError: The range of layers is empty, or spares layers of a model that is to stay uniform.
+        InputError: The range of layers is empty, or spares layers of a model that is to stay uniform or to become narrower, or a part of
+            some layers is to go from a model whose layers are to stay alike.
     """
+    parts = [target for target in settings.targets if target in ("attention", "mlp")]
+    if parts and settings.shape == "uniform":
+        raise InputError(
+            f"--targets {parts[0]} leaves layers that differ, which --shape uniform rules out; use --shape per-layer, or layers"
+        )
     budget = Budget(
         ratio=settings.ratio,
         shape=settings.shape,
@@ -127,6 +164,11 @@ def budget_of(groups: Groups, settings: PruneSettings) -> Budget:
         raise InputError(
             f"--shape uniform wants the same width in all {groups.layers} layers, but --layers {settings.layers} prunes only "
             f"{len(budget.layers)}; drop --layers or use --shape per-layer"
+        )
+    if "residual" in settings.targets and len(budget.layers) < groups.layers:
+        raise InputError(
+            f"the residual width runs through all {groups.layers} layers, but --layers {settings.layers} prunes only {len(budget.layers)}; "
+            "drop --layers, or residual from --targets"
         )
     return budget
 
@@ -187,20 +229,30 @@ class Planning:
         Raises:
             InputError: The budget cannot be met.
         """
-        if budget.ratio * groups.parameters > sum(group.units * group.unit_parameters for group in budget.prunable(groups)):
-            check_possible(groups, budget)
+        check_possible(groups, replace(budget, align=1) if self.settings.align == "auto" else budget)
         scores = self._scores(view, groups, passes)
         if SELECTORS.get(self.way.select).needs_curves:
             budget = replace(budget, curves=self._curves(view, groups, scores, budget))
-        return select(self.way.select, groups, scores, budget, auto_align=self.settings.align == "auto")
+        plan = select(self.way.select, groups, scores, budget, auto_align=self.settings.align == "auto")
+        return replace(plan, removed=removed_by(groups, scores, plan.cuts))
 
     def made_with(self) -> dict[str, Any]:
         """Returns what a plan is to remember, so that it can be replayed to the same bytes."""
-        return {"settings": self.settings.decisive(), "seed": self.seed, "windows_sha256": checksum_of(self.windows)}
+        settings = self.settings.decisive() | {"reconstruct": self.way.reconstruct or "none"}  # "auto" depends on --memory
+        return {"settings": settings, "seed": self.seed, "windows_sha256": checksum_of(self.windows)}
 
     def _scores(self, view: ModelView, groups: Groups, passes: Passes | None) -> Scores:
+        """Scores units by the criterion, and what goes whole by that for depth."""
+        names = {self.settings.criterion: [group for group in groups.groups if group.kind not in WHOLE]}
+        names[self.way.depth] = [group for group in groups.groups if group.kind in WHOLE]
+        parts = [self._scores_by(name, view, replace(groups, groups=tuple(wanted)), passes) for name, wanted in names.items() if wanted]
+        values = {name: value for part in parts for name, value in part.values.items()}
+        return Scores(groups.fingerprint, " + ".join(part.criterion for part in parts), values)
+
+    def _scores_by(self, name: str, view: ModelView, groups: Groups, passes: Passes | None) -> Scores:
         settings = self.settings
-        with_text = CRITERIA.get(settings.criterion).needs_text
+        with_text = CRITERIA.get(name).needs_text
+        run = round(settings.ratio * groups.parameters / groups.of("layer")[0].unit_parameters) if groups.of("layer") else 1
         evidence = Evidence(
             model=view.model,
             groups=groups,
@@ -209,19 +261,22 @@ class Planning:
             order=settings.order,
             granularity=settings.granularity,
             reduce=settings.reduce,
+            consecutive=max(1, run),
             passes=passes,
         )
         if settings.cache is None:
-            return score(settings.criterion, evidence)
+            return score(name, evidence)
         made_from = self._made_from(view, groups) | {
-            "criterion": settings.criterion,
+            "criterion": name,
             "order": settings.order,
             "granularity": settings.granularity,
             "reduce": settings.reduce,
         }
+        if name == "angular":
+            made_from |= {"consecutive": run}
         if not with_text:
             made_from |= {"seed": self.seed, "windows_sha256": None}
-        return ScoreCache(settings.cache).get(Scores, made_from, lambda: score(settings.criterion, evidence), self.say)
+        return ScoreCache(settings.cache).get(Scores, made_from, lambda: score(name, evidence), self.say)
 
     def _curves(self, view: ModelView, groups: Groups, scores: Scores, budget: Budget) -> Curves:
         windows, settings = self.windows, self.settings
@@ -249,8 +304,12 @@ class Planning:
 def composed(groups: Groups, first: PrunePlan, then: PrunePlan) -> PrunePlan:
     """Returns one plan on the first model for two plans in a row, the second made on what the first left."""
     kept = {entry.group: entry.kept for entry in first.cuts}
+    layers = layers_after(groups, first.cuts)
     for entry in then.cuts:
-        before = kept.get(entry.group, tuple(range(groups.named()[entry.group].units)))
-        kept[entry.group] = tuple(before[unit] for unit in entry.kept)
+        prefix, _, kind = entry.group.rpartition(".")
+        name = f"layers.{layers[int(prefix.removeprefix('layers.'))]}.{kind}" if prefix else entry.group
+        before = kept.get(name, tuple(range(groups.named()[name].units)))
+        kept[name] = tuple(before[unit] for unit in entry.kept)
     cuts = tuple(Cut(group.name, kept[group.name]) for group in groups.groups if group.name in kept)
-    return replace(first, parameters_after=then.parameters_after, cuts=cuts, align=then.align)
+    removed = together(first.removed, renumbered(then.removed, layers))
+    return replace(first, parameters_after=then.parameters_after, cuts=cuts, align=then.align, removed=removed)

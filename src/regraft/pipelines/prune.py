@@ -26,14 +26,16 @@ from regraft.pipelines.planning import (
     composed,
     kinds_wanted,
     layers_in,
+    reconstruct_of,
     resolve,
 )
 from regraft.pipelines.pruned_record import card_of, facts, record_of
 from regraft.pipelines.streamed import Request, prune_streamed
 from regraft.plans import Groups, Provenance, PrunePlan, to_dict
 from regraft.settings import LoadSettings, PruneSettings
-from regraft.surgery.compensate import compensate
-from regraft.surgery.cut import check_plan, cut
+from regraft.surgery.carry_out import carry_out
+from regraft.surgery.cut import check_plan, cut, layers_after
+from regraft.surgery.divergence import lessen_divergence
 
 __all__ = [
     "PruneResult",
@@ -98,6 +100,8 @@ def prune(
     """
     settings = settings or PruneSettings()
     way = resolve(settings)
+    # What "auto" means here depends on --memory; a record that is replayed elsewhere has to say it.
+    settings = settings.model_copy(update={"reconstruct": way.reconstruct or "none"})
     request = Request(source, output, settings, way, load_settings or LoadSettings(), seed, None, command, say)
     return _carry_out(request, dry_run=dry_run)
 
@@ -131,7 +135,8 @@ def replay(
         RegraftError: Anything that the user can mend, in one line: the plan is of another model, or the calibration text is another.
     """
     own, own_seed = settings_of(plan, settings or PruneSettings())
-    way = resolve(own.model_copy(update={"memory": None}))  # nothing is chosen any more
+    # Nothing is chosen any more, but how the projections are re-fitted.
+    way = replace(resolve(own.model_copy(update={"memory": None})), reconstruct=reconstruct_of(own))
     if own_seed is not None and seed not in (0, own_seed):
         raise InputError(f"--seed {seed} does nothing beside --plan, which was made with {own_seed}; leave it out, or plan anew")
     seed = seed if own_seed is None else own_seed
@@ -186,6 +191,8 @@ def plan_pruning(loaded: Loaded, groups: Groups, settings: PruneSettings, seed: 
             model = _cut(ModelView(loaded.model), groups, plan, windows, way)
             view = ModelView(model)
             current = discover(view, kinds_wanted(settings))
+            stay = enumerate(layers_after(groups, plan.cuts))
+            budget = replace(budget, layers=tuple(new for new, old in stay if old in layers_in(settings.layers, groups.layers)))
     assert plan is not None
     return replace(plan, ratio=settings.ratio, made_with=planning.made_with())
 
@@ -200,15 +207,18 @@ def cut_to_plan(loaded: Loaded, groups: Groups, plan: PrunePlan, settings: Prune
     way = resolve(settings)
     windows = calibration(loaded, settings, seed) if way.reconstruct is not None else None
     check_text(plan, windows)
-    return _cut(ModelView(loaded.model), groups, plan, windows, way)
+    model = _cut(ModelView(loaded.model), groups, plan, windows, way)
+    if way.reconstruct == "divergence":
+        assert windows is not None
+        lessen_divergence(ModelView(model), loaded.model, windows, seed=seed)
+    return model
 
 
 def _cut(view: ModelView, groups: Groups, plan: PrunePlan, windows: Tensor | None, way: Way) -> PreTrainedModel:
-    changed: dict[str, Tensor] = {}
-    if way.reconstruct is not None:
-        assert windows is not None
-        changed = compensate(view, groups, plan.cuts, windows, way.reconstruct)
-    return cut(view.model, groups, plan, changed)
+    if way.reconstruct is None:
+        return cut(view.model, groups, plan)
+    assert windows is not None
+    return carry_out(view, groups, plan, windows, "least_squares" if way.reconstruct == "divergence" else way.reconstruct)
 
 
 def save_pruned(

@@ -167,6 +167,7 @@ class _Job:
         if method is None:
             return None
         assert windows is not None
+        assert method != "divergence", "takes the whole model; refused before"
 
         def refit(start: int, finished: Callable[[int, nn.Module], None]) -> Iterator[tuple[int, dict[str, Tensor]]]:
             walk = StreamedWalk(self._skeleton, windows, self._hidden(work), self._request.say, finished=finished, start=start)

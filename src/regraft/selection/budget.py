@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from regraft.errors import InputError, PlanError
-from regraft.plans import Curves, Cut, Group, GroupKind, Groups, PrunePlan, Scores, Shape
+from regraft.groups.ledger import Ledger
+from regraft.plans import WHOLE, Curves, Cut, Group, GroupKind, Groups, PrunePlan, Scores, Shape
 from regraft.registry import Registry
 
 # Tried from the left where the user leaves the alignment to us: the widest that meets the target within _CLOSE_ENOUGH.
@@ -21,9 +22,10 @@ class Budget:
     Attributes:
         ratio: Share of all parameters of the model.
         shape: ``uniform`` asks for the same widths in every layer.
-        layers: Indices of the layers that may be cut, ascending.
+        layers: Indices of the layers that may be cut, ascending; the width of the stream belongs to all of them.
         targets: Kinds of groups that may be cut.
-        align: Feed-forward widths that are cut become multiples of this. Heads stay whole and need no alignment.
+        align: Widths that are cut, of feed-forward networks and of the stream, become multiples of this. Heads stay whole and need no
+            alignment.
         curves: Measured damage against size, for the selectors that want it. Their unit is what the ratio is a share of.
     """
 
@@ -36,15 +38,21 @@ class Budget:
 
     def prunable(self, groups: Groups) -> tuple[Group, ...]:
         """Returns the groups that may be cut."""
-        return tuple(group for group in groups.groups if group.layer in self.layers and group.kind in self.targets)
+        return tuple(group for group in groups.groups if group.kind in self.targets and (group.layer is None or group.layer in self.layers))
 
     def step(self, group: Group) -> int:
         """Returns the alignment of a group's number of units."""
-        return self.align if group.kind == "ffn" else 1
+        return self.align if group.kind in ("ffn", "residual") else 1
 
     def floor(self, group: Group) -> int:
-        """Returns the fewest units that a group may keep: one aligned step, or all of a group that is smaller."""
-        return min(self.step(group), group.units)
+        """Returns the fewest units that a group may keep: one aligned step, or all of a group that is smaller; none of what goes whole."""
+        return 0 if group.kind in WHOLE else min(self.step(group), group.units)
+
+    def floors(self, groups: Groups) -> dict[str, int]:
+        """Returns the fewest units that every group may keep, where one layer has to stay."""
+        found = {group.name: self.floor(group) for group in self.prunable(groups)}
+        layers = [name for name in found if groups.named()[name].kind == "layer"]
+        return found | ({layers[0]: 1} if len(layers) == groups.layers else {})
 
 
 Kept = Mapping[str, int]
@@ -116,7 +124,8 @@ def check_possible(groups: Groups, budget: Budget) -> None:
     prunable = budget.prunable(groups)
     if not prunable:
         raise InputError(f"nothing to prune: no {' or '.join(budget.targets)} in layers {list(budget.layers)}; widen --layers")
-    most = sum((group.units - budget.floor(group)) * group.unit_parameters for group in prunable)
+    ledger = Ledger(groups, [group.name for group in prunable])
+    most = groups.parameters - ledger.left(budget.floors(groups))
     wanted = budget.ratio * groups.parameters
     in_parameters = budget.curves is None or budget.curves.unit == "parameters"
     if in_parameters and wanted > most:
@@ -128,14 +137,13 @@ def check_possible(groups: Groups, budget: Budget) -> None:
 
 
 def _plan(name: str, groups: Groups, scores: Scores, budget: Budget, kept: Kept) -> PrunePlan:
+    kept = _lasting(groups, kept)
     cuts = tuple(
         Cut(group.name, best_units(scores.values[group.name], kept[group.name]))
         for group in groups.groups
         if kept.get(group.name, group.units) < group.units
     )
-    removed = sum(
-        (group.units - len(cut.kept)) * group.unit_parameters for group, cut in ((groups.named()[cut.group], cut) for cut in cuts)
-    )
+    left = Ledger(groups, [cut.group for cut in cuts]).left({cut.group: len(cut.kept) for cut in cuts})
     if not cuts:
         raise InputError(f"ratio {budget.ratio:g} removes less than one unit; raise --ratio, or lower --align (now {budget.align})")
     return PrunePlan(
@@ -146,9 +154,21 @@ def _plan(name: str, groups: Groups, scores: Scores, budget: Budget, kept: Kept)
         ratio=budget.ratio,
         align=budget.align,
         parameters_before=groups.parameters,
-        parameters_after=groups.parameters - removed,
+        parameters_after=round(left),
         cuts=cuts,
     )
+
+
+def _lasting(groups: Groups, kept: Kept) -> dict[str, int]:
+    """Leaves out what is decided for groups that go with their layer, or with the part that they are of."""
+    named = groups.named()
+    gone = {(named[name].kind, named[name].layer) for name, count in kept.items() if not count}
+
+    def lasts(group: Group) -> bool:
+        within = {"heads": "attention", "query_heads": "attention", "ffn": "mlp"}.get(group.kind)
+        return (group.kind == "layer" or ("layer", group.layer) not in gone) and (within, group.layer) not in gone
+
+    return {name: count for name, count in kept.items() if lasts(named[name])}
 
 
 def best_units(scores: tuple[float, ...], count: int) -> tuple[int, ...]:

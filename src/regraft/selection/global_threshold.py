@@ -2,6 +2,9 @@
 
 Units leave in blocks that keep the widths aligned. A block that would overshoot the target is passed over for a smaller one, so
 that the target is met within one aligned step of one layer.
+
+Layers that go whole, and parts of them, are ranked by other scores than units are: they lose the share that everything would lose
+evenly, and the threshold chooses among the units of what is left.
 """
 
 from __future__ import annotations
@@ -9,8 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from regraft.errors import InputError
-from regraft.plans import Group, Groups, Scores
+from regraft.groups.ledger import Ledger
+from regraft.plans import WHOLE, Group, Groups, Scores
 from regraft.selection.budget import SELECTORS, Budget, Kept, Selector
+from regraft.selection.uniform import even_share, uniform, whole_cuts
 
 
 @dataclass(frozen=True)
@@ -32,18 +37,25 @@ def global_threshold(groups: Groups, scores: Scores, budget: Budget) -> Kept:
     if budget.shape == "uniform":
         raise InputError("selection 'global' gives every layer its own width; use --shape per-layer, or selection 'uniform'")
     prunable = budget.prunable(groups)
-    blocks = [block for group in prunable for block in _blocks(group, scores.values[group.name], budget)]
-    kept = {group.name: group.units for group in prunable}
-    missing = budget.ratio * groups.parameters
+    wide = [group for group in prunable if group.kind not in WHOLE]
+    if not wide:
+        return uniform(groups, scores, budget)
+    ledger = Ledger(groups, [group.name for group in prunable])
+    target = budget.ratio * groups.parameters
+    gone = whole_cuts(groups, prunable, scores, even_share(ledger, prunable, groups.parameters - target))
+    blocks = [block for group in wide for block in _blocks(group, scores.values[group.name], budget)]
+    kept = {group.name: group.units for group in wide} | gone
+    missing = target - (groups.parameters - ledger.left(gone))
     closed: set[str] = set()
     smallest = min((block.parameters for block in blocks), default=0)
     for block in sorted(blocks, key=lambda block: block.score_per_parameter):
         # A large block (a head) that overshoots leaves the rest of the way to the small ones.
-        if block.group in closed or block.parameters - missing > 0.5 * smallest:
+        cost = 0.0 if block.group in closed else ledger.lost(block.group, kept, kept[block.group] - block.units)
+        if not cost or cost - missing > 0.5 * smallest:
             closed.add(block.group)
             continue
         kept[block.group] -= block.units
-        missing -= block.parameters
+        missing -= cost
     return kept
 
 

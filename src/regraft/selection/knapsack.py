@@ -11,18 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from itertools import product
 
 import numpy as np
-from numpy.typing import NDArray
 
 from regraft.errors import InputError, PlanError
+from regraft.groups.ledger import overlap
 from regraft.plans import Curve, Curves, Group, Groups, Scores
 from regraft.selection.budget import SELECTORS, Budget, Kept, Selector
-
-# Costs are counted in steps of their greatest common divisor, or of this share of the target where that would be finer.
-_FINEST = 20_000
+from regraft.selection.dynamic import Table, solve
+from regraft.selection.nested import nested
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,9 @@ def knapsack(groups: Groups, scores: Scores, budget: Budget) -> Kept:
     if curves is None or curves.fingerprint != groups.fingerprint:
         raise PlanError("selection 'knapsack' needs curves of damage measured on this model; measure them first")
     prunable = budget.prunable(groups)
+    if overlap(prunable):
+        _refuse_overlapping(curves, budget)
+        return nested(groups, curves.values, budget)
     options = [_options(group, curves.values[group.name], budget) for group in prunable]
     total = curves.fixed_cost + sum(curve.cost[-1] for curve in curves.values.values())
     target = budget.ratio * total
@@ -60,6 +61,14 @@ def knapsack(groups: Groups, scores: Scores, budget: Budget) -> Kept:
     return _solve(options, target)
 
 
+def _refuse_overlapping(curves: Curves, budget: Budget) -> None:
+    targets = ",".join(budget.targets)
+    if curves.unit == "milliseconds":
+        raise InputError(f"--targets {targets} share weights, whose milliseconds cannot be told apart; use --budget parameters or bytes")
+    if budget.shape == "uniform":
+        raise InputError(f"selection 'knapsack' gives no uniform shape to --targets {targets}; use --select uniform")
+
+
 def _options(group: Group, curve: Curve, budget: Budget) -> _Options:
     """Returns the aligned sizes of a group, ascending, the whole group last."""
     step, floor = budget.step(group), budget.floor(group)
@@ -70,53 +79,9 @@ def _options(group: Group, curve: Curve, budget: Budget) -> _Options:
 
 
 def _solve(options: Sequence[_Options], target: float) -> dict[str, int]:
-    """Solves the multiple-choice knapsack on a grid of removed costs."""
-    quantum = _quantum(options, target)
-    steps = [[round(removed / quantum) for removed in option.removed] for option in options]
-    smallest = min(step for row in steps for step in row if step > 0)
-    goal = round(target / quantum)
-    size = goal + max(max(row) for row in steps) + 1
-    best: NDArray[np.float64] = np.full(size, np.inf)
-    best[0] = 0.0
-    choices: list[NDArray[np.int32]] = []
-    for option, row in zip(options, steps, strict=True):
-        after = np.full(size, np.inf)
-        choice = np.zeros(size, dtype=np.int32)
-        for index, (step, damage) in enumerate(zip(row, option.damage, strict=True)):
-            candidate = np.full(size, np.inf)
-            candidate[step:] = best[: size - step] + damage
-            better = candidate < after
-            after[better] = candidate[better]
-            choice[better] = index
-        best = after
-        choices.append(choice)
-    place = _best_near(best, goal, smallest)
-    kept: dict[str, int] = {}
-    for option, row, choice in zip(reversed(options), reversed(steps), reversed(choices), strict=True):
-        index = int(choice[place])
-        kept[option.group.name] = option.kept[index]
-        place -= row[index]
-    return kept
-
-
-def _best_near(best: NDArray[np.float64], goal: int, smallest: int) -> int:
-    """Returns the place of least damage within half the smallest step of the goal, or the nearest that can be reached."""
-    low, high = max(0, goal - smallest // 2), min(len(best) - 1, goal + smallest // 2)
-    window = best[low : high + 1]
-    if np.isfinite(window).any():
-        return low + int(window.argmin())
-    reachable = np.flatnonzero(np.isfinite(best))
-    return int(reachable[np.abs(reachable - goal).argmin()])
-
-
-def _quantum(options: Sequence[_Options], target: float) -> float:
-    """Returns the step of the grid: exact for whole costs as long as the grid stays small."""
-    costs = [removed for option in options for removed in option.removed if removed > 0]
-    if all(cost == int(cost) for cost in costs):
-        exact = reduce(math.gcd, (int(cost) for cost in costs))
-        if target / exact <= _FINEST:
-            return float(exact)
-    return target / _FINEST
+    """Takes one size of every group."""
+    chosen = solve([[[Table(option.removed, option.damage)]] for option in options], target)
+    return {option.group.name: option.kept[rows[0]] for option, (_, rows) in zip(options, chosen, strict=True)}
 
 
 def _same_everywhere(options: Sequence[_Options], target: float) -> dict[str, int]:

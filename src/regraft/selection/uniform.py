@@ -1,47 +1,105 @@
-"""The same share of every group: LLM-Pruner's block-wise mode, met exactly instead of "ratio 0.25 removes 20 %".
+"""The same share of every kind: LLM-Pruner's block-wise mode, met exactly instead of "ratio 0.25 removes 20 %".
 
-Heads come in large units, so they are cut down to the nearest count that does not exceed the share, and the feed-forward width,
-whose units are small, closes the gap to the target. Where it cannot, another head goes.
+Heads, whole layers and aligned widths of the stream come in large units, so they are cut down to the nearest count that does not exceed
+the share, and the kind with the smallest units, the feed-forward width where it is a target, closes the gap to the target. Where it
+cannot, one more of the others goes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from regraft.plans import Group, Groups, Scores
+from regraft.groups.ledger import Ledger
+from regraft.plans import WHOLE, Group, GroupKind, Groups, Scores
 from regraft.selection.budget import SELECTORS, Budget, Kept, Selector
+
+# From the smallest units to the largest: the first that is a target closes the gap.
+_FINEST_FIRST: tuple[GroupKind, ...] = ("ffn", "residual", "query_heads", "heads", "mlp", "attention", "layer")
 
 
 def uniform(groups: Groups, scores: Scores, budget: Budget) -> Kept:
     """Returns how many units stay under one share for all groups of a kind.
 
-    The total is met within half an aligned step of all feed-forward networks in the range. The scores play no part here.
+    The total is met within half an aligned step of all groups of the kind that closes the gap. Scores decide which layers, and which
+    parts of layers, go whole.
     """
     prunable = budget.prunable(groups)
+    ledger = Ledger(groups, [group.name for group in prunable])
     target = budget.ratio * groups.parameters
-    share = target / sum(group.units * group.unit_parameters for group in prunable)
-    fine = [group for group in prunable if group.kind == "ffn"]
-    coarse = [group for group in prunable if group.kind != "ffn"]
-    if not fine:
-        return _closest(coarse, target, budget)
+    share = even_share(ledger, prunable, groups.parameters - target)
+    closing = next(kind for kind in _FINEST_FIRST if any(group.kind == kind for group in prunable))
+    fine = [group for group in prunable if group.kind == closing]
+    coarse = [group for group in prunable if group.kind != closing]
+
+    def missed(kept: Kept) -> float:
+        return groups.parameters - ledger.left(kept) - target
+
     candidates: list[dict[str, int]] = []
-    heads = {group.name: max(1, group.units - int(share * group.units)) for group in coarse}
-    while True:
-        rest = target - _removed(coarse, heads)
-        candidates.append(heads | _closest(fine, max(rest, 0.0), budget))
-        if rest <= _most(fine, budget) or all(count == 1 for count in heads.values()):
-            return min(candidates, key=lambda kept: abs(_removed(prunable, kept) - target))
-        heads = {name: max(1, count - 1) for name, count in heads.items()}
+    before: dict[str, int] | None = None
+    for extra in range(1 + max((group.units for group in coarse), default=0) + len(coarse)):
+        kept = whole_cuts(groups, coarse, scores, share, extra) | {
+            group.name: _reduced(group, share, extra, budget) for group in coarse if group.kind not in WHOLE
+        }
+        if kept == before:
+            break
+        before = kept
+        candidates.append(kept | _closed(groups, fine, kept, scores, budget, missed))
+        if missed(kept | {group.name: budget.floor(group) for group in fine}) >= 0:
+            break
+    return min(candidates, key=lambda kept: abs(missed(kept)))
 
 
-def _closest(groups: Sequence[Group], target: float, budget: Budget) -> dict[str, int]:
-    """Returns counts under one share, in aligned steps, that remove the number of parameters nearest to ``target``."""
+def even_share(ledger: Ledger, prunable: Sequence[Group], wanted: float) -> float:
+    """Returns the share of every kind that has to go so that ``wanted`` parameters are left, counted with parts of units."""
+    low, high = _bisect(lambda share: ledger.left({group.name: group.units * (1.0 - share) for group in prunable}) >= wanted)
+    return 0.5 * (low + high)
+
+
+def whole_cuts(groups: Groups, prunable: Sequence[Group], scores: Scores, share: float, extra: int = 0) -> dict[str, int]:
+    """Returns which layers and parts of layers go whole: of each kind the share with the lowest scores, rounded down.
+
+    Args:
+        groups: Of the model; one layer of it stays in any case.
+        prunable: Groups of any kinds that may be cut.
+        scores: Of these groups.
+        share: Of each kind.
+        extra: So many more of each kind.
+
+    Returns:
+        Group name to zero, for those that go.
+    """
+    found: dict[str, int] = {}
+    gone: set[int | None] = set()
+    for kind in WHOLE:
+        here = [group for group in prunable if group.kind == kind and group.layer not in gone]
+        most = min(len(here), groups.layers - 1) if kind == "layer" else len(here)
+        count = min(most, int(share * len(here) + 1e-9) + extra) if here else 0
+        lowest = sorted(here, key=lambda group: (scores.values[group.name][0], group.layer))[:count]
+        found |= {group.name: 0 for group in lowest}
+        gone |= {group.layer for group in lowest} if kind == "layer" else set()
+    return found
+
+
+def _reduced(group: Group, share: float, extra: int, budget: Budget) -> int:
+    step = budget.step(group)
+    if step == 1:
+        return max(1, group.units - int(share * group.units + 1e-9) - extra)
+    return max(budget.floor(group), _aligned(group, group.units * (1.0 - share), budget) - extra * step)
+
+
+def _closed(
+    groups: Groups, fine: Sequence[Group], kept: Kept, scores: Scores, budget: Budget, missed: Callable[[Kept], float]
+) -> dict[str, int]:
+    """Returns counts for the groups of one kind that come nearest to the target beside what is decided already."""
+    if fine[0].kind in WHOLE:
+        options = [whole_cuts(groups, fine, scores, 0.0, count) for count in range(len(fine) + 1)]
+        return min(options, key=lambda option: abs(missed({**kept, **option})))
 
     def at(share: float) -> dict[str, int]:
-        return {group.name: _aligned(group, group.units * (1.0 - share), budget) for group in groups}
+        return {group.name: _aligned(group, group.units * (1.0 - share), budget) for group in fine}
 
-    low, high = _bisect(lambda share: _removed(groups, at(share)) <= target)
-    return min(at(low), at(high), key=lambda kept: abs(_removed(groups, kept) - target))
+    low, high = _bisect(lambda share: missed({**kept, **at(share)}) <= 0)
+    return min(at(low), at(high), key=lambda option: abs(missed({**kept, **option})))
 
 
 def _aligned(group: Group, count: float, budget: Budget) -> int:
@@ -61,14 +119,6 @@ def _bisect(below: Callable[[float], bool]) -> tuple[float, float]:
         middle = 0.5 * (low + high)
         low, high = (middle, high) if below(middle) else (low, middle)
     return low, high
-
-
-def _removed(groups: Sequence[Group], kept: Kept) -> int:
-    return sum((group.units - kept[group.name]) * group.unit_parameters for group in groups)
-
-
-def _most(groups: Sequence[Group], budget: Budget) -> int:
-    return sum((group.units - budget.floor(group)) * group.unit_parameters for group in groups)
 
 
 SELECTORS.add("uniform", Selector("uniform", needs_curves=False, choose=uniform))

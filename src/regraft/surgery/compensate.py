@@ -9,7 +9,7 @@ Only the calibration's hidden states and one matrix of second moments are in mem
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -32,7 +32,7 @@ def compensate(view: ModelView, groups: Groups, cuts: tuple[Cut, ...], windows_N
     Args:
         view: The model before the cut; left as it is.
         groups: Of that model.
-        cuts: What stays.
+        cuts: What stays of heads, query heads and feed-forward networks; everything else is cut before.
         windows_NT: Calibration tokens, int64 (windows, tokens); at least one in eight windows judges the damping.
         method: ``least_squares``; or ``mean``, which folds the mean of the removed channels into the bias, where there is one.
     """
@@ -43,19 +43,18 @@ def compensate(view: ModelView, groups: Groups, cuts: tuple[Cut, ...], windows_N
 def refitted(walk: Walk, groups: Groups, cuts: tuple[Cut, ...], method: Method) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Yields each layer with the new tensors of its reading projections, as :func:`compensate` returns them for all at once."""
     named = groups.named()
+    axes = {reader.parameter: reader.axis for reader in (_reader(named[entry.group]) for entry in cuts)}
     for layer in walk.layers():
-        here = [(named[entry.group], entry.kept) for entry in cuts if named[entry.group].layer == layer]
+        here = _by_reader([(named[entry.group], entry.kept) for entry in cuts if named[entry.group].layer == layer])
         module = walk.changeable(layer) if here else walk.view.layers[layer]
         prefix = f"{walk.view.layer_name(layer)}."
         changed: dict[str, Tensor] = {}
-        for group, kept in sorted(here, key=lambda cut: _depth(module, _reader(cut[0]), prefix)):
-            reader = _reader(group)
-            name = reader.parameter.removeprefix(prefix).rpartition(".")[0]
+        for reader, kept in sorted(here.items(), key=lambda cut: _depth(module, cut[0], prefix)):
+            name = reader.removeprefix(prefix).rpartition(".")[0]
             projection = module.get_submodule(name)
             fit, judge = _moments(walk, layer, module, projection)
-            channels = torch.tensor([index for unit in kept for index in reader.indices(unit)], device=fit.total_D.device)
-            refit(projection, reader.axis, fit, judge, channels.sort().values, method)
-            full_name = reader.parameter.rpartition(".")[0]
+            refit(projection, axes[reader], fit, judge, torch.tensor(kept, device=fit.total_D.device), method)
+            full_name = reader.rpartition(".")[0]
             changed |= {f"{full_name}.{key}": value.detach() for key, value in projection.named_parameters()}
         walk.advance(layer, module)
         yield layer, changed
@@ -131,7 +130,17 @@ def _reader(group: Group) -> Member:
     return next(member for member in group.members if member.side == "in")
 
 
-def _depth(module: nn.Module, reader: Member, prefix: str) -> int:
+def _by_reader(here: Sequence[tuple[Group, Sequence[int]]]) -> dict[str, list[int]]:
+    """Returns the channels that stay of each reading projection; heads and query heads have one in common."""
+    found: dict[str, set[int]] = {}
+    for group, kept in here:
+        reader = _reader(group)
+        channels = {index for unit in kept for index in reader.indices(unit)}
+        found[reader.parameter] = found.get(reader.parameter, channels) & channels
+    return {name: sorted(channels) for name, channels in found.items()}
+
+
+def _depth(module: nn.Module, reader: str, prefix: str) -> int:
     """Returns where in a layer a projection stands, so that attention is re-fitted before what reads its output."""
-    name = reader.parameter.removeprefix(prefix).rpartition(".")[0]
+    name = reader.removeprefix(prefix).rpartition(".")[0]
     return [found for found, _ in module.named_modules()].index(name)

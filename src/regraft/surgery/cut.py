@@ -14,10 +14,8 @@ from transformers import PreTrainedModel
 from regraft.errors import PlanError
 from regraft.models.build import build
 from regraft.models.view import LayerSizes, ModelView
-from regraft.plans import Cut, Groups, PrunePlan
+from regraft.plans import WHOLE, Cut, Groups, PrunePlan
 from regraft.surgery.rescale import config_changes, rescaled
-
-WHOLE = ("layer", "attention", "mlp")  # kinds of groups that stay or go whole
 
 
 def cut(model: PreTrainedModel, groups: Groups, plan: PrunePlan, changed: Mapping[str, Tensor] | None = None) -> PreTrainedModel:

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from regraft.importance.depth import divergence_without, mean_divergence
 from regraft.models.layerwise import Layerwise, watched_inputs
 from regraft.models.view import ModelView
 from regraft.numerics.moments import Moments
-from regraft.plans import Curve, Curves, Group, Groups, Member, Scores
+from regraft.plans import WHOLE, Curve, Curves, Cut, Group, Groups, Member, PrunePlan, Scores
 from regraft.surgery.compensate import refit
+from regraft.surgery.cut import cut
 
 # Shares of a group that are kept where the damage is measured; between them the curve is interpolated.
 SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
@@ -62,11 +64,15 @@ def measure_curves(
     values: dict[str, Curve] = {}
     for layer in range(len(view.layers)):
         here = [group for group in groups.groups if group.layer == layer and group.name in wanted]
-        projections = {group.name: _reading_module(view, group) for group in here}
+        projections = {group.name: _reading_module(view, group) for group in here if group.kind not in WHOLE}
         moments: dict[str, Moments] = {}
         with watched_inputs(projections, _adder(moments)):
             fit_hidden = fit_walk.run(layer, fit_hidden)
         for group in here:
+            if group.kind in WHOLE:
+                damage = divergence_without(judge_walk, group, inputs, dense)
+                values[group.name] = Curve((0, 1), (damage, 0.0), _costs(view, group, (0, 1), unit, windows_NT.shape[1]))
+                continue
             sizes = _sizes(group.units)
             damage = [
                 _divergence(view, judge_walk, layer, inputs[layer], dense, group, scores.values[group.name], size, moments[group.name])
@@ -76,11 +82,32 @@ def measure_curves(
             values[group.name] = Curve(sizes, (*damage, 0.0), cost)
         if here:
             say(f"measured the damage of cutting layer {layer + 1} of {len(view.layers)}")
+    for group in groups.of("residual"):
+        if group.name in wanted:
+            values[group.name] = _stream_curve(view, groups, scores, group, judge_walk, dense, unit)
+            say("measured the damage of a narrower stream")
     fixed = 0.0
     if unit != "milliseconds":
         per_parameter = 1 if unit == "parameters" else view.model.dtype.itemsize
         fixed = groups.parameters * per_parameter - sum(curve.cost[-1] for curve in values.values())
     return Curves(groups.fingerprint, unit, fixed, values)
+
+
+@torch.no_grad()
+def _stream_curve(
+    view: ModelView, groups: Groups, scores: Scores, group: Group, walk: Layerwise, dense: list[Tensor], unit: CostUnit
+) -> Curve:
+    """Returns the curve of the residual width, from models that are really cut: memory for one of them beside the dense one."""
+    damage: list[float] = []
+    sizes = _sizes(group.units)
+    for size in sizes[:-1]:
+        ranked = sorted(range(group.units), key=lambda channel: (-scores.values[group.name][channel], channel))
+        cuts = (Cut(group.name, tuple(sorted(ranked[:size]))),)
+        plan = PrunePlan(groups.fingerprint, scores.criterion, "", "per-layer", 0.0, 1, groups.parameters, groups.parameters, cuts)
+        narrow = cut(view.model, groups, plan)
+        logits = (narrow(input_ids=ids.to(narrow.device), use_cache=False).logits for ids in walk.batches)
+        damage.append(mean_divergence(logits, dense))
+    return Curve(sizes, (*damage, 0.0), _costs(view, group, sizes, unit, walk.batches[0].shape[1]))
 
 
 def _sizes(units: int) -> tuple[int, ...]:
@@ -126,12 +153,7 @@ def _divergence(
     hidden = walk.run(layer, entering, module)
     for above in range(layer + 1, len(view.layers)):
         hidden = walk.run(above, hidden)
-    total, tokens = 0.0, 0
-    for logits, before in zip(walk.logits(hidden), dense, strict=True):
-        after = functional.log_softmax(logits.float(), dim=-1)
-        total += float(functional.kl_div(after, before, reduction="sum", log_target=True))
-        tokens += before.shape[0] * before.shape[1]
-    return total / tokens
+    return mean_divergence(walk.logits(hidden), dense)
 
 
 def _costs(view: ModelView, group: Group, sizes: Sequence[int], unit: CostUnit, tokens: int) -> tuple[float, ...]:

@@ -64,11 +64,19 @@ def test_streamed_and_in_memory_replay_one_another(folder, tmp_path):
     direct = prune(folder, tmp_path / "direct", asked.model_copy(update={"memory": 2_000_000_000}))
     replay(folder, direct.plan, tmp_path / "streamed", PruneSettings(memory="2GB"))
     assert weights(tmp_path / "streamed") == weights(tmp_path / "direct")
-    in_memory = prune(folder, tmp_path / "memory", settings(folder))
+    in_memory = prune(folder, tmp_path / "memory", settings(folder, reconstruct="least_squares"))
     assert in_memory.plan.selection == "knapsack"
     streamed = replay(folder, in_memory.plan, tmp_path / "replayed", PruneSettings(memory="2GB"))
     assert streamed.plan == in_memory.plan
     assert streamed.notes == ()
+
+
+def test_a_fit_to_the_whole_model_is_not_replayed_layer_by_layer(folder, tmp_path):
+    plan = prune(folder, None, settings(folder), dry_run=True).plan
+    assert plan.made_with["settings"]["reconstruct"] == "divergence"
+    with pytest.raises(InputError, match=r"reconstruct divergence runs the whole model .* use --reconstruct least_squares"):
+        replay(folder, plan, tmp_path / "out", PruneSettings(memory="2GB"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_line_writes_a_plan_and_replays_it(folder, tmp_path, capsys):
@@ -99,7 +107,8 @@ def test_the_command_line_writes_a_plan_and_replays_it(folder, tmp_path, capsys)
 )
 @pytest.mark.parametrize("memory", [[], ["--memory", "2GB"]], ids=["whole", "streamed"])
 def test_what_a_plan_cannot_do_is_refused(folder, tmp_path, capsys, more, words, memory):
-    assert run(arguments(folder, "--criterion", "taylor", "--select", "global", "--plan-only", "-o", str(tmp_path / "plan.json"))) == 0
+    asked = ["--criterion", "taylor", "--select", "global", "--reconstruct", "least_squares"]
+    assert run(arguments(folder, *asked, "--plan-only", "-o", str(tmp_path / "plan.json"))) == 0
     (tmp_path / "other.txt").write_text(TEXT[::-1], encoding="utf-8")
     names = {name: tmp_path / f"{name}.txt" for name in ("other", "missing", "text")} | {"plan": tmp_path / "plan.json"}
     before = sorted(tmp_path.iterdir())

@@ -18,7 +18,7 @@ from regraft.groups.traced.follow import Follower
 from regraft.groups.traced.report import Refusal, Report
 from regraft.groups.traced.rules import RULES
 from regraft.groups.traced.skeleton import export, find_layers, without_weights
-from regraft.models.view import fingerprint, parameter_count
+from regraft.models.view import fingerprint, parameter_count, parameter_shapes
 from regraft.plans import Groups
 
 __all__ = ["Refusal", "Traced", "follow_channels", "trace"]
@@ -74,5 +74,5 @@ def follow_channels(model: nn.Module | PreTrainedConfig, *, numbered_heads: bool
     found = report.groups()
     config = getattr(module, "config", None)
     family = str(getattr(config, "model_type", "") or type(module).__name__).removeprefix("regraft_")
-    groups = Groups(fingerprint(module), family, layers.count, parameter_count(module), found)
+    groups = Groups(fingerprint(module), family, layers.count, parameter_count(module), found, parameter_shapes(module))
     return Traced(groups, tuple(report.refusals))

@@ -32,6 +32,7 @@ LAYOUT = (
     "expand broadcast_to repeat repeat_interleave tile flatten unflatten t numpy_T mT T narrow unbind flip roll index index_select "
     "gather movedim swapaxes tensor_split view_as expand_as constant_pad_nd pad unfold diagonal"
 )
+SHAPE_ONLY = "zeros_like ones_like full_like new_zeros new_ones new_full"
 REDUCTIONS = "mean sum amax amin prod var std logsumexp linalg_vector_norm norm any all argmax argmin max min median"
 ALONG = "softmax _softmax log_softmax _log_softmax cumsum cumprod logcumsumexp sort topk cummax"
 
@@ -342,6 +343,11 @@ def _copied(state: Follower, call: Call, labels: Tensor, moved: tuple[Tensor, ..
     return tuple(piece.reshape(part.shape) for piece, part in zip(torch.from_numpy(fresh).split(sizes), moved, strict=True))
 
 
+def shape_only(state: Follower, call: Call) -> Plain:
+    """Makes a constant that takes nothing but its shape from a tensor, as what stands for a removed part does."""
+    return Plain(tuple(call.node.meta["val"].shape))
+
+
 def _is_square(call: Call) -> bool:
     if call.name == "pow":
         return call.args[1] == 2
@@ -369,6 +375,7 @@ RULES: dict[str, Rule] = {
     "rms_norm": rms_norm,
     "_fused_rms_norm": rms_norm,
     "copy": copy,
+    **dict.fromkeys(SHAPE_ONLY.split(), shape_only),
     **dict.fromkeys(IDENTITY.split(), identity),
     **dict.fromkeys(LAYOUT.split(), layout),
     **dict.fromkeys(REDUCTIONS.split(), reduction),

@@ -1,0 +1,141 @@
+"""Scores of what goes whole: layers, and the attention or the feed-forward network of a layer alone.
+
+All of them compare what runs through the stream with a part and without it, on calibration windows and in a model that is in memory.
+
+* ``block_influence``: one minus the cosine between what leaves the part with it and without it; for a layer that is between its input
+  and its output (ShortGPT, arXiv 2403.03853, equation 1), a mean over tokens.
+* ``angular``: the angle, over pi, between what enters a run of consecutive layers and what leaves it (arXiv 2403.17887, section 3.2),
+  as long as the run that is to go; a layer has the score of the best run that it is in, so that the lowest ones are neighbours. Parts
+  of layers are compared one at a time.
+* ``removal``: the Kullback-Leibler divergence of the predictions from those of the whole model when this part alone is missing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from regraft.importance.criteria import CRITERIA, Criterion, Evidence
+from regraft.models.layerwise import Layerwise, silenced
+from regraft.models.view import ModelView
+from regraft.plans import WHOLE, Group
+
+Compare = Callable[[Tensor, Tensor], Tensor]
+"""Two streams (batch, tokens, hidden) to a number for each token (batch, tokens)."""
+
+
+def _cosine(first: Tensor, second: Tensor) -> Tensor:
+    return functional.cosine_similarity(first.double(), second.double(), dim=-1).clamp(-1.0, 1.0)
+
+
+def influence(without: Tensor, after: Tensor) -> Tensor:
+    """Returns one minus the cosine of each token."""
+    return 1.0 - _cosine(without, after)
+
+
+def angle(without: Tensor, after: Tensor) -> Tensor:
+    """Returns the angle of each token over pi."""
+    return torch.acos(_cosine(without, after)) / math.pi
+
+
+def _mean(compare: Compare, first: list[Tensor], second: list[Tensor]) -> float:
+    values = [compare(one, other) for one, other in zip(first, second, strict=True)]
+    return float(sum(value.sum() for value in values)) / sum(value.numel() for value in values)
+
+
+def _states(walk: Layerwise) -> list[list[Tensor]]:
+    """Returns what enters each layer, and what leaves the last."""
+    states = [walk.first]
+    for layer in range(len(walk.view.layers)):
+        states.append(walk.run(layer, states[-1]))
+    return states
+
+
+def _without(walk: Layerwise, group: Group, entering: list[Tensor]) -> list[Tensor]:
+    """Returns what leaves a layer that lacks the group: what entered it, or what the rest of it makes of that."""
+    assert group.layer is not None
+    return entering if group.kind == "layer" else walk.run(group.layer, entering, silenced(walk.view, group))
+
+
+def _walked(evidence: Evidence) -> Layerwise:
+    assert evidence.windows is not None
+    return Layerwise(ModelView(evidence.model), evidence.windows)
+
+
+def influence_units(evidence: Evidence) -> Mapping[str, Tensor]:
+    """Returns the scores of ``block_influence``."""
+    return _one_at_a_time(evidence, influence)
+
+
+def _one_at_a_time(evidence: Evidence, compare: Compare) -> dict[str, Tensor]:
+    walk = _walked(evidence)
+    states = _states(walk)
+    found: dict[str, Tensor] = {}
+    for group in evidence.groups.groups:
+        assert group.layer is not None
+        score = _mean(compare, _without(walk, group, states[group.layer]), states[group.layer + 1])
+        found[group.name] = torch.tensor([score], dtype=torch.float64)
+    return found
+
+
+def angular_units(evidence: Evidence) -> Mapping[str, Tensor]:
+    """Returns the scores of ``angular``; ``evidence.consecutive`` is the length of the run."""
+    found = _one_at_a_time(evidence, angle)
+    layers = {group.layer: group for group in evidence.groups.of("layer")}
+    length = min(evidence.consecutive, len(layers))
+    if length < 2:
+        return found
+    states = _states(_walked(evidence))
+    best = dict.fromkeys(layers, math.inf)
+    for start in sorted(layer for layer in layers if layer is not None):
+        run = range(start, start + length)
+        if all(layer in layers for layer in run):
+            distance = _mean(angle, states[start], states[start + length])
+            best |= {layer: min(best[layer], distance) for layer in run}
+    for layer, group in layers.items():
+        if math.isfinite(best[layer]):
+            found[group.name] = torch.tensor([best[layer]], dtype=torch.float64)
+    return found
+
+
+def removal_units(evidence: Evidence) -> Mapping[str, Tensor]:
+    """Returns the scores of ``removal``, in nats per token."""
+    walk = _walked(evidence)
+    states = _states(walk)
+    dense = [functional.log_softmax(logits.float(), dim=-1) for logits in walk.logits(states[-1])]
+    return {group.name: torch.tensor([divergence_without(walk, group, states, dense)]) for group in evidence.groups.groups}
+
+
+def divergence_without(walk: Layerwise, group: Group, states: list[list[Tensor]], dense: list[Tensor]) -> float:
+    """Returns the mean divergence per token, in nats, of a model that lacks one group.
+
+    Args:
+        walk: Of the whole model.
+        group: A layer or a part of one.
+        states: What enters each layer of the whole model.
+        dense: Its log-probabilities, (batch, tokens, vocabulary) for each batch.
+    """
+    assert group.layer is not None
+    hidden = _without(walk, group, states[group.layer])
+    for above in range(group.layer + 1, len(walk.view.layers)):
+        hidden = walk.run(above, hidden)
+    return max(0.0, mean_divergence(walk.logits(hidden), dense))
+
+
+def mean_divergence(logits: Iterable[Tensor], dense: list[Tensor]) -> float:
+    """Returns the mean divergence per token, in nats, of logits (batch, tokens, vocabulary) from the dense model's log-probabilities."""
+    total, tokens = 0.0, 0
+    for batch, before in zip(logits, dense, strict=True):
+        after = functional.log_softmax(batch.float(), dim=-1)
+        total += float(functional.kl_div(after, before, reduction="sum", log_target=True))
+        tokens += before.shape[0] * before.shape[1]
+    return total / tokens
+
+
+CRITERIA.add("block_influence", Criterion("block_influence", needs_text=True, units=influence_units, scores=WHOLE))
+CRITERIA.add("angular", Criterion("angular", needs_text=True, units=angular_units, scores=WHOLE))
+CRITERIA.add("removal", Criterion("removal", needs_text=True, units=removal_units, scores=WHOLE))

@@ -1,0 +1,71 @@
+"""What pruning took from each group, as its plan records it: for whoever later decides by damage and has only the pruned model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from regraft.plans import Cut, Groups, Provenance, PrunePlan, Removed, Scores, from_json, to_json
+
+
+def removed_by(groups: Groups, scores: Scores, cuts: Sequence[Cut]) -> dict[str, Removed]:
+    """Returns how many units every group had, and the summed scores of those that go."""
+    kept = {cut.group: set(cut.kept) for cut in cuts}
+    found: dict[str, Removed] = {}
+    for group in groups.groups:
+        values = scores.values.get(group.name, ())
+        stays = kept.get(group.name)
+        gone = 0.0 if stays is None else sum(value for unit, value in enumerate(values) if unit not in stays)
+        found[group.name] = Removed(group.units, max(0.0, float(gone)))
+    return found
+
+
+def renumbered(removed: Mapping[str, Removed], layers: Sequence[int]) -> dict[str, Removed]:
+    """Returns what was removed under the names of an earlier model, whose layers these are."""
+
+    def before(name: str) -> str:
+        head, _, rest = name.partition(".")
+        index, _, kind = rest.partition(".")
+        return f"layers.{layers[int(index)]}.{kind}" if head == "layers" else name
+
+    return {before(name): value for name, value in removed.items()}
+
+
+def together(first: Mapping[str, Removed], then: Mapping[str, Removed]) -> dict[str, Removed]:
+    """Returns what two prunings in a row removed, both under the names of the first model."""
+    late = {name: value.importance for name, value in then.items()}
+    return {name: Removed(value.units, value.importance + late.get(name, 0.0)) for name, value in first.items()}
+
+
+def in_all(provenance: Provenance | None) -> dict[str, tuple[int, float]]:
+    """Returns, under the pruned model's names, how many units every group had at first and the importance that went since.
+
+    Empty where one of the prunings did not record it, or there was none.
+    """
+    found: dict[str, tuple[int, float]] = {}
+    for plan in _plans(provenance):
+        if not plan.removed:
+            return {}
+        whole = {cut.group.removesuffix(".layer") for cut in plan.cuts if cut.group.endswith(".layer") and not cut.kept}
+        layers = sorted({_layer(name) for name in plan.removed if name.startswith("layers.")})
+        stay = [layer for layer in layers if f"layers.{layer}" not in whole]
+        now: dict[str, tuple[int, float]] = {}
+        for name, value in plan.removed.items():
+            units, before = found.get(name, (value.units, 0.0))
+            if not name.startswith("layers."):
+                now[name] = (units, before + value.importance)
+            elif _layer(name) in stay:
+                kind = name.split(".", 2)[2]
+                now[f"layers.{stay.index(_layer(name))}.{kind}"] = (units, before + value.importance)
+        found = now
+    return found
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".")[1])
+
+
+def _plans(provenance: Provenance | None) -> list[PrunePlan]:
+    if provenance is None:
+        return []
+    earlier = [from_json(Provenance, to_json(parent)) for parent in provenance.parents]
+    return [record.plan for record in (*earlier, provenance) if record.plan is not None]
