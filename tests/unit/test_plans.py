@@ -27,9 +27,11 @@ from regraft.plans import (
     Provenance,
     PrunePlan,
     RankPlan,
+    RankSearch,
     RankSlot,
     RankSpace,
     RankTrial,
+    Removed,
     Scores,
     SizeReport,
     SpeedReport,
@@ -58,6 +60,7 @@ GROUPS = st.builds(
     COUNTS,
 )
 CUTS = st.builds(Cut, NAMES, st.lists(COUNTS, max_size=5).map(tuple))
+REMOVED = st.builds(Removed, COUNTS, NUMBERS)
 PRUNE_PLANS = st.builds(
     PrunePlan,
     NAMES,
@@ -69,6 +72,8 @@ PRUNE_PLANS = st.builds(
     COUNTS,
     COUNTS,
     st.lists(CUTS, max_size=3).map(tuple),
+    st.dictionaries(NAMES, JSON, max_size=2),
+    st.dictionaries(NAMES, REMOVED, max_size=2),
 )
 RANK_PLANS = st.builds(RankPlan, NAMES, NAMES, st.dictionaries(NAMES, COUNTS, max_size=3), NUMBERS, COUNTS)
 LOSSES = st.builds(LossReport, NUMBERS, NUMBERS, NUMBERS, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, st.booleans(), NAMES, NAMES)
@@ -85,6 +90,9 @@ SPACES = st.builds(RankSpace, NAMES, st.sampled_from(["layer", "module"]), st.li
 TRIALS = st.builds(
     RankTrial, RANKS, st.none() | NUMBERS, NUMBERS, NUMBERS, st.sampled_from(["recovery", "elastic"]), COUNTS, st.text(max_size=9)
 )
+TRIED = st.lists(TRIALS, max_size=2).map(tuple)
+CONFIRMATIONS = st.builds(Confirmation, RANKS, RANKS, st.lists(NUMBERS, max_size=3).map(tuple), NUMBERS, NUMBERS, NUMBERS, NUMBERS, NAMES)
+VALIDATIONS = st.builds(CrossValidation, NUMBERS, NUMBERS, NUMBERS, COUNTS, COUNTS)
 ANY_PLAN = st.one_of(
     SLOTS,
     SPACES,
@@ -92,8 +100,21 @@ ANY_PLAN = st.one_of(
     st.builds(
         PastSearch, SPACES, st.lists(TRIALS, max_size=2).map(tuple), NAMES, COUNTS, NUMBERS, st.dictionaries(NAMES, JSON, max_size=2)
     ),
-    st.builds(CrossValidation, NUMBERS, NUMBERS, NUMBERS, COUNTS, COUNTS),
-    st.builds(Confirmation, RANKS, RANKS, st.lists(NUMBERS, max_size=3).map(tuple), NUMBERS, NUMBERS, NUMBERS, NUMBERS, NAMES),
+    REMOVED,
+    CONFIRMATIONS,
+    VALIDATIONS,
+    st.builds(
+        RankSearch,
+        RANK_PLANS,
+        SPACES,
+        TRIED,
+        st.lists(NAMES, max_size=2).map(tuple),
+        RANKS,
+        TRIED,
+        st.none() | CONFIRMATIONS,
+        st.none() | VALIDATIONS,
+        NAMES,
+    ),
     CURVES,
     st.builds(Curves, NAMES, st.sampled_from(["parameters", "bytes", "milliseconds"]), NUMBERS, st.dictionaries(NAMES, CURVES, max_size=2)),
     MEMBERS,
@@ -104,7 +125,15 @@ ANY_PLAN = st.one_of(
     LOSSES,
     SIZES,
     SPEEDS,
-    st.builds(Groups, NAMES, NAMES, COUNTS, COUNTS, st.lists(GROUPS, max_size=2).map(tuple)),
+    st.builds(
+        Groups,
+        NAMES,
+        NAMES,
+        COUNTS,
+        COUNTS,
+        st.lists(GROUPS, max_size=2).map(tuple),
+        st.dictionaries(NAMES, st.lists(COUNTS, max_size=3).map(tuple), max_size=2),
+    ),
     st.builds(Scores, NAMES, NAMES, st.dictionaries(NAMES, st.lists(NUMBERS, max_size=4).map(tuple), max_size=3)),
     st.builds(Measurement, NAMES, LOSSES, SIZES, st.none() | SPEEDS),
     st.builds(
@@ -123,8 +152,8 @@ ANY_PLAN = st.one_of(
 )
 
 COVERED = (
-    *(Member, Group, Groups, Scores, Curve, Curves, Cut, PrunePlan, RankPlan),
-    *(RankSlot, RankSpace, RankTrial, PastSearch, CrossValidation, Confirmation),
+    *(Member, Group, Groups, Scores, Curve, Curves, Cut, Removed, PrunePlan, RankPlan),
+    *(RankSlot, RankSpace, RankTrial, PastSearch, CrossValidation, Confirmation, RankSearch),
     *(LossReport, SizeReport, SpeedReport, Measurement, Provenance),
 )
 
