@@ -1,8 +1,8 @@
 """Prune a language model, regrow it low-rank, serve it anywhere.
 
 >>> import regraft
->>> sorted(regraft.__all__)
-['CompressedMatrixCompletion', 'complete_ratings', 'evaluate', 'export', 'inspect', 'load', 'prune', 'recover', 'run', 'save']
+>>> print(*sorted(regraft.__all__))
+CompressedMatrixCompletion allocate_ranks complete_ratings evaluate export inspect load prune recover run save
 
 ``import regraft`` is light: it makes the Auto classes of transformers know our unevenly pruned models as soon as they are used, and
 the functions below import what they need when they are first asked for.
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from regraft.models.load import load as load
     from regraft.models.save import save as save
     from regraft.numerics.estimator import CompressedMatrixCompletion as CompressedMatrixCompletion
+    from regraft.pipelines.allocate import allocate_ranks as allocate_ranks
     from regraft.pipelines.complete import complete_ratings as complete_ratings
     from regraft.pipelines.evaluate import evaluate_model as evaluate
     from regraft.pipelines.export import export_adapter as export
@@ -27,10 +28,23 @@ if TYPE_CHECKING:
     from regraft.pipelines.recover import recover_model as recover
     from regraft.pipelines.run import run as run
 
-__all__ = ["CompressedMatrixCompletion", "complete_ratings", "evaluate", "export", "inspect", "load", "prune", "recover", "run", "save"]
+__all__ = [
+    "CompressedMatrixCompletion",
+    "allocate_ranks",
+    "complete_ratings",
+    "evaluate",
+    "export",
+    "inspect",
+    "load",
+    "prune",
+    "recover",
+    "run",
+    "save",
+]
 
 _PUBLIC = {
     "CompressedMatrixCompletion": ("regraft.numerics.estimator", "CompressedMatrixCompletion"),
+    "allocate_ranks": ("regraft.pipelines.allocate", "allocate_ranks"),
     "complete_ratings": ("regraft.pipelines.complete", "complete_ratings"),
     "evaluate": ("regraft.pipelines.evaluate", "evaluate_model"),
     "export": ("regraft.pipelines.export", "export_adapter"),

@@ -29,7 +29,7 @@ from regraft.plans import RankSpace
 
 Array = NDArray[np.float64]
 
-HALF_RANK_SPREAD = 0.3  # omega: slots saturate at about the same rank, within a third
+HALF_RANK_SPREAD = 0.6  # omega: slots saturate at the same rank within a factor of two
 CORRECTION = 0.2  # standard deviation of the correction, as a share of that of the sum
 
 

@@ -16,19 +16,23 @@ from numpy.typing import NDArray
 from regraft.allocation.contract import Ranks
 from regraft.plans import RankSpace
 
-# Costs are counted in steps of their greatest common divisor, or, where that gives a finer grid, of this share of the budget.
-_FINEST = 4096
+# Costs are counted in steps of their greatest common divisor. Where that gives too fine a grid for this many entries of the table, all
+# slots together, or for the least number of steps, they are rounded up to a coarser one.
+_ENTRIES = 400_000
+_LEAST_STEPS = 2048
+_ROUGH_STEPS = 512
 
 
-def fill(space: RankSpace, gains: NDArray[np.float64]) -> Ranks:
+def fill(space: RankSpace, gains: NDArray[np.float64], *, rough: bool = False) -> Ranks:
     """Returns the rank vector with the largest sum of gains under the budget.
 
-    Exact where all costs are multiples of a step of which the budget has at most 4096. Elsewhere costs are rounded up to such a grid, so
-    that the budget holds, and what the rounding left is spent by upgrades and swaps.
+    Exact where the greatest common divisor of all costs goes into the budget few enough times (tens of thousands for ten slots). Elsewhere
+    costs are rounded up to a coarser grid, so that the budget holds, and what the rounding left is spent by upgrades and swaps.
 
     Args:
         space: The slots, choices and budget.
         gains: (L, C) what each choice is worth in each slot, in any unit; need be neither increasing nor concave.
+        rough: On a coarse grid in any case, many times faster: for worths that are drawn at random.
     """
     assert gains.shape == (len(space.slots), len(space.choices))
     costs = choice_costs(space)
@@ -36,9 +40,10 @@ def fill(space: RankSpace, gains: NDArray[np.float64]) -> Ranks:
     extra = costs - costs[:, :1]  # every slot has the smallest rank; only what is above is up for choice
     room = space.budget - int(floor)
     step = reduce(math.gcd, (int(cost) for cost in extra.flat), 0) or 1
-    exact = room // step <= _FINEST
+    most = _ROUGH_STEPS if rough else max(_LEAST_STEPS, _ENTRIES // len(space.slots))
+    exact = room // step <= most
     if not exact:
-        step = -(-room // _FINEST)
+        step = -(-room // most)
     weights = -(-extra // step)
     allowed = choice_allowed(space)
     ranks = _knapsack(np.where(allowed, gains, -np.inf), weights, room // step)
@@ -153,7 +158,7 @@ def random_vectors(space: RankSpace, count: int, taken: Set[Ranks], generator: n
     for _ in range(4 * count):  # a small space may not have as many
         if len(found) == count:
             break
-        ranks = fill(space, generator.standard_normal((len(space.slots), len(space.choices))))
+        ranks = fill(space, generator.standard_normal((len(space.slots), len(space.choices))), rough=True)
         if ranks not in taken:
             found[ranks] = None
     return list(found)

@@ -139,8 +139,10 @@ class _Improvement:
 
     def _pool(self, taken: set[Ranks]) -> list[Ranks]:
         """Returns vectors worth comparing: the best of posterior draws and of the mode, and what moves make of the most promising."""
-        tables = [self.posterior.table(), *self.posterior.draw_tables(self.generator, _DRAWS)]
-        pool = dict.fromkeys(ranks for ranks in (*(fill(self.space, table) for table in tables), *self.measured) if self.space.holds(ranks))
+        drawn = [fill(self.space, table, rough=True) for table in self.posterior.draw_tables(self.generator, _DRAWS)]
+        pool = dict.fromkeys(
+            ranks for ranks in (fill(self.space, self.posterior.table()), *drawn, *self.measured) if self.space.holds(ranks)
+        )
         for _ in range(_ROUNDS):
             vectors = list(pool)
             mean, covariance = self.posterior.moments(vectors)

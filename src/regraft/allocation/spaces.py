@@ -54,10 +54,10 @@ def rank_plan(space: RankSpace, ranks: Ranks, method: str, alpha_per_rank: float
 
 def _check_slots(slots: Sequence[RankSlot]) -> None:
     if not slots:
-        raise PlanError("there is nothing to give ranks to: no layer has a module that takes an adapter; widen --targets")
+        raise PlanError("there is nothing to give ranks to: no layer has a module that takes an adapter; name some")
     for slot in slots:
         if not slot.modules or slot.parameters_per_rank < 1:
-            raise PlanError(f"{slot.name} has no module that takes an adapter; leave it out, or widen --targets")
+            raise PlanError(f"{slot.name} has no module that takes an adapter; leave it out")
         if slot.features.keys() != slots[0].features.keys():
             raise PlanError(f"the features of {slot.name} are not those of {slots[0].name}; measure the same for every slot")
 

@@ -28,6 +28,7 @@ COMMANDS = {
     "recover": "Train a small adapter on a pruned model and fold it in: text or instructions, best checkpoint by held-out loss.",
     "evaluate": "Measure a model: loss, perplexity, bits per byte, size and, if asked, speed.",
     "export": "Write an adapter as a plain LoRA that stock PEFT and strict servers load, without loss.",
+    "allocate": "Find a LoRA rank for every layer of a pruned model, under one budget of trainable parameters.",
     "meta": "Train the start of the next search for ranks on past ones.",
     "inspect": "Show the layers of a model, their sizes, what can be pruned, and the parameters.",
     "complete": "Complete a table of ratings by a compressed deep factorization; report held-out errors beside four baselines.",

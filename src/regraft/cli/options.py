@@ -20,7 +20,7 @@ import inspect
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import wraps
 from pathlib import Path
 from types import NoneType, UnionType
@@ -39,6 +39,13 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a model fol
 OutputOption = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="folder to write; must not exist")]
 SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="seed of everything that is random", min=0, max=2**32 - 1)]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="print the plan and the sizes before and after; write nothing")]
+
+
+@dataclass(frozen=True)
+class Only:
+    """Beside a section, in ``Annotated``: the command has options for these of its fields; the others keep their defaults."""
+
+    fields: tuple[str, ...]
 
 
 def command_line() -> str:
@@ -61,20 +68,24 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     hints = get_type_hints(command, include_extras=True)
     own: list[inspect.Parameter] = []
     sections: dict[str, type[Settings]] = {}
+    wanted: dict[str, tuple[str, ...]] = {}
     for parameter in inspect.signature(command).parameters.values():
         kind = hints[parameter.name]
-        if isinstance(kind, type) and issubclass(kind, Settings):
-            sections[parameter.name] = kind
+        section, *notes = get_args(kind) if get_origin(kind) is Annotated else (kind,)
+        if isinstance(section, type) and issubclass(section, Settings):
+            sections[parameter.name] = section
+            only = next((note.fields for note in notes if isinstance(note, Only)), None)
+            wanted[parameter.name] = only if only is not None else tuple(section.model_fields)
         else:
             own.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
-    options = [_parameter(name, field, kind) for kind in sections.values() for name, field in kind.model_fields.items()]
+    options = [_parameter(name, kind.model_fields[name], kind) for section, kind in sections.items() for name in wanted[section]]
     parameters = [*own, *options]
     names = [parameter.name for parameter in parameters]
     assert len(set(names)) == len(names), f"options of {command.__name__} collide: {sorted(names)}"
 
     @wraps(command)
     def wrapper(**given: Any) -> None:
-        built = _build(sections, given)
+        built = _build(sections, wanted, given)
         command(**{parameter.name: given[parameter.name] for parameter in own if parameter.name in given}, **built)
 
     wrapper.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
@@ -84,12 +95,12 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def _build(sections: dict[str, type[Settings]], given: dict[str, Any]) -> dict[str, Settings]:
+def _build(sections: dict[str, type[Settings]], wanted: dict[str, tuple[str, ...]], given: dict[str, Any]) -> dict[str, Settings]:
     """Builds the sections from the options, given or at their defaults."""
     built: dict[str, Settings] = {}
     problems: list[str] = []
     for section, kind in sections.items():
-        values = {name: _plain(given[name]) for name in kind.model_fields if given.get(name) is not None}
+        values = {name: _plain(given[name]) for name in wanted[section] if given.get(name) is not None}
         try:
             built[section] = kind.model_validate(values)
         except ValidationError as error:

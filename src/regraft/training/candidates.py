@@ -12,6 +12,7 @@ which that brings is common to all candidates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -75,8 +76,9 @@ class Candidates:
             seed: Of batches, first values and dropout.
 
         Returns:
-            One trial for each, in order. Its loss is the lowest that a recovery stopped here would have kept; its cost counts the
-            steps and looks of this call. A candidate whose loss stops being finite is a trial without one.
+            One trial for each, in order. Its loss is the lowest that a recovery stopped here would have seen, the look before the first
+            step left out: where short trainings harm at first, candidates still differ. Its cost counts the steps and looks of this
+            call. A candidate whose loss stops being finite is a trial without one.
 
         Raises:
             InputError: The fidelity is out of range.
@@ -183,7 +185,7 @@ class _Run:
 
     def __init__(self, ground: Ground, members: Sequence[_Member], steps: int, seed: int) -> None:
         self.members = list(members)
-        self.best = [member.progress.best_nats if member.progress else ground.first_loss() for member in members]
+        self.best = [member.progress.best_nats if member.progress else math.inf for member in members]
         self._ground, self._seed = ground, seed
         self._sites = {name: site for name, site in ground.sites.items() if any(name in member.request.ranks for member in members)}
         settings = ground.settings

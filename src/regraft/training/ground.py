@@ -147,18 +147,8 @@ class Ground:
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
     def cost(self, steps: int, looks: int, passes: int = 1) -> float:
-        """Returns what steps and looks take, in units of one full recovery: rows of a forward pass, a backward pass counted as two.
-
-        Args:
-            steps: Optimizer steps.
-            looks: Looks at the held-out rows. A full recovery looks every ``eval_every`` steps and at the end; the look before the first
-                step is the same for all and is not counted.
-            passes: Forward passes of every batch of a step.
-        """
-        settings = self.settings
-        row_passes = 3.0 * settings.batch * settings.accumulate
-        full = settings.steps * row_passes + -(-settings.steps // settings.eval_every) * self.held_out_rows
-        return (steps * passes * row_passes + looks * self.held_out_rows) / full
+        """Returns what steps and looks take, in units of one full recovery: see :func:`cost_of`."""
+        return cost_of(self.settings, self.held_out_rows, steps, looks, passes)
 
     def first_loss(self) -> float:
         """Returns the held-out loss of the model as it is, in nats a token."""
@@ -347,6 +337,22 @@ class _EnoughError(Exception):
 def _unchanged(*arguments: Any, **named: Any) -> Any:
     """Stands in for a layer that is left out."""
     return arguments[0] if arguments else named["hidden_states"]
+
+
+def cost_of(settings: RecoverSettings, held_out_rows: int, steps: int, looks: int, passes: int = 1) -> float:
+    """Returns what steps and looks take, in units of one full recovery: rows of a forward pass, a backward pass counted as two.
+
+    Args:
+        settings: Of a full recovery. It looks every ``eval_every`` steps and at the end; the look before the first step is the same for
+            all and is not counted.
+        held_out_rows: Of one look.
+        steps: Optimizer steps.
+        looks: Looks at the held-out rows.
+        passes: Forward passes of every batch of a step.
+    """
+    row_passes = 3.0 * settings.batch * settings.accumulate
+    full = settings.steps * row_passes + -(-settings.steps // settings.eval_every) * held_out_rows
+    return (steps * passes * row_passes + looks * held_out_rows) / full
 
 
 def _check_target(

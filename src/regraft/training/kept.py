@@ -20,7 +20,7 @@ class Progress:
 
     Attributes:
         steps: Optimizer steps taken.
-        best_nats: Lowest held-out loss where a recovery looks: before the first step, every ``eval_every`` steps and at the end.
+        best_nats: Lowest held-out loss where a recovery looks: every ``eval_every`` steps and at the end.
         tensors: What is trained and Adam's moments of it, by name, on the CPU.
     """
 

@@ -1,0 +1,78 @@
+"""``regraft allocate``: a rank for every layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from regraft.cli.options import ModelArgument, Only, SeedOption, with_settings
+from regraft.pipelines.allocate import allocate_ranks
+from regraft.plans import RankSearch
+from regraft.report.ranks import summary
+from regraft.settings import AllocateSettings, LoadSettings, RecoverSettings
+
+RECOVERY = Only(
+    (
+        "data",
+        "adapter",
+        "teacher",
+        "distill",
+        "temperature",
+        "dropout",
+        "lr",
+        "lr_ratio",
+        "steps",
+        "batch",
+        "accumulate",
+        "seq_len",
+        "packing",
+        "schedule",
+        "warmup",
+        "max_grad_norm",
+        "eval_every",
+        "held_out",
+        "held_out_windows",
+        "precision",
+    )
+)
+
+
+@with_settings
+def allocate(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="the plan to write, such as plan.json")],
+    allocate: AllocateSettings,
+    recover: Annotated[RecoverSettings, RECOVERY],
+    load: LoadSettings,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a search that was stopped, or join one in a shared storage")] = False,
+    seed: SeedOption = 0,
+) -> None:
+    """Find a LoRA rank for every layer of a pruned model, under one budget of trainable parameters."""
+    console = Console(highlight=False)
+    found = allocate_ranks(
+        model,
+        output,
+        allocate,
+        recover,
+        load=load,
+        seed=seed,
+        resume=resume,
+        say=lambda line: console.print(line, style="dim", markup=False, soft_wrap=True),
+    )
+    show(console, found)
+    console.print(f"plan written to {output}; everything else is in {output.with_suffix('.search')}", soft_wrap=True, markup=False)
+
+
+def show(console: Console, found: RankSearch) -> None:
+    """Prints the ranks and how they were found."""
+    table = Table("", "rank", "found")
+    for slot, ranks in zip(found.space.slots, found.found, strict=True):
+        table.add_row(slot.name, str(found.plan.ranks[slot.modules[0]]), str(ranks))
+    console.print(table)
+    for line in summary(found):
+        console.print(line.removeprefix("- "), soft_wrap=True, markup=False)
+    console.print(found.verdict, style="bold", soft_wrap=True, markup=False)

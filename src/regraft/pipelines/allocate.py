@@ -1,0 +1,328 @@
+"""Find a rank for every layer of a model: measure what is known of it, search, confirm, write the plan and how it was found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regraft.adapters import make_request
+from regraft.adapters.isolation import derived_seed
+from regraft.adapters.peft_kinds import lora_config
+from regraft.allocation import ALLOCATORS, ClosedForm, Learner, Ranks, Rung, Schedule, confirm, rank_plan, rank_space, winner
+from regraft.atomic import sha256_of, write_text
+from regraft.errors import InputError, OutputError
+from regraft.models.load import Loaded
+from regraft.models.load import load as load_model
+from regraft.models.view import ModelView
+from regraft.pipelines.measuring import Measuring, candidates_at_once, elastic_cost, placed
+from regraft.pipelines.recover import training_corpora
+from regraft.pipelines.run_folder import open_run
+from regraft.pipelines.slots import bare_slots, measured_slots
+from regraft.plans import Confirmation, PastSearch, RankPlan, RankSearch, RankSpace, RankTrial, from_json, to_json
+from regraft.report.ranks import to_markdown, trials_csv
+from regraft.search.contract import Job
+from regraft.search.pools import Inline, Pool, Processes
+from regraft.search.ray_pool import RayPool, import_ray
+from regraft.search.run import measure_all, open_ledger, search
+from regraft.search.sampler import AllocatorSampler
+from regraft.search.storage import open_storage
+from regraft.settings import AllocateSettings, LoadSettings, RecoverSettings
+from regraft.training.side_by_side import check_adapter
+
+Say = Callable[[str], None]
+
+RANKS, SPACE, REPORT, TRIALS, SEARCH, LORA, PAST = (
+    "ranks.json",
+    "space.json",
+    "report.md",
+    "trials.csv",
+    "search.json",
+    "lora_config.json",
+    "past_search.json",
+)
+_RECOVERIES = ".recoveries"
+_LEAST_STEPS = 1 / 64
+# Nothing of these changes what a candidate's recovery gives.
+_OF_NO_MATTER = {"rank", "ranks", "alpha", "merge", "report_to", "quiet", "data", "patience"}
+
+
+def allocate_ranks(
+    source: str | Path,
+    output: str | Path,
+    settings: AllocateSettings | None = None,
+    recover: RecoverSettings | None = None,
+    *,
+    load: LoadSettings | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    say: Say = lambda line: None,
+) -> RankSearch:
+    """Finds ranks and writes the plan.
+
+    Beside ``plan.json`` a folder ``plan.search`` holds the report, every trial, what is known of the slots, and the store of the search
+    where no other is named. Several calls with one shared storage, on one machine or on many, share one search.
+
+    Args:
+        source: A pruned model: a folder, a hub id, or ``seedling``.
+        output: File of the plan, ``.json``.
+        settings: Method, budget and how the search is run.
+        recover: Of the recovery that the ranks are for: data, steps, learning rate, teacher.
+        load: How the model is loaded.
+        seed: Of everything random.
+        resume: Go on with a search that was stopped; with none there, begin.
+        say: Called with one line for each thing a user wants to know.
+
+    Raises:
+        OutputError: The plan or its folder exists, or cannot be written.
+        StorageError: The storage is locked, corrupt or out of reach.
+        RegraftError: Anything else that the user can mend, in one line.
+    """
+    settings, recover, load = settings or AllocateSettings(), recover or RecoverSettings(), load or LoadSettings()
+    check_settings(settings, recover)
+    output = Path(output)
+    if output.suffix != ".json":
+        raise InputError(f"--output '{output}' is not the name of a JSON file; write it as {output}.json")
+    if output.exists() and not resume:
+        raise OutputError(f"output '{output}' exists; choose another --output or remove it first")
+    loaded = load_model(source, load)
+    request = Request(loaded, str(source), settings, recover, load, seed, say)
+    with open_run(output.with_suffix(".search"), request.identity(), resume=resume, say=say) as folder:
+        slots = folder.stage("slots", request.identity(), lambda partial: write_space(request, partial))
+        found = find_ranks(request, slots, folder.path, resume=resume)
+        for name, text in texts_of(found, request).items():
+            folder.write(name, text)
+        write_text(output, to_json(found.plan) + "\n")
+    return found
+
+
+def check_settings(settings: AllocateSettings, recover: RecoverSettings) -> None:
+    """Checks what needs no model.
+
+    Raises:
+        InputError: The method, the adapter or two settings together cannot work.
+        MissingDependencyError: Ray was asked for and is not installed.
+    """
+    ALLOCATORS.get(settings.method)
+    check_adapter(recover.adapter)
+    schedule_of(settings, recover)
+    if settings.confirm_seeds == 1:
+        raise InputError("--confirm-seeds 1 gives no interval; use 2 or more, or 0 to take the ranks as they are found")
+    if settings.ray is not None:
+        import_ray()
+        if settings.workers > 1:
+            raise InputError(f"--workers {settings.workers} and --ray {settings.ray} both say who measures; leave one of them out")
+
+
+def schedule_of(settings: AllocateSettings, recover: RecoverSettings) -> Schedule:
+    """Returns successive halving that begins with so many vectors and ends, within the cost, with two full recoveries.
+
+    The shortest recoveries are as long as the cost allows: half, a quarter, an eighth … of a full one; what the elastic adapter takes is
+    set aside first.
+
+    Raises:
+        InputError: The cost is too small for so many vectors or scores.
+    """
+    first, scores = 0.5, elastic_cost(recover, settings.elastic)
+    while True:
+        rungs: list[Rung] = []
+        width, fidelity = settings.trials, first
+        while fidelity < 1.0:
+            rungs.append(Rung(fidelity, width))
+            width, fidelity = max(2, -(-width // 2)), 2.0 * fidelity
+        rungs.append(Rung(1.0, 2))
+        # A survivor pays for its further steps alone.
+        steps = zip([0.0, *(rung.fidelity for rung in rungs)], rungs, strict=False)
+        cost = scores + sum((rung.fidelity - before) * rung.width for before, rung in steps)
+        if cost <= settings.cost + 1e-9:
+            return Schedule(tuple(rungs), elastic=settings.elastic, cost_limit=settings.cost)
+        if first <= _LEAST_STEPS:
+            scored = f" with --elastic {settings.elastic}" if settings.elastic else ""
+            raise InputError(
+                f"--trials {settings.trials}{scored} costs {cost:.2f} full recoveries at least, more than --cost {settings.cost:g}; "
+                "raise --cost, or lower --trials or --elastic"
+            )
+        first /= 2.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to find ranks for, and how.
+
+    Attributes:
+        loaded: The model.
+        source: Where whoever measures loads it from.
+        settings: Of the search.
+        recover: Of the recovery.
+        load: How the model is loaded.
+        seed: Of everything random.
+        say: Told what happens.
+    """
+
+    loaded: Loaded
+    source: str
+    settings: AllocateSettings
+    recover: RecoverSettings
+    load: LoadSettings
+    seed: int
+    say: Say
+
+    def identity(self) -> dict[str, Any]:
+        """Returns whatever would change the result, as plain JSON types."""
+        return {
+            "model": self.loaded.fingerprint,
+            "allocate": self.settings.decisive(),
+            "recover": self.recover.model_dump(mode="json", exclude=_OF_NO_MATTER),
+            "load": self.load.model_dump(mode="json"),
+            "data": sha256_of(self.recover.data) if self.recover.data is not None and self.recover.data.is_file() else "built in",
+            "seed": self.seed,
+        }
+
+
+def write_space(request: Request, folder: Path) -> None:
+    """Measures what is known of the slots and writes the space of the search.
+
+    Raises:
+        InputError: The budget or a rank cannot be.
+        PlanError: The method needs to know something of the slots that nothing tells.
+        DataError: There is too little text.
+    """
+    settings = request.settings
+    train, _ = training_corpora(request.recover, request.seed)
+    bare = bare_slots(ModelView(request.loaded.model), settings.granularity)
+    # Before anything is measured, so that a budget that cannot be is told at once.
+    rank_space(request.loaded.fingerprint, settings.granularity, [slot.plain() for slot in bare], settings.ranks, settings.budget)
+    slots = measured_slots(request.loaded, bare, train, settings, request.recover, seed=request.seed, say=request.say)
+    space = rank_space(request.loaded.fingerprint, settings.granularity, slots, settings.ranks, settings.budget)
+    method = ALLOCATORS.get(settings.method)
+    if isinstance(method, ClosedForm):
+        method.allocate(space)
+    write_text(folder / SPACE, to_json(space) + "\n")
+
+
+def find_ranks(request: Request, slots: Path, work: Path, *, resume: bool) -> RankSearch:
+    """Finds ranks; what is measured is kept in a folder, so that a search that was killed goes on there.
+
+    Args:
+        request: What to find.
+        slots: Where :func:`write_space` wrote.
+        work: A folder that belongs to this search alone.
+        resume: Whether a search in a shared storage is gone on with.
+    """
+    space = from_json(RankSpace, (slots / SPACE).read_bytes())
+    method = ALLOCATORS.get(request.settings.method)
+    if isinstance(method, ClosedForm):
+        ranks = method.allocate(space)
+        plan = rank_plan(space, ranks, method.name)
+        return RankSearch(plan, space, (), (), ranks, (), None, None, f"The method {method.name} decides from what is known of the layers.")
+    return _searched(request, space, method, work, resume=resume)
+
+
+def _searched(request: Request, space: RankSpace, learner: Learner, work: Path, *, resume: bool) -> RankSearch:
+    settings = request.settings
+    identity = json.dumps(request.identity(), sort_keys=True)
+    name = f"regraft-{request.loaded.fingerprint}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    sampler = AllocatorSampler(space, learner, schedule_of(settings, request.recover), request.seed)
+    storage = open_storage(settings.storage, work)
+    # A file in a folder that is locked for this process belongs to it; whether to resume was decided when the folder was opened.
+    ledger = open_ledger(storage, name, space, sampler, identity, resume=resume or not storage.shared)
+    source = str(Path(request.source).absolute()) if Path(request.source).is_dir() else request.source
+    spec = Measuring(source, request.load, placed(request.recover), to_json(space), work.absolute() / _RECOVERIES, request.seed)
+    at_once = 1
+    if settings.ray is None and settings.workers == 1:
+        at_once = candidates_at_once(ModelView(request.loaded.model), request.recover)
+
+    def told(job: Job, trial: RankTrial) -> None:
+        result = trial.note or f"{trial.loss_nats:.4f} nats"
+        share = "scored" if job.kind == "elastic" else f"{job.fidelity:.1%} of the steps"
+        request.say(f"{job.origin}: ranks {' '.join(map(str, job.ranks))}, {share}: {result}")
+
+    with _pool(request, spec) as pool:
+        pairs = search(ledger, sampler, pool, told, at_once)
+        trials = [trial for _, trial in pairs]
+        found = winner(space, trials, learner)
+        confirming = measure_all(ledger, _pairs(request, space, found), pool, told, at_once)
+    confirmation, kept, verdict = _verdict(request, space, found, confirming)
+    shutil.rmtree(work / _RECOVERIES, ignore_errors=True)
+    uniform_kept = kept != found
+    plan = rank_plan(space, kept, f"{learner.name}, uniform kept" if uniform_kept else learner.name)
+    origins = tuple(job.origin for job, _ in pairs)
+    error = learner.assess(space, trials)
+    return RankSearch(plan, space, tuple(trials), origins, found, tuple(confirming), confirmation, error, verdict)
+
+
+def _pool(request: Request, spec: Measuring) -> Pool:
+    settings = request.settings
+    if settings.ray is not None:
+        return RayPool(spec, settings.ray, gpus=1.0 if request.load.device.startswith("cuda") else 0.0)
+    return Processes(spec, settings.workers) if settings.workers > 1 else Inline(spec)
+
+
+def _pairs(request: Request, space: RankSpace, found: Ranks) -> list[Job]:
+    """Returns the measurements that confirm: found and uniform on seeds that the search has not seen; none where they are the same."""
+    uniform, share = _uniform(space), request.settings.confirm_share
+    if found == uniform:
+        return []
+    seeds = [derived_seed(request.seed, "confirm", index) % 2**31 for index in range(request.settings.confirm_seeds)]
+    return [
+        Job("confirm", 0, 2 * index + place, ranks, share, seed=seed, origin=origin)
+        for index, seed in enumerate(seeds)
+        for place, (ranks, origin) in enumerate(((uniform, "uniform"), (found, "found")))
+    ]
+
+
+def _verdict(request: Request, space: RankSpace, found: Ranks, confirming: list[RankTrial]) -> tuple[Confirmation | None, Ranks, str]:
+    """Returns the confirmation, the ranks to use, and what happened in plain words."""
+    if request.settings.confirm_seeds == 0 and found != _uniform(space):
+        return None, found, "The ranks are taken as they were found; nothing confirms that they beat uniform ranks."
+    try:
+        confirmation = confirm(space, found, confirming)
+    except InputError as error:  # recoveries diverged on all but one seed
+        return None, _uniform(space), f"Uniform ranks are kept, since nothing could be confirmed: {error}"
+    share = request.settings.confirm_share
+    short = "" if share == 1.0 or not confirming else f" Compared after {share:.0%} of a full recovery's steps."
+    return confirmation, confirmation.kept, confirmation.verdict + short
+
+
+def _uniform(space: RankSpace) -> Ranks:
+    return (space.uniform,) * len(space.slots)
+
+
+def texts_of(found: RankSearch, request: Request) -> dict[str, str]:
+    """Returns the files that tell of a search, by name."""
+    texts = {
+        RANKS: to_json(found.plan) + "\n",
+        SEARCH: to_json(found) + "\n",
+        REPORT: to_markdown(found),
+        TRIALS: trials_csv(found),
+        LORA: peft_config(request.loaded, found.plan),
+    }
+    return texts | ({PAST: _past(found, request)} if found.trials else {})
+
+
+def peft_config(loaded: Loaded, plan: RankPlan) -> str:
+    """Returns what PEFT's ``LoraConfig`` has to be given for a plan, as JSON: r, alpha, their patterns and the modules."""
+    modules = ModelView(loaded.model).adapted_modules()
+    config = lora_config(make_request(modules, RecoverSettings(ranks=plan), plan, 0), loaded.model)
+    names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+    values = {name: getattr(config, name) for name in names} | {"target_modules": sorted(config.target_modules or ())}
+    return json.dumps(values, indent=2) + "\n"
+
+
+def _past(found: RankSearch, request: Request) -> str:
+    """Returns the search as meta-learning reads it: put the file into a store."""
+    record = request.loaded.provenance
+    plan = record.plan if record is not None else None
+    past = PastSearch(
+        space=found.space,
+        trials=found.trials,
+        model=record.source if record is not None else request.loaded.source,
+        parameters=request.loaded.model.num_parameters(),
+        ratio=plan.achieved if plan is not None else 0.0,
+        settings=request.identity(),
+    )
+    return to_json(past) + "\n"

@@ -1,0 +1,107 @@
+"""The report of a search for ranks: Markdown for people, CSV for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+
+from regraft.plans import RankSearch, RankTrial
+
+_FEATURES = ("share_pruned", "importance_removed")
+
+
+def to_markdown(search: RankSearch) -> str:
+    """Returns what was chosen, how it was measured, and how sure it is."""
+    lines = [f"# Ranks by {search.plan.method}", "", f"**{search.verdict}**", ""]
+    lines += [*summary(search), ""]
+    lines += ["## Ranks", "", *_table(*_slots(search)), ""]
+    if search.trials:
+        lines += ["## What was measured", "", *_table(*_trials(search)), ""]
+    if search.confirmation is not None and search.confirming:
+        lines += ["## Confirmation", "", *_table(*_pairs(search)), ""]
+    return "\n".join(lines)
+
+
+def summary(search: RankSearch) -> Iterator[str]:
+    """Yields the figures of a search, a line each."""
+    space, plan = search.space, search.plan
+    yield (
+        f"- trainable parameters: {plan.trainable_parameters:,} of {space.budget:,} allowed "
+        f"(rank {space.uniform} everywhere: {space.uniform * sum(slot.parameters_per_rank for slot in space.slots):,})"
+    )
+    if search.trials:
+        failed = sum(trial.loss_nats is None for trial in search.trials)
+        yield f"- measured: {len(search.trials)} times, {failed} of them failed; cost {search.search_cost:.2f} full recoveries"
+    if search.error is not None:
+        error = search.error
+        yield (
+            f"- performance model, cross-validated on {error.trials} trials in {error.folds} parts: R² {error.r2:.2f}, "
+            f"RMSE {error.rmse_nats:.4f} nats, rank correlation {error.rank_correlation:.2f}"
+        )
+    elif search.trials:
+        yield "- performance model: too few trials to cross-validate it"
+    if search.confirming:
+        yield f"- confirmed by {len(search.confirming)} recoveries on fresh seeds; cost {search.confirming_cost:.2f} full recoveries"
+
+
+def trials_csv(search: RankSearch) -> str:
+    """Returns every measurement, those of the search and those that confirm, one a line."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(
+        ["phase", "origin", "kind", "fidelity", "seed", "loss_nats", "cost", "note", *(slot.name for slot in search.space.slots)]
+    )
+    for trial, origin in zip(search.trials, search.origins, strict=True):
+        writer.writerow(["search", origin, *_cells(trial)])
+    for trial in search.confirming:
+        writer.writerow(["confirm", "winner" if trial.ranks == search.found else "uniform", *_cells(trial)])
+    return stream.getvalue()
+
+
+def _cells(trial: RankTrial) -> list[object]:
+    loss = "" if trial.loss_nats is None else repr(trial.loss_nats)
+    return [trial.kind, trial.fidelity, trial.seed, loss, trial.cost, trial.note, *trial.ranks]
+
+
+def _slots(search: RankSearch) -> tuple[list[str], list[list[str]]]:
+    slots = search.space.slots
+    known = [name for name in _FEATURES if name in slots[0].features]
+    rows = [
+        [slot.name, str(search.plan.ranks[slot.modules[0]]), str(found), *(f"{slot.features[name]:.4g}" for name in known)]
+        for slot, found in zip(slots, search.found, strict=True)
+    ]
+    return ["", "rank", "found", *(name.replace("_", " ") for name in known)], rows
+
+
+def _trials(search: RankSearch) -> tuple[list[str], list[list[str]]]:
+    base = {
+        (trial.kind, trial.fidelity, trial.seed): trial.loss_nats
+        for trial in search.trials
+        if trial.ranks == (search.space.uniform,) * len(search.space.slots)
+    }
+    rows: list[list[str]] = []
+    for trial, origin in zip(search.trials, search.origins, strict=True):
+        uniform = base.get((trial.kind, trial.fidelity, trial.seed))
+        gain = "" if uniform is None or trial.loss_nats is None else f"{uniform - trial.loss_nats:+.5f}"
+        loss = trial.note if trial.loss_nats is None else f"{trial.loss_nats:.5f}"
+        share = "elastic" if trial.kind == "elastic" else f"{trial.fidelity:.1%}"
+        rows.append([origin, " ".join(map(str, trial.ranks)), share, loss, gain, f"{trial.cost:.3f}"])
+    return ["origin", "ranks", "steps", "held-out loss, nats", "gain over uniform", "cost"], rows
+
+
+def _pairs(search: RankSearch) -> tuple[list[str], list[list[str]]]:
+    losses = {(trial.seed, trial.ranks): trial.loss_nats for trial in search.confirming}
+    uniform = (search.space.uniform,) * len(search.space.slots)
+    rows: list[list[str]] = []
+    for number, seed in enumerate(dict.fromkeys(trial.seed for trial in search.confirming), start=1):
+        pair = losses.get((seed, uniform)), losses.get((seed, search.found))
+        cells = ["failed" if loss is None else f"{loss:.5f}" for loss in pair]
+        gain = "" if pair[0] is None or pair[1] is None else f"{pair[0] - pair[1]:+.5f}"
+        rows.append([str(number), *cells, gain])
+    return ["seed", "uniform, nats", "found, nats", "gain"], rows
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(heading)} |", "|" + "---|" * len(heading)]
+    return [*lines, *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)]

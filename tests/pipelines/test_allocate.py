@@ -1,0 +1,289 @@
+"""``regraft allocate`` on a tiny pruned model: what it writes, that it goes on where it stopped, and what it refuses in one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from conftest import SIZES, random_model
+from folders import tiny_tokenizer
+from regraft.allocation.meta import read_store
+from regraft.cli.app import run
+from regraft.errors import TrainingError
+from regraft.pipelines import measuring
+from regraft.pipelines.allocate import allocate_ranks, schedule_of
+from regraft.pipelines.measuring import Measuring, elastic_cost
+from regraft.plans import RankPlan, RankSearch, RankTrial, from_json
+from regraft.search.contract import Job
+from regraft.settings import AllocateSettings, RecoverSettings
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+TEXT = " ".join(f"The {n % 7} quick brown foxes jump over the {n % 11} lazy dogs." for n in range(300))
+RECOVERY = ["--steps", "4", "--batch", "2", "--seq-len", "16", "--held-out", "0.2", "--held-out-windows", "4", "--lr", "0.01"]
+SEARCH = ["--ranks", "1,2,3", "--budget", "r=2", "--trials", "4", "--cost", "5", "--samples", "4", "--confirm-seeds", "2"]
+SMALL = [*SEARCH, "--confirm-share", "0.5", "--elastic", "0", *RECOVERY]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, the same pruned unevenly, and a text."""
+    path = tmp_path_factory.mktemp("allocate")
+    random_model().save_pretrained(path / "dense")
+    tiny_tokenizer().save_pretrained(path / "dense")
+    (path / "text.txt").write_text(TEXT, encoding="utf-8")
+    ways = ["--criterion", "l2", "--select", "global", "--shape", "per-layer", "--reconstruct", "none", "--align", "1"]
+    assert run(["prune", str(path / "dense"), "--ratio", "0.2", *ways, "--output", str(path / "pruned")]) == 0
+    return path
+
+
+def allocate(folder: Path, plan: Path, *more: str, model: str = "pruned") -> int:
+    return run(["allocate", str(folder / model), "--data", str(folder / "text.txt"), "--output", str(plan), *SMALL, *more])
+
+
+def trials_of(plan: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((plan.with_suffix(".search") / "trials.csv").read_text(encoding="utf-8").splitlines()))
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plan of one whole search."""
+    plan = tmp_path_factory.mktemp("found") / "plan.json"
+    assert allocate(folder, plan) == 0
+    return plan
+
+
+def test_the_plan_holds_the_budget_and_is_what_peft_trains(folder: Path, found: Path, tmp_path: Path) -> None:
+    plan = from_json(RankPlan, found.read_bytes())
+    model = AutoModelForCausalLM.from_pretrained(folder / "pruned", trust_remote_code=True)
+    shapes = {name: module.weight.shape for name, module in model.named_modules() if name in plan.ranks}
+    assert len(shapes) == 7 * 3
+    spent = sum(plan.ranks[name] * sum(shape) for name, shape in shapes.items())
+    assert spent == plan.trainable_parameters <= 2 * sum(sum(shape) for shape in shapes.values())
+    values = json.loads((found.with_suffix(".search") / "lora_config.json").read_text())
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **values))
+    assert adapted.get_nb_trainable_parameters()[0] == spent
+    ways = ["--ranks", str(found), "--teacher", str(folder / "dense"), "--data", str(folder / "text.txt"), "--no-merge", "--quiet"]
+    assert run(["recover", str(folder / "pruned"), "--output", str(tmp_path / "out"), *ways, *RECOVERY]) == 0
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    ranks = {name: saved["rank_pattern"].get(name, saved["r"]) for name in plan.ranks}
+    assert ranks == dict(plan.ranks)
+    assert {name: saved["alpha_pattern"].get(name, saved["lora_alpha"]) / rank for name, rank in ranks.items()} == dict.fromkeys(ranks, 2)
+
+
+def test_the_folder_tells_the_whole_search(found: Path) -> None:
+    beside = found.with_suffix(".search")
+    search = from_json(RankSearch, (beside / "search.json").read_bytes())
+    assert [row["origin"] for row in trials_of(found)][:1] == ["uniform"]
+    assert len(trials_of(found)) == len(search.trials) + len(search.confirming)
+    assert search.search_cost <= 5
+    report = (beside / "report.md").read_text()
+    assert search.verdict in report
+    assert all(slot.name in report for slot in search.space.slots)
+    assert search.space.slots[0].features.keys() >= {"share_pruned", "importance_removed", "gradient_energy@3", "eva@1"}
+    (past,) = read_store_of(beside / "past_search.json")
+    assert past.trials == search.trials
+    assert past.ratio == pytest.approx(0.2, abs=0.02)
+
+
+def read_store_of(path: Path) -> Sequence[Any]:
+    store = path.parent / "store"
+    store.mkdir(exist_ok=True)
+    shutil.copy(path, store)
+    return read_store(store)
+
+
+def test_share_pruned_is_counted_from_the_shapes(folder: Path, found: Path) -> None:
+    search = from_json(RankSearch, (found.with_suffix(".search") / "search.json").read_bytes())
+    before, after = (AutoModelForCausalLM.from_pretrained(folder / name, trust_remote_code=True) for name in ("dense", "pruned"))
+    for slot in search.space.slots:
+        sizes = [sum(dict(model.named_modules())[name].weight.numel() for name in slot.modules) for model in (before, after)]
+        assert slot.features["share_pruned"] == pytest.approx(1 - sizes[1] / sizes[0])
+
+
+def test_a_search_that_was_stopped_goes_on_to_the_same_answer(
+    folder: Path, found: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, counted = measuring.OpenMeasure.__call__, list[Job]()
+
+    def until_the_second_round(self: Any, jobs: Sequence[Job]) -> Sequence[RankTrial]:
+        if len(counted) >= 4:
+            raise KeyboardInterrupt
+        counted.extend(jobs)
+        return measure(self, jobs)
+
+    plan = tmp_path / "plan.json"
+    monkeypatch.setattr(measuring.OpenMeasure, "__call__", until_the_second_round)
+    assert allocate(folder, plan) == 130
+    assert not plan.exists()
+    done = len(counted)
+
+    def counting(self: Any, jobs: Sequence[Job]) -> Sequence[RankTrial]:
+        counted.extend(jobs)
+        return measure(self, jobs)
+
+    monkeypatch.setattr(measuring.OpenMeasure, "__call__", counting)
+    assert allocate(folder, plan) == 2, "an unfinished search is not gone on with by accident"
+    assert len(counted) == done
+    assert allocate(folder, plan, "--resume") == 0
+    assert plan.read_bytes() == found.read_bytes()
+    assert trials_of(plan) == trials_of(found)
+    assert sorted(job.key for job in counted) == sorted({job.key for job in counted}), "nothing is measured twice"
+    assert allocate(folder, plan, "--resume") == 0
+    assert len(counted) == len(trials_of(found))
+
+
+@pytest.mark.parametrize("method", ["uniform", "proportional", "gradient", "eva", "adalora"])
+def test_closed_forms_measure_nothing_and_hold_the_budget(folder: Path, tmp_path: Path, method: str) -> None:
+    plan = tmp_path / "plan.json"
+    assert allocate(folder, plan, "--method", method, "--granularity", "module") == 0
+    search = from_json(RankSearch, (tmp_path / "plan.search" / "search.json").read_bytes())
+    assert search.plan == from_json(RankPlan, plan.read_bytes())
+    assert search.trials == ()
+    assert len(search.space.slots) == 21
+    assert search.plan.trainable_parameters <= search.space.budget
+    assert (set(search.plan.ranks.values()) == {2}) == (method == "uniform")
+
+
+class Planted:
+    """Measures by formula: the first slot gains by rank, the others do not; with noise, of a size that one seed has in common or not."""
+
+    def __init__(self, gain_nats: float, noise_nats: float) -> None:
+        self.gain, self.noise = gain_nats, noise_nats
+
+    def __call__(self, jobs: Sequence[Job]) -> list[RankTrial]:
+        return [RankTrial(job.ranks, self._loss(job), job.fidelity, job.fidelity / 2, job.kind, job.seed) for job in jobs]
+
+    def _loss(self, job: Job) -> float:
+        key = [job.seed, round(64 * job.fidelity), *job.ranks]
+        return 3.0 - self.gain * job.ranks[0] + self.noise * float(np.random.default_rng(key).standard_normal())
+
+
+def planted_search(folder: Path, plan: Path, monkeypatch: pytest.MonkeyPatch, gain: float, noise: float) -> RankSearch:
+    monkeypatch.setattr(Measuring, "open", lambda self, threads=None: Planted(gain, noise))
+    recover = RecoverSettings(data=folder / "text.txt", held_out=0.2, seq_len=16)
+    return allocate_ranks(folder / "pruned", plan, AllocateSettings(ranks=(1, 2, 3), budget="r=2", trials=6, samples=4, elastic=0), recover)
+
+
+def test_a_planted_gain_is_found_and_confirmed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = planted_search(folder, tmp_path / "plan.json", monkeypatch, gain=0.1, noise=0.002)
+    assert search.found[0] == 3
+    assert search.confirmation is not None
+    assert search.confirmation.low_nats > 0
+    assert search.plan.ranks["model.layers.0.mlp.up_proj"] == 3
+    assert "beat uniform" in search.verdict
+
+
+def test_noise_alone_leaves_uniform(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = planted_search(folder, tmp_path / "plan.json", monkeypatch, gain=0.0, noise=0.01)
+    assert set(search.plan.ranks.values()) == {2}
+    assert "uniform is kept" in search.verdict
+
+
+def test_a_candidate_that_fails_is_written_down(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = measuring.OpenMeasure.__call__
+
+    def fails(self: Any, jobs: Sequence[Job]) -> Sequence[RankTrial]:
+        if any(job.origin == "gradient" for job in jobs):
+            raise TrainingError("the training loss became nan at step 2")
+        return measure(self, jobs)
+
+    monkeypatch.setattr(measuring.OpenMeasure, "__call__", fails)
+    assert allocate(folder, tmp_path / "plan.json", "--confirm-seeds", "0") == 0
+    rows = trials_of(tmp_path / "plan.json")
+    failed = [row for row in rows if not row["loss_nats"]]
+    assert [(row["origin"], row["note"]) for row in failed] == [("gradient", "the training loss became nan at step 2")]
+    assert max(float(row["fidelity"]) for row in rows) == 1.0
+
+
+def test_the_schedule_sets_the_elastic_adapter_aside() -> None:
+    recover = RecoverSettings(steps=100, batch=4, held_out_windows=30, eval_every=100)
+    # Half of the steps with two vectors each: one full recovery's rows; a score is 30 rows of 100 * 4 * 3 + 30.
+    assert elastic_cost(recover, 10) == pytest.approx((50 * 2 * 12 + 10 * 30) / 1230)
+    for elastic in (0, 10):
+        schedule = schedule_of(AllocateSettings(trials=8, elastic=elastic, cost=4.0), recover)
+        paid, before = elastic_cost(recover, elastic), 0.0
+        for rung in schedule.rungs:
+            paid, before = paid + (rung.fidelity - before) * rung.width, rung.fidelity
+        assert paid <= 4.0
+        assert schedule.rungs[-1].fidelity == 1.0
+
+
+def vocabulary(folder: Path, at: Path) -> list[str]:
+    LlamaForCausalLM(LlamaConfig(**(SIZES | {"vocab_size": 80}))).save_pretrained(at / "other")
+    tiny_tokenizer(80).save_pretrained(at / "other")
+    return ["--teacher", str(at / "other")]
+
+
+def corrupt(folder: Path, at: Path) -> list[str]:
+    (at / "trials.db").write_text("this is no database")
+    return ["--storage", f"sqlite:///{at / 'trials.db'}"]
+
+
+def short_text(folder: Path, at: Path) -> list[str]:
+    (at / "short.txt").write_text("The quick brown fox jumps over it.")
+    return ["--data", str(at / "short.txt")]
+
+
+def there_already(folder: Path, at: Path) -> list[str]:
+    (at / "plan.json").write_text("{}")
+    return []
+
+
+BAD: list[tuple[list[str] | Callable[[Path, Path], list[str]], str]] = [
+    (["--budget", "100"], r"budget 100 is below the smallest plan, rank 1 everywhere, .*; raise --budget"),
+    (["--budget", "99999999"], r"is not below the largest plan.*lower --budget"),
+    (["--budget", "lots"], r"neither r=RANK nor a number"),
+    (["--budget", "r=5"], r"5 is not among the ranks 1,2,3; add it to --ranks"),
+    (["--ranks", "2,900"], r"rank 900 is above what any module can hold .*take it out of --ranks"),
+    (["--method", "rankadapter"], r"rankadapter.*did you mean.*rankadaptor"),
+    (["--adapter", "nola"], r"nola"),
+    (["--trials", "500"], r"--trials 500 costs .* more than --cost 5; raise --cost"),
+    (["--confirm-seeds", "1"], r"gives no interval"),
+    (["--workers", "2", "--ray", "local"], r"leave one of them out"),
+    (["--storage", "nonsense"], r"not the URL of a known database"),
+    (["--output", "plan.yaml"], r"not the name of a JSON file"),
+    (["--seq-len", "4000"], r"4000"),
+    (there_already, r"plan\.json' exists; choose another --output"),
+    (short_text, r"fewer|too (short|little)|tokens"),
+    (vocabulary, r"vocabulary"),
+    (corrupt, r"corrupt or not an SQLite file"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), BAD, ids=[said[:24] for _, said in BAD])
+def test_bad_input_is_one_line_and_writes_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, said: str
+) -> None:
+    more = change(folder, tmp_path) if callable(change) else change
+    there = {path.name for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    assert allocate(folder, tmp_path / "plan.json", *more) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert "\n" not in error
+    assert re.search(said, error), error
+    assert {path.name for path in tmp_path.iterdir()} - {"plan.search"} == there
+
+
+def test_a_plan_for_other_shapes_is_refused(folder: Path, found: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LlamaForCausalLM(LlamaConfig(**(SIZES | {"num_hidden_layers": 2}))).save_pretrained(tmp_path / "two")
+    tiny_tokenizer().save_pretrained(tmp_path / "two")
+    assert run(["recover", str(tmp_path / "two"), "--ranks", str(found), "--output", str(tmp_path / "out"), *RECOVERY]) == 2
+    assert "model.layers.2" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_learning_rate_that_breaks_every_candidate_is_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert allocate(folder, tmp_path / "plan.json", "--lr", "1e30") == 2
+    assert "every trial failed; see their notes, and try a lower learning rate" in capsys.readouterr().err
