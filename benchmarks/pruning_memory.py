@@ -285,7 +285,7 @@ def draw(path: Path) -> None:
         "dropped from the page cache. The floor of arithmetic is the operations of the passes (forward, forward again, backward: 8 for "
         "each weight of a layer and each token) over the speed of one large product, measured right after.",
         "",
-        "| model | parameters | how | peak memory, GB | time, s | read / written, GB | floor of in- and output, s | operations, TFLOP "
+        "| model | parameters | how | peak memory, GB | time (of processors), s | read / written, GB | floor of in- and output, s | operations, TFLOP "
         "| floor of arithmetic, s | load before |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -294,7 +294,7 @@ def draw(path: Path) -> None:
         text = f"{row['samples']} x {row['seq_len']} tokens"
         lines.append(
             f"| {row['shape']}, {float(row['checkpoint_gb']):.2f} GB | {int(row['parameters']):,} | {row['way']}, {text} "
-            f"| {float(row['peak_rss_gb']):.2f} ({float(row['kernel_peak_gb']):.2f}) | {float(row['seconds']):.0f} "
+            f"| {float(row['peak_rss_gb']):.2f} ({float(row['kernel_peak_gb']):.2f}) | {float(row['seconds']):.0f} ({float(row['cpu_seconds']):.0f}) "
             f"| {float(row['read_gb']):.1f} / {float(row['written_gb']):.1f} | {float(row['io_floor_seconds']):.0f} "
             f"| {float(row['tera_flop']):.1f} | {arithmetic:.0f} | {float(row['load']):.1f} |"
         )
