@@ -101,7 +101,7 @@ class PruneSettings(Settings):
     reconstruct: Literal["auto", "divergence", "least_squares", "mean", "none"] = Field(
         default="auto",
         description="re-fit what reads the pruned channels; divergence: least squares, then to the dense model's predictions; "
-        "auto: divergence, or least_squares with --memory, or none for criteria without text",
+        "auto: divergence, or least_squares with --memory and for large models, or none for criteria without text",
     )
     budget: Literal["parameters", "bytes", "milliseconds"] = Field(default="parameters", description="what the ratio is a share of")
     rounds: Positive = Field(default=1, description="prune in this many steps, with scores taken anew")

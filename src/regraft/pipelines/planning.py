@@ -23,9 +23,12 @@ from regraft.selection.budget import check_possible
 from regraft.settings import CALIBRATION_TOKENS, PruneSettings, Target
 from regraft.surgery.cut import layers_after
 from regraft.surgery.damage import measure_curves
+from regraft.surgery.divergence import refitting_bytes
 
 Say = Callable[[str], None]
 Reconstruct = Literal["divergence", "least_squares", "mean"]
+# Re-fitting to the dense model's predictions is the default up to here, which is about half a billion parameters.
+MOST_REFITTING_BYTES = 8_000_000_000
 # Where the word on the command line is not that of the groups.
 KIND_OF: dict[Target, GroupKind] = {
     "heads": "heads",
@@ -57,10 +60,15 @@ class Way:
     notes: tuple[str, ...] = field(default=())
 
 
-def resolve(settings: PruneSettings) -> Way:
+def resolve(settings: PruneSettings, view: ModelView | None = None) -> Way:
     """Decides what "auto" means: criteria without text stay without text, everything else takes the best there is.
 
-    Under a bound of memory the best there is leaves out what has to run the whole model many times over.
+    Under a bound of memory the best there is leaves out what has to run the whole model many times over, and for a large model what
+    takes much more memory than the model.
+
+    Args:
+        settings: What was asked for.
+        view: The model, once it is loaded.
 
     Raises:
         InputError: The criterion is unknown, or the budget needs a selector that was not chosen, or --memory rules something out.
@@ -79,14 +87,24 @@ def resolve(settings: PruneSettings) -> Way:
         raise InputError(f"--budget {settings.budget} is only known to the knapsack; use --select knapsack (now {chosen})")
     if settings.memory is not None:
         _refuse_with_memory(settings, chosen)
-    reconstruct = reconstruct_of(settings)
+    reconstruct = reconstruct_of(settings, view)
+    if view is not None and reconstruct != reconstruct_of(settings):
+        needed = refitting_bytes(view)
+        notes += (
+            f"reconstruct: least_squares; to re-fit a model of this size to its predictions as well takes {needed / 1e9:.0f} GB more "
+            "(--reconstruct divergence)",
+        )
     depth = "removal" if settings.depth == "auto" else settings.depth
     whole = bool(set(kinds_wanted(settings)) & set(WHOLE))
     return Way(chosen, reconstruct, with_text or chosen == "knapsack" or reconstruct is not None or whole, depth, notes)
 
 
-def reconstruct_of(settings: PruneSettings) -> Reconstruct | None:
+def reconstruct_of(settings: PruneSettings, view: ModelView | None = None) -> Reconstruct | None:
     """Decides how reading projections are re-fitted.
+
+    Args:
+        settings: What was asked for.
+        view: The model, once it is loaded; unless it was asked for, a large one is not re-fitted to its predictions.
 
     Raises:
         InputError: It takes the whole model, and there is a bound of memory.
@@ -94,7 +112,8 @@ def reconstruct_of(settings: PruneSettings) -> Reconstruct | None:
     method = settings.reconstruct
     if method == "auto":
         with_text = CRITERIA.get(settings.criterion).needs_text
-        method = ("divergence" if settings.memory is None else "least_squares") if with_text else "none"
+        affordable = settings.memory is None and (view is None or refitting_bytes(view) <= MOST_REFITTING_BYTES)
+        method = ("divergence" if affordable else "least_squares") if with_text else "none"
     if method == "divergence" and settings.memory is not None:
         raise InputError(
             "--reconstruct divergence runs the whole model many times over, which --memory leaves no room for; "

@@ -99,10 +99,7 @@ def prune(
         RegraftError: Anything that the user can mend, in one line.
     """
     settings = settings or PruneSettings()
-    way = resolve(settings)
-    # What "auto" means here depends on --memory; a record that is replayed elsewhere has to say it.
-    settings = settings.model_copy(update={"reconstruct": way.reconstruct or "none"})
-    request = Request(source, output, settings, way, load_settings or LoadSettings(), seed, None, command, say)
+    request = Request(source, output, settings, resolve(settings), load_settings or LoadSettings(), seed, None, command, say)
     return _carry_out(request, dry_run=dry_run)
 
 
@@ -151,18 +148,27 @@ def _carry_out(request: Request, *, dry_run: bool) -> PruneResult:
     if settings.memory is not None:
         if output is None and not dry_run:
             raise InputError("--memory keeps the pruned model on disk; say where with --output")
-        done = prune_streamed(replace(request, output=None if dry_run else output))
+        done = prune_streamed(replace(_decided(request), output=None if dry_run else output))
         return PruneResult(done.plan, None, done.loaded, done.groups, done.notes)
     loaded = load(request.source, request.load_settings)
+    if request.plan is None:
+        request = replace(request, way=resolve(settings, ModelView(loaded.model)))
+    settings = _decided(request).settings
     groups = discover(loaded.model, kinds_wanted(settings, request.plan))
     plan = request.plan or plan_pruning(loaded, groups, settings, request.seed, say)
     check_plan(groups, plan)
+    notes = request.way.notes if request.plan is None else ()
     if dry_run:
-        return PruneResult(plan, None, loaded, groups)
-    model = cut_to_plan(loaded, groups, plan, settings, request.seed)
+        return PruneResult(plan, None, loaded, groups, notes)
+    model = cut_to_plan(loaded, groups, plan, settings, request.seed, say)
     if output is not None:
         save_pruned(model, loaded, plan, Path(output), settings, seed=request.seed, command=request.command)
-    return PruneResult(plan, model, loaded, groups)
+    return PruneResult(plan, model, loaded, groups, notes)
+
+
+def _decided(request: Request) -> Request:
+    """Writes into the settings how it is re-fitted: "auto" depends on --memory and on the model, a record is replayed elsewhere."""
+    return replace(request, settings=request.settings.model_copy(update={"reconstruct": request.way.reconstruct or "none"}))
 
 
 def plan_pruning(loaded: Loaded, groups: Groups, settings: PruneSettings, seed: int, say: Say = lambda line: None) -> PrunePlan:
@@ -174,7 +180,7 @@ def plan_pruning(loaded: Loaded, groups: Groups, settings: PruneSettings, seed: 
         InputError: A name is unknown or the ratio cannot be met.
         DataError: The calibration text cannot be used.
     """
-    way = resolve(settings)
+    way = resolve(settings, ModelView(loaded.model))
     if settings.memory is not None:
         raise InputError("--memory is for models that are not loaded; leave it out here")
     budget = budget_of(groups, settings)
@@ -197,20 +203,22 @@ def plan_pruning(loaded: Loaded, groups: Groups, settings: PruneSettings, seed: 
     return replace(plan, ratio=settings.ratio, made_with=planning.made_with())
 
 
-def cut_to_plan(loaded: Loaded, groups: Groups, plan: PrunePlan, settings: PruneSettings, seed: int) -> PreTrainedModel:
+def cut_to_plan(
+    loaded: Loaded, groups: Groups, plan: PrunePlan, settings: PruneSettings, seed: int, say: Say = lambda line: None
+) -> PreTrainedModel:
     """Returns the pruned model: what reads the pruned channels is re-fitted, then everything is cut.
 
     Raises:
         PlanError: The plan does not fit the model, or was made with other calibration text than the settings name.
     """
     check_plan(groups, plan)
-    way = resolve(settings)
+    way = resolve(settings, ModelView(loaded.model))
     windows = calibration(loaded, settings, seed) if way.reconstruct is not None else None
     check_text(plan, windows)
     model = _cut(ModelView(loaded.model), groups, plan, windows, way)
     if way.reconstruct == "divergence":
         assert windows is not None
-        lessen_divergence(ModelView(model), loaded.model, windows, seed=seed)
+        lessen_divergence(ModelView(model), loaded.model, windows, seed=seed, say=say)
     return model
 
 

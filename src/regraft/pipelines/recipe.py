@@ -232,7 +232,7 @@ def _prune_contradictions(prune: PruneSettings) -> Iterator[str]:
             "regraft prune --memory"
         )
     if not prune.targets:
-        yield "prune.targets: names nothing to prune; use heads, ffn or both"
+        yield "prune.targets: names nothing to prune; use heads, ffn or others"
     try:
         CRITERIA.get(prune.criterion)
     except RegraftError as error:

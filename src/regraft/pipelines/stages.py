@@ -103,7 +103,7 @@ class Stages:
             assert dense is not None
             kept = settings if settings.cache is not None else settings.model_copy(update={"cache": self._folder.path / SCORES})
             plan = plan_pruning(dense, self._groups, kept, seed, self._progress)
-            model = cut_to_plan(dense, self._groups, plan, settings, seed)
+            model = cut_to_plan(dense, self._groups, plan, settings, seed, self._progress)
             save_pruned(model, dense, plan, folder, settings, seed=seed, command=self._command, replace=True)
             write_text(folder / PLAN, to_json(plan) + "\n")
 

@@ -90,6 +90,20 @@ def lessen_divergence(
     return found
 
 
+def refitting_bytes(view: ModelView) -> int:
+    """Returns what :func:`lessen_divergence` needs beside both models.
+
+    For each reading projection: the second moments of its inputs and of the gradients in its outputs, a gradient and a direction, all in
+    float64, and two copies of the weight.
+    """
+    total = 0
+    for reader in reading_projections(view).values():
+        weight = _weight(reader)
+        rows, columns = weight.shape
+        total += 8 * (rows * rows + columns * columns + 2 * rows * columns) + 2 * weight.element_size() * rows * columns
+    return total
+
+
 def reading_projections(view: ModelView) -> dict[str, nn.Module]:
     """Returns the projections that read heads or feed-forward channels, by full name, in the order of the layers."""
     found: dict[str, nn.Module] = {}

@@ -14,6 +14,7 @@ from folders import provenance, tiny_tokenizer
 from regraft.cli.app import run
 from regraft.errors import InputError, OutputError, PlanError
 from regraft.models.save import save
+from regraft.pipelines import planning
 from regraft.pipelines.plan_files import plan_path, read_plan, write_plan
 from regraft.pipelines.prune import prune, replay
 from regraft.plans import Cut, PrunePlan, from_json
@@ -164,3 +165,13 @@ def test_the_record_of_a_model_that_was_not_pruned_is_no_plan(folder, tmp_path, 
     save(make_model("llama"), None, tmp_path / "saved", provenance(), "# card")
     with pytest.raises(InputError, match="was not pruned"):
         read_plan(tmp_path / "saved")
+
+
+def test_a_large_model_is_not_re_fitted_to_its_predictions_unless_it_is_asked_for(folder, monkeypatch):
+    monkeypatch.setattr(planning, "MOST_REFITTING_BYTES", 1000)
+    large = prune(folder, None, settings(folder), dry_run=True)
+    assert large.plan.made_with["settings"]["reconstruct"] == "least_squares"
+    assert any("takes 0 GB more (--reconstruct divergence)" in note for note in large.notes)
+    asked = prune(folder, None, settings(folder, reconstruct="divergence"), dry_run=True)
+    assert asked.plan.made_with["settings"]["reconstruct"] == "divergence"
+    assert not asked.notes

@@ -10,7 +10,7 @@ from regraft.models.view import ModelView
 from regraft.plans import Cut, PrunePlan
 from regraft.surgery.compensate import compensate
 from regraft.surgery.cut import cut
-from regraft.surgery.divergence import lessen_divergence, reading_projections
+from regraft.surgery.divergence import lessen_divergence, reading_projections, refitting_bytes
 
 WINDOWS = torch.randint(3, 97, (48, 24), generator=torch.Generator().manual_seed(5))
 UNSEEN = torch.randint(3, 97, (16, 24), generator=torch.Generator().manual_seed(6))
@@ -53,6 +53,43 @@ def test_unseen_text_diverges_less_than_after_least_squares(make_model, family):
     assert changed <= {f"{name}.weight" for name in readers}
     assert all(torch.equal(value, dense_before[name]) for name, value in dense.state_dict().items())
     assert not any(parameter.grad is not None for parameter in pruned.parameters())
+
+
+@pytest.mark.parametrize(
+    "family", ["phi3", "gemma2", "olmo2", "gpt_neox", "opt", "bloom", "falcon-grouped", "starcoder2", "stablelm", "qwen3"]
+)
+def test_no_family_gets_worse(make_model, family):
+    """On the windows that judge, by the definition, however few steps and windows there are."""
+    dense = make_model(family)
+    pruned = half_of_ffn(dense)
+    before = divergence(dense, pruned, WINDOWS[6:8])
+    found = lessen_divergence(ModelView(pruned), dense, WINDOWS[:8], steps=1)
+    assert found[0] == pytest.approx(before, rel=1e-3, abs=1e-7)
+    assert found[-1] <= found[0]
+    assert divergence(dense, pruned, WINDOWS[6:8]) == pytest.approx(found[-1], rel=1e-3, abs=1e-7)
+
+
+def test_half_precision_and_tied_embeddings(make_model):
+    """Weights are written in their dtype before they are judged, so that what is promised is what is kept."""
+    dense = make_model("llama", tie_word_embeddings=True)
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(2.0)
+    dense = dense.to(torch.bfloat16)
+    pruned = half_of_ffn(dense)
+    found = lessen_divergence(ModelView(pruned), dense, WINDOWS)
+    assert {parameter.dtype for parameter in pruned.parameters()} == {torch.bfloat16}
+    assert pruned.lm_head.weight is pruned.model.embed_tokens.weight
+    assert torch.equal(pruned.lm_head.weight, dense.lm_head.weight)
+    assert found[-1] < found[0]
+    assert divergence(dense, pruned, WINDOWS[-12:]) == pytest.approx(found[-1], rel=1e-3)
+
+
+def test_the_memory_that_it_takes_is_that_of_its_matrices(make_model):
+    """Three layers; the output projection is 48 by 48, the down projection 48 by 64, in float32."""
+    per_layer = 8 * (2 * 48**2 + 2 * 48 * 48) + 8 * 48 * 48 + 8 * (48**2 + 64**2 + 2 * 48 * 64) + 8 * 48 * 64
+    assert refitting_bytes(ModelView(make_model("llama"))) == 3 * per_layer
 
 
 def test_a_model_that_agrees_already_is_left_as_it_is(make_model):
