@@ -194,6 +194,7 @@ class RecoverSettings(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="number type of the products; auto: bfloat16 on a GPU that has it, else float32"
     )
+    load_in_4bit: bool = Field(default=False, description="hold the frozen weights in 4 bits (NF4) while training; needs bitsandbytes")
     gradient_checkpointing: bool = Field(default=False, description="keep no activations inside layers; slower, in less memory")
     merge: bool = Field(default=True, description="fold the adapter into the weights; otherwise it is kept beside them")
     report_to: tuple[str, ...] = Field(default=(), description="trackers, as in the Hugging Face Trainer")
@@ -218,7 +219,10 @@ class RecoverSettings(Settings):
 class AllocateSettings(Settings):
     """How a rank is found for every layer (RankAdaptor, arXiv 2406.15734, made to hold what it says)."""
 
-    method: str = Field(default="rankadaptor", description="uniform, proportional, gradient, eva, adalora, bayes or rankadaptor")
+    method: str = Field(
+        default="rankadaptor",
+        description="uniform, proportional, gradient, eva, adalora, bayes, bayes-tpe, rankadaptor or rankadaptor-paper",
+    )
     budget: str = Field(default="r=8", description="most trainable parameters: a number, or r=RANK for what that rank costs everywhere")
     granularity: Literal["layer", "module"] = Field(default="layer", description="what gets a rank of its own")
     ranks: tuple[Positive, ...] = Field(default=(2, 4, 6, 8, 10, 12), description="the ranks to choose from")

@@ -87,6 +87,8 @@ def _show_result(console: Console, result: RunResult) -> None:
     console.print(caption(report.measurements), style="dim", markup=False)
     if speed_note(report.measurements):
         console.print(speed_note(report.measurements), style="dim", markup=False)
+    if report.ranks is not None:
+        console.print(report.ranks.verdict, markup=False)
     won = won_back(report.measurements)
     if won is not None:
         console.print(won.sentence(), style="bold", markup=False)

@@ -1,8 +1,8 @@
 """A recipe: which model, what is cut, how it is won back, what is measured; checked whole before anything is computed.
 
 A recipe is a YAML file whose sections are those of :mod:`regraft.settings`. A section that is left out is a stage that is left
-out (``prune``, ``recover``, ``sample``) or keeps its defaults (``load``, ``evaluate``); ``prune: {}`` asks for the stage with its
-defaults. Relative paths, in the file and in overrides, are relative to the current directory.
+out (``prune``, ``allocate``, ``recover``, ``sample``) or keeps its defaults (``load``, ``evaluate``); ``prune: {}`` asks for the stage
+with its defaults. Relative paths, in the file and in overrides, are relative to the current directory.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from pydantic import Field, ValidationError
 
 from regraft.errors import ConfigError, InputError, RegraftError, did_you_mean
 from regraft.importance import CRITERIA
+from regraft.pipelines.allocate import check_settings
 from regraft.pipelines.prune import resolve
 from regraft.pipelines.strict_yaml import YamlText, read_value, read_yaml, write_yaml
 from regraft.settings import (
+    AllocateSettings,
     EvaluateSettings,
     LoadSettings,
     PruneSettings,
@@ -31,6 +33,7 @@ from regraft.settings import (
 SECTIONS: dict[str, type[Settings]] = {
     "load": LoadSettings,
     "prune": PruneSettings,
+    "allocate": AllocateSettings,
     "recover": RecoverSettings,
     "evaluate": EvaluateSettings,
     "sample": SampleSettings,
@@ -46,6 +49,7 @@ class Recipe(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="seed of everything that is random")
     load: LoadSettings = Field(default=LoadSettings(), description="how the model is loaded")
     prune: PruneSettings | None = Field(default=None, description="what is cut; left out: nothing")
+    allocate: AllocateSettings | None = Field(default=None, description="how a rank is found for every layer; left out: one for all")
     recover: RecoverSettings | None = Field(default=None, description="how quality is won back; left out: not at all")
     evaluate: EvaluateSettings = Field(default=EvaluateSettings(), description="what is measured, and on what")
     sample: SampleSettings | None = Field(default=None, description="a sample of text from each model; left out: none")
@@ -210,6 +214,8 @@ def _contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
         yield from _prune_contradictions(prune)
     if recover is not None and recover.data is not None:
         yield from _no_file("recover.data", recover.data)
+    if sections.get("allocate") is not None:
+        yield from _allocate_contradictions(sections["allocate"], recover)
     if evaluate is not None:
         if evaluate.window is not None and evaluate.stride is not None and evaluate.stride > evaluate.window:
             yield (
@@ -241,6 +247,22 @@ def _prune_contradictions(prune: PruneSettings) -> Iterator[str]:
         yield from _unresolved(prune)
     if prune.calibration is not None:
         yield from _no_file("prune.calibration", prune.calibration)
+
+
+def _allocate_contradictions(allocate: AllocateSettings, recover: RecoverSettings | None) -> Iterator[str]:
+    if recover is None:
+        yield "allocate: ranks are for recovery, and there is no section recover; add one, or leave allocate out"
+        return
+    if recover.ranks is not None:
+        yield "recover.ranks: the ranks come from allocate; leave one of the two out"
+    if recover.alpha is not None:
+        yield "recover.alpha: a rank plan brings its own alpha; leave it out, or leave allocate out"
+    if recover.targets:
+        yield "recover.targets: ranks are allocated to every projection of every layer; leave it out, or leave allocate out"
+    try:
+        check_settings(allocate, recover)
+    except RegraftError as error:
+        yield f"allocate: {error}"
 
 
 def _unresolved(prune: PruneSettings) -> Iterator[str]:

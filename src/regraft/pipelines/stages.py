@@ -1,4 +1,4 @@
-"""The stages of a run: prune, recover, measure and sample every model by one harness, report.
+"""The stages of a run: prune, allocate ranks, recover, measure and sample every model by one harness, report.
 
 Every stage reads what it needs from the folders of the stages before, in an undisturbed run too, so that a run that was killed
 and resumed computes the same from the same.
@@ -23,12 +23,13 @@ from regraft.evaluation.sample import continue_text
 from regraft.evaluation.speed import compare_speed
 from regraft.models.load import Loaded, load, locate, require_tokenizer
 from regraft.models.provenance import versions
+from regraft.pipelines.allocate import RANKS, SEARCH, Request, find_ranks, texts_of, write_space
 from regraft.pipelines.evaluate import is_adapter, load_adapted
 from regraft.pipelines.prune import cut_to_plan, plan_pruning, plan_summary, save_pruned
 from regraft.pipelines.recipe import Recipe, to_yaml
 from regraft.pipelines.recover import LOSS_LOG, load_teacher, save_recovered, training_corpora
 from regraft.pipelines.run_folder import TIMINGS, RunFolder, Say
-from regraft.plans import Groups, Measurement, PrunePlan, SpeedReport, from_json, to_dict, to_json
+from regraft.plans import Groups, Measurement, PrunePlan, RankPlan, RankSearch, SpeedReport, from_json, to_dict, to_json
 from regraft.report.page import to_html, to_markdown
 from regraft.report.summary import CurvePoint, RunReport, Width, won_back
 from regraft.training.recover import recover
@@ -82,11 +83,12 @@ class Stages:
             plan = from_json(PrunePlan, (pruned / PLAN).read_bytes())
             self._folder.write(PLAN, to_json(plan) + "\n")
         self._dense = None
+        ranks = self._allocate(models.get("pruned")) if recipe.allocate is not None else None
         if recipe.recover is not None:
-            models["recovered"] = self._recover(models.get("pruned"))
+            models["recovered"] = self._recover(models.get("pruned"), ranks)
         measured = {label: self._measure(label, source) for label, source in models.items()}
         measurements = self._with_speed(models, [_read_measurement(path) for path in measured.values()])
-        return plan, self._report(plan, measurements, measured, models)
+        return plan, self._report(plan, ranks, measurements, measured, models)
 
     def _inputs(self, source: str | Path, **settings: Any) -> dict[str, Any]:
         """Returns what a stage is made from: the model by its checksums, and settings."""
@@ -110,9 +112,31 @@ class Stages:
         inputs = self._inputs(self._recipe.model, prune=settings.model_dump(mode="json"), seed=seed)
         return self._folder.stage("prune", inputs, make, folder=name)
 
-    def _recover(self, pruned: str | Path | None) -> Path:
+    def _allocate(self, pruned: str | Path | None) -> Path:
+        settings, recover_settings, seed = self._recipe.allocate, self._recipe.recover, self._recipe.seed
+        assert settings is not None
+        assert recover_settings is not None
+        source = pruned if pruned is not None else self._recipe.model
+
+        def make(folder: Path) -> None:
+            loaded = load(source, self._recipe.load)
+            request = Request(loaded, str(source), settings, recover_settings, self._recipe.load, seed, self._progress)
+            write_space(request, folder)
+            found = find_ranks(request, folder, self._folder.work("allocate"), resume=True)
+            for name, text in texts_of(found, request).items():
+                write_text(folder / name, text)
+
+        recovery = recover_settings.model_dump(mode="json")
+        inputs = self._inputs(source, allocate=settings.decisive(), recover=recovery, seed=seed)
+        path = self._folder.stage("allocate", inputs, make, folder="ranks")
+        self._folder.discard("allocate")
+        return path
+
+    def _recover(self, pruned: str | Path | None, ranks: Path | None) -> Path:
         settings, seed = self._recipe.recover, self._recipe.seed
         assert settings is not None
+        if ranks is not None:
+            settings = settings.model_copy(update={"ranks": from_json(RankPlan, (ranks / RANKS).read_bytes())})
         source = pruned if pruned is not None else self._recipe.model
 
         def make(folder: Path) -> None:
@@ -173,6 +197,7 @@ class Stages:
     def _report(
         self,
         plan: PrunePlan | None,
+        ranks: Path | None,
         measurements: Sequence[Measurement],
         measured: Mapping[str, Path],
         models: Mapping[str, str | Path],
@@ -187,6 +212,7 @@ class Stages:
             measurements=tuple(measurements),
             plan=plan,
             widths=_widths(self._groups, plan) if plan is not None else (),
+            ranks=from_json(RankSearch, (ranks / SEARCH).read_bytes()) if ranks is not None else None,
             curve=_read_curve(recovered) if isinstance(recovered, Path) else (),
             best_step=_read_best_step(recovered) if isinstance(recovered, Path) else None,
             prompt=recipe.sample.prompt if recipe.sample is not None else "",

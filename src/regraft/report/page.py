@@ -10,6 +10,7 @@ from rich.table import Table
 
 from regraft.plans import Measurement
 from regraft.report.curve import loss_curve
+from regraft.report.ranks import slots_table, summary
 from regraft.report.summary import RunReport, caption, plan_lines, speed_note, table, won_back
 
 _STYLE = """
@@ -42,6 +43,9 @@ def to_markdown(report: RunReport) -> str:
         lines += ["## What was cut", "", *(f"- {line}" for line in plan_lines(report)), ""]
         cells = [[width.group, str(width.before), str(width.after)] for width in report.widths]
         lines += [*_markdown_table(["group", "units before", "units after"], *cells), ""]
+    if report.ranks is not None:
+        heading, rows = slots_table(report.ranks)
+        lines += ["## Ranks", "", report.ranks.verdict, "", *summary(report.ranks), "", *_markdown_table(heading, *rows), ""]
     if report.curve:
         lines += ["## Loss while recovering", "", f"Step {report.best_step} was kept.", ""]
         cells = [[str(point.step), _number(point.train_nats), _number(point.held_out_nats)] for point in report.curve]
@@ -66,6 +70,11 @@ def to_html(report: RunReport) -> str:
         body.append("<h2>What was cut</h2>")
         body += [f"<p>{escape(line)}</p>" for line in plan_lines(report)]
         body.append(_widths(report))
+    if report.ranks is not None:
+        heading, rows = slots_table(report.ranks)
+        body += ["<h2>Ranks</h2>", f"<p>{escape(report.ranks.verdict)}</p>"]
+        body += [f'<p class="note">{escape(line.removeprefix("- "))}</p>' for line in summary(report.ranks)]
+        body.append(_html_table(heading, *rows))
     if report.samples:
         body += ["<h2>Samples</h2>", f'<p class="note">Prompt: {escape(repr(report.prompt))}, greedy.</p>']
         body += [f"<h3>{escape(label)}</h3><pre>{escape(text)}</pre>" for label, text in report.samples.items()]

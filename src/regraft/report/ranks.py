@@ -15,7 +15,7 @@ def to_markdown(search: RankSearch) -> str:
     """Returns what was chosen, how it was measured, and how sure it is."""
     lines = [f"# Ranks by {search.plan.method}", "", f"**{search.verdict}**", ""]
     lines += [*summary(search), ""]
-    lines += ["## Ranks", "", *_table(*_slots(search)), ""]
+    lines += ["## Ranks", "", *_table(*slots_table(search)), ""]
     if search.trials:
         lines += ["## What was measured", "", *_table(*_trials(search)), ""]
     if search.confirmation is not None and search.confirming:
@@ -64,7 +64,8 @@ def _cells(trial: RankTrial) -> list[object]:
     return [trial.kind, trial.fidelity, trial.seed, loss, trial.cost, trial.note, *trial.ranks]
 
 
-def _slots(search: RankSearch) -> tuple[list[str], list[list[str]]]:
+def slots_table(search: RankSearch) -> tuple[list[str], list[list[str]]]:
+    """Returns heading and rows of what every slot gets, beside what the search had found and what pruning did to the slot."""
     slots = search.space.slots
     known = [name for name in _FEATURES if name in slots[0].features]
     rows = [

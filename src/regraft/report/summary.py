@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from regraft.plans import Measurement, PrunePlan
+from regraft.plans import Measurement, PrunePlan, RankSearch
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class RunReport:
         measurements: Of the dense, the pruned and the recovered model, as far as there are such.
         plan: What was cut; None when nothing was.
         widths: One entry for each group of the plan.
+        ranks: How the ranks of recovery were found; None when they were given.
         curve: The loss log of recovery; empty when there was none.
         best_step: The step that recovery kept; None when there was none.
         prompt: What the samples continue.
@@ -57,6 +58,7 @@ class RunReport:
     measurements: tuple[Measurement, ...]
     plan: PrunePlan | None = None
     widths: tuple[Width, ...] = ()
+    ranks: RankSearch | None = None
     curve: tuple[CurvePoint, ...] = ()
     best_step: int | None = None
     prompt: str = ""

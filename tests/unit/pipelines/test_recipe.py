@@ -194,3 +194,13 @@ def test_shipped_recipes_say_what_they_set() -> None:
         text = path.read_text(encoding="utf-8")
         assert text.startswith("# "), f"{path.name} does not begin by saying what it does"
         assert isinstance(yaml.safe_load(text), dict)
+
+
+def test_what_cannot_be_with_ranks_that_are_allocated(write) -> None:
+    found = problems_of(
+        write("model: seedling\nallocate: {confirm_seeds: 1}\nrecover: {ranks: plan.json, targets: q_proj, adapter: nola}\n"),
+        "allocate.method=rankadaptor",
+    )
+    assert [problem.split(":")[0].split(" (")[0] for problem in found] == ["recover.ranks", "recover.targets", "allocate"]
+    (lonely,) = problems_of(write("model: seedling\nallocate: {}\n"))
+    assert "no section recover; add one, or leave allocate out" in lonely

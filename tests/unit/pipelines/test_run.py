@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from regraft.evaluation.loss import evaluate_loss
 from regraft.models.load import load, require_tokenizer
 from regraft.models.view import parameter_count
 from regraft.pipelines.run import run
+from regraft.plans import RankPlan, from_json
 from regraft.settings import EvaluateSettings
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "saw", "two", "birds", "under", "that", "old", "tree", "again"]
@@ -48,12 +50,13 @@ def recipe(tmp_path: Path, model: Path, text: Path) -> Callable[..., Path]:
             "model": str(model),
             "seed": 3,
             "prune": {"ratio": 0.2, "criterion": "l2", "calibration": str(text), "samples": 4, "seq_len": 16, "align": 1},
+            "allocate": None,
             "recover": {"data": str(text), "steps": 6, "batch": 2, "seq_len": 16, "eval_every": 3, "rank": 2, "quiet": True},
             "evaluate": {"text": str(text), "window": 16, "stride": 16, "max_tokens": 200},
             "sample": {"prompt": "the cat", "tokens": 4},
         }
         for name, section in sections.items():
-            values[name] = values[name] | section if isinstance(section, dict) else section
+            values[name] = (values[name] or {}) | section if isinstance(section, dict) else section
         path = tmp_path / "tiny.yaml"
         path.write_text(yaml.safe_dump({name: value for name, value in values.items() if value is not None}), encoding="utf-8")
         return path
@@ -95,6 +98,28 @@ def test_a_run_from_beginning_to_end(tmp_path: Path, recipe: Callable[..., Path]
     assert gain > 0
     samples = json.loads((tmp_path / "run" / "samples.json").read_text())
     assert set(samples) == {"prompt", "dense", "pruned", "recovered"}
+
+
+def test_ranks_are_found_between_pruning_and_recovery(tmp_path: Path, recipe: Callable[..., Path]) -> None:
+    search = {"budget": "r=2", "ranks": [1, 2, 3], "trials": 3, "cost": 3, "elastic": 0, "samples": 4, "confirm_seeds": 2}
+    kept = {"rank": 8, "held_out": 0.2, "held_out_windows": 4, "merge": False}
+    path = recipe(allocate=search, recover=kept)
+    said: list[str] = []
+    result = run(path, tmp_path / "run", say=said.append)
+    assert [line for line in said if line.endswith("…")][:3] == ["prune …", "allocate …", "recover …"]
+    plan = from_json(RankPlan, (tmp_path / "run" / "ranks" / "ranks.json").read_bytes())
+    trained = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
+    assert {name: trained["rank_pattern"].get(name, trained["r"]) for name in plan.ranks} == dict(plan.ranks)
+    assert json.loads((tmp_path / "run" / "model" / "recovery.json").read_text())["trainable_parameters"] == plan.trainable_parameters
+    assert result.report is not None
+    assert result.report.ranks is not None
+    assert result.report.ranks.verdict in (tmp_path / "run" / "report.md").read_text()
+    assert escape(result.report.ranks.verdict) in (tmp_path / "run" / "report.html").read_text()
+    again: list[str] = []
+    run(path, tmp_path / "run", resume=True, say=again.append)
+    assert not any(line.endswith("…") for line in again)
+    for name in names(tmp_path / "run"):
+        assert str(tmp_path / "run").encode() not in (tmp_path / "run" / name).read_bytes(), name
 
 
 def test_the_folder_tells_nothing_of_where_it_stands(tmp_path: Path, recipe: Callable[..., Path]) -> None:
