@@ -30,6 +30,7 @@ from regraft.surgery.adapters import save_adapter
 from regraft.training.callbacks import log_csv
 from regraft.training.checkpoint import checkpoints
 from regraft.training.distill import Teacher
+from regraft.training.four_bit import import_bitsandbytes
 from regraft.training.processes import is_main, local_device, wait_for_all
 from regraft.training.recover import Recovered, check_trackers, read_ranks, recover
 
@@ -230,6 +231,8 @@ def _check_early(settings: RecoverSettings) -> None:
     adapter_options(settings)
     check_trackers(settings.report_to)
     read_ranks(settings.ranks)
+    if settings.load_in_4bit:
+        import_bitsandbytes()
 
 
 @contextmanager

@@ -358,6 +358,8 @@ def cost_of(settings: RecoverSettings, held_out_rows: int, steps: int, looks: in
 def _check_target(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teacher: Teacher | None, objective: str, settings: RecoverSettings
 ) -> None:
+    if settings.load_in_4bit:
+        raise InputError("--load-in-4bit is not known while ranks are compared; leave it out there, the ranks serve both")
     if teacher is not None:
         check_vocabulary(teacher, model, tokenizer)
         if settings.distill_hidden > 0.0:

@@ -12,7 +12,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -38,6 +38,7 @@ from regraft.training.batches import Example, Ordered, collate, digest, make_exa
 from regraft.training.callbacks import Bar, Keeper, LogRow, Pace
 from regraft.training.checkpoint import Checkpoint, checkpoints, read_checkpoint
 from regraft.training.distill import Distillation, Teacher, check_vocabulary, fit_projections
+from regraft.training.four_bit import check_four_bits, in_four_bits
 from regraft.training.optimizer import ParameterGroup, parameter_groups
 from regraft.training.packing import is_blind_to_neighbours
 from regraft.training.precision import compute_dtype, trainable_weights
@@ -111,6 +112,7 @@ def recover(
 
     Raises:
         InputError: A setting does not fit the model: rank, window, tracker, device.
+        MissingDependencyError: Weights in 4 bits were asked for, and bitsandbytes is not installed.
         ModelError: The teacher has another vocabulary.
         DataError: There is less data than one batch.
         PlanError: The rank plan does not fit the model.
@@ -123,6 +125,8 @@ def recover(
     check_trackers(settings.report_to)
     if teacher is not None:
         check_vocabulary(teacher, model, tokenizer)
+    if settings.load_in_4bit:
+        check_four_bits(model, compute)
     seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "--seq-len")
     packing = settings.packing and bool(train.records) and is_blind_to_neighbours(model)
     settings = settings.model_copy(update={"seq_len": seq_len, "packing": packing})
@@ -139,19 +143,21 @@ def recover(
     keeper, bar = Keeper(work, identity, resumed, settings.patience), Bar(settings.quiet)
     with _as_it_was(model, work), trainable_weights(model, compute), _taught_in(teacher, compute), isolated(seed):
         cache = _filled_cache(teacher, rows, settings, padding, compute, bar)
-        trainer = RecoveryTrainer(
-            injected.module,
-            training_arguments(settings, work, seed, device, compute, evaluate_first=resumed is None),
-            rows,
-            looked_at,
-            padding,
-            groups,
-            (Pace(settings.eval_every, seed), AfterStep(injected), keeper, bar),
-            _distillation(teacher, injected, evidence, settings, compute),
-            cache,
-        )
-        injected = _train(trainer, keeper, bar, injected, checkpoints(work)[-1] if resumed else None)
-        peak_bytes = _peak_memory_bytes(device)
+        distillation = _distillation(teacher, injected, evidence, settings, compute)
+        with in_four_bits(injected.model, compute) if settings.load_in_4bit else nullcontext():
+            trainer = RecoveryTrainer(
+                injected.module,
+                training_arguments(settings, work, seed, device, compute, evaluate_first=resumed is None),
+                rows,
+                looked_at,
+                padding,
+                groups,
+                (Pace(settings.eval_every, seed), AfterStep(injected), keeper, bar),
+                distillation,
+                cache,
+            )
+            injected = _train(trainer, keeper, bar, injected, checkpoints(work)[-1] if resumed else None)
+            peak_bytes = _peak_memory_bytes(device)
         trained = injected.trainable_parameters
         finish(injected)
         result = merge(injected) if settings.merge else injected.module

@@ -289,4 +289,6 @@ def test_bad_input_is_one_line(make_tiny: Make, ground_of: Callable[..., Ground]
         ground_of(model, layer_space(other))
     with pytest.raises(InputError, match="--seq-len 600 exceeds"):
         ground_of(model, space, seq_len=600)
+    with pytest.raises(InputError, match="--load-in-4bit is not known while ranks are compared"):
+        ground_of(model, space, load_in_4bit=True)
     assert candidates.measure([], 1.0, 0) == []
