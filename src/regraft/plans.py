@@ -429,6 +429,9 @@ class RankSearch:
         confirming: What was measured to confirm it.
         confirmation: Of that vector against uniform; None where nothing was to be confirmed.
         error: Cross-validated error of the performance model; None without one, or with too few trials.
+        refits: The same after every round of the search that had enough trials, in order.
+        agreement: Spearman's correlation of the elastic adapter's scores with real recoveries of the same vectors; None where fewer than
+            three vectors have both.
         verdict: What happened, in plain words.
     """
 
@@ -440,6 +443,8 @@ class RankSearch:
     confirming: tuple[RankTrial, ...]
     confirmation: Confirmation | None
     error: CrossValidation | None
+    refits: tuple[CrossValidation, ...]
+    agreement: float | None
     verdict: str
 
     @property

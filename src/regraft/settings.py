@@ -226,10 +226,10 @@ class AllocateSettings(Settings):
     budget: str = Field(default="r=8", description="most trainable parameters: a number, or r=RANK for what that rank costs everywhere")
     granularity: Literal["layer", "module"] = Field(default="layer", description="what gets a rank of its own")
     ranks: tuple[Positive, ...] = Field(default=(2, 4, 6, 8, 10, 12), description="the ranks to choose from")
-    trials: Annotated[int, Field(ge=2)] = Field(default=12, description="rank vectors of the first, shortest recoveries")
+    trials: Annotated[int, Field(ge=2)] = Field(default=8, description="rank vectors of the first, shortest recoveries")
     cost: Rate = Field(default=4.0, description="most that the search may cost, in full recoveries")
     elastic: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="rank vectors scored beforehand by one adapter of nested ranks; 0: none"
+        default=192, description="rank vectors scored beforehand by one adapter of nested ranks; 0: none"
     )
     confirm_seeds: Annotated[int, Field(ge=0)] = Field(
         default=5, description="fresh seeds on which the result is compared with uniform ranks; 0: it is taken as found"

@@ -30,7 +30,7 @@ from regraft.settings import AllocateSettings, RecoverSettings
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 TEXT = " ".join(f"The {n % 7} quick brown foxes jump over the {n % 11} lazy dogs." for n in range(300))
-RECOVERY = ["--steps", "4", "--batch", "2", "--seq-len", "16", "--held-out", "0.2", "--held-out-windows", "4", "--lr", "0.01"]
+RECOVERY = ["--steps", "8", "--batch", "2", "--seq-len", "16", "--held-out", "0.2", "--held-out-windows", "4", "--lr", "0.01"]
 SEARCH = ["--ranks", "1,2,3", "--budget", "r=2", "--trials", "4", "--cost", "5", "--samples", "4", "--confirm-seeds", "2"]
 SMALL = [*SEARCH, "--confirm-share", "0.5", "--elastic", "0", *RECOVERY]
 
@@ -208,15 +208,16 @@ def test_a_candidate_that_fails_is_written_down(folder: Path, tmp_path: Path, mo
 
 def test_the_schedule_sets_the_elastic_adapter_aside() -> None:
     recover = RecoverSettings(steps=100, batch=4, held_out_windows=30, eval_every=100)
-    # Half of the steps with two vectors each: one full recovery's rows; a score is 30 rows of 100 * 4 * 3 + 30.
-    assert elastic_cost(recover, 10) == pytest.approx((50 * 2 * 12 + 10 * 30) / 1230)
+    # Half of the steps with two vectors each: one full recovery's rows; a score is a quarter of the 30 held-out rows, rounded up.
+    assert elastic_cost(recover, 10) == pytest.approx((50 * 2 * 12 + 10 * 8) / 1208)
     for elastic in (0, 10):
         schedule = schedule_of(AllocateSettings(trials=8, elastic=elastic, cost=4.0), recover)
         paid, before = elastic_cost(recover, elastic), 0.0
         for rung in schedule.rungs:
             paid, before = paid + (rung.fidelity - before) * rung.width, rung.fidelity
         assert paid <= 4.0
-        assert schedule.rungs[-1].fidelity == 1.0
+        assert schedule.rungs[-1].fidelity == (0.5 if elastic else 1.0)
+        assert schedule.elastic == elastic
 
 
 def vocabulary(folder: Path, at: Path) -> list[str]:
@@ -287,3 +288,13 @@ def test_a_plan_for_other_shapes_is_refused(folder: Path, found: Path, tmp_path:
 def test_a_learning_rate_that_breaks_every_candidate_is_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert allocate(folder, tmp_path / "plan.json", "--lr", "1e30") == 2
     assert "every trial failed; see their notes, and try a lower learning rate" in capsys.readouterr().err
+
+
+def test_the_elastic_adapter_scores_first_and_is_told_of(folder: Path, tmp_path: Path) -> None:
+    assert allocate(folder, tmp_path / "plan.json", "--elastic", "6", "--confirm-seeds", "0") == 0
+    search = from_json(RankSearch, (tmp_path / "plan.search" / "search.json").read_bytes())
+    kinds = [trial.kind for trial in search.trials]
+    assert kinds == ["elastic"] * 6 + ["recovery"] * (len(kinds) - 6)
+    assert search.search_cost <= 5
+    both = {trial.ranks for trial in search.trials[:6]} & {trial.ranks for trial in search.trials[6:]}
+    assert (search.agreement is not None) == (len(both) >= 3)

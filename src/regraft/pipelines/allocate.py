@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regraft.adapters import make_request
 from regraft.adapters.isolation import derived_seed
-from regraft.adapters.peft_kinds import lora_config
 from regraft.allocation import ALLOCATORS, ClosedForm, Learner, Ranks, Rung, Schedule, confirm, rank_plan, rank_space, winner
 from regraft.atomic import sha256_of, write_text
 from regraft.errors import InputError, OutputError
@@ -20,11 +18,11 @@ from regraft.models.load import Loaded
 from regraft.models.load import load as load_model
 from regraft.models.view import ModelView
 from regraft.pipelines.measuring import Measuring, candidates_at_once, elastic_cost, placed
+from regraft.pipelines.rank_files import texts_of
 from regraft.pipelines.recover import training_corpora
 from regraft.pipelines.run_folder import open_run
 from regraft.pipelines.slots import bare_slots, measured_slots
-from regraft.plans import Confirmation, PastSearch, RankPlan, RankSearch, RankSpace, RankTrial, from_json, to_json
-from regraft.report.ranks import to_markdown, trials_csv
+from regraft.plans import Confirmation, RankSearch, RankSpace, RankTrial, from_json, to_json
 from regraft.search.contract import Job
 from regraft.search.pools import Inline, Pool, Processes
 from regraft.search.ray_pool import RayPool, import_ray
@@ -32,21 +30,14 @@ from regraft.search.run import measure_all, open_ledger, search
 from regraft.search.sampler import AllocatorSampler
 from regraft.search.storage import open_storage
 from regraft.settings import AllocateSettings, LoadSettings, RecoverSettings
+from regraft.training.elastic import agreement
 from regraft.training.side_by_side import check_adapter
 
 Say = Callable[[str], None]
 
-RANKS, SPACE, REPORT, TRIALS, SEARCH, LORA, PAST = (
-    "ranks.json",
-    "space.json",
-    "report.md",
-    "trials.csv",
-    "search.json",
-    "lora_config.json",
-    "past_search.json",
-)
+SPACE = "space.json"
 _RECOVERIES = ".recoveries"
-_LEAST_STEPS = 1 / 64
+_SHORTEST = 1 / 8
 # Nothing of these changes what a candidate's recovery gives.
 _OF_NO_MATTER = {"rank", "ranks", "alpha", "merge", "report_to", "quiet", "data", "patience"}
 
@@ -94,7 +85,7 @@ def allocate_ranks(
     with open_run(output.with_suffix(".search"), request.identity(), resume=resume, say=say) as folder:
         slots = folder.stage("slots", request.identity(), lambda partial: write_space(request, partial))
         found = find_ranks(request, slots, folder.path, resume=resume)
-        for name, text in texts_of(found, request).items():
+        for name, text in texts_of(found, request.loaded, request.identity()).items():
             folder.write(name, text)
         write_text(output, to_json(found.plan) + "\n")
     return found
@@ -119,34 +110,26 @@ def check_settings(settings: AllocateSettings, recover: RecoverSettings) -> None
 
 
 def schedule_of(settings: AllocateSettings, recover: RecoverSettings) -> Schedule:
-    """Returns successive halving that begins with so many vectors and ends, within the cost, with two full recoveries.
+    """Returns successive halving: so many vectors for an eighth of the steps, half of them for twice as many, as far as the cost allows.
 
-    The shortest recoveries are as long as the cost allows: half, a quarter, an eighth … of a full one; what the elastic adapter takes is
-    set aside first.
+    What the elastic adapter takes is set aside first. Survivors go on from where they stopped and pay for their further steps alone.
 
     Raises:
         InputError: The cost is too small for so many vectors or scores.
     """
-    first, scores = 0.5, elastic_cost(recover, settings.elastic)
-    while True:
-        rungs: list[Rung] = []
-        width, fidelity = settings.trials, first
-        while fidelity < 1.0:
-            rungs.append(Rung(fidelity, width))
-            width, fidelity = max(2, -(-width // 2)), 2.0 * fidelity
-        rungs.append(Rung(1.0, 2))
-        # A survivor pays for its further steps alone.
-        steps = zip([0.0, *(rung.fidelity for rung in rungs)], rungs, strict=False)
-        cost = scores + sum((rung.fidelity - before) * rung.width for before, rung in steps)
-        if cost <= settings.cost + 1e-9:
-            return Schedule(tuple(rungs), elastic=settings.elastic, cost_limit=settings.cost)
-        if first <= _LEAST_STEPS:
-            scored = f" with --elastic {settings.elastic}" if settings.elastic else ""
-            raise InputError(
-                f"--trials {settings.trials}{scored} costs {cost:.2f} full recoveries at least, more than --cost {settings.cost:g}; "
-                "raise --cost, or lower --trials or --elastic"
-            )
-        first /= 2.0
+    spent, width, before, fidelity = elastic_cost(recover, settings.elastic), settings.trials, 0.0, _SHORTEST
+    rungs: list[Rung] = []
+    while fidelity <= 1.0 and spent + width * (fidelity - before) <= settings.cost + 1e-9:
+        rungs.append(Rung(fidelity, width))
+        spent += width * (fidelity - before)
+        width, before, fidelity = max(2, -(-width // 2)), fidelity, 2.0 * fidelity
+    if not rungs:
+        scores = f" with --elastic {settings.elastic}" if settings.elastic else ""
+        raise InputError(
+            f"--trials {settings.trials}{scores} costs {spent + width * fidelity:.2f} full recoveries at least, more than "
+            f"--cost {settings.cost:g}; raise --cost, or lower --trials or --elastic"
+        )
+    return Schedule(tuple(rungs), elastic=settings.elastic, cost_limit=settings.cost)
 
 
 @dataclass(frozen=True)
@@ -218,7 +201,8 @@ def find_ranks(request: Request, slots: Path, work: Path, *, resume: bool) -> Ra
     if isinstance(method, ClosedForm):
         ranks = method.allocate(space)
         plan = rank_plan(space, ranks, method.name)
-        return RankSearch(plan, space, (), (), ranks, (), None, None, f"The method {method.name} decides from what is known of the layers.")
+        verdict = f"The method {method.name} decides from what is known of the layers."
+        return RankSearch(plan, space, (), (), ranks, (), None, None, (), None, verdict)
     return _searched(request, space, method, work, resume=resume)
 
 
@@ -250,9 +234,37 @@ def _searched(request: Request, space: RankSpace, learner: Learner, work: Path, 
     shutil.rmtree(work / _RECOVERIES, ignore_errors=True)
     uniform_kept = kept != found
     plan = rank_plan(space, kept, f"{learner.name}, uniform kept" if uniform_kept else learner.name)
-    origins = tuple(job.origin for job, _ in pairs)
-    error = learner.assess(space, trials)
-    return RankSearch(plan, space, tuple(trials), origins, found, tuple(confirming), confirmation, error, verdict)
+    refits = tuple(error for past in _rounds(pairs) if (error := learner.assess(space, past)) is not None)
+    return RankSearch(
+        plan=plan,
+        space=space,
+        trials=tuple(trials),
+        origins=tuple(job.origin for job, _ in pairs),
+        found=found,
+        confirming=tuple(confirming),
+        confirmation=confirmation,
+        error=refits[-1] if refits else None,
+        refits=refits,
+        agreement=_agreement(trials),
+        verdict=verdict,
+    )
+
+
+def _rounds(pairs: Sequence[tuple[Job, RankTrial]]) -> Iterator[list[RankTrial]]:
+    """Yields the trials that the performance model had after each round of real recoveries."""
+    for last in sorted({job.round for job, _ in pairs if job.kind == "recovery"}):
+        yield [trial for job, trial in pairs if job.round <= last]
+
+
+def _agreement(trials: Sequence[RankTrial]) -> float | None:
+    """Returns how well the elastic scores rank the vectors that were recovered for longest, at least three of them."""
+    recovered = [trial for trial in trials if trial.kind == "recovery" and trial.loss_nats is not None]
+    for fidelity in sorted({trial.fidelity for trial in recovered}, reverse=True):
+        try:
+            return agreement(trials, [trial for trial in recovered if trial.fidelity == fidelity])
+        except InputError:  # fewer than three at this length
+            continue
+    return None
 
 
 def _pool(request: Request, spec: Measuring) -> Pool:
@@ -290,39 +302,3 @@ def _verdict(request: Request, space: RankSpace, found: Ranks, confirming: list[
 
 def _uniform(space: RankSpace) -> Ranks:
     return (space.uniform,) * len(space.slots)
-
-
-def texts_of(found: RankSearch, request: Request) -> dict[str, str]:
-    """Returns the files that tell of a search, by name."""
-    texts = {
-        RANKS: to_json(found.plan) + "\n",
-        SEARCH: to_json(found) + "\n",
-        REPORT: to_markdown(found),
-        TRIALS: trials_csv(found),
-        LORA: peft_config(request.loaded, found.plan),
-    }
-    return texts | ({PAST: _past(found, request)} if found.trials else {})
-
-
-def peft_config(loaded: Loaded, plan: RankPlan) -> str:
-    """Returns what PEFT's ``LoraConfig`` has to be given for a plan, as JSON: r, alpha, their patterns and the modules."""
-    modules = ModelView(loaded.model).adapted_modules()
-    config = lora_config(make_request(modules, RecoverSettings(ranks=plan), plan, 0), loaded.model)
-    names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
-    values = {name: getattr(config, name) for name in names} | {"target_modules": sorted(config.target_modules or ())}
-    return json.dumps(values, indent=2) + "\n"
-
-
-def _past(found: RankSearch, request: Request) -> str:
-    """Returns the search as meta-learning reads it: put the file into a store."""
-    record = request.loaded.provenance
-    plan = record.plan if record is not None else None
-    past = PastSearch(
-        space=found.space,
-        trials=found.trials,
-        model=record.source if record is not None else request.loaded.source,
-        parameters=request.loaded.model.num_parameters(),
-        ratio=plan.achieved if plan is not None else 0.0,
-        settings=request.identity(),
-    )
-    return to_json(past) + "\n"

@@ -33,11 +33,19 @@ def held_out_parts(held_out: Corpus) -> dict[Phase, Corpus]:
     return {"search": first, "confirm": second}
 
 
+def scored(settings: RecoverSettings) -> RecoverSettings:
+    """Returns the settings of the elastic adapter: a quarter of the held-out rows, since it is asked for many vectors.
+
+    Its scores differ only by what one trained adapter leaves out, on the same tokens.
+    """
+    return settings.model_copy(update={"held_out_windows": -(-settings.held_out_windows // 4)})
+
+
 def elastic_cost(settings: RecoverSettings, scores: int) -> float:
     """Returns what an elastic adapter and its scores cost, in full recoveries; less where there is less held-out text than asked for."""
     if not scores:
         return 0.0
-    elastic = ElasticSettings()
+    elastic, settings = ElasticSettings(), scored(settings)
     return cost_of(settings, settings.held_out_windows, max(1, round(elastic.fidelity * settings.steps)), scores, elastic.vectors)
 
 
@@ -98,13 +106,14 @@ class OpenMeasure:
         train, held_out = training_corpora(spec.recover, spec.seed)
         modules = [module for slot in space.slots for module in slot.modules]
         tokenizer = require_tokenizer(loaded)
-        grounds = {
-            phase: Ground(loaded.model, tokenizer, train, part, modules, spec.recover, teacher=teacher)
-            for phase, part in held_out_parts(held_out).items()
-        }
+        parts = held_out_parts(held_out)
+
+        def ground(phase: Phase, settings: RecoverSettings) -> Ground:
+            return Ground(loaded.model, tokenizer, train, parts[phase], modules, settings, teacher=teacher)
+
         spec.folder.mkdir(parents=True, exist_ok=True)
-        self._candidates = {phase: Candidates(ground, space, folder=spec.folder) for phase, ground in grounds.items()}
-        self._elastic = Elastic(grounds["search"], space, folder=spec.folder)
+        self._candidates = {phase: Candidates(ground(phase, spec.recover), space, folder=spec.folder) for phase in parts}
+        self._elastic = Elastic(ground("search", scored(spec.recover)), space, folder=spec.folder)
 
     def __call__(self, jobs: Sequence[Job]) -> Sequence[RankTrial]:
         """Measures jobs that have everything but the ranks in common.

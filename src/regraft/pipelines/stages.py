@@ -23,9 +23,10 @@ from regraft.evaluation.sample import continue_text
 from regraft.evaluation.speed import compare_speed
 from regraft.models.load import Loaded, load, locate, require_tokenizer
 from regraft.models.provenance import versions
-from regraft.pipelines.allocate import RANKS, SEARCH, Request, find_ranks, texts_of, write_space
+from regraft.pipelines.allocate import Request, find_ranks, write_space
 from regraft.pipelines.evaluate import is_adapter, load_adapted
 from regraft.pipelines.prune import cut_to_plan, plan_pruning, plan_summary, save_pruned
+from regraft.pipelines.rank_files import RANKS, SEARCH, texts_of
 from regraft.pipelines.recipe import Recipe, to_yaml
 from regraft.pipelines.recover import LOSS_LOG, load_teacher, save_recovered, training_corpora
 from regraft.pipelines.run_folder import TIMINGS, RunFolder, Say
@@ -123,7 +124,7 @@ class Stages:
             request = Request(loaded, str(source), settings, recover_settings, self._recipe.load, seed, self._progress)
             write_space(request, folder)
             found = find_ranks(request, folder, self._folder.work("allocate"), resume=True)
-            for name, text in texts_of(found, request).items():
+            for name, text in texts_of(found, loaded, request.identity()).items():
                 write_text(folder / name, text)
 
         recovery = recover_settings.model_dump(mode="json")

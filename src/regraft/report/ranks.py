@@ -18,6 +18,8 @@ def to_markdown(search: RankSearch) -> str:
     lines += ["## Ranks", "", *_table(*slots_table(search)), ""]
     if search.trials:
         lines += ["## What was measured", "", *_table(*_trials(search)), ""]
+    if search.refits:
+        lines += ["## The performance model at every refit", "", *_table(*_refits(search)), ""]
     if search.confirmation is not None and search.confirming:
         lines += ["## Confirmation", "", *_table(*_pairs(search)), ""]
     return "\n".join(lines)
@@ -41,6 +43,8 @@ def summary(search: RankSearch) -> Iterator[str]:
         )
     elif search.trials:
         yield "- performance model: too few trials to cross-validate it"
+    if search.agreement is not None:
+        yield f"- elastic scores rank the recovered vectors with a correlation of {search.agreement:+.2f}"
     if search.confirming:
         yield f"- confirmed by {len(search.confirming)} recoveries on fresh seeds; cost {search.confirming_cost:.2f} full recoveries"
 
@@ -89,6 +93,11 @@ def _trials(search: RankSearch) -> tuple[list[str], list[list[str]]]:
         share = "elastic" if trial.kind == "elastic" else f"{trial.fidelity:.1%}"
         rows.append([origin, " ".join(map(str, trial.ranks)), share, loss, gain, f"{trial.cost:.3f}"])
     return ["origin", "ranks", "steps", "held-out loss, nats", "gain over uniform", "cost"], rows
+
+
+def _refits(search: RankSearch) -> tuple[list[str], list[list[str]]]:
+    rows = [[str(error.trials), f"{error.r2:+.2f}", f"{error.rmse_nats:.5f}", f"{error.rank_correlation:+.2f}"] for error in search.refits]
+    return ["recoveries", "R², cross-validated", "RMSE, nats", "rank correlation"], rows
 
 
 def _pairs(search: RankSearch) -> tuple[list[str], list[list[str]]]:

@@ -1,0 +1,65 @@
+"""The files that tell of allocated ranks: the plan, what PEFT needs of it, the report, every trial, and what meta-learning reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from regraft.adapters import make_request
+from regraft.adapters.peft_kinds import lora_config
+from regraft.models.load import Loaded
+from regraft.models.view import ModelView
+from regraft.plans import PastSearch, RankPlan, RankSearch, to_json
+from regraft.report.ranks import to_markdown, trials_csv
+from regraft.settings import RecoverSettings
+
+RANKS, REPORT, TRIALS, SEARCH, LORA, PAST = (
+    "ranks.json",
+    "report.md",
+    "trials.csv",
+    "search.json",
+    "lora_config.json",
+    "past_search.json",
+)
+
+
+def texts_of(found: RankSearch, loaded: Loaded, identity: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the files that tell of a search, by name.
+
+    Args:
+        found: What came of it.
+        loaded: The model.
+        identity: Of the search, as plain JSON types.
+    """
+    texts = {
+        RANKS: to_json(found.plan) + "\n",
+        SEARCH: to_json(found) + "\n",
+        REPORT: to_markdown(found),
+        TRIALS: trials_csv(found),
+        LORA: peft_config(loaded, found.plan),
+    }
+    return texts | ({PAST: to_json(past_search(found, loaded, identity)) + "\n"} if found.trials else {})
+
+
+def peft_config(loaded: Loaded, plan: RankPlan) -> str:
+    """Returns what PEFT's ``LoraConfig`` has to be given for a plan, as JSON: r, alpha, their patterns and the modules."""
+    modules = ModelView(loaded.model).adapted_modules()
+    config = lora_config(make_request(modules, RecoverSettings(ranks=plan), plan, 0), loaded.model)
+    names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+    values = {name: getattr(config, name) for name in names} | {"target_modules": sorted(config.target_modules or ())}
+    return json.dumps(values, indent=2) + "\n"
+
+
+def past_search(found: RankSearch, loaded: Loaded, identity: Mapping[str, Any]) -> PastSearch:
+    """Returns a search as meta-learning reads it: its file is to be put into a store."""
+    record = loaded.provenance
+    plan = record.plan if record is not None else None
+    return PastSearch(
+        space=found.space,
+        trials=found.trials,
+        model=record.source if record is not None else loaded.source,
+        parameters=loaded.model.num_parameters(),
+        ratio=plan.achieved if plan is not None else 0.0,
+        settings=identity,
+    )
