@@ -240,6 +240,12 @@ found.groups  # what can be cut exactly
 found.refusals  # what cannot, and why
 ```
 
-A family needs one TOML file to be pruned and saved: the names of its modules and of the sizes in its config, and whether it computes
-its head size from the hidden size. Its groups need no table.
+## Families without a table
+
+A table says the names of a family's modules and of the sizes in its config, and whether it computes its head size from the hidden size.
+Where there is none, `regraft` looks at a small random model of the family, which transformers builds from the config: the lengths of a
+matrix's sides say what it reads and writes, and silencing a part says which norms serve it alone. Groups are traced as ever. Everything
+but the residual width is cut in this way, in memory and layer by layer; `tests/conformance/test_inferred.py` shows it for Gemma, Granite,
+Cohere, OLMo, OLMo 3, Phi, GLM 4, SmolLM 3, GPT-J, Persimmon and Nemotron. Mixtures of experts, layers of several kinds, and what is not
+causal are refused with what is in the way.
 """

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from regraft.errors import ModelError, did_you_mean
+from regraft.models.inferred import describe
 from regraft.plans import GroupKind, Side
 
 Block = Literal["one", "head", "query_group", "fused"]
@@ -192,12 +193,22 @@ def families() -> dict[str, Family]:
 def family_of(model_type: str) -> Family:
     """Returns the family of a ``model_type``; models that regraft saved unevenly count as what they were made from.
 
+    One that has no table is looked at as transformers builds it: :mod:`regraft.models.inferred`.
+
     Raises:
-        ModelError: The family is not declared.
+        ModelError: The family is not declared, and cannot be inferred.
     """
     known = families()
     base = model_type.removeprefix("regraft_")
-    if base not in known:
+    if base in known:
+        return known[base]
+    try:
+        return _inferred(base)
+    except ModelError as error:
         names = ", ".join(known)
-        raise ModelError(f"model family '{model_type}' is not known; known: {names}{did_you_mean(base, known)}")
-    return known[base]
+        raise ModelError(f"model family '{model_type}' is not known ({error}); known: {names}{did_you_mean(base, known)}") from None
+
+
+@cache
+def _inferred(model_type: str) -> Family:
+    return TypeAdapter(Family).validate_python(describe(model_type))
