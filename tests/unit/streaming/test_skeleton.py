@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from folders import edit_json
+from regraft.cli.app import run
 from regraft.errors import InputError, ModelError
 from regraft.groups.declared import discover
 from regraft.models.load import load
@@ -150,11 +152,19 @@ def is_wider_than_its_config(folder):
         (is_wider_than_its_config, r"is \[48, 64\] in the weights, but config.json asks for \[48, 60\]"),
     ],
 )
-def test_what_is_not_one_whole_model_is_refused(make_folder, spoil, words):
+def test_what_is_not_one_whole_model_is_refused(make_folder, tmp_path, capsys, spoil, words):
+    """In one line, streamed and in memory."""
     folder = make_folder("llama")
     spoil(folder)
     with pytest.raises(ModelError, match=words):
         open_skeleton(folder)
+    for bound in (["--memory", "2GB"], []):
+        capsys.readouterr()
+        assert run(["prune", str(folder), "--output", str(tmp_path / "out"), "--criterion", "l1", *bound]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        assert re.search(words, lines[0])
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_values_that_no_training_gives_are_refused_when_they_are_read(make_folder):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from choices import assert_same_choice
+from regraft.cli.app import run
 from regraft.errors import InputError, PlanError
 from regraft.importance import CRITERIA
 from regraft.models.load import load
@@ -178,6 +179,18 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(make_folder, settings, tmp
     with pytest.raises(InputError, match=words):
         prune(folder, tmp_path / "out", settings(**changes))
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_command_says_how_much_memory_is_needed_and_takes_that(make_folder, text, tmp_path, capsys):
+    usual = ["prune", str(make_folder("llama")), "--output", str(tmp_path / "out"), "--criterion", "taylor", "--calibration", str(text)]
+    usual += ["--samples", "4", "--seq-len", "16"]
+    capsys.readouterr()
+    assert run([*usual, "--memory", "10KB"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "--memory 10KB is below what one layer needs" in lines[0]
+    assert not list(tmp_path.glob("*out*"))
+    assert run([*usual, "--memory", lines[0].partition("use --memory ")[2].partition(" ")[0]]) == 0
 
 
 def test_an_output_is_needed(make_folder, settings):
