@@ -38,7 +38,8 @@ docs: $(READY)
 
 # Every benchmark writes its tables into benchmarks/results/; takes hours on two cores.
 bench: $(READY)
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[bench]'
+	for script in $$(grep -l __main__ benchmarks/*.py); do $(BIN)/python $$script || exit 1; done
 
 wheel: $(READY)
 	$(BIN)/python -m build --outdir dist
