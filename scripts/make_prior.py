@@ -1,0 +1,104 @@
+"""Makes the prior that the package ships: searches over the embedded model, pruned in many ways, and training on them.
+
+    python scripts/make_prior.py [--cases 9] [--train]
+
+Every search is written into ``benchmarks/results/prior_searches`` when it is over and is not repeated; ``--train`` trains on all that are
+there and writes ``src/regraft/allocation/shipped``. The cases are alternately easy and hard: criterion, share and budget change from one
+to the next, so that any number of them from the first on is a fair store. Recoveries are small: what the prior learns is which features
+go with large gains, where gains saturate and what a short recovery shows of them, not how large gains are in nats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from regraft.allocation.meta import read_store, train
+from regraft.allocation.prior import SHIPPED
+from regraft.pipelines.allocate import allocate_ranks
+from regraft.pipelines.prune import prune
+from regraft.pipelines.rank_files import PAST
+from regraft.settings import AllocateSettings, LoadSettings, PruneSettings, RecoverSettings
+
+STORE = Path(__file__).parents[1] / "benchmarks" / "results" / "prior_searches"
+MODEL = "seedling"
+SMALL = RecoverSettings(steps=48, batch=4, seq_len=64, lr=3e-3, dropout=0.0, eval_every=48, held_out_windows=48)
+CHOICES = {"r=8": (2, 4, 6, 8, 10, 12), "r=3": (1, 2, 3, 4, 6, 8)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pruned model under one budget."""
+
+    criterion: str
+    ratio: float
+    budget: str
+    granularity: str = "layer"
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{MODEL}-{self.criterion}-{self.ratio:g}-{self.budget.replace('=', '')}-{self.granularity}"
+
+
+CASES = (
+    Case("taylor", 0.3, "r=8"),
+    Case("l2", 0.2, "r=3"),
+    Case("taylor", 0.5, "r=3"),
+    Case("l2", 0.4, "r=8"),
+    Case("taylor", 0.2, "r=8"),
+    Case("taylor", 0.4, "r=3", "module"),
+    Case("l1", 0.3, "r=3"),
+    Case("random", 0.3, "r=8"),
+    Case("taylor", 0.15, "r=3"),
+    Case("l2", 0.5, "r=8"),
+    Case("taylor", 0.4, "r=8"),
+    Case("random", 0.2, "r=3"),
+)
+
+
+def search(case: Case, seed: int) -> None:
+    """Prunes, searches, and puts the search into the store."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        ways = PruneSettings.model_validate(
+            {
+                "ratio": case.ratio,
+                "criterion": case.criterion,
+                "select": "global",
+                "reconstruct": "none",
+                "shape": "per-layer",
+                "samples": 32,
+            }
+        )
+        prune(MODEL, folder / "pruned", ways, load_settings=LoadSettings(dtype="float32"), seed=seed)
+        settings = AllocateSettings.model_validate(
+            {"budget": case.budget, "ranks": CHOICES[case.budget], "granularity": case.granularity, "elastic": 64, "confirm_seeds": 0}
+        )
+        found = allocate_ranks(folder / "pruned", folder / "plan.json", settings, SMALL, load=LoadSettings(dtype="float32"), seed=seed)
+        STORE.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "plan.search" / PAST, STORE / f"{case.name}.json")
+        print(case.name, f"cost {found.search_cost:.2f}", found.found, found.error, found.agreement, flush=True)
+
+
+def main() -> None:
+    """Makes the searches that are missing; trains if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=len(CASES))
+    parser.add_argument("--train", action="store_true")
+    given = parser.parse_args()
+    for seed, case in enumerate(CASES[: given.cases]):
+        if not (STORE / f"{case.name}.json").exists():
+            search(case, seed)
+    if given.train:
+        training = train(read_store(STORE))
+        shutil.rmtree(SHIPPED, ignore_errors=True)
+        training.prior.save(SHIPPED)
+        print(training.searches, "searches; left out:", training.left_out, "untrained:", training.untrained)
+
+
+if __name__ == "__main__":
+    main()

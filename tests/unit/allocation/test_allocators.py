@@ -1,0 +1,131 @@
+"""Every allocator: the contract, the budget, and an answer that is known otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_1samp
+
+from planted_ranks import World, all_vectors, space_of
+from regraft.allocation import ALLOCATORS, ClosedForm, Ranks, confirm
+from regraft.allocation.perceptron import PaperRankAdaptor
+from regraft.errors import InputError, PlanError
+from regraft.plans import RankSpace, RankTrial
+
+NAMES = sorted(ALLOCATORS.names())
+LEARNERS = [name for name in NAMES if not isinstance(ALLOCATORS.get(name), ClosedForm)]
+CLOSED = [name for name in NAMES if isinstance(ALLOCATORS.get(name), ClosedForm)]
+
+
+def with_features(space: RankSpace, **features: list[float]) -> RankSpace:
+    slots = [
+        replace(slot, features={name.replace("_at_", "@"): values[place] for name, values in features.items()})
+        for place, slot in enumerate(space.slots)
+    ]
+    return replace(space, slots=tuple(slots))
+
+
+def curves(name: str, rows: list[list[float]]) -> dict[str, list[float]]:
+    return {f"{name}_at_{rank}": [row[place] for row in rows] for place, rank in enumerate((2, 4, 6, 8))}
+
+
+def test_the_list_is_what_the_settings_name() -> None:
+    assert (
+        sorted(["uniform", "proportional", "gradient", "eva", "adalora", "bayes", "bayes-tpe", "rankadaptor", "rankadaptor-paper"]) == NAMES
+    )
+
+
+@pytest.mark.parametrize(("name", "curve"), [("gradient", "gradient_energy"), ("eva", "eva"), ("adalora", "adalora")])
+def test_curves_are_maximised_under_the_budget(name: str, curve: str) -> None:
+    rows = np.cumsum(np.random.default_rng(1).random((3, 4)), axis=1)
+    space = with_features(space_of([3, 5, 4]), **curves(curve, rows.tolist()))
+    method = ALLOCATORS.get(name)
+    assert isinstance(method, ClosedForm)
+    best = max(all_vectors(space), key=lambda ranks: rows[np.arange(3), np.searchsorted((2, 4, 6, 8), ranks)].sum())
+    assert method.allocate(space) == best
+
+
+@pytest.mark.parametrize("name", [name for name in CLOSED if name != "uniform"])
+def test_what_is_not_measured_is_asked_for(name: str) -> None:
+    method = ALLOCATORS.get(name)
+    assert isinstance(method, ClosedForm)
+    with pytest.raises(PlanError, match=r"measure (it|one) first"):
+        method.allocate(space_of([3, 5, 4]))
+
+
+def test_proportional_follows_the_damage() -> None:
+    method = ALLOCATORS.get("proportional")
+    assert isinstance(method, ClosedForm)
+    pruned = with_features(space_of([4, 4, 4, 4]), share_pruned=[0.6, 0.2, 0.2, 0.2], importance_removed=[9.0, 1.0, 1.0, 1.0])
+    ranks = method.allocate(pruned)
+    assert ranks[0] == max(ranks) == 8
+    assert method.allocate(with_features(space_of([4, 4, 4, 4]), share_pruned=[0.0] * 4)) == (6, 6, 6, 6)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_learners_keep_the_contract(name: str) -> None:
+    learner, world = ALLOCATORS.get(name), World(5, seed=2)
+    assert not isinstance(learner, ClosedForm)
+    assert learner.name == name
+    history: list[RankTrial] = []
+    for count in (1, 3, 4, 4):
+        pending: list[Ranks] = [(2, 2, 2, 2, 2)]
+        proposals = learner.propose(world.space, history, count, np.random.default_rng(7), pending)
+        again = learner.propose(world.space, history, count, np.random.default_rng(7), pending)
+        assert proposals == again
+        assert 0 < len(proposals) <= count
+        if not history:
+            assert proposals[0].ranks == world.uniform
+        vectors = [proposal.ranks for proposal in proposals]
+        assert all(world.space.holds(ranks) for ranks in vectors)
+        assert len({*vectors, *pending, *(trial.ranks for trial in history)}) == len(vectors) + 1 + len(history)
+        history += [world.trial(ranks) for ranks in vectors]
+    history.append(RankTrial((12, 2, 2, 2, 2), None, 1.0, 0.1, note="it diverged"))
+    prediction = learner.predict(world.space, history, [world.uniform, history[3].ranks])
+    assert prediction.gain_nats[0] == pytest.approx(0.0, abs=0.02)
+    assert prediction.gain_nats.shape == prediction.deviation_nats.shape == (2,)
+    assert (prediction.deviation_nats >= 0).all()
+    later = learner.propose(world.space, history, 2, np.random.default_rng(7))
+    assert (12, 2, 2, 2, 2) not in [proposal.ranks for proposal in later], "what failed is not tried again"
+
+
+def test_the_papers_phases_have_its_names() -> None:
+    learner, world = PaperRankAdaptor(close_nats=0.0), World(5, seed=2)
+    vectors = [ranks for ranks in all_vectors(world.space) if ranks != world.uniform]
+    history = [world.trial(ranks) for ranks in [world.uniform, *vectors[::50][:6]]]
+    assert learner.phase(world.space, history) == "initialisation"
+    history.append(world.trial(vectors[1]))
+    assert learner.phase(world.space, history) == "incremental learning"
+    history += [world.trial(ranks) for ranks in vectors[2:10]]
+    assert learner.phase(world.space, history) == "convergence"
+    assert learner.propose(world.space, history, 1, np.random.default_rng(0)) == ()
+
+
+def test_confirmation_is_students_interval() -> None:
+    space, found = space_of([4, 4]), (8, 4)
+    draw = np.random.default_rng(0)
+    for shift in (0.0, 0.05, -0.05):
+        pairs = [(3.0 + 0.1 * seed, 3.0 + 0.1 * seed - shift + 0.01 * float(draw.standard_normal())) for seed in range(6)]
+        trials = [
+            RankTrial(ranks, loss, 0.5, 0.5, seed=seed)
+            for seed, pair in enumerate(pairs)
+            for ranks, loss in zip(((6, 6), found), pair, strict=True)
+        ]
+        got = confirm(space, found, trials)
+        test = ttest_1samp([a - b for a, b in pairs], 0.0).confidence_interval(0.95)
+        assert (got.low_nats, got.high_nats) == pytest.approx((test.low, test.high))
+        assert got.kept == (found if test.low > 0 else (6, 6))
+        assert ("beat uniform by" in got.verdict) == (shift > 0)
+        assert ("lose to uniform" in got.verdict) == (shift < 0)
+    assert confirm(space, (6, 6), []).kept == (6, 6)
+
+
+def test_seeds_where_one_of_the_two_failed_do_not_count() -> None:
+    space, found = space_of([4, 4]), (8, 4)
+    trials = [RankTrial((6, 6), 3.0, 1.0, 1.0, seed=seed) for seed in range(3)]
+    trials += [RankTrial(found, 2.9 - 0.01 * seed if seed else None, 1.0, 1.0, seed=seed) for seed in range(3)]
+    assert confirm(space, found, trials).gains_nats == pytest.approx((0.11, 0.12))
+    with pytest.raises(InputError, match="1 of the seeds have a recovery of both"):
+        confirm(space, found, trials[:5])
