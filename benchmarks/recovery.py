@@ -3,7 +3,7 @@
     python benchmarks/recovery.py MODEL TEXT [--work DIR] [--minutes 9] [--only throughput|recovery|tables]
 
 MODEL is pruned by several recipes at one share of all parameters; each result is recovered with LoRA of rank 8 on --steps batches of
-8 x 128 tokens (400), with and without its dense model as a teacher, with several learning rates and seeds. TEXT (documents separated by
+8 x 128 tokens, with and without its dense model as a teacher, with several learning rates and seeds. TEXT (documents separated by
 ``<|endoftext|>``) is divided by documents: calibration, training, the choice of the best checkpoint, and the test text, which nothing
 else has seen. What is reported is the gap: loss on the test text over that of the dense model, in nats a token. Seeds decide the order of
 the data, the first values of the adapter and dropout; recipes with the same seed see the same batches, so that differences are paired.
@@ -53,7 +53,7 @@ RESULTS = Path(__file__).parent / "results"
 BATCH, TOKENS, RANK, RATIO = 8, 128, 8, 0.2
 RATES = (1e-3, 3e-3, 1e-2)
 SHARES = {"calibration": (0.0, 0.15), "train": (0.15, 0.85), "choice": (0.85, 0.9), "test": (0.9, 1.0)}
-TEST_WINDOWS = 240
+TEST_WINDOWS = 128
 CPU = torch.device("cpu")
 
 PRUNED: dict[str, dict[str, Any]] = {
@@ -98,7 +98,7 @@ class Row:
 
 
 def next_wanted(rows: Sequence[Row], seeds: int, steps: int) -> Row | None:
-    """Returns what to run next, its figures empty: both recipes at every rate, then at their best rates on more seeds, then the parts."""
+    """Returns what to run next, its figures empty: the recipes at every rate, then at their best rates on more seeds, then the parts."""
     done = {row.key for row in rows}
     both = (ORIGINAL, OURS)
     plan = [(*recipe, lr, 0) for lr in RATES for recipe in both]
@@ -161,7 +161,7 @@ def test_loss(loaded: Loaded, test: Corpus) -> float:
 def recover_all(model: str, corpora: dict[str, Corpus], work: Path, seeds: int, steps: int, deadline: float, path: Path) -> None:
     rows = read_rows(path)
     dense = load(model)
-    dense_nats = test_loss(dense, corpora["test"])
+    dense_nats = rows[0].dense_nats if rows else test_loss(dense, corpora["test"])
     while (row := next_wanted(rows, seeds, steps)) is not None:
         if time.monotonic() > deadline:
             print("time is up; the next run goes on")
@@ -170,7 +170,7 @@ def recover_all(model: str, corpora: dict[str, Corpus], work: Path, seeds: int, 
         known = next((other.pruned_nats for other in rows if other.pruned == row.pruned), None)
         before = known if known is not None else test_loss(loaded, corpora["test"])
         settings = RecoverSettings(
-            rank=RANK, lr=row.lr, steps=steps, batch=BATCH, seq_len=TOKENS, eval_every=max(1, steps // 4), held_out_windows=32,
+            rank=RANK, lr=row.lr, steps=steps, batch=BATCH, seq_len=TOKENS, eval_every=max(1, steps // 3), held_out_windows=16,
             distill=row.distill, temperature=row.temperature, quiet=True,
         )  # fmt: skip
         teacher = Teacher(dense.model, model, dense.tokenizer, dense.fingerprint) if row.distill else None
@@ -189,39 +189,39 @@ def recover_all(model: str, corpora: dict[str, Corpus], work: Path, seeds: int, 
 
 @dataclass(frozen=True)
 class Speed:
-    """Median time of an optimizer step."""
+    """Median time of an optimizer step: by the clock on the wall, and of the processor, which other work on the machine does not lengthen."""
 
     what: str
     seconds: float
-    tokens_per_second: float
+    cpu_seconds: float
 
 
 class Clock(TrainerCallback):
     """Notes when each optimizer step ends."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.ends: list[tuple[float, float]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append((time.perf_counter(), time.process_time()))
 
-    def durations(self) -> list[float]:
-        return [after - before for before, after in zip(self.ends[1:-1], self.ends[2:], strict=True)]
+    def durations(self) -> list[tuple[float, float]]:
+        """Returns wall and processor seconds of all steps but the first two, which warm up."""
+        return [(after[0] - before[0], after[1] - before[1]) for before, after in zip(self.ends[1:-1], self.ends[2:], strict=True)]
 
 
 def throughput(model: str, corpus: Corpus, turns: int, steps: int) -> list[Speed]:
-    """Times steps of ours, of ours with a teacher, and of plain PEFT, in turns."""
+    """Times steps of ours and of plain PEFT, in turns."""
     settings = RecoverSettings(rank=RANK, lr=1e-3, steps=steps, batch=BATCH, seq_len=TOKENS, eval_every=10**6, dropout=0.05, quiet=True)
     ways = {"PEFT and the Trainer": plain_steps, "regraft": our_steps}
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for turn in range(turns):
         for name in sorted(ways, reverse=bool(turn % 2)):
             found[name] += ways[name](model, corpus, settings)
-    tokens = BATCH * TOKENS
-    return [Speed(name, statistics.median(taken), tokens / statistics.median(taken)) for name, taken in found.items()]
+    return [Speed(name, *(statistics.median(column) for column in zip(*taken, strict=True))) for name, taken in found.items()]
 
 
-def plain_steps(model: str, corpus: Corpus, settings: RecoverSettings) -> list[float]:
+def plain_steps(model: str, corpus: Corpus, settings: RecoverSettings) -> list[tuple[float, float]]:
     loaded, clock = load(model), Clock()
     rows = Ordered(make_examples(corpus, require_tokenizer(loaded), TOKENS, wanted=settings.steps * BATCH, seed=0), settings, 0, "text")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -238,7 +238,7 @@ def plain_steps(model: str, corpus: Corpus, settings: RecoverSettings) -> list[f
     return clock.durations()
 
 
-def our_steps(model: str, corpus: Corpus, settings: RecoverSettings) -> list[float]:
+def our_steps(model: str, corpus: Corpus, settings: RecoverSettings) -> list[tuple[float, float]]:
     loaded, clock = load(model), Clock()
     tokenizer = require_tokenizer(loaded)
     examples = make_examples(corpus, tokenizer, TOKENS, wanted=settings.steps * BATCH, seed=0)
@@ -280,10 +280,11 @@ def tables(rows: Sequence[Row], speeds: Sequence[Speed], model: str) -> str:
             lines.append(f"| {pruned} | {steps} | {share:g} | {temperature:g} | {lr:g} | {before:.3f} | {interval(gaps)} | {len(gaps)} |")
         lines += ["", *_ratio_lines(rows, dense)]
     if speeds:
-        lines += ["", "| steps of | median s | tokens/s | of plain PEFT |", "|---|---|---|---|"]
-        base = next(speed.tokens_per_second for speed in speeds if speed.what.startswith("PEFT"))
+        lines += ["", "| steps of | median s | tokens/s | median CPU s | speed by CPU time beside plain PEFT |", "|---|---|---|---|---|"]
+        base = next(speed.cpu_seconds for speed in speeds if speed.what.startswith("PEFT"))
         lines += [
-            f"| {one.what} | {one.seconds:.4f} | {one.tokens_per_second:,.0f} | {one.tokens_per_second / base:.3f} |" for one in speeds
+            f"| {one.what} | {one.seconds:.4f} | {BATCH * TOKENS / one.seconds:,.0f} | {one.cpu_seconds:.4f} | {base / one.cpu_seconds:.3f} |"
+            for one in speeds
         ]
     return "\n".join(lines) + "\n"
 
@@ -313,7 +314,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark-recovery"))
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--only", choices=("recovery", "throughput", "tables"))
     given = parser.parse_args()
     deadline = time.monotonic() + 60 * given.minutes
@@ -322,14 +323,13 @@ def main() -> None:
     name = Path(given.model).name
     rows, speeds = RESULTS / f"recovery_{name}.csv", RESULTS / f"recovery_{name}_throughput.csv"
     if given.only in (None, "throughput"):
-        write_rows(throughput(given.model, corpora["train"], turns=4, steps=10), Speed, speeds)
+        write_rows(throughput(given.model, corpora["train"], turns=4, steps=8), Speed, speeds)
     if given.only in (None, "recovery"):
         recover_all(given.model, corpora, given.work, given.seeds, given.steps, deadline, rows)
-    measured = (
-        [Speed(row["what"], float(row["seconds"]), float(row["tokens_per_second"])) for row in csv.DictReader(speeds.open())]
-        if speeds.is_file()
-        else []
-    )
+    measured: list[Speed] = []
+    if speeds.is_file():
+        with speeds.open(encoding="utf-8", newline="") as stream:
+            measured = [Speed(row["what"], float(row["seconds"]), float(row["cpu_seconds"])) for row in csv.DictReader(stream)]
     text = tables(read_rows(rows), measured, given.model)
     (RESULTS / f"recovery_{name}.md").write_text(text, encoding="utf-8")
     print(text)
