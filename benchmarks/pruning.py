@@ -21,13 +21,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import common
@@ -151,16 +151,28 @@ class Bench:
         plan = plan_pruning(self.loaded, groups, settings, seed)
         return cut_to_plan(self.loaded, groups, plan, settings, seed)
 
-    def windows(self, seed: int) -> Tensor:
-        return calibration(self.loaded, self.settings(0.1, {}), seed)
+    def evidence(self, seed: int) -> rivals.Evidence:
+        """What the other packages calibrate on; the gradients of a seed are kept."""
+        found = rivals.Evidence(calibration(self.loaded, self.settings(0.1, {}), seed))
+        path = self.work / f"gradients-{self.name}-{seed}.safetensors"
+        if path.is_file():
+            kept = load_file(path)
+            found.first, found.second = ({name[2:]: kept[name] for name in kept if name[0] == order} for order in "12")
+        else:
+            first, second = found.gradients(self.loaded.model)
+            save_file({f"1 {name}": value for name, value in first.items()} | {f"2 {name}": value for name, value in second.items()}, path)
+        return found
 
 
 def measured(bench: Bench, section: str, key: dict[str, Any], make: Callable[[], PreTrainedModel | None]) -> None:
     """Makes a model and adds its row, unless it is there already, or the time is over, or there is no such model."""
     path = common.RESULTS / f"pruning_{section}.csv"
     key = {"model": bench.name} | key
-    done = {tuple(row[name] for name in key) for row in common.read_rows(path)}
-    if tuple(str(value) for value in key.values()) in done or bench.clock.out():
+
+    def is_there() -> bool:
+        return any(all(row[name] == str(value) for name, value in key.items()) for row in common.read_rows(path))
+
+    if is_there() or bench.clock.out():
         return
     started = time.process_time()
     model = make()
@@ -173,18 +185,18 @@ def measured(bench: Bench, section: str, key: dict[str, Any], make: Callable[[],
         "nats_over_dense": round(bench.loss(model) - bench.dense_nats, 5),
         "cpu_seconds": round(seconds, 1),
     }
-    common.add_row(path, row)
+    if not is_there():  # another process may have been faster
+        common.add_row(path, row)
     print(section, *row.values(), flush=True)
 
 
 def section_rivals(bench: Bench) -> None:
-    evidence = rivals.Evidence(bench.windows(0))
-    evidence.gradients(bench.loaded.model)
+    evidence = bench.evidence(0)
     for ratio, ((package, setting), prune) in product((0.2, 0.5, 0.1, 0.3), rivals.RIVALS.items()):
         if ratio in SCREENED and not promising(bench.name, package, setting):
             continue
         key = {"package": package, "setting": setting, "ratio": ratio, "seed": 0}
-        measured(bench, "rivals", key, lambda p=prune, r=ratio: p(bench.loaded.model, evidence, r))
+        measured(bench, "rivals", key, partial(prune, bench.loaded.model, evidence, ratio))
 
 
 def promising(model: str, package: str, setting: str) -> bool:
@@ -209,20 +221,14 @@ def best_rivals(model: str, ratio: float) -> dict[str, str]:
 
 def section_paired(bench: Bench) -> None:
     for seed in SEEDS:
-        evidence = rivals.Evidence(bench.windows(seed))
+        for ratio, (name, asked) in product(RATIOS, OURS.items()):
+            key = {"method": name, "setting": "", "ratio": ratio, "seed": seed}
+            measured(bench, "paired", key, partial(bench.ours, ratio, asked, seed))
+        evidence = bench.evidence(seed)
         for ratio in RATIOS:
-            for name, asked in OURS.items():
-                key = {"method": name, "setting": "", "ratio": ratio, "seed": seed}
-                measured(bench, "paired", key, lambda a=asked, r=ratio, s=seed: bench.ours(r, a, s))
             for package, setting in best_rivals(bench.name, ratio).items():
                 key = {"method": package, "setting": setting, "ratio": ratio, "seed": seed}
-                prune = rivals.RIVALS[package, setting]
-
-                def make(prune: Any = prune, ratio: float = ratio, evidence: Any = evidence) -> PreTrainedModel:
-                    evidence.gradients(bench.loaded.model)
-                    return prune(bench.loaded.model, evidence, ratio)
-
-                measured(bench, "paired", key, make)
+                measured(bench, "paired", key, partial(rivals.RIVALS[package, setting], bench.loaded.model, evidence, ratio))
 
 
 def wide_rows(ratio: float) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
@@ -248,13 +254,13 @@ def section_wide(bench: Bench) -> None:
     for ratio in (0.2, 0.5, 0.1, 0.3):
         for criterion, selection, refit, asked in wide_rows(ratio):
             key = {"criterion": criterion, "selection": selection, "refit": refit, "ratio": ratio, "seed": 0}
-            measured(bench, "wide", key, lambda asked=asked, ratio=ratio: bench.ours(ratio, asked, 0))
+            measured(bench, "wide", key, partial(bench.ours, ratio, asked, 0))
 
 
 def section_modes(bench: Bench) -> None:
     for name, asked in MODES.items():
         key = {"mode": name, "ratio": 0.2, "seed": 0}
-        measured(bench, "modes", key, lambda asked=asked: bench.ours(0.2, asked | {"reconstruct": "least_squares"}, 0))
+        measured(bench, "modes", key, partial(bench.ours, 0.2, asked | {"reconstruct": "least_squares"}, 0))
 
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {

@@ -1,7 +1,7 @@
 """What pruning costs and what it saves: growth of time with layers and width, and the speed of pruned models (used by ``pruning.py``).
 
-Seconds are processor seconds of the thread that works, so that whatever else the machine does meanwhile counts as little as it can;
-models and sizes take turns, repeat by repeat, and medians are compared.
+Seconds are processor seconds, so that whatever else the machine does meanwhile counts as little as it can; models whose speed is compared
+take turns, repeat by repeat.
 
 * Speed: prefill of a prompt and decoding after it, of pruned models against the dense one, beside the ratio of multiply-accumulates.
   What of a model's time does not shrink with its widths is estimated from a *floor*, the same model with one head and one FFN channel in
@@ -37,9 +37,9 @@ from regraft.plans import Groups
 from regraft.selection import Budget, select
 from regraft.surgery.cut import cut
 
-PROMPT, DECODED = 128, 16
+PROMPT, DECODED = 128, 12
 # The small model's times are short and noisy, and cheap to repeat.
-SPEED_REPEATS = {"stories3M": 41, "Llama 110M, random weights": 11}
+SPEED_REPEATS = {"stories3M": 31, "Llama 110M, random weights": 7}
 SPEED_RATIOS = (0.2, 0.4)
 
 
@@ -148,9 +148,11 @@ def _speed_row(
 # ---- growth -----------------------------------------------------------------------------------------------------------------------
 
 GROWTH = (1, 2, 4, 8)
-GROWTH_LAYERS, GROWTH_HIDDEN, GROWTH_REPEATS = 4, 64, 3
-# While one of both grows the other stays: the width at the second step, the layers at the second.
-STAYS = 2
+GROWTH_LAYERS, GROWTH_HIDDEN = 4, 64
+STAYING = {"layers": 128, "width": 4}
+"""While the layers grow this is the width, and the other way round."""
+REPEATS, ENOUGH_SECONDS = 5, 3.0
+"""A stage is repeated so often, or until so much time is spent."""
 
 
 def grown(layers: int, hidden: int) -> PreTrainedModel:
@@ -183,20 +185,18 @@ def stages(model: PreTrainedModel, groups: Groups) -> dict[str, Callable[[], Any
 def section_growth() -> None:
     rows: list[dict[str, Any]] = []
     for series, factor in product(("layers", "width"), GROWTH):
-        layers = GROWTH_LAYERS * (factor if series == "layers" else STAYS)
-        hidden = GROWTH_HIDDEN * (factor if series == "width" else STAYS)
+        layers = GROWTH_LAYERS * factor if series == "layers" else STAYING["width"]
+        hidden = GROWTH_HIDDEN * factor if series == "width" else STAYING["layers"]
         model = grown(layers, hidden)
         groups = discover(model)
-        work = stages(model, groups)
-        times: dict[str, list[float]] = {name: [] for name in work}
-        for _ in range(GROWTH_REPEATS):
-            for name, stage in work.items():
+        for name, stage in stages(model, groups).items():
+            seconds: list[float] = []
+            while len(seconds) < REPEATS and sum(seconds) < ENOUGH_SECONDS:
                 began = time.process_time()
                 stage()
-                times[name].append(time.process_time() - began)
-        for name, seconds in times.items():
+                seconds.append(time.process_time() - began)
             rows.append({"stage": name, "against": series, "factor": factor, "layers": layers, "hidden": hidden})
-            rows[-1] |= {"parameters": groups.parameters, "cpu_seconds": round(statistics.median(seconds), 5)}
+            rows[-1] |= {"parameters": groups.parameters, "cpu_seconds": round(statistics.median(seconds), 5), "repeats": len(seconds)}
             print(*rows[-1].values(), flush=True)
     common.write_rows(common.RESULTS / "pruning_growth.csv", rows)
     found = subprocess.run([sys.executable, __file__], check=True, capture_output=True, text=True).stdout

@@ -195,7 +195,7 @@ def speed(rows: Rows, _ratios: Sequence[float]) -> list[str]:
     lines = [
         "## Speed kept",
         "",
-        "Prefill of 128 tokens and decoding of 16 after them, batch 1, one thread, processor time, medians of repeats in turns. Widths are "
+        "Prefill of 128 tokens and decoding of 12 after them, batch 1, one thread, processor time, medians of repeats in turns. Widths are "
         "multiples of 16 (110 M: 64), the same in every layer. *Operations* is the quotient of multiply-accumulates, dense by pruned. "
         "*Overhead* is the share of the dense model's time that does not shrink with its widths, estimated from a model with one head and one "
         f"FFN channel in every layer; *possible* is the speed-up that it leaves. Target: *kept* at least {SPEED_TARGET}.",
@@ -232,8 +232,8 @@ def growth(rows: Rows, _ratios: Sequence[float]) -> list[str]:
     lines = [
         "## Growth of the cost",
         "",
-        "Llamas of random weights; processor seconds of one thread, medians of 3. Against layers the width is 128, against width there are 8 "
-        "layers, and the FFN grows with it; scoring reads 256 tokens. The exponent is the slope of log seconds against log size: 1 is linear in "
+        "Llamas of random weights; processor seconds of one thread, medians of up to 5. Against layers (4 to 32) the width is 128; against "
+        "width (64 to 512) there are 4 layers, and the FFN grows with it; scoring reads 256 tokens. The exponent is the slope of log seconds against log size: 1 is linear in "
         "layers; the parameters of a layer grow with the square of the width. At these sizes fixed costs hold the slopes down; the last step "
         "(4x to 8x) shows more of what follows.",
         "",
