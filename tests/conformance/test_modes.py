@@ -95,6 +95,55 @@ def test_the_share_is_met_and_removing_is_zeroing(folder, targets, ratio, unit, 
         assert (done.model(IDS).logits - want).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("select_by", ["uniform", "global", "knapsack"])
+@pytest.mark.parametrize("targets", [("heads", "query_heads", "ffn"), ("layers",), ("residual", "layers", "heads", "ffn")])
+def test_a_uniform_shape_stays_of_the_familys_own_class(folder, targets, select_by):
+    """Whatever is cut and however it is chosen; the share is met within a step of what closes the gap, the same in all layers."""
+    settings = PruneSettings(targets=targets, ratio=0.35, criterion="wanda", select=select_by, shape="uniform", align=1, **QUICK)
+    done = prune(folder, None, settings)
+    assert type(done.model).__name__ in ("LlamaForCausalLM", "MistralForCausalLM")
+    assert parameter_count(done.model) == done.plan.parameters_after
+    step = 16_300 if targets == ("layers",) else 3 * 3 * 48
+    assert abs(done.plan.achieved - 0.35) * done.plan.parameters_before <= step
+    for kind in ("heads", "query_heads", "ffn"):
+        left = {len(entry.kept) for entry in done.plan.cuts if entry.group.endswith(f".{kind}")}
+        assert len(left) <= 1
+
+
+def test_the_uniform_knapsack_finds_the_best_of_all_choices(groups):
+    """Against all choices of heads, feed-forward width, stream and depth on planted curves."""
+    kinds = ("heads", "ffn", "residual", "layer")
+    chosen = tuple(group for group in groups.groups if group.kind in kinds)
+    small = Groups(groups.fingerprint, groups.family, 3, groups.parameters, chosen, groups.shapes)
+    draw = torch.Generator().manual_seed(4)
+    sizes = {"heads": (1, 2, 3), "ffn": (16, 32, 48, 64), "residual": (16, 32, 48), "layer": (0, 1)}
+    curves: dict[str, Curve] = {}
+    for group in chosen:
+        damage = torch.rand(len(sizes[group.kind]) - 1, generator=draw).sort(descending=True).values.tolist()
+        curves[group.name] = Curve(sizes[group.kind], (*damage, 0.0), tuple(map(float, sizes[group.kind])))
+    scores = Scores(groups.fingerprint, "planted", {group.name: tuple(map(float, range(group.units))) for group in chosen})
+    ledger = Ledger(small, [group.name for group in chosen])
+    depth = sorted((f"layers.{layer}.layer" for layer in range(3)), key=lambda name: curves[name].damage_nats[0])
+    every: list[tuple[float, float]] = []
+    for heads, ffn, width, gone in product(sizes["heads"], sizes["ffn"], sizes["residual"], range(3)):
+        there = [layer for layer in range(3) if f"layers.{layer}.layer" not in depth[:gone]]
+        kept = {"residual": width} | dict.fromkeys(depth[:gone], 0)
+        kept |= {f"layers.{layer}.{kind}": count for layer in range(3) for kind, count in (("heads", heads), ("ffn", ffn))}
+        counted = [name for name in kept if name in depth or name == "residual" or int(name.split(".")[1]) in there]
+        damage = sum(curves[name].damage_nats[curves[name].kept.index(kept[name])] for name in counted)
+        every.append((ledger.left(kept), damage))
+    for goal in (0.2, 0.45, 0.6):
+        budget = Budget(goal, "uniform", (0, 1, 2), kinds, 16, Curves(groups.fingerprint, "parameters", 0.0, curves))
+        plan = select("knapsack", small, scores, budget)
+        half = 0.5 * 3 * 16 * groups.of("ffn")[0].unit_parameters
+        wanted = groups.parameters * (1 - goal)
+        assert abs(plan.parameters_after - wanted) <= half
+        best = min(damage for left, damage in every if abs(left - wanted) <= half)
+        found = {entry.group: len(entry.kept) for entry in plan.cuts}
+        damage = sum(curves[name].damage_nats[curves[name].kept.index(count)] for name, count in found.items())
+        assert damage == pytest.approx(best)
+
+
 @pytest.mark.parametrize("targets", ["residual,ffn", "layers,heads,query_heads,ffn", "attention,mlp,ffn,residual"])
 def test_the_command_prunes_by_measured_damage(folder, tmp_path, targets):
     out = tmp_path / "out"

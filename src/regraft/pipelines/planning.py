@@ -79,7 +79,7 @@ def resolve(settings: PruneSettings, view: ModelView | None = None) -> Way:
     notes: tuple[str, ...] = ()
     chosen = settings.select
     if chosen == "auto":
-        measured = with_text and settings.memory is None and (settings.shape == "per-layer" or set(settings.targets) <= {"heads", "ffn"})
+        measured = with_text and settings.memory is None
         chosen = "knapsack" if curves_wanted or measured else plain
         if with_text and settings.memory is not None and not curves_wanted:
             notes = (f"selection: {plain}; the knapsack measures the whole model many times over, which --memory leaves no room for",)

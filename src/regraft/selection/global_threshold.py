@@ -11,31 +11,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from regraft.errors import InputError
 from regraft.groups.ledger import Ledger
 from regraft.plans import WHOLE, Group, Groups, Scores
 from regraft.selection.budget import SELECTORS, Budget, Kept, Selector
-from regraft.selection.uniform import even_share, uniform, whole_cuts
+from regraft.selection.uniform import alike, even_share, uniform, whole_cuts
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Units that leave together: one aligned step of one group."""
+    """Units that leave together: one aligned step of one group, or of every group of a kind where layers stay alike."""
 
-    group: str
+    lane: tuple[Group, ...]
     units: int
     parameters: int
     score_per_parameter: float
 
 
 def global_threshold(groups: Groups, scores: Scores, budget: Budget) -> Kept:
-    """Returns how many units stay when the cheapest blocks of all layers leave first.
+    """Returns how many units stay when the cheapest blocks leave first.
+
+    Where all layers are to stay alike, a block is one step of all of them, and the threshold weighs kinds against one another.
 
     Raises:
-        InputError: The budget asks for a uniform shape, which one threshold cannot give.
+        InputError: Layers that differ already are to end alike.
     """
-    if budget.shape == "uniform":
-        raise InputError("selection 'global' gives every layer its own width; use --shape per-layer, or selection 'uniform'")
     prunable = budget.prunable(groups)
     wide = [group for group in prunable if group.kind not in WHOLE]
     if not wide:
@@ -43,33 +42,48 @@ def global_threshold(groups: Groups, scores: Scores, budget: Budget) -> Kept:
     ledger = Ledger(groups, [group.name for group in prunable])
     target = budget.ratio * groups.parameters
     gone = whole_cuts(groups, prunable, scores, even_share(ledger, prunable, groups.parameters - target))
-    blocks = [block for group in wide for block in _blocks(group, scores.values[group.name], budget)]
+    lanes = alike(wide) if budget.shape == "uniform" else [(group,) for group in wide]
+    blocks = [block for lane in lanes for block in _blocks(lane, scores, budget)]
     kept = {group.name: group.units for group in wide} | gone
     missing = target - (groups.parameters - ledger.left(gone))
-    closed: set[str] = set()
+    closed: set[tuple[str, ...]] = set()
     smallest = min((block.parameters for block in blocks), default=0)
     for block in sorted(blocks, key=lambda block: block.score_per_parameter):
         # A large block (a head) that overshoots leaves the rest of the way to the small ones.
-        cost = 0.0 if block.group in closed else ledger.lost(block.group, kept, kept[block.group] - block.units)
+        lane = tuple(group.name for group in block.lane)
+        cost = 0.0 if lane in closed else _cost(ledger, kept, lane, block.units)
         if not cost or cost - missing > 0.5 * smallest:
-            closed.add(block.group)
+            closed.add(lane)
             continue
-        kept[block.group] -= block.units
+        kept |= {name: kept[name] - block.units for name in lane}
         missing -= cost
     return kept
 
 
-def _blocks(group: Group, values: tuple[float, ...], budget: Budget) -> list[_Block]:
-    """Returns the blocks of a group in the order in which they must leave; the last aligned step stays."""
-    ascending = sorted(values)
-    step, floor = budget.step(group), budget.floor(group)
+def _cost(ledger: Ledger, kept: Kept, lane: tuple[str, ...], units: int) -> float:
+    """Returns how many parameters go when every group of a lane loses so many units."""
+    if len(lane) == 1:
+        return ledger.lost(lane[0], kept, kept[lane[0]] - units)
+    total, after = 0.0, dict(kept)
+    for name in lane:
+        total += ledger.lost(name, after, after[name] - units)
+        after[name] -= units
+    return total
+
+
+def _blocks(lane: tuple[Group, ...], scores: Scores, budget: Budget) -> list[_Block]:
+    """Returns the blocks of a lane in the order in which they must leave; the last aligned step stays."""
+    first = lane[0]
+    ascending = [sorted(scores.values[group.name]) for group in lane]
+    parameters = sum(group.unit_parameters for group in lane)
+    step, floor = budget.step(first), budget.floor(first)
     blocks: list[_Block] = []
-    left = group.units
+    left = first.units
     while left > floor:
-        count = left - (left - 1) // step * step if left == group.units else step
-        units = ascending[group.units - left : group.units - left + count]
-        mean = sum(units) / count
-        blocks.append(_Block(group.name, count, count * group.unit_parameters, mean / group.unit_parameters))
+        count = left - (left - 1) // step * step if left == first.units else step
+        start = first.units - left
+        total = sum(sum(values[start : start + count]) for values in ascending)
+        blocks.append(_Block(lane, count, count * parameters, total / (count * parameters)))
         left -= count
     return blocks
 

@@ -17,10 +17,12 @@ import numpy as np
 
 from regraft.errors import InputError, PlanError
 from regraft.groups.ledger import overlap
-from regraft.plans import Curve, Curves, Group, Groups, Scores
+from regraft.plans import WHOLE, Curve, Curves, Group, Groups, Scores
 from regraft.selection.budget import SELECTORS, Budget, Kept, Selector
 from regraft.selection.dynamic import Table, solve
 from regraft.selection.nested import nested
+from regraft.selection.same import same_everywhere
+from regraft.selection.uniform import alike
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,10 @@ def knapsack(groups: Groups, scores: Scores, budget: Budget) -> Kept:
     if curves is None or curves.fingerprint != groups.fingerprint:
         raise PlanError("selection 'knapsack' needs curves of damage measured on this model; measure them first")
     prunable = budget.prunable(groups)
-    if overlap(prunable):
+    depth = {group.kind for group in prunable} == {"layer"}  # whole layers alone leave alike what was alike
+    if overlap(prunable) or (budget.shape == "uniform" and not depth and any(group.kind in WHOLE for group in prunable)):
         _refuse_overlapping(curves, budget)
-        return nested(groups, curves.values, budget)
+        return (same_everywhere if budget.shape == "uniform" else nested)(groups, curves.values, budget)
     options = [_options(group, curves.values[group.name], budget) for group in prunable]
     total = curves.fixed_cost + sum(curve.cost[-1] for curve in curves.values.values())
     target = budget.ratio * total
@@ -56,17 +59,15 @@ def knapsack(groups: Groups, scores: Scores, budget: Budget) -> Kept:
             f"ratio {budget.ratio:g} would leave a layer empty: at most {most / total:.3f} of the {curves.unit} can go; "
             "lower --ratio or widen --layers"
         )
-    if budget.shape == "uniform":
+    if budget.shape == "uniform" and not depth:
         return _same_everywhere(options, target)
     return _solve(options, target)
 
 
 def _refuse_overlapping(curves: Curves, budget: Budget) -> None:
-    targets = ",".join(budget.targets)
     if curves.unit == "milliseconds":
+        targets = ",".join(budget.targets)
         raise InputError(f"--targets {targets} share weights, whose milliseconds cannot be told apart; use --budget parameters or bytes")
-    if budget.shape == "uniform":
-        raise InputError(f"selection 'knapsack' gives no uniform shape to --targets {targets}; use --select uniform")
 
 
 def _options(group: Group, curve: Curve, budget: Budget) -> _Options:
@@ -86,10 +87,8 @@ def _solve(options: Sequence[_Options], target: float) -> dict[str, int]:
 
 def _same_everywhere(options: Sequence[_Options], target: float) -> dict[str, int]:
     """Returns one size for all groups of a kind: the least damage among the choices nearest to the target."""
-    kinds = {kind: [option for option in options if option.group.kind == kind] for kind in dict.fromkeys(o.group.kind for o in options)}
-    for kind, members in kinds.items():
-        if len({option.kept for option in members}) > 1:
-            raise InputError(f"--shape uniform needs layers of equal size, but the {kind} of this model differ; use --shape per-layer")
+    by_name = {option.group.name: option for option in options}
+    kinds = {lane[0].kind: [by_name[group.name] for group in lane] for lane in alike([option.group for option in options])}
     found: list[tuple[float, float, dict[str, int]]] = []
     finest = math.inf
     for indices in product(*(range(len(members[0].kept)) for members in kinds.values())):

@@ -55,11 +55,11 @@ def nested(groups: Groups, curves: Mapping[str, Curve], budget: Budget) -> Kept:
     stream = next((group for group in prunable if group.kind == "residual"), None)
     inner = [group for group in prunable if group.kind != "residual"]
     found = [_inside({}, 0.0, inner, ledger, curves, budget, target)] if stream is None else []
-    for width in _widths(stream, budget, alone=not inner) if stream is not None else ():
+    for width in widths_of(stream, budget, alone=not inner) if stream is not None else ():
         assert stream is not None
         kept = {stream.name: width}
         removed = groups.parameters - ledger.left(kept)
-        damage = _damage(curves[stream.name], width)
+        damage = damage_at(curves[stream.name], width)
         if removed <= target or not inner:
             found.append(_inside(kept, damage, inner, ledger, curves, budget, target - removed))
     if not found:
@@ -102,7 +102,7 @@ def _alternatives(
     parts: list[_Rows] = []
     for sizes, whole in ((("heads", "query_heads"), "attention"), (("ffn",), "mlp")):
         widths = [kinds[kind] for kind in sizes if kind in kinds]
-        choices = [dict(pairs) for pairs in product(*([(group.name, kept) for kept in _sizes(group, budget)] for group in widths))]
+        choices = [dict(pairs) for pairs in product(*([(group.name, kept) for kept in sizes_of(group, budget)] for group in widths))]
         if whole in kinds:
             choices.append({kinds[whole].name: 0})
         if len(choices) > 1:
@@ -115,7 +115,7 @@ def _alternatives(
 
 def _rows(choices: Sequence[dict[str, int]], base: dict[str, int], ledger: Ledger, curves: Mapping[str, Curve]) -> _Rows:
     removed = tuple(_lost(choice, base, ledger) for choice in choices)
-    return _Rows(tuple(choices), Table(removed, tuple(sum(_damage(curves[name], kept) for name, kept in c.items()) for c in choices)))
+    return _Rows(tuple(choices), Table(removed, tuple(sum(damage_at(curves[name], kept) for name, kept in c.items()) for c in choices)))
 
 
 def _lost(choice: Mapping[str, int], base: dict[str, int], ledger: Ledger) -> float:
@@ -126,19 +126,21 @@ def _lost(choice: Mapping[str, int], base: dict[str, int], ledger: Ledger) -> fl
     return total
 
 
-def _sizes(group: Group, budget: Budget) -> list[int]:
+def sizes_of(group: Group, budget: Budget) -> list[int]:
+    """Returns the numbers of units that a group may keep, ascending; the whole group last."""
     return sorted({*range(budget.floor(group), group.units, budget.step(group)), group.units})
 
 
-def _widths(stream: Group, budget: Budget, *, alone: bool) -> list[int]:
-    sizes = _sizes(stream, budget)
+def widths_of(stream: Group, budget: Budget, *, alone: bool) -> list[int]:
+    """Returns the widths of the stream that are tried: all where nothing else is cut, a spread of them beside other cuts."""
+    sizes = sizes_of(stream, budget)
     if alone or len(sizes) <= MOST_WIDTHS:
         return sizes
     places = np.linspace(0, len(sizes) - 1, MOST_WIDTHS).round().astype(int)
     return [sizes[int(place)] for place in places]
 
 
-def _damage(curve: Curve, kept: int) -> float:
+def damage_at(curve: Curve, kept: int) -> float:
     """Returns the damage at a size: between measured sizes by a line, and never less for fewer units."""
     rising = np.maximum.accumulate(np.asarray(curve.damage_nats)[::-1])[::-1]
     return float(np.interp(kept, curve.kept, rising))

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from regraft.errors import InputError
 from regraft.groups.ledger import Ledger
 from regraft.plans import WHOLE, Group, GroupKind, Groups, Scores
 from regraft.selection.budget import SELECTORS, Budget, Kept, Selector
 
 # From the smallest units to the largest: the first that is a target closes the gap.
-_FINEST_FIRST: tuple[GroupKind, ...] = ("ffn", "residual", "query_heads", "heads", "mlp", "attention", "layer")
+FINEST_FIRST: tuple[GroupKind, ...] = ("ffn", "residual", "query_heads", "heads", "mlp", "attention", "layer")
 
 
 def uniform(groups: Groups, scores: Scores, budget: Budget) -> Kept:
@@ -27,7 +28,7 @@ def uniform(groups: Groups, scores: Scores, budget: Budget) -> Kept:
     ledger = Ledger(groups, [group.name for group in prunable])
     target = budget.ratio * groups.parameters
     share = even_share(ledger, prunable, groups.parameters - target)
-    closing = next(kind for kind in _FINEST_FIRST if any(group.kind == kind for group in prunable))
+    closing = next(kind for kind in FINEST_FIRST if any(group.kind == kind for group in prunable))
     fine = [group for group in prunable if group.kind == closing]
     coarse = [group for group in prunable if group.kind != closing]
 
@@ -78,6 +79,21 @@ def whole_cuts(groups: Groups, prunable: Sequence[Group], scores: Scores, share:
         found |= {group.name: 0 for group in lowest}
         gone |= {group.layer for group in lowest} if kind == "layer" else set()
     return found
+
+
+def alike(groups: Sequence[Group]) -> list[tuple[Group, ...]]:
+    """Returns the groups of each kind together, for layers that are to stay alike.
+
+    Raises:
+        InputError: Those of a kind differ in size.
+    """
+    kinds: dict[GroupKind, list[Group]] = {}
+    for group in groups:
+        kinds.setdefault(group.kind, []).append(group)
+    for kind, members in kinds.items():
+        if len({group.units for group in members}) > 1:
+            raise InputError(f"--shape uniform needs layers of equal size, but the {kind} of this model differ; use --shape per-layer")
+    return [tuple(members) for members in kinds.values()]
 
 
 def _reduced(group: Group, share: float, extra: int, budget: Budget) -> int:
