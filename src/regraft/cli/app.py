@@ -24,7 +24,7 @@ from regraft.errors import RegraftError
 # One entry for each file in this folder that holds a command: the first line of its help. A test compares the two.
 COMMANDS = {
     "run": "Run a recipe: prune, recover and measure a model, in one folder.",
-    "prune": "Remove whole heads and feed-forward channels until a share of all parameters is gone.",
+    "prune": "Remove heads, feed-forward channels, and with --targets more, until a share of all parameters is gone.",
     "recover": "Train a small adapter on a pruned model and fold it in: text or instructions, best checkpoint by held-out loss.",
     "evaluate": "Measure a model: loss, perplexity, bits per byte, size and, if asked, speed.",
     "export": "Write an adapter as a plain LoRA that stock PEFT and strict servers load, without loss.",

@@ -34,7 +34,7 @@ def prune(
     ] = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Remove whole heads and feed-forward channels until a share of all parameters is gone."""
+    """Remove heads, feed-forward channels, and with --targets more, until a share of all parameters is gone."""
     if output is None and not dry_run:
         raise InputError("--output is missing; say where the pruned model goes, or look first with --dry-run")
     if plan_only and plan is not None:
@@ -76,6 +76,6 @@ def show_plan(console: Console, groups: Groups, plan: PrunePlan) -> None:
     for row in plan_summary(groups, plan):
         table.add_row(row["group"], str(row["before"]), str(row["after"]))
     console.print(table)
-    console.print(
-        f"parameters {plan.parameters_before:,} -> {plan.parameters_after:,}: {plan.achieved:.2%} removed (asked for: {plan.ratio:.2%})"
-    )
+    unit = plan.made_with.get("settings", {}).get("budget", "parameters")
+    asked = f"{plan.ratio:.2%}" + (f" of the {unit}" if unit != "parameters" else "")
+    console.print(f"parameters {plan.parameters_before:,} -> {plan.parameters_after:,}: {plan.achieved:.2%} removed (asked for: {asked})")

@@ -8,9 +8,9 @@ see. Only the layers above are run again.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from statistics import median
 from typing import Literal
 
 import torch
@@ -29,6 +29,7 @@ from regraft.surgery.cut import cut
 SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 # More windows than this sharpen the curves less than they cost: every one is run for every size of every group.
 JUDGED_WINDOWS = 16
+FEWEST_TURNS, MOST_TURNS, SECONDS_OF_TIMING = 5, 200, 0.5  # how often, and for how long, sizes are timed
 CostUnit = Literal["parameters", "bytes", "milliseconds"]
 
 
@@ -60,7 +61,7 @@ def measure_curves(
     for layer in range(len(view.layers)):
         inputs.append(judge_walk.run(layer, inputs[-1]))
     dense = [functional.log_softmax(logits.float(), dim=-1) for logits in judge_walk.logits(inputs[-1])]
-    wanted = set(only)
+    costs, wanted = _Costs(view, unit, windows_NT.shape[1]), set(only)
     values: dict[str, Curve] = {}
     for layer in range(len(view.layers)):
         here = [group for group in groups.groups if group.layer == layer and group.name in wanted]
@@ -71,20 +72,19 @@ def measure_curves(
         for group in here:
             if group.kind in WHOLE:
                 damage = divergence_without(judge_walk, group, inputs, dense)
-                values[group.name] = Curve((0, 1), (damage, 0.0), _costs(view, group, (0, 1), unit, windows_NT.shape[1]))
+                values[group.name] = Curve((0, 1), (damage, 0.0), costs.of(group, (0, 1)))
                 continue
             sizes = _sizes(group.units)
             damage = [
                 _divergence(view, judge_walk, layer, inputs[layer], dense, group, scores.values[group.name], size, moments[group.name])
                 for size in sizes[:-1]
             ]
-            cost = _costs(view, group, sizes, unit, windows_NT.shape[1])
-            values[group.name] = Curve(sizes, (*damage, 0.0), cost)
+            values[group.name] = Curve(sizes, (*damage, 0.0), costs.of(group, sizes))
         if here:
             say(f"measured the damage of cutting layer {layer + 1} of {len(view.layers)}")
     for group in groups.of("residual"):
         if group.name in wanted:
-            values[group.name] = _stream_curve(view, groups, scores, group, judge_walk, dense, unit)
+            values[group.name] = _stream_curve(view, groups, scores, group, judge_walk, dense, costs)
             say("measured the damage of a narrower stream")
     fixed = 0.0
     if unit != "milliseconds":
@@ -95,7 +95,7 @@ def measure_curves(
 
 @torch.no_grad()
 def _stream_curve(
-    view: ModelView, groups: Groups, scores: Scores, group: Group, walk: Layerwise, dense: list[Tensor], unit: CostUnit
+    view: ModelView, groups: Groups, scores: Scores, group: Group, walk: Layerwise, dense: list[Tensor], costs: _Costs
 ) -> Curve:
     """Returns the curve of the residual width, from models that are really cut: memory for one of them beside the dense one."""
     damage: list[float] = []
@@ -107,7 +107,7 @@ def _stream_curve(
         narrow = cut(view.model, groups, plan)
         logits = (narrow(input_ids=ids.to(narrow.device), use_cache=False).logits for ids in walk.batches)
         damage.append(mean_divergence(logits, dense))
-    return Curve(sizes, (*damage, 0.0), _costs(view, group, sizes, unit, walk.batches[0].shape[1]))
+    return Curve(sizes, (*damage, 0.0), costs.of(group, sizes))
 
 
 def _sizes(units: int) -> tuple[int, ...]:
@@ -156,18 +156,41 @@ def _divergence(
     return mean_divergence(walk.logits(hidden), dense)
 
 
-def _costs(view: ModelView, group: Group, sizes: Sequence[int], unit: CostUnit, tokens: int) -> tuple[float, ...]:
-    """Returns what a group costs at each size."""
-    if unit == "parameters":
-        return tuple(float(size * group.unit_parameters) for size in sizes)
-    if unit == "bytes":
-        return tuple(float(size * group.unit_parameters * view.model.dtype.itemsize) for size in sizes)
-    return _milliseconds(dict(view.model.named_parameters()), group, sizes, tokens)
+class _Costs:
+    """What groups cost at each size.
+
+    Args:
+        view: The model.
+        unit: What is counted.
+        tokens: How many go through a projection at once, for milliseconds.
+    """
+
+    def __init__(self, view: ModelView, unit: CostUnit, tokens: int) -> None:
+        self._view = view
+        self._unit = unit
+        self._tokens = tokens
+        self._parameters = dict(view.model.named_parameters())
+        self._timed: dict[tuple[object, ...], tuple[float, ...]] = {}
+
+    def of(self, group: Group, sizes: Sequence[int]) -> tuple[float, ...]:
+        """Returns what a group costs at each size; groups of the same matrices are timed once."""
+        if self._unit != "milliseconds":
+            each = group.unit_parameters * (1 if self._unit == "parameters" else self._view.model.dtype.itemsize)
+            return tuple(float(size * each) for size in sizes)
+        shapes = (tuple(self._parameters[m.parameter].shape) for m in group.members)
+        places = ((m.axis, m.side, m.width) for m in group.members)
+        key = (*sizes, *shapes, *places)
+        if key not in self._timed:
+            self._timed[key] = _milliseconds(self._parameters, group, sizes, self._tokens)
+        return self._timed[key]
 
 
 @torch.no_grad()
 def _milliseconds(parameters: Mapping[str, Tensor], group: Group, sizes: Sequence[int], tokens: int) -> tuple[float, ...]:
-    """Returns the median time of a group's projections at each size over ``tokens`` tokens; sizes take turns, so noise is shared."""
+    """Returns the time of a group's projections at each size over ``tokens`` tokens.
+
+    Sizes take turns, and of each the shortest time counts: whatever else runs on the machine only ever adds to it.
+    """
     work: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for size in sizes:
         work[size] = []
@@ -177,18 +200,20 @@ def _milliseconds(parameters: Mapping[str, Tensor], group: Group, sizes: Sequenc
                 part = weight.narrow(member.axis, 0, size * member.width).contiguous()
                 weight_OI = part if (member.axis == 0) == (member.side == "out") else part.T.contiguous()
                 work[size].append((torch.randn(tokens, weight_OI.shape[1]).to(weight_OI), weight_OI))
-    times: dict[int, list[float]] = {size: [] for size in sizes}
-    for repeat in range(12):
+    shortest = dict.fromkeys(sizes, math.inf)
+    started = time.perf_counter()
+    for turn in range(MOST_TURNS):
         for size in sizes:
             _synchronize(work[size][0][0])
             start = time.perf_counter()
             for rows, weight_OI in work[size]:
                 functional.linear(rows, weight_OI)
             _synchronize(work[size][0][0])
-            if repeat >= 2:  # the first rounds warm up
-                times[size].append(1e3 * (time.perf_counter() - start))
-    medians = [median(times[size]) for size in sizes]
-    return tuple(max(medians[: index + 1]) for index in range(len(medians)))  # a larger size never counts as faster
+            shortest[size] = min(shortest[size], 1e3 * (time.perf_counter() - start))
+        if turn >= FEWEST_TURNS and time.perf_counter() - started > SECONDS_OF_TIMING:
+            break
+    times = [shortest[size] for size in sizes]
+    return tuple(max(times[: index + 1]) for index in range(len(times)))  # a larger size never counts as faster
 
 
 def _synchronize(tensor: Tensor) -> None:

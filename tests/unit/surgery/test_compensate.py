@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from regraft.groups.declared import discover
+from regraft.groups.discover import discover
 from regraft.models.layerwise import Layerwise
 from regraft.models.view import ModelView
 from regraft.plans import Cut, PrunePlan, Scores
@@ -127,3 +129,16 @@ def test_curves_are_the_divergence_of_the_cut_model(make_model):
     refitted = cut(model, groups, plan_for(groups, cuts), compensate(view, groups, cuts, WINDOWS[:12], "least_squares"))
     assert curve.damage_nats[3] == pytest.approx(divergence(model, refitted, WINDOWS[12:]), rel=0.25)
     assert curve.damage_nats[0] > curve.damage_nats[-2]
+
+
+def test_milliseconds_are_measured_once_for_matrices_of_one_shape(make_model):
+    model = make_model("llama")
+    view = ModelView(model)
+    groups = discover(view, ("heads", "ffn", "layer"))
+    scores = Scores(groups.fingerprint, "planted", {g.name: tuple(float(u) for u in range(g.units)) for g in groups.groups})
+    curves = measure_curves(view, groups, scores, WINDOWS[:8], only=[g.name for g in groups.groups], unit="milliseconds").values
+    assert curves["layers.0.ffn"].cost == curves["layers.2.ffn"].cost
+    assert curves["layers.0.heads"].cost == curves["layers.1.heads"].cost != curves["layers.0.ffn"].cost
+    for curve in curves.values():
+        assert all(first <= second for first, second in pairwise(curve.cost))
+        assert 0.0 < curve.cost[-1] < 1000.0
