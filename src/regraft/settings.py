@@ -141,6 +141,14 @@ class RecoverSettings(Settings):
     """How quality is won back: LoRA through PEFT with the Hugging Face Trainer."""
 
     data: Path | None = Field(default=None, description="text or instruction records to train on; default: the built-in text")
+    task: Literal["language", "classification", "regression"] = Field(
+        default="language",
+        description="language, or labels: an encoder or decoder learns the classes or numbers of --data (csv, tsv, json, jsonl)",
+    )
+    text_columns: tuple[str, ...] = Field(
+        default=(), description="of data with labels: one column or two; default: usual names, such as sentence1,sentence2"
+    )
+    label_column: str | None = Field(default=None, description="of data with labels; default: label or score")
     adapter: str = Field(
         default="lora",
         description="lora, rslora, dora, olora, pissa, eva, adalora, deep_lora, nola, lora_xs or mora",

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, cast, final
 
 import torch
-from peft import AdaLoraModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import AdaLoraModel, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -107,7 +108,8 @@ class PeftAdapter:
         if self.moves_weights:
             modules = {name: layer.get_base_layer() for name, layer in layers_of(peft_model)}
             task = peft_model.peft_config[NAME].task_type
-            write_plain_lora(self.factors(adapted), modules, module_names(peft_model), folder, base, str(task) if task else None)
+            names, head = module_names(peft_model), trained_whole(peft_model)
+            write_plain_lora(self.factors(adapted), modules, names, folder, base, str(task) if task else None, head)
             return
         peft_model.peft_config[NAME].base_model_name_or_path = base
         # "auto" would ask the hub for the base model's vocabulary; an adapted embedding is saved as its two factors.
@@ -125,7 +127,18 @@ def layers_of(adapted: PeftModel) -> Iterator[tuple[str, Any]]:
 
 def module_names(adapted: PeftModel) -> tuple[str, ...]:
     """Returns the names of the model's own modules."""
-    return tuple(name.replace(".base_layer", "") for name, _ in cast(nn.Module, adapted.base_model.model).named_modules())
+    inner = cast(nn.Module, adapted.base_model.model).named_modules()
+    return tuple(name.replace(".base_layer", "").replace(".original_module", "") for name, _ in inner)
+
+
+def trained_whole(adapted: PeftModel) -> dict[str, Tensor]:
+    """Returns the parameters of the layers that PEFT trains beside its factors, by their names in the plain model."""
+    found: dict[str, Tensor] = {}
+    for name, module in cast(nn.Module, adapted.base_model.model).named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            kept = module.modules_to_save[NAME]
+            found |= {f"{name}.{key}": value.detach() for key, value in kept.named_parameters()}
+    return found
 
 
 def _weights(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Tensor]:
@@ -168,9 +181,9 @@ def stock_factors(adapted: PeftModel) -> dict[str, LowRank]:
             f"the adapter started from its weights ({start}) and was not converted when it was saved, so it is wrong beside the original "
             "ones; save it again with PEFT's path_initial_model_for_weight_conversion"
         )
-    if config.use_dora or config.modules_to_save:
+    if config.use_dora or (config.modules_to_save and config.task_type != TaskType.SEQ_CLS):
         what = "DoRA" if config.use_dora else "an adapter with modules of its own (modules_to_save)"
-        raise InputError(f"{what} is no plain LoRA; merge it with PEFT's merge_and_unload instead")
+        raise InputError(f"{what} is no plain LoRA; merge it with: regraft export ADAPTER --to merged, or PEFT's merge_and_unload")
     return {name: _scaled(layer) for name, layer in layers_of(adapted)}
 
 

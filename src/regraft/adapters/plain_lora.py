@@ -34,6 +34,7 @@ def write_plain_lora(
     folder: Path,
     base: str,
     task_type: str | None,
+    head: Mapping[str, Tensor] | None = None,
 ) -> int:
     """Writes factors as a PEFT adapter.
 
@@ -44,10 +45,12 @@ def write_plain_lora(
         folder: An empty folder.
         base: The model that the adapter belongs to.
         task_type: As PEFT names it.
+        head: Parameters of layers that were trained whole, of a model for labels.
 
     Returns:
         The rank.
     """
+    head = head or {}
     rank = max(factor.right.shape[0] for factor in factors.values())
     tensors: dict[str, Tensor] = {}
     for name, factor in factors.items():
@@ -58,6 +61,7 @@ def write_plain_lora(
         )
         tensors[f"{_PREFIX}{name}.{first}"] = right.to("cpu").contiguous()
         tensors[f"{_PREFIX}{name}.{second}"] = left.to("cpu").contiguous()
+    tensors |= {f"{_PREFIX}{name}": value.detach().to("cpu").contiguous() for name, value in head.items()}
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -65,6 +69,7 @@ def write_plain_lora(
         target_modules=target_names(factors, names),
         fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in factors),
         bias="none",
+        modules_to_save=sorted({name.split(".")[0] for name in head}) or None,
         task_type=cast(Any, task_type),
         base_model_name_or_path=base,
         inference_mode=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from regraft.cli.options import ModelArgument, OutputOption, SeedOption, command_line, with_settings
-from regraft.pipelines.recover import recover_model
+from regraft.pipelines.recover import UNITS, recover_model
 from regraft.settings import LoadSettings, RecoverSettings
 from regraft.training.processes import is_main
 from regraft.training.recover import Recovered
@@ -30,7 +31,7 @@ def recover(
     if not is_main():
         return
     console = Console()
-    show(console, result.recovered)
+    show(console, result.recovered, UNITS[recover.task], result.judged)
     what = "model" if result.recovered.injected is None else "adapter"
     console.print(f"{what} saved to {output}", soft_wrap=True)
 
@@ -44,14 +45,16 @@ def recorded(command: str) -> str:
     return shlex.join(part for part in shlex.split(command) if part != "--resume")
 
 
-def show(console: Console, recovered: Recovered) -> None:
-    """Prints what recovery did."""
+def show(console: Console, recovered: Recovered, unit: str, judged: Mapping[str, float]) -> None:
+    """Prints what recovery did: losses in their unit, and what else was found on held-out rows with labels."""
     table = Table(show_header=False)
     table.add_column(justify="left")
     table.add_column(justify="right")
     steps = recovered.log[-1].step
-    table.add_row("held-out loss before", f"{recovered.first_loss:.4f} nats a token")
-    table.add_row("held-out loss after", f"{recovered.best_loss:.4f} nats a token")
+    table.add_row("held-out loss before", f"{recovered.first_loss:.4f} {unit}")
+    table.add_row("held-out loss after", f"{recovered.best_loss:.4f} {unit}")
+    for name, value in judged.items():
+        table.add_row(f"held-out {name.replace('_', ' ')}", f"{value:.4f}")
     table.add_row("best step", f"{recovered.best_step} of {steps}")
     table.add_row("trained parameters", f"{recovered.trainable_parameters:,}")
     table.add_row("time", f"{recovered.seconds:.1f} s")

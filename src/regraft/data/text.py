@@ -85,25 +85,29 @@ def read_corpus(path: Path | str | None, split: Split) -> Corpus:
     if path is None:
         return Corpus(BUILT_IN, split, documents=tuple(document.text for document in seedling_corpus.documents(split)))
     path = Path(path)
-    text = _read_text(path)
+    text = read_text(path)
     if path.suffix.lower() == ".txt":
         documents, records = _documents(text), ()
     else:
-        documents, records = _sorted_out(path, _objects(path, text))
+        documents, records = _sorted_out(path, read_objects(path, text))
     if not documents and not records:
         raise DataError(f"'{path}' is empty or blank; give a file with at least one document")
     return Corpus(str(path), "all", documents=documents, records=records)
 
 
-def _read_text(path: Path) -> str:
-    """Returns a file's text without byte-order mark and with plain line ends."""
-    known = ", ".join(SUFFIXES)
+def read_text(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> str:
+    """Returns a file's text without byte-order mark and with plain line ends.
+
+    Raises:
+        DataError: It is missing, a folder or binary, or has another suffix.
+    """
+    known = ", ".join(suffixes)
     try:
         if path.is_dir():
             raise DataError(f"'{path}' is a folder; give one file ({known})")
         if not path.exists():
             raise DataError(f"'{path}' does not exist; give the path of a file ({known})")
-        if path.suffix.lower() not in SUFFIXES:
+        if path.suffix.lower() not in suffixes:
             suffix = f"the suffix '{path.suffix}'" if path.suffix else "no suffix"
             raise DataError(f"'{path}' has {suffix}; known: {known}: rename or convert it")
         data = path.read_bytes()
@@ -125,7 +129,7 @@ def _documents(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(SEPARATOR) if part.strip())
 
 
-def _objects(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+def read_objects(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     """Yields the values of a JSON or JSON Lines file, each with the place to name in a message."""
     if path.suffix.lower() == ".jsonl":
         for number, line in enumerate(text.split("\n"), 1):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from regraft.adapters import LowRank
@@ -23,6 +23,7 @@ class Exportable:
         factors: By full name.
         modules: The plain modules of the same names.
         names: Of all modules of the plain model.
+        head: Parameters of layers that were trained whole, of a model for labels.
     """
 
     model: PreTrainedModel
@@ -30,6 +31,7 @@ class Exportable:
     factors: Mapping[str, LowRank]
     modules: Mapping[str, nn.Module]
     names: tuple[str, ...]
+    head: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 Exporter = Callable[[Exportable, Path], str]

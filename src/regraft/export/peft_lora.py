@@ -23,5 +23,5 @@ def write(adapter: Exportable, folder: Path) -> str:
     if not adapter.factors:
         raise InputError("the adapter changes no module (all were trimmed away), so there is nothing to export; train it again")
     task = task_type_of(adapter.model)
-    rank = write_plain_lora(adapter.factors, adapter.modules, adapter.names, folder, adapter.base, task)
+    rank = write_plain_lora(adapter.factors, adapter.modules, adapter.names, folder, adapter.base, task, adapter.head)
     return f"a plain LoRA of rank {rank} on {len(adapter.factors)} modules"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,11 +16,12 @@ from regraft.errors import InputError, ModelError
 from regraft.evaluation.harness import measure
 from regraft.evaluation.loss import Progress
 from regraft.models.checks import check_finite
+from regraft.models.classifier import HEADS, is_classifier, load_classifier
 from regraft.models.load import Loaded, locate, require_tokenizer
 from regraft.models.load import load as load_model
 from regraft.models.quiet import quiet
 from regraft.models.view import fingerprint
-from regraft.models.weights import read_header
+from regraft.models.weights import StoredTensor, read_header
 from regraft.plans import Measurement
 from regraft.settings import EvaluateSettings, LoadSettings
 from regraft.surgery.adapter_files import is_master, read_master
@@ -60,6 +62,8 @@ def evaluate_model(
     else:
         loaded = load_model(source, load or LoadSettings())
         folder = locate(source)
+    if is_classifier(loaded.model):
+        raise InputError(f"'{source}' is for labels, not for language; regraft recover reports what it reaches on held-out rows")
     tokenizer = require_tokenizer(loaded)
     return measure(str(source), loaded.model, tokenizer, corpus, settings, folder, seed=seed, progress=progress)
 
@@ -91,9 +95,11 @@ def load_adapted(folder: Path, settings: LoadSettings) -> Loaded:
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise ModelError(f"'{folder}' has no {ADAPTER_WEIGHTS}; save the adapter as safetensors (pickles are not read)")
-    stored = set(read_header(weights))
+    header = read_header(weights)
+    stored, labels = set(header), _labels_of(header)
+    classes = tuple(map(str, range(labels))) if labels > 1 else ()
     try:
-        loaded = load_model(base, settings)
+        loaded = load_classifier(base, classes, settings) if labels else load_model(base, settings)
     except InputError as error:
         raise ModelError(f"the base model of the adapter '{folder}': {error}") from None
     own = {f"{_PREFIX}{name}" for name in loaded.model.state_dict()}
@@ -113,9 +119,10 @@ def load_master(folder: Path, settings: LoadSettings) -> tuple[Loaded, Injected]
     Raises:
         ModelError: The adapter or its base is missing or damaged, or it was saved for another base.
     """
-    base = _found_from(folder, read_master(folder).base)
+    stored = read_master(folder)
+    base = _found_from(folder, stored.base)
     try:
-        loaded = load_model(base, settings)
+        loaded = load_classifier(base, stored.classes, settings) if stored.head else load_model(base, settings)
     except InputError as error:
         raise ModelError(f"the base model of the adapter '{folder}': {error}") from None
     injected = load_adapter(loaded.model, folder)
@@ -139,6 +146,13 @@ def _found_from(folder: Path, base: str) -> str:
     """Returns a base that is named by a path relative to here or to its adapter."""
     beside = folder / base
     return str(beside) if not Path(base).is_dir() and beside.is_dir() else base
+
+
+def _labels_of(header: Mapping[str, StoredTensor]) -> int:
+    """Returns how many outputs the head has that an adapter of PEFT brings for a model for labels; 0 where it brings none."""
+    heads = [name for name in header if name.removeprefix(_PREFIX).split(".")[0] in HEADS and name.endswith(".weight")]
+    last = max(heads, key=lambda name: (f"{_PREFIX}pre_" not in name, name), default="")
+    return header[last].shape[0] if last else 0
 
 
 def _attached(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

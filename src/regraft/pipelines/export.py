@@ -10,11 +10,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from regraft.adapters.peft_backed import layers_of, merge_stock, module_names, stock_factors
+from regraft.adapters.peft_backed import layers_of, merge_stock, module_names, stock_factors, trained_whole
 from regraft.atomic import atomic_folder, refuse_existing, sha256_of
-from regraft.errors import InputError, ModelError
+from regraft.errors import ModelError
 from regraft.export import EXPORTERS, Exportable
 from regraft.models.card import model_card
+from regraft.models.classifier import head_parameters, is_classifier, save_classifier
 from regraft.models.load import Loaded
 from regraft.models.provenance import FILE, parents_of, provenance_text, versions
 from regraft.models.save import save
@@ -22,7 +23,7 @@ from regraft.pipelines.evaluate import base_of, is_adapter, load_adapted, load_m
 from regraft.plans import Provenance
 from regraft.settings import LoadSettings
 from regraft.surgery.adapted import adapted_modules
-from regraft.surgery.adapter_files import head_parameters, is_master, read_master
+from regraft.surgery.adapter_files import is_master, read_master
 from regraft.surgery.adapters import factors, merge
 
 MERGED = "merged"  # a format of its own: no adapter any more, so that every method has it
@@ -108,7 +109,8 @@ def _merged(folder: Path, output: Path, settings: LoadSettings, command: str) ->
         settings={"to": MERGED},
         parents=parents_of(loaded.provenance),
     )
-    save(model, loaded.tokenizer, output, provenance, model_card(provenance))
+    keep = save_classifier if is_classifier(model) else save
+    keep(model, loaded.tokenizer, output, provenance, model_card(provenance))
     return ExportResult("the model with the adapter in its weights", count, 0)
 
 
@@ -116,15 +118,16 @@ def _exportable(folder: Path, settings: LoadSettings) -> tuple[Loaded, Exportabl
     """Loads an adapter on its base and takes it apart."""
     if is_master(folder):
         loaded, injected = load_master(folder, settings)
-        if any(True for _ in head_parameters(loaded.model)):
-            raise InputError(f"the adapter '{folder}' brings a trained classification head, which a plain LoRA has no place for; merge it")
         places = adapted_modules(loaded.model)
         modules: dict[str, nn.Module] = {name: place.base for name, place in places.items()}
         inside = {id(part) for place in places.values() for part in (place.base, place.deltas, *place.deltas.modules())}
         names = tuple(name for name, module in loaded.model.named_modules() if id(module) not in inside)
-        return loaded, Exportable(loaded.model, read_master(folder).base, factors(injected), modules, names)
+        return loaded, Exportable(
+            loaded.model, read_master(folder).base, factors(injected), modules, names, dict(head_parameters(loaded.model))
+        )
     loaded = load_adapted(folder, settings)
     adapted = cast(PeftModel, loaded.model)
     modules = {name: layer.get_base_layer() for name, layer in layers_of(adapted)}
     model = cast(PreTrainedModel, adapted.get_base_model())
-    return loaded, Exportable(model, base_of(folder), stock_factors(adapted), modules, module_names(adapted))
+    head = trained_whole(adapted)
+    return loaded, Exportable(model, base_of(folder), stock_factors(adapted), modules, module_names(adapted), head)

@@ -6,9 +6,9 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +16,12 @@ from transformers import PreTrainedModel
 
 from regraft.adapters.contract import adapter_options
 from regraft.atomic import atomic_folder, refuse_existing, sha256_of
+from regraft.data.labelled import Labelled, read_labelled, split_labelled
 from regraft.data.text import Corpus, read_corpus, split_corpus
+from regraft.data.tokens import window_tokens
 from regraft.errors import InputError, OutputError
 from regraft.models.card import model_card
+from regraft.models.classifier import is_classifier, load_classifier, save_classifier
 from regraft.models.load import SEEDLING, Loaded, locate, require_tokenizer
 from regraft.models.load import load as load_model
 from regraft.models.provenance import FILE, parents_of, provenance_text, versions
@@ -31,12 +34,14 @@ from regraft.training.callbacks import log_csv
 from regraft.training.checkpoint import checkpoints
 from regraft.training.distill import Teacher
 from regraft.training.four_bit import import_bitsandbytes
+from regraft.training.labelled import judged
 from regraft.training.processes import is_main, local_device, wait_for_all
 from regraft.training.recover import Recovered, check_trackers, read_ranks, recover
 
 LOSS_LOG = "training_log.csv"
 TIMINGS = "timings.json"
 DENSE = "dense"
+UNITS = {"language": "nats a token", "classification": "nats a row", "regression": "squared error a row"}
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,14 @@ class RecoverResult:
         recovered: The model, its loss log and figures.
         loaded: Tokenizer, source and fingerprint of the model it was made from.
         provenance: As it was written; None when nothing was saved.
+        judged: Of a task with labels: accuracy and macro F1, or Pearson's and Spearman's correlation and the root of the mean squared
+            error, on the held-out rows. They chose the best checkpoint, so keep rows of your own for the last word.
     """
 
     recovered: Recovered
     loaded: Loaded
     provenance: Provenance | None
+    judged: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 def recover_model(
@@ -87,15 +95,21 @@ def recover_model(
     output = Path(output) if output is not None else None
     _check_early(settings)
     with _work_folder(output, resume=resume) as work:
-        corpora = training_corpora(settings, seed)
-        loaded = load_model(source, load)
+        corpora = training_rows(settings, seed)
+        held_out = corpora[1]
+        labelled = isinstance(held_out, Labelled)
+        loaded = load_classifier(source, held_out.classes, load, seed=seed) if labelled else load_model(source, load)
         tokenizer = require_tokenizer(loaded)
         teacher = load_teacher(settings, load, loaded.provenance.source if loaded.provenance else None)
         recovered = recover(loaded.model, tokenizer, *corpora, settings, seed=seed, work=work, resume=resume, teacher=teacher)
         provenance = None
         if output is not None and is_main():
             provenance = save_recovered(recovered, loaded, output, settings, seed=seed, command=command)
-    return RecoverResult(recovered, loaded, provenance)
+        found: dict[str, float] = {}
+        if labelled:
+            most_tokens = window_tokens(settings.seq_len, TRAINING_TOKENS, loaded.model.config, "--seq-len")
+            found = judged(cast(PreTrainedModel, recovered.model), tokenizer, held_out, most_tokens)
+    return RecoverResult(recovered, loaded, provenance, found)
 
 
 def load_teacher(settings: RecoverSettings, load: LoadSettings, pruned_from: str | None) -> Teacher | None:
@@ -119,12 +133,32 @@ def load_teacher(settings: RecoverSettings, load: LoadSettings, pruned_from: str
     return Teacher(loaded.model, name, loaded.tokenizer, loaded.fingerprint)
 
 
+def training_rows(settings: RecoverSettings, seed: int) -> tuple[Corpus, Corpus] | tuple[Labelled, Labelled]:
+    """Reads what is trained on and what is held out, of any task.
+
+    Raises:
+        DataError: The file cannot be used.
+        InputError: A task with labels has no data, or is asked for what only language has.
+    """
+    if settings.task == "language":
+        return training_corpora(settings, seed)
+    if settings.data is None:
+        raise InputError(f"--task {settings.task} needs texts with labels; give them with --data FILE.csv")
+    if settings.teacher is not None or settings.packing:
+        raise InputError(f"--task {settings.task} knows neither --teacher nor --packing; leave them out")
+    rows = read_labelled(settings.data, settings.task, settings.text_columns, settings.label_column)
+    return split_labelled(rows, settings.held_out, seed)
+
+
 def training_corpora(settings: RecoverSettings, seed: int) -> tuple[Corpus, Corpus]:
     """Reads what is trained on and what is held out: of a file a share, of the built-in text its own splits.
 
     Raises:
         DataError: The file cannot be used.
+        InputError: The task has labels.
     """
+    if settings.task != "language":
+        raise InputError(f"task {settings.task} has labels, which recipes and rank searches do not learn; use: regraft recover")
     if settings.data is None:
         return read_corpus(None, "train"), read_corpus(None, "validation")
     return split_corpus(read_corpus(settings.data, "train"), settings.held_out, seed)
@@ -171,14 +205,17 @@ def save_recovered(
     with atomic_folder(output, replace=replace) as partial:
         if recovered.injected is None:
             model = cast(PreTrainedModel, recovered.model)
-            written = save(model, loaded.tokenizer, partial, provenance, card)
+            keep = save_classifier if is_classifier(model) else save
+            written = keep(model, loaded.tokenizer, partial, provenance, card)
         else:
             base = str(locate(SEEDLING)) if loaded.source == SEEDLING else loaded.source
             save_adapter(recovered.injected, partial, base)
             files = {file.name: sha256_of(file) for file in sorted(partial.glob("*.safetensors"))}
             written = dataclasses.replace(provenance, files=files)
             (partial / FILE).write_text(provenance_text(written), encoding="utf-8")
-            (partial / "README.md").write_text(_adapter_card(card, base, own=is_master(partial)), encoding="utf-8")
+            (partial / "README.md").write_text(
+                _adapter_card(card, base, own=is_master(partial), model_class=_auto_class(recovered.injected.model)), encoding="utf-8"
+            )
         (partial / LOSS_LOG).write_text(log_csv(recovered.log), encoding="utf-8")
         (partial / TIMINGS).write_text(_timings(recovered), encoding="utf-8")
     return written
@@ -194,11 +231,15 @@ def facts(recovered: Recovered, settings: RecoverSettings) -> dict[str, Any]:
         "trained parameters": f"{recovered.trainable_parameters:,}",
         "data": str(settings.data) if settings.data else "the built-in text",
         "steps": f"{settings.steps} of {settings.batch * settings.accumulate} windows of up to {settings.seq_len or TRAINING_TOKENS}",
-        "held-out loss": f"{recovered.first_loss:.4f} to {recovered.best_loss:.4f} nats a token (step {recovered.best_step})",
+        "held-out loss": f"{recovered.first_loss:.4f} to {recovered.best_loss:.4f} {UNITS[settings.task]} (step {recovered.best_step})",
     }
 
 
-def _adapter_card(card: str, base: str, *, own: bool) -> str:
+def _auto_class(model: PreTrainedModel) -> str:
+    return "AutoModelForSequenceClassification" if is_classifier(model) else "AutoModelForCausalLM"
+
+
+def _adapter_card(card: str, base: str, model_class: str, *, own: bool) -> str:
     """Makes the card of a model that of an adapter, ours or PEFT's."""
     if own:
         what = "It is a compact adapter of regraft: `regraft evaluate FOLDER` measures it on its base,"
@@ -207,9 +248,9 @@ def _adapter_card(card: str, base: str, *, own: bool) -> str:
         return card.replace("library_name: transformers", "library_name: regraft", 1).rstrip() + "\n\n" + how
     lines = [
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {model_class}",
         "",
-        f"model = AutoModelForCausalLM.from_pretrained({base!r})  # `import regraft` first if its layers differ in size",
+        f"model = {model_class}.from_pretrained({base!r})  # `import regraft` first if its layers differ in size",
         "model = PeftModel.from_pretrained(model, FOLDER)",
     ]
     how = "\n".join(["## How to load it", "", "It is a plain PEFT adapter.", "", "```python", *lines, "```", ""])

@@ -8,7 +8,7 @@ and says so, where it would silently drop tensors that it does not know. ``regra
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from regraft.adapters.contract import Delta
 from regraft.atomic import sha256_of
 from regraft.errors import ModelError
+from regraft.models.classifier import head_parameters
 from regraft.models.view import SAMPLED, fingerprint_of, sample_step
 
 DESCRIPTION = "adapter.json"
 TENSORS = "adapter.safetensors"
 FORMAT, VERSION = "regraft adapter", 1
-HEADS = ("classifier", "score")  # what models for classification call their new layer
 _HEAD, _BETWEEN = "head", "::"
 
 
@@ -39,7 +39,8 @@ class Master:
         base: The model it belongs to, as its users name it.
         base_fingerprint: Of that model.
         deltas: Changes by module.
-        head: Trained parameters of a classification model's head.
+        head: Trained parameters of a model for labels.
+        classes: Their names where there is a head; none for regression.
     """
 
     method: str
@@ -47,6 +48,7 @@ class Master:
     base_fingerprint: str
     deltas: Mapping[str, Delta]
     head: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Stored:
         options: Of the method, plain.
         modules: Rank, alpha, dropout and seed of every module.
         tensors: Of every module.
-        head: Of a classification model's head.
+        head: Of the head of a model for labels; empty for other models.
+        classes: Names of the labels' classes; none for regression.
     """
 
     method: str
@@ -70,6 +73,7 @@ class Stored:
     modules: Mapping[str, Mapping[str, Any]]
     tensors: Mapping[str, Mapping[str, Tensor]]
     head: Mapping[str, Tensor]
+    classes: tuple[str, ...]
 
 
 def write_master(folder: Path, master: Master) -> None:
@@ -90,6 +94,7 @@ def write_master(folder: Path, master: Master) -> None:
         "base": master.base,
         "base_fingerprint": master.base_fingerprint,
         "options": first.options.model_dump(mode="json") if first is not None else {},
+        "classes": list(master.classes),
         "sha256": sha256_of(folder / TENSORS),
         "modules": {name: {key: getattr(spec, key) for key in ("rank", "alpha", "dropout", "seed")} for name, spec in specs.items()},
     }
@@ -126,6 +131,7 @@ def read_master(folder: Path) -> Stored:
             options=dict(values["options"]),
             modules={name: dict(entry) for name, entry in values["modules"].items()},
             head=parts.pop(_HEAD),
+            classes=tuple(str(name) for name in values.get("classes", ())),
             tensors=parts,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
@@ -148,12 +154,6 @@ def base_fingerprint(model: nn.Module) -> str:
         sample = flat[:: sample_step(flat.numel())][:SAMPLED]
         entries.append((name.replace(".base.", "."), tuple(parameter.shape), torch.bfloat16, sample))
     return fingerprint_of(entries)
-
-
-def head_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yields the parameters of a classification model's new layer, which is trained beside every adapter."""
-    if type(model).__name__.endswith("ForSequenceClassification"):
-        yield from ((name, parameter) for name, parameter in model.named_parameters() if name.split(".")[0] in HEADS)
 
 
 def _finite(tensor: Tensor, name: str, folder: Path) -> Tensor:

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from regraft.adapters import ADAPTERS, Adapter, Delta, Evidence, LowRank, Method, Spec, make_request
 from regraft.adapters.sites import oriented, shape_of, weight_of
 from regraft.errors import InputError, ModelError, PlanError
+from regraft.models.classifier import head_parameters
 from regraft.plans import RankPlan
 from regraft.settings import RecoverSettings, checked
 from regraft.surgery.adapted import activate as activate
-from regraft.surgery.adapter_files import Stored, base_fingerprint, head_parameters, is_master, read_master
+from regraft.surgery.adapter_files import Stored, base_fingerprint, is_master, read_master
 from regraft.surgery.per_module import PerModule
 from regraft.surgery.targets import find_targets
 
@@ -150,8 +151,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, name: str = "default",
     was_trainable = beside.was_trainable if beside is not None else _trainable(model)
     deltas = {module: _restored(adapter.method, module, stored, model, folder) for module in stored.modules}
     adapter.put(model, deltas)
-    for place, parameter in head_parameters(model):
-        parameter.data.copy_(stored.head[place])
+    _put_head(model, stored, folder)
     return Injected(model, model, adapter, was_trainable)
 
 
@@ -174,6 +174,18 @@ def _restored(method: Method, name: str, stored: Stored, model: PreTrainedModel,
     if not same:
         raise ModelError(f"the adapter '{folder}' does not fit '{name}' ({rows} x {columns}); train it again")
     return delta
+
+
+def _put_head(model: nn.Module, stored: Stored, folder: Path) -> None:
+    """Puts a head that was trained beside the adapter in place.
+
+    Raises:
+        ModelError: The file has none, or one of other sizes.
+    """
+    for name, parameter in head_parameters(model):
+        if name not in stored.head or stored.head[name].shape != parameter.shape:
+            raise ModelError(f"the adapter '{folder}' has no '{name}' of shape {list(parameter.shape)}; load it on a model of its own task")
+        parameter.data.copy_(stored.head[name])
 
 
 def _trainable(model: nn.Module) -> frozenset[str]:

@@ -23,10 +23,11 @@ from regraft.adapters.contract import (
 )
 from regraft.adapters.sites import oriented, weight_of
 from regraft.errors import InputError
+from regraft.models.classifier import classes_of, head_parameters
 from regraft.numerics.svd import factored_triplets
 from regraft.settings import Settings
 from regraft.surgery.adapted import Adapted, adapted_modules, untie, unwrap, wrap
-from regraft.surgery.adapter_files import Master, base_fingerprint, head_parameters, write_master
+from regraft.surgery.adapter_files import Master, base_fingerprint, write_master
 from regraft.surgery.first_gradients import first_gradients
 
 HEAD_RATE = 1e-3
@@ -171,7 +172,8 @@ class PerModule:
         """Writes the compact master: only what cannot be made again; see :mod:`regraft.surgery.adapter_files`."""
         deltas = self.deltas(adapted)
         head = {name: parameter.detach() for name, parameter in head_parameters(adapted)}
-        write_master(folder, Master(self.method.name, base, base_fingerprint(adapted), deltas, head))
+        classes = classes_of(cast(PreTrainedModel, adapted)) if head else ()
+        write_master(folder, Master(self.method.name, base, base_fingerprint(adapted), deltas, head, classes))
 
 
 def _plain(model: nn.Module, name: str) -> nn.Module:

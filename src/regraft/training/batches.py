@@ -33,11 +33,13 @@ class Example:
         input_ids: ``(tokens,)`` int64.
         labels: ``(tokens,)`` int64: the same, with -100 where nothing is to be learned.
         position_ids: ``(tokens,)`` int64 where several records share the row: each counts from 0, and attention ends where one does.
+        token_type_ids: ``(tokens,)`` int64 where an encoder tells the two texts of a row apart; the label is then one number.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor | None = None
+    token_type_ids: Tensor | None = None
 
 
 def make_examples(

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from regraft.adapters import Evidence
 from regraft.adapters.isolation import isolated
+from regraft.data.labelled import Labelled
 from regraft.data.text import Corpus
 from regraft.data.tokens import window_tokens
 from regraft.errors import InputError, OutputError, TrainingError, did_you_mean
@@ -34,17 +35,18 @@ from regraft.plans import RankPlan, from_json
 from regraft.settings import TRAINING_TOKENS, RecoverSettings
 from regraft.surgery.adapters import Injected, finish, inject, merge
 from regraft.training.after_step import AfterStep
-from regraft.training.batches import Example, Ordered, collate, digest, make_examples, padding_token, spread
+from regraft.training.batches import Example, Ordered, digest, make_examples, padding_token, spread
 from regraft.training.callbacks import Bar, Keeper, LogRow, Pace
 from regraft.training.checkpoint import Checkpoint, checkpoints, read_checkpoint
 from regraft.training.distill import Distillation, Teacher, check_vocabulary, fit_projections
 from regraft.training.four_bit import check_four_bits, in_four_bits
+from regraft.training.labelled import labelled_examples
 from regraft.training.optimizer import ParameterGroup, parameter_groups
 from regraft.training.packing import is_blind_to_neighbours
 from regraft.training.precision import compute_dtype, trainable_weights
 from regraft.training.processes import filled, join_processes, process_count, skeleton_of
 from regraft.training.teacher_cache import TeacherCache
-from regraft.training.trainer import RecoveryTrainer, training_arguments
+from regraft.training.trainer import LABELS, TOKENS, Reading, RecoveryTrainer, training_arguments
 
 _NO_EFFECT_ON_THE_RESULT = frozenset({"merge", "report_to", "quiet", "data", "held_out", "ranks", "teacher", "teacher_cache"})
 # Of the first training rows, where a teacher of another width is mapped to the student's.
@@ -84,8 +86,8 @@ class Recovered:
 def recover(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    train: Corpus,
-    held_out: Corpus,
+    train: Corpus | Labelled,
+    held_out: Corpus | Labelled,
     settings: RecoverSettings,
     *,
     seed: int,
@@ -99,10 +101,10 @@ def recover(
     a step is of ``processes`` times as many rows. The first process alone writes.
 
     Args:
-        model: Of a known family, on the device where it trains. Weights in float16 are held in float32 while training, bfloat16
-            ones too unless the products are bfloat16; afterwards each has its own type again.
+        model: Of a known family, or with a head for labels, on the device where it trains. Weights in float16 are held in float32
+            while training, bfloat16 ones too unless the products are bfloat16; afterwards each has its own type again.
         tokenizer: The model's.
-        train: Text (packed into windows) or instruction records (padded or packed, learned on the response).
+        train: Text (packed into windows), instruction records (padded or packed, learned on the response), or texts with labels.
         held_out: From elsewhere; its loss chooses the best checkpoint. Distillation has no part in it.
         settings: Everything that can be set.
         seed: Of the data's order, the adapter's first values and dropout. The global generators stay untouched.
@@ -128,7 +130,8 @@ def recover(
     if settings.load_in_4bit:
         check_four_bits(model, compute)
     seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "--seq-len")
-    packing = settings.packing and bool(train.records) and is_blind_to_neighbours(model)
+    reading = LABELS if isinstance(train, Labelled) else TOKENS
+    packing = settings.packing and isinstance(train, Corpus) and bool(train.records) and is_blind_to_neighbours(model)
     settings = settings.model_copy(update={"seq_len": seq_len, "packing": packing})
     ranks = read_ranks(settings.ranks)
     rows = _training_rows(train, tokenizer, settings, seed)
@@ -136,7 +139,7 @@ def recover(
     identity = _identity(model, settings, ranks, seed, teacher) | {"data": digest(rows.examples), "held-out data": digest(looked_at)}
     resumed = _last_checkpoint(work, identity) if resume else None
     padding = padding_token(tokenizer)
-    evidence = _evidence(rows, settings.batch, padding, device)
+    evidence = _evidence(rows, settings.batch, padding, device, reading)
     injected = inject(model, settings, ranks, seed, evidence)
     groups = _groups_or_nothing(injected, settings)
     _make_folder(work)
@@ -155,6 +158,7 @@ def recover(
                 (Pace(settings.eval_every, seed), AfterStep(injected), keeper, bar),
                 distillation,
                 cache,
+                reading,
             )
             injected = _train(trainer, keeper, bar, injected, checkpoints(work)[-1] if resumed else None)
             peak_bytes = _peak_memory_bytes(device)
@@ -276,17 +280,21 @@ def _groups_or_nothing(injected: Injected, settings: RecoverSettings) -> list[Pa
         raise
 
 
-def _training_rows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, settings: RecoverSettings, seed: int) -> Ordered:
+def _training_rows(corpus: Corpus | Labelled, tokenizer: PreTrainedTokenizerBase, settings: RecoverSettings, seed: int) -> Ordered:
     processes = process_count()
     wanted = settings.steps * settings.accumulate * settings.batch * processes
     seq_len = settings.seq_len or TRAINING_TOKENS
+    if isinstance(corpus, Labelled):
+        return Ordered(labelled_examples(corpus, tokenizer, seq_len), settings, seed, corpus.name, processes)
     examples = make_examples(corpus, tokenizer, seq_len, wanted=wanted, seed=seed, packing=settings.packing)
     return Ordered(examples, settings, seed, corpus.name, processes)
 
 
-def _held_out_rows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, settings: RecoverSettings) -> list[Example]:
-    """Draws with a fixed seed: runs of several seeds are judged on the same rows."""
+def _held_out_rows(corpus: Corpus | Labelled, tokenizer: PreTrainedTokenizerBase, settings: RecoverSettings) -> list[Example]:
+    """Draws with a fixed seed: runs of several seeds are judged on the same rows. Rows with labels are short, and all are looked at."""
     wanted = settings.held_out_windows
+    if isinstance(corpus, Labelled):
+        return labelled_examples(corpus, tokenizer, settings.seq_len or TRAINING_TOKENS)
     return spread(make_examples(corpus, tokenizer, settings.seq_len or TRAINING_TOKENS, wanted=wanted, seed=0), wanted)
 
 
@@ -305,12 +313,12 @@ def _training_device(model: PreTrainedModel) -> torch.device:
     return device
 
 
-def _evidence(rows: Ordered, batch: int, padding: int, device: torch.device) -> Evidence:
+def _evidence(rows: Ordered, batch: int, padding: int, device: torch.device, reading: Reading) -> Evidence:
     """Returns the first training batches, which the first values of some adapters are computed from."""
 
     def batches(count: int) -> list[dict[str, Tensor]]:
         starts = range(0, min(count * batch, len(rows)), batch)
-        drawn = [collate([rows[start + index] for index in range(batch)], padding) for start in starts]
+        drawn = [reading.collate([rows[start + index] for index in range(batch)], padding) for start in starts]
         return [{name: tensor.to(device) for name, tensor in tensors.items()} for tensors in drawn]
 
     return Evidence(batches)

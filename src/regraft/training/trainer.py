@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -15,13 +16,36 @@ from transformers.trainer_callback import PrinterCallback
 from regraft.errors import TrainingError
 from regraft.settings import RecoverSettings
 from regraft.training.batches import Example, Ordered, collate
-from regraft.training.distill import Distillation
+from regraft.training.labelled import collate_labelled, summed_label_loss, summed_labelled
 from regraft.training.losses import summed_loss
 from regraft.training.optimizer import ParameterGroup, make_optimizer
 from regraft.training.processes import any_process, is_sharded, process_count, process_index, sum_over_processes
 from regraft.training.teacher_cache import TeacherCache
 
 _CHECKPOINTING: dict[str, Any] = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+
+Batch = dict[str, Tensor]
+Objective = Callable[[nn.Module, Batch], Tensor]
+"""The loss of a batch, summed over everything that is predicted."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows become batches, and what is made of them.
+
+    Attributes:
+        collate: Joins rows, given the token that fills up shorter ones.
+        summed: The held-out loss of batches and how many predictions it is over.
+        objective: What is trained on; None for the model's own loss.
+    """
+
+    collate: Callable[[Sequence[Example], int], Batch]
+    summed: Callable[[nn.Module, Iterable[Batch], torch.device], tuple[float, int]]
+    objective: Objective | None = None
+
+
+TOKENS = Reading(collate, summed_loss)
+LABELS = Reading(collate_labelled, summed_labelled, summed_label_loss)
 
 
 def training_arguments(
@@ -80,8 +104,9 @@ class RecoveryTrainer(Trainer):
         padding: Token that fills up shorter rows.
         groups: All trained parameters with their learning rates.
         callbacks: Ours, after the Trainer's own.
-        distillation: The loss where there is a teacher; None for the model's own.
+        objective: The loss where there is a teacher; None for that of the reading.
         cache: Where the teacher's likeliest tokens are, unless it runs along.
+        reading: How rows are read.
     """
 
     def __init__(
@@ -93,23 +118,25 @@ class RecoveryTrainer(Trainer):
         padding: int,
         groups: Sequence[ParameterGroup],
         callbacks: Sequence[TrainerCallback],
-        distillation: Distillation | None = None,
+        objective: Objective | None = None,
         cache: TeacherCache | None = None,
+        reading: Reading = TOKENS,
     ) -> None:
         super().__init__(
             model=module,
             args=arguments,
             train_dataset=train,
-            data_collator=partial(_collate_taught, padding=padding, cache=cache) if cache else partial(collate, padding=padding),
+            data_collator=partial(_collate_taught, padding=padding, cache=cache) if cache else lambda rows: reading.collate(rows, padding),
             callbacks=list(callbacks),
         )
         self.remove_callback(PrinterCallback)
         self._groups = groups
-        self._distillation = distillation
-        if distillation is not None:
-            self.model_accepts_loss_kwargs = True  # our loss is told how many tokens all passes of a step predict
+        self._summed = reading.summed
+        self._objective = objective or reading.objective
+        if self._objective is not None:
+            self.model_accepts_loss_kwargs = True  # our loss is told how much all passes of a step predict
         rows = arguments.per_device_train_batch_size
-        self._held_out = [collate(held_out[start : start + rows], padding) for start in range(0, len(held_out), rows)]
+        self._held_out = [reading.collate(held_out[start : start + rows], padding) for start in range(0, len(held_out), rows)]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes the optimizer of our groups, once."""
@@ -138,12 +165,12 @@ class RecoveryTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Returns the loss of one forward pass, a part of the mean over all tokens that the step predicts in all processes."""
-        if self._distillation is None:
+        if self._objective is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert num_items_in_batch is not None
         assert not return_outputs
         # The gradients of all processes are averaged, and the sum of their losses is wanted.
-        return self._distillation(model, inputs) / num_items_in_batch * process_count()
+        return self._objective(model, inputs) / num_items_in_batch * process_count()
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Measures the loss on the held-out rows, every predicted token counted once.
@@ -170,9 +197,9 @@ class RecoveryTrainer(Trainer):
         assert self.model is not None
         mine = self._held_out[process_index() :: process_count()]
         if is_sharded(self.model) and len(mine) < -(-len(self._held_out) // process_count()):
-            summed_loss(self.model, self._held_out[:1], self.args.device)  # shards are gathered by all processes or by none
-        total_nats, tokens = sum_over_processes(summed_loss(self.model, mine, self.args.device), self.args.device)
-        return total_nats / tokens
+            self._summed(self.model, self._held_out[:1], self.args.device)  # shards are gathered by all processes or by none
+        total, count = sum_over_processes(self._summed(self.model, mine, self.args.device), self.args.device)
+        return total / count
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Leaves the weights to the keeper of our checkpoints, which puts them in place when training begins."""

@@ -1,0 +1,199 @@
+"""Texts with labels, for classification and regression: one text or a pair of texts in each row, and a class or a number.
+
+A file is ``.csv`` (commas, or tabs where its first line has them), ``.tsv``, ``.jsonl`` or ``.json``. Columns are found by their names:
+the first line of a table, the keys of an object. All text is UTF-8.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from regraft.data.text import read_objects, read_text
+from regraft.errors import DataError, did_you_mean
+
+LabelTask = Literal["classification", "regression"]
+
+TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".json")
+# What benchmarks call their texts and labels; the first that is there counts.
+TEXTS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text",),
+    ("sentence",),
+)
+LABELS = ("label", "score", "labels")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Rows of text with their labels.
+
+    Attributes:
+        name: The file.
+        texts: One text, or two, of each row.
+        labels: Of each row: the number of its class, or the value to predict.
+        classes: Names of the classes in their order; empty for regression.
+    """
+
+    name: str
+    texts: tuple[tuple[str, ...], ...]
+    labels: tuple[float, ...]
+    classes: tuple[str, ...]
+
+    @property
+    def task(self) -> LabelTask:
+        """What is to be learnt."""
+        return "classification" if self.classes else "regression"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def at(self, indices: Sequence[int]) -> Labelled:
+        """Returns some of the rows."""
+        return replace(self, texts=tuple(self.texts[i] for i in indices), labels=tuple(self.labels[i] for i in indices))
+
+
+def read_labelled(path: Path | str, task: LabelTask, text_columns: Sequence[str] = (), label_column: str | None = None) -> Labelled:
+    """Reads a file of labelled texts.
+
+    Args:
+        path: ``.csv``, ``.tsv``, ``.jsonl`` or ``.json``.
+        task: What the labels are.
+        text_columns: One name or two; empty: those that benchmarks use.
+        label_column: Its name; None: ``label`` or ``score``.
+
+    Raises:
+        DataError: The file is missing or malformed, a column or a label is, or there is a single class.
+    """
+    path = Path(path)
+    rows = _rows(path)
+    columns = list(rows[0][1])
+    chosen = _text_columns(path, columns, text_columns)
+    label = _label_column(path, columns, label_column)
+    texts = tuple(tuple(_text(path, place, row, name) for name in chosen) for place, row in rows)
+    raw = [(place, row.get(label)) for place, row in rows]
+    if task == "regression":
+        return Labelled(str(path), texts, tuple(_number(path, place, label, value) for place, value in raw), ())
+    named = [_class(path, place, label, value) for place, value in raw]
+    classes = sorted(set(named), key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+    if len(classes) < 2:
+        raise DataError(f"'{path}' has the one class '{classes[0]}' in '{label}'; classification takes at least two")
+    if len(classes) > max(2, len(named) // 2):
+        raise DataError(f"'{path}' has {len(classes)} classes in {len(named)} rows of '{label}'; for numbers use --task regression")
+    number = {name: float(index) for index, name in enumerate(classes)}
+    return Labelled(str(path), texts, tuple(number[name] for name in named), tuple(classes))
+
+
+def split_labelled(rows: Labelled, share: float, seed: int) -> tuple[Labelled, Labelled]:
+    """Divides rows at random into what is trained on and what is held out, the same way for the same seed; neither is empty.
+
+    Raises:
+        DataError: There is one row.
+    """
+    count = len(rows)
+    if count < 2:
+        raise DataError(f"'{rows.name}' has one row; holding out a share of it takes at least 2")
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    held = min(count - 1, max(1, round(share * count)))
+    return rows.at(sorted(order[held:])), rows.at(sorted(order[:held]))
+
+
+def _rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    """Returns every row by column, with the place to name in a message."""
+    text = read_text(path, (*TABLES, *OBJECTS))
+    rows = _table(path, text) if path.suffix.lower() in TABLES else _objects(path, text)
+    if not rows:
+        raise DataError(f"'{path}' holds no rows; give a file with at least two")
+    return rows
+
+
+def _table(path: Path, text: str) -> list[tuple[str, Mapping[str, Any]]]:
+    first = text.partition("\n")[0]
+    tabs = path.suffix.lower() == ".tsv" or "\t" in first
+    reader = csv.DictReader(io.StringIO(text), delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+    names = reader.fieldnames or []
+    rows: list[tuple[str, Mapping[str, Any]]] = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                count = sum(value is not None for key, value in row.items() if key is not None) + len(row.get(None) or ())
+                raise DataError(f"'{path}', line {reader.line_num} has {count} columns, the first line {len(names)}; repair that line")
+            rows.append((f"line {reader.line_num}", row))
+    except csv.Error as error:
+        raise DataError(f"'{path}' is no table at line {reader.line_num}: {error}; repair that line") from None
+    return rows
+
+
+def _objects(path: Path, text: str) -> list[tuple[str, Mapping[str, Any]]]:
+    rows: list[tuple[str, Mapping[str, Any]]] = []
+    for place, value in read_objects(path, text):
+        if not isinstance(value, dict):
+            raise DataError(f"'{path}', {place} is a {type(value).__name__}, not an object with texts and a label")
+        rows.append((place, value))
+    return rows
+
+
+def _text_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
+    if not wanted:
+        for names in TEXTS:
+            if all(name in columns for name in names):
+                return names
+        raise DataError(f"'{path}' has no column of a usual name for text; its columns: {_listed(columns)}: name them with --text-columns")
+    if len(wanted) > 2:
+        raise DataError(f"--text-columns names {len(wanted)} columns; give one, or two for pairs of texts")
+    for name in wanted:
+        _check_column(path, columns, name, "--text-columns")
+    return tuple(wanted)
+
+
+def _label_column(path: Path, columns: Sequence[str], wanted: str | None) -> str:
+    if wanted is not None:
+        _check_column(path, columns, wanted, "--label-column")
+        return wanted
+    found = next((name for name in LABELS if name in columns), None)
+    if found is None:
+        raise DataError(f"'{path}' has no column 'label' or 'score'; its columns: {_listed(columns)}: name it with --label-column")
+    return found
+
+
+def _check_column(path: Path, columns: Sequence[str], name: str, option: str) -> None:
+    if name not in columns:
+        raise DataError(f"'{path}' has no column '{name}' ({option}){did_you_mean(name, columns)}; its columns: {_listed(columns)}")
+
+
+def _listed(columns: Sequence[str]) -> str:
+    return ", ".join(repr(name[:40]) for name in columns[:8])
+
+
+def _text(path: Path, place: str, row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        problem = "is empty" if isinstance(value, str) else f"is of type {type(value).__name__}" if name in row else "is missing"
+        raise DataError(f"'{path}', {place}: '{name}' {problem}; give text, or remove the row")
+    return value
+
+
+def _number(path: Path, place: str, name: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"'{path}', {place}: '{name}' is {str(value)[:40]!r}, not a number; mend it, or use --task classification")
+    return number
+
+
+def _class(path: Path, place: str, name: str, value: Any) -> str:
+    if not isinstance(value, str | int) or not str(value).strip():
+        raise DataError(f"'{path}', {place}: '{name}' is {str(value)[:40]!r}, not a class; give a name or a whole number")
+    return str(value).strip()

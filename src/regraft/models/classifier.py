@@ -1,0 +1,186 @@
+"""Load and save models for sequence classification and regression: an encoder or a decoder with a head for labels.
+
+The head is all that may be missing from the checkpoint; it is made anew then, from a seed. What the checkpoint has beyond the body, a
+head for another task, is left out. Any architecture will do that transformers has a class for sequence classification of.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as ARCHITECTURES
+
+from regraft.atomic import atomic_folder, sha256_of
+from regraft.errors import ModelError
+from regraft.models.checks import check_checksums, check_finite
+from regraft.models.load import Loaded, device_named, locate, read_config
+from regraft.models.provenance import FILE, provenance_text, read_provenance
+from regraft.models.quiet import in_one_line, quiet
+from regraft.models.tokenizer import load_tokenizer
+from regraft.models.view import fingerprint
+from regraft.models.weights import stored_tensors, weight_files, weights_dtype
+from regraft.plans import Provenance
+from regraft.settings import LoadSettings
+
+HEADS = ("classifier", "pre_classifier", "score")
+"""What models for sequence classification call the layers that are new to a task."""
+
+
+def load_classifier(source: str | Path, classes: Sequence[str], settings: LoadSettings | None = None, *, seed: int = 0) -> Loaded:
+    """Loads a model with a head for these classes, or for one number.
+
+    Args:
+        source: A folder or a hub id, of an encoder, a decoder, or a model that has the head already.
+        classes: Their names; empty for regression.
+        settings: Number type, device, and whether code from the folder may run.
+        seed: Of a head that the checkpoint does not have. The global generators are not touched.
+
+    Raises:
+        ModelError: The model is missing, damaged or unsafe, its architecture has no such class, or its head is for other classes.
+        InputError: The device does not exist.
+    """
+    settings = settings or LoadSettings()
+    device = device_named(settings.device)
+    folder = locate(source, trust_remote_code=settings.trust_remote_code)
+    config = _config(folder, classes, settings)
+    tensors, provenance = stored_tensors(folder), read_provenance(folder)
+    check_checksums(folder, provenance)
+    dtype = weights_dtype(tensors) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    model, missing = _load(folder, config, dtype, trust_remote_code=settings.trust_remote_code)
+    _begin(model, missing, seed)
+    check_finite(model, str(source))
+    embedding: Any = model.get_input_embeddings()
+    tokenizer = load_tokenizer(folder, embedding.weight.shape[0], trust_remote_code=settings.trust_remote_code)
+    if model.config.pad_token_id is None and tokenizer is not None:  # decoders find the end of a row by it
+        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    model = model.to(device)  # pyright: ignore[reportArgumentType]
+    return Loaded(model.eval(), tokenizer, str(source), fingerprint(model), provenance)
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Returns whether a model has a head for classification or regression."""
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def classes_of(model: PreTrainedModel) -> tuple[str, ...]:
+    """Returns the names of the classes that a model tells apart; none for regression."""
+    if model.config.problem_type == "regression":
+        return ()
+    names: Any = model.config.id2label or {}
+    return tuple(str(names[index]) for index in sorted(names))
+
+
+def head_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields the parameters of the layers that are new to a task, which are trained beside every adapter; none of other models."""
+    if is_classifier(model):
+        yield from ((name, parameter) for name, parameter in model.named_parameters() if name.split(".")[0] in HEADS)
+
+
+def save_classifier(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    provenance: Provenance,
+    card: str,
+    *,
+    replace: bool = False,
+) -> Provenance:
+    """Writes a folder that ``AutoModelForSequenceClassification.from_pretrained`` loads: whole, or not at all.
+
+    Args:
+        model: With its head.
+        tokenizer: Saved beside the model; None for none.
+        folder: Where to.
+        provenance: How the model came to be; written with the checksums of the weight files.
+        card: Start of the model card; how to load the model is added.
+        replace: Whether an existing folder is replaced.
+
+    Returns:
+        The provenance as it was written.
+
+    Raises:
+        OutputError: The folder exists or cannot be written; what was there before is untouched.
+    """
+    lines = [
+        "from transformers import AutoModelForSequenceClassification",
+        "",
+        "model = AutoModelForSequenceClassification.from_pretrained(FOLDER)",
+    ]
+    how = "\n".join(["## How to load it", "", f"It is a plain `{type(model).__name__}`.", "", "```python", *lines, "```", ""])
+    card = card.replace("pipeline_tag: text-generation", "pipeline_tag: text-classification", 1)
+    with atomic_folder(Path(folder), replace=replace) as partial:
+        with quiet():
+            model.save_pretrained(partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+        for file in weight_files(partial):
+            file.chmod((partial / "config.json").stat().st_mode)
+        written = dataclasses.replace(provenance, files={file.name: sha256_of(file) for file in weight_files(partial)})
+        (partial / FILE).write_text(provenance_text(written), encoding="utf-8")
+        (partial / "README.md").write_text(card.rstrip() + "\n\n" + how, encoding="utf-8")
+    return written
+
+
+def _config(folder: Path, classes: Sequence[str], settings: LoadSettings) -> PreTrainedConfig:
+    """Returns the config of a model folder, changed to these classes."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"'{folder}' has no config.json; give the folder of a Hugging Face model")
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ModelError(f"'{path}' is not JSON of a model ({error}); copy or download it again") from None
+    if kind not in ARCHITECTURES and not settings.trust_remote_code:
+        raise ModelError(f"'{folder}': transformers has no model for sequence classification of type '{kind}'; use another model")
+    config = read_config(folder, trust_remote_code=settings.trust_remote_code)
+    config.problem_type = "single_label_classification" if classes else "regression"
+    names = tuple(classes) or ("score",)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    return config
+
+
+def _load(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool) -> tuple[PreTrainedModel, list[str]]:
+    """Returns a model, and the names of the parameters that its checkpoint does not have."""
+    try:
+        with quiet(), torch.random.fork_rng():
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+                str(folder),
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # whatever the modelling code raises on a config that does not fit
+        raise ModelError(f"'{folder}' cannot be loaded: {in_one_line(error)}; check its config.json") from error
+    model, report = loaded
+    for name, stored, wanted in sorted(report["mismatched_keys"], key=str):
+        remedy = "train a model without that head" if name.split(".")[0] in HEADS else "use the config and the weights of the same model"
+        raise ModelError(f"'{folder}': '{name}' is {list(stored)} in the weights, and {list(wanted)} are needed; {remedy}")
+    missing = sorted(report["missing_keys"])
+    for name in missing:
+        if name.split(".")[0] not in HEADS:
+            raise ModelError(f"'{folder}': the weights lack '{name}', which '{type(model).__name__}' needs; use a checkpoint that has it")
+    return model, missing
+
+
+@torch.no_grad()
+def _begin(model: PreTrainedModel, missing: Sequence[str], seed: int) -> None:
+    """Gives a new head its first values: as the architecture draws weights, but from a generator of its own; biases 0."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = dict(model.named_parameters())
+    for name in missing:
+        values = torch.zeros(parameters[name].shape)
+        if values.ndim > 1:
+            values.normal_(0.0, float(getattr(model.config, "initializer_range", 0.02)), generator=generator)
+        parameters[name].copy_(values)

@@ -1,0 +1,140 @@
+"""Rows of text with one label each: batches, the loss that is trained on, and what is reported of the held-out rows.
+
+Legend of shapes: B rows, T tokens of the longest row, C classes (1 for regression).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from regraft.data.labelled import Labelled
+from regraft.training.batches import Example, padding_token
+
+AT_ONCE = 32  # rows that are judged together
+
+
+def labelled_examples(rows: Labelled, tokenizer: PreTrainedTokenizerBase, most_tokens: int) -> list[Example]:
+    """Encodes rows as the tokenizer joins one text or two, cut to so many tokens, the longer text first.
+
+    Args:
+        rows: Texts and labels.
+        tokenizer: Of the model.
+        most_tokens: Longest row.
+
+    Returns:
+        Labels are scalars: int64 classes, or float32 numbers.
+    """
+    first, second = [texts[0] for texts in rows.texts], [texts[1] for texts in rows.texts if len(texts) == 2]
+    encoded = tokenizer(first, second or None, truncation=True, max_length=most_tokens)
+    types = encoded["token_type_ids"] if "token_type_ids" in encoded else [None] * len(rows)
+    dtype = torch.int64 if rows.classes else torch.float32
+    return [
+        Example(torch.tensor(ids), torch.tensor(label, dtype=dtype), token_type_ids=torch.tensor(kinds) if kinds is not None else None)
+        for ids, kinds, label in zip(encoded["input_ids"], types, rows.labels, strict=True)
+    ]
+
+
+def collate_labelled(examples: Sequence[Example], padding: int) -> dict[str, Tensor]:
+    """Pads rows on the right to the longest.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and, where an encoder has them, ``token_type_ids``, each (B, T) int64; ``labels`` (B,).
+    """
+    longest = max(len(example.input_ids) for example in examples)
+    batch = {
+        "input_ids": torch.full((len(examples), longest), padding),
+        "attention_mask": torch.zeros(len(examples), longest, dtype=torch.int64),
+        "labels": torch.stack([example.labels for example in examples]),
+    }
+    if examples[0].token_type_ids is not None:
+        batch["token_type_ids"] = torch.zeros(len(examples), longest, dtype=torch.int64)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        batch["input_ids"][row, :length] = example.input_ids
+        batch["attention_mask"][row, :length] = 1
+        if example.token_type_ids is not None:
+            batch["token_type_ids"][row, :length] = example.token_type_ids
+    return batch
+
+
+def summed_label_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Returns the loss summed over the rows of a batch: cross-entropy in nats, or the squared error."""
+    labels_B = batch["labels"]
+    logits_BC = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits.float()
+    if labels_B.is_floating_point():
+        return F.mse_loss(logits_BC.squeeze(-1), labels_B, reduction="sum")
+    return F.cross_entropy(logits_BC, labels_B, reduction="sum")
+
+
+def summed_labelled(model: nn.Module, batches: Iterable[dict[str, Tensor]], device: torch.device) -> tuple[float, int]:
+    """Returns the loss over all batches, without dropout and without gradients, and the number of rows; the mode is put back."""
+    total, rows = 0.0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                total += float(summed_label_loss(model, {name: tensor.to(device) for name, tensor in batch.items()}))
+                rows += len(batch["labels"])
+    finally:
+        model.train(was_training)
+    return total, rows
+
+
+@torch.no_grad()
+def judged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Labelled, most_tokens: int) -> dict[str, float]:
+    """Returns what is usually reported of a model for labels.
+
+    Args:
+        model: In evaluation mode, or with an adapter on it.
+        tokenizer: The model's.
+        rows: Held out.
+        most_tokens: Longest row.
+
+    Returns:
+        ``accuracy`` and ``macro_f1`` of classes, or ``pearson``, ``spearman`` and ``rmse`` of numbers; NaN where all are equal.
+    """
+    examples = labelled_examples(rows, tokenizer, most_tokens)
+    found: list[Tensor] = []
+    for start in range(0, len(examples), AT_ONCE):
+        batch = collate_labelled(examples[start : start + AT_ONCE], padding_token(tokenizer))
+        del batch["labels"]
+        found.append(model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits.double().cpu())
+    logits_BC, labels_B = torch.cat(found), torch.tensor(rows.labels, dtype=torch.float64)
+    if rows.classes:
+        chosen_B = logits_BC.argmax(-1)
+        return {"accuracy": float((chosen_B == labels_B).double().mean()), "macro_f1": macro_f1(chosen_B, labels_B.long())}
+    values_B = logits_BC.squeeze(-1)
+    return {
+        "pearson": correlation(values_B, labels_B),
+        "spearman": correlation(ranked(values_B), ranked(labels_B)),
+        "rmse": float((values_B - labels_B).square().mean().sqrt()),
+    }
+
+
+def macro_f1(chosen: Tensor, labels: Tensor) -> float:
+    """Returns the mean over the classes that there are of F1, 2 tp / (2 tp + fp + fn); int64 ``(n,)`` both."""
+    scores: list[float] = []
+    for name in torch.cat([chosen, labels]).unique().tolist():
+        both, either = int(((chosen == name) & (labels == name)).sum()), int((chosen == name).sum() + (labels == name).sum())
+        scores.append(2 * both / either)
+    return sum(scores) / len(scores)
+
+
+def correlation(first: Tensor, second: Tensor) -> float:
+    """Returns Pearson's correlation of two vectors, float64 ``(n,)``; NaN where one of them is constant."""
+    first, second = first - first.mean(), second - second.mean()
+    size = float(first.norm() * second.norm())
+    return float(first @ second) / size if size > 0 else float("nan")
+
+
+def ranked(values: Tensor) -> Tensor:
+    """Returns ranks from 1, equal values sharing the mean of theirs: Spearman's correlation is Pearson's of them."""
+    _, places, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[places]

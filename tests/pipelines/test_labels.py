@@ -1,0 +1,172 @@
+"""Encoders and decoders learn labels from the command line; what is saved loads in stock transformers and stock PEFT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from scipy.stats import pearsonr, spearmanr
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+from folders import tiny_tokenizer
+from regraft.cli.app import run
+from regraft.data.labelled import Labelled
+from regraft.models.classifier import load_classifier
+from regraft.training.labelled import collate_labelled, correlation, labelled_examples, macro_f1, ranked, summed_label_loss
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def encoder(folder: Path, kind: str = "bert") -> Path:
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(**SIZES, max_position_embeddings=64)) if kind == "bert" else LlamaForCausalLM(LlamaConfig(**SIZES))
+    model.save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = "<unk>"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def data(path: Path, task: str) -> Path:
+    """What is asked for can be told from the letters: which of two, or how many."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for index in range(120):
+        count = int(torch.randint(0, 7, (), generator=generator))
+        text = "".join("xo"[int(place < count)] for place in torch.randperm(6, generator=generator).tolist())
+        rows.append({"sentence1": text, "sentence2": "abc"[index % 3], "score": count / 6, "label": "many" if count > 3 else "few"})
+    keys = ("sentence1", "sentence2", "label" if task == "classification" else "score")
+    path.write_text("\n".join(json.dumps({key: row[key] for key in keys}) for row in rows), encoding="utf-8")
+    return path
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, folder: Path) -> torch.Tensor:
+    tokens = AutoTokenizer.from_pretrained(folder)(["xoxoxo", "oo"], ["a", "b"], padding=True, return_tensors="pt")
+    return model.eval()(**tokens).logits
+
+
+def recover(capsys: Any, base: Path, rows: Path, out: Path, *more: str) -> str:
+    code = run(["recover", str(base), "--data", str(rows), "--output", str(out), "--held-out", "0.2", "--quiet", *more])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    return said.out
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "adapter"),
+    [
+        ("bert", "regression", "lora"),
+        ("bert", "classification", "deep_lora"),
+        ("llama", "classification", "lora"),
+        ("llama", "regression", "mora"),
+    ],
+)
+def test_it_learns_and_stock_transformers_loads_it(tmp_path: Path, capsys: Any, kind: str, task: str, adapter: str) -> None:
+    base, rows = encoder(tmp_path / "base", kind), data(tmp_path / "rows.jsonl", task)
+    steps = ("--steps", "50", "--batch", "16", "--lr", "0.01", "--eval-every", "25", "--schedule", "constant")
+    shown = recover(capsys, base, rows, tmp_path / "out", "--task", task, "--adapter", adapter, *steps)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == ({0: "few", 1: "many"} if task == "classification" else {0: "score"})
+    figures = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in shown.splitlines() if line.count("│") == 3}
+    name, least = ("held-out accuracy", 0.7) if task == "classification" else ("held-out pearson", 0.7)
+    assert float(figures[name]) >= least, shown
+    first, after = (float(figures[f"held-out loss {when}"].split()[0]) for when in ("before", "after"))
+    assert after < 0.9 * first
+    assert outputs(model, tmp_path / "out").shape == (2, len(model.config.id2label))
+
+
+@pytest.mark.parametrize("adapter", ["deep_lora", "lora", "olora"])
+def test_the_head_travels_with_the_adapter(tmp_path: Path, capsys: Any, adapter: str) -> None:
+    base, rows = encoder(tmp_path / "base"), data(tmp_path / "rows.jsonl", "classification")
+    steps = ("--steps", "6", "--lr", "0.01", "--rank", "4", "--eval-every", "2", "--batch", "16")
+    recover(capsys, base, rows, tmp_path / "adapter", "--task", "classification", "--adapter", adapter, "--no-merge", *steps)
+    for form in ("merged", "peft-lora"):
+        assert run(["export", str(tmp_path / "adapter"), "--to", form, "--output", str(tmp_path / form)]) == 0, capsys.readouterr().err
+    merged = outputs(AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged"), base)
+    plain = load_classifier(base, ("few", "many")).model
+    assert float((outputs(plain, base) - merged).abs().max()) > 1e-3
+    stock = PeftModel.from_pretrained(load_classifier(base, ("few", "many"), seed=5).model, str(tmp_path / "peft-lora"))
+    assert float((outputs(stock, base) - merged).abs().max()) <= 1e-5
+
+
+def test_the_same_seed_gives_the_same_bytes_and_resumes(tmp_path: Path, capsys: Any) -> None:
+    base, rows = encoder(tmp_path / "base"), data(tmp_path / "rows.jsonl", "regression")
+    before = torch.get_rng_state()
+    for name in ("one", "two"):
+        recover(capsys, base, rows, tmp_path / name, "--task", "regression", "--steps", "3", "--seed", "4")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (tmp_path / "two" / "model.safetensors").read_bytes()
+
+
+def test_accumulated_rows_weigh_alike(tmp_path: Path, capsys: Any) -> None:
+    base, rows = encoder(tmp_path / "base"), data(tmp_path / "rows.jsonl", "regression")
+    steps = ("--task", "regression", "--steps", "3", "--dropout", "0", "--max-grad-norm", "100")
+    recover(capsys, base, rows, tmp_path / "whole", "--batch", "8", *steps)
+    recover(capsys, base, rows, tmp_path / "parts", "--batch", "4", "--accumulate", "2", *steps)
+    whole, parts = (outputs(AutoModelForSequenceClassification.from_pretrained(tmp_path / name), base) for name in ("whole", "parts"))
+    torch.testing.assert_close(whole, parts, rtol=0, atol=1e-2)
+
+
+def test_the_loss_is_that_of_transformers(tmp_path: Path) -> None:
+    base = encoder(tmp_path / "base")
+    for classes, labels in ((("a", "b", "c"), (0.0, 2.0, 1.0)), ((), (0.5, -1.5, 3.0))):
+        loaded = load_classifier(base, classes)
+        rows = Labelled("rows", (("xo", "o"), ("oxoxo", "x"), ("o", "xx")), labels, classes)
+        batch = collate_labelled(labelled_examples(rows, loaded.tokenizer, 64), 0)
+        ours, theirs = summed_label_loss(loaded.model, batch) / 3, loaded.model(**batch).loss
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_figures_are_those_of_scipy() -> None:
+    generator = torch.Generator().manual_seed(2)
+    first = torch.randint(0, 9, (60,), generator=generator).double()  # with ties
+    second = first + 2 * torch.randn(60, generator=generator, dtype=torch.float64)
+    assert correlation(first, second) == pytest.approx(pearsonr(first, second).statistic, abs=1e-12)
+    assert correlation(ranked(first), ranked(second)) == pytest.approx(spearmanr(first, second).statistic, abs=1e-12)
+    # Class 0: tp 2, fp 1, fn 1; class 1: tp 1, fp 1, fn 1; class 2: none chosen, one missed... by hand.
+    chosen, labels = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 1, 1, 2])
+    assert macro_f1(chosen, labels) == pytest.approx((4 / 5 + 2 / 4 + 0) / 3)
+
+
+BAD = {
+    "no data": (["--task", "regression"], "needs texts with labels; give them with --data FILE.csv"),
+    "a teacher": (["--task", "regression", "--data", "ROWS", "--teacher", "dense"], "knows neither --teacher nor --packing"),
+    "another task": (["--task", "regresion", "--data", "ROWS"], "--task: should be"),
+    "words for numbers": (["--task", "regression", "--data", "ROWS", "--label-column", "sentence2"], "not a number"),
+    "fewer rows than a batch": (["--task", "regression", "--data", "ROWS", "--batch", "500"], "fewer than one batch"),
+    "a model without a tokenizer": (["--task", "regression", "--data", "ROWS"], "has no tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(tmp_path: Path, capsys: Any, name: str) -> None:
+    base, rows = encoder(tmp_path / "base"), data(tmp_path / "rows.jsonl", "regression")
+    arguments, said = BAD[name]
+    if "tokenizer" in name:
+        for file in base.glob("tokenizer*"):
+            file.unlink()
+    arguments = [str(rows) if part == "ROWS" else part for part in arguments]
+    capsys.readouterr()  # progress bars of what went before
+    assert run(["recover", str(base), "--output", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error, error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_for_other_classes_is_refused(tmp_path: Path, capsys: Any) -> None:
+    base, rows = encoder(tmp_path / "base"), data(tmp_path / "rows.jsonl", "classification")
+    recover(capsys, base, rows, tmp_path / "two", "--task", "classification", "--steps", "2")
+    again = data(tmp_path / "numbers.jsonl", "regression")
+    assert run(["recover", str(tmp_path / "two"), "--task", "regression", "--data", str(again), "--output", str(tmp_path / "x")]) == 2
+    assert "train a model without that head" in capsys.readouterr().err
+    assert run(["evaluate", str(tmp_path / "two")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
