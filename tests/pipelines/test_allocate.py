@@ -298,3 +298,16 @@ def test_the_elastic_adapter_scores_first_and_is_told_of(folder: Path, tmp_path:
     assert search.search_cost <= 5
     both = {trial.ranks for trial in search.trials[:6]} & {trial.ranks for trial in search.trials[6:]}
     assert (search.agreement is not None) == (len(both) >= 3)
+
+
+@pytest.mark.slow
+def test_processes_beside_measure_the_same(folder: Path, found: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With relative paths, which the processes have to find from wherever they stand."""
+    monkeypatch.chdir(folder)
+    plan = tmp_path / "plan.json"
+    assert run(["allocate", "pruned", "--data", "text.txt", "--output", str(plan), *SMALL, "--workers", "2"]) == 0
+    ours, alone = trials_of(plan), trials_of(found)
+    assert [row["fidelity"] for row in ours] == [row["fidelity"] for row in alone]
+    for one, other in zip(ours, alone, strict=True):
+        assert float(one["loss_nats"]) == pytest.approx(float(other["loss_nats"]), abs=1e-5)
+        assert [one[name] for name in one if name.startswith("layers.")] == [other[name] for name in other if name.startswith("layers.")]
