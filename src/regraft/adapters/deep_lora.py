@@ -74,8 +74,7 @@ class CompressedDelta(Delta):
 
     def _inner(self) -> Tensor:
         """Returns W_L ... W_1 in float32, also under autocast: it starts at eps^L, which float16 does not hold."""
-        with torch.autocast(self.core[0].device.type, enabled=False):
-            return product(tuple(self.core))
+        return _product(tuple(self.core))
 
     def _reader(self) -> Tensor:
         """Returns core right^T, ``(r, in)``: LoRA's A. Two products with the inputs then do, as in LoRA."""
@@ -127,8 +126,7 @@ class ChainDelta(Delta):
 
     def _upper(self) -> Tensor:
         """Returns W_L ... W_2, ``(out, w)``, in float32."""
-        with torch.autocast(self.factors[0].device.type, enabled=False):
-            return product(tuple(self.factors)[1:])
+        return _product(tuple(self.factors)[1:])
 
     def delta(self, x: Tensor) -> Tensor:
         """Returns W_L ... W_1 x."""
@@ -235,6 +233,15 @@ def first_frames(gradient: Tensor, rank: int, generator: torch.Generator) -> Fra
 def _owned(factor: Tensor) -> nn.Parameter:
     """Returns a parameter with memory of its own: equal first factors must not stay one."""
     return nn.Parameter(factor.detach().to(torch.float32, copy=True).contiguous())
+
+
+def _product(factors: Sequence[Tensor]) -> Tensor:
+    """Returns the product of factors, first one first, without autocast; to switch it off where it is on costs time in every step."""
+    kind = factors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return product(factors)
+    with torch.autocast(kind, enabled=False):
+        return product(factors)
 
 
 def _truncated(spec: Spec, factors: LowRank, depth: int, threshold: float) -> Delta | None:
