@@ -159,7 +159,7 @@ class Mora(Method):
             most = limit**2 // (spec.rows + spec.columns)
             raise InputError(
                 f"rank {spec.rank} gives '{spec.name}' a matrix of side {size}, above the limit {limit} ({spec.rows} x {spec.columns}); "
-                f"use --rank {most} or less"
+                + (f"use --rank {most} or less" if most else "leave it out with --targets")
             )
         if size < 2:
             raise InputError(f"rank {spec.rank} gives '{spec.name}' a matrix of side {size}, below 2; use a higher --rank")
