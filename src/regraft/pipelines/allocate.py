@@ -13,6 +13,7 @@ from typing import Any
 from regraft.adapters.isolation import derived_seed
 from regraft.allocation import ALLOCATORS, ClosedForm, Learner, Ranks, Rung, Schedule, confirm, rank_plan, rank_space, winner
 from regraft.atomic import sha256_of, write_text
+from regraft.data.tokens import window_tokens
 from regraft.errors import InputError, OutputError
 from regraft.models.load import Loaded
 from regraft.models.load import load as load_model
@@ -29,7 +30,7 @@ from regraft.search.ray_pool import RayPool, import_ray
 from regraft.search.run import measure_all, open_ledger, search
 from regraft.search.sampler import AllocatorSampler
 from regraft.search.storage import open_storage
-from regraft.settings import AllocateSettings, LoadSettings, RecoverSettings
+from regraft.settings import TRAINING_TOKENS, AllocateSettings, LoadSettings, RecoverSettings
 from regraft.training.elastic import agreement
 from regraft.training.side_by_side import check_adapter
 
@@ -80,6 +81,8 @@ def allocate_ranks(
         raise InputError(f"--output '{output}' is not the name of a JSON file; write it as {output}.json")
     if output.exists() and not resume:
         raise OutputError(f"output '{output}' exists; choose another --output or remove it first")
+    if settings.storage is not None:
+        open_storage(settings.storage, output.parent).close()  # what is wrong with it is told before anything is computed
     loaded = load_model(source, load)
     request = Request(loaded, str(source), settings, recover, load, seed, say)
     with open_run(output.with_suffix(".search"), request.identity(), resume=resume, say=say) as folder:
@@ -175,9 +178,10 @@ def write_space(request: Request, folder: Path) -> None:
         DataError: There is too little text.
     """
     settings = request.settings
+    window_tokens(request.recover.seq_len, TRAINING_TOKENS, request.loaded.model.config, "--seq-len")
     train, _ = training_corpora(request.recover, request.seed)
     bare = bare_slots(ModelView(request.loaded.model), settings.granularity)
-    # Before anything is measured, so that a budget that cannot be is told at once.
+    # Before anything is measured, so that what cannot be is told at once.
     rank_space(request.loaded.fingerprint, settings.granularity, [slot.plain() for slot in bare], settings.ranks, settings.budget)
     slots = measured_slots(request.loaded, bare, train, settings, request.recover, seed=request.seed, say=request.say)
     space = rank_space(request.loaded.fingerprint, settings.granularity, slots, settings.ranks, settings.budget)
