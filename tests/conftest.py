@@ -61,7 +61,7 @@ SIZES: dict[str, Any] = {
 
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "llama": lambda **kw: LlamaForCausalLM(LlamaConfig(**SIZES, **kw)),
-    "llama-bias": lambda **kw: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, **kw)),
+    "llama-bias": lambda **kw: LlamaForCausalLM(LlamaConfig(attention_bias=True, mlp_bias=True, **(SIZES | kw))),
     "mistral": lambda **kw: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None, **kw)),
     "mistral-window": lambda **kw: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8, **kw)),
     "qwen2": lambda **kw: Qwen2ForCausalLM(Qwen2Config(**SIZES, **kw)),

@@ -281,7 +281,7 @@ def test_the_nested_knapsack_finds_the_best_of_all_choices(groups):
         (["--targets", "layer"], "did you mean"),
         (["--targets", "attention", "--shape", "uniform"], "--shape uniform"),
         (["--targets", "residual", "--layers", "1:"], "--layers 1:"),
-        (["--targets", "layers", "--memory", "3GB", "--criterion", "l1"], "--memory"),
+        (["--targets", "residual", "--memory", "3GB", "--criterion", "l1"], "--memory"),
         (["--targets", "residual,ffn", "--budget", "milliseconds"], "milliseconds"),
         (["--targets", "layers", "--ratio", "0.9"], "at most 0."),
         (["--depth", "shortgpt"], "block_influence"),

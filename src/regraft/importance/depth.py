@@ -1,9 +1,9 @@
 """Scores of what goes whole: layers, and the attention or the feed-forward network of a layer alone.
 
-All of them compare what runs through the stream with a part and without it, on calibration windows and in a model that is in memory.
+All of them compare what runs through the stream with a part and without it, on calibration windows.
 
 * ``block_influence``: one minus the cosine between what leaves the part with it and without it; for a layer that is between its input
-  and its output (ShortGPT, arXiv 2403.03853, equation 1), a mean over tokens.
+  and its output (ShortGPT, arXiv 2403.03853, equation 1), a mean over tokens. One pass, layer after layer, tells it.
 * ``angular``: the angle, over pi, between what enters a run of consecutive layers and what leaves it (arXiv 2403.17887, section 3.2),
   as long as the run that is to go; a layer has the score of the best run that it is in, so that the lowest ones are neighbours. Parts
   of layers are compared one at a time.
@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from regraft.importance.criteria import CRITERIA, Criterion, Evidence
-from regraft.models.layerwise import Layerwise, silenced
+from regraft.models.layerwise import Layerwise, emptied, silenced
 from regraft.models.view import ModelView
 from regraft.plans import WHOLE, Group
 
@@ -72,14 +73,42 @@ def influence_units(evidence: Evidence) -> Mapping[str, Tensor]:
 
 
 def _one_at_a_time(evidence: Evidence, compare: Compare) -> dict[str, Tensor]:
-    walk = _walked(evidence)
-    states = _states(walk)
+    walk = evidence.how().walk()
     found: dict[str, Tensor] = {}
-    for group in evidence.groups.groups:
-        assert group.layer is not None
-        score = _mean(compare, _without(walk, group, states[group.layer]), states[group.layer + 1])
-        found[group.name] = torch.tensor([score], dtype=torch.float64)
+    for layer in walk.layers():
+        here = [group for group in evidence.groups.groups if group.layer == layer]
+        sums = dict.fromkeys((group.name for group in here), 0.0)
+        tokens = 0
+
+        def see(
+            module: nn.Module,
+            positional: tuple[Any, ...],
+            named: dict[str, Any],
+            output: Any,
+            here: list[Group] = here,
+            sums: dict[str, float] = sums,
+        ) -> None:
+            nonlocal tokens
+            entering, leaving = positional[0] if positional else named["hidden_states"], _stream_of(output)
+            for group in here:
+                without = entering
+                if group.kind != "layer":
+                    with emptied(walk.view, group):
+                        without = _stream_of(module.forward(*positional, **named))
+                sums[group.name] += float(compare(without, leaving).sum())
+            tokens += entering.shape[0] * entering.shape[1]
+
+        handle = walk.view.layers[layer].register_forward_hook(see, with_kwargs=True)
+        try:
+            walk.advance(layer)
+        finally:
+            handle.remove()
+        found |= {name: torch.tensor([total / tokens], dtype=torch.float64) for name, total in sums.items()}
     return found
+
+
+def _stream_of(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def angular_units(evidence: Evidence) -> Mapping[str, Tensor]:
@@ -136,6 +165,6 @@ def mean_divergence(logits: Iterable[Tensor], dense: list[Tensor]) -> float:
     return total / tokens
 
 
-CRITERIA.add("block_influence", Criterion("block_influence", needs_text=True, units=influence_units, scores=WHOLE))
+CRITERIA.add("block_influence", Criterion("block_influence", needs_text=True, units=influence_units, looks_at="channels", scores=WHOLE))
 CRITERIA.add("angular", Criterion("angular", needs_text=True, units=angular_units, scores=WHOLE))
 CRITERIA.add("removal", Criterion("removal", needs_text=True, units=removal_units, scores=WHOLE))

@@ -150,6 +150,20 @@ def silenced(view: ModelView, group: Group) -> nn.Module:
 
 
 @contextmanager
+def emptied(view: ModelView, group: Group) -> Iterator[None]:
+    """Makes everything that a group owns zero inside the block, in the layer itself and in no memory of its own."""
+    parameters = [view.model.get_parameter(member.parameter) for member in group.members]
+    before = [parameter.data for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.data = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+        yield
+    finally:
+        for parameter, data in zip(parameters, before, strict=True):
+            parameter.data = data
+
+
+@contextmanager
 def watched_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Shows the input of each module to ``see(name, input)`` on every forward pass inside the block."""
 

@@ -94,8 +94,13 @@ def resolve(settings: PruneSettings, view: ModelView | None = None) -> Way:
             f"reconstruct: least_squares; to re-fit a model of this size to its predictions as well takes {needed / 1e9:.0f} GB more "
             "(--reconstruct divergence)",
         )
-    depth = "removal" if settings.depth == "auto" else settings.depth
     whole = bool(set(kinds_wanted(settings)) & set(WHOLE))
+    depth, best = settings.depth, "removal" if settings.memory is None else "block_influence"
+    if whole and settings.memory is not None and depth not in ("auto", best):
+        raise InputError(
+            f"--depth {depth} looks at several layers at once, which --memory leaves no room for; use --depth {best}, or leave --memory out"
+        )
+    depth = best if depth == "auto" else depth
     return Way(chosen, reconstruct, with_text or chosen == "knapsack" or reconstruct is not None or whole, depth, notes)
 
 

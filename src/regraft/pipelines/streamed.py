@@ -24,6 +24,7 @@ from regraft.streaming.memory import Room, Task, find_room, in_words
 from regraft.streaming.output import PrunedWriter, Refit, resumable
 from regraft.streaming.passes import StreamedPasses, StreamedWalk
 from regraft.streaming.skeleton import Skeleton, open_skeleton, refuse_beyond_layers
+from regraft.surgery.carry_out import apart
 from regraft.surgery.compensate import refitted
 from regraft.surgery.cut import check_plan
 
@@ -169,9 +170,12 @@ class _Job:
         assert windows is not None
         assert method != "divergence", "takes the whole model; refused before"
 
+        gone, narrow = apart(self._groups, plan.cuts)
+        say = self._request.say
+
         def refit(start: int, finished: Callable[[int, nn.Module], None]) -> Iterator[tuple[int, dict[str, Tensor]]]:
-            walk = StreamedWalk(self._skeleton, windows, self._hidden(work), self._request.say, finished=finished, start=start)
-            return refitted(walk, self._groups, plan.cuts, method)
+            walk = StreamedWalk(self._skeleton, windows, self._hidden(work), say, finished=finished, start=start, gone=gone)
+            return refitted(walk, self._groups, narrow, method)
 
         return refit
 

@@ -207,12 +207,12 @@ def _readers(view: ModelView, index: int) -> tuple[int, ...]:
     widths: list[int] = []
     for coupling in view.family.couplings:
         for axis in coupling.axes:
-            module = view.linear(index, axis.module)
+            module = view.module(index, axis.module)
             if axis.side == "in" and module is not None:
-                widths.append(module.weight.shape[1])
+                widths.append(module.get_parameter("weight").shape[0 if view.family.transposed else 1])
     return tuple(widths)
 
 
 def _features(view: ModelView, index: int) -> int:
-    modules = [view.linear(index, name) for name in view.linear_names()]
-    return sum(sum(module.weight.shape) for module in modules if module is not None)
+    modules = [view.module(index, name) for name in view.linear_names()]
+    return sum(sum(module.get_parameter("weight").shape) for module in modules if module is not None)

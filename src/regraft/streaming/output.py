@@ -27,11 +27,11 @@ from regraft.models.save import describe, mend_generation_config
 from regraft.models.uneven import code_paths, register
 from regraft.models.view import LayerSizes
 from regraft.models.weights import INDEX, SINGLE, stored_tensors
-from regraft.plans import Groups, Provenance, PrunePlan, from_json, to_dict
+from regraft.plans import WHOLE, Groups, Provenance, PrunePlan, from_json, to_dict
 from regraft.streaming.checkpoint import Checkpoint
 from regraft.streaming.skeleton import Skeleton
 from regraft.streaming.writer import Shard, ShardWriter
-from regraft.surgery.cut import removed_indices, sizes_after
+from regraft.surgery.cut import layers_after, removed_indices, removed_parameters, renumbered_names, sizes_after
 
 NOTE = "progress.json"
 # Layers are written to one file until it is this large: a layer of a large model to a file, and a small model to one.
@@ -142,9 +142,12 @@ class PrunedWriter:
         self._groups = groups
         self._plan = plan
         self._removed = removed_indices(groups, plan.cuts)
+        self._layers = layers_after(groups, plan.cuts)
+        self._names = renumbered_names(self._left(), skeleton.view.family.layers, self._layers)
         self._parts = list(self._split_by_layer())
         self.shards = _shards(self._parts, skeleton.dtype, SHARD_BYTES)
-        self.sizes: list[LayerSizes] = sizes_after(skeleton.view, groups, plan.cuts)
+        sizes = sizes_after(skeleton.view, groups, plan.cuts)
+        self.sizes: list[LayerSizes] = [sizes[layer] for layer in self._layers]
 
     def write(self, progress: Progress, refit: Refit | None, say: Callable[[str], None] = lambda line: None) -> None:
         """Writes every shard that is not finished.
@@ -157,7 +160,9 @@ class PrunedWriter:
         done = progress.finished(self.shards)
         holder = {name: shard.name for shard in self.shards for name in shard.shapes}
         written = {shard.name for shard in self.shards[:done]}
-        finished = sum(layer is not None and holder[next(iter(shapes))] in written for layer, shapes in self._parts)
+        finished = max(
+            (layer + 1 for layer, shapes in self._parts if layer is not None and holder[next(iter(shapes))] in written), default=0
+        )
         refitted: Iterator[tuple[int, dict[str, Tensor]]] = iter(())
         if refit is not None and finished < len(self._skeleton.view.layers):
             source = Checkpoint(progress.folder, [progress.folder / name for name in sorted(written)])
@@ -167,7 +172,10 @@ class PrunedWriter:
             with ShardWriter(progress.folder, shard) as writer:
                 for layer, shapes in self._parts:
                     if holder[next(iter(shapes))] == shard.name:
-                        self._write_part(writer, shapes, refitted if layer is not None and refit is not None else None)
+                        again = layer is not None and refit is not None
+                        # A layer of which nothing is left has no part here, and nobody asks for its tensors.
+                        changed = next(tensors for index, tensors in refitted if index == layer) if again else {}
+                        self._write_part(writer, shapes, changed)
             progress.add(shard, writer.sha256)
 
     def finish(self, progress: Progress, provenance: Provenance, card: Callable[[Provenance], str]) -> Provenance:
@@ -200,7 +208,7 @@ class PrunedWriter:
     def _write_config(self, folder: Path) -> type[PreTrainedModel]:
         """Writes the config, that of generation, and the code where the model needs ours; returns the class of the model."""
         model = self._skeleton.loaded.model
-        config: Any = config_for(model.config, self.sizes)
+        config: Any = config_for(model.config, self.sizes, layers=self._layers)
         register()
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         config.dtype = str(self._skeleton.dtype).partition(".")[2]
@@ -215,17 +223,17 @@ class PrunedWriter:
                 (folder / path.name).write_bytes(path.read_bytes())
         return model_class
 
-    def _write_part(self, writer: ShardWriter, shapes: Mapping[str, Any], refitted: Iterator[tuple[int, dict[str, Tensor]]] | None) -> None:
-        changed = next(refitted)[1] if refitted is not None else {}
-        for name in shapes:
+    def _write_part(self, writer: ShardWriter, shapes: Mapping[str, Any], changed: Mapping[str, Tensor]) -> None:
+        for new in shapes:
+            name = self._names[new]
             axes = [axis for parameter, axis in self._removed if parameter == name]
             if name not in changed and not axes:
-                writer.write(name, self._skeleton.pieces(name))
+                writer.write(new, self._skeleton.pieces(name))
                 continue
             tensor = changed[name].detach().to(device="cpu", dtype=self._skeleton.dtype) if name in changed else self._skeleton.stored(name)
             for axis in axes:
                 tensor = tensor.index_select(axis, self._kept(name, axis, tensor.shape[axis]))
-            writer.write(name, [tensor])
+            writer.write(new, [tensor])
 
     def _kept(self, name: str, axis: int, size: int) -> Tensor:
         keep = torch.ones(size, dtype=torch.bool)
@@ -240,34 +248,41 @@ class PrunedWriter:
         """
         named = self._groups.named()
         prefix = f"{self._skeleton.view.layer_name(layer)}."
+        written = {name: new for new, name in self._names.items()}
         for entry in self._plan.cuts:
             group = named[entry.group]
-            if group.layer != layer:
+            if group.layer != layer or group.kind in WHOLE:
                 continue
             reader = next(member for member in group.members if member.side == "in")
             for key, parameter in module.get_submodule(_module_of(reader.parameter).removeprefix(prefix)).named_parameters():
                 name = f"{_module_of(reader.parameter)}.{key}"
-                tensor = source.read(name).to(parameter)
+                if name not in written:  # gone with its part
+                    continue
+                tensor = source.read(written[name]).to(parameter)
                 for axis in (axis for cut, axis in self._removed if cut == name):
                     full = torch.zeros(parameter.shape).to(parameter)
                     tensor = full.index_copy(axis, self._kept(name, axis, parameter.shape[axis]).to(parameter.device), tensor)
                 parameter.copy_(tensor)
 
     def _split_by_layer(self) -> Iterator[tuple[int | None, dict[str, tuple[int, ...]]]]:
-        """Yields the pruned shapes of the parameters of each layer, and of what lies before, between and after them."""
+        """Yields, by new names, the pruned shapes of the parameters of each old layer, and of what lies before, between and after them."""
+        full = {name: parameter.shape for name, parameter in self._skeleton.view.model.named_parameters()}
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, parameter in self._skeleton.view.model.named_parameters():
-            shape = list(parameter.shape)
-            for axis in range(len(shape)):
-                shape[axis] -= len(self._removed.get((name, axis), ()))
-            shapes[name] = tuple(shape)
+        for new, name in self._names.items():
+            shapes[new] = tuple(size - len(self._removed.get((name, axis), ())) for axis, size in enumerate(full[name]))
         prefix = f"{self._skeleton.view.family.layers}."
 
-        def layer_of(name: str) -> int | None:
+        def layer_of(new: str) -> int | None:
+            name = self._names[new]
             return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
 
         for layer, names in groupby(shapes, key=layer_of):
             yield layer, {name: shapes[name] for name in names}
+
+    def _left(self) -> list[str]:
+        """Returns the parameters that do not go whole."""
+        gone = removed_parameters(self._groups, self._plan.cuts)
+        return [name for name, _ in self._skeleton.view.model.named_parameters() if name not in gone]
 
 
 def _module_of(parameter: str) -> str:

@@ -8,7 +8,8 @@ weights on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from regraft.errors import InputError
 from regraft.importance.passes import Gradients, Passes
-from regraft.models.layerwise import Layerwise, Walk
+from regraft.models.layerwise import Layerwise, Walk, emptied
 from regraft.models.view import ModelView
 from regraft.plans import Group, Groups
 from regraft.streaming.head import loss_gradient
@@ -120,6 +121,7 @@ class StreamedWalk(Walk):
         say: Called with one line for each layer.
         finished: Takes a layer that was re-fitted before, with its index, and gives it the weights that it got then. None: none was.
         start: How many layers those are.
+        gone: Layers, and parts of layers, that are not there: the first are passed over, the others add nothing.
         keep: Whether what enters layer ``i`` stays in slot ``i`` of ``hidden``, which is left open then, what leaves the last one
             in the slot after; otherwise there is one slot.
     """
@@ -133,6 +135,7 @@ class StreamedWalk(Walk):
         *,
         finished: Callable[[int, nn.Module], None] | None = None,
         start: int = 0,
+        gone: Sequence[Group] = (),
         keep: bool = False,
     ) -> None:
         self.view: ModelView = skeleton.view
@@ -142,6 +145,8 @@ class StreamedWalk(Walk):
         self._say = say
         self._finished = finished
         self._start = start
+        self._passed = {group.layer for group in gone if group.kind == "layer"}
+        self._silent = [group for group in gone if group.kind != "layer"]
         self._keep = keep
         self._calls = Calls(skeleton, windows_NT)
 
@@ -153,8 +158,13 @@ class StreamedWalk(Walk):
             for first, ids in self._batches():
                 self._hidden.put(0, first, self._calls.embedded(ids))
             for layer in range(count):
-                with self._skeleton.layer(layer) as module:
+                if layer in self._passed:
+                    continue
+                with self._skeleton.layer(layer) as module, ExitStack() as silence:
                     self._say(f"reading layer {layer + 1} of {count}")
+                    for group in self._silent:
+                        if group.layer == layer:
+                            silence.enter_context(emptied(self.view, group))
                     if self._finished is not None and layer < self._start:
                         self._finished(layer, module)
                         self.advance(layer, module)
@@ -190,7 +200,8 @@ class StreamedWalk(Walk):
         """Rounds changed weights to the dtype that they are written in, so that layers above see what is saved."""
         if module is not None and self._skeleton.dtype != torch.float32:
             for parameter in module.parameters():
-                parameter.copy_(parameter.to(self._skeleton.dtype))
+                if any(parameter.stride()):  # what is not there is one zero for all
+                    parameter.copy_(parameter.to(self._skeleton.dtype))
 
     def _batches(self) -> Iterator[tuple[int, Tensor]]:
         for first in range(0, len(self._windows), BATCH):

@@ -30,12 +30,12 @@ from regraft.models.quiet import in_one_line, quiet
 from regraft.models.tokenizer import load_tokenizer
 from regraft.models.view import SAMPLED, ModelView, fingerprint_of, sample_step
 from regraft.models.weights import weights_dtype
-from regraft.plans import GroupKind, Groups
+from regraft.plans import WHOLE, GroupKind, Groups
 from regraft.settings import LoadSettings
 from regraft.streaming.checkpoint import Checkpoint
 
 # What lies within one layer, and is written as it is read.
-WITHIN_A_LAYER = ("heads", "query_heads", "ffn")
+WITHIN_A_LAYER: tuple[GroupKind, ...] = ("heads", "query_heads", "ffn", *WHOLE)
 
 
 class Skeleton:
@@ -199,12 +199,12 @@ def refuse_beyond_layers(family: Family, groups: Groups) -> None:
     if wide:
         raise InputError(
             f"--targets {','.join(dict.fromkeys(wide))} changes more than one layer at a time, which is all that --memory leaves room "
-            f"for; use --targets {' or '.join(WITHIN_A_LAYER)}, or leave --memory out"
+            "for; choose other --targets, or leave --memory out"
         )
     norms = tuple(f".{norm}.weight" for norm in family.head_norms)
     for group in groups.groups:
         normed = [member.parameter for member in group.members if member.parameter.endswith(norms)] if norms else []
-        if group.kind != "ffn" and normed:
+        if group.kind in ("heads", "query_heads") and normed:
             raise InputError(
                 f"'{normed[0]}' normalises all heads of a layer together, and has to be rescaled when one goes, which --memory does not "
                 "do yet; use --targets ffn, or leave --memory out"

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from regraft.groups.discover import discover
 from regraft.models.view import ModelView
-from regraft.plans import Cut, GroupKind, Groups, PrunePlan
+from regraft.plans import WHOLE, Cut, Group, GroupKind, Groups, PrunePlan
 from regraft.surgery.compensate import Method, compensate
 from regraft.surgery.cut import cut, layers_after
 
@@ -44,6 +44,19 @@ def carry_out(view: ModelView, groups: Groups, plan: PrunePlan, windows_NT: Tens
         groups, plan = found, replace(plan, fingerprint=found.fingerprint)
     plan = replace(plan, cuts=narrow)
     return cut(view.model, groups, plan, compensate(view, groups, narrow, windows_NT, method))
+
+
+def apart(groups: Groups, cuts: Sequence[Cut]) -> tuple[tuple[Group, ...], tuple[Cut, ...]]:
+    """Returns the layers and parts of layers that go whole, and the cuts within what is left."""
+    named = groups.named()
+    gone = tuple(named[entry.group] for entry in cuts if named[entry.group].kind in WHOLE and not entry.kept)
+    lost = {(group.kind, group.layer) for group in gone}
+    part: dict[GroupKind, GroupKind] = {"heads": "attention", "query_heads": "attention", "ffn": "mlp"}
+
+    def stays(group: Group) -> bool:
+        return ("layer", group.layer) not in lost and (part.get(group.kind), group.layer) not in lost
+
+    return gone, tuple(entry for entry in cuts if named[entry.group].kind in REFITTED and stays(named[entry.group]))
 
 
 def renamed(groups: Groups, cuts: Sequence[Cut], found: Groups, layers: Sequence[int]) -> tuple[Cut, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -155,15 +155,20 @@ def renumbered(state: Mapping[str, Tensor], prefix: str, layers: Sequence[int]) 
         prefix: Module name of the list of layers.
         layers: Which stay, ascending.
     """
+    return {new: state[name] for new, name in renumbered_names(state, prefix, layers).items()}
+
+
+def renumbered_names(names: Iterable[str], prefix: str, layers: Sequence[int]) -> dict[str, str]:
+    """Returns new name to old name, as :func:`renumbered` renames parameters."""
     place = {str(old): new for new, old in enumerate(layers)}
-    result: dict[str, Tensor] = {}
-    for name, tensor in state.items():
+    result: dict[str, str] = {}
+    for name in names:
         if not name.startswith(f"{prefix}."):
-            result[name] = tensor
+            result[name] = name
             continue
         index, _, rest = name.removeprefix(f"{prefix}.").partition(".")
         if index in place:
-            result[f"{prefix}.{place[index]}.{rest}"] = tensor
+            result[f"{prefix}.{place[index]}.{rest}"] = name
     return result
 
 

@@ -41,13 +41,26 @@ def no_scoring(monkeypatch):
     monkeypatch.setattr(planning, "score", score)
 
 
+DEPTH = {"targets": ("layers", "attention", "mlp", "ffn"), "ratio": 0.6, "align": 1, "num_hidden_layers": 6}
+
+
 @pytest.mark.parametrize("memory", [PLENTY, "5MB"])
 @pytest.mark.parametrize("shard", [1, 2, 4])
 @pytest.mark.parametrize("reconstruct", ["least_squares", "none"])
 def test_it_ends_with_the_same_bytes(make_folder, settings, tmp_path, monkeypatch, memory, shard, reconstruct):
-    folder = make_folder("llama-bias")
-    asked = settings(criterion="taylor", reconstruct=reconstruct, memory=memory)
-    prune(folder, tmp_path / "through", asked, command="same")
+    ends_with_the_same_bytes(make_folder, settings, tmp_path, monkeypatch, shard, memory=memory, reconstruct=reconstruct)
+
+
+@pytest.mark.parametrize("shard", [2, 3, 4])
+def test_where_layers_and_parts_are_gone_too(make_folder, settings, tmp_path, monkeypatch, shard):
+    plan = ends_with_the_same_bytes(make_folder, settings, tmp_path, monkeypatch, shard, memory=PLENTY, **DEPTH)
+    assert {entry.group.rpartition(".")[2] for entry in plan.cuts} == {"layer", "attention", "mlp", "ffn"}
+
+
+def ends_with_the_same_bytes(make_folder, settings, tmp_path, monkeypatch, shard, num_hidden_layers=3, **given):
+    folder = make_folder("llama-bias", num_hidden_layers=num_hidden_layers)
+    asked = settings(criterion="taylor", **given)
+    done = prune(folder, tmp_path / "through", asked, command="same")
     count = len(list((tmp_path / "through").glob("*.safetensors")))
     assert count >= 4
     with pytest.raises(Killed):
@@ -62,6 +75,7 @@ def test_it_ends_with_the_same_bytes(make_folder, settings, tmp_path, monkeypatc
     assert not partial.exists()
     assert files_of(tmp_path / "out") == files_of(tmp_path / "through")
     assert not any(f"writing shard {number} of" in line for line in lines for number in range(1, shard))
+    return done.plan
 
 
 def test_a_shard_that_was_damaged_meanwhile_is_made_again(make_folder, settings, tmp_path):

@@ -69,6 +69,28 @@ def test_every_family(make_folder, settings, tmp_path, family, reconstruct):
     assert_same_weights(tmp_path / "streamed", tmp_path / "plain")
 
 
+DEPTH = {"depth": "block_influence", "align": 1}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("targets", [("layers",), ("attention", "mlp"), ("layers", "attention", "heads", "query_heads", "ffn")])
+def test_layers_and_parts_of_layers(make_folder, settings, tmp_path, monkeypatch, family, targets):
+    """Left out or silent on the way up, as in the model that they were cut from; in many shards, with the layers renumbered."""
+    monkeypatch.setattr(streaming_output, "SHARD_BYTES", 25_000)
+    folder = make_folder(family)
+    targets = tuple(target for target in targets if family != "gpt2" or target != "query_heads")
+    asked = settings(targets=targets, ratio=0.35 if len(targets) < 3 else 0.65, **DEPTH)
+    plain = prune(folder, tmp_path / "plain", asked)
+    streamed = prune(folder, tmp_path / "streamed", asked.model_copy(update={"memory": 2_000_000_000}))
+    assert_same_choice(streamed.plan, plain.plan)
+    assert any(entry.group.endswith((".layer", ".attention", ".mlp")) for entry in plain.plan.cuts)
+    assert len(list((tmp_path / "streamed").glob("*.safetensors"))) > 1
+    assert_same_weights(tmp_path / "streamed", tmp_path / "plain", 1e-4)
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / "streamed").model(ids).logits, plain.model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_the_folder_is_the_one_that_memory_gives(make_folder, settings, tmp_path):
     for shape, select in (("uniform", "uniform"), ("per-layer", "global")):
         folder = make_folder("llama")
@@ -168,6 +190,8 @@ def test_knapsack_gives_way_and_it_is_said(make_folder, settings):
         ({"memory": PLENTY, "select": "knapsack"}, "--select knapsack is measurements of the whole model.*use --select global or uniform"),
         ({"memory": PLENTY, "budget": "bytes", "select": "auto"}, "--budget bytes needs measurements of the whole model"),
         ({"memory": PLENTY, "rounds": 2}, "--rounds 2 prunes the pruned model again.*use --rounds 1"),
+        ({"memory": PLENTY, "targets": ("layers",), "depth": "removal"}, "--depth removal looks at several .* use --depth block_influence"),
+        ({"memory": PLENTY, "targets": ("residual",)}, "--targets residual changes more than one layer at a time"),
         ({"memory": PLENTY, "seq_len": 65}, "--seq-len 65 exceeds the model's context of 64 tokens; use at most 64"),
         ({"memory": PLENTY, "ratio": 0.99}, "ratio 0.99 would leave a layer empty"),
         ({"memory": PLENTY, "seq_len": 1, "criterion": "taylor"}, "at least 2"),
