@@ -3,7 +3,7 @@
     python scripts/make_prior.py [--cases 9] [--train]
 
 Every search is written into ``benchmarks/results/prior_searches`` when it is over and is not repeated; ``--train`` trains on all that are
-there and writes ``src/regraft/allocation/shipped``. The cases are alternately easy and hard: criterion, share and budget change from one
+there and writes ``src/regraft/allocation/shipped``, unless it predicts searches left out no better than no training does. The cases are alternately easy and hard: criterion, share and budget change from one
 to the next, so that any number of them from the first on is a fair store. Recoveries are small: what the prior learns is which features
 go with large gains, where gains saturate and what a short recovery shows of them, not how large gains are in nats.
 """
@@ -25,7 +25,7 @@ from regraft.settings import AllocateSettings, LoadSettings, PruneSettings, Reco
 
 STORE = Path(__file__).parents[1] / "benchmarks" / "results" / "prior_searches"
 MODEL = "seedling"
-SMALL = RecoverSettings(steps=48, batch=4, seq_len=64, lr=3e-3, dropout=0.0, eval_every=48, held_out_windows=48)
+SMALL = RecoverSettings(steps=160, batch=4, seq_len=64, lr=2e-3, dropout=0.0, eval_every=160, held_out_windows=48)
 CHOICES = {"r=8": (2, 4, 6, 8, 10, 12), "r=3": (1, 2, 3, 4, 6, 8)}
 
 
@@ -95,9 +95,11 @@ def main() -> None:
             search(case, seed)
     if given.train:
         training = train(read_store(STORE))
+        print(training.searches, "searches; left out:", training.left_out, "untrained:", training.untrained)
+        if training.left_out.rank_correlation <= max(0.0, training.untrained.rank_correlation):
+            raise SystemExit("the prior predicts searches left out no better than no training does: nothing is shipped; make more searches")
         shutil.rmtree(SHIPPED, ignore_errors=True)
         training.prior.save(SHIPPED)
-        print(training.searches, "searches; left out:", training.left_out, "untrained:", training.untrained)
 
 
 if __name__ == "__main__":

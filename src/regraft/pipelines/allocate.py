@@ -18,7 +18,7 @@ from regraft.errors import InputError, OutputError
 from regraft.models.load import Loaded
 from regraft.models.load import load as load_model
 from regraft.models.view import ModelView
-from regraft.pipelines.measuring import Measuring, candidates_at_once, elastic_cost, placed
+from regraft.pipelines.measuring import Measuring, candidate_cost, candidates_at_once, elastic_cost, placed
 from regraft.pipelines.rank_files import texts_of
 from regraft.pipelines.recover import training_corpora
 from regraft.pipelines.run_folder import open_run
@@ -122,15 +122,17 @@ def schedule_of(settings: AllocateSettings, recover: RecoverSettings) -> Schedul
     """
     spent, width, before, fidelity = elastic_cost(recover, settings.elastic), settings.trials, 0.0, _SHORTEST
     rungs: list[Rung] = []
-    while fidelity <= 1.0 and spent + width * (fidelity - before) <= settings.cost + 1e-9:
+    while fidelity <= 1.0:
+        spent += width * candidate_cost(recover, before, fidelity)
+        if spent > settings.cost + 1e-9:
+            break
         rungs.append(Rung(fidelity, width))
-        spent += width * (fidelity - before)
         width, before, fidelity = max(2, -(-width // 2)), fidelity, 2.0 * fidelity
     if not rungs:
         scores = f" with --elastic {settings.elastic}" if settings.elastic else ""
         raise InputError(
-            f"--trials {settings.trials}{scores} costs {spent + width * fidelity:.2f} full recoveries at least, more than "
-            f"--cost {settings.cost:g}; raise --cost, or lower --trials or --elastic"
+            f"--trials {settings.trials}{scores} costs {spent:.2f} full recoveries at least, more than --cost {settings.cost:g}; "
+            "raise --cost, or lower --trials or --elastic"
         )
     return Schedule(tuple(rungs), elastic=settings.elastic, cost_limit=settings.cost)
 

@@ -49,6 +49,13 @@ def elastic_cost(settings: RecoverSettings, scores: int) -> float:
     return cost_of(settings, settings.held_out_windows, max(1, round(elastic.fidelity * settings.steps)), scores, elastic.vectors)
 
 
+def candidate_cost(settings: RecoverSettings, start: float, stop: float) -> float:
+    """Returns what it costs to take one candidate from one share of the steps to another, in full recoveries, with its looks."""
+    first, last = (max(1, round(share * settings.steps)) if share else 0 for share in (start, stop))
+    looks = last // settings.eval_every - first // settings.eval_every + (last % settings.eval_every > 0)
+    return cost_of(settings, settings.held_out_windows, last - first, max(1, looks))
+
+
 def placed(settings: RecoverSettings) -> RecoverSettings:
     """Returns the settings with paths that hold wherever the measuring is done: other processes may stand in other folders."""
     teacher = settings.teacher
