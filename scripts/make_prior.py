@@ -2,10 +2,10 @@
 
     python scripts/make_prior.py [--cases 9] [--train]
 
-Every search is written into ``benchmarks/results/prior_searches`` when it is over and is not repeated; ``--train`` trains on all that are
-there and writes ``src/regraft/allocation/shipped``, unless it predicts searches left out no better than no training does. The cases are alternately easy and hard: criterion, share and budget change from one
-to the next, so that any number of them from the first on is a fair store. Recoveries are small: what the prior learns is which features
-go with large gains, where gains saturate and what a short recovery shows of them, not how large gains are in nats.
+Every search is written into ``benchmarks/results/prior_searches`` when it is over and is not repeated. ``--train`` trains on all that are
+there and writes ``src/regraft/allocation/shipped``, unless it predicts searches left out no better than no training does. Criterion, share
+and budget change from one case to the next, so that any number of them from the first on is a fair store. Recoveries are small: what the
+prior learns is which features go with large gains, where gains saturate and what a short recovery shows, not how large gains are in nats.
 """
 
 from __future__ import annotations
