@@ -51,7 +51,6 @@ from regraft.training.trainer import RecoveryTrainer, training_arguments
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, TOKENS, RANK, RATIO = 8, 128, 8, 0.2
-RATES = (1e-3, 3e-3, 1e-2)
 SHARES = {"calibration": (0.0, 0.15), "train": (0.15, 0.85), "choice": (0.85, 0.9), "test": (0.9, 1.0)}
 TEST_WINDOWS = 128
 CPU = torch.device("cpu")
@@ -67,6 +66,7 @@ Recipe = tuple[str, float, float]
 """How it is pruned, the share of distillation in the loss, and its temperature."""
 ORIGINAL: Recipe = ("taylor", 0.0, 1.0)
 OURS: Recipe = ("default", 0.5, 1.0)
+RATES = {ORIGINAL: (1e-3, 3e-3, 1e-2), OURS: (1e-3, 3e-3)}
 PARTS: tuple[Recipe, ...] = (
     ("default", 0.0, 1.0), ("default", 1.0, 1.0), ("taylor", 0.5, 1.0), ("taylor+ls", 0.0, 1.0), ("taylor+ls", 0.5, 1.0), ("default", 0.5, 2.0),
 )  # fmt: skip
@@ -100,20 +100,19 @@ class Row:
 def next_wanted(rows: Sequence[Row], seeds: int, steps: int) -> Row | None:
     """Returns what to run next, its figures empty: the recipes at every rate, then at their best rates on more seeds, then the parts."""
     done = {row.key for row in rows}
-    both = (ORIGINAL, OURS)
-    plan = [(*recipe, lr, 0) for lr in RATES for recipe in both]
-    rates = [rate for recipe in both if (rate := best_rate(rows, recipe, steps)) is not None]
-    if len(rates) == len(both):
-        plan += [(*recipe, rate, seed) for seed in range(1, seeds) for recipe, rate in zip(both, rates, strict=True)]
-        plan += [(*part, rates[part[0] == OURS[0]], 0) for part in PARTS]
-    missing = ((*each, steps) for each in plan if (*each, steps) not in done)
-    return next((Row(*key, math.nan, math.nan, math.nan, 0, 0.0) for key in missing), None)
+    plan: list[tuple[str, float, float, float, int]] = [(*recipe, lr, 0) for recipe, tried in RATES.items() for lr in tried]
+    best = {recipe: rate for recipe in RATES if (rate := best_rate(rows, recipe, steps)) is not None}
+    if len(best) == len(RATES):
+        plan += [(*recipe, rate, seed) for seed in range(1, seeds) for recipe, rate in best.items()]
+        plan += [(*part, best[OURS if part[0] == OURS[0] else ORIGINAL], 0) for part in PARTS]
+    missing = (each for each in plan if (*each, steps) not in done)
+    return next((Row(*each, steps, math.nan, math.nan, math.nan, 0, 0.0) for each in missing), None)
 
 
 def best_rate(rows: Sequence[Row], recipe: Recipe, steps: int) -> float | None:
     """Returns the rate that is best on the seed that all rates were tried with; None before all were."""
     tried = {row.lr: row.recovered_nats for row in rows if row.seed == 0 and row.steps == steps and row.recipe == recipe}
-    return min(tried, key=tried.__getitem__) if set(RATES) <= tried.keys() else None
+    return min(tried, key=tried.__getitem__) if set(RATES[recipe]) <= tried.keys() else None
 
 
 def read_rows(path: Path) -> list[Row]:
