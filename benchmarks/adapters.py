@@ -3,17 +3,17 @@
     python benchmarks/adapters.py MODEL TEXT [--work DIR] [--minutes 5] [--only recovery|cost|targets]
 
 MODEL is pruned once by 20 % of all parameters. Each adapter gets the rank (or number of bases) whose count of trained numbers is nearest to
-that of LoRA of rank 2, and trains on the same 30 batches of 4 x 64 tokens with AdamW, a linear fall of the learning rate, no dropout. Its peak
-rate is its own default times 1, 3, 9, ... as long as the loss of a held-out text falls, with a seed of its own; then it runs with the paired
-seeds, which decide the batches and the first values. The loss is of other held-out text. PEFT's three start from 1e-3 (MiSS) and 4e-3 (VeRA,
-RandLoRA; their authors' values are of that size).
+that of LoRA of rank 2, and trains on the same 30 batches of 4 x 64 tokens with AdamW, a linear fall of the learning rate, no dropout. Its
+peak rate is its own default times 1, 3, 9, as long as the loss of a held-out text falls, with a seed of its own; LoRA's kin take LoRA's
+multiple. Then it runs with the paired seeds, which decide the batches and the first values. The loss is of other held-out text. PEFT's three
+start from 1e-3 (MiSS) and 4e-3 (VeRA, RandLoRA; their authors' values are of that size).
 
 Step times are medians of the processor time of steps taken in turns, one adapter after the other, in one process with one thread, so that
-other work on the machine has little part in them. Peak memory is what a process that is forked for
-it has at most beyond what it had before the adapter was put on. The size is of all tensor files that a user keeps beside the base.
+other work on the machine has little part in them. Peak memory is what a process that is forked for an adapter has at most beyond what it
+had before the adapter was put on. The size is of all tensor files that a user keeps beside the base.
 
-Every row is on disk before the next begins (``results/adapters_recovery.csv``): a run stops after
-``--minutes`` and the next one goes on with what is missing. ``python benchmarks/adapters_tables.py`` writes the tables.
+Every row is on disk before the next begins (``results/adapters_recovery.csv``): a run stops after ``--minutes`` and the next one goes on with
+what is missing. ``python benchmarks/adapters_tables.py`` writes the tables.
 """
 
 from __future__ import annotations
@@ -79,12 +79,13 @@ class Put:
 
 @dataclass(frozen=True)
 class Contestant:
-    """One adapter: its size is what the budget decides."""
+    """One adapter: its size is what the budget decides. LoRA's kin are not tuned: they train at LoRA's multiple."""
 
     name: str
     put: Callable[[Any, int, float, int, Evidence], Put]
     sizes: Sequence[int]
     size_name: str = "rank"
+    tuned: bool = True
 
 
 def ours(adapter: str, *options: str, sized: str = "") -> Callable[[Any, int, float, int, Evidence], Put]:
@@ -136,11 +137,11 @@ CONTESTANTS = (
     Contestant("lora_xs", ours("lora_xs"), (27, 28, 29, 30)),
     Contestant("mora, rotation", ours("mora"), (1, 2, 3)),
     Contestant("mora, sharing", ours("mora", "form=sharing"), (1, 2, 3)),
-    Contestant("dora", ours("dora"), (1, 2)),
-    Contestant("olora", ours("olora"), (2,)),
-    Contestant("pissa", ours("pissa"), (2,)),
-    Contestant("eva", ours("eva"), (2,)),
-    Contestant("adalora", ours("adalora"), (1, 2)),
+    Contestant("dora", ours("dora"), (1, 2), tuned=False),
+    Contestant("olora", ours("olora"), (2,), tuned=False),
+    Contestant("pissa", ours("pissa"), (2,), tuned=False),
+    Contestant("eva", ours("eva"), (2,), tuned=False),
+    Contestant("adalora", ours("adalora"), (1, 2), tuned=False),
     Contestant("PEFT VeRA", rival(vera, 4e-3), (576, 608, 640)),
     Contestant("PEFT RandLoRA", rival(randlora, 4e-3), (160, 128, 96, 64, 48, 32)),
     Contestant("PEFT MiSS", rival(miss, 1e-3), (3, 4, 5)),
@@ -273,15 +274,16 @@ def _row(
 def plan(done: dict[tuple[str, float, int], dict[str, str]]) -> Iterator[tuple[Contestant, float, int]]:
     """Yields what is missing. ``done`` grows while this runs."""
     for contestant in CONTESTANTS:
-        for index, factor in enumerate(RATES):
+        for index, factor in enumerate(RATES if contestant.tuned else ()):
             if index >= 2 and _choice(done, contestant, RATES[index - 1]) >= _choice(done, contestant, RATES[index - 2]):
                 break
             if (contestant.name, factor, TUNING_SEED) not in done:
                 yield contestant, factor, TUNING_SEED
     for seed in SEEDS:
         for contestant in CONTESTANTS:
-            tried = [factor for factor in RATES if (contestant.name, factor, TUNING_SEED) in done]
-            best = min(tried, key=lambda factor: _choice(done, contestant, factor))
+            like = contestant if contestant.tuned else CONTESTANTS[0]
+            tried = [factor for factor in RATES if (like.name, factor, TUNING_SEED) in done]
+            best = min(tried, key=lambda factor: _choice(done, like, factor))
             if (contestant.name, best, seed) not in done:
                 yield contestant, best, seed
 

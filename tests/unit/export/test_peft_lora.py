@@ -162,6 +162,19 @@ def test_stock_peft_refuses_our_master_loudly(base, tmp_path) -> None:
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "adapter"))
 
 
+def test_a_master_is_measured_like_its_merged_model(base, tmp_path) -> None:
+    saved(tmp_path / "adapter", base("llama"), "mora-rotation")
+    (tmp_path / "text.txt").write_text("abc def " * 40, encoding="utf-8")
+    assert run(["export", str(tmp_path / "adapter"), "--to", "merged", "--output", str(tmp_path / "merged")]) == 0
+    losses: list[float] = []
+    for name in ("adapter", "merged", "base"):
+        arguments = ["evaluate", str(tmp_path / name), "--text", str(tmp_path / "text.txt"), "--json", str(tmp_path / f"{name}.json")]
+        assert run([*arguments, "--window", "32"]) == 0
+        losses.append(json.loads((tmp_path / f"{name}.json").read_text())["loss_nats"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert abs(losses[0] - losses[2]) > 1e-2
+
+
 def test_an_unconverted_olora_of_peft_is_refused(base, tmp_path, capsys) -> None:
     model = AutoModelForCausalLM.from_pretrained(base("llama"))
     adapted = get_peft_model(model, LoraConfig(r=4, init_lora_weights="olora", target_modules=["q_proj"], task_type="CAUSAL_LM"))
