@@ -274,18 +274,22 @@ def _row(
 def plan(done: dict[tuple[str, float, int], dict[str, str]]) -> Iterator[tuple[Contestant, float, int]]:
     """Yields what is missing. ``done`` grows while this runs."""
     for contestant in CONTESTANTS:
-        for index, factor in enumerate(RATES if contestant.tuned else ()):
+        for index, factor in enumerate(RATES if contestant.tuned else (best_factor(CONTESTANTS[0], done),)):
             if index >= 2 and _choice(done, contestant, RATES[index - 1]) >= _choice(done, contestant, RATES[index - 2]):
                 break
             if (contestant.name, factor, TUNING_SEED) not in done:
                 yield contestant, factor, TUNING_SEED
     for seed in SEEDS:
         for contestant in CONTESTANTS:
-            like = contestant if contestant.tuned else CONTESTANTS[0]
-            tried = [factor for factor in RATES if (like.name, factor, TUNING_SEED) in done]
-            best = min(tried, key=lambda factor: _choice(done, like, factor))
+            best = best_factor(contestant, done)
             if (contestant.name, best, seed) not in done:
                 yield contestant, best, seed
+
+
+def best_factor(contestant: Contestant, done: dict[tuple[str, float, int], dict[str, str]]) -> float:
+    """The multiple of the default rate with the lowest loss on the text that chooses."""
+    tried = [factor for factor in RATES if (contestant.name, factor, TUNING_SEED) in done]
+    return min(tried, key=lambda factor: _choice(done, contestant, factor))
 
 
 def _choice(done: dict[tuple[str, float, int], dict[str, str]], contestant: Contestant, factor: float) -> float:
