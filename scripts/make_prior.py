@@ -74,7 +74,7 @@ def search(case: Case, seed: int) -> None:
                 "samples": 32,
             }
         )
-        prune(MODEL, folder / "pruned", ways, load_settings=LoadSettings(dtype="float32"), seed=seed)
+        prune(MODEL, folder / "pruned", ways, load=LoadSettings(dtype="float32"), seed=seed)
         settings = AllocateSettings.model_validate(
             {"budget": case.budget, "ranks": CHOICES[case.budget], "granularity": case.granularity, "elastic": 64, "confirm_seeds": 0}
         )

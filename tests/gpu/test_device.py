@@ -24,7 +24,7 @@ def test_the_same_channels_are_cut(folder: Path, text: Path, device: str, criter
     """Scores differ by rounding only: of random weights no two units are that close."""
     settings = PruneSettings(criterion=criterion, select="global", reconstruct="least_squares", calibration=text, **QUICK)
     here = prune(folder, None, settings)
-    there = prune(folder, None, settings, load_settings=LoadSettings(device=device))
+    there = prune(folder, None, settings, load=LoadSettings(device=device))
     assert there.plan.cuts == here.plan.cuts
     assert {parameter.device.type for parameter in there.model.parameters()} == {device}
     ids = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -36,8 +36,8 @@ def test_the_same_channels_are_cut(folder: Path, text: Path, device: str, criter
 def test_streamed_is_in_memory(folder: Path, text: Path, tmp_path: Path, device: str) -> None:
     usual = {"criterion": "taylor", "select": "global", "reconstruct": "least_squares", "calibration": text} | QUICK
     on_device = LoadSettings(device=device)
-    whole = prune(folder, tmp_path / "whole", PruneSettings(**usual), load_settings=on_device)
-    streamed = prune(folder, tmp_path / "streamed", PruneSettings(memory="4GB", **usual), load_settings=on_device)
+    whole = prune(folder, tmp_path / "whole", PruneSettings(**usual), load=on_device)
+    streamed = prune(folder, tmp_path / "streamed", PruneSettings(memory="4GB", **usual), load=on_device)
     assert streamed.plan.cuts == whole.plan.cuts
     wanted, found = (load(tmp_path / name).model.state_dict() for name in ("whole", "streamed"))
     assert wanted.keys() == found.keys()

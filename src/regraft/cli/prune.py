@@ -43,7 +43,7 @@ def prune(
         refuse_existing_plan(output)
     console = Console()
     with console.status("pruning") as status:
-        common: Common = {"load_settings": load, "seed": seed, "command": command_line(), "say": status.update}
+        common: Common = {"load": load, "seed": seed, "command": command_line(), "say": status.update}
         if plan is not None:
             result = replay(model, read_plan(plan), output, prune, dry_run=dry_run, **common)
         else:
@@ -62,7 +62,7 @@ def prune(
 class Common(TypedDict):
     """What a plan that is made and a plan that is replayed are both told."""
 
-    load_settings: LoadSettings
+    load: LoadSettings
     seed: int
     command: str
     say: Say

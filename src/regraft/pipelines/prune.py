@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from regraft.atomic import refuse_existing
 from regraft.errors import InputError
 from regraft.groups.discover import discover
-from regraft.models.load import Loaded, load
+from regraft.models.load import Loaded
+from regraft.models.load import load as load_model
 from regraft.models.save import save
 from regraft.models.view import ModelView
 from regraft.pipelines.plan_files import settings_of
@@ -77,7 +78,7 @@ def prune(
     output: Path | None = None,
     settings: PruneSettings | None = None,
     *,
-    load_settings: LoadSettings | None = None,
+    load: LoadSettings | None = None,
     seed: int = 0,
     dry_run: bool = False,
     command: str = "regraft.prune",
@@ -89,7 +90,7 @@ def prune(
         source: A folder, a hub id, or ``seedling``.
         output: Where the pruned model is saved; None keeps it in memory.
         settings: What is cut and how it is chosen. With ``memory`` the model is read, pruned and written layer by layer.
-        load_settings: How the model is loaded.
+        load: How the model is loaded.
         seed: Of the calibration windows and of random scores.
         dry_run: Plan only: nothing is cut and nothing is written.
         command: How this was called, for the folder's record.
@@ -99,7 +100,7 @@ def prune(
         RegraftError: Anything that the user can mend, in one line.
     """
     settings = settings or PruneSettings()
-    request = Request(source, output, settings, resolve(settings), load_settings or LoadSettings(), seed, None, command, say)
+    request = Request(source, output, settings, resolve(settings), load or LoadSettings(), seed, None, command, say)
     return _carry_out(request, dry_run=dry_run)
 
 
@@ -109,7 +110,7 @@ def replay(
     output: Path | None = None,
     settings: PruneSettings | None = None,
     *,
-    load_settings: LoadSettings | None = None,
+    load: LoadSettings | None = None,
     seed: int = 0,
     dry_run: bool = False,
     command: str = "regraft.replay",
@@ -122,7 +123,7 @@ def replay(
         plan: What stays. It brings the settings and the seed that it was made with.
         output: Where the pruned model is saved; None keeps it in memory.
         settings: Memory, cache and where the calibration text lies now; everything else for plans that bring no settings.
-        load_settings: How the model is loaded.
+        load: How the model is loaded.
         seed: For plans that bring none.
         dry_run: Look only: nothing is cut and nothing is written.
         command: How this was called, for the folder's record.
@@ -137,7 +138,7 @@ def replay(
     if own_seed is not None and seed not in (0, own_seed):
         raise InputError(f"--seed {seed} does nothing beside --plan, which was made with {own_seed}; leave it out, or plan anew")
     seed = seed if own_seed is None else own_seed
-    request = Request(source, output, own, way, load_settings or LoadSettings(), seed, plan, command, say)
+    request = Request(source, output, own, way, load or LoadSettings(), seed, plan, command, say)
     return _carry_out(request, dry_run=dry_run)
 
 
@@ -150,7 +151,7 @@ def _carry_out(request: Request, *, dry_run: bool) -> PruneResult:
             raise InputError("--memory keeps the pruned model on disk; say where with --output")
         done = prune_streamed(replace(_decided(request), output=None if dry_run else output))
         return PruneResult(done.plan, None, done.loaded, done.groups, done.notes)
-    loaded = load(request.source, request.load_settings)
+    loaded = load_model(request.source, request.load)
     if request.plan is None:
         request = replace(request, way=resolve(settings, ModelView(loaded.model)))
     settings = _decided(request).settings

@@ -40,7 +40,7 @@ class Request:
         output: Where the pruned model goes; None to plan only.
         settings: What is cut and how it is chosen; with a bound of memory.
         way: What "auto" means in them.
-        load_settings: How the model is loaded.
+        load: How the model is loaded.
         seed: Of the calibration windows and of random scores.
         plan: To be replayed; None to make one.
         command: How this was called, for the folder's record.
@@ -51,7 +51,7 @@ class Request:
     output: Path | None
     settings: PruneSettings
     way: Way
-    load_settings: LoadSettings
+    load: LoadSettings
     seed: int
     plan: PrunePlan | None
     command: str
@@ -84,7 +84,7 @@ def prune_streamed(request: Request) -> Streamed:
         PlanError: The plan to be replayed is of another model.
         OutputError: The output cannot be written; finished shards stay for the next attempt.
     """
-    skeleton = open_skeleton(request.source, request.load_settings)
+    skeleton = open_skeleton(request.source, request.load)
     groups = skeleton.groups(kinds_wanted(request.settings, request.plan))
     refuse_beyond_layers(skeleton.view.family, groups)
     if request.plan is not None:

@@ -126,7 +126,7 @@ def test_a_result_in_many_shards_loads_in_transformers(make_folder, settings, tm
 def test_half_precision_is_scored_in_single_and_written_as_it_was(make_folder, settings, tmp_path):
     folder = make_folder("llama", torch.bfloat16)
     streamed = prune(folder, tmp_path / "streamed", settings(reconstruct="none", memory=PLENTY))
-    exact = prune(folder, None, settings(reconstruct="none"), load_settings=LoadSettings(dtype="float32"))
+    exact = prune(folder, None, settings(reconstruct="none"), load=LoadSettings(dtype="float32"))
     assert streamed.plan.cuts == exact.plan.cuts
     assert streamed.plan.fingerprint == load(folder).fingerprint
     replayed = replay(folder, streamed.plan, tmp_path / "replayed")
@@ -138,7 +138,7 @@ def test_half_precision_is_scored_in_single_and_written_as_it_was(make_folder, s
 def test_re_fitted_half_precision_is_near_the_exact_fit(make_folder, settings, tmp_path):
     folder = make_folder("llama", torch.bfloat16)
     made = prune(folder, tmp_path / "streamed", settings(memory=PLENTY))
-    exact = prune(folder, tmp_path / "exact", settings(memory=PLENTY), load_settings=LoadSettings(dtype="float32"))
+    exact = prune(folder, tmp_path / "exact", settings(memory=PLENTY), load=LoadSettings(dtype="float32"))
     assert made.plan.cuts == exact.plan.cuts
     coarse, fine = tensors_of(tmp_path / "streamed"), tensors_of(tmp_path / "exact")
     for name, tensor in fine.items():
