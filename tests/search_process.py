@@ -38,7 +38,9 @@ def wait_for(log: Path, lines: int) -> None:
 
 def main(folder: Path, log: Path, seconds: float, url: str | None) -> None:
     sampler = AllocatorSampler(SPACE, PlantedLearner(), SCHEDULE, seed=0)
-    ledger = open_ledger(open_storage(url, folder, heartbeat_seconds=1, grace_seconds=30), "planted", SPACE, sampler, "planted", resume=True)
+    ledger = open_ledger(
+        open_storage(url, folder, heartbeat_seconds=1, grace_seconds=30), "planted", SPACE, sampler, "planted", resume=True
+    )
     with Inline(PlantedMeasure(log, seconds)) as pool:
         found = search(ledger, sampler, pool, lambda job, trial: None)
     print(json.dumps([[job.key, trial.ranks, trial.loss_nats] for job, trial in found]))

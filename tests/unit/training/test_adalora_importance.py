@@ -32,7 +32,10 @@ def test_triplets_are_summed_largest_first_and_the_model_is_left_as_it_was(
     before["model.layers.1.self_attn.o_proj.weight"].zero_()
     modules = ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj", "model.layers.0.mlp.up_proj"]
     state = torch.random.get_rng_state()
-    found = [triplet_importance(model, tokenizer, repeating[0], modules, RANKS, quick(steps=40, lr=0.01), steps=40, seed=seed) for seed in (3, 3, 4)]
+    found = [
+        triplet_importance(model, tokenizer, repeating[0], modules, RANKS, quick(steps=40, lr=0.01), steps=40, seed=seed)
+        for seed in (3, 3, 4)
+    ]
     assert torch.equal(torch.random.get_rng_state(), state)
     assert found[0] == found[1]
     assert found[0] != found[2]
