@@ -77,6 +77,7 @@ class PlantedMeasure:
         dies_on: These vectors kill the process that measures them ...
         unless: ... unless this file exists; it is made just before.
         diverges_on: These vectors diverge.
+        waits_for: No measurement ends before this file exists.
     """
 
     log: Path
@@ -84,6 +85,7 @@ class PlantedMeasure:
     dies_on: tuple[Ranks, ...] = ()
     unless: Path | None = None
     diverges_on: tuple[Ranks, ...] = field(default=())
+    waits_for: Path | None = None
 
     def open(self, threads: int | None = None) -> PlantedMeasure:
         return self
@@ -95,6 +97,10 @@ class PlantedMeasure:
         with self.log.open("a") as stream:
             stream.write(f"{os.getpid()} {','.join(map(str, job.ranks))} {job.fidelity} {job.phase}/{job.seed}\n")
         time.sleep(self.seconds)
+        limit = time.monotonic() + 200
+        while self.waits_for is not None and not self.waits_for.exists():
+            assert time.monotonic() < limit, f"{self.waits_for} is never made"
+            time.sleep(0.02)
         if job.ranks in self.dies_on and not (self.unless is not None and self.unless.exists()):
             if self.unless is not None:
                 self.unless.touch()

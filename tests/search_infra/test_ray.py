@@ -7,9 +7,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from regraft.errors import InputError
@@ -51,15 +53,21 @@ def test_a_node_dies_and_its_candidates_are_measured_elsewhere(cluster: Any, tmp
     sampler = AllocatorSampler(SPACE, PlantedLearner(), SCHEDULE, seed=0)
 
     def kill_the_second() -> None:
-        # Both nodes are at work by then: every candidate takes a second.
+        # Both nodes are at work then, and none is done before the second is dead.
         while not (tmp_path / "log").exists() or len({line.split()[0] for line in (tmp_path / "log").read_text().splitlines()}) < 2:
             time.sleep(0.05)
+        raylet = psutil.Process(cluster.second.all_processes["raylet"][0].process.pid)
+        workers = raylet.children(recursive=True)
         cluster.remove_node(cluster.second, allow_graceful=False)
+        for worker in workers:  # they would live on for a moment; a machine that dies takes them along
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
+        (tmp_path / "killed").touch()
 
     killer = threading.Thread(target=kill_the_second)
     killer.start()
     ledger = open_ledger(open_storage(None, tmp_path), "planted", SPACE, sampler, "", resume=False)
-    with RayPool(PlantedMeasure(tmp_path / "log", seconds=1.0), cluster.address) as pool:
+    with RayPool(PlantedMeasure(tmp_path / "log", waits_for=tmp_path / "killed"), cluster.address) as pool:
         assert pool.size == 2
         found = search(ledger, sampler, pool, lambda job, trial: None)
     killer.join()
