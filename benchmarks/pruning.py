@@ -53,18 +53,19 @@ SEEDS = (0, 1, 2, 3, 4)
 HELD_OUT_DOCUMENTS, CALIBRATION_DOCUMENTS = 32, 1600
 WINDOW = 128
 CRITERIA: dict[str, dict[str, Any]] = {
-    "random": {"criterion": "random"},
-    "l1": {"criterion": "l1"},
-    "l2": {"criterion": "l2"},
+    "surgeon": {"criterion": "surgeon"},
     "taylor, first": {"criterion": "taylor"},
-    "taylor, second": {"criterion": "taylor", "order": "second"},
-    "taylor, mixed": {"criterion": "taylor", "order": "mixed"},
-    "taylor, first, vector": {"criterion": "taylor", "granularity": "vector"},
     "wanda": {"criterion": "wanda"},
     "flap": {"criterion": "flap"},
     "energy": {"criterion": "energy"},
-    "surgeon": {"criterion": "surgeon"},
+    "l2": {"criterion": "l2"},
+    "l1": {"criterion": "l1"},
+    "random": {"criterion": "random"},
+    "taylor, second": {"criterion": "taylor", "order": "second"},
+    "taylor, mixed": {"criterion": "taylor", "order": "mixed"},
+    "taylor, first, vector": {"criterion": "taylor", "granularity": "vector"},
 }
+STRONG = ("surgeon", "taylor, first", "wanda", "flap", "energy")
 REDUCTIONS = ("mean", "max", "product", "last")
 MODES: dict[str, dict[str, Any]] = {
     "heads and ffn (default)": {},
@@ -232,22 +233,21 @@ def section_paired(bench: Bench) -> None:
 
 
 def wide_rows(ratio: float) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
-    """Criterion, selection, re-fit and the settings they are, of what is worth its time at a ratio; the table says what is left out."""
-    for (name, asked), selection in product(CRITERIA.items(), ("uniform", "global")):
-        yield name, selection, "none", asked | {"select": selection, "reconstruct": "none"}
-    best = ("taylor, first", "taylor, second", "wanda", "flap", "energy", "surgeon")
-    for name, selection in product(CRITERIA if ratio == 0.2 else best, ("uniform", "knapsack")):
-        yield name, selection, "least_squares", CRITERIA[name] | {"select": selection, "reconstruct": "least_squares"}
-    if ratio != 0.2:
-        return
-    for name, asked in CRITERIA.items():
-        yield name, "knapsack", "none", asked | {"select": "knapsack", "reconstruct": "none"}
-        yield name, "global", "least_squares", asked | {"select": "global", "reconstruct": "least_squares"}
-    for reduction in REDUCTIONS:
-        asked = {"criterion": "taylor", "reduce": reduction, "select": "uniform", "reconstruct": "none"}
-        yield f"taylor, first, {reduction}", "uniform", "none", asked
-    for name, selection in product(("taylor, first", "wanda", "surgeon"), ("uniform", "knapsack")):
-        yield name, selection, "divergence", CRITERIA[name] | {"select": selection, "reconstruct": "divergence"}
+    """Criterion, selection, re-fit and the settings they are, of what is worth its time at a ratio; the most telling ones first."""
+    plain = [("uniform", "none"), ("uniform", "least_squares"), ("global", "none")]
+    choices = [(name, *how) for name in CRITERIA for how in plain]
+    choices += [(name, "knapsack", "least_squares") for name in STRONG]
+    if ratio == 0.2:
+        choices += [(name, "knapsack", "none") for name in STRONG]
+        choices += [(name, "global", "least_squares") for name in STRONG]
+        choices += [(name, selection, "divergence") for name in STRONG[:3] for selection in ("uniform", "knapsack")]
+        choices += [(name, "knapsack", "least_squares") for name in CRITERIA if name not in STRONG]
+    for name, selection, refit in choices:
+        yield name, selection, refit, CRITERIA[name] | {"select": selection, "reconstruct": refit}
+    if ratio == 0.2:
+        for reduction in REDUCTIONS:
+            asked = {"criterion": "taylor", "reduce": reduction, "select": "uniform", "reconstruct": "none"}
+            yield f"taylor, first, {reduction}", "uniform", "none", asked
 
 
 def section_wide(bench: Bench) -> None:

@@ -67,24 +67,25 @@ def pruned_by_size(model: PreTrainedModel, ratio: float, align: int) -> PreTrain
 
 
 def section_speed(small: PreTrainedModel) -> None:
-    rows: list[dict[str, Any]] = []
+    path = common.RESULTS / "pruning_speed.csv"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # processor seconds of one thread are all there are
     for label, make, align in (("stories3M", lambda: small, 16), ("Llama 110M, random weights", llama_110m, 64)):
+        if any(row["model"] == label for row in common.read_rows(path)):
+            continue
         model = make()
         pruned = {f"{ratio:.0%}": pruned_by_size(model, ratio, align) for ratio in SPEED_RATIOS}
         floor = pruned_by_size(model, _most(model), 1)  # as little work in every layer as there can be: what is left is overhead
         found = in_turns({"dense": model, "floor": floor, **pruned}, SPEED_REPEATS[label])
         for name, one in pruned.items():
             removed = 1.0 - parameter_count(one) / parameter_count(model)
-            rows += [
-                {"model": label, "removed": round(removed, 4), "phase": phase} | _speed_row(phase, model, one, floor, found, name)
-                for phase in ("prefill", "decode")
-            ]
+            for phase in ("prefill", "decode"):
+                row = {"model": label, "removed": round(removed, 4), "phase": phase} | _speed_row(phase, model, one, floor, found, name)
+                common.add_row(path, row)
+                print(*row.values(), flush=True)
         del pruned, floor, model
         gc.collect()
     torch.set_num_threads(threads)
-    common.write_rows(common.RESULTS / "pruning_speed.csv", rows)
 
 
 @torch.inference_mode()
@@ -183,22 +184,24 @@ def stages(model: PreTrainedModel, groups: Groups) -> dict[str, Callable[[], Any
 
 
 def section_growth() -> None:
-    rows: list[dict[str, Any]] = []
+    path = common.RESULTS / "pruning_growth.csv"
     for series, factor in product(("layers", "width"), GROWTH):
         layers = GROWTH_LAYERS * factor if series == "layers" else STAYING["width"]
         hidden = GROWTH_HIDDEN * factor if series == "width" else STAYING["layers"]
         model = grown(layers, hidden)
         groups = discover(model)
         for name, stage in stages(model, groups).items():
+            row = {"stage": name, "against": series, "factor": factor, "layers": layers, "hidden": hidden, "parameters": groups.parameters}
+            if any(all(old[key] == str(value) for key, value in row.items()) for old in common.read_rows(path)):
+                continue
             seconds: list[float] = []
             while len(seconds) < REPEATS and sum(seconds) < ENOUGH_SECONDS:
                 began = time.process_time()
                 stage()
                 seconds.append(time.process_time() - began)
-            rows.append({"stage": name, "against": series, "factor": factor, "layers": layers, "hidden": hidden})
-            rows[-1] |= {"parameters": groups.parameters, "cpu_seconds": round(statistics.median(seconds), 5), "repeats": len(seconds)}
-            print(*rows[-1].values(), flush=True)
-    common.write_rows(common.RESULTS / "pruning_growth.csv", rows)
+            row |= {"cpu_seconds": round(statistics.median(seconds), 5), "repeats": len(seconds)}
+            common.add_row(path, row)
+            print(*row.values(), flush=True)
     found = subprocess.run([sys.executable, __file__], check=True, capture_output=True, text=True).stdout
     common.write_rows(common.RESULTS / "pruning_discovery.csv", [json.loads(found)])
 

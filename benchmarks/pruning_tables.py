@@ -157,10 +157,9 @@ def wide(rows: Rows, ratios: Sequence[float]) -> list[str]:
     lines = [
         "## Criterion, selection, re-fit",
         "",
-        "Calibration seed 0; heads and FFN channels; least loss of a column in bold. Everything is measured at 20 %; elsewhere the dear ones are "
-        "left out: re-fits of criteria that are hopeless without one, the knapsack without a re-fit, the threshold with one, other reductions, "
-        "and the re-fit to the dense model's predictions (`divergence`, the default; the first table has it at every ratio). `mean` needs biases, "
-        "which this format has not got. An empty cell was not measured.",
+        "Calibration seed 0; heads and FFN channels; least loss of a column in bold. An empty cell was not measured: most is at 20 %, and what is "
+        "dear (the knapsack, the re-fit to the dense model's predictions) for the strong criteria first. `regraft, defaults` of the first table "
+        "is surgeon, knapsack, divergence. The re-fit `mean` needs biases, which this format has not got.",
         "",
     ]
     keys = sorted({(row["refit"], row["selection"], row["criterion"]) for row in rows}, key=_wide_order(rows))
@@ -236,17 +235,18 @@ def growth(rows: Rows, _ratios: Sequence[float]) -> list[str]:
         "",
         "Llamas of random weights; processor seconds of one thread, medians of up to 5. Against layers (4 to 32) the width is 128; against "
         "width (64 to 512) there are 4 layers, and the FFN grows with it; scoring reads 256 tokens. The exponent is the slope of log seconds against log size: 1 is linear in "
-        "layers; the parameters of a layer grow with the square of the width. At these sizes fixed costs hold the slopes down; the last step "
-        "(4x to 8x) shows more of what follows.",
+        "layers; the parameters of a layer grow with the square of the width. At these sizes fixed costs hold the slopes down; the last "
+        "step shows more of what follows.",
         "",
     ]
     body: list[list[str]] = []
     for stage in dict.fromkeys(row["stage"] for row in rows):
         for against in dict.fromkeys(row["against"] for row in rows):
-            own = [row for row in rows if row["stage"] == stage and row["against"] == against]
-            factors, seconds = [float(row["factor"]) for row in own], [float(row["cpu_seconds"]) for row in own]
-            slopes = [common.exponent(factors, seconds), common.exponent(factors[-2:], seconds[-2:])]
-            body.append([stage, against, *(common.rounded(value) for value in seconds), *(common.rounded(slope, 2) for slope in slopes)])
+            own = {row["factor"]: float(row["cpu_seconds"]) for row in rows if (row["stage"], row["against"]) == (stage, against)}
+            factors, seconds = [float(factor) for factor in own], list(own.values())
+            slopes = [common.exponent(factors[first:], seconds[first:]) for first in (0, -2)] if len(own) > 1 else []
+            cells = [common.rounded(own[factor]) if factor in own else "" for factor in ("1", "2", "4", "8")]
+            body.append([stage, against, *cells, *([common.rounded(slope, 2) for slope in slopes] or ["", ""])])
     return lines + common.table(("stage", "against", "1x", "2x", "4x", "8x", "exponent", "last step"), body)
 
 
