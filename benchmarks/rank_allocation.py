@@ -7,7 +7,8 @@ re-fitted: layers lose very different shares, and there is much to win back. The
 with what the searches measure on, and test rows, which no search sees.
 
 Searches run through ``regraft.allocate_ranks``: twelve vectors for an eighth of the steps, halved to two full recoveries, four in all, then
-a comparison with uniform on five fresh seeds, and uniform is kept unless it is beaten. Then every distinct vector is recovered in full on further seeds, all allocators on the same
+a comparison with uniform on five fresh seeds, and uniform is kept unless it is beaten. ``rankadaptor+64`` first scores 64 vectors by an
+elastic adapter, then begins with eight; the package's default, 192 scores, would cost more than four recoveries as small as these. Then every distinct vector is recovered in full on further seeds, all allocators on the same
 batches from the same first values, and judged on the test rows after the last step: nothing is chosen by them. For searches the table
 has what they found as well as what they kept. Beside the loss stands the accuracy of a four-way choice: 24 tokens of a test document,
 its next 8 and those of three others; the likeliest 8 are the answer.
@@ -58,7 +59,7 @@ from regraft.training.losses import mean_loss
 RECOVERED, SEARCHED = RESULTS / "rank_allocation_recoveries.csv", RESULTS / "rank_allocation_searches.csv"
 MODELS, ELASTIC = RESULTS / "rank_allocation_models.csv", RESULTS / "rank_allocation_elastic.csv"
 BATCH, TOKENS, LR, TEST_WINDOWS = 4, 64, 3e-3, 96
-TRIALS = 12  # the first, shortest recoveries of a search; no elastic scores, which cost more than recoveries as small as these
+TRIALS, TRIALS_AFTER_SCORES = 12, 8  # the first, shortest recoveries of a search
 QUESTIONS, CONTEXT, ANSWER = 64, 24, 8
 CHOICES = {"r=8": (2, 4, 6, 8, 10, 12), "r=4": (1, 2, 3, 4, 6, 8), "r=2": (1, 2, 3, 4, 6, 8)}
 CALIBRATION, TRAINING, TEST = (0.0, 0.15), (0.15, 0.9), (0.9, 1.0)
@@ -102,7 +103,7 @@ class Bench:
                 ratio=ratio, criterion="taylor", select="global", reconstruct="none", shape="per-layer", samples=32, seq_len=TOKENS,
                 calibration=calibration,
             )  # fmt: skip
-            prune(source, self.folder, settings, load_settings=FLOAT32)
+            prune(source, self.folder, settings, load=FLOAT32)
         self.settings = RecoverSettings(
             data=data, held_out=0.12, steps=steps, batch=BATCH, seq_len=TOKENS, lr=LR, dropout=0.0, eval_every=steps, held_out_windows=24,
             precision="float32",
@@ -199,7 +200,11 @@ def searched(case: Case, bench: Bench, method: str) -> RankSearch:
     record = output.with_suffix(".search") / "search.json"
     began = time.perf_counter()
     if not record.is_file():
-        settings = AllocateSettings(method=method, budget=case.budget, ranks=CHOICES[case.budget], trials=TRIALS, elastic=0)
+        name, _, scores = method.partition("+")
+        settings = AllocateSettings(
+            method=name, budget=case.budget, ranks=CHOICES[case.budget], trials=TRIALS if not scores else TRIALS_AFTER_SCORES,
+            elastic=int(scores or 0),
+        )  # fmt: skip
         allocate_ranks(bench.folder, output, settings, bench.settings, load=FLOAT32, seed=0, resume=True)
     found = from_json(RankSearch, record.read_text(encoding="utf-8"))
     key = {**case.key(), "method": method}
@@ -227,7 +232,7 @@ def text_of(ranks: Ranks) -> str:
 def answers(case: Case, space: RankSpace, bench: Bench, methods: Sequence[str], deadline: float) -> Iterator[tuple[str, Ranks]]:
     """Yields what each allocator answers; searches twice, as found and as kept."""
     for method in methods:
-        allocator = ALLOCATORS.get(method)
+        allocator = ALLOCATORS.get(method.partition("+")[0])
         if isinstance(allocator, ClosedForm):
             yield method, allocator.allocate(space)
         else:
