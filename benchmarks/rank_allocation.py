@@ -6,12 +6,13 @@ MODEL (``seedling`` without a text, or a folder with one) is pruned by first-ord
 re-fitted: layers lose very different shares, and there is much to win back. The text (documents) is divided into calibration, training
 with what the searches measure on, and test rows, which no search sees.
 
-Searches run through ``regraft.allocate_ranks``: twelve vectors for an eighth of the steps, halved to two full recoveries, four in all, then
-a comparison with uniform on five fresh seeds, and uniform is kept unless it is beaten. ``rankadaptor+64`` first scores 64 vectors by an
-elastic adapter, then begins with eight (the package's default is 192 scores, dear beside recoveries as small as these). Then every distinct vector is recovered in full on further seeds, all allocators on the same
-batches from the same first values, and judged on the test rows after the last step: nothing is chosen by them. For searches the table
-has what they found as well as what they kept. Beside the loss stands the accuracy of a four-way choice: 24 tokens of a test document,
-its next 8 and those of three others; the likeliest 8 are the answer.
+Searches run through ``regraft.allocate_ranks``: twelve vectors for an eighth of the steps, halved to two full recoveries, four in all,
+then a comparison with uniform on five fresh seeds, and uniform is kept unless it is beaten. ``rankadaptor+64`` first scores 64 vectors by
+an elastic adapter, then begins with eight (the package's default is 192 scores, dear beside recoveries as small as these). Then every
+distinct vector is recovered in full on further seeds, all allocators on the same batches from the same first values, and judged on the
+test rows after the last step: nothing is chosen by them. For searches the table has what they found as well as what they kept. Beside the
+loss stands the accuracy of a four-way choice: 24 tokens of a test document, its next 8 and those of three others; the likeliest 8 are the
+answer.
 
 Recoveries are small, for few CPU cores: ``--steps`` of 4 windows of 64 tokens. Every measurement is on disk before the next begins
 (``benchmarks/results/rank_allocation_*.csv``, searches in ``--work``), so that a run stops after ``--minutes`` and the next one goes on with
