@@ -96,7 +96,7 @@ class PruneSettings(Settings):
     reduce: Reduction = Field(default="sum", description="how the scores of coupled weights become one")
     shape: Shape = Field(default="per-layer", description="uniform: the same width in every layer, loads in stock classes")
     select: Literal["auto", "uniform", "global", "knapsack"] = Field(
-        default="auto", description="how widths are chosen; auto: knapsack, or without text: uniform or global, as the shape asks"
+        default="auto", description="how widths are chosen; auto: knapsack, or uniform without text or with --memory"
     )
     reconstruct: Literal["auto", "divergence", "least_squares", "mean", "none"] = Field(
         default="auto",

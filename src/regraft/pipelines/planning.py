@@ -74,15 +74,14 @@ def resolve(settings: PruneSettings, view: ModelView | None = None) -> Way:
         InputError: The criterion is unknown, or the budget needs a selector that was not chosen, or --memory rules something out.
     """
     with_text = CRITERIA.get(settings.criterion).needs_text
-    plain = "uniform" if settings.shape == "uniform" else "global"
     curves_wanted = settings.budget != "parameters"
     notes: tuple[str, ...] = ()
     chosen = settings.select
     if chosen == "auto":
         measured = with_text and settings.memory is None
-        chosen = "knapsack" if curves_wanted or measured else plain
+        chosen = "knapsack" if curves_wanted or measured else "uniform"  # one threshold for all layers lost more by every criterion
         if with_text and settings.memory is not None and not curves_wanted:
-            notes = (f"selection: {plain}; the knapsack measures the whole model many times over, which --memory leaves no room for",)
+            notes = ("selection: uniform; the knapsack measures the whole model many times over, which --memory leaves no room for",)
     if curves_wanted and chosen != "knapsack":
         raise InputError(f"--budget {settings.budget} is only known to the knapsack; use --select knapsack (now {chosen})")
     if settings.memory is not None:
