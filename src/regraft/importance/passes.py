@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regraft.models.layerwise import Walk, WholeWalk
+from regraft.models.precision import float32_on_cpu
 from regraft.models.trainable import only_these_train
 from regraft.models.view import ModelView
 from regraft.plans import Group, Groups
@@ -89,11 +90,14 @@ class WholeModel(Passes):
 def mean_gradients(
     model: PreTrainedModel, parameters: Mapping[str, Tensor], windows: Tensor, *, squares: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns the mean gradient of the language-modelling loss and, if asked, its mean square over windows, in float32."""
+    """Returns the mean gradient of the language-modelling loss and, if asked, its mean square over windows, in float32.
+
+    On a CPU it is computed in float32 as well, whatever the weights are stored in.
+    """
     first = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     second = {name: torch.zeros_like(value) for name, value in first.items()} if squares else {}
     device = next(iter(parameters.values())).device
-    with only_these_train(model, parameters.values()), torch.enable_grad():
+    with float32_on_cpu(model), only_these_train(model, parameters.values()), torch.enable_grad():
         for window in windows:
             ids = window.unsqueeze(0).to(device)
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
