@@ -418,7 +418,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("text", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("adapters-work"))
+    parser.add_argument("--work", type=Path, default=Path("runs/benchmark-adapters"))
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--only", choices=("recovery", "cost", "targets"))
     arguments = parser.parse_args()

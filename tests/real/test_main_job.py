@@ -84,11 +84,11 @@ def held_out_loss(folder: Path, texts: dict[str, Path]) -> float:
 
 @pytest.mark.parametrize("shape", ["uniform", "per-layer"])
 def test_prune_recover_save_and_load_everywhere(shape, texts, tmp_path):
-    settings = PruneSettings(ratio=0.2, criterion="taylor", select="auto", shape=shape, calibration=texts["calibration"], samples=32)
+    settings = PruneSettings(ratio=0.2, criterion="taylor", select="auto", shape=shape, calibration=texts["calibration"], samples=16)
     pruned, recovered = tmp_path / "pruned", tmp_path / "recovered"
     result = prune(MODEL, pruned, settings, seed=1)
     assert abs(result.plan.achieved - 0.2) < 0.01
-    training = RecoverSettings(data=texts["training"], steps=30, batch=8, seq_len=128, lr=2e-3, eval_every=15)
+    training = RecoverSettings(data=texts["training"], steps=20, batch=8, seq_len=128, lr=2e-3, eval_every=10)
     recover_model(pruned, recovered, training, seed=1)
     losses = {name: held_out_loss(path, texts) for name, path in {"dense": MODEL, "pruned": pruned, "recovered": recovered}.items()}
     assert losses["dense"] < losses["recovered"] < losses["pruned"]
