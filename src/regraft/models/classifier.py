@@ -20,9 +20,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from regraft.atomic import atomic_folder, sha256_of
 from regraft.errors import ModelError
 from regraft.models.checks import check_checksums, check_finite
-from regraft.models.load import Loaded, device_named, locate, read_config
+from regraft.models.load import Loaded, checkpoint_as, device_named, locate, read_config
 from regraft.models.provenance import FILE, provenance_text, read_provenance
-from regraft.models.quiet import in_one_line, quiet
+from regraft.models.quiet import quiet
 from regraft.models.tokenizer import load_tokenizer
 from regraft.models.view import fingerprint
 from regraft.models.weights import stored_tensors, weight_files, weights_dtype
@@ -149,21 +149,8 @@ def _config(folder: Path, classes: Sequence[str], settings: LoadSettings) -> Pre
 
 def _load(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool) -> tuple[PreTrainedModel, list[str]]:
     """Returns a model, and the names of the parameters that its checkpoint does not have."""
-    try:
-        with quiet(), torch.random.fork_rng():
-            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                str(folder),
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-    except Exception as error:  # whatever the modelling code raises on a config that does not fit
-        raise ModelError(f"'{folder}' cannot be loaded: {in_one_line(error)}; check its config.json") from error
-    model, report = loaded
+    with torch.random.fork_rng():  # a new head is drawn here, and drawn again from the seed later
+        model, report = checkpoint_as(AutoModelForSequenceClassification, folder, config, dtype, trust_remote_code=trust_remote_code)
     for name, stored, wanted in sorted(report["mismatched_keys"], key=str):
         remedy = "train a model without that head" if name.split(".")[0] in HEADS else "use the config and the weights of the same model"
         raise ModelError(f"'{folder}': '{name}' is {list(stored)} in the weights, and {list(wanted)} are needed; {remedy}")

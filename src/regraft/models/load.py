@@ -155,11 +155,17 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
         raise ModelError(f"'{folder / 'config.json'}' is not valid: {in_one_line(error)}; mend it or download it again") from error
 
 
-def _load_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
-    config = read_config(folder, trust_remote_code=trust_remote_code)
+def checkpoint_as(
+    auto: Any, folder: Path, config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Returns the model that one of transformers' Auto classes makes of a folder, from safetensors alone, and its report of keys.
+
+    Raises:
+        ModelError: The modelling code refuses the config.
+    """
     try:
         with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            return auto.from_pretrained(
                 str(folder),
                 config=config,
                 dtype=dtype,
@@ -171,6 +177,11 @@ def _load_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) ->
             )
     except Exception as error:  # whatever the modelling code raises on a config that does not fit
         raise ModelError(f"'{folder}' cannot be loaded: {in_one_line(error)}; check its config.json") from error
+
+
+def _load_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    loaded: Any = checkpoint_as(AutoModelForCausalLM, folder, config, dtype, trust_remote_code=trust_remote_code)
     model, report = loaded
     check_loading_report(folder, report)
     if model.config.tie_word_embeddings and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
