@@ -179,8 +179,8 @@ def test_a_dry_run_plans_and_writes_nothing(make_folder, settings, tmp_path):
 
 def test_knapsack_gives_way_and_it_is_said(make_folder, settings):
     made = prune(make_folder("llama"), None, settings(select="auto", memory=PLENTY), dry_run=True)
-    assert made.plan.selection == "global"
-    assert any(note.startswith("selection: global; the knapsack") for note in made.notes)
+    assert made.plan.selection == "uniform"
+    assert any(note.startswith("selection: uniform; the knapsack") for note in made.notes)
 
 
 @pytest.mark.parametrize(
