@@ -130,6 +130,8 @@ def _remarks(report: CompletionReport) -> Iterator[str]:
         f"{report.known:,} ratings of {report.items:,} items by {report.users:,} users fitted at rank {report.rank}, {cut}, seed "
         f"{report.settings.seed}, in {report.seconds:.1f} s"
     )
+    if not report.converged:
+        yield "the dynamics ended before their tolerance: the ratings are not quite of this rank; raise it, or leave --threshold at auto"
     if report.empty_users or report.empty_items:
         yield (
             f"{report.empty_users:,} users and {report.empty_items:,} items have held-out ratings only; they were predicted by the bias "

@@ -1,7 +1,8 @@
 """Ratings: read from a MovieLens-style file, checked line by line, and divided into what is known and what is held out.
 
-A file has one rating on each line: user, item, rating, and whatever else follows (a timestamp), divided by commas, tabs, semicolons
-or ``::``. A first line of names may say which column is which; without one they are in that order. All text is UTF-8.
+A file has one rating on each line: user, item, rating, and whatever else follows (a timestamp), divided by ``::``, tabs, semicolons,
+bars, commas or blanks, whichever of these the first line has. A first line of names may say which column is which; without one they are
+in that order. All text is UTF-8.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from regraft.errors import DataError, InputError
 
 Duplicates = Literal["refuse", "mean", "last"]
 
-SEPARATORS = ("::", "\t", ";", ",")
+SEPARATORS = ("::", "\t", ";", "|", ",", " ")
 NAMES = {
     "user": ("userid", "user", "uid", "row"),
     "item": ("movieid", "itemid", "item", "movie", "filmid", "film", "bookid", "productid", "iid", "column"),
-    "rating": ("rating", "score", "value", "stars"),
+    "rating": ("rating", "ratings", "bookrating", "score", "value", "stars"),
 }
 LARGEST_ID = 2**63 - 1
+LARGEST_EXACT = 2**53
+"""Whole numbers up to here are themselves when written as floats, as tables with gaps are: 7.0."""
 
 
 @dataclass(frozen=True)
@@ -172,11 +175,12 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise DataError(f"'{path}' is {'a folder' if path.is_dir() else 'not there'}; give a CSV file of ratings")
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            first = stream.readline()
+            first = next((text.strip() for text in stream if text.strip()), "")
             separator = next((mark for mark in SEPARATORS if mark in first), ",")
             stream.seek(0)
-            if separator == "::":
-                split = ((number, text.rstrip("\r\n").split("::")) for number, text in enumerate(stream, start=1))
+            if separator in ("::", " "):  # more than one mark, or any number of them
+                mark = separator.strip() or None
+                split = ((number, text.strip().split(mark)) for number, text in enumerate(stream, start=1))
                 yield from ((number, fields) for number, fields in split if any(field.strip() for field in fields))
             else:
                 reader = csv.reader(stream, delimiter=separator)
@@ -202,7 +206,7 @@ def _is_number(text: str) -> bool:
 
 def _places(path: Path, header: list[str], wanted: tuple[str, ...]) -> tuple[int, ...]:
     """Finds the wanted columns by their names."""
-    plain = [field.strip().lower().replace("_", "").replace(" ", "") for field in header]
+    plain = ["".join(mark for mark in field.lower() if mark.isalnum()) for field in header]
     found: list[int] = []
     for name in wanted:
         place = next((plain.index(known) for known in NAMES[name] if known in plain), None)
@@ -217,12 +221,24 @@ def _places(path: Path, header: list[str], wanted: tuple[str, ...]) -> tuple[int
 
 def _identity(path: Path, line: int, name: str, text: str) -> int:
     try:
-        number = int(text)
+        number = int(text) if text.lstrip("+-").isdecimal() else _whole(text)
     except ValueError:
         raise DataError(f"'{path}', line {line}: {name} {text[:40]!r} is not a whole number; number the {name}s") from None
     if not 0 <= number <= LARGEST_ID:
         raise DataError(f"'{path}', line {line}: {name} {number} is out of range; ids go from 0 to {LARGEST_ID}")
     return number
+
+
+def _whole(text: str) -> int:
+    """Returns a whole number that is written with a point.
+
+    Raises:
+        ValueError: It is none.
+    """
+    number = float(text)
+    if not number.is_integer() or abs(number) > LARGEST_EXACT:
+        raise ValueError(text)
+    return int(number)
 
 
 def _rating(path: Path, line: int, text: str) -> float:

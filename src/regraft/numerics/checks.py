@@ -30,6 +30,8 @@ def checked_rank(rank: object, rows: int, columns: int, name: str = "rank") -> i
     """
     count = checked_count(rank, name)
     limit = min(rows, columns) // 2
+    if not limit:
+        raise InputError(f"a {rows} x {columns} matrix of known entries has nothing to factorize; give at least 2 rows and 2 columns")
     if count > limit:
         raise InputError(
             f"{name} {count} is too large for a {rows} x {columns} matrix: twice the {name} must fit its smaller side, "

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 
 from regraft.errors import DataError, InputError
@@ -69,6 +71,8 @@ class CompressedMatrixCompletion(BaseEstimator):
         empty_rows_: Rows without entries, predicted by the column's bias alone.
         empty_columns_: Columns without entries, predicted by the row's bias alone.
         validation_rmse_: Held-out error of what was chosen; NaN when nothing had to be.
+        n_iter_: Steps of the exact dynamics; 0 where the spectrum was shrunk.
+        converged_: False where ``threshold=0`` and ``max_iter`` came before ``tol``: scikit-learn's ``ConvergenceWarning`` says so.
 
     Example:
         >>> import numpy as np
@@ -199,9 +203,16 @@ class CompressedMatrixCompletion(BaseEstimator):
         return completed
 
     def score(self, rows: Any, columns: Any, values: Any) -> float:
-        """Returns the coefficient of determination R^2 of predictions, as scikit-learn's regressors do."""
-        truth = as_values(values)
-        error = float(np.square(self.predict(rows, columns) - truth).sum())
+        """Returns the coefficient of determination R^2 of predictions, as scikit-learn's regressors do.
+
+        Raises:
+            NotFittedError: ``fit`` has not been called.
+            DataError: As :meth:`predict`, or the values are not as many, or fewer than two.
+        """
+        predicted, truth = self.predict(rows, columns), as_values(values)
+        if predicted.shape != truth.shape or truth.size < 2:
+            raise DataError(f"there are {predicted.size} pairs and {truth.size} values to compare; give as many of each, at least 2")
+        error = float(np.square(predicted - truth).sum())
         return 1.0 - error / max(float(np.square(truth - truth.mean()).sum()), np.finfo(float).tiny)
 
     def _checked_settings(self) -> ExactSettings:
@@ -246,6 +257,8 @@ class CompressedMatrixCompletion(BaseEstimator):
     def _keep(self, completion: Completion, compact: Compact, whole: tuple[int, int]) -> CompressedMatrixCompletion:
         """Stores the fit in the caller's indices, on the CPU, and reports what it knows nothing of."""
         self.shape_, self.choice_, self.rank_ = whole, completion.choice, completion.choice.rank
+        self.n_iter_ = completion.iterations
+        self.converged_ = self.threshold != 0 or completion.choice.iterations is not None or completion.loss <= self.tol
         self.left_ = spread(completion.factors.left, compact.rows, whole[0]).numpy()
         self.right_ = spread(completion.factors.right, compact.columns, whole[1]).numpy()
         fallback = completion.offsets if completion.choice.biases else fit_biases(compact.entries, FALLBACK_SHRINKAGE)
@@ -253,6 +266,13 @@ class CompressedMatrixCompletion(BaseEstimator):
         self.empty_rows_ = absent(compact.rows, whole[0]).numpy()
         self.empty_columns_ = absent(compact.columns, whole[1]).numpy()
         self._report_empty()
+        if not self.converged_:
+            warnings.warn(
+                f"the descent ended after {completion.iterations:,} iterations at a relative squared error of {completion.loss:.2g} on the "
+                f"known entries, above tol={self.tol:g}; raise max_iter or the rank, or let threshold be 'auto' if the entries are noisy",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
         return self
 
     def _report_empty(self) -> None:

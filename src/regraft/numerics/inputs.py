@@ -18,6 +18,9 @@ from regraft.errors import DataError, InputError
 
 Numbers = npt.NDArray[np.float64]
 
+LARGEST, SMALLEST = 1e140, 1e-140
+"""Of the largest value's size: sums of squares of larger ones overflow, of smaller ones they vanish."""
+
 
 def as_entries(
     rows: Any, columns: Any, values: Any, shape: tuple[int, int] | None
@@ -33,7 +36,20 @@ def as_entries(
         raise DataError(f"rows, columns and values have {sizes[0]}, {sizes[1]} and {sizes[2]} entries; give as many of each")
     if not i.size:
         raise DataError("there are no known entries; give at least one")
+    for indices, name in ((i, "row"), (j, "column")):
+        if indices.min() < 0:
+            raise DataError(f"{name} {indices.min()} is out of range: {name}s are numbered from 0; mend it")
+    _check_size(numbers)
     return (i, j), numbers, _as_shape(shape) if shape is not None else (int(i.max()) + 1, int(j.max()) + 1)
+
+
+def _check_size(values: Numbers) -> None:
+    """Refuses values whose squares float64 does not hold; those that are not finite are told of elsewhere, with their place."""
+    largest = float(np.abs(values).max())
+    if np.isfinite(largest) and largest != 0 and not SMALLEST <= largest <= LARGEST:
+        raise DataError(
+            f"the largest value is of size {largest:.3g}, not between {SMALLEST:g} and {LARGEST:g}; give values in another unit"
+        )
 
 
 def _from_matrix(matrix: Any, shape: tuple[int, int] | None) -> tuple[Any, Any, Any, tuple[int, int]]:
@@ -48,7 +64,9 @@ def _from_matrix(matrix: Any, shape: tuple[int, int] | None) -> tuple[Any, Any, 
 
 
 def _as_array(given: Any, name: str) -> npt.NDArray[Any]:
-    array = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+    if isinstance(given, Tensor):
+        given = (given.detach().double() if given.is_floating_point() else given.detach()).cpu().numpy()  # NumPy has no bfloat16
+    array = np.asarray(given)
     if array.dtype.kind not in "iufb":
         raise DataError(f"the {name}s are not numbers ({array.dtype}); give numbers")
     return array
@@ -89,7 +107,9 @@ def check_range(indices: npt.NDArray[np.int64], name: str, size: int) -> None:
 
 
 def as_seed(random_state: Any) -> int:
-    """Returns a seed from what scikit-learn calls a random state."""
+    """Returns a seed from what scikit-learn calls a random state, or from a generator of NumPy's, which is drawn from."""
+    if isinstance(random_state, np.random.Generator):
+        return int(random_state.integers(2**31 - 1))
     try:
         return int(check_random_state(random_state).randint(2**31 - 1))
     except ValueError:
@@ -101,7 +121,11 @@ def as_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"device '{name}' is not known; give cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device '{name}' is not there: torch sees no CUDA device; use cpu")
+        raise InputError(f"device '{name}' is not known; give cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device '{name}' is not supported; give cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        seen = f"{count} CUDA devices; use cpu or cuda" if count else "no CUDA device; use cpu"
+        raise InputError(f"device '{name}' is not there: torch sees {seen}")
     return device

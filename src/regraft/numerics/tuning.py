@@ -75,11 +75,15 @@ class Completion:
         choice: How it was made.
         offsets: Mean and biases, all zero where they are not removed.
         factors: m x r and n x r.
+        iterations: Steps of the exact dynamics.
+        loss: What those left of the relative squared error on the entries.
     """
 
     choice: Choice
     offsets: Biases
     factors: Factors
+    iterations: int = 0
+    loss: float = 0.0
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Returns the completed entries for pairs of indices."""
@@ -121,7 +125,8 @@ def complete_as(choice: Choice, entries: EntryList, exact: ExactSettings, seed: 
             progress("completing", iteration / settings.max_iterations)
         return False
 
-    return Completion(choice, offsets, complete_exactly(residuals, choice.rank, settings, generator, look).factors)
+    done = complete_exactly(residuals, choice.rank, settings, generator, look)
+    return Completion(choice, offsets, done.factors, done.iterations, done.loss)
 
 
 class Search:

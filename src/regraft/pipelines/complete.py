@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from regraft.atomic import atomic_folder, refuse_existing
@@ -94,6 +96,7 @@ class CompletionReport:
         errors: On held-out ratings: ours under ``compressed``, and the baselines.
         rank: Of the completion.
         threshold: Share of the top singular value that was cut.
+        converged: Whether the exact dynamics, where they were asked for, reached their tolerance.
         held_out: How many ratings were held out.
         known: How many were fitted.
         users: In the file.
@@ -109,6 +112,7 @@ class CompletionReport:
     errors: dict[str, Errors]
     rank: int
     threshold: float
+    converged: bool
     held_out: int
     known: int
     users: int
@@ -187,6 +191,7 @@ def complete_ratings(
         errors=errors,
         rank=model.rank_,
         threshold=model.choice_.threshold,
+        converged=model.converged_,
         held_out=len(held),
         known=len(known),
         users=known.shape[0],
@@ -252,11 +257,13 @@ def _predicted(model: CompressedMatrixCompletion, limits: tuple[float, float], r
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keeps the estimator's remark on empty rows from the log: the report counts them."""
+    """Keeps the estimator's remarks on empty rows and on convergence apart: they are in the report."""
     level = ESTIMATOR_LOG.level
     ESTIMATOR_LOG.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            yield
     finally:
         ESTIMATOR_LOG.setLevel(level)
 

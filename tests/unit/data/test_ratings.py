@@ -35,6 +35,12 @@ def as_triplets(ratings: Ratings) -> list[tuple[int, int, float]]:
         PLAIN.replace(",", "::"),
         PLAIN.split("\n", 1)[1],  # no line of names
         "\n" + PLAIN.split("\n", 1)[1] + "\n\n",
+        "\n" + PLAIN.replace(",", "\t"),
+        PLAIN.replace(",", "|"),
+        PLAIN.replace(",", " "),
+        " 7   100 4.0\n7 30\t 3.5\n\n2 100 5\n".replace("\t", ""),
+        "user-id;Item.ID;Book-Rating\n7;100;4.0\n7;30;3.5\n2;100;5.0\n",
+        ",userId,movieId,rating\n0,7.0,100.0,4.0\n1,7.0,30.0,3.5\n2,2.0,100.0,5.0\n",  # a table with gaps, and its index
         "rating,user_id,Item ID\n4.0,7,100\n3.5,7,30\n5.0,2,100\n",
         '"userId","movieId","rating"\n"7","100","4.0"\n7, 30 ,3.5\n2,100,5\n',
     ],
@@ -58,6 +64,8 @@ def test_every_way_of_writing_ratings_is_read(tmp_path: Path, text: str) -> None
         ("1,2,good\n", "line 1: rating 'good' is not a number"),
         ("1,2,3\n1,x,3\n", "line 2: item 'x' is not a whole number"),
         ("1,2,3\n1.5,2,3\n", "line 2: user '1.5' is not a whole number"),
+        ("1,2,3\n1,nan,3\n", "line 2: item 'nan' is not a whole number"),
+        ("1,2,3\n1,1e300,3\n", "line 2: item '1e300' is not a whole number"),
         ("1,2,3\n-4,2,3\n", "line 2: user -4 is out of range"),
         (f"1,2,3\n1,{2**63},3\n", f"line 2: item {2**63} is out of range; ids go from 0 to {2**63 - 1}"),
         ("1,2,3\n\n1,3,nan\n", "line 3: rating nan is not finite"),

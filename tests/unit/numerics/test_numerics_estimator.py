@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 import torch
 from scipy import sparse
 from sklearn.base import clone
-from sklearn.exceptions import NotFittedError
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 
 from planted import plant, seen
 from regraft.errors import DataError, InputError
 from regraft.numerics.estimator import CompressedMatrixCompletion
+
+pytestmark = pytest.mark.filterwarnings("ignore:the descent ended after")  # many tests need no more than its first steps
 
 EXACT: dict[str, Any] = {"biases": False, "threshold": 0, "random_state": 0}
 
@@ -219,6 +222,8 @@ def test_progress_is_told(table: Table) -> None:
         ({"validation_fraction": 1.0, "threshold": "auto"}, "held-out fraction 1 is not below 1"),
         ({"random_state": "seed"}, "random_state 'seed' is not a seed"),
         ({"device": "abacus"}, "device 'abacus' is not known"),
+        ({"device": "mps"}, "device 'mps' is not supported"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
     ],
 )
 def test_impossible_settings_are_refused(table: Table, settings: dict[str, Any], words: str) -> None:
@@ -241,6 +246,10 @@ def test_impossible_settings_are_refused(table: Table, settings: dict[str, Any],
         (([0, 1], [1, 1], [1.0, 2.0], (0, 5)), r"shape \(0, 5\) is not two whole numbers"),
         (([0, 1], [1, 1]), "rows, columns and values belong together"),
         ((np.full((3, 3), np.nan),), "no known entries"),
+        (([-1], [0], [1.0]), "row -1 is out of range: rows are numbered from 0"),
+        (([0, 0, 0], [0, 1, 2], [1.0, 2.0, 3.0]), "a 1 x 3 matrix of known entries has nothing to factorize"),
+        (([0, 1], [0, 1], [1e-200, 2e-200]), "the largest value is of size 2e-200"),
+        (([0, 1], [0, 1], [1e200, 2.0]), "the largest value is of size 1e.200"),
         ((np.ones(3),), "must be two-dimensional"),
     ],
 )
@@ -248,6 +257,34 @@ def test_entries_that_cannot_be_used_are_refused(entries: tuple[Any, ...], words
     with pytest.raises(InputError, match=words) as refusal:
         CompressedMatrixCompletion(1, **EXACT).fit(*entries)
     assert "\n" not in str(refusal.value)
+
+
+def test_ending_before_the_tolerance_is_said(table: Table) -> None:
+    with pytest.warns(
+        ConvergenceWarning, match="ended after 40 iterations at a relative squared error of .* above tol=1e-12; raise max_iter"
+    ):
+        short = CompressedMatrixCompletion(2, max_iter=40, **EXACT).fit(*table.entries)
+    assert (short.n_iter_, short.converged_) == (40, False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        enough = CompressedMatrixCompletion(2, **EXACT).fit(*table.entries)
+    assert enough.converged_
+    assert 40 < enough.n_iter_ < enough.max_iter
+
+
+def test_bfloat16_tensors_and_generators_of_numpy_are_taken(table: Table) -> None:
+    rounded = torch.tensor(table.values).bfloat16()
+    given = (table.rows, table.columns, rounded, table.shape)
+    one = CompressedMatrixCompletion(2, max_iter=20, **{**EXACT, "random_state": np.random.default_rng(5)}).fit(*given)
+    same = CompressedMatrixCompletion(2, max_iter=20, **{**EXACT, "random_state": np.random.default_rng(5)})
+    assert np.array_equal(one.left_, same.fit(table.rows, table.columns, rounded.double().numpy(), table.shape).left_)
+
+
+def test_a_score_wants_a_value_for_every_pair(table: Table) -> None:
+    model = CompressedMatrixCompletion(2, max_iter=5, **EXACT).fit(*table.entries)
+    for values in ([1.0, 2.0], []):
+        with pytest.raises(DataError, match=r"pairs and . values to compare; give as many of each, at least 2"):
+            model.score([0] * (len(values) // 2), [0] * (len(values) // 2), values)
 
 
 def test_predictions_outside_the_matrix_are_refused(table: Table) -> None:
