@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from regraft.atomic import atomic_folder, sha256_of
 from regraft.errors import OutputError
@@ -98,9 +99,12 @@ def mend_generation_config(model: PreTrainedModel) -> None:
 
 
 def _read_back(model: PreTrainedModel, folder: Path) -> None:
-    """Compares the names and shapes in the files with those in memory; a tied tensor is stored once."""
+    """Compares the names and shapes in the files with those in memory; a tied tensor is stored once.
+
+    Some families are written under the names that their checkpoints have had all along: GPT-NeoX's ``lm_head`` is ``embed_out`` there.
+    """
     stored = stored_tensors(folder)
-    state = model.state_dict()
+    state = revert_weight_conversion(model, model.state_dict())
     kept = {state[name].data_ptr() for name in stored if name in state}
     for name, tensor in state.items():
         same = stored[name].shape == tuple(tensor.shape) if name in stored else tensor.data_ptr() in kept

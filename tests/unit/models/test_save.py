@@ -14,6 +14,7 @@ import torch
 import transformers.modeling_utils
 import yaml
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from folders import UNEVEN, provenance, tiny_tokenizer
@@ -49,6 +50,16 @@ def test_what_is_in_the_folder(make_model, tmp_path, uneven):
     assert os.listdir(tmp_path) == ["out"]
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
     assert modes == {0o666 & ~_umask()}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_names_that_checkpoints_of_a_family_have_had_all_along(make_model, tmp_path, tied):
+    """GPT-NeoX keeps its head under another name in files than in memory."""
+    model = make_model("gpt_neox", tie_word_embeddings=tied).eval()
+    write(model, tmp_path / "out")
+    assert ("embed_out.weight" in load_file(tmp_path / "out" / "model.safetensors")) is not tied
+    loaded = load(tmp_path / "out").model
+    assert torch.equal(loaded(ids(model)).logits, model(ids(model)).logits)
 
 
 def _umask() -> int:
