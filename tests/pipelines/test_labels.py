@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,20 @@ import torch
 from peft import PeftModel
 from scipy.stats import pearsonr, spearmanr
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertModel,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from folders import tiny_tokenizer
 from regraft.cli.app import run
@@ -24,10 +38,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "bert": lambda: BertModel(BertConfig(**SIZES, max_position_embeddings=64)),
+    "bert-mlm": lambda: BertForMaskedLM(BertConfig(**SIZES, max_position_embeddings=64)),
+    "modernbert": lambda: ModernBertModel(ModernBertConfig(**SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2)),
+    "roberta": lambda: RobertaModel(RobertaConfig(**SIZES, max_position_embeddings=24, pad_token_id=0)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+}
+
+
 def encoder(folder: Path, kind: str = "bert") -> Path:
     torch.manual_seed(0)
-    model = BertModel(BertConfig(**SIZES, max_position_embeddings=64)) if kind == "bert" else LlamaForCausalLM(LlamaConfig(**SIZES))
-    model.save_pretrained(folder)
+    MODELS[kind]().save_pretrained(folder)
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = "<unk>"
     tokenizer.save_pretrained(folder)
@@ -83,7 +105,7 @@ def test_it_learns_and_stock_transformers_loads_it(tmp_path: Path, capsys: Any, 
     assert outputs(model, tmp_path / "out").shape == (2, len(model.config.id2label))
 
 
-@pytest.mark.parametrize("adapter", ["deep_lora", "lora", "olora"])
+@pytest.mark.parametrize("adapter", ["deep_lora", "lora", "olora", "eva"])
 def test_the_head_travels_with_the_adapter(tmp_path: Path, capsys: Any, adapter: str) -> None:
     base, rows = encoder(tmp_path / "base"), data(tmp_path / "rows.jsonl", "classification")
     steps = ("--steps", "6", "--lr", "0.01", "--rank", "4", "--eval-every", "2", "--batch", "16")
@@ -93,8 +115,37 @@ def test_the_head_travels_with_the_adapter(tmp_path: Path, capsys: Any, adapter:
     merged = outputs(AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged"), base)
     plain = load_classifier(base, ("few", "many")).model
     assert float((outputs(plain, base) - merged).abs().max()) > 1e-3
+    assert run(["export", str(tmp_path / "peft-lora"), "--to", "merged", "--output", str(tmp_path / "both")]) == 0, capsys.readouterr().err
+    for form in ("merged", "both"):
+        assert AutoModelForSequenceClassification.from_pretrained(tmp_path / form).config.id2label == {0: "few", 1: "many"}
     stock = PeftModel.from_pretrained(load_classifier(base, ("few", "many"), seed=5).model, str(tmp_path / "peft-lora"))
     assert float((outputs(stock, base) - merged).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize(("kind", "adapter", "new"), [("bert-mlm", "lora", "bert.pooler"), ("modernbert", "deep_lora", "head")])
+def test_what_a_checkpoint_lacks_before_the_head_is_learnt_with_it(tmp_path: Path, capsys: Any, kind: str, adapter: str, new: str) -> None:
+    """BERT trained on masked words has no pooler: one drawn anew for each load would undo what was learnt."""
+    base, rows = encoder(tmp_path / "base", kind), data(tmp_path / "rows.jsonl", "classification")
+    steps = ("--steps", "6", "--lr", "0.01", "--rank", "4", "--eval-every", "1", "--batch", "16", "--seed", "3")
+    recover(capsys, base, rows, tmp_path / "adapter", "--task", "classification", "--adapter", adapter, "--no-merge", *steps)
+    for form in ("merged", "peft-lora"):
+        assert run(["export", str(tmp_path / "adapter"), "--to", form, "--output", str(tmp_path / form)]) == 0, capsys.readouterr().err
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)  # what is new to it is random
+    stock = PeftModel.from_pretrained(plain, str(tmp_path / "peft-lora"))
+    assert float((outputs(stock, base) - outputs(merged, base)).abs().max()) <= 1e-5
+    start = load_classifier(base, ("few", "many"), seed=3).model
+    assert not torch.equal(merged.get_submodule(new).dense.weight, start.get_submodule(new).dense.weight)
+
+
+def test_rows_longer_than_the_positions_are_cut(tmp_path: Path, capsys: Any) -> None:
+    """RoBERTa counts positions from beyond its padding id: 24 of them take 23 tokens."""
+    base, rows = encoder(tmp_path / "base", "roberta"), tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "".join(f"{'xo' * 20},{index % 2}\n" for index in range(20)), encoding="utf-8")
+    recover(capsys, base, rows, tmp_path / "out", "--task", "classification", "--steps", "2")
+    more = ["--task", "classification", "--data", str(rows), "--output", str(tmp_path / "longer")]
+    assert run(["recover", str(base), *more, "--seq-len", "24"]) == 2
+    assert "--seq-len 24 exceeds the model's context of 23 tokens" in capsys.readouterr().err
 
 
 def test_the_same_seed_gives_the_same_bytes_and_resumes(tmp_path: Path, capsys: Any) -> None:

@@ -113,7 +113,9 @@ class PeftAdapter:
             return
         peft_model.peft_config[NAME].base_model_name_or_path = base
         # "auto" would ask the hub for the base model's vocabulary; an adapted embedding is saved as its two factors.
-        peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*invalid shape")  # AdaLoRA leaves some modules no rank at all, and may
+            peft_model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
         tidy_config(folder / CONFIG)
 
@@ -203,7 +205,7 @@ def _scaled(layer: Any) -> LowRank:
     scale = float(layer.scaling[NAME])
     if isinstance(layer, AdaLoraLayer):  # B (E * A), over the number of ranks, which PEFT keeps away from zero
         first = first * layer.lora_E[NAME].detach()
-        scale /= float(layer.ranknum[NAME]) + 1e-5
+        scale /= float(layer.ranknum[NAME].detach()) + 1e-5
     return LowRank(scale * second, first)
 
 

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from regraft.adapters.contract import ADAPTERS, AdapterRequest, Defaults, Evidence
 from regraft.adapters.peft_backed import PeftAdapter, factors_of, layers_of
-from regraft.adapters.plain_lora import target_names, task_type_of
+from regraft.adapters.plain_lora import saved_whole, target_names, task_type_of
 from regraft.adapters.shared_start import shared_start
 from regraft.adapters.sites import oriented, weight_of
 from regraft.errors import InputError
@@ -50,6 +50,7 @@ def lora_config(request: AdapterRequest, model: PreTrainedModel, **switches: Any
         alpha_pattern=cast(dict[str, int], {name: _whole(value) for name, value in request.alphas.items() if value != alpha}),
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in request.ranks),
         bias="none",
+        modules_to_save=saved_whole(model),
         task_type=task_type_of(model),
         **switches,
     )
@@ -90,7 +91,11 @@ def eva_start(model: PeftModel, request: AdapterRequest, evidence: Evidence | No
     options = cast(EvaOptions, request.options)
     if evidence is None:
         raise InputError("adapter 'eva' starts from the inputs of training batches, and none were given; train it with regraft recover")
-    batches = [dict(batch) for batch in evidence.batches(options.batches)]
+    # PEFT leaves out positions without a label, which labels of whole rows do not tell.
+    batches = [
+        {name: part for name, part in batch.items() if name != "labels" or part.shape == batch["input_ids"].shape}
+        for batch in evidence.batches(options.batches)
+    ]
     try:
         with torch.no_grad():
             initialize_lora_eva_weights(model, batches, gather_distributed_inputs=False, show_progress_bar=False)
@@ -132,6 +137,7 @@ def adalora_config(request: AdapterRequest, model: PreTrainedModel) -> AdaLoraCo
         target_modules=target_names(request.ranks, [name for name, _ in model.named_modules()]),
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in request.ranks),
         bias="none",
+        modules_to_save=saved_whole(model),
         task_type=task_type_of(model),
     )
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from regraft.adapters.contract import LowRank
+from regraft.models.classifier import head_modules, head_parameters
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -69,7 +70,7 @@ def write_plain_lora(
         target_modules=target_names(factors, names),
         fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in factors),
         bias="none",
-        modules_to_save=sorted({name.split(".")[0] for name in head}) or None,
+        modules_to_save=head_modules(head) or None,
         task_type=cast(Any, task_type),
         base_model_name_or_path=base,
         inference_mode=True,
@@ -96,6 +97,11 @@ def task_type_of(model: PreTrainedModel) -> str | None:
     if type(model).__name__.endswith("ForSequenceClassification"):
         return "SEQ_CLS"
     return "CAUSAL_LM" if model.can_generate() else None
+
+
+def saved_whole(model: PreTrainedModel) -> list[str] | None:
+    """Returns the modules that PEFT is to train and to save whole: those of a head for labels; None of other models."""
+    return head_modules(name for name, _ in head_parameters(model)) or None
 
 
 def target_names(wanted: Iterable[str], names: Iterable[str]) -> list[str]:

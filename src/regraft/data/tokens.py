@@ -26,32 +26,40 @@ def context_limit(config: PretrainedConfig) -> int | None:
     return int(limit) if limit else None
 
 
-def check_context(tokens: int, config: PretrainedConfig, option: str) -> None:
+def check_context(tokens: int, config: PretrainedConfig, option: str, most: int | None = None) -> None:
     """Refuses a length beyond a model's context.
 
     Args:
         tokens: The length that was asked for.
         config: Of the model.
         option: What the user calls it, such as ``--seq-len``.
+        most: The model's context where its config promises more.
 
     Raises:
         InputError: It is too long.
     """
-    limit = context_limit(config)
+    limit = most or context_limit(config)
     if limit is not None and tokens > limit:
         raise InputError(f"{option} {tokens} exceeds the model's context of {limit} tokens; use at most {limit}")
 
 
-def window_tokens(asked: int | None, usual: int, config: PretrainedConfig, option: str) -> int:
+def window_tokens(asked: int | None, usual: int, config: PretrainedConfig, option: str, most: int | None = None) -> int:
     """Returns the length of a window: what was asked for, else the usual length or the model's context where that is shorter.
+
+    Args:
+        asked: None for the usual length.
+        usual: In tokens.
+        config: Of the model.
+        option: What the user calls it, such as ``--seq-len``.
+        most: The model's context where its config promises more.
 
     Raises:
         InputError: What was asked for is beyond the model's context.
     """
     if asked is not None:
-        check_context(asked, config, option)
+        check_context(asked, config, option, most)
         return asked
-    return min(usual, context_limit(config) or usual)
+    return min(usual, most or context_limit(config) or usual)
 
 
 def encode_documents(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> list[list[int]]:

@@ -1,14 +1,15 @@
 """Load and save models for sequence classification and regression: an encoder or a decoder with a head for labels.
 
-The head is all that may be missing from the checkpoint; it is made anew then, from a seed. What the checkpoint has beyond the body, a
-head for another task, is left out. Any architecture will do that transformers has a class for sequence classification of.
+The head, and what stands between it and the layers, is all that may be missing from the checkpoint; it is made anew then, from a seed, and
+trained beside every adapter. What the checkpoint has beyond the body, a head for another task, is left out. Any architecture will do that
+transformers has a class for sequence classification of.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ from regraft.settings import LoadSettings
 
 HEADS = ("classifier", "pre_classifier", "score")
 """What models for sequence classification call the layers that are new to a task."""
+
+BETWEEN = ("pooler", "head")
+"""What some of them call the layers that come before those: most checkpoints of a masked language model have none of BERT's pooler."""
+
+_NEW = "new_parameters"  # of a model: names of what its checkpoint did not have
 
 
 def load_classifier(source: str | Path, classes: Sequence[str], settings: LoadSettings | None = None, *, seed: int = 0) -> Loaded:
@@ -55,6 +61,7 @@ def load_classifier(source: str | Path, classes: Sequence[str], settings: LoadSe
     dtype = weights_dtype(tensors) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     model, missing = _load(folder, config, dtype, trust_remote_code=settings.trust_remote_code)
     _begin(model, missing, seed)
+    setattr(model, _NEW, frozenset(missing))
     check_finite(model, str(source))
     embedding: Any = model.get_input_embeddings()
     tokenizer = load_tokenizer(folder, embedding.weight.shape[0], trust_remote_code=settings.trust_remote_code)
@@ -77,10 +84,50 @@ def classes_of(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(str(names[index]) for index in sorted(names))
 
 
+def named_classes(folder: Path, count: int) -> tuple[str, ...]:
+    """Returns the classes of an adapter for labels, which PEFT's files do not name: those in its record, or else their numbers.
+
+    Args:
+        folder: Of the adapter.
+        count: Outputs of its head; 1 is regression.
+
+    Raises:
+        ModelError: The record is damaged.
+    """
+    if count == 1:
+        return ()
+    provenance = read_provenance(folder)
+    names = provenance.settings.get("classes") if provenance is not None else None
+    return tuple(map(str, names)) if isinstance(names, list | tuple) and len(names) == count else tuple(map(str, range(count)))
+
+
+def row_limit(model: nn.Module) -> int | None:
+    """Returns the longest row of a model that counts positions from beyond its padding id, as RoBERTa does, and None of others.
+
+    Its config has the size of the table of positions, of which those up to the padding id stand for no token.
+    """
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None
+    ]
+    return min((table.num_embeddings - table.padding_idx - 1 for table in tables if table.padding_idx is not None), default=None)
+
+
 def head_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yields the parameters of the layers that are new to a task, which are trained beside every adapter; none of other models."""
     if is_classifier(model):
-        yield from ((name, parameter) for name, parameter in model.named_parameters() if name.split(".")[0] in HEADS)
+        new = getattr(model, _NEW, frozenset[str]())
+        yield from ((name, parameter) for name, parameter in model.named_parameters() if name in new or name.split(".")[0] in HEADS)
+
+
+def head_modules(names: Iterable[str]) -> list[str]:
+    """Returns the modules that hold these parameters of a head, as PEFT is told of what is saved whole.
+
+    >>> head_modules(["classifier.out_proj.weight", "bert.pooler.dense.bias", "bert.pooler.dense.weight"])
+    ['bert.pooler.dense', 'classifier']
+    """
+    return sorted({name.split(".")[0] if name.split(".")[0] in HEADS else name.rpartition(".")[0] for name in names})
 
 
 def save_classifier(
@@ -156,18 +203,18 @@ def _load(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, *, trust_r
         raise ModelError(f"'{folder}': '{name}' is {list(stored)} in the weights, and {list(wanted)} are needed; {remedy}")
     missing = sorted(report["missing_keys"])
     for name in missing:
-        if name.split(".")[0] not in HEADS:
+        if not {*HEADS, *BETWEEN} & set(name.split(".")):
             raise ModelError(f"'{folder}': the weights lack '{name}', which '{type(model).__name__}' needs; use a checkpoint that has it")
     return model, missing
 
 
 @torch.no_grad()
 def _begin(model: PreTrainedModel, missing: Sequence[str], seed: int) -> None:
-    """Gives a new head its first values: as the architecture draws weights, but from a generator of its own; biases 0."""
+    """Gives a new head its first values: as the architecture draws weights, but from a generator of its own; biases 0, norms 1."""
     generator = torch.Generator().manual_seed(seed)
     parameters = dict(model.named_parameters())
     for name in missing:
-        values = torch.zeros(parameters[name].shape)
+        values = torch.full(parameters[name].shape, 0.0 if name.endswith("bias") else 1.0)
         if values.ndim > 1:
             values.normal_(0.0, float(getattr(model.config, "initializer_range", 0.02)), generator=generator)
         parameters[name].copy_(values)

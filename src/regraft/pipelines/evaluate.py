@@ -16,7 +16,7 @@ from regraft.errors import InputError, ModelError
 from regraft.evaluation.harness import measure
 from regraft.evaluation.loss import Progress
 from regraft.models.checks import check_finite
-from regraft.models.classifier import HEADS, is_classifier, load_classifier
+from regraft.models.classifier import HEADS, is_classifier, load_classifier, named_classes
 from regraft.models.load import Loaded, locate, require_tokenizer
 from regraft.models.load import load as load_model
 from regraft.models.quiet import quiet
@@ -97,15 +97,15 @@ def load_adapted(folder: Path, settings: LoadSettings) -> Loaded:
         raise ModelError(f"'{folder}' has no {ADAPTER_WEIGHTS}; save the adapter as safetensors (pickles are not read)")
     header = read_header(weights)
     stored, labels = set(header), _labels_of(header)
-    classes = tuple(map(str, range(labels))) if labels > 1 else ()
     try:
-        loaded = load_classifier(base, classes, settings) if labels else load_model(base, settings)
+        loaded = load_classifier(base, named_classes(folder, labels), settings) if labels else load_model(base, settings)
     except InputError as error:
         raise ModelError(f"the base model of the adapter '{folder}': {error}") from None
     own = {f"{_PREFIX}{name}" for name in loaded.model.state_dict()}
     adapted = _attached(loaded.model, folder)
     # PEFT at most warns where the two differ: the one would stay as at the start of training, the other be left out.
-    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    with quiet():
+        wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     for names, problem in ((wanted - stored, "it lacks"), (stored - wanted - own, "the base has no place for")):
         if names:
             raise ModelError(f"the adapter '{folder}' does not fit its base '{base}': {problem} '{min(names)}'; give its own base")

@@ -15,7 +15,7 @@ from regraft.atomic import atomic_folder, refuse_existing, sha256_of
 from regraft.errors import ModelError
 from regraft.export import EXPORTERS, Exportable
 from regraft.models.card import model_card
-from regraft.models.classifier import head_parameters, is_classifier, save_classifier
+from regraft.models.classifier import classes_of, head_parameters, is_classifier, save_classifier
 from regraft.models.load import Loaded
 from regraft.models.provenance import FILE, parents_of, provenance_text, versions
 from regraft.models.save import save
@@ -82,7 +82,7 @@ def export_adapter(
             source_fingerprint=loaded.fingerprint,
             seed=0,
             versions=versions(),
-            settings={"to": to},
+            settings={"to": to, **({"classes": list(classes_of(adapter.model))} if is_classifier(adapter.model) else {})},
             files={file.name: sha256_of(file) for file in sorted(partial.glob("*.safetensors"))},
             parents=parents_of(loaded.provenance),
         )

@@ -21,7 +21,7 @@ from regraft.data.text import Corpus, read_corpus, split_corpus
 from regraft.data.tokens import window_tokens
 from regraft.errors import InputError, OutputError
 from regraft.models.card import model_card
-from regraft.models.classifier import is_classifier, load_classifier, save_classifier
+from regraft.models.classifier import classes_of, is_classifier, load_classifier, row_limit, save_classifier
 from regraft.models.load import SEEDLING, Loaded, locate, require_tokenizer
 from regraft.models.load import load as load_model
 from regraft.models.provenance import FILE, parents_of, provenance_text, versions
@@ -107,7 +107,7 @@ def recover_model(
             provenance = save_recovered(recovered, loaded, output, settings, seed=seed, command=command)
         found: dict[str, float] = {}
         if labelled:
-            most_tokens = window_tokens(settings.seq_len, TRAINING_TOKENS, loaded.model.config, "--seq-len")
+            most_tokens = window_tokens(settings.seq_len, TRAINING_TOKENS, loaded.model.config, "--seq-len", row_limit(loaded.model))
             found = judged(cast(PreTrainedModel, recovered.model), tokenizer, held_out, most_tokens)
     return RecoverResult(recovered, loaded, provenance, found)
 
@@ -191,6 +191,8 @@ def save_recovered(
     Raises:
         OutputError: It cannot be written; what was there before is untouched.
     """
+    model = cast(PreTrainedModel, recovered.model) if recovered.injected is None else recovered.injected.model
+    classes = {"classes": list(classes_of(model))} if is_classifier(model) else {}
     provenance = Provenance(
         command=command,
         source=loaded.source,
@@ -198,13 +200,12 @@ def save_recovered(
         seed=seed,
         versions=versions(),
         ranks=recovered.ranks,
-        settings={"recover": settings.model_dump(mode="json")},
+        settings={"recover": settings.model_dump(mode="json"), **classes},
         parents=parents_of(loaded.provenance),
     )
     card = model_card(provenance, facts(recovered, settings))
     with atomic_folder(output, replace=replace) as partial:
         if recovered.injected is None:
-            model = cast(PreTrainedModel, recovered.model)
             keep = save_classifier if is_classifier(model) else save
             written = keep(model, loaded.tokenizer, partial, provenance, card)
         else:
@@ -214,7 +215,7 @@ def save_recovered(
             written = dataclasses.replace(provenance, files=files)
             (partial / FILE).write_text(provenance_text(written), encoding="utf-8")
             (partial / "README.md").write_text(
-                _adapter_card(card, base, own=is_master(partial), model_class=_auto_class(recovered.injected.model)), encoding="utf-8"
+                _adapter_card(card, base, own=is_master(partial), model_class=_auto_class(model)), encoding="utf-8"
             )
         (partial / LOSS_LOG).write_text(log_csv(recovered.log), encoding="utf-8")
         (partial / TIMINGS).write_text(_timings(recovered), encoding="utf-8")

@@ -30,6 +30,7 @@ from regraft.data.labelled import Labelled
 from regraft.data.text import Corpus
 from regraft.data.tokens import window_tokens
 from regraft.errors import InputError, OutputError, TrainingError, did_you_mean
+from regraft.models.classifier import row_limit
 from regraft.models.view import fingerprint
 from regraft.plans import RankPlan, from_json
 from regraft.settings import TRAINING_TOKENS, RecoverSettings
@@ -129,7 +130,7 @@ def recover(
         check_vocabulary(teacher, model, tokenizer)
     if settings.load_in_4bit:
         check_four_bits(model, compute)
-    seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "--seq-len")
+    seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "--seq-len", row_limit(model))
     reading = LABELS if isinstance(train, Labelled) else TOKENS
     packing = settings.packing and isinstance(train, Corpus) and bool(train.records) and is_blind_to_neighbours(model)
     settings = settings.model_copy(update={"seq_len": seq_len, "packing": packing})

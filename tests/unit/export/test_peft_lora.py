@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from folders import tiny_tokenizer
 from regraft.adapters import Evidence
+from regraft.adapters.peft_backed import layers_of
 from regraft.cli.app import run
 from regraft.plans import RankPlan
 from regraft.settings import RecoverSettings
@@ -131,6 +132,24 @@ def test_adapters_of_peft_become_plain_lora(base, tmp_path, name: str) -> None:
     adapted = saved(tmp_path / "adapter", base("llama"), name)
     assert run(["export", str(tmp_path / "adapter"), "--output", str(tmp_path / "lora")]) == 0
     is_safe(tmp_path / "lora")
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "lora"))
+    assert float((logits(stock) - adapted).abs().max()) <= 1e-5
+
+
+def test_a_module_that_adalora_leaves_no_rank_is_saved_loaded_and_exported_in_silence(base, tmp_path) -> None:
+    """Warnings are errors here: PEFT takes an empty factor for one that was never gathered, and says so at length."""
+    model = AutoModelForCausalLM.from_pretrained(base("llama"))
+    settings = RecoverSettings.model_validate({"adapter": "adalora", "rank": 4, "dropout": 0.0, "steps": 10})
+    injected = inject(model, settings, None, 1, evidence())
+    name, layer = next(iter(layers_of(injected.module)))
+    for factors, dimension in ((layer.lora_A, 0), (layer.lora_B, 1), (layer.lora_E, 0)):
+        factors["default"] = nn.Parameter(factors["default"].data.narrow(dimension, 0, 0))
+    layer.ranknum["default"].data.fill_(0.0)
+    injected.module.peft_config["default"].rank_pattern = {f"{name}.lora_E": [False] * 6}
+    adapted = logits(injected.module)
+    (tmp_path / "adapter").mkdir()
+    save_adapter(injected, tmp_path / "adapter", str(tmp_path / "base"))
+    assert run(["export", str(tmp_path / "adapter"), "--output", str(tmp_path / "lora")]) == 0
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "lora"))
     assert float((logits(stock) - adapted).abs().max()) <= 1e-5
 
