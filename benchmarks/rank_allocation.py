@@ -1,18 +1,16 @@
 """Every allocator at one budget on models that were pruned unevenly: what its ranks recover, and what they cost to find.
 
-    python benchmarks/rank_allocation.py MODEL [TEXT] [--ratios 0.2,0.3,0.5] [--budgets r=8] [--steps 60] [--seeds 5] [--minutes 9] [--tables]
+    python benchmarks/rank_allocation.py MODEL [TEXT] [--ratios 0.2,0.3,0.5] [--budgets r=8] [--steps 100] [--seeds 5] [--minutes 9] [--tables]
 
 MODEL (``seedling`` without a text, or a folder with one) is pruned by first-order Taylor scores, one threshold for all layers, nothing
 re-fitted: layers lose very different shares, and there is much to win back. The text (documents) is divided into calibration, training
 with what the searches measure on, and test rows, which no search sees.
 
-Searches run through ``regraft.allocate_ranks``: twelve vectors for an eighth of the steps, halved to two full recoveries, four in all,
-then a comparison with uniform on five fresh seeds, and uniform is kept unless it is beaten. ``rankadaptor+64`` first scores 64 vectors by
-an elastic adapter, then begins with eight (the package's default is 192 scores, dear beside recoveries as small as these). Then every
-distinct vector is recovered in full on further seeds, all allocators on the same batches from the same first values, and judged on the
-test rows after the last step: nothing is chosen by them. For searches the table has what they found as well as what they kept. Beside the
-loss stands the accuracy of a four-way choice: 24 tokens of a test document, its next 8 and those of three others; the likeliest 8 are the
-answer.
+Searches run through ``regraft.allocate_ranks`` with its defaults: four full recoveries for elastic scores, short recoveries and a comparison
+with uniform on fresh seeds, and uniform is kept unless it is beaten. Then every distinct vector is recovered in full on further seeds, all
+allocators on the same batches from the same first values, and judged on the test rows after the last step: nothing is chosen by them. For
+searches the table has what they found as well as what they kept. Beside the loss stands the accuracy of a four-way choice: 24 tokens of a
+test document, its next 8 and those of three others; the likeliest 8 are the answer.
 
 Recoveries are small, for few CPU cores: ``--steps`` of 4 windows of 64 tokens. Every measurement is on disk before the next begins
 (``benchmarks/results/rank_allocation_*.csv``, searches in ``--work``), so that a run stops after ``--minutes`` and the next one goes on with
@@ -60,7 +58,6 @@ from regraft.training.losses import mean_loss
 RECOVERED, SEARCHED = RESULTS / "rank_allocation_recoveries.csv", RESULTS / "rank_allocation_searches.csv"
 MODELS, ELASTIC = RESULTS / "rank_allocation_models.csv", RESULTS / "rank_allocation_elastic.csv"
 BATCH, TOKENS, LR, TEST_WINDOWS = 4, 64, 3e-3, 96
-TRIALS, TRIALS_AFTER_SCORES = 12, 8  # the first, shortest recoveries of a search
 QUESTIONS, CONTEXT, ANSWER = 64, 24, 8
 CHOICES = {"r=8": (2, 4, 6, 8, 10, 12), "r=4": (1, 2, 3, 4, 6, 8), "r=2": (1, 2, 3, 4, 6, 8)}
 CALIBRATION, TRAINING, TEST = (0.0, 0.15), (0.15, 0.9), (0.9, 1.0)
@@ -201,11 +198,7 @@ def searched(case: Case, bench: Bench, method: str) -> RankSearch:
     record = output.with_suffix(".search") / "search.json"
     began = time.perf_counter()
     if not record.is_file():
-        name, _, scores = method.partition("+")
-        settings = AllocateSettings(
-            method=name, budget=case.budget, ranks=CHOICES[case.budget], trials=TRIALS if not scores else TRIALS_AFTER_SCORES,
-            elastic=int(scores or 0),
-        )  # fmt: skip
+        settings = AllocateSettings(method=method, budget=case.budget, ranks=CHOICES[case.budget])
         allocate_ranks(bench.folder, output, settings, bench.settings, load=FLOAT32, seed=0, resume=True)
     found = from_json(RankSearch, record.read_text(encoding="utf-8"))
     key = {**case.key(), "method": method}
@@ -233,7 +226,7 @@ def text_of(ranks: Ranks) -> str:
 def answers(case: Case, space: RankSpace, bench: Bench, methods: Sequence[str], deadline: float) -> Iterator[tuple[str, Ranks]]:
     """Yields what each allocator answers; searches twice, as found and as kept."""
     for method in methods:
-        allocator = ALLOCATORS.get(method.partition("+")[0])
+        allocator = ALLOCATORS.get(method)
         if isinstance(allocator, ClosedForm):
             yield method, allocator.allocate(space)
         else:
@@ -296,12 +289,18 @@ def elastic(case: Case, bench: Bench, count: int) -> None:
     ground = bench.ground(space)
     real = Candidates(ground, space).measure(drawn, 1.0, 0)
     short = Candidates(ground, space).measure(drawn, 0.125, 0)
-    scores = {"recovery of 1/8 of the steps": [replace(trial, kind="elastic") for trial in short]}
+    again = Candidates(ground, space).measure(drawn, 1.0, 1)
+    scores = {
+        "full recovery on another seed": [replace(trial, kind="elastic") for trial in again],
+        "recovery of 1/8 of the steps": [replace(trial, kind="elastic") for trial in short],
+    }
     for name, settings in {
-        "1 vector a step, half the steps": ElasticSettings(0.5, 1),
+        "1 vector a step, an eighth of the steps": ElasticSettings(0.125, 1),
+        "2 vectors a step, an eighth of the steps": ElasticSettings(0.125, 2),
+        "1 vector a step, a quarter of the steps": ElasticSettings(0.25, 1),
+        "2 vectors a step, a quarter of the steps": ElasticSettings(0.25, 2),
         "2 vectors a step, half the steps": ElasticSettings(0.5, 2),
-        "2 vectors a step, all steps": ElasticSettings(1.0, 2),
-        "sandwich of 4, half the steps": ElasticSettings(0.5, 4, sandwich=True),
+        "sandwich of 4, a quarter of the steps": ElasticSettings(0.25, 4, sandwich=True),
     }.items():
         scores[name] = Elastic(ground, space, settings).measure(drawn, 0)
     for name, scored in scores.items():
@@ -384,7 +383,7 @@ def main() -> None:
     parser.add_argument("--ratios", default="0.2,0.3,0.5")
     parser.add_argument("--budgets", default="r=8", help=f"of {', '.join(CHOICES)}")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--steps", type=int, default=60, help="of a full recovery")
+    parser.add_argument("--steps", type=int, default=100, help="of a full recovery")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "rank_allocation", help="pruned models and searches")

@@ -392,26 +392,37 @@ class CrossValidation:
 
 
 @dataclass(frozen=True)
-class Confirmation:
-    """Whether a rank vector beats the uniform one, measured on fresh seeds side by side.
+class Finalist:
+    """What a rank vector gains over the uniform one, measured on fresh seeds side by side.
 
     Attributes:
-        winner: The vector that the search proposed.
-        kept: The vector to use: the winner only where the interval excludes no gain.
-        gains_nats: Loss of uniform minus loss of the winner, one for each seed.
+        ranks: The vector.
+        gains_nats: Loss of uniform minus loss of the vector, one for each seed.
         mean_nats: Of the gains.
         low_nats: Lower end of the interval.
         high_nats: Upper end.
-        confidence: Of the interval, such as 0.95.
-        verdict: What happened, in plain words.
     """
 
-    winner: tuple[int, ...]
-    kept: tuple[int, ...]
+    ranks: tuple[int, ...]
     gains_nats: tuple[float, ...]
     mean_nats: float
     low_nats: float
     high_nats: float
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """Whether any of a search's finalists beats the uniform rank vector.
+
+    Attributes:
+        finalists: With the largest mean gain first.
+        kept: The vector to use: the first finalist whose interval excludes no gain, or uniform.
+        confidence: That all intervals hold together, such as 0.95.
+        verdict: What happened, in plain words.
+    """
+
+    finalists: tuple[Finalist, ...]
+    kept: tuple[int, ...]
     confidence: float
     verdict: str
 
@@ -427,7 +438,7 @@ class RankSearch:
         origins: Where the vector of each trial comes from.
         found: The vector that was chosen before it was confirmed.
         confirming: What was measured to confirm it.
-        confirmation: Of that vector against uniform; None where nothing was to be confirmed.
+        confirmation: Of that vector and the best closed form against uniform; None where nothing was to be confirmed.
         error: Cross-validated error of the performance model; None without one, or with too few trials.
         refits: The same after every round of the search that had enough trials, in order.
         agreement: Spearman's correlation of the elastic adapter's scores with real recoveries of the same vectors; None where fewer than

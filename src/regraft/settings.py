@@ -235,15 +235,18 @@ class AllocateSettings(Settings):
     granularity: Literal["layer", "module"] = Field(default="layer", description="what gets a rank of its own")
     ranks: tuple[Positive, ...] = Field(default=(2, 4, 6, 8, 10, 12), description="the ranks to choose from")
     trials: Annotated[int, Field(ge=2)] = Field(default=8, description="rank vectors of the first, shortest recoveries")
-    cost: Rate = Field(default=4.0, description="most that the search may cost, in full recoveries")
-    elastic: Annotated[int, Field(ge=0)] = Field(
-        default=192, description="rank vectors scored beforehand by one adapter of nested ranks; 0: none"
+    cost: Rate | Literal["auto"] = Field(
+        default="auto",
+        description="most that search and confirmation may cost, in full recoveries; auto: 4, or more where --trials need it",
+    )
+    elastic: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto", description="rank vectors scored beforehand by one adapter of nested ranks; auto: as many as --cost has room for"
     )
     confirm_seeds: Annotated[int, Field(ge=0)] = Field(
-        default=5, description="fresh seeds on which the result is compared with uniform ranks; 0: it is taken as found"
+        default=5, description="fresh seeds on which the result and the best closed form meet uniform ranks; 0: it is taken as found"
     )
     confirm_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        default=0.25, description="share of a full recovery's steps in that comparison"
+        default=0.125, description="share of a full recovery's steps in that comparison"
     )
     samples: Positive = Field(default=16, description="windows of text for gradients and inputs, which say what layers need")
     adalora_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(

@@ -4,12 +4,13 @@ from regraft.allocation import adalora, bayes, eva, gradient, perceptron, propor
 from regraft.allocation.confirm import confirm
 from regraft.allocation.contract import ALLOCATORS, Allocator, ClosedForm, Learner, Prediction, Proposal, Ranks
 from regraft.allocation.rankadaptor import RankAdaptor
-from regraft.allocation.schedule import Request, Rung, Schedule, next_request, winner
+from regraft.allocation.schedule import MOST_FINALISTS, Request, Rung, Schedule, finalists, next_request, winner
 from regraft.allocation.spaces import DEFAULT_CHOICES, rank_plan, rank_space
 
 __all__ = [
     "ALLOCATORS",
     "DEFAULT_CHOICES",
+    "MOST_FINALISTS",
     "Allocator",
     "ClosedForm",
     "Learner",
@@ -24,6 +25,7 @@ __all__ = [
     "bayes",
     "confirm",
     "eva",
+    "finalists",
     "gradient",
     "next_request",
     "perceptron",

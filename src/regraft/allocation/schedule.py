@@ -6,13 +6,13 @@ that every level has the partner of its paired comparisons. And where an elastic
 forward pass each before the first recovery.
 
 Deciding is a pure function of the trials so far: :func:`next_request` is called, its request is measured and stored, and it is called
-again, until it has nothing more; :func:`winner` then says which vector to confirm. A search that was killed, in the middle of a
-request as well, goes on from the stored trials to the same end. Costs are in units of one full recovery.
+again, until it has nothing more; :func:`winner` and :func:`finalists` then say which vectors to confirm. A search that was killed, in
+the middle of a request as well, goes on from the stored trials to the same end. Costs are in units of one full recovery.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -23,6 +23,9 @@ from regraft.allocation.contract import Learner, Proposal, Ranks
 from regraft.allocation.fill import random_vectors
 from regraft.errors import InputError
 from regraft.plans import RankSpace, RankTrial
+
+MOST_FINALISTS = 2
+"""How many vectors :func:`finalists` names at most."""
 
 _ELASTIC_AT_RANDOM = 0.75  # share of the elastic scores
 _ROUNDING = 1e-9
@@ -131,6 +134,32 @@ def winner(space: RankSpace, history: Sequence[RankTrial], learner: Learner) -> 
     gains = learner.predict(space, history, vectors).gain_nats
     best = int(np.argmax(gains))
     return vectors[best] if gains[best] > 0 else (space.uniform,) * len(space.slots)
+
+
+def finalists(
+    space: RankSpace, history: Sequence[RankTrial], learner: Learner, found: Ranks, closed_forms: Collection[Ranks]
+) -> tuple[Ranks, ...]:
+    """Returns what is worth comparing with uniform on fresh seeds: what was found, and the best of the closed forms.
+
+    A closed form was not chosen for its measurements, so that luck has no part in it; and what one search takes for a difference of the
+    two is often noise. It is left out where it is expected to lose by more than the model's uncertainty.
+
+    Args:
+        space: Of the search.
+        history: Every trial.
+        learner: Predicts.
+        found: The :func:`winner`.
+        closed_forms: Vectors that closed forms had proposed, among those that were recovered.
+    """
+    uniform = (space.uniform,) * len(space.slots)
+    others = sorted(set(closed_forms) - {uniform, found})
+    chosen = [found] if found != uniform else []
+    if others:
+        predicted = learner.predict(space, history, others)
+        best = int(np.argmax(predicted.gain_nats))
+        if predicted.gain_nats[best] + predicted.deviation_nats[best] > 0:
+            chosen.append(others[best])
+    return tuple(chosen)
 
 
 def _elastic(space: RankSpace, scored: Sequence[RankTrial], learner: Learner, schedule: Schedule, seed: int) -> tuple[Proposal, ...]:

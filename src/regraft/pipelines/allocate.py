@@ -11,7 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from regraft.adapters.isolation import derived_seed
-from regraft.allocation import ALLOCATORS, ClosedForm, Learner, Ranks, Rung, Schedule, confirm, rank_plan, rank_space, winner
+from regraft.allocation import (
+    ALLOCATORS,
+    MOST_FINALISTS,
+    ClosedForm,
+    Learner,
+    Ranks,
+    Rung,
+    Schedule,
+    confirm,
+    finalists,
+    rank_plan,
+    rank_space,
+    winner,
+)
 from regraft.atomic import sha256_of, write_text
 from regraft.data.tokens import window_tokens
 from regraft.errors import InputError, OutputError
@@ -39,6 +52,9 @@ Say = Callable[[str], None]
 SPACE = "space.json"
 _RECOVERIES = ".recoveries"
 _SHORTEST = 1 / 8
+_COST = 4.0  # full recoveries, where --cost says nothing else
+_LEAST_SCORES, _MOST_SCORES = 64, 256
+_ROUNDING = 1e-9
 # Nothing of these changes what a candidate's recovery gives.
 _OF_NO_MATTER = {"rank", "ranks", "alpha", "merge", "report_to", "quiet", "data", "patience"}
 
@@ -115,26 +131,44 @@ def check_settings(settings: AllocateSettings, recover: RecoverSettings) -> None
 def schedule_of(settings: AllocateSettings, recover: RecoverSettings) -> Schedule:
     """Returns successive halving: so many vectors for an eighth of the steps, half of them for twice as many, as far as the cost allows.
 
-    What the elastic adapter takes is set aside first. Survivors go on from where they stopped and pay for their further steps alone.
+    What the confirmation and the elastic adapter take is set aside first. Survivors go on from where they stopped and pay for their
+    further steps alone.
 
     Raises:
-        InputError: The cost is too small for so many vectors or scores.
+        InputError: The cost is too small for so many vectors, scores or seeds.
     """
-    spent, width, before, fidelity = elastic_cost(recover, settings.elastic), settings.trials, 0.0, _SHORTEST
+    confirming = _confirming_cost(settings, recover)
+    elastic = 0 if settings.elastic == "auto" else settings.elastic
+    least = confirming + elastic_cost(recover, elastic) + settings.trials * candidate_cost(recover, 0.0, _SHORTEST)
+    cost = max(_COST, least) if settings.cost == "auto" else settings.cost
+    if least > cost + _ROUNDING:
+        asked = f"--trials {settings.trials}, --confirm-seeds {settings.confirm_seeds}" + (f", --elastic {elastic}" if elastic else "")
+        raise InputError(
+            f"{asked} cost {least:.2f} full recoveries at least, more than --cost {cost:g}; raise --cost to that, or lower one of them"
+        )
+    if settings.elastic == "auto":
+        elastic = _scores_for(recover, cost - least)
+    spent, width, before, fidelity = confirming + elastic_cost(recover, elastic), settings.trials, 0.0, _SHORTEST
     rungs: list[Rung] = []
     while fidelity <= 1.0:
         spent += width * candidate_cost(recover, before, fidelity)
-        if spent > settings.cost + 1e-9:
+        if spent > cost + _ROUNDING:
             break
         rungs.append(Rung(fidelity, width))
         width, before, fidelity = max(2, -(-width // 2)), fidelity, 2.0 * fidelity
-    if not rungs:
-        scores = f" with --elastic {settings.elastic}" if settings.elastic else ""
-        raise InputError(
-            f"--trials {settings.trials}{scores} costs {spent:.2f} full recoveries at least, more than --cost {settings.cost:g}; "
-            "raise --cost, or lower --trials or --elastic"
-        )
-    return Schedule(tuple(rungs), elastic=settings.elastic, cost_limit=settings.cost)
+    return Schedule(tuple(rungs), elastic=elastic, cost_limit=cost - confirming)
+
+
+def _confirming_cost(settings: AllocateSettings, recover: RecoverSettings) -> float:
+    """Returns what uniform and as many finalists as there can be cost on all fresh seeds, in full recoveries."""
+    return settings.confirm_seeds * (1 + MOST_FINALISTS) * candidate_cost(recover, 0.0, settings.confirm_share)
+
+
+def _scores_for(recover: RecoverSettings, cost: float) -> int:
+    """Returns how many elastic scores so much pays for; none where they would be too few to tell of every slot."""
+    one, two = (elastic_cost(recover, scores) for scores in (1, 2))
+    affordable = 1 + int((cost - one + _ROUNDING) / (two - one)) if cost >= one else 0
+    return min(affordable, _MOST_SCORES) if affordable >= _LEAST_SCORES else 0
 
 
 @dataclass(frozen=True)
@@ -216,7 +250,12 @@ def _searched(request: Request, space: RankSpace, learner: Learner, work: Path, 
     settings = request.settings
     identity = json.dumps(request.identity(), sort_keys=True)
     name = f"regraft-{request.loaded.fingerprint}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-    sampler = AllocatorSampler(space, learner, schedule_of(settings, request.recover), request.seed)
+    schedule = schedule_of(settings, request.recover)
+    request.say(
+        f"a search of at most {schedule.cost_limit + _confirming_cost(settings, request.recover):.1f} full recoveries: "
+        f"{schedule.elastic} scores by an elastic adapter, {settings.trials} short recoveries, {settings.confirm_seeds} seeds to confirm"
+    )
+    sampler = AllocatorSampler(space, learner, schedule, request.seed)
     storage = open_storage(settings.storage, work)
     # A file in a folder that is locked for this process belongs to it; whether to resume was decided when the folder was opened.
     ledger = open_ledger(storage, name, space, sampler, identity, resume=resume or not storage.shared)
@@ -235,11 +274,11 @@ def _searched(request: Request, space: RankSpace, learner: Learner, work: Path, 
         pairs = search(ledger, sampler, pool, told, at_once)
         trials = [trial for _, trial in pairs]
         found = winner(space, trials, learner)
-        confirming = measure_all(ledger, _pairs(request, space, found), pool, told, at_once)
-    confirmation, kept, verdict = _verdict(request, space, found, confirming)
+        compared = finalists(space, trials, learner, found, _from_closed_forms(pairs)) if settings.confirm_seeds else ()
+        confirming = measure_all(ledger, _confirming(request, space, compared), pool, told, at_once)
+    confirmation, kept, verdict = _verdict(request, space, found, compared, confirming)
     shutil.rmtree(work / _RECOVERIES, ignore_errors=True)
-    uniform_kept = kept != found
-    plan = rank_plan(space, kept, f"{learner.name}, uniform kept" if uniform_kept else learner.name)
+    plan = rank_plan(space, kept, learner.name if kept == found else f"{learner.name}, {_origin(space, pairs, kept)} kept")
     refits = tuple(error for past in _rounds(pairs) if (error := learner.assess(space, past)) is not None)
     return RankSearch(
         plan=plan,
@@ -280,25 +319,38 @@ def _pool(request: Request, spec: Measuring) -> Pool:
     return Processes(spec, settings.workers) if settings.workers > 1 else Inline(spec)
 
 
-def _pairs(request: Request, space: RankSpace, found: Ranks) -> list[Job]:
-    """Returns the measurements that confirm: found and uniform on seeds that the search has not seen; none where they are the same."""
-    uniform, share = _uniform(space), request.settings.confirm_share
-    if found == uniform:
+def _from_closed_forms(pairs: Sequence[tuple[Job, RankTrial]]) -> set[Ranks]:
+    """Returns the recovered vectors that came from a closed form."""
+    names = {name for name in ALLOCATORS.names() if isinstance(ALLOCATORS.get(name), ClosedForm)}
+    return {job.ranks for job, trial in pairs if job.kind == "recovery" and job.origin in names and trial.loss_nats is not None}
+
+
+def _origin(space: RankSpace, pairs: Sequence[tuple[Job, RankTrial]], ranks: Ranks) -> str:
+    """Returns where a vector came from when it was first measured."""
+    return "uniform" if ranks == _uniform(space) else next(job.origin for job, _ in pairs if job.ranks == ranks)
+
+
+def _confirming(request: Request, space: RankSpace, compared: Sequence[Ranks]) -> list[Job]:
+    """Returns the measurements that confirm: the finalists and uniform on seeds that the search has not seen; none without finalists."""
+    if not compared:
         return []
+    share, vectors = request.settings.confirm_share, (_uniform(space), *compared)
     seeds = [derived_seed(request.seed, "confirm", index) % 2**31 for index in range(request.settings.confirm_seeds)]
     return [
-        Job("confirm", 0, 2 * index + place, ranks, share, seed=seed, origin=origin)
+        Job("confirm", 0, len(vectors) * index + place, ranks, share, seed=seed, origin="finalist" if place else "uniform")
         for index, seed in enumerate(seeds)
-        for place, (ranks, origin) in enumerate(((uniform, "uniform"), (found, "found")))
+        for place, ranks in enumerate(vectors)
     ]
 
 
-def _verdict(request: Request, space: RankSpace, found: Ranks, confirming: list[RankTrial]) -> tuple[Confirmation | None, Ranks, str]:
+def _verdict(
+    request: Request, space: RankSpace, found: Ranks, compared: Sequence[Ranks], confirming: list[RankTrial]
+) -> tuple[Confirmation | None, Ranks, str]:
     """Returns the confirmation, the ranks to use, and what happened in plain words."""
     if request.settings.confirm_seeds == 0 and found != _uniform(space):
         return None, found, "The ranks are taken as they were found; nothing confirms that they beat uniform ranks."
     try:
-        confirmation = confirm(space, found, confirming)
+        confirmation = confirm(space, compared, confirming)
     except InputError as error:  # recoveries diverged on all but one seed
         return None, _uniform(space), f"Uniform ranks are kept, since nothing could be confirmed: {error}"
     share = request.settings.confirm_share

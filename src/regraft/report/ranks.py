@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 
-from regraft.plans import RankSearch, RankTrial
+from regraft.plans import Confirmation, RankSearch, RankTrial
 
 _FEATURES = ("share_pruned", "importance_removed")
 
@@ -21,7 +21,7 @@ def to_markdown(search: RankSearch) -> str:
     if search.refits:
         lines += ["## The performance model at every refit", "", *_table(*_refits(search)), ""]
     if search.confirmation is not None and search.confirming:
-        lines += ["## Confirmation", "", *_table(*_pairs(search)), ""]
+        lines += ["## Confirmation", "", *_table(*_pairs(search, search.confirmation)), ""]
     return "\n".join(lines)
 
 
@@ -58,8 +58,9 @@ def trials_csv(search: RankSearch) -> str:
     )
     for trial, origin in zip(search.trials, search.origins, strict=True):
         writer.writerow(["search", origin, *_cells(trial)])
+    uniform = (search.space.uniform,) * len(search.space.slots)
     for trial in search.confirming:
-        writer.writerow(["confirm", "winner" if trial.ranks == search.found else "uniform", *_cells(trial)])
+        writer.writerow(["confirm", "uniform" if trial.ranks == uniform else "finalist", *_cells(trial)])
     return stream.getvalue()
 
 
@@ -91,7 +92,7 @@ def _trials(search: RankSearch) -> tuple[list[str], list[list[str]]]:
         gain = "" if uniform is None or trial.loss_nats is None else f"{uniform - trial.loss_nats:+.5f}"
         loss = trial.note if trial.loss_nats is None else f"{trial.loss_nats:.5f}"
         share = "elastic" if trial.kind == "elastic" else f"{trial.fidelity:.1%}"
-        rows.append([origin, " ".join(map(str, trial.ranks)), share, loss, gain, f"{trial.cost:.3f}"])
+        rows.append([origin, _spaced(trial.ranks), share, loss, gain, f"{trial.cost:.3f}"])
     return ["origin", "ranks", "steps", "held-out loss, nats", "gain over uniform", "cost"], rows
 
 
@@ -100,16 +101,23 @@ def _refits(search: RankSearch) -> tuple[list[str], list[list[str]]]:
     return ["recoveries", "R², cross-validated", "RMSE, nats", "rank correlation"], rows
 
 
-def _pairs(search: RankSearch) -> tuple[list[str], list[list[str]]]:
+def _pairs(search: RankSearch, confirmation: Confirmation) -> tuple[list[str], list[list[str]]]:
     losses = {(trial.seed, trial.ranks): trial.loss_nats for trial in search.confirming}
     uniform = (search.space.uniform,) * len(search.space.slots)
+    finalists = [finalist.ranks for finalist in confirmation.finalists]
     rows: list[list[str]] = []
     for number, seed in enumerate(dict.fromkeys(trial.seed for trial in search.confirming), start=1):
-        pair = losses.get((seed, uniform)), losses.get((seed, search.found))
-        cells = ["failed" if loss is None else f"{loss:.5f}" for loss in pair]
-        gain = "" if pair[0] is None or pair[1] is None else f"{pair[0] - pair[1]:+.5f}"
-        rows.append([str(number), *cells, gain])
-    return ["seed", "uniform, nats", "found, nats", "gain"], rows
+        base = losses.get((seed, uniform))
+        cells = ["failed" if base is None else f"{base:.5f}"]
+        for ranks in finalists:
+            loss = losses.get((seed, ranks))
+            cells += ["failed", ""] if loss is None else [f"{loss:.5f}", "" if base is None else f"{base - loss:+.5f}"]
+        rows.append([str(number), *cells])
+    return ["seed", "uniform, nats", *(cell for ranks in finalists for cell in (f"{_spaced(ranks)}, nats", "gain"))], rows
+
+
+def _spaced(ranks: Sequence[int]) -> str:
+    return " ".join(map(str, ranks))
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -50,7 +50,7 @@ class ElasticSettings:
         sandwich: Whether two of them are the smallest and the largest vector.
     """
 
-    fidelity: float = 0.5
+    fidelity: float = 0.25
     vectors: int = 2
     sandwich: bool = False
 

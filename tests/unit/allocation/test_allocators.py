@@ -113,19 +113,50 @@ def test_confirmation_is_students_interval() -> None:
             for seed, pair in enumerate(pairs)
             for ranks, loss in zip(((6, 6), found), pair, strict=True)
         ]
-        got = confirm(space, found, trials)
+        got = confirm(space, [found], trials)
         test = ttest_1samp([a - b for a, b in pairs], 0.0).confidence_interval(0.95)
-        assert (got.low_nats, got.high_nats) == pytest.approx((test.low, test.high))
+        (finalist,) = got.finalists
+        assert (finalist.low_nats, finalist.high_nats) == pytest.approx((test.low, test.high))
         assert got.kept == (found if test.low > 0 else (6, 6))
         assert ("beat uniform by" in got.verdict) == (shift > 0)
         assert ("lose to uniform" in got.verdict) == (shift < 0)
-    assert confirm(space, (6, 6), []).kept == (6, 6)
+    assert confirm(space, [], []).kept == (6, 6)
+    assert confirm(space, [(6, 6)], []).kept == (6, 6)
+
+
+def test_of_several_finalists_the_best_that_is_sure_is_kept_and_they_share_the_error() -> None:
+    space = space_of([4, 4])
+    sure, larger = np.array([0.05, 0.06, 0.04, 0.05, 0.07, 0.05]), np.array([0.5, -0.2, 0.4, -0.3, 0.3, -0.1])
+    gains = {(8, 4): sure, (4, 8): larger}
+    trials = [RankTrial((6, 6), 3.0, 0.5, 0.5, seed=seed) for seed in range(6)]
+    trials += [RankTrial(ranks, 3.0 - gain, 0.5, 0.5, seed=seed) for ranks, found in gains.items() for seed, gain in enumerate(found)]
+    got = confirm(space, list(gains), trials)
+    for finalist in got.finalists:
+        test = ttest_1samp(gains[finalist.ranks], 0.0).confidence_interval(0.975)
+        assert (finalist.low_nats, finalist.high_nats) == pytest.approx((test.low, test.high))
+    assert [finalist.ranks for finalist in got.finalists] == [(4, 8), (8, 4)]
+    assert got.kept == (8, 4)
+    assert "97.5% interval" in got.verdict
+    assert "best of 2 candidates" in got.verdict
+
+
+def test_uniform_is_kept_as_often_as_promised_where_nothing_is_to_gain() -> None:
+    """Two finalists without any gain, 400 times: one of them is kept in at most 5 % of them, give or take the sampling."""
+    space, draw, kept = space_of([4, 4]), np.random.default_rng(2), 0
+    for _ in range(400):
+        trials = [
+            RankTrial(ranks, 3.0 + 0.01 * draw.standard_normal(), 1.0, 1.0, seed=seed)
+            for seed in range(5)
+            for ranks in ((6, 6), (8, 4), (4, 8))
+        ]
+        kept += confirm(space, [(8, 4), (4, 8)], trials).kept != (6, 6)
+    assert kept <= 20
 
 
 def test_seeds_where_one_of_the_two_failed_do_not_count() -> None:
     space, found = space_of([4, 4]), (8, 4)
     trials = [RankTrial((6, 6), 3.0, 1.0, 1.0, seed=seed) for seed in range(3)]
     trials += [RankTrial(found, 2.9 - 0.01 * seed if seed else None, 1.0, 1.0, seed=seed) for seed in range(3)]
-    assert confirm(space, found, trials).gains_nats == pytest.approx((0.11, 0.12))
+    assert confirm(space, [found], trials).finalists[0].gains_nats == pytest.approx((0.11, 0.12))
     with pytest.raises(InputError, match="1 of the seeds have a recovery of both"):
-        confirm(space, found, trials[:5])
+        confirm(space, [found], trials[:5])

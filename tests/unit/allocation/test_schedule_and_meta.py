@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from planted_ranks import World
-from regraft.allocation import Request, Rung, Schedule, next_request, winner
+from regraft.allocation import Request, Rung, Schedule, finalists, next_request, winner
 from regraft.allocation.fill import fill, random_vectors
 from regraft.allocation.meta import add_to_store, read_store, train
 from regraft.allocation.prior import SHIPPED, Prior, default_prior, load_prior, shipped_prior
@@ -72,6 +72,20 @@ def test_survivors_are_chosen_and_the_winner_is_near_the_best() -> None:
         found = winner(world.space, history, LEARNER)
         shares.append(world.gain(found) / world.gain(fill(world.space, world.table)))
     assert np.mean(shares) > 0.8
+
+
+def test_finalists_are_what_was_found_and_the_best_closed_form_unless_it_surely_loses() -> None:
+    world = World(5, seed=3, noise_nats=0.0005)
+    history = whole(world)
+    found = winner(world.space, history, LEARNER)
+    others = sorted({trial.ranks for trial in history} - {found, world.uniform}, key=world.gain)
+    worst, good = others[0], others[-1]
+    assert world.gain(worst) < 0 < world.gain(good)
+    assert finalists(world.space, history, LEARNER, found, [worst, good, world.uniform, found]) == (found, good)
+    assert finalists(world.space, history, LEARNER, found, [worst]) == (found,)
+    assert finalists(world.space, history, LEARNER, found, []) == (found,)
+    assert finalists(world.space, history, LEARNER, world.uniform, [good]) == (good,)
+    assert finalists(world.space, history, LEARNER, world.uniform, [worst]) == ()
 
 
 def test_a_search_in_which_everything_failed_says_so() -> None:

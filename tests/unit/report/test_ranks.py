@@ -25,7 +25,7 @@ def search() -> RankSearch:
         for seed in (7, 8, 9)
         for ranks in (UNIFORM, FOUND)
     )
-    confirmation = confirm(space, FOUND, confirming)
+    confirmation = confirm(space, [FOUND], confirming)
     error = CrossValidation(0.25, 0.0125, 0.5, 8, 5)
     origins = ("uniform", "uniform", "gradient", "random")
     return RankSearch(
@@ -70,7 +70,7 @@ def test_slots_stand_beside_what_was_found() -> None:
 def test_every_measurement_is_a_line() -> None:
     rows = list(csv.DictReader(trials_csv(search()).splitlines()))
     assert [row["phase"] for row in rows] == ["search"] * 4 + ["confirm"] * 6
-    assert [row["origin"] for row in rows[4:6]] == ["uniform", "winner"]
+    assert [row["origin"] for row in rows[4:6]] == ["uniform", "finalist"]
     assert float(rows[2]["loss_nats"]) == 2.85
     assert rows[3]["loss_nats"] == ""
     assert [row["layers.0"] for row in rows[:4]] == ["6", "6", "8", "4"]
