@@ -19,6 +19,10 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -73,6 +77,7 @@ _BARE: dict[str, Any] = {key: value for key, value in SIZES.items() if key not i
 _GROUPED: dict[str, Any] = {key: value for key, value in SIZES.items() if key != "head_dim"}
 _BLOOM: dict[str, Any] = {key: value for key, value in _BARE.items() if key != "max_position_embeddings"}
 _WINDOWS: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 8}
+_LOCAL: dict[str, Any] = {"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 8}
 _SEQUENTIAL: dict[str, Any] = {"multi_query": False, "parallel_attn": False, "bias": True, "alibi": True}
 _SMALL_EMBEDDING: dict[str, Any] = {"word_embed_proj_dim": 24, "do_layer_norm_before": False}
 
@@ -84,6 +89,9 @@ MORE_FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "gemma2": lambda **kw: Gemma2ForCausalLM(Gemma2Config(**SIZES, **_WINDOWS, **kw)),
     "gemma3": lambda **kw: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **_WINDOWS, **kw)),
     "gpt2": lambda **kw: GPT2LMHeadModel(GPT2Config(**_BARE, n_inner=64, **kw)),
+    "gpt_bigcode": lambda **kw: GPTBigCodeForCausalLM(GPTBigCodeConfig(**_BARE, n_inner=64, **kw)),
+    "gpt_bigcode-heads": lambda **kw: GPTBigCodeForCausalLM(GPTBigCodeConfig(**_BARE, n_inner=64, multi_query=False, **kw)),
+    "gpt_neo": lambda **kw: GPTNeoForCausalLM(GPTNeoConfig(**_BARE, **_LOCAL, intermediate_size=64, **kw)),
     "gpt_neox": lambda **kw: GPTNeoXForCausalLM(GPTNeoXConfig(**_BARE, intermediate_size=64, **kw)),
     "gpt_neox-sequential": lambda **kw: GPTNeoXForCausalLM(GPTNeoXConfig(**_BARE, intermediate_size=64, use_parallel_residual=False, **kw)),
     "olmo2": lambda **kw: Olmo2ForCausalLM(Olmo2Config(**_GROUPED, **kw)),

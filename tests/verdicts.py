@@ -26,7 +26,7 @@ GROUPED = ("llama", "mistral", "qwen", "gemma", "phi3", "olmo2", "stablelm", "st
 
 def shape_of(family: str) -> tuple[int, int]:
     """Returns key-value heads and query heads of each, as the configs in conftest have them."""
-    if family == "falcon":
+    if family in ("falcon", "gpt_bigcode"):
         return 1, 6
     return (3, 2) if family.startswith(GROUPED) else (6, 1)
 
@@ -162,7 +162,8 @@ COLUMNS: dict[str, str] = {
 TITLES = {
     "llama": "Llama", "llama-bias": "Llama with biases", "mistral": "Mistral", "mistral-window": "Mistral, sliding window",
     "qwen2": "Qwen 2", "qwen3": "Qwen 3", "gemma2": "Gemma 2", "gemma3": "Gemma 3 (text)", "phi3": "Phi-3", "olmo2": "OLMo 2",
-    "gpt2": "GPT-2", "gpt_neox": "GPT-NeoX (Pythia)", "gpt_neox-sequential": "GPT-NeoX, not parallel", "opt": "OPT",
+    "gpt2": "GPT-2", "gpt_neo": "GPT-Neo", "gpt_bigcode": "GPT-BigCode (StarCoder)", "gpt_bigcode-heads": "GPT-BigCode, not multi-query",
+    "gpt_neox": "GPT-NeoX (Pythia)", "gpt_neox-sequential": "GPT-NeoX, not parallel", "opt": "OPT",
     "opt-350m": "OPT, as 350m", "bloom": "BLOOM", "falcon": "Falcon, as 7B", "falcon-grouped": "Falcon, as 40B",
     "falcon-alibi": "Falcon, as RW", "starcoder2": "StarCoder2", "stablelm": "StableLM", "stablelm-parallel": "StableLM, parallel",
 }  # fmt: skip
@@ -246,6 +247,8 @@ A table says the names of a family's modules and of the sizes in its config, and
 Where there is none, `regraft` looks at a small random model of the family, which transformers builds from the config: the lengths of a
 matrix's sides say what it reads and writes, and silencing a part says which norms serve it alone. Groups are traced as ever. Everything
 but the residual width is cut in this way, in memory and layer by layer; `tests/conformance/test_inferred.py` shows it for Gemma, Granite,
-Cohere, OLMo, OLMo 3, Phi, GLM 4, SmolLM 3, GPT-J, Persimmon and Nemotron. Mixtures of experts, layers of several kinds, and what is not
-causal are refused with what is in the way.
+Cohere, OLMo, OLMo 3, Phi, GLM 4, SmolLM 3, GPT-J, CodeGen, Persimmon, Nemotron, Helium, XGLM, Apertus and BitNet. Heads stay where a family
+cannot have any number of them (CodeGen), and what a norm inside runs over stays as well (the heads of OLMo 3, heads and channels of BitNet).
+A target that cannot be cut beside others that can is left out, and the command says so. Mixtures of experts, layers of several kinds, and
+what is not causal are refused with what is in the way.
 """

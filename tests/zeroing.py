@@ -49,6 +49,13 @@ PLACES = {
     "gpt2": Places(
         "transformer.h", "attn.c_proj", "mlp.c_proj", ("ln_1", "ln_2"), ("transformer.wte", "transformer.wpe", "transformer.ln_f")
     ),
+    "gpt_bigcode": Places(
+        "transformer.h", "attn.c_proj", "mlp.c_proj", ("ln_1", "ln_2"), ("transformer.wte", "transformer.wpe", "transformer.ln_f")
+    ),
+    "gpt_neo": Places(
+        "transformer.h", "attn.attention.out_proj", "mlp.c_proj", ("ln_1", "ln_2"),
+        ("transformer.wte", "transformer.wpe", "transformer.ln_f"),
+    ),
     "gpt_neox": Places(
         "gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h", _NORMS, ("gpt_neox.embed_in", "gpt_neox.final_layer_norm")
     ),

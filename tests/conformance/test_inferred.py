@@ -54,6 +54,16 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, str, str], set[str]]] = {
     "persimmon": (
         {**SIZES, "intermediate_size": 64}, ("model.layers", "self_attn.dense", "mlp.dense_4h_to_h"), {"query_heads"},
     ),
+    "helium": ({**GROUPED, "head_dim": 8}, LLAMAS, set()),
+    "xglm": (
+        {**SIZES, "ffn_dim": 64, "scale_embedding": True}, ("model.layers", "self_attn.out_proj", "fc2"), {"query_heads"},
+    ),
+    "apertus": (GROUPED, LLAMAS, set()),
+    "codegen": (
+        {**SIZES, "num_attention_heads": 4, "n_inner": 64, "rotary_dim": 4}, ("transformer.h", "attn.out_proj", "mlp.fc_out"),
+        {"heads", "query_heads"},
+    ),
+    "bitnet": (GROUPED, LLAMAS, {"heads", "query_heads", "ffn"}),
     "nemotron": (GROUPED, ("model.layers", "self_attn.o_proj", "mlp.down_proj"), set()),
 }  # fmt: skip
 
@@ -178,8 +188,10 @@ def test_the_commands_take_it_by_default_settings_and_streamed(family, tmp_path)
 @pytest.mark.parametrize(
     ("family", "why"),
     [
-        ("mixtral", r"experts"),
-        ("mamba", r"no attention|is no matrix|feed-forward network"),
+        ("mixtral", r"'model\.layers\.0\.mlp\.experts' \(MixtralExperts\) is no matrix"),
+        ("gemma4_text", r"even a small model of it has \d+ million parameters, such as 'model\.embed_tokens_per_layer\.weight'"),
+        ("openai-gpt", r"a layer \(Block\) is not made from a config and its number"),
+        ("mamba", r"'backbone\.layers\.0\.mixer\.conv1d' \(Conv1d\) is no matrix"),
         ("bert", r"depend on later tokens"),
         ("t5", r"no causal language model of type 't5'"),
         ("mamba3x", r"no causal language model of type 'mamba3x'"),
@@ -189,6 +201,25 @@ def test_what_is_not_of_the_kind_is_refused_with_the_reason(family, why):
     with pytest.raises(ModelError, match=rf"^model family '{family}' is not known \(.*({why}).*\); known: bloom, .*llama") as refused:
         family_of(family)
     assert "\n" not in str(refused.value)
+
+
+def test_what_cannot_be_cut_is_left_out_with_a_word(tmp_path, capsys):
+    model = saved("apertus", tmp_path / "model")
+    common = ["prune", model, "--criterion", "l2", "--align", "1", "--targets", "residual,ffn", "--ratio", "0.1"]
+    for more in (["--dry-run"], ["--output", str(tmp_path / "out"), "--memory", "3GB"]):
+        assert run([*common, *more]) == 0
+        said = capsys.readouterr().out
+        assert "--targets residual is left out: the norms of a family without a table cannot be rescaled with certainty" in said
+
+
+def test_a_computation_that_cannot_be_exported_is_refused_in_one_line(capfd):
+    """A rotary embedding of half of five channels: the model itself cannot be run."""
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["phi"](**{**GROUPED, "hidden_size": 60}))
+    capfd.readouterr()
+    with pytest.raises(ModelError, match="the computation of PhiForCausalLM cannot be exported") as refused:
+        discover(model)
+    assert "\n" not in str(refused.value)
+    assert capfd.readouterr().err == ""
 
 
 def test_looking_at_a_family_leaves_the_global_generator_alone():

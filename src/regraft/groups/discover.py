@@ -30,6 +30,15 @@ def discover(model: PreTrainedModel | ModelView, kinds: Sequence[GroupKind] = US
     Raises:
         ModelError: The family is not known, its computation cannot be followed, or there is nothing of the kinds wanted.
     """
+    return look_for(model, kinds).groups
+
+
+def look_for(model: PreTrainedModel | ModelView, kinds: Sequence[GroupKind] = USUAL) -> Traced:
+    """Returns what :func:`discover` does, and why kinds that were wanted are not among it.
+
+    Raises:
+        ModelError: As there.
+    """
     view = model if isinstance(model, ModelView) else ModelView(model)
     if view.family.discovery == "declared" and set(kinds) <= set(USUAL):
         groups, refused = declared.discover(view), ()
@@ -44,7 +53,7 @@ def discover(model: PreTrainedModel | ModelView, kinds: Sequence[GroupKind] = US
             + (f" ({reasons})" if reasons else "")
             + "; choose another target"
         )
-    return replace(groups, groups=wanted)
+    return Traced(replace(groups, groups=wanted), tuple(refusal for refusal in refused if refusal.kind in kinds))
 
 
 def refusals(model: PreTrainedModel | ModelView) -> tuple[Refusal, ...]:
@@ -59,7 +68,12 @@ def refusals(model: PreTrainedModel | ModelView) -> tuple[Refusal, ...]:
 def _traced(view: ModelView) -> Traced:
     """Follows a model, with what its family's classes can and cannot express."""
     family, config = view.family, view.model.config
-    found = traced.follow_channels(view.model, numbered_heads=family.has_alibi(config), counted_layer_norms=family.norm == "layer")
+    found = traced.follow_channels(
+        view.model,
+        numbered_heads=family.has_alibi(config),
+        counted_layer_norms=family.norm == "layer",
+        rescaled_norms=tuple(family.head_norms),
+    )
     fixed = [Refusal(entry.kind, None, entry.why) for entry in family.fixed if matches(entry.when, config)]
     barred = {refusal.kind for refusal in fixed}
     kept = tuple(group for group in found.groups.groups if group.kind not in barred)

@@ -19,13 +19,13 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 
 from regraft.errors import PlanError
 from regraft.models.family import Family, family_of, matches
-from regraft.models.quiet import quiet
+from regraft.models.quiet import in_one_line, quiet
 from regraft.models.uneven import own_config
 from regraft.models.uneven.configuration_regraft import LAYOUT
 from regraft.models.view import LayerSizes, ModelView
 
 # Lists in a config that have one entry for each layer.
-PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
 # Written by transformers on saving, or ours: never carried from one config to the next.
 OURS = ("layout", "alibi_of", "alibi_heads", "norm_width")  # known to our own configs only
 DERIVED = ("per_layer_config", "auto_map", "architectures", "model_type", "transformers_version", "_name_or_path")
@@ -59,17 +59,20 @@ def build(
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     parts = family_of(like.config.model_type).parts(like.config)
     wanted = {name: tensor for name, tensor in state.items() if not _is_removed(name, sizes, like, parts)}
-    with quiet():
-        model, report = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=wanted,
-            dtype=like.dtype,
-            device_map={"": like.device} if like.device.type != "cpu" else None,
-            attn_implementation=like.config._attn_implementation,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+    try:
+        with quiet():
+            model, report = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=wanted,
+                dtype=like.dtype,
+                device_map={"": like.device} if like.device.type != "cpu" else None,
+                attn_implementation=like.config._attn_implementation,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except (ValueError, TypeError, AttributeError, AssertionError) as error:  # whatever a family's code asks of its sizes
+        raise PlanError(f"no {model_class.__name__} of these sizes can be built: {in_one_line(error)}; choose other targets") from error
     _refuse_misfits(report)
     model.generation_config = copy.deepcopy(like.generation_config)
     model.config.name_or_path = model.name_or_path = like.name_or_path
@@ -105,6 +108,8 @@ def config_for(
     values |= {key: [values[key][index] for index in kept] for key in PER_LAYER_LISTS if values.get(key)}
     if "max_window_layers" in values:
         values["max_window_layers"] = sum(index < values["max_window_layers"] for index in kept)
+    if "attention_types" in values:  # what GPT-Neo makes its list from: a pattern, and how often it is repeated
+        values["attention_types"] = [[values["attention_layers"], 1]]
     before = values[names.get("hidden_size", "hidden_size")]
     width = before if hidden_size is None else hidden_size
     projecting = any(values[key] != before for key in family.keys.width)
@@ -134,7 +139,7 @@ def _as_computed(layer: LayerSizes, family: Family, width: int) -> bool:
 def _stock_values(values: Mapping[str, Any], layer: LayerSizes, family: Family) -> dict[str, Any]:
     """Returns the values that a stock config knows; its head size only where it is not the usual quotient."""
     known = {key: value for key, value in values.items() if key not in OURS and not (key == "head_dim" and value is None)}
-    if family.head_size == "derived":
+    if family.head_size == "derived" and "head_dim" not in {field.name for field in dataclasses.fields(CONFIG_MAPPING[family.model_type])}:
         known.pop("head_dim", None)
     elif "head_dim" in known or layer.head_dim * layer.query_heads != known["hidden_size"]:
         known["head_dim"] = layer.head_dim

@@ -18,6 +18,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -25,7 +26,8 @@ from transformers.pytorch_utils import Conv1D
 from regraft.errors import ModelError
 from regraft.models.quiet import in_one_line, quiet
 
-HEADS, KV_HEADS, WIDTH, LAYERS, VOCABULARY = 6, 2, 96, 3, 97
+HEADS, KV_HEADS, WIDTH, LAYERS, VOCABULARY = 8, 2, 128, 3, 97
+OTHER_HEADS, OTHER_KV_HEADS = 6, 3  # of a second model, to see whether heads can go one by one
 HEAD_DIM = WIDTH // HEADS  # of families that compute it
 OWN_HEAD_DIM = 2 * HEAD_DIM  # asked for, to see whether it is given
 FFN, USUAL_FFN = 88, 4 * WIDTH
@@ -33,6 +35,8 @@ FFN, USUAL_FFN = 88, 4 * WIDTH
 KV_KEYS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 FFN_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "inner_dim")
 TOKENS = 12
+# A decoder of these sizes has a few hundred thousand; what is far larger has parts that these sizes are not of.
+MOST_PARAMETERS = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -60,20 +64,35 @@ def describe(model_type: str) -> dict[str, Any]:
         known = {*config_class().to_dict(), *config_class.attribute_map}
     except Exception as error:  # whatever a config raises that has no defaults
         raise ModelError(f"its config has no defaults ({in_one_line(error)})") from None
-    model = _small(model_type, known, OWN_HEAD_DIM) or _small(model_type, known, None)
-    if model is None:
-        raise ModelError("no small model of it can be built to see how it is made")
-    return _Probe(model_type, model, known).table()
+    # Some families have a head size of their own, some compute it, and some have one that has to be what would be computed.
+    for head_dim in (OWN_HEAD_DIM, None, HEAD_DIM):
+        model = _small(model_type, known, head_dim)
+        if model is not None:
+            return _Probe(model_type, model, known, head_dim).table()
+    raise ModelError("no small model of it can be built to see how it is made")
 
 
-def _small(model_type: str, known: set[str], head_dim: int | None) -> PreTrainedModel | None:
-    """Returns a small random model that runs, or None."""
+def _small(
+    model_type: str, known: set[str], head_dim: int | None, heads: tuple[int, int] = (HEADS, KV_HEADS), width: int = WIDTH
+) -> PreTrainedModel | None:
+    """Returns a small random model that runs, or None.
+
+    Args:
+        model_type: As in the Hugging Face config.
+        known: Keys of that config.
+        head_dim: To be asked for; None to leave it to the family.
+        heads: How many query heads and key-value heads there are.
+        width: Of the stream.
+
+    Raises:
+        ModelError: It has parts that no decoder has, or would not be small.
+    """
     wanted: dict[str, Any] = {
         "vocab_size": VOCABULARY,
-        "hidden_size": WIDTH,
+        "hidden_size": width,
         "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        **dict.fromkeys(KV_KEYS, KV_HEADS),
+        "num_attention_heads": heads[0],
+        **dict.fromkeys(KV_KEYS, heads[1]),
         **dict.fromkeys(FFN_KEYS, FFN),
         "max_position_embeddings": 64,
         "rotary_dim": HEAD_DIM,
@@ -87,13 +106,35 @@ def _small(model_type: str, known: set[str], head_dim: int | None) -> PreTrained
             torch.manual_seed(0)
             config_class: Any = CONFIG_MAPPING[model_type]
             config: PreTrainedConfig = config_class(**values)
+            _refuse_what_is_no_decoder(config)
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape))  # nothing is zero, or one, by chance
             model(input_ids=_tokens(), use_cache=False)
+    except ModelError:
+        raise
     except Exception:  # a family may refuse these sizes in any way it likes
         return None
     return model
+
+
+def _refuse_what_is_no_decoder(config: PreTrainedConfig) -> None:
+    """Looks at the modules of a model before it takes any memory: experts, convolutions, a second model inside.
+
+    Raises:
+        ModelError: The message names the first such module, or the largest parameter.
+    """
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    list_name, layers = _layers(model)
+    for name, module in layers.named_modules():
+        if any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
+            raise ModelError(f"'{list_name}.{name}' ({type(module).__name__}) is no matrix")
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    total = sum(sizes.values())
+    if total > MOST_PARAMETERS:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise ModelError(f"even a small model of it has {total / 1e6:,.0f} million parameters, such as '{largest}'")
 
 
 def _tokens() -> Tensor:
@@ -101,16 +142,25 @@ def _tokens() -> Tensor:
 
 
 class _Probe:
-    """Looks at a small model of a family."""
+    """Looks at a small model of a family.
 
-    def __init__(self, model_type: str, model: PreTrainedModel, known: set[str]) -> None:
+    Args:
+        model_type: Of the family.
+        model: Of the sizes above.
+        known: Keys of its config.
+        head_dim: That its config was asked for, or None.
+    """
+
+    def __init__(self, model_type: str, model: PreTrainedModel, known: set[str], head_dim: int | None) -> None:
         self._type = model_type
+        self._asked_head_dim = head_dim
         self._model = model
         self._known = known
         self._layers_name, self._layers = _layers(model)
         self._layer: nn.Module = self._layers[0]
         if not self._is_causal():
             raise ModelError("its predictions depend on later tokens: it is no causal language model")
+        self._refuse_odd_layers()
         matrices = self._matrices()
         widths = {side for matrix in matrices for side in (matrix.inputs, matrix.outputs)}
         self._ffn = FFN if FFN in widths else USUAL_FFN
@@ -128,7 +178,7 @@ class _Probe:
         parts = self._mlp_parts() if not mlp else []
         fixed = [_fixed("residual", "the norms of a family without a table cannot be rescaled with certainty")]
         fixed += self._unreplaceable(attention, mlp or self._down.name)
-        fixed += self._unscalable(attention)
+        fixed += self._unscalable()
         serving = {name: self._serves(name) for name in self._stream_norms(attention, mlp)}
         return {
             "model_type": self._type,
@@ -162,18 +212,28 @@ class _Probe:
             {"kind": "ffn", "axes": (*channels, {"module": self._down.name, "side": "in", "block": "one"})},
         )
 
+    def _refuse_odd_layers(self) -> None:
+        """Refuses layers that cannot be built one by one, or return something else than hidden states, alone or first in a tuple."""
+        kind: Any = type(self._layer)
+        try:
+            with init_empty_weights(include_buffers=False):
+                kind(self._model.config, 0)
+        except Exception:  # whatever its constructor asks for
+            raise ModelError(f"a layer ({kind.__name__}) is not made from a config and its number") from None
+        output = self._seen("", self._layer)[1]
+        if not isinstance(output[0] if isinstance(output, tuple) else output, Tensor):
+            raise ModelError(f"a layer ({kind.__name__}) does not return hidden states")
+
     # What is where.
 
     def _matrices(self) -> list[_Matrix]:
-        """Returns the matrices of a layer; all layers must be alike, and have no other weights than matrices and vectors."""
+        """Returns the matrices of a layer; all layers must be alike."""
         found: list[_Matrix] = []
         for name, module in self._layer.named_modules():
             if isinstance(module, nn.Linear):
                 found.append(_Matrix(name, module.weight.shape[1], module.weight.shape[0]))
             elif isinstance(module, Conv1D):
                 found.append(_Matrix(name, *module.weight.shape))
-            elif any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
-                raise ModelError(f"'{self._layers_name}.0.{name}' ({type(module).__name__}) is no matrix")
         shapes = [{name: parameter.shape for name, parameter in layer.named_parameters()} for layer in self._layers]
         different = next((index for index, shape in enumerate(shapes) if shape != shapes[0]), None)
         if different is not None:
@@ -322,14 +382,11 @@ class _Probe:
             handle.remove()
         return notes[-1]
 
-    def _unscalable(self, attention: str) -> list[dict[str, Any]]:
-        """Returns heads as uncuttable where what they share would have to be rescaled, or sizes cannot be set."""
-        lengths = {HEADS * self._head_dim, KV_HEADS * self._head_dim}
-        for name, module in self._layer.named_modules():
-            weight = module._parameters.get("weight")
-            if name.startswith(f"{attention}.") and weight is not None and weight.dim() == 1 and weight.shape[0] in lengths:
-                why = f"'{name}' normalises all heads together, and how it is to be rescaled is not known without a table"
-                return [_fixed(kind, why) for kind in ("heads", "query_heads")]
+    def _unscalable(self) -> list[dict[str, Any]]:
+        """Returns heads as uncuttable where sizes cannot be set."""
+        width = WIDTH if self._head_dim == OWN_HEAD_DIM else OTHER_HEADS * HEAD_DIM
+        if _small(self._type, self._known, self._asked_head_dim, (OTHER_HEADS, OTHER_KV_HEADS), width) is None:
+            return [_fixed(kind, "its classes do not take every number of heads") for kind in ("heads", "query_heads")]
         if self._head_dim == OWN_HEAD_DIM:
             return []
         writers = {matrix.name.rpartition(".")[2] for matrix in (self._out, self._down)}

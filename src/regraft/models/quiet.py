@@ -1,7 +1,8 @@
-"""Keeps the terminal clean while transformers loads and saves, and its errors short."""
+"""Keeps the terminal clean while transformers loads and saves and torch traces, and their errors short."""
 
 from __future__ import annotations
 
+import logging as logs
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,15 +14,17 @@ LONGEST_QUOTE = 240  # characters of another library's message
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences the warnings, reports and progress bars of transformers inside the block; errors still pass."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    """Silences the warnings, reports and progress bars of transformers and the log of torch inside the block; exceptions still pass."""
+    verbosity, bars, disabled = logging.get_verbosity(), logging.is_progress_bar_enabled(), logs.root.manager.disable
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
+    logs.disable(logs.ERROR)  # torch logs the traceback of what it cannot trace before it raises that
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        logs.disable(disabled)
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

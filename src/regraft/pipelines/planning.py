@@ -11,6 +11,7 @@ from torch import Tensor
 from regraft.data.text import read_corpus
 from regraft.data.tokens import calibration_windows, window_tokens
 from regraft.errors import InputError, PlanError
+from regraft.groups.traced import Traced
 from regraft.importance import CRITERIA, Evidence, score
 from regraft.importance.passes import Passes
 from regraft.models.load import Loaded, require_tokenizer
@@ -73,6 +74,8 @@ def resolve(settings: PruneSettings, view: ModelView | None = None) -> Way:
     Raises:
         InputError: The criterion is unknown, or the budget needs a selector that was not chosen, or --memory rules something out.
     """
+    if not settings.targets:
+        raise InputError(f"--targets names nothing to prune; name one or more of {', '.join(KIND_OF)}")
     with_text = CRITERIA.get(settings.criterion).needs_text
     curves_wanted = settings.budget != "parameters"
     notes: tuple[str, ...] = ()
@@ -128,7 +131,7 @@ def reconstruct_of(settings: PruneSettings, view: ModelView | None = None) -> Re
 
 def _refuse_with_memory(settings: PruneSettings, chosen: str) -> None:
     if SELECTORS.get(chosen).needs_curves:
-        why = f"--budget {settings.budget} needs" if settings.budget != "parameters" else f"--select {chosen} is"
+        why = f"--budget {settings.budget} needs" if settings.budget != "parameters" else f"--select {chosen} needs"
         raise InputError(
             f"{why} measurements of the whole model, which --memory leaves no room for; use --select global or uniform with "
             "--budget parameters, or leave --memory out"
@@ -162,6 +165,16 @@ def kinds_wanted(settings: PruneSettings, plan: PrunePlan | None = None) -> tupl
     if plan is not None:
         kinds.extend(kind for kind in KIND_OF.values() if any(f".{entry.group}".endswith(f".{kind}") for entry in plan.cuts))
     return tuple(dict.fromkeys(kinds))
+
+
+def left_out(settings: PruneSettings, found: Traced) -> tuple[str, ...]:
+    """Returns a line for each target that a model has not got, or that cannot be cut in it."""
+    lines: list[str] = []
+    for target in settings.targets:
+        if not found.groups.of(KIND_OF[target]):
+            reasons = dict.fromkeys(refusal.reason for refusal in found.refusals if refusal.kind == KIND_OF[target])
+            lines.append(f"--targets {target} is left out: {'; '.join(reasons) or 'this model has none'}")
+    return tuple(lines)
 
 
 def budget_of(groups: Groups, settings: PruneSettings) -> Budget:

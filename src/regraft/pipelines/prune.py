@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from regraft.atomic import refuse_existing
 from regraft.errors import InputError
-from regraft.groups.discover import discover
+from regraft.groups.discover import discover, look_for
 from regraft.models.load import Loaded
 from regraft.models.load import load as load_model
 from regraft.models.save import save
@@ -27,6 +27,7 @@ from regraft.pipelines.planning import (
     composed,
     kinds_wanted,
     layers_in,
+    left_out,
     reconstruct_of,
     resolve,
 )
@@ -155,10 +156,11 @@ def _carry_out(request: Request, *, dry_run: bool) -> PruneResult:
     if request.plan is None:
         request = replace(request, way=resolve(settings, ModelView(loaded.model)))
     settings = _decided(request).settings
-    groups = discover(loaded.model, kinds_wanted(settings, request.plan))
+    found = look_for(loaded.model, kinds_wanted(settings, request.plan))
+    groups = found.groups
     plan = request.plan or plan_pruning(loaded, groups, settings, request.seed, say)
     check_plan(groups, plan)
-    notes = request.way.notes if request.plan is None else ()
+    notes = (*request.way.notes, *left_out(settings, found)) if request.plan is None else ()
     if dry_run:
         return PruneResult(plan, None, loaded, groups, notes)
     model = cut_to_plan(loaded, groups, plan, settings, request.seed, say)

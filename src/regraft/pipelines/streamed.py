@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from regraft.importance import CRITERIA
 from regraft.models.load import Loaded
 from regraft.models.provenance import versions
-from regraft.pipelines.planning import Planning, Say, Way, budget_of, calibration, check_text, kinds_wanted
+from regraft.pipelines.planning import Planning, Say, Way, budget_of, calibration, check_text, kinds_wanted, left_out
 from regraft.pipelines.pruned_record import card_of, record_of
 from regraft.pipelines.score_cache import checksum_of
 from regraft.plans import Groups, PrunePlan, to_dict
@@ -85,7 +85,8 @@ def prune_streamed(request: Request) -> Streamed:
         OutputError: The output cannot be written; finished shards stay for the next attempt.
     """
     skeleton = open_skeleton(request.source, request.load)
-    groups = skeleton.groups(kinds_wanted(request.settings, request.plan))
+    found = skeleton.look_for(kinds_wanted(request.settings, request.plan))
+    groups = found.groups
     refuse_beyond_layers(skeleton.view.family, groups)
     if request.plan is not None:
         check_plan(groups, request.plan)
@@ -101,7 +102,8 @@ def prune_streamed(request: Request) -> Streamed:
             plan = request.plan or job.plan(Path(work))
     else:
         plan = job.write(request.output)
-    return Streamed(plan, skeleton.loaded, groups, job.notes())
+    notes = left_out(request.settings, found) if request.plan is None else ()
+    return Streamed(plan, skeleton.loaded, groups, (*job.notes(), *notes))
 
 
 class _Job:

@@ -2,12 +2,12 @@
 
 Heads, whole layers and aligned widths of the stream come in large units, so they are cut down to the nearest count that does not exceed
 the share, and the kind with the smallest units, the feed-forward width where it is a target, closes the gap to the target. Where it
-cannot, one more of the others goes.
+cannot, one more of the others goes: in all layers where they have to stay alike, else in one layer after another until it can.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from regraft.errors import InputError
 from regraft.groups.ledger import Ledger
@@ -36,18 +36,38 @@ def uniform(groups: Groups, scores: Scores, budget: Budget) -> Kept:
         return groups.parameters - ledger.left(kept) - target
 
     candidates: list[dict[str, int]] = []
-    before: dict[str, int] | None = None
+    before: dict[str, int] = {}
     for extra in range(1 + max((group.units for group in coarse), default=0) + len(coarse)):
         kept = whole_cuts(groups, coarse, scores, share, extra) | {
             group.name: _reduced(group, share, extra, budget) for group in coarse if group.kind not in WHOLE
         }
-        if kept == before:
+        if extra and kept == before:
             break
+        for step in _one_after_another(before, kept, coarse, scores, budget) if extra else (kept,):
+            candidates.append(step | _closed(groups, fine, step, scores, budget, missed))
+            if missed(step | {group.name: budget.floor(group) for group in fine}) >= 0:
+                return min(candidates, key=lambda kept: abs(missed(kept)))
         before = kept
-        candidates.append(kept | _closed(groups, fine, kept, scores, budget, missed))
-        if missed(kept | {group.name: budget.floor(group) for group in fine}) >= 0:
-            break
     return min(candidates, key=lambda kept: abs(missed(kept)))
+
+
+def _one_after_another(
+    before: dict[str, int], after: dict[str, int], coarse: Sequence[Group], scores: Scores, budget: Budget
+) -> Iterator[dict[str, int]]:
+    """Yields the way from one choice to the next: kind by kind where layers stay alike, else group by group, the least score first."""
+    changed = [group for group in coarse if before.get(group.name, group.units) != after.get(group.name, group.units)]
+    changed.sort(key=lambda group: (FINEST_FIRST.index(group.kind), _next_score(group, before, scores)))
+    steps = list(alike(changed)) if budget.shape == "uniform" else [(group,) for group in changed]
+    kept = dict(before)
+    for step in steps:
+        kept = kept | {group.name: after[group.name] for group in step if group.name in after}
+        yield dict(kept)
+
+
+def _next_score(group: Group, kept: Kept, scores: Scores) -> float:
+    """Returns the score of the unit of a group that would go next."""
+    units = kept.get(group.name, group.units)
+    return sorted(scores.values[group.name])[min(group.units - units, group.units - 1)]
 
 
 def even_share(ledger: Ledger, prunable: Sequence[Group], wanted: float) -> float:

@@ -104,9 +104,11 @@ def find_room(skeleton: Skeleton, task: Task, bound_bytes: int) -> Room:
 def in_words(count_bytes: int) -> str:
     """Returns a number of bytes as ``--memory`` takes it, rounded up.
 
-    >>> in_words(1_234_567_890), in_words(45_000_001), in_words(12)
-    ('1.24GB', '46MB', '1KB')
+    >>> in_words(1_234_567_890), in_words(45_000_001), in_words(1200), in_words(12)
+    ('1.24GB', '46MB', '2KB', '12B')
     """
+    if count_bytes < 1_000:
+        return f"{count_bytes}B"
     if count_bytes >= 1_000_000_000:
         return f"{-(-count_bytes // 10_000_000) / 100:.2f}GB"
     unit, name = (1_000_000, "MB") if count_bytes >= 1_000_000 else (1_000, "KB")

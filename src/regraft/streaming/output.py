@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from regraft.atomic import atomic_folder, sha256_of, write_text
-from regraft.errors import OutputError, PlanError
+from regraft.errors import ModelError, OutputError, PlanError
 from regraft.models.build import config_for
 from regraft.models.quiet import quiet
 from regraft.models.save import describe, mend_generation_config
@@ -96,18 +96,25 @@ def resumable(output: Path, asked: Mapping[str, Any]) -> Iterator[Progress]:
 
     Raises:
         OutputError: It cannot be written; finished shards stay for the next attempt.
+        ModelError: The input is damaged; nothing stays.
     """
     asked = json.loads(json.dumps(asked))
 
+    damaged = False
+
     def worth_keeping(folder: Path) -> bool:
         note = _read_note(folder)
-        return note is not None and note["asked"] == asked
+        return not damaged and note is not None and note["asked"] == asked
 
     left: list[Path] = []
     try:
         with atomic_folder(output, keep=worth_keeping) as folder:
             left.append(folder)
-            yield Progress(folder, asked)
+            try:
+                yield Progress(folder, asked)
+            except ModelError:
+                damaged = True
+                raise
     except OutputError as error:
         if left and worth_keeping(left[0]):
             raise OutputError(f"{error}; what is finished stays in '{left[0]}', and the same command goes on from there") from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from regraft.errors import InputError, ModelError
-from regraft.groups.discover import USUAL, discover
+from regraft.groups.discover import USUAL, look_for
+from regraft.groups.traced import Traced
 from regraft.models.checks import check_loading_report, check_values
 from regraft.models.family import Family, family_of
 from regraft.models.load import Loaded, check_folder, device_named, locate, read_config
@@ -73,9 +74,14 @@ class Skeleton:
 
     def groups(self, kinds: Sequence[GroupKind] = USUAL) -> Groups:
         """Returns what can be pruned: what :func:`regraft.groups.discover.discover` finds in the model in memory."""
+        return self.look_for(kinds).groups
+
+    def look_for(self, kinds: Sequence[GroupKind] = USUAL) -> Traced:
+        """Returns what can be pruned, and why kinds that were wanted are not among it."""
         reading = {module: module.__dict__.pop("forward") for module in (self.embedding, self.head)}
         try:
-            return replace(discover(self.view, kinds), fingerprint=self.loaded.fingerprint)
+            found = look_for(self.view, kinds)
+            return replace(found, groups=replace(found.groups, fingerprint=self.loaded.fingerprint))
         finally:
             for module, forward in reading.items():
                 module.__dict__["forward"] = forward
@@ -230,7 +236,8 @@ def _empty_model(folder: Path, device: torch.device, *, trust_remote_code: bool)
     with quiet():
         model.tie_weights()
         if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(str(folder))
+            with suppress(OSError, TypeError, ValueError):  # as transformers does without one that it cannot read
+                model.generation_config = GenerationConfig.from_pretrained(str(folder))
     return model.eval()
 
 

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, StableLmConfig, StableLmForCausalLM
 from regraft.errors import ModelError
 from regraft.groups.declared import discover
 from regraft.groups.traced import follow_channels, trace
+from regraft.groups.traced.rules import RULES
 from regraft.models.view import ModelView, parameter_count
 from regraft.plans import Member
 
@@ -27,6 +28,12 @@ def members(group):
 
 def fields(m: Member):
     return m.axis, m.side, m.offset, m.size, m.repeats, m.stride
+
+
+def test_a_form_of_an_operator_that_its_rule_does_not_know_is_refused_with_the_node(make_model, monkeypatch):
+    monkeypatch.setitem(RULES, "softmax", lambda state, call: call.args[99])
+    with pytest.raises(ModelError, match=r"node '\w*softmax\w*' .*does not know this form of the operator"):
+        trace(make_model("llama"))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -34,6 +34,21 @@ def budget(groups, ratio, **options):
     return Budget(ratio=ratio, **(given | options))
 
 
+@pytest.mark.parametrize("shape", ["per-layer", "uniform"])
+def test_uniform_takes_heads_in_some_layers_where_channels_are_too_few(shape):
+    """A head in every layer is twice too much and all channels half too little: only layers that differ can meet the target."""
+    groups = groups_of(layers=4, heads=3, ffn=8, head_cost=1000, ffn_cost=10, rest=680)  # 13,000 in all
+    plan = select("uniform", groups, scores_of(groups), budget(groups, 2000 / 13_000, align=1, shape=shape))
+    kept = [len(next((cut.kept for cut in plan.cuts if cut.group == f"layers.{layer}.heads"), range(3))) for layer in range(4)]
+    if shape == "uniform":
+        assert len(set(kept)) == 1
+        return
+    assert sorted(kept) == [2, 2, 3, 3]
+    assert abs(13_000 - 2000 - plan.parameters_after) <= 10 * 4 / 2
+    first = {layer: min(scores_of(groups).values[f"layers.{layer}.heads"]) for layer in range(4)}
+    assert {layer for layer in range(4) if kept[layer] == 2} == set(sorted(first, key=lambda layer: first[layer])[:2])
+
+
 SIZES = {
     "layers": st.integers(1, 8),
     "heads": st.integers(1, 8),

@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from choices import assert_same_choice
 from regraft.cli.app import run
-from regraft.errors import InputError, PlanError
+from regraft.errors import InputError, ModelError, PlanError
 from regraft.importance import CRITERIA
 from regraft.models.load import load
 from regraft.models.weights import stored_tensors
@@ -187,7 +187,10 @@ def test_knapsack_gives_way_and_it_is_said(make_folder, settings):
     ("changes", "words"),
     [
         ({"memory": "100KB"}, r"--memory 100KB is below what one layer needs, \d+(K|M)B: .* use --memory \d+(MB|\.\d+GB) or more"),
-        ({"memory": PLENTY, "select": "knapsack"}, "--select knapsack is measurements of the whole model.*use --select global or uniform"),
+        (
+            {"memory": PLENTY, "select": "knapsack"},
+            "--select knapsack needs measurements of the whole model.*use --select global or uniform",
+        ),
         ({"memory": PLENTY, "budget": "bytes", "select": "auto"}, "--budget bytes needs measurements of the whole model"),
         ({"memory": PLENTY, "rounds": 2}, "--rounds 2 prunes the pruned model again.*use --rounds 1"),
         ({"memory": PLENTY, "targets": ("layers",), "depth": "removal"}, "--depth removal looks at several .* use --depth block_influence"),
@@ -203,6 +206,27 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(make_folder, settings, tmp
     with pytest.raises(InputError, match=words):
         prune(folder, tmp_path / "out", settings(**changes))
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_damage_that_shows_while_it_is_written_leaves_nothing(make_folder, settings, tmp_path):
+    """A row of the embedding that the calibration text does not use is read last."""
+    folder = make_folder("llama", shard_size="1GB")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][96] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ModelError, match=r"model\.embed_tokens\.weight' holds NaN"):
+        prune(folder, tmp_path / "out", settings(memory=PLENTY))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_generation_config_that_cannot_be_read_is_done_without(make_folder, settings, tmp_path):
+    """As transformers does: the model in memory is pruned as well."""
+    folder = make_folder("llama")
+    (folder / "generation_config.json").write_text("{", encoding="utf-8")
+    for memory, name in ((PLENTY, "streamed"), (None, "whole")):
+        prune(folder, tmp_path / name, settings(memory=memory))
+    assert_same_weights(tmp_path / "streamed", tmp_path / "whole")
 
 
 def test_the_command_says_how_much_memory_is_needed_and_takes_that(make_folder, text, tmp_path, capsys):

@@ -9,6 +9,7 @@ are. What is not understood is refused: see :func:`follow_channels` for the reas
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
@@ -53,7 +54,13 @@ def trace(model: nn.Module | PreTrainedConfig) -> Groups:
     return follow_channels(model).groups
 
 
-def follow_channels(model: nn.Module | PreTrainedConfig, *, numbered_heads: bool = False, counted_layer_norms: bool = False) -> Traced:
+def follow_channels(
+    model: nn.Module | PreTrainedConfig,
+    *,
+    numbered_heads: bool = False,
+    counted_layer_norms: bool = False,
+    rescaled_norms: Collection[str] | None = None,
+) -> Traced:
     """Returns the groups of a causal language model, as :func:`trace` does, and why the others are missing.
 
     Args:
@@ -61,6 +68,8 @@ def follow_channels(model: nn.Module | PreTrainedConfig, *, numbered_heads: bool
         numbered_heads: Whether a pruned model can be told which of the first model's heads it has left, so that constants which
             differ from head to head (the slopes of ALiBi) do not stand in the way.
         counted_layer_norms: Whether layer norms can go on counting the channels that were removed from the residual stream.
+        rescaled_norms: Names inside a layer of the RMS norms over several heads, or over feed-forward channels, that are rescaled when
+            some of these go, so that they do not stand in the way; None: all of them.
 
     Raises:
         ModelError: The computation cannot be exported or followed; the message names the node.
@@ -70,7 +79,15 @@ def follow_channels(model: nn.Module | PreTrainedConfig, *, numbered_heads: bool
     graph = export(module, layers)
     state = Follower(RULES, graph.parameters, graph.constants)
     state.walk(graph.module)
-    report = Report(module, layers, graph, state, numbered_heads=numbered_heads, counted_layer_norms=counted_layer_norms)
+    report = Report(
+        module,
+        layers,
+        graph,
+        state,
+        numbered_heads=numbered_heads,
+        counted_layer_norms=counted_layer_norms,
+        rescaled_norms=rescaled_norms,
+    )
     found = report.groups()
     config = getattr(module, "config", None)
     family = str(getattr(config, "model_type", "") or type(module).__name__).removeprefix("regraft_")

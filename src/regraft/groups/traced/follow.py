@@ -190,7 +190,12 @@ class Follower:
         rule = self._rules.get(name) or (self._rules["pointwise"] if _is_pointwise(node.target) else None)
         if rule is None:
             raise self.refuse(node, "regraft does not know what this operator does to channels")
-        memory[node] = result = rule(self, call)
+        try:
+            memory[node] = result = rule(self, call)
+        except ModelError:
+            raise
+        except Exception as error:  # a form of the operator that its rule was not made for
+            raise self.refuse(node, f"regraft does not know this form of the operator ({type(error).__name__})") from error
         if in_place:
             self._write_back(node, result, memory)
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -57,6 +57,7 @@ class Report:
         state: The walk.
         numbered_heads: Whether constants may differ from head to head.
         counted_layer_norms: Whether layer norms may run over the residual width.
+        rescaled_norms: Names inside a layer of the RMS norms that are made up for when they lose some of their channels; None: all.
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class Report:
         *,
         numbered_heads: bool = False,
         counted_layer_norms: bool = False,
+        rescaled_norms: Collection[str] | None = None,
     ) -> None:
+        self._rescaled = rescaled_norms
         self._numbered: tuple[GroupKind, ...] = ("heads", "query_heads") if numbered_heads else ()
         self._counted: tuple[GroupKind, ...] = ("residual",) if counted_layer_norms else ()
         self.layers = layers
@@ -177,7 +180,7 @@ class Report:
         for statistic in self._state.statistics:
             if found.kind in self._counted and self._is_layer_norm(statistic):
                 continue
-            reason = _statistic_reason(statistic, unit_of[component[statistic.rows]], self._norm_weight(statistic), found)
+            reason = _statistic_reason(statistic, unit_of[component[statistic.rows]], self._made_up_for(statistic, found))
             if reason is not None:
                 return reason
         for constant in self._state.constants if found.kind not in self._numbered else ():
@@ -190,8 +193,11 @@ class Report:
         module = self._model.get_submodule(self.layers.representative(statistic.module))
         return statistic.kind == "layer" or type(module).__name__ == COUNTING_NORM
 
-    def _norm_weight(self, statistic: Statistic) -> str:
-        return f"{self.layers.representative(statistic.module)}.weight"
+    def _made_up_for(self, statistic: Statistic, found: _Found) -> bool:
+        """Returns whether a norm can be rescaled so that removing units equals zeroing them: a mean of squares with a weight."""
+        name = self.layers.representative(statistic.module)
+        known = self._rescaled is None or found.kind == "residual" or name.endswith(tuple(f".{norm}" for norm in self._rescaled))
+        return statistic.kind == "rms" and f"{name}.weight" in found.units.parameters and known
 
     def _parameters(self, members: Sequence[Member]) -> int:
         """Returns how many parameters one unit owns."""
@@ -293,14 +299,12 @@ def _renamed(member: Member, parameter: str) -> Member:
     return Member(parameter, member.axis, member.side, member.offset, member.size, member.repeats, member.stride)
 
 
-def _statistic_reason(statistic: Statistic, units: Labels, weight: str, found: _Found) -> str | None:
-    """Returns why a norm over several units stands in the way: only a mean of squares with a weight can be made up for."""
+def _statistic_reason(statistic: Statistic, units: Labels, made_up_for: bool) -> str | None:
+    """Returns why a number computed from several units stands in the way, or None."""
     mine = units >= 0
     low = np.where(mine, units, np.iinfo(np.int64).max).min(axis=1)
     high = np.where(mine, units, -1).max(axis=1)
-    if not (mine.any(axis=1) & (low != high)).any():
-        return None
-    if statistic.kind == "rms" and weight in found.units.parameters:
+    if made_up_for or not (mine.any(axis=1) & (low != high)).any():
         return None
     what = "subtracts the mean of all channels" if statistic.kind == "layer" else "computes one number from all channels"
     return f"'{statistic.module or 'the model'}' (node '{statistic.node}') {what}, so that removing one changes the others"

@@ -164,6 +164,8 @@ def rms_norm(state: Follower, call: Call) -> Any:
 
 def reduction(state: Follower, call: Call) -> Any:
     """A number from each row: of one channel it keeps the channel, of several it is remembered as a statistic."""
+    if isinstance(call.arg(1, "other"), Channels | Matrix | Plain):
+        return pointwise(state, call)  # the larger or smaller of two tensors
     value = call.args[0]
     if not isinstance(value, Channels):
         raise state.refuse(call.node, "it reduces a matrix of weights")

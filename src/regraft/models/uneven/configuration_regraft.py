@@ -100,6 +100,8 @@ class UnevenConfig:
         # in between. The layers are built again, so that one head more does no harm.
         others = {name: getattr(config, name) for name in self.laid_out("width_keys")}
         if self.laid_out("head_size") == "derived":
+            if stream % config.head_dim == 0:  # then what is outside the layers computes with the width that it has
+                setattr(config, key, stream // config.head_dim)
             while getattr(config, key) * config.head_dim in [size for size in others.values() if size != stream]:
                 setattr(config, key, getattr(config, key) + 1)
         narrowed = self._narrowed(config)

@@ -160,7 +160,7 @@ def _set_width(model: nn.Module, config: UnevenConfig) -> None:
     """
     derived = config.laid_out("head_size") == "derived"
     total = getattr(config, "norm_width", None)
-    within = f".{config.laid_out('attention')}."
+    within = tuple(f".{part}." for part in (config.laid_out("attention"), *config.laid_out("mlp")))
     width: int = config.hidden_size  # pyright: ignore[reportAttributeAccessIssue]
     for name, module in list(model.named_modules()):
         last = name.rpartition(".")[2]
@@ -171,10 +171,10 @@ def _set_width(model: nn.Module, config: UnevenConfig) -> None:
         elif derived and isinstance(module, nn.Embedding):
             module.embedding_dim = width
             module.weight = _empty(module.weight, (module.weight.shape[0], width))
-        elif isinstance(module, nn.LayerNorm) and within not in name:
+        elif _is_norm(module) and not any(part in name for part in within):
             if derived:
                 _resize_norm(module, width)
-            if total:
+            if total and isinstance(module, nn.LayerNorm):
                 parent = model.get_submodule(name.rpartition(".")[0])
                 setattr(parent, last, StreamNorm(module, total))
 
@@ -193,12 +193,17 @@ def _resize_matrix(module: nn.Linear | Conv1D, size: int, *, reads: bool) -> Non
         module.bias = _empty(module.bias, (outputs,))
 
 
-def _resize_norm(module: nn.LayerNorm, width: int) -> None:
-    module.normalized_shape = (width,)
-    if module.weight is not None:
-        module.weight = _empty(module.weight, (width,))
-    if module.bias is not None:
-        module.bias = _empty(module.bias, (width,))
+def _is_norm(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return isinstance(module, nn.LayerNorm) or (weight is not None and weight.dim() == 1)
+
+
+def _resize_norm(module: nn.Module, width: int) -> None:
+    if isinstance(module, nn.LayerNorm):
+        module.normalized_shape = (width,)
+    for name, parameter in list(module._parameters.items()):
+        if parameter is not None:
+            setattr(module, name, _empty(parameter, (width,)))
 
 
 def _empty(parameter: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
