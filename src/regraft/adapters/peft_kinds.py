@@ -124,12 +124,14 @@ def adalora_config(request: AdapterRequest, model: PreTrainedModel) -> AdaLoraCo
         raise InputError(f"adapter 'adalora' finds its own ranks, but the plan gives {ranks[0]} to {ranks[-1]}; use --rank")
     if request.steps < 1:
         raise InputError("adapter 'adalora' needs the number of optimizer steps; give --steps")
-    rank, steps = ranks[0], request.steps
+    rank, steps, settled = ranks[0], request.steps, round(options.settle * request.steps)
+    if steps - settled < 2:
+        raise InputError(f"adapter 'adalora' has {steps - settled} of {steps} steps before its ranks settle, too few; give more --steps")
     return AdaLoraConfig(
         init_r=max(rank, round(options.init_factor * rank)),
         target_r=rank,
         tinit=round(options.warm * steps),
-        tfinal=round(options.settle * steps),
+        tfinal=settled,
         deltaT=options.every,
         total_step=steps,
         lora_alpha=cast(int, _whole(next(iter(request.alphas.values())))),

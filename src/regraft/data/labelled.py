@@ -6,8 +6,6 @@ the first line of a table, the keys of an object. All text is UTF-8.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +14,12 @@ from typing import Any, Literal
 
 import torch
 
-from regraft.data.text import read_objects, read_text
+from regraft.data.text import TABLES, read_objects, read_table, read_text
 from regraft.errors import DataError, did_you_mean
 
 LabelTask = Literal["classification", "regression"]
 
-TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".json")
+OBJECTS = (".jsonl", ".json")
 # What benchmarks call their texts and labels; the first that is there counts.
 TEXTS = (
     ("sentence1", "sentence2"),
@@ -108,29 +106,12 @@ def split_labelled(rows: Labelled, share: float, seed: int) -> tuple[Labelled, L
     return rows.at(sorted(order[held:])), rows.at(sorted(order[:held]))
 
 
-def _rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
+def _rows(path: Path) -> Sequence[tuple[str, Mapping[str, Any]]]:
     """Returns every row by column, with the place to name in a message."""
     text = read_text(path, (*TABLES, *OBJECTS))
-    rows = _table(path, text) if path.suffix.lower() in TABLES else _objects(path, text)
+    rows = read_table(path, text) if path.suffix.lower() in TABLES else _objects(path, text)
     if not rows:
         raise DataError(f"'{path}' holds no rows; give a file with at least two")
-    return rows
-
-
-def _table(path: Path, text: str) -> list[tuple[str, Mapping[str, Any]]]:
-    first = text.partition("\n")[0]
-    tabs = path.suffix.lower() == ".tsv" or "\t" in first
-    reader = csv.DictReader(io.StringIO(text), delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
-    names = reader.fieldnames or []
-    rows: list[tuple[str, Mapping[str, Any]]] = []
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                count = sum(value is not None for key, value in row.items() if key is not None) + len(row.get(None) or ())
-                raise DataError(f"'{path}', line {reader.line_num} has {count} columns, the first line {len(names)}; repair that line")
-            rows.append((f"line {reader.line_num}", row))
-    except csv.Error as error:
-        raise DataError(f"'{path}' is no table at line {reader.line_num}: {error}; repair that line") from None
     return rows
 
 

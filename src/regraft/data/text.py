@@ -1,12 +1,15 @@
 """Texts and instruction records: read from a file or built in, checked, and divided into what is used and what is held out.
 
-A file is ``.txt`` (documents separated by ``<|endoftext|>``, otherwise one document), ``.jsonl`` (an object on each line) or
-``.json`` (an array of objects, or one object). An object is ``{"text": …}`` or ``{"instruction": …, "input": …, "output": …}``;
-other keys are allowed and not read. All text is UTF-8.
+A file is ``.txt`` (documents separated by ``<|endoftext|>``, otherwise one document), ``.jsonl`` (an object on each line), ``.json`` (an
+array of objects, or one object), ``.csv`` or ``.tsv`` (an object on each line, its keys on the first). An object is ``{"text": …}``,
+``{"instruction": …, "input": …, "output": …}`` under these or other usual names, or ``{"messages": [...]}`` with one question and its
+answer; other keys are allowed and not read. All text is UTF-8.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +24,14 @@ from regraft.seedling import corpus as seedling_corpus
 Split = Literal["train", "validation", "test"]
 
 SEPARATOR = "<|endoftext|>"
-SUFFIXES = (".txt", ".jsonl", ".json")
+TABLES = (".csv", ".tsv")
+SUFFIXES = (".txt", ".jsonl", ".json", *TABLES)
+# What data sets call the parts of a record; the first that is there counts.
+PARTS = {
+    "instruction": ("instruction", "prompt", "question"),
+    "input": ("input", "context"),
+    "output": ("output", "response", "completion", "answer"),
+}
 BUILT_IN = "seedling's built-in text"
 
 
@@ -73,7 +83,7 @@ def read_corpus(path: Path | str | None, split: Split) -> Corpus:
     """Reads a text or record file, or the built-in text.
 
     Args:
-        path: A ``.txt``, ``.jsonl`` or ``.json`` file; None for the built-in text.
+        path: A ``.txt``, ``.jsonl``, ``.json``, ``.csv`` or ``.tsv`` file; None for the built-in text.
         split: Which split of the built-in text. A file is always read whole.
 
     Returns:
@@ -89,7 +99,8 @@ def read_corpus(path: Path | str | None, split: Split) -> Corpus:
     if path.suffix.lower() == ".txt":
         documents, records = _documents(text), ()
     else:
-        documents, records = _sorted_out(path, read_objects(path, text))
+        table = path.suffix.lower() in TABLES
+        documents, records = _sorted_out(path, iter(read_table(path, text)) if table else read_objects(path, text))
     if not documents and not records:
         raise DataError(f"'{path}' is empty or blank; give a file with at least one document")
     return Corpus(str(path), "all", documents=documents, records=records)
@@ -143,6 +154,30 @@ def read_objects(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         yield f"record {number}", entry
 
 
+def read_table(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the rows of a table by the names on its first line, each with the place to name in a message.
+
+    Fields are divided by tabs where the suffix or the first line says so, else by commas.
+
+    Raises:
+        DataError: A line has more or fewer fields than the first.
+    """
+    first = text.partition("\n")[0]
+    tabs = path.suffix.lower() == ".tsv" or "\t" in first
+    reader = csv.DictReader(io.StringIO(text), delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+    names = reader.fieldnames or []
+    rows: list[tuple[str, dict[str, Any]]] = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                count = sum(value is not None for key, value in row.items() if key is not None) + len(row.get(None) or ())
+                raise DataError(f"'{path}', line {reader.line_num} has {count} columns, the first line {len(names)}; repair that line")
+            rows.append((f"line {reader.line_num}", row))
+    except csv.Error as error:
+        raise DataError(f"'{path}' is no table at line {reader.line_num}: {error}; repair that line") from None
+    return rows
+
+
 def _parsed(path: Path, text: str, first_line: int) -> Any:
     try:
         return json.loads(text)
@@ -178,8 +213,11 @@ def _entry(where: str, value: Any) -> str | Record:
     """Returns one object's text or record."""
     if not isinstance(value, dict):
         raise DataError(f"{where} is a {type(value).__name__}, not an object with 'text' or with instruction, input and output")
-    if "instruction" in value or "output" in value:
-        parts = {key: _string(where, value, key) for key in ("instruction", "input", "output")}
+    if "messages" in value and not {"text", *PARTS["output"]} & value.keys():
+        value = _exchange(where, value["messages"])
+    told = any(name in value for part in ("instruction", "output") for name in PARTS[part])
+    if "instruction" in value or "output" in value or (told and "text" not in value):
+        parts = {part: _string(where, value, part) for part in PARTS}
         if not parts["output"].strip():
             raise DataError(f"{where} has an empty 'output': there is nothing to learn or to measure; remove the record")
         if not parts["instruction"].strip() and not parts["input"].strip():
@@ -191,10 +229,21 @@ def _entry(where: str, value: Any) -> str | Record:
     return _string(where, value, "text")
 
 
-def _string(where: str, value: dict[str, Any], key: str) -> str:
-    """Returns a string field; ``input`` alone may be absent or null."""
-    found = value.get(key, "" if key == "input" else None)
-    if key == "input" and found is None:
+def _exchange(where: str, messages: Any) -> dict[str, Any]:
+    """Returns a question and its answer in the form of chats as an instruction and its output; a system's message comes before."""
+    turns = [turn for turn in messages if isinstance(turn, dict)] if isinstance(messages, list) else []
+    roles = [turn.get("role") for turn in turns]
+    said = [text for turn in turns if isinstance(text := turn.get("content"), str)]
+    if roles not in (["user", "assistant"], ["system", "user", "assistant"]) or not len(said) == len(turns) == len(messages):
+        raise DataError(f"{where} has 'messages' that are not one of a user and one of the assistant, in text; divide longer chats")
+    return {"instruction": "\n\n".join(said[:-1]), "output": said[-1]}
+
+
+def _string(where: str, value: dict[str, Any], part: str) -> str:
+    """Returns a string field by the first of its names; ``input`` alone may be absent or null."""
+    key = next((name for name in PARTS.get(part, ()) if name in value), part)
+    found = value.get(key, "" if part == "input" else None)
+    if part == "input" and found is None:
         found = ""
     if not isinstance(found, str):
         problem = f"has '{key}' of type {type(found).__name__}" if key in value else f"has no '{key}'"

@@ -16,7 +16,7 @@ from regraft.adapters.isolation import derived_seed
 from regraft.data.instructions import IGNORED, encode_records
 from regraft.data.text import Corpus
 from regraft.data.tokens import encode_documents, pack
-from regraft.errors import DataError
+from regraft.errors import DataError, InputError
 from regraft.settings import RecoverSettings
 
 # Rows are made for this many times the wanted ones, so that those that are drawn come from many documents.
@@ -62,7 +62,10 @@ def make_examples(
 
     Raises:
         DataError: Nothing to learn is left.
+        InputError: A row is too short for anything to be predicted.
     """
+    if seq_len < 2:
+        raise InputError(f"--seq-len {seq_len} leaves no token to predict; use at least 2")
     generator = torch.Generator().manual_seed(derived_seed(seed, "draw"))
     order: list[int] = torch.randperm(len(corpus), generator=generator).tolist()
     if corpus.records:

@@ -61,6 +61,33 @@ def test_records_may_leave_out_the_input_and_carry_other_keys(tmp_path: Path) ->
     assert len(corpus) == 3
 
 
+SUMS = (Record("Add.", "1 and 2", "3"), Record("Say hello.", "", "Hello."))
+SAID = [{"role": "user", "content": "Add."}, {"role": "assistant", "content": "3"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.csv", 'instruction,input,output\nAdd.,1 and 2,3\n"Say hello.",,Hello.\n', SUMS),
+        ("a.tsv", "prompt\tcontext\tcompletion\nAdd.\t1 and 2\t3\nSay hello.\t\tHello.\n", SUMS),
+        (
+            "a.jsonl",
+            '{"instruction": "Add.", "context": "1 and 2", "response": "3"}\n{"question": "Say hello.", "answer": "Hello.", "id": 1}',
+            SUMS,
+        ),
+        ("a.json", json.dumps([{"prompt": "elsewhere", "messages": SAID}]), (Record("Add.", "", "3"),)),
+        ("a.json", json.dumps([{"messages": [{"role": "system", "content": "Be brief."}, *SAID]}]), (Record("Be brief.\n\nAdd.", "", "3"),)),
+    ],
+)
+def test_records_are_read_under_the_names_that_data_sets_give_them(tmp_path: Path, name: str, text: str, expected: tuple[Record, ...]) -> None:
+    assert read_corpus(write(tmp_path / name, text), "train").records == expected
+
+
+def test_a_table_of_texts_is_read_and_a_text_goes_before_other_names(tmp_path: Path) -> None:
+    assert read_corpus(write(tmp_path / "a.csv", 'id,text\n1,"one, and\nmore"\n2,\n3,two\n'), "train").documents == ("one, and\nmore", "two")
+    assert read_corpus(records(tmp_path / "a.json", [{"text": "whole", "question": "part"}]), "train").documents == ("whole",)
+
+
 def test_the_built_in_splits_do_not_meet() -> None:
     held = {split: read_corpus(None, split) for split in ("validation", "test")}
     assert held["test"].name == BUILT_IN
@@ -78,7 +105,14 @@ def test_the_built_in_splits_do_not_meet() -> None:
         ("a.txt", b"abc\0def", "NUL byte at offset 3"),
         ("a.txt", b"caf\xe9 au lait", "not UTF-8.*byte 3"),
         ("a.txt", "utf sixteen".encode("utf-16"), "binary"),
-        ("a.csv", b"a,b", "suffix '.csv'; known: .txt, .jsonl, .json"),
+        ("a.xml", b"a,b", "suffix '.xml'; known: .txt, .jsonl, .json, .csv, .tsv"),
+        ("a.csv", b"text\n", "empty"),
+        ("a.csv", b"words\nabc\n", "line 2 has neither 'text' nor instruction, input and output; its keys: 'words'"),
+        ("a.csv", b"instruction,output\nabc\n", "line 2 has 1 columns, the first line 2"),
+        ("a.jsonl", b'{"prompt": "a", "answer": 3}', "line 1 has 'answer' of type int"),
+        ("a.jsonl", b'{"messages": []}', "line 1 has 'messages' that are not one of a user and one of the assistant"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}', "not one of a user and one of the assistant"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ["b"]}]}', "divide longer chats"),
         ("noext", b"a", "no suffix"),
         ("a.json", b"[]", "empty"),
         ("a.jsonl", b"\n\n", "empty"),

@@ -18,6 +18,7 @@ from folders import tiny_tokenizer
 from regraft.adapters import Evidence
 from regraft.adapters.peft_backed import layers_of
 from regraft.cli.app import run
+from regraft.errors import InputError
 from regraft.plans import RankPlan
 from regraft.settings import RecoverSettings
 from regraft.surgery.adapters import inject, save_adapter
@@ -152,6 +153,17 @@ def test_a_module_that_adalora_leaves_no_rank_is_saved_loaded_and_exported_in_si
     assert run(["export", str(tmp_path / "adapter"), "--output", str(tmp_path / "lora")]) == 0
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "lora"))
     assert float((logits(stock) - adapted).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_adalora_wants_steps_to_see_before_it_prunes(base, steps: int) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base("llama"))
+    settings = RecoverSettings.model_validate({"adapter": "adalora", "rank": 2, "steps": steps})
+    if steps == 3:
+        assert inject(model, settings, None, 0).trainable_parameters > 0
+        return
+    with pytest.raises(InputError, match=f"1 of {steps} steps before its ranks settle, too few; give more --steps"):
+        inject(model, settings, None, 0)
 
 
 def refused(capsys, arguments: list[str]) -> str:

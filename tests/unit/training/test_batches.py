@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from regraft.data.text import Corpus
-from regraft.errors import DataError
+from regraft.errors import DataError, InputError
 from regraft.settings import RecoverSettings
 from regraft.training.batches import Example, Ordered, collate, digest, make_examples, shuffled, spread
 
@@ -36,6 +36,8 @@ def test_a_short_text_is_one_short_row(tokenizer: PreTrainedTokenizerFast) -> No
     assert len(row.input_ids) == 6
     with pytest.raises(DataError, match="'t' holds 1 tokens"):
         make_examples(Corpus("t", "train", ("a",)), tokenizer, 64, wanted=4, seed=0)
+    with pytest.raises(InputError, match="--seq-len 1 leaves no token to predict; use at least 2"):
+        make_examples(Corpus("t", "train", ("abc",)), tokenizer, 1, wanted=4, seed=0)
 
 
 def test_a_long_text_is_drawn_from_not_read_whole(tokenizer: PreTrainedTokenizerFast) -> None:
