@@ -76,15 +76,16 @@ SAID = [{"role": "user", "content": "Add."}, {"role": "assistant", "content": "3
             SUMS,
         ),
         ("a.json", json.dumps([{"prompt": "elsewhere", "messages": SAID}]), (Record("Add.", "", "3"),)),
-        ("a.json", json.dumps([{"messages": [{"role": "system", "content": "Be brief."}, *SAID]}]), (Record("Be brief.\n\nAdd.", "", "3"),)),
+        ("a.json", json.dumps([{"messages": [{"role": "system", "content": "Be kind."}, *SAID]}]), (Record("Be kind.\n\nAdd.", "", "3"),)),
     ],
 )
-def test_records_are_read_under_the_names_that_data_sets_give_them(tmp_path: Path, name: str, text: str, expected: tuple[Record, ...]) -> None:
+def test_records_are_read_under_their_usual_names(tmp_path: Path, name: str, text: str, expected: tuple[Record, ...]) -> None:
     assert read_corpus(write(tmp_path / name, text), "train").records == expected
 
 
 def test_a_table_of_texts_is_read_and_a_text_goes_before_other_names(tmp_path: Path) -> None:
-    assert read_corpus(write(tmp_path / "a.csv", 'id,text\n1,"one, and\nmore"\n2,\n3,two\n'), "train").documents == ("one, and\nmore", "two")
+    table = write(tmp_path / "a.csv", 'id,text\n1,"one, and\nmore"\n2,\n3,two\n')
+    assert read_corpus(table, "train").documents == ("one, and\nmore", "two")
     assert read_corpus(records(tmp_path / "a.json", [{"text": "whole", "question": "part"}]), "train").documents == ("whole",)
 
 
