@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from regraft.errors import InputError
 from regraft.models.layerwise import Walk, WholeWalk
 from regraft.models.precision import float32_on_cpu
 from regraft.models.trainable import only_these_train
@@ -87,13 +88,27 @@ class WholeModel(Passes):
         yield Gradients(groups.groups, first, second)
 
 
+def refuse_single_tokens(windows_NT: Tensor) -> None:
+    """Refuses windows without a loss.
+
+    Raises:
+        InputError: They are of one token.
+    """
+    if windows_NT.shape[1] < 2:
+        raise InputError("windows of 1 token leave nothing to predict; use a --seq-len of at least 2")
+
+
 def mean_gradients(
     model: PreTrainedModel, parameters: Mapping[str, Tensor], windows: Tensor, *, squares: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Returns the mean gradient of the language-modelling loss and, if asked, its mean square over windows, in float32.
 
     On a CPU it is computed in float32 as well, whatever the weights are stored in.
+
+    Raises:
+        InputError: Windows of one token.
     """
+    refuse_single_tokens(windows)
     first = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     second = {name: torch.zeros_like(value) for name, value in first.items()} if squares else {}
     device = next(iter(parameters.values())).device

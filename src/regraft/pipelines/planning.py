@@ -279,9 +279,10 @@ class Planning:
 
     def _scores(self, view: ModelView, groups: Groups, passes: Passes | None) -> Scores:
         """Scores units by the criterion, and what goes whole by that for depth."""
-        names = {self.settings.criterion: [group for group in groups.groups if group.kind not in WHOLE]}
-        names[self.way.depth] = [group for group in groups.groups if group.kind in WHOLE]
-        parts = [self._scores_by(name, view, replace(groups, groups=tuple(wanted)), passes) for name, wanted in names.items() if wanted]
+        units = tuple(group for group in groups.groups if group.kind not in WHOLE)
+        whole = tuple(group for group in groups.groups if group.kind in WHOLE)
+        wanted = [(name, here) for name, here in ((self.settings.criterion, units), (self.way.depth, whole)) if here]
+        parts = [self._scores_by(name, view, replace(groups, groups=here), passes) for name, here in wanted]
         values = {name: value for part in parts for name, value in part.values.items()}
         return Scores(groups.fingerprint, " + ".join(part.criterion for part in parts), values)
 

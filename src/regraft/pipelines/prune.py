@@ -36,7 +36,7 @@ from regraft.pipelines.streamed import Request, prune_streamed
 from regraft.plans import Groups, Provenance, PrunePlan, to_dict
 from regraft.settings import LoadSettings, PruneSettings
 from regraft.surgery.carry_out import carry_out
-from regraft.surgery.cut import check_plan, cut, layers_after
+from regraft.surgery.cut import check_counts, check_plan, cut, layers_after
 from regraft.surgery.divergence import lessen_divergence
 
 __all__ = [
@@ -160,6 +160,7 @@ def _carry_out(request: Request, *, dry_run: bool) -> PruneResult:
     groups = found.groups
     plan = request.plan or plan_pruning(loaded, groups, settings, request.seed, say)
     check_plan(groups, plan)
+    check_counts(groups, plan)
     notes = (*request.way.notes, *left_out(settings, found)) if request.plan is None else ()
     if dry_run:
         return PruneResult(plan, None, loaded, groups, notes)

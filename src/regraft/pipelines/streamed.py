@@ -26,7 +26,7 @@ from regraft.streaming.passes import StreamedPasses, StreamedWalk
 from regraft.streaming.skeleton import Skeleton, open_skeleton, refuse_beyond_layers
 from regraft.surgery.carry_out import apart
 from regraft.surgery.compensate import refitted
-from regraft.surgery.cut import check_plan
+from regraft.surgery.cut import check_counts, check_plan
 
 HIDDEN = "hidden.bin"
 
@@ -90,6 +90,7 @@ def prune_streamed(request: Request) -> Streamed:
     refuse_beyond_layers(skeleton.view.family, groups)
     if request.plan is not None:
         check_plan(groups, request.plan)
+        check_counts(groups, request.plan)
     else:
         check_possible(groups, budget_of(groups, request.settings))
     wanted = request.way.needs_text if request.plan is None else request.way.reconstruct is not None

@@ -101,12 +101,11 @@ def select(name: str, groups: Groups, scores: Scores, budget: Budget, *, auto_al
         aligned = replace(budget, align=align)
         try:
             check_possible(groups, aligned)
-            kept = selector.choose(groups, scores, aligned)
-        except InputError as error:
+            plans.append(_plan(name, groups, scores, aligned, selector.choose(groups, scores, aligned)))
+        except InputError as error:  # with a narrower alignment it may be possible
             refused = error
             continue
-        plans.append(_plan(name, groups, scores, aligned, kept))
-        counted = budget.curves is None or budget.curves.unit == "parameters"
+        counted = budget.curves is None or budget.curves.unit != "milliseconds"
         if not counted or abs(plans[-1].achieved - budget.ratio) <= _CLOSE_ENOUGH:
             return plans[-1]
     if not plans:
@@ -127,8 +126,8 @@ def check_possible(groups: Groups, budget: Budget) -> None:
     ledger = Ledger(groups, [group.name for group in prunable])
     most = groups.parameters - ledger.left(budget.floors(groups))
     wanted = budget.ratio * groups.parameters
-    in_parameters = budget.curves is None or budget.curves.unit == "parameters"
-    if in_parameters and wanted > most:
+    counted = budget.curves is None or budget.curves.unit != "milliseconds"
+    if counted and wanted > most:
         raise InputError(
             f"ratio {budget.ratio:g} would leave a layer empty: at most {most / groups.parameters:.3f} of the "
             f"{groups.parameters:,} parameters can go (one unit of {budget.align} stays in every layer); "

@@ -1,9 +1,10 @@
 """Widths by measured damage: the exact minimum of the summed damage under one budget, by dynamic programming.
 
 Every group comes with a curve of damage against size (:class:`regraft.plans.Curve`), measured with this group alone cut. Between
-measured sizes the curve is interpolated linearly, and made to rise as units go. The sum over groups is minimised over all choices
-of aligned sizes whose cost meets the budget: a multiple-choice knapsack, solved exactly on a grid of costs. The additive model is
-the one approximation; it is why the curves are of the divergence to the dense model, which adds up better than losses do.
+measured sizes the curve is interpolated linearly, below the smallest it goes on as it ended, and it is made to rise as units go. The sum
+over groups is minimised over all choices of aligned sizes whose cost meets the budget: a multiple-choice knapsack, solved exactly on a
+grid of costs. The additive model is the one approximation; it is why the curves are of the divergence to the dense model, which adds up
+better than losses do.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from regraft.groups.ledger import overlap
 from regraft.plans import WHOLE, Curve, Curves, Group, Groups, Scores
 from regraft.selection.budget import SELECTORS, Budget, Kept, Selector
 from regraft.selection.dynamic import Table, solve
-from regraft.selection.nested import nested
+from regraft.selection.nested import at_sizes, nested
 from regraft.selection.same import same_everywhere
 from regraft.selection.uniform import alike
 
@@ -74,9 +75,8 @@ def _options(group: Group, curve: Curve, budget: Budget) -> _Options:
     """Returns the aligned sizes of a group, ascending, the whole group last."""
     step, floor = budget.step(group), budget.floor(group)
     kept = sorted({*range(floor, group.units, step), group.units})
-    damage = np.interp(kept, curve.kept, np.maximum.accumulate(np.asarray(curve.damage_nats)[::-1])[::-1])
-    removed = curve.cost[-1] - np.interp(kept, curve.kept, curve.cost)
-    return _Options(group, tuple(kept), tuple(removed.tolist()), tuple(damage.tolist()))
+    damage, cost = at_sizes(curve, kept)
+    return _Options(group, tuple(kept), tuple((curve.cost[-1] - cost).tolist()), tuple(damage.tolist()))
 
 
 def _solve(options: Sequence[_Options], target: float) -> dict[str, int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
+from numpy.typing import NDArray
 
 from regraft.errors import InputError
 from regraft.groups.ledger import Ledger
@@ -142,5 +143,19 @@ def widths_of(stream: Group, budget: Budget, *, alone: bool) -> list[int]:
 
 def damage_at(curve: Curve, kept: int) -> float:
     """Returns the damage at a size: between measured sizes by a line, and never less for fewer units."""
-    rising = np.maximum.accumulate(np.asarray(curve.damage_nats)[::-1])[::-1]
-    return float(np.interp(kept, curve.kept, rising))
+    return float(at_sizes(curve, [kept])[0][0])
+
+
+def at_sizes(curve: Curve, kept: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns damage and cost at each of some sizes: between measured ones by a line, below the smallest along the line that ends there.
+
+    Damage never falls where units go.
+    """
+    sizes, cost = np.asarray(curve.kept, dtype=np.float64), np.asarray(curve.cost, dtype=np.float64)
+    damage = np.maximum.accumulate(np.asarray(curve.damage_nats, dtype=np.float64)[::-1])[::-1]
+    if len(sizes) > 1 and sizes[0] > 0:
+        share = sizes[0] / (sizes[1] - sizes[0])
+        damage = np.insert(damage, 0, damage[0] + share * (damage[0] - damage[1]))
+        cost = np.insert(cost, 0, max(0.0, cost[0] - share * (cost[1] - cost[0])))
+        sizes = np.insert(sizes, 0, 0.0)
+    return np.interp(kept, sizes, damage), np.interp(kept, sizes, cost)

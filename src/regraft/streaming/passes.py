@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from regraft.errors import InputError
-from regraft.importance.passes import Gradients, Passes
+from regraft.importance.passes import Gradients, Passes, refuse_single_tokens
 from regraft.models.layerwise import Layerwise, Walk, emptied
 from regraft.models.view import ModelView
 from regraft.plans import Group, Groups
@@ -87,8 +86,7 @@ class StreamedPasses(Passes):
             InputError: The windows are of one token, so that there is nothing to predict.
         """
         assert self._windows is not None
-        if self._windows.shape[1] < 2:
-            raise InputError("windows of 1 token leave nothing to predict; use a --seq-len of at least 2")
+        refuse_single_tokens(self._windows)
         layers = groups.layers
         with self._hidden() as hidden:
             walk = StreamedWalk(self._skeleton, self._windows, lambda: hidden, self._say, keep=True)

@@ -74,6 +74,20 @@ def check_plan(groups: Groups, plan: PrunePlan) -> None:
         raise PlanError(f"the plan removes all {groups.layers} layers; keep one at least")
 
 
+def check_counts(groups: Groups, plan: PrunePlan) -> None:
+    """Refuses a plan whose numbers of parameters are not those of its cuts.
+
+    Raises:
+        PlanError: With what they are.
+    """
+    left = parameters_after(groups.shapes, groups, plan.cuts)
+    if (plan.parameters_before, plan.parameters_after) != (groups.parameters, left):
+        raise PlanError(
+            f"the plan says {plan.parameters_before:,} parameters before and {plan.parameters_after:,} after, its cuts take this model "
+            f"from {groups.parameters:,} to {left:,}; plan this model again"
+        )
+
+
 def cut_state(state: Mapping[str, Tensor], groups: Groups, cuts: tuple[Cut, ...]) -> dict[str, Tensor]:
     """Returns a state dict in which the removed units are gone; tensors that are not cut are shared.
 

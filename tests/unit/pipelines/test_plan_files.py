@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,15 @@ def test_a_plan_without_settings_takes_those_that_are_given(folder, tmp_path):
     prune(folder, tmp_path / "direct", settings(folder), seed=0)
     replay(folder, bare, tmp_path / "replayed", settings(folder))
     assert weights(tmp_path / "replayed") == weights(tmp_path / "direct")
+
+
+@pytest.mark.parametrize("memory", [None, "2GB"])
+@pytest.mark.parametrize("changes", [{"parameters_after": 5}, {"parameters_before": 0}, {"cuts": ()}])
+def test_a_plan_whose_numbers_are_not_those_of_its_cuts_is_refused(folder, tmp_path, changes, memory):
+    plan = prune(folder, None, settings(folder, criterion="l2"), dry_run=True).plan
+    with pytest.raises(PlanError, match=r"the plan says .* parameters before and .* after, its cuts take this model from [\d,]+ to [\d,]+"):
+        replay(folder, replace(plan, **changes), tmp_path / "out", PruneSettings(memory=memory))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_plan_for_another_model_is_refused(folder, tmp_path):

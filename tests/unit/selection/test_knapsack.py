@@ -71,6 +71,18 @@ def test_a_budget_of_milliseconds_is_met_in_milliseconds():
     assert kept[1] == 4
 
 
+def test_sizes_below_the_smallest_that_was_measured_count_as_what_they_are():
+    """Damage and cost go on along the line: fewer units are neither free nor harmless."""
+    groups, _ = problem([[0.0] * 4] * 2, units=16)
+    measured = {group.name: Curve((4, 8, 16), (1.0, 0.4, 0.0), (40.0, 80.0, 160.0)) for group in groups.groups}
+    measured["layers.1.ffn"] = Curve((4, 8, 16), (1.2, 0.4, 0.0), (40.0, 80.0, 160.0))
+    curves = Curves("f", "parameters", 40, measured)
+    gone = 26
+    kept = solve(groups, curves, gone * UNIT / groups.parameters)
+    assert sum(16 - size for size in kept) == gone
+    assert kept == [1, 5], "the line of the first layer is less steep"
+
+
 def test_curves_are_asked_for():
     groups, curves = problem([[1.0, 0.5, 0.2, 0.0]])
     budget = Budget(0.2, "per-layer", (0,), ("ffn",), 1)

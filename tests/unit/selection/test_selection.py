@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -47,6 +48,17 @@ def test_uniform_takes_heads_in_some_layers_where_channels_are_too_few(shape):
     assert abs(13_000 - 2000 - plan.parameters_after) <= 10 * 4 / 2
     first = {layer: min(scores_of(groups).values[f"layers.{layer}.heads"]) for layer in range(4)}
     assert {layer for layer in range(4) if kept[layer] == 2} == set(sorted(first, key=lambda layer: first[layer])[:2])
+
+
+@pytest.mark.parametrize("selector", ["uniform", "global"])
+def test_a_ratio_below_one_wide_step_takes_a_narrower_one(selector):
+    groups = groups_of(layers=2, heads=4, ffn=64, head_cost=900, ffn_cost=30, rest=2000)
+    wanted = budget(groups, 0.01, align=1)
+    plan = select(selector, groups, scores_of(groups), wanted, auto_align=True)
+    assert plan.align < 16
+    assert abs(plan.achieved - 0.01) <= 30 * plan.align / groups.parameters
+    with pytest.raises(InputError, match="ratio 1e-05 removes less than one unit"):
+        select(selector, groups, scores_of(groups), replace(wanted, ratio=1e-5), auto_align=True)
 
 
 SIZES = {
