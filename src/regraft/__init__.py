@@ -2,7 +2,7 @@
 
 >>> import regraft
 >>> print(*sorted(regraft.__all__))
-CompressedMatrixCompletion allocate_ranks complete_ratings evaluate export inspect load prune recover run save
+CompressedMatrixCompletion allocate_ranks complete_ratings evaluate evaluate_labels export inspect load prune recover run save
 
 ``import regraft`` is light: it makes the Auto classes of transformers know our unevenly pruned models as soon as they are used, and
 the functions below import what they need when they are first asked for.
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from regraft.pipelines.allocate import allocate_ranks as allocate_ranks
     from regraft.pipelines.complete import complete_ratings as complete_ratings
     from regraft.pipelines.evaluate import evaluate_model as evaluate
+    from regraft.pipelines.evaluate_labels import evaluate_labels as evaluate_labels
     from regraft.pipelines.export import export_adapter as export
     from regraft.pipelines.inspect import inspect_model as inspect
     from regraft.pipelines.prune import prune as prune
@@ -33,6 +34,7 @@ __all__ = [
     "allocate_ranks",
     "complete_ratings",
     "evaluate",
+    "evaluate_labels",
     "export",
     "inspect",
     "load",
@@ -47,6 +49,7 @@ _PUBLIC = {
     "allocate_ranks": ("regraft.pipelines.allocate", "allocate_ranks"),
     "complete_ratings": ("regraft.pipelines.complete", "complete_ratings"),
     "evaluate": ("regraft.pipelines.evaluate", "evaluate_model"),
+    "evaluate_labels": ("regraft.pipelines.evaluate_labels", "evaluate_labels"),
     "export": ("regraft.pipelines.export", "export_adapter"),
     "inspect": ("regraft.pipelines.inspect", "inspect_model"),
     "load": ("regraft.models.load", "load"),

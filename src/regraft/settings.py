@@ -279,6 +279,17 @@ class EvaluateSettings(Settings):
     speed: bool = Field(default=False, description="also measure prefill, decode and peak memory")
 
 
+class LabelSettings(Settings):
+    """What a model for labels is measured on."""
+
+    data: Path | None = Field(default=None, description="of a model for classes or numbers: rows with labels (csv, tsv, json, jsonl)")
+    text_columns: tuple[str, ...] = Field(
+        default=(), description="of data with labels: one column or two; default: usual names, such as sentence1,sentence2"
+    )
+    label_column: str | None = Field(default=None, description="of data with labels; default: label or score")
+    seq_len: Positive | None = Field(default=None, description="longest row in tokens; default: 256 or the model's limit")
+
+
 class SampleSettings(Settings):
     """A sample of text from each model, greedy."""
 

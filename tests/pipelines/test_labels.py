@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -164,6 +165,57 @@ def test_accumulated_rows_weigh_alike(tmp_path: Path, capsys: Any) -> None:
     recover(capsys, base, rows, tmp_path / "parts", "--batch", "4", "--accumulate", "2", *steps)
     whole, parts = (outputs(AutoModelForSequenceClassification.from_pretrained(tmp_path / name), base) for name in ("whole", "parts"))
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+@pytest.mark.parametrize("adapter", ["lora", "deep_lora"])
+def test_what_is_saved_is_measured_on_other_rows(tmp_path: Path, capsys: Any, task: str, adapter: str) -> None:
+    """In every form that it is saved in, and as numbers that scikit-learn and SciPy give for the model's own outputs."""
+    base, rows = encoder(tmp_path / "base"), data(tmp_path / "rows.jsonl", task)
+    recover(capsys, base, rows, tmp_path / "adapter", "--task", task, "--adapter", adapter, "--no-merge", "--steps", "6", "--lr", "0.01")
+    for form in ("merged", "peft-lora"):
+        assert run(["export", str(tmp_path / "adapter"), "--to", form, "--output", str(tmp_path / form)]) == 0
+    found = []
+    for form in ("adapter", "merged", "peft-lora"):
+        file = tmp_path / f"{form}.json"
+        assert run(["evaluate", str(tmp_path / form), "--data", str(rows), "--json", str(file)]) == 0, capsys.readouterr().err
+        found.append(json.loads(file.read_text()))
+    read = [json.loads(line) for line in rows.read_text().splitlines()]
+    tokens = AutoTokenizer.from_pretrained(base)([r["sentence1"] for r in read], [r["sentence2"] for r in read], return_tensors="pt")
+    with torch.no_grad():
+        logits = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()(**tokens).logits.double()
+    if task == "classification":
+        chosen, right = [("few", "many")[index] for index in logits.argmax(-1).tolist()], [r["label"] for r in read]
+        expected = {"accuracy": accuracy_score(right, chosen), "macro_f1": f1_score(right, chosen, average="macro")}
+    else:
+        values, right = logits.squeeze(-1).numpy(), [r["score"] for r in read]
+        expected = {"pearson": pearsonr(values, right).statistic, "rmse": float(((values - right) ** 2).mean() ** 0.5)}
+    for figures in found:
+        assert (figures["task"], figures["rows"]) == (task, 120)
+        for name, value in expected.items():
+            assert figures[name] == pytest.approx(value, abs=1e-4)
+
+
+def test_measuring_what_does_not_fit_is_one_line(tmp_path: Path, capsys: Any) -> None:
+    base, rows = encoder(tmp_path / "base"), data(tmp_path / "rows.jsonl", "classification")
+    recover(capsys, base, rows, tmp_path / "model", "--task", "classification", "--steps", "2")
+    numbered, strange = tmp_path / "numbered.csv", tmp_path / "strange.csv"
+    numbered.write_text("sentence1,sentence2,label\nxo,a,0\nxx,b,1\n", encoding="utf-8")
+    strange.write_text("sentence1,sentence2,label\nxo,a,few\nxx,b,lots\n", encoding="utf-8")
+    assert run(["evaluate", str(tmp_path / "model"), "--data", str(numbered)]) == 0
+    language = encoder(tmp_path / "language", "llama")
+    for arguments, said in (
+        ([str(tmp_path / "model"), "--data", str(strange)], "line 3: 'lots' is none of the model's classes: 'few', 'many'"),
+        ([str(tmp_path / "model")], "is for labels, not for language; measure it on rows with labels: --data FILE.csv"),
+        ([str(base), "--data", str(rows)], "has no head for labels; train one with: regraft recover"),
+        ([str(language), "--data", str(rows)], "has no head for labels"),
+        ([str(tmp_path / "model"), "--data", str(rows), "--text", "t.txt"], "give one of the two"),
+    ):
+        capsys.readouterr()
+        assert run(["evaluate", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert said in error, error
+        assert len(error.strip().splitlines()) == 1
 
 
 def test_the_loss_is_that_of_transformers(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -16,11 +16,12 @@ from rich.table import Table
 
 from regraft.atomic import write_text
 from regraft.cli.options import ModelArgument, SeedOption, with_settings
-from regraft.errors import OutputError
+from regraft.errors import InputError, OutputError
 from regraft.evaluation.harness import flat
 from regraft.pipelines.evaluate import evaluate_model
+from regraft.pipelines.evaluate_labels import LabelReport, evaluate_labels
 from regraft.plans import Measurement
-from regraft.settings import EvaluateSettings, LoadSettings
+from regraft.settings import EvaluateSettings, LabelSettings, LoadSettings
 
 STDOUT = Path("-")
 
@@ -29,22 +30,30 @@ STDOUT = Path("-")
 def evaluate(
     model: ModelArgument,
     evaluate: EvaluateSettings,
+    labels: LabelSettings,
     load: LoadSettings,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="write the figures here as flat JSON; - for the screen")
     ] = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Measure a model: loss, perplexity, bits per byte, size and, if asked, speed."""
+    """Measure a model: loss, perplexity, bits per byte, size and, if asked, speed; of one for labels, accuracy or correlation."""
+    if labels.data is not None and evaluate.text is not None:
+        raise InputError(f"--data {labels.data} is for models for labels, --text {evaluate.text} for language; give one of the two")
     if json_file is not None and json_file != STDOUT:
         check_writable(json_file)
     with progress_bar() as progress:
-        measurement = evaluate_model(model, evaluate, load=load, seed=seed, progress=progress)
-    text = json.dumps(flat(measurement), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        if labels.data is not None:
+            report = evaluate_labels(model, labels, load=load, progress=progress)
+            figures, lines = report.flat(), label_rows(report)
+        else:
+            measurement = evaluate_model(model, evaluate, load=load, seed=seed, progress=progress)
+            figures, lines = flat(measurement), rows(measurement)
+    text = json.dumps(figures, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     if json_file == STDOUT:
         print(text, end="")
         return
-    show_measurement(Console(), measurement)
+    show_figures(Console(), model, lines)
     if json_file is not None:
         write_text(json_file, text)
         Console().print(f"written to {json_file}", soft_wrap=True, markup=False, highlight=False)
@@ -55,7 +64,7 @@ def progress_bar() -> Iterator[Callable[[int, int], None]]:
     """Shows how far the pass over the text is, on the standard error and only where that is a terminal; gone afterwards."""
     console = Console(stderr=True)
     with rich.progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("tokens", total=None)
+        task = bar.add_task("measuring", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
@@ -72,14 +81,24 @@ def check_writable(path: Path) -> None:
         raise OutputError(f"cannot write '{path}': '{parent}' is not a folder that can be written; choose another file")
 
 
-def show_measurement(console: Console, measurement: Measurement) -> None:
-    """Prints a measurement with everything that is needed to repeat it."""
-    table = Table(title=measurement.label, show_header=False)
+def show_figures(console: Console, label: str, lines: Iterable[tuple[str, str]]) -> None:
+    """Prints figures with everything that is needed to repeat them."""
+    table = Table(title=label, show_header=False)
     table.add_column("what")
     table.add_column("value", justify="right", overflow="fold")
-    for what, value in rows(measurement):
+    for what, value in lines:
         table.add_row(what, value)
     console.print(table)
+
+
+def label_rows(report: LabelReport) -> list[tuple[str, str]]:
+    """Returns what a model for labels reaches as pairs of words and formatted figures."""
+    return [
+        *((name.replace("_", " "), f"{value:.4f}") for name, value in report.figures.items()),
+        ("data", f"{report.data} ({report.rows:,} rows of up to {report.window_tokens} tokens)"),
+        ("task", f"{report.task} ({', '.join(report.classes)})" if report.classes else report.task),
+        ("parameters", f"{report.parameters:,}"),
+    ]
 
 
 def rows(measurement: Measurement) -> list[tuple[str, str]]:

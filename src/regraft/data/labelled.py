@@ -61,7 +61,13 @@ class Labelled:
         return replace(self, texts=tuple(self.texts[i] for i in indices), labels=tuple(self.labels[i] for i in indices))
 
 
-def read_labelled(path: Path | str, task: LabelTask, text_columns: Sequence[str] = (), label_column: str | None = None) -> Labelled:
+def read_labelled(
+    path: Path | str,
+    task: LabelTask,
+    text_columns: Sequence[str] = (),
+    label_column: str | None = None,
+    classes: Sequence[str] = (),
+) -> Labelled:
     """Reads a file of labelled texts.
 
     Args:
@@ -69,9 +75,10 @@ def read_labelled(path: Path | str, task: LabelTask, text_columns: Sequence[str]
         task: What the labels are.
         text_columns: One name or two; empty: those that benchmarks use.
         label_column: Its name; None: ``label`` or ``score``.
+        classes: What a model tells apart already; empty: what there is in the file.
 
     Raises:
-        DataError: The file is missing or malformed, a column or a label is, or there is a single class.
+        DataError: The file is missing or malformed, a column or a label is, there is a single class, or one that the model does not know.
     """
     path = Path(path)
     rows = _rows(path)
@@ -83,6 +90,8 @@ def read_labelled(path: Path | str, task: LabelTask, text_columns: Sequence[str]
     if task == "regression":
         return Labelled(str(path), texts, tuple(_number(path, place, label, value) for place, value in raw), ())
     named = [_class(path, place, label, value) for place, value in raw]
+    if classes:
+        return Labelled(str(path), texts, _among(path, [place for place, _ in raw], named, classes), tuple(classes))
     classes = sorted(set(named), key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
     if len(classes) < 2:
         raise DataError(f"'{path}' has the one class '{classes[0]}' in '{label}'; classification takes at least two")
@@ -90,6 +99,17 @@ def read_labelled(path: Path | str, task: LabelTask, text_columns: Sequence[str]
         raise DataError(f"'{path}' has {len(classes)} classes in {len(named)} rows of '{label}'; for numbers use --task regression")
     number = {name: float(index) for index, name in enumerate(classes)}
     return Labelled(str(path), texts, tuple(number[name] for name in named), tuple(classes))
+
+
+def _among(path: Path, places: Sequence[str], named: Sequence[str], classes: Sequence[str]) -> tuple[float, ...]:
+    """Returns the numbers of classes that a model knows: by their names, or where none of these is there, by their numbers."""
+    known = {name: float(index) for index, name in enumerate(classes)}
+    if not known.keys() & set(named):
+        known = {str(index): float(index) for index in range(len(classes))}
+    for place, name in zip(places, named, strict=True):
+        if name not in known:
+            raise DataError(f"'{path}', {place}: {name[:40]!r} is none of the model's classes: {_listed(list(classes))}; mend the label")
+    return tuple(known[name] for name in named)
 
 
 def split_labelled(rows: Labelled, share: float, seed: int) -> tuple[Labelled, Labelled]:

@@ -36,6 +36,7 @@ HEADS = ("classifier", "pre_classifier", "score")
 BETWEEN = ("pooler", "head")
 """What some of them call the layers that come before those: most checkpoints of a masked language model have none of BERT's pooler."""
 
+_KIND = "ForSequenceClassification"
 _NEW = "new_parameters"  # of a model: names of what its checkpoint did not have
 
 
@@ -71,16 +72,49 @@ def load_classifier(source: str | Path, classes: Sequence[str], settings: LoadSe
     return Loaded(model.eval(), tokenizer, str(source), fingerprint(model), provenance)
 
 
+def load_trained_classifier(source: str | Path, settings: LoadSettings | None = None) -> Loaded:
+    """Loads a model with the head for labels that it has, for the classes that its config names.
+
+    Args:
+        source: A folder or a hub id.
+        settings: Number type, device, and whether code from the folder may run.
+
+    Raises:
+        ModelError: As :func:`load_classifier`, or the model has no such head.
+        InputError: The device does not exist.
+    """
+    settings = settings or LoadSettings()
+    folder = locate(source, trust_remote_code=settings.trust_remote_code)
+    config = _config(folder, None, settings)
+    loaded = load_classifier(source, classes_in(config), settings)
+    if getattr(loaded.model, _NEW):
+        raise ModelError(f"'{source}' has no head for labels; train one with: regraft recover {source} --task classification --data FILE")
+    return loaded
+
+
+def is_classifier_folder(folder: Path) -> bool:
+    """Returns whether a folder says that it holds a model with a head for labels; what is damaged is told when it is loaded."""
+    try:
+        return any(name.endswith(_KIND) for name in json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
 def is_classifier(model: nn.Module) -> bool:
     """Returns whether a model has a head for classification or regression."""
-    return type(model).__name__.endswith("ForSequenceClassification")
+    return type(model).__name__.endswith(_KIND)
 
 
 def classes_of(model: PreTrainedModel) -> tuple[str, ...]:
     """Returns the names of the classes that a model tells apart; none for regression."""
-    if model.config.problem_type == "regression":
+    return classes_in(model.config)
+
+
+def classes_in(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Returns the names of a config's classes; none for regression, which many configs say by a single label alone."""
+    names: Any = config.id2label or {}
+    if config.problem_type == "regression" or len(names) == 1:
         return ()
-    names: Any = model.config.id2label or {}
     return tuple(str(names[index]) for index in sorted(names))
 
 
@@ -175,8 +209,8 @@ def save_classifier(
     return written
 
 
-def _config(folder: Path, classes: Sequence[str], settings: LoadSettings) -> PreTrainedConfig:
-    """Returns the config of a model folder, changed to these classes."""
+def _config(folder: Path, classes: Sequence[str] | None, settings: LoadSettings) -> PreTrainedConfig:
+    """Returns the config of a model folder, changed to these classes, or with None as it is."""
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"'{folder}' has no config.json; give the folder of a Hugging Face model")
@@ -187,6 +221,10 @@ def _config(folder: Path, classes: Sequence[str], settings: LoadSettings) -> Pre
     if kind not in ARCHITECTURES and not settings.trust_remote_code:
         raise ModelError(f"'{folder}': transformers has no model for sequence classification of type '{kind}'; use another model")
     config = read_config(folder, trust_remote_code=settings.trust_remote_code)
+    if classes is None:
+        if config.problem_type == "multi_label_classification":
+            raise ModelError(f"'{folder}' gives several labels to a row, which is not measured here; use a model for one label")
+        return config
     config.problem_type = "single_label_classification" if classes else "regression"
     names = tuple(classes) or ("score",)
     config.id2label = dict(enumerate(names))

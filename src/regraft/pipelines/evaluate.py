@@ -16,7 +16,7 @@ from regraft.errors import InputError, ModelError
 from regraft.evaluation.harness import measure
 from regraft.evaluation.loss import Progress
 from regraft.models.checks import check_finite
-from regraft.models.classifier import HEADS, is_classifier, load_classifier, named_classes
+from regraft.models.classifier import HEADS, is_classifier, is_classifier_folder, load_classifier, named_classes
 from regraft.models.load import Loaded, locate, require_tokenizer
 from regraft.models.load import load as load_model
 from regraft.models.quiet import quiet
@@ -56,6 +56,8 @@ def evaluate_model(
         RegraftError: Anything that the user can mend, in one line.
     """
     settings = settings or EvaluateSettings()
+    if is_classifier_folder(Path(source)):
+        raise _for_labels(source)
     corpus = read_corpus(settings.text, "test")
     if is_adapter(source):
         loaded, folder = load_adapted(Path(source), load or LoadSettings()), Path(source)
@@ -63,9 +65,13 @@ def evaluate_model(
         loaded = load_model(source, load or LoadSettings())
         folder = locate(source)
     if is_classifier(loaded.model):
-        raise InputError(f"'{source}' is for labels, not for language; regraft recover reports what it reaches on held-out rows")
+        raise _for_labels(source)
     tokenizer = require_tokenizer(loaded)
     return measure(str(source), loaded.model, tokenizer, corpus, settings, folder, seed=seed, progress=progress)
+
+
+def _for_labels(source: str | Path) -> InputError:
+    return InputError(f"'{source}' is for labels, not for language; measure it on rows with labels: --data FILE.csv")
 
 
 def is_adapter(source: str | Path) -> bool:

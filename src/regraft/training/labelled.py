@@ -5,7 +5,7 @@ Legend of shapes: B rows, T tokens of the longest row, C classes (1 for regressi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from regraft.data.labelled import Labelled
 from regraft.training.batches import Example, padding_token
 
 AT_ONCE = 32  # rows that are judged together
+
+Progress = Callable[[int, int], None]
+"""Called with how much is done, and how much there is."""
 
 
 def labelled_examples(rows: Labelled, tokenizer: PreTrainedTokenizerBase, most_tokens: int) -> list[Example]:
@@ -87,7 +90,9 @@ def summed_labelled(model: nn.Module, batches: Iterable[dict[str, Tensor]], devi
 
 
 @torch.no_grad()
-def judged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Labelled, most_tokens: int) -> dict[str, float]:
+def judged(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Labelled, most_tokens: int, progress: Progress | None = None
+) -> dict[str, float]:
     """Returns what is usually reported of a model for labels.
 
     Args:
@@ -95,6 +100,7 @@ def judged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Lab
         tokenizer: The model's.
         rows: Held out.
         most_tokens: Longest row.
+        progress: Told of the rows that are done, and of all there are.
 
     Returns:
         ``accuracy`` and ``macro_f1`` of classes, or ``pearson``, ``spearman`` and ``rmse`` of numbers; NaN where all are equal.
@@ -105,6 +111,8 @@ def judged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Lab
         batch = collate_labelled(examples[start : start + AT_ONCE], padding_token(tokenizer))
         del batch["labels"]
         found.append(model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits.double().cpu())
+        if progress is not None:
+            progress(min(start + AT_ONCE, len(examples)), len(examples))
     logits_BC, labels_B = torch.cat(found), torch.tensor(rows.labels, dtype=torch.float64)
     if rows.classes:
         chosen_B = logits_BC.argmax(-1)

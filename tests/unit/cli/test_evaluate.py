@@ -93,5 +93,6 @@ def test_a_file_that_cannot_be_written_is_refused_before_measuring(calls: list, 
 
 def test_the_table_fits_a_narrow_terminal() -> None:
     console = Console(width=60, record=True)
-    command.show_measurement(console, Measurement("a/very/long/path/" * 8, LOSS, SIZE, SPEED))
+    label = "a/very/long/path/" * 8
+    command.show_figures(console, label, command.rows(Measurement(label, LOSS, SIZE, SPEED)))
     assert all(len(line) <= 60 for line in console.export_text().splitlines())

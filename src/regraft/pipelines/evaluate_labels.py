@@ -1,0 +1,83 @@
+"""Measure a model for labels: accuracy or correlation on rows that it has not seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regraft.data.labelled import read_labelled
+from regraft.data.tokens import window_tokens
+from regraft.errors import InputError
+from regraft.models.classifier import classes_of, is_classifier, load_trained_classifier, row_limit
+from regraft.models.load import require_tokenizer
+from regraft.models.view import parameter_count
+from regraft.pipelines.evaluate import is_adapter, load_adapted
+from regraft.settings import TRAINING_TOKENS, LabelSettings, LoadSettings
+from regraft.training.labelled import Progress, judged
+
+
+@dataclass(frozen=True)
+class LabelReport:
+    """What a model for labels reaches.
+
+    Attributes:
+        model: As it was named.
+        data: The file of rows.
+        task: ``classification`` or ``regression``.
+        rows: How many.
+        window_tokens: Longest row; longer ones were cut.
+        classes: Names in the order of the outputs; none for regression.
+        parameters: Of the model, its adapter among them.
+        figures: ``accuracy`` and ``macro_f1``, or ``pearson``, ``spearman`` (NaN where all values are equal) and ``rmse``.
+    """
+
+    model: str
+    data: str
+    task: str
+    rows: int
+    window_tokens: int
+    classes: tuple[str, ...]
+    parameters: int
+    figures: Mapping[str, float]
+
+    def flat(self) -> dict[str, Any]:
+        """Returns the report as one flat object of plain JSON types; what is not defined is null."""
+        rest = {name: getattr(self, name) for name in ("model", "data", "task", "rows", "window_tokens", "parameters")}
+        return {
+            **rest,
+            "classes": list(self.classes),
+            **{name: None if math.isnan(value) else value for name, value in self.figures.items()},
+        }
+
+
+def evaluate_labels(
+    source: str | Path, settings: LabelSettings, *, load: LoadSettings | None = None, progress: Progress | None = None
+) -> LabelReport:
+    """Measures a model for labels on all rows of a file.
+
+    Args:
+        source: A folder or hub id of a model with a head for labels, or the folder of an adapter for one.
+        settings: The rows. Classes are told apart by the model's own names, or by their numbers where the rows have these.
+        load: How the model is loaded.
+        progress: Told of the rows that are done, and of all there are.
+
+    Raises:
+        InputError: The model has no head for labels, or no data are given.
+        RegraftError: Anything else that the user can mend, in one line.
+    """
+    load = load or LoadSettings()
+    if settings.data is None:
+        raise InputError(f"'{source}' is measured on rows with labels; give them with --data FILE.csv")
+    loaded = load_adapted(Path(source), load) if is_adapter(source) else load_trained_classifier(source, load)
+    model = loaded.model
+    if not is_classifier(model):
+        raise InputError(f"'{source}' is for language, not for labels; leave --data out, or give its text with --text")
+    classes = classes_of(model)
+    task = "classification" if classes else "regression"
+    rows = read_labelled(settings.data, task, settings.text_columns, settings.label_column, classes)
+    most_tokens = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "--seq-len", row_limit(model))
+    figures = judged(model, require_tokenizer(loaded), rows, most_tokens, progress)
+    return LabelReport(str(source), rows.name, task, len(rows), most_tokens, classes, parameter_count(model), figures)
