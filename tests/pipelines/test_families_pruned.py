@@ -16,7 +16,7 @@ from regraft.models.load import load
 from regraft.models.view import parameter_count
 from regraft.pipelines.prune import prune
 from regraft.plans import Groups, PrunePlan
-from regraft.settings import PruneSettings
+from regraft.settings import LoadSettings, PruneSettings
 from zeroing import Gone, zeroed
 
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -92,3 +92,20 @@ def test_streaming_refuses_norms_over_all_heads_in_one_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "q_norm" in error
     assert "--targets ffn" in error
+
+
+@pytest.mark.parametrize("budget", ["parameters", "bytes"])
+def test_weights_of_fewer_bits_are_computed_with_in_float32(tmp_path, budget):
+    """The choice is that of the same weights held in float32; what is re-fitted differs by rounding alone, and nothing else does."""
+    model = random_model("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    settings = PruneSettings(ratio=0.3, align=1, budget=budget, reconstruct="least_squares", **QUICK)
+    narrow = prune(tmp_path / "model", None, settings)
+    wide = prune(tmp_path / "model", None, settings, load=LoadSettings(dtype="float32"))
+    assert narrow.plan.cuts == wide.plan.cuts
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in narrow.loaded.model.state_dict().items())
+    exact = wide.model.state_dict()
+    for name, tensor in narrow.model.state_dict().items():
+        assert tensor.dtype == torch.bfloat16
+        assert (tensor.float() - exact[name]).abs().max() <= 0.03 * exact[name].abs().max(), name

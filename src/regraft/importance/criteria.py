@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from regraft.errors import InputError
 from regraft.importance.passes import Passes, WholeModel
+from regraft.models.precision import float32_on_cpu
 from regraft.plans import Group, GroupKind, Groups, Member, Scores
 from regraft.registry import Registry
 from regraft.settings import Reduction
@@ -78,7 +80,7 @@ CRITERIA: Registry[Criterion] = Registry("criterion", group="regraft.criteria")
 
 
 def score(criterion: str, evidence: Evidence) -> Scores:
-    """Scores every unit of every group.
+    """Scores every unit of every group. What runs text through a model on a CPU computes in float32, whatever the weights are stored in.
 
     Args:
         criterion: A registered name.
@@ -95,7 +97,8 @@ def score(criterion: str, evidence: Evidence) -> Scores:
     if strange:
         able = ", ".join(name for name in CRITERIA if strange[0].kind in CRITERIA.get(name).scores)
         raise InputError(f"criterion '{criterion}' does not score {strange[0].kind} ({strange[0].name}); use one of {able}")
-    values = chosen.units(evidence)
+    with float32_on_cpu(evidence.model) if chosen.needs_text else nullcontext():
+        values = chosen.units(evidence)
     settings = f"granularity={evidence.granularity}, reduce={evidence.reduce}"
     if chosen.needs_text:
         settings = f"order={evidence.order}, {settings}"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regraft.models.precision import round_weights
 from regraft.models.view import ModelView
 from regraft.plans import Group
 
@@ -98,10 +99,12 @@ class WholeWalk(Walk):
     Args:
         view: The model; it is read, never changed, and has to be in evaluation mode.
         windows_NT: Calibration tokens, int64 (windows, tokens).
+        stored: Type that changed weights are rounded to before anything is sent through them; None: they are left as they are.
     """
 
-    def __init__(self, view: ModelView, windows_NT: Tensor) -> None:
+    def __init__(self, view: ModelView, windows_NT: Tensor, stored: torch.dtype | None = None) -> None:
         self.view = view
+        self._stored = stored
         self._layerwise = Layerwise(view, windows_NT)
         self._hidden = self._layerwise.first
 
@@ -115,11 +118,17 @@ class WholeWalk(Walk):
 
     def look(self, layer: int, module: nn.Module | None = None) -> None:
         """Sends the windows through a layer and forgets what comes out."""
+        self._round(module)
         self._layerwise.run(layer, self._hidden, module)
 
     def advance(self, layer: int, module: nn.Module | None = None) -> None:
         """Sends the windows through a layer and keeps what comes out."""
+        self._round(module)
         self._hidden = self._layerwise.run(layer, self._hidden, module)
+
+    def _round(self, module: nn.Module | None) -> None:
+        if module is not None and self._stored is not None:
+            round_weights(module, self._stored)
 
 
 def _record(view: ModelView, ids: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from regraft.importance.passes import Gradients, Passes, refuse_single_tokens
 from regraft.models.layerwise import Layerwise, Walk, emptied
+from regraft.models.precision import round_weights
 from regraft.models.view import ModelView
 from regraft.plans import Group, Groups
 from regraft.streaming.head import loss_gradient
@@ -178,13 +179,15 @@ class StreamedWalk(Walk):
 
     def look(self, layer: int, module: nn.Module | None = None) -> None:
         """Sends the windows through a layer and forgets what comes out."""
-        self._round(module)
+        if module is not None:
+            round_weights(module, self._skeleton.dtype)
         for first, ids in self._batches():
             self._through(layer, module, first, len(ids))
 
     def advance(self, layer: int, module: nn.Module | None = None) -> None:
         """Sends the windows through a layer and keeps what comes out."""
-        self._round(module)
+        if module is not None:
+            round_weights(module, self._skeleton.dtype)  # so that layers above see what is saved
         for first, ids in self._batches():
             self._hidden.put(layer + 1 if self._keep else 0, first, self._through(layer, module, first, len(ids)))
 
@@ -192,14 +195,6 @@ class StreamedWalk(Walk):
     def _through(self, layer: int, module: nn.Module | None, first: int, count: int) -> Tensor:
         entering = self._hidden.get(layer if self._keep else 0, first, count).to(self._skeleton.device)
         return self._calls.through(layer, entering, module)
-
-    @torch.no_grad()
-    def _round(self, module: nn.Module | None) -> None:
-        """Rounds changed weights to the dtype that they are written in, so that layers above see what is saved."""
-        if module is not None and self._skeleton.dtype != torch.float32:
-            for parameter in module.parameters():
-                if any(parameter.stride()):  # what is not there is one zero for all
-                    parameter.copy_(parameter.to(self._skeleton.dtype))
 
     def _batches(self) -> Iterator[tuple[int, Tensor]]:
         for first in range(0, len(self._windows), BATCH):

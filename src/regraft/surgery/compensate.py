@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.models.layerwise import Walk, WholeWalk, watched_inputs
+from regraft.models.precision import float32_on_cpu
 from regraft.models.view import ModelView
 from regraft.numerics.moments import Moments
 from regraft.numerics.reconstruction import NormalEquations, best_damping
@@ -36,8 +37,10 @@ def compensate(view: ModelView, groups: Groups, cuts: tuple[Cut, ...], windows_N
         windows_NT: Calibration tokens, int64 (windows, tokens); at least one in eight windows judges the damping.
         method: ``least_squares``; or ``mean``, which folds the mean of the removed channels into the bias, where there is one.
     """
-    walk = WholeWalk(view, windows_NT)
-    return {name: tensor for _, changed in refitted(walk, groups, cuts, method) for name, tensor in changed.items()}
+    stored = view.model.dtype
+    with float32_on_cpu(view.model):
+        walk = WholeWalk(view, windows_NT, stored)
+        return {name: tensor for _, changed in refitted(walk, groups, cuts, method) for name, tensor in changed.items()}
 
 
 def refitted(walk: Walk, groups: Groups, cuts: tuple[Cut, ...], method: Method) -> Iterator[tuple[int, dict[str, Tensor]]]:

@@ -11,6 +11,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional
 
 from regraft.importance.depth import divergence_without, mean_divergence
 from regraft.models.layerwise import Layerwise, watched_inputs
+from regraft.models.precision import float32_on_cpu
 from regraft.models.view import ModelView
 from regraft.numerics.moments import Moments
 from regraft.plans import WHOLE, Curve, Curves, Cut, Group, Groups, Member, PrunePlan, Scores
@@ -54,38 +56,12 @@ def measure_curves(
         unit: What sizes are counted in; milliseconds are measured here and now, on the device of the model.
         say: Called with one line for each layer.
     """
-    judged = max(1, min(JUDGED_WINDOWS, windows_NT.shape[0] // 4))
-    fitted = windows_NT[:-judged] if windows_NT.shape[0] > 1 else windows_NT
-    fit_walk, judge_walk = Layerwise(view, fitted), Layerwise(view, windows_NT[-judged:])
-    fit_hidden, inputs = fit_walk.first, [judge_walk.first]
-    for layer in range(len(view.layers)):
-        inputs.append(judge_walk.run(layer, inputs[-1]))
-    dense = [functional.log_softmax(logits.float(), dim=-1) for logits in judge_walk.logits(inputs[-1])]
-    costs, wanted = _Costs(view, unit, windows_NT.shape[1]), set(only)
-    values: dict[str, Curve] = {}
-    for layer in range(len(view.layers)):
-        here = [group for group in groups.groups if group.layer == layer and group.name in wanted]
-        projections = {group.name: _reading_module(view, group) for group in here if group.kind not in WHOLE}
-        moments: dict[str, Moments] = {}
-        with watched_inputs(projections, _adder(moments)):
-            fit_hidden = fit_walk.run(layer, fit_hidden)
-        for group in here:
-            if group.kind in WHOLE:
-                damage = divergence_without(judge_walk, group, inputs, dense)
-                values[group.name] = Curve((0, 1), (damage, 0.0), costs.of(group, (0, 1)))
-                continue
-            sizes = _sizes(group.units)
-            damage = [
-                _divergence(view, judge_walk, layer, inputs[layer], dense, group, scores.values[group.name], size, moments[group.name])
-                for size in sizes[:-1]
-            ]
-            values[group.name] = Curve(sizes, (*damage, 0.0), costs.of(group, sizes))
-        if here:
-            say(f"measured the damage of cutting layer {layer + 1} of {len(view.layers)}")
-    for group in groups.of("residual"):
-        if group.name in wanted:
-            values[group.name] = _stream_curve(view, groups, scores, group, judge_walk, dense, costs)
-            say("measured the damage of a narrower stream")
+    wanted = [group for group in groups.groups if group.name in set(only)]
+    costs = _Costs(view, unit, windows_NT.shape[1])
+    prices = {group.name: costs.of(group, _sizes(group)) for group in wanted}  # of the weights as they are stored
+    with float32_on_cpu(view.model):
+        damages = _damages(view, replace(groups, groups=tuple(wanted)), scores, windows_NT, say)
+    values = {group.name: Curve(_sizes(group), damages[group.name], prices[group.name]) for group in wanted}
     fixed = 0.0
     if unit != "milliseconds":
         per_parameter = 1 if unit == "parameters" else view.model.dtype.itemsize
@@ -93,25 +69,62 @@ def measure_curves(
     return Curves(groups.fingerprint, unit, fixed, values)
 
 
+def _damages(
+    view: ModelView, groups: Groups, scores: Scores, windows_NT: Tensor, say: Callable[[str], None]
+) -> dict[str, tuple[float, ...]]:
+    """Returns, for each group, the divergence at each of its sizes."""
+    judged = max(1, min(JUDGED_WINDOWS, windows_NT.shape[0] // 4))
+    fitted = windows_NT[:-judged] if windows_NT.shape[0] > 1 else windows_NT
+    fit_walk, judge_walk = Layerwise(view, fitted), Layerwise(view, windows_NT[-judged:])
+    fit_hidden, inputs = fit_walk.first, [judge_walk.first]
+    for layer in range(len(view.layers)):
+        inputs.append(judge_walk.run(layer, inputs[-1]))
+    dense = [functional.log_softmax(logits.float(), dim=-1) for logits in judge_walk.logits(inputs[-1])]
+    found: dict[str, tuple[float, ...]] = {}
+    for layer in range(len(view.layers)):
+        here = [group for group in groups.groups if group.layer == layer]
+        projections = {group.name: _reading_module(view, group) for group in here if group.kind not in WHOLE}
+        moments: dict[str, Moments] = {}
+        with watched_inputs(projections, _adder(moments)):
+            fit_hidden = fit_walk.run(layer, fit_hidden)
+        for group in here:
+            if group.kind in WHOLE:
+                found[group.name] = (divergence_without(judge_walk, group, inputs, dense), 0.0)
+                continue
+            damage = [
+                _divergence(view, judge_walk, layer, inputs[layer], dense, group, scores.values[group.name], size, moments[group.name])
+                for size in _sizes(group)[:-1]
+            ]
+            found[group.name] = (*damage, 0.0)
+        if here:
+            say(f"measured the damage of cutting layer {layer + 1} of {len(view.layers)}")
+    for group in groups.of("residual"):
+        found[group.name] = _stream_damage(view, groups, scores, group, judge_walk, dense)
+        say("measured the damage of a narrower stream")
+    return found
+
+
 @torch.no_grad()
-def _stream_curve(
-    view: ModelView, groups: Groups, scores: Scores, group: Group, walk: Layerwise, dense: list[Tensor], costs: _Costs
-) -> Curve:
-    """Returns the curve of the residual width, from models that are really cut: memory for one of them beside the dense one."""
+def _stream_damage(
+    view: ModelView, groups: Groups, scores: Scores, group: Group, walk: Layerwise, dense: list[Tensor]
+) -> tuple[float, ...]:
+    """Returns the damage of the residual width, from models that are really cut: memory for one of them beside the dense one."""
     damage: list[float] = []
-    sizes = _sizes(group.units)
-    for size in sizes[:-1]:
+    for size in _sizes(group)[:-1]:
         ranked = sorted(range(group.units), key=lambda channel: (-scores.values[group.name][channel], channel))
         cuts = (Cut(group.name, tuple(sorted(ranked[:size]))),)
         plan = PrunePlan(groups.fingerprint, scores.criterion, "", "per-layer", 0.0, 1, groups.parameters, groups.parameters, cuts)
         narrow = cut(view.model, groups, plan)
         logits = (narrow(input_ids=ids.to(narrow.device), use_cache=False).logits for ids in walk.batches)
         damage.append(mean_divergence(logits, dense))
-    return Curve(sizes, (*damage, 0.0), costs.of(group, sizes))
+    return (*damage, 0.0)
 
 
-def _sizes(units: int) -> tuple[int, ...]:
-    return tuple(sorted({*(max(1, round(share * units)) for share in SHARES), units}))
+def _sizes(group: Group) -> tuple[int, ...]:
+    """Returns the sizes at which a group is measured, ascending, the whole group last."""
+    if group.kind in WHOLE:
+        return (0, 1)
+    return tuple(sorted({*(max(1, round(share * group.units)) for share in SHARES), group.units}))
 
 
 def _adder(moments: dict[str, Moments]) -> Callable[[str, Tensor], None]:

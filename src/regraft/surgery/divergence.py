@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from regraft.models.precision import float32_on_cpu
 from regraft.models.trainable import only_these_train
 from regraft.models.view import ModelView
 from regraft.numerics.moments import Moments
@@ -65,9 +66,11 @@ def lessen_divergence(
     generator = torch.Generator(pruned.model.device).manual_seed(seed)
     for reader in readers.values():  # what was not cut may be the dense model's own tensor
         reader.register_parameter("weight", nn.Parameter(_weight(reader).detach().clone()))
+    stored = {name: _weight(reader).dtype for name, reader in readers.items()}
     curvature: Mapping[str, Moments] | None = None
     length = 1.0 / max(1, len(readers))
-    with only_these_train(pruned.model, [_weight(reader) for reader in readers.values()]), torch.no_grad():
+    training = only_these_train(pruned.model, [_weight(reader) for reader in readers.values()])
+    with float32_on_cpu(pruned.model), float32_on_cpu(dense), training, torch.no_grad():
         aims = [_log_probabilities(dense, ids) for ids in judged]
 
         def divergence() -> float:
@@ -81,7 +84,7 @@ def lessen_divergence(
                 name: natural_gradient(gradient.T if transposed else gradient, inputs[name].second_DD, curvature[name].second_DD)
                 for name, gradient in gradients.items()
             }
-            taken, reached = _search(readers, directions, length, divergence, found[-1], transposed)
+            taken, reached = _search(readers, stored, directions, length, divergence, found[-1], transposed)
             if taken is None:
                 break
             found.append(reached)
@@ -117,6 +120,7 @@ def reading_projections(view: ModelView) -> dict[str, nn.Module]:
 
 def _search(
     readers: Mapping[str, nn.Module],
+    stored: Mapping[str, torch.dtype],
     directions: Mapping[str, Tensor],
     length: float,
     divergence: Callable[[], float],
@@ -124,6 +128,8 @@ def _search(
     transposed: bool,
 ) -> tuple[float | None, float]:
     """Goes as far along the directions as lessens the divergence: halves the length while that helps.
+
+    Every place that is judged is one that can be saved: weights are rounded to the types that they are ``stored`` in.
 
     Returns:
         The length, or None where none helps and the weights are as they were, and the divergence there.
@@ -133,7 +139,7 @@ def _search(
     def go(by: float) -> None:
         for name, reader in readers.items():
             direction = directions[name].T if transposed else directions[name]
-            _weight(reader).copy_(starts[name].double() - by * direction)
+            _weight(reader).copy_((starts[name].double() - by * direction).to(stored[name]))
 
     best, reached = None, before
     for _ in range(_HALVINGS):

@@ -7,7 +7,7 @@ import torch
 
 from conftest import random_model
 from regraft.importance.passes import mean_gradients
-from regraft.models.precision import float32_on_cpu
+from regraft.models.precision import float32_on_cpu, round_weights
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -39,3 +39,14 @@ def test_gradients_of_narrow_weights_are_those_of_the_same_weights_in_float32() 
             loss = wide(input_ids=window[None], labels=window[None]).loss
             total += torch.autograd.grad(loss, parameter)[0] / len(windows)
         assert torch.allclose(found[name], total, rtol=1e-5, atol=1e-7), name
+
+
+def test_rounding_gives_what_the_narrow_type_can_hold_and_leaves_stand_ins_alone():
+    module = torch.nn.Linear(3, 2)
+    wanted = module.weight.detach().to(torch.bfloat16)
+    module.bias.data = torch.zeros(()).expand(2)
+    round_weights(module, torch.bfloat16)
+    assert module.weight.dtype == torch.float32
+    assert torch.equal(module.weight.to(torch.bfloat16), wanted)
+    assert torch.equal(module.weight, wanted.float())
+    assert module.bias.stride() == (0,)
