@@ -305,6 +305,18 @@ class Adapter(Protocol):
         """Is called after optimizer step ``step`` (from 1), before the gradients are cleared."""
         ...
 
+    def penalty(self, adapted: nn.Module) -> Tensor | None:
+        """Returns what is added to the mean loss of every step, a scalar with gradients, or None for nothing."""
+        ...
+
+    def state(self, adapted: nn.Module) -> dict[str, Tensor]:
+        """Returns what :meth:`after_step` keeps beside the parameters, by name, so that a run that was stopped goes on with it."""
+        ...
+
+    def put_state(self, adapted: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Puts back what :meth:`state` returned."""
+        ...
+
     def finish(self, adapted: nn.Module) -> None:
         """Is called once after training: makes the adapter what is kept."""
         ...

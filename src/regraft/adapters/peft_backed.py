@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, final
 
 import torch
-from peft import AdaLoraModel, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import AdaLoraConfig, AdaLoraModel, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -24,6 +24,8 @@ from regraft.errors import InputError
 from regraft.settings import Settings
 
 NAME = "default"  # of PEFT's adapter inside its model
+ORTHOGONAL = 0.5  # weight of AdaLoRA's penalty, PEFT's default
+_SENSITIVITY, _RANKS, _BETWEEN = ("ipt", "exp_avg_ipt", "exp_avg_unc"), "ranks", "::"  # of AdaLoRA's state, as PEFT calls it
 _FIRST = "regraft_first"  # buffers with the first factors of an adapter whose start is taken out of the weights
 
 FirstValues = Callable[[PeftModel, AdapterRequest, Evidence | None], None]
@@ -86,8 +88,48 @@ class PeftAdapter:
         if isinstance(base, AdaLoraModel):
             base.update_and_allocate(step)
 
+    def penalty(self, adapted: nn.Module) -> Tensor | None:
+        """Returns how far AdaLoRA's factors are from orthogonal (arXiv 2303.10512, equation 4), as PEFT weighs it; None of the others.
+
+        PEFT adds it to every loss that the model returns: to a held-out one as well, and as often as a step has forward passes.
+        """
+        if not isinstance(cast(PeftModel, adapted).base_model, AdaLoraModel):
+            return None
+        products: list[Tensor] = []
+        for _, layer in layers_of(cast(PeftModel, adapted)):
+            first, second = factors_of(layer)
+            products += [first @ first.T, second.T @ second]
+        return ORTHOGONAL * torch.stack([torch.linalg.matrix_norm(one - torch.eye(len(one)).to(one)) for one in products]).mean()
+
+    def state(self, adapted: nn.Module) -> dict[str, Tensor]:
+        """Returns how sensitive the loss is to each of AdaLoRA's entries, and which ranks it has pruned; nothing of the others."""
+        base = cast(PeftModel, adapted).base_model
+        if not isinstance(base, AdaLoraModel):
+            return {}
+        kept: dict[str, list[bool]] = dict(_config_of(base).rank_pattern or {})
+        found = {f"{part}{_BETWEEN}{name}": value for part in _SENSITIVITY for name, value in getattr(base.rankallocator, part).items()}
+        return found | {f"{_RANKS}{_BETWEEN}{name}": torch.tensor(value) for name, value in kept.items()}
+
+    def put_state(self, adapted: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Puts back what AdaLoRA knew."""
+        base = cast(PeftModel, adapted).base_model
+        if not isinstance(base, AdaLoraModel):
+            return
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in (*_SENSITIVITY, _RANKS)}
+        devices = {name: parameter.device for name, parameter in base.model.named_parameters()}
+        for key, value in state.items():
+            part, _, name = key.partition(_BETWEEN)
+            parts[part][name] = value.to(devices[name])
+        for part in _SENSITIVITY:
+            setattr(base.rankallocator, part, parts[part])
+        _config_of(base).rank_pattern = {name: value.tolist() for name, value in parts[_RANKS].items()}
+
     def finish(self, adapted: nn.Module) -> None:
-        """Does nothing: what was trained is kept."""
+        """Has AdaLoRA keep the ranks that the weights have which are kept: these may be of a step before the last ranks were pruned."""
+        base = cast(PeftModel, adapted).base_model
+        if isinstance(base, AdaLoraModel):
+            ranks = {f"{name}.lora_E.{NAME}": layer.lora_E[NAME] for name, layer in layers_of(cast(PeftModel, adapted))}
+            _config_of(base).rank_pattern = {name: (value != 0).flatten().tolist() for name, value in ranks.items()}
 
     def factors(self, adapted: nn.Module) -> dict[str, LowRank]:
         """Returns B and A of every module, its scale in B, with respect to the original weights."""
@@ -118,6 +160,11 @@ class PeftAdapter:
             peft_model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
         tidy_config(folder / CONFIG)
+
+
+def _config_of(base: AdaLoraModel) -> AdaLoraConfig:
+    """Returns AdaLoRA's config, whose pattern of ranks, which of them are left by the name of each E, changes as it trains."""
+    return cast(AdaLoraConfig, base.peft_config[NAME])
 
 
 def layers_of(adapted: PeftModel) -> Iterator[tuple[str, Any]]:

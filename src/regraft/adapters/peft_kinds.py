@@ -134,6 +134,7 @@ def adalora_config(request: AdapterRequest, model: PreTrainedModel) -> AdaLoraCo
         tfinal=settled,
         deltaT=options.every,
         total_step=steps,
+        orth_reg_weight=0.0,  # the trainer adds the penalty, once a step
         lora_alpha=cast(int, _whole(next(iter(request.alphas.values())))),
         lora_dropout=request.dropout,
         target_modules=target_names(request.ranks, [name for name, _ in model.named_modules()]),

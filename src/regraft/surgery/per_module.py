@@ -107,6 +107,16 @@ class PerModule:
     def after_step(self, adapted: nn.Module, step: int) -> None:
         """Does nothing: no method changes its form while it is trained."""
 
+    def penalty(self, adapted: nn.Module) -> None:
+        """Returns nothing: all methods train on the loss alone."""
+
+    def state(self, adapted: nn.Module) -> dict[str, Tensor]:
+        """Returns nothing: all that a method learns is in its parameters."""
+        return {}
+
+    def put_state(self, adapted: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Does nothing."""
+
     def finish(self, adapted: nn.Module) -> None:
         """Makes every change what is kept: trimmed, quantised, as its options say."""
         deltas = self.deltas(adapted)

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from regraft.adapters.isolation import derived_seed
+from regraft.surgery.adapters import Injected
 from regraft.training.checkpoint import (
     Checkpoint,
     Tensors,
@@ -92,13 +93,17 @@ class Keeper(TrainerCallback):
 
     Args:
         work: Folder of the checkpoints.
+        injected: The model with its adapter.
         identity: What the run is of; a checkpoint carries it.
         resumed: The checkpoint to go on from, or None.
         patience: Looks in a row without a lower held-out loss after which training stops; None for no end.
     """
 
-    def __init__(self, work: Path, identity: Mapping[str, str], resumed: Checkpoint | None, patience: int | None = None) -> None:
+    def __init__(
+        self, work: Path, injected: Injected, identity: Mapping[str, str], resumed: Checkpoint | None, patience: int | None = None
+    ) -> None:
         self._work = work
+        self._injected = injected
         self._identity = dict(identity)
         self._resumed = resumed
         self._patience = patience
@@ -153,6 +158,7 @@ class Keeper(TrainerCallback):
             return
         progress = self._resumed.progress
         put_tensors(module, self._resumed.trained)
+        self._injected.adapter.put_state(self._injected.module, self._resumed.adapter)
         self.rows = [LogRow(**row) for row in progress["rows"]]
         self.best = self._resumed.best
         self.best_step, self.best_loss_nats = progress["best_step"], progress["best_loss_nats"]
@@ -206,7 +212,8 @@ class Keeper(TrainerCallback):
         }
         optimizer = optimizer_state(kwargs["optimizer"])
         if is_main():
-            write_checkpoint(self._work, Checkpoint(state.global_step, tensors, self.best, optimizer, progress), state.save_to_json)
+            kept = self._injected.adapter.state(self._injected.module)
+            write_checkpoint(self._work, Checkpoint(state.global_step, tensors, self.best, optimizer, progress, kept), state.save_to_json)
         if self.out_of_patience:
             control.should_training_stop = True
 

@@ -40,6 +40,7 @@ class Checkpoint:
         best: The same at the step with the lowest held-out loss so far.
         optimizer: The state dict of the optimizer.
         progress: JSON values: the schedule, the log, the best step, and what the run is of.
+        adapter: What the adapter keeps beside its parameters.
     """
 
     step: int
@@ -47,6 +48,7 @@ class Checkpoint:
     best: Tensors
     optimizer: Mapping[str, Any]
     progress: Mapping[str, Any]
+    adapter: Tensors
 
 
 def write_checkpoint(work: Path, checkpoint: Checkpoint, save_trainer_state: Callable[[str], None]) -> Path:
@@ -69,6 +71,7 @@ def write_checkpoint(work: Path, checkpoint: Checkpoint, save_trainer_state: Cal
         save_file(dict(checkpoint.trained), partial / "trained.safetensors")
         save_file(dict(checkpoint.best), partial / "best.safetensors")
         save_file(flat, partial / "optimizer.safetensors")
+        save_file({name: value.to("cpu").contiguous() for name, value in checkpoint.adapter.items()}, partial / "adapter.safetensors")
         save_trainer_state(str(partial / TRAINER_STATE))
         text = json.dumps({"param_groups": groups, **checkpoint.progress}, indent=1)
         (partial / "progress.json").write_text(text, encoding="utf-8")
@@ -92,7 +95,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-        tensors = {name: load_file(path / f"{name}.safetensors") for name in ("trained", "best", "optimizer")}
+        tensors = {name: load_file(path / f"{name}.safetensors") for name in ("trained", "best", "optimizer", "adapter")}
         groups = progress.pop("param_groups")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise TrainingError(f"checkpoint '{path}' is damaged ({error}); remove '{path.parent}' and train again") from None
@@ -108,6 +111,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         best=tensors["best"],
         optimizer={"state": state, "param_groups": groups},
         progress=progress,
+        adapter=tensors["adapter"],
     )
 
 

@@ -34,8 +34,8 @@ def summed_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]], device: 
     """Returns the negative log-likelihood of all predicted tokens in nats, without dropout and without gradients, and their number.
 
     Args:
-        model: Takes ``input_ids``, ``attention_mask`` and ``labels`` and returns an output with ``loss``; its mode (training or
-            not) is put back afterwards.
+        model: Takes ``input_ids`` and ``attention_mask`` and returns an output with ``logits``; its mode (training or not) is put
+            back afterwards. A loss of its own would hold more than the likelihood where AdaLoRA or experts add to it.
         batches: Each with at least one predicted token.
         device: Where the model is.
     """
@@ -45,10 +45,12 @@ def summed_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]], device: 
     try:
         with torch.no_grad():
             for batch in batches:
-                count = predicted_tokens(batch["labels"])
-                output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
-                total_nats += float(output.loss) * count
-                tokens += count
+                given = {name: tensor.to(device) for name, tensor in batch.items()}
+                labels = given.pop("labels")
+                at = predicting(labels)
+                logits_NV, labels_N = model(**given).logits[at].float(), labels.roll(-1, dims=1)[at]
+                total_nats += float(F.cross_entropy(logits_NV, labels_N, reduction="sum"))
+                tokens += len(labels_N)
     finally:
         model.train(was_training)
     return total_nats, tokens

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -29,7 +30,7 @@ from regraft.adapters.isolation import isolated
 from regraft.data.labelled import Labelled
 from regraft.data.text import Corpus
 from regraft.data.tokens import window_tokens
-from regraft.errors import InputError, OutputError, TrainingError, did_you_mean
+from regraft.errors import InputError, OutputError, PlanError, TrainingError, did_you_mean
 from regraft.models.classifier import row_limit
 from regraft.models.view import fingerprint
 from regraft.plans import RankPlan, from_json
@@ -144,7 +145,7 @@ def recover(
     injected = inject(model, settings, ranks, seed, evidence)
     groups = _groups_or_nothing(injected, settings)
     _make_folder(work)
-    keeper, bar = Keeper(work, identity, resumed, settings.patience), Bar(settings.quiet)
+    keeper, bar = Keeper(work, injected, identity, resumed, settings.patience), Bar(settings.quiet)
     with _as_it_was(model, work), trainable_weights(model, compute), _taught_in(teacher, compute), isolated(seed):
         cache = _filled_cache(teacher, rows, settings, padding, compute, bar)
         distillation = _distillation(teacher, injected, evidence, settings, compute)
@@ -160,6 +161,7 @@ def recover(
                 distillation,
                 cache,
                 reading,
+                partial(injected.adapter.penalty, injected.module),
             )
             injected = _train(trainer, keeper, bar, injected, checkpoints(work)[-1] if resumed else None)
             peak_bytes = _peak_memory_bytes(device)
@@ -191,6 +193,8 @@ def read_ranks(ranks: Path | RankPlan | None) -> RankPlan | None:
         return ranks
     try:
         return from_json(RankPlan, ranks.read_bytes())
+    except PlanError as error:
+        raise PlanError(f"'{ranks}' is {error}") from None
     except OSError as error:
         raise InputError(f"rank plan '{ranks}' cannot be read ({error.strerror}); give a JSON file, such as ranks.json") from None
 

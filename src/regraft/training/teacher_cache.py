@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from regraft.atomic import atomic_file, write_text
-from regraft.errors import DataError
+from regraft.errors import DataError, OutputError
 from regraft.settings import RecoverSettings
 from regraft.training.batches import Example, collate
 from regraft.training.distill import TEACHER_LOG_P, TEACHER_TOKENS, Readout, Teacher, vocabulary_of
@@ -55,6 +55,8 @@ class TeacherCache:
     """
 
     def __init__(self, folder: Path, teacher: Teacher, settings: RecoverSettings, compute: torch.dtype) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"--teacher-cache '{folder}' is a file; name a folder")
         self._kept = min(settings.teacher_top_k, vocabulary_of(teacher.present()))
         self._temperature = settings.temperature
         self._compute = compute

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,7 @@ class RecoveryTrainer(Trainer):
         objective: The loss where there is a teacher; None for that of the reading.
         cache: Where the teacher's likeliest tokens are, unless it runs along.
         reading: How rows are read.
+        penalty: Gives what is added to the mean loss of a step, or None.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class RecoveryTrainer(Trainer):
         objective: Objective | None = None,
         cache: TeacherCache | None = None,
         reading: Reading = TOKENS,
+        penalty: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
         super().__init__(
             model=module,
@@ -133,6 +135,7 @@ class RecoveryTrainer(Trainer):
         self._groups = groups
         self._summed = reading.summed
         self._objective = objective or reading.objective
+        self._penalty = penalty
         if self._objective is not None:
             self.model_accepts_loss_kwargs = True  # our loss is told how much all passes of a step predict
         rows = arguments.per_device_train_batch_size
@@ -165,12 +168,15 @@ class RecoveryTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Returns the loss of one forward pass, a part of the mean over all tokens that the step predicts in all processes."""
-        if self._objective is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        assert num_items_in_batch is not None
         assert not return_outputs
-        # The gradients of all processes are averaged, and the sum of their losses is wanted.
-        return self._objective(model, inputs) / num_items_in_batch * process_count()
+        if self._objective is None:
+            loss = cast(Tensor, super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch))
+        else:
+            assert num_items_in_batch is not None
+            # The gradients of all processes are averaged, and the sum of their losses is wanted.
+            loss = self._objective(model, inputs) / num_items_in_batch * process_count()
+        penalty = self._penalty()  # its gradients are averaged over processes too, and summed over the passes of a step
+        return loss if penalty is None else loss + penalty / self.args.gradient_accumulation_steps
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Measures the loss on the held-out rows, every predicted token counted once.

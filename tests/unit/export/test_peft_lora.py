@@ -21,7 +21,7 @@ from regraft.cli.app import run
 from regraft.errors import InputError
 from regraft.plans import RankPlan
 from regraft.settings import RecoverSettings
-from regraft.surgery.adapters import inject, save_adapter
+from regraft.surgery.adapters import finish, inject, save_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
@@ -147,6 +147,25 @@ def test_a_module_that_adalora_leaves_no_rank_is_saved_loaded_and_exported_in_si
         factors["default"] = nn.Parameter(factors["default"].data.narrow(dimension, 0, 0))
     layer.ranknum["default"].data.fill_(0.0)
     injected.module.peft_config["default"].rank_pattern = {f"{name}.lora_E": [False] * 6}
+    adapted = logits(injected.module)
+    (tmp_path / "adapter").mkdir()
+    save_adapter(injected, tmp_path / "adapter", str(tmp_path / "base"))
+    assert run(["export", str(tmp_path / "adapter"), "--output", str(tmp_path / "lora")]) == 0
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "lora"))
+    assert float((logits(stock) - adapted).abs().max()) <= 1e-5
+
+
+def test_adalora_keeps_the_ranks_of_the_weights_that_are_kept(base, tmp_path) -> None:
+    """The best weights may be older than the last ranks that were pruned; what is saved has theirs, not the last ones."""
+    model = AutoModelForCausalLM.from_pretrained(base("llama"))
+    settings = RecoverSettings.model_validate({"adapter": "adalora", "rank": 4, "dropout": 0.0, "steps": 10})
+    injected = inject(model, settings, None, 1, evidence())
+    layers = dict(layers_of(injected.module))
+    with torch.no_grad():
+        for index, layer in enumerate(layers.values()):
+            layer.lora_E["default"].fill_(3.0)[: index % 3] = 0.0
+    injected.module.peft_config["default"].rank_pattern = {f"{name}.lora_E.default": [False, True] * 3 for name in layers}
+    finish(injected)
     adapted = logits(injected.module)
     (tmp_path / "adapter").mkdir()
     save_adapter(injected, tmp_path / "adapter", str(tmp_path / "base"))

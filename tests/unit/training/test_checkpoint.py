@@ -38,7 +38,7 @@ def save_state(path: str) -> None:
 def write(work: Path, step: int) -> Path:
     model, optimizer = trained(step)
     tensors = trained_tensors(model)
-    return write_checkpoint(work, Checkpoint(step, tensors, tensors, optimizer.state_dict(), {"best_step": 1}), save_state)
+    return write_checkpoint(work, Checkpoint(step, tensors, tensors, optimizer.state_dict(), {"best_step": 1}, {}), save_state)
 
 
 def test_an_optimizer_goes_on_from_a_checkpoint_as_if_nothing_had_happened(tmp_path: Path) -> None:

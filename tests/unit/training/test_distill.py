@@ -11,7 +11,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from regraft.data.text import Corpus
-from regraft.errors import DataError, InputError, ModelError, TrainingError
+from regraft.errors import DataError, InputError, ModelError, OutputError, TrainingError
 from regraft.models.view import fingerprint
 from regraft.settings import RecoverSettings
 from regraft.surgery.adapters import inject
@@ -220,6 +220,8 @@ def test_a_cache_is_shared_and_gone_on_with(
     damaged.write_bytes(damaged.read_bytes()[:50])
     with pytest.raises(DataError, match=r"teacher's cache '.*rows-.*' is damaged .* remove that file"):
         run(make_tiny, tokenizer, repeating, settings, tmp_path / "d")
+    with pytest.raises(OutputError, match=r"--teacher-cache '.*again' is a file; name a folder"):
+        run(make_tiny, tokenizer, repeating, settings.model_copy(update={"teacher_cache": tmp_path / "again"}), tmp_path / "e")
 
 
 @pytest.mark.parametrize("cached", [False, True])

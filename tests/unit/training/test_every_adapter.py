@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from regraft.adapters import ADAPTERS
 from regraft.data.text import Corpus
 from regraft.settings import RecoverSettings
+from regraft.training.batches import make_examples, spread
 from regraft.training.recover import recover
 
 IDS = torch.arange(3, 43).reshape(2, 20)
@@ -42,7 +43,14 @@ def test_it_lowers_the_loss_and_merges(
         setattr(mlp, part, narrow)
     before, names = logits(model), set(model.state_dict())
     settings = quick(adapter=name, lr=FASTER.get(name), dropout=0.0, schedule="constant", warmup=0.0)
+    rows = spread(
+        make_examples(repeating[1], tokenizer, settings.seq_len, wanted=settings.held_out_windows, seed=0), settings.held_out_windows
+    )
+    with torch.no_grad():
+        total = sum(float(model(row.input_ids[None], labels=row.labels[None]).loss) * (len(row.labels) - 1) for row in rows)
+    alone = total / sum(len(row.labels) - 1 for row in rows)
     done = recover(model, tokenizer, *repeating, settings, seed=0, work=tmp_path / "work")
+    assert done.first_loss == pytest.approx(alone, abs=1e-3)  # of the text alone: AdaLoRA adds to the loss that it trains on
     assert done.best_loss < done.first_loss - 0.1
     assert done.best_step > 0
     assert set(done.model.state_dict()) == names

@@ -200,14 +200,15 @@ def test_a_model_that_training_only_harms_is_left_as_it_was(
     assert same(tensors(model), before)
 
 
+@pytest.mark.parametrize("adapter", ["lora", "adalora"])
 def test_accumulated_batches_equal_one_large_batch(
-    make_tiny: Make, tokenizer: PreTrainedTokenizerFast, records: Corpora, quick: Quick, tmp_path: Path
+    make_tiny: Make, tokenizer: PreTrainedTokenizerFast, records: Corpora, quick: Quick, tmp_path: Path, adapter: str
 ) -> None:
-    """Records have answers of unequal length, so a mean of the means of batches would differ."""
+    """Records have answers of unequal length, so a mean of the means of batches would differ; AdaLoRA's penalty counts once a step."""
     train = replace(records[0], records=tuple(replace(r, output=r.output * (1 + 7 * (i % 3))) for i, r in enumerate(records[0].records)))
     found = []
     for batch, accumulate in ((4, 1), (2, 2), (1, 4)):
-        settings = quick(steps=4, eval_every=4, batch=batch, accumulate=accumulate, seq_len=400, dropout=0.0, merge=False)
+        settings = quick(steps=4, eval_every=4, batch=batch, accumulate=accumulate, seq_len=400, dropout=0.0, merge=False, adapter=adapter)
         result = recover(make_tiny(), tokenizer, train, records[1], settings, seed=0, work=tmp_path / str(batch))
         found.append({name: value for name, value in tensors(result.model).items() if "lora" in name})
     for other in found[1:]:
@@ -244,7 +245,7 @@ def test_a_rank_plan_is_followed_from_value_and_from_file(
         found.append(tensors(result.model))
     assert same(*found)
     (tmp_path / "none.json").write_text("{}")
-    with pytest.raises(PlanError, match="not a RankPlan"):
+    with pytest.raises(PlanError, match=r"none.json' is not a RankPlan"):
         recover(make_tiny(), tokenizer, *repeating, quick(ranks=tmp_path / "none.json"), seed=0, work=tmp_path)
     with pytest.raises(InputError, match=r"rank plan '.*nowhere.json' cannot be read"):
         recover(make_tiny(), tokenizer, *repeating, quick(ranks=tmp_path / "nowhere.json"), seed=0, work=tmp_path)
@@ -406,7 +407,15 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(module.Pace, "on_step_end", on_step_end)
 
 
-@pytest.mark.parametrize("settings", [{}, {"accumulate": 2, "batch": 2, "schedule": "linear"}, {"precision": "bfloat16"}])
+RESUMED: list[dict[str, Any]] = [
+    {},
+    {"accumulate": 2, "batch": 2, "schedule": "linear"},
+    {"precision": "bfloat16"},
+    {"adapter": "adalora", "lr": 1e-2},  # which keeps more than its parameters
+]
+
+
+@pytest.mark.parametrize("settings", RESUMED)
 def test_a_resumed_run_ends_with_the_same_bytes(
     make_tiny: Make,
     tokenizer: PreTrainedTokenizerFast,
@@ -500,8 +509,8 @@ def test_a_tracker_gets_the_losses(
     assert {(0, "eval_loss"), (10, "loss"), (10, "learning_rate"), (10, "eval_loss")} <= set(seen)
 
 
-def test_the_log_is_csv(tmp_path: Path) -> None:
-    keeper = Keeper(tmp_path, {}, None)
+def test_the_log_is_csv(make_tiny: Make, quick: Quick, tmp_path: Path) -> None:
+    keeper = Keeper(tmp_path, inject(make_tiny(), quick(), None, 0), {}, None)
     state = type("State", (), {"global_step": 0})()
     for step, logs in (
         (0, {"eval_loss": 2.0}),
