@@ -14,7 +14,7 @@ pruned, each with noise of its own; importance removed tells nothing). Slots cos
   of known standard deviation, the same at every fidelity, as a share of the attainable gain. A survivor pays for further steps alone.
 - An elastic adapter costs what it costs by default; it shows 0.7 of a gain, sees each slot's amplitude with a
   relative error of 0.25, and a score's noise is a quarter of a recovery's (it is a forward pass on fixed tokens).
-- Confirmation is the default one: recoveries of an eighth on five fresh seeds, each with noise of its own, of uniform, what was found and
+- Confirmation is the default one: recoveries of an eighth on five fresh seeds (seven with one finalist), each with noise of its own, of uniform, what was found and
   the best closed form. It decides what is kept, and its cost is counted.
 """
 
@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 from regraft.allocation import (
     ALLOCATORS,
     DEFAULT_CHOICES,
+    MOST_FINALISTS,
     ClosedForm,
     Learner,
     Proposal,
@@ -181,7 +182,7 @@ class Planted:
         settings = AllocateSettings()
         trials = [
             self._recovered(ranks, settings.confirm_share, settings.confirm_share, seed)
-            for seed in range(1, settings.confirm_seeds + 1)
+            for seed in range(1, settings.confirm_seeds * (1 + MOST_FINALISTS) // (1 + len(compared)) + 1)
             for ranks in ((self.uniform, *compared) if compared else ())
         ]
         return confirm(self.space, compared, trials).kept, sum(trial.cost for trial in trials)

@@ -416,7 +416,7 @@ class Confirmation:
 
     Attributes:
         finalists: With the largest mean gain first.
-        kept: The vector to use: the first finalist whose interval excludes no gain, or uniform.
+        kept: The vector to use: the first finalist where its interval excludes no gain, else uniform.
         confidence: That all intervals hold together, such as 0.95.
         verdict: What happened, in plain words.
     """

@@ -239,6 +239,11 @@ def test_search_and_confirmation_keep_the_cost(steps: int, change: dict[str, Any
     assert last.fidelity == 1.0 or spent + max(2, -(-last.width // 2)) * further > limit
 
 
+def test_scores_are_for_those_who_learn_from_them() -> None:
+    elastic = {name: schedule_of(AllocateSettings(method=name), RecoverSettings()).elastic for name in ("rankadaptor", "bayes")}
+    assert elastic == {"rankadaptor": 256, "bayes": 0}
+
+
 def test_trials_that_need_more_get_it_unless_a_cost_was_named() -> None:
     recover = RecoverSettings(steps=104, batch=8, held_out_windows=48, eval_every=104)
     schedule = schedule_of(AllocateSettings(trials=30), recover)
@@ -282,6 +287,7 @@ BAD: list[tuple[list[str] | Callable[[Path, Path], list[str]], str]] = [
     (["--adapter", "nola"], r"nola"),
     (["--trials", "500"], r"--trials 500, .* cost .* more than --cost 8; raise --cost"),
     (["--confirm-seeds", "1"], r"gives no interval"),
+    (["--method", "bayes", "--elastic", "9"], r"--elastic 9 tells the method bayes nothing; leave it out"),
     (["--workers", "2", "--ray", "local"], r"leave one of them out"),
     (["--storage", "nonsense"], r"not the URL of a known database"),
     (["--output", "plan.yaml"], r"not the name of a JSON file"),

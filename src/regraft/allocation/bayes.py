@@ -36,10 +36,12 @@ class Bayes:
     Attributes:
         sampler: ``gp`` or ``tpe``.
         name: As on the command line.
+        learns_from_scores: As the contract says.
     """
 
     sampler: Literal["gp", "tpe"]
     name: str
+    learns_from_scores: bool = False
 
     def propose(
         self,

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from regraft.allocation.contract import Ranks
@@ -19,56 +20,58 @@ from regraft.plans import Confirmation, Finalist, RankSpace, RankTrial
 def confirm(space: RankSpace, finalists: Sequence[Ranks], trials: Sequence[RankTrial], confidence: float = 0.95) -> Confirmation:
     """Decides between the finalists of a search and the uniform vector.
 
-    Uniform is kept unless the two-sided Student interval of a finalist's paired differences excludes no gain. A search picks the best of
-    many noisy measurements, so that its own measurements of the winner flatter it; that is why the seeds have to be fresh. Several
-    finalists share the error: each interval is that much wider (Bonferroni), so that all of them hold together with the confidence.
+    Uniform is kept unless the two-sided interval of a finalist's gains excludes no gain. A search picks the best of many noisy
+    measurements, so that its own measurements of the winner flatter it; that is why the seeds have to be fresh.
+
+    The seeds are the blocks of a randomised block design: a loss is what its seed and its vector bring, plus noise of one size. All
+    vectors together tell that size, with (seeds - 1) x finalists degrees of freedom; with one finalist this is Student's paired
+    interval. Several finalists share the error (Bonferroni), so that all intervals hold together with the confidence.
 
     Args:
         space: Of the search.
         finalists: What the search found, and what else may be used.
-        trials: Recoveries of the finalists and of uniform on fresh seeds; a seed where one of a pair failed does not count for it.
+        trials: Recoveries of the finalists and of uniform on fresh seeds. A seed where uniform failed does not count; a finalist that
+            failed on any other is out, since ranks that may diverge are not to be used.
         confidence: Of all intervals together.
 
     Raises:
-        InputError: No finalist has two seeds where it and uniform were recovered.
+        InputError: Fewer than two seeds have uniform and a finalist.
     """
     uniform = (space.uniform,) * len(space.slots)
-    others = [ranks for ranks in dict.fromkeys(finalists) if ranks != uniform]
-    if not others:
+    wanted = [ranks for ranks in dict.fromkeys(finalists) if ranks != uniform]
+    if not wanted:
         return Confirmation((), uniform, confidence, "The search found nothing better than uniform ranks: uniform is kept.")
-    gains = {ranks: _gains(uniform, ranks, trials) for ranks in others}
-    each = 1.0 - (1.0 - confidence) / len(others)
-    compared = sorted((_compared(ranks, found, each) for ranks, found in gains.items() if len(found) > 1), key=lambda one: -one.mean_nats)
-    if not compared:
-        most = max(map(len, gains.values()))
-        raise InputError(f"{most} of the seeds have a recovery of both the winner and uniform; a comparison needs two: add seeds")
-    sure = [finalist for finalist in compared if finalist.low_nats > 0]
-    kept = sure[0].ranks if sure else uniform
-    return Confirmation(tuple(compared), kept, confidence, _verdict(sure[0] if sure else compared[0], each, len(compared)))
+    losses = {(trial.ranks, trial.seed): trial.loss_nats for trial in trials if trial.kind == "recovery" and trial.loss_nats is not None}
+    seeds = sorted({seed for ranks, seed in losses if ranks == uniform})
+    able = [ranks for ranks in wanted if all((ranks, seed) in losses for seed in seeds)]
+    if len(seeds) < 2 or not able:
+        raise InputError(
+            f"uniform could be recovered on {len(seeds)} seeds, {len(able)} of {len(wanted)} candidates on all of them; a comparison "
+            "needs two seeds and a candidate: add seeds, or lower the learning rate"
+        )
+    table = np.array([[losses[ranks, seed] for ranks in (uniform, *able)] for seed in seeds])
+    gains, half = table[:, :1] - table[:, 1:], _half_width(table, confidence)
+    compared = [
+        Finalist(ranks, tuple(own.tolist()), float(own.mean()), float(own.mean()) - half, float(own.mean()) + half)
+        for ranks, own in zip(able, gains.T, strict=True)
+    ]
+    compared.sort(key=lambda finalist: -finalist.mean_nats)
+    kept = compared[0].ranks if compared[0].low_nats > 0 else uniform
+    return Confirmation(tuple(compared), kept, confidence, _verdict(compared[0], confidence, len(compared)))
 
 
-def _compared(ranks: Ranks, gains: tuple[float, ...], confidence: float) -> Finalist:
-    mean, count = float(np.mean(gains)), len(gains)
-    half = float(student.ppf(0.5 + confidence / 2, count - 1)) * float(np.std(gains, ddof=1)) / math.sqrt(count)
-    return Finalist(ranks, gains, mean, mean - half, mean + half)
-
-
-def _gains(uniform: Ranks, ranks: Ranks, trials: Sequence[RankTrial]) -> tuple[float, ...]:
-    """Returns loss of uniform minus loss of a vector for every seed that has both, at the longest recovery that both had."""
-    losses = {(trial.ranks, trial.seed, trial.fidelity): trial.loss_nats for trial in trials if trial.kind == "recovery"}
-    gains: list[float] = []
-    for seed in sorted({trial.seed for trial in trials}):
-        for fidelity in sorted({fidelity for _, _, fidelity in losses}, reverse=True):
-            pair = losses.get((uniform, seed, fidelity)), losses.get((ranks, seed, fidelity))
-            if pair[0] is not None and pair[1] is not None:
-                gains.append(pair[0] - pair[1])
-                break
-    return tuple(gains)
+def _half_width(table: NDArray[np.float64], confidence: float) -> float:
+    """Returns half the width of the intervals of the differences to the first column of losses, (seeds, vectors)."""
+    seeds, vectors = table.shape
+    noise = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    freedom = (seeds - 1) * (vectors - 1)
+    quantile = float(student.ppf(1.0 - (1.0 - confidence) / (2 * (vectors - 1)), freedom))
+    return quantile * math.sqrt(2.0 * float((noise**2).sum()) / freedom / seeds)
 
 
 def _verdict(best: Finalist, confidence: float, finalists: int) -> str:
     measured = (
-        f"{best.mean_nats:+.5f} nats on {len(best.gains_nats)} fresh seeds, {100 * confidence:.4g}% interval "
+        f"{best.mean_nats:+.5f} nats on {len(best.gains_nats)} fresh seeds, {confidence:.0%} interval "
         f"{best.low_nats:+.5f} to {best.high_nats:+.5f}"
     )
     if finalists > 1:

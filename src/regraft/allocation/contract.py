@@ -73,6 +73,11 @@ class Learner(Protocol):
         """As on the command line."""
         ...
 
+    @property
+    def learns_from_scores(self) -> bool:
+        """Whether elastic scores tell it anything; recoveries always do."""
+        ...
+
     def propose(
         self,
         space: RankSpace,

@@ -51,6 +51,7 @@ class PaperRankAdaptor:
         rounds: Most rounds of the second.
         close_nats: Convergence: predicted and measured gain of the last proposal differ by less.
         name: As on the command line.
+        learns_from_scores: As the contract says.
     """
 
     initial: int = 8
@@ -58,6 +59,7 @@ class PaperRankAdaptor:
     rounds: int = 8
     close_nats: float = 1e-4
     name: str = field(default="rankadaptor-paper")
+    learns_from_scores: bool = False
 
     def phase(self, space: RankSpace, history: Sequence[RankTrial]) -> Phase:
         """Returns which phase comes next."""

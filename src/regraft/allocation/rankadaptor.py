@@ -49,10 +49,12 @@ class RankAdaptor:
     Attributes:
         prior: What the model believes before the first trial; None: what the package ships.
         name: As on the command line.
+        learns_from_scores: As the contract says.
     """
 
     prior: Prior | None = None
     name: str = field(default="rankadaptor")
+    learns_from_scores: bool = True
 
     def propose(
         self,

@@ -53,6 +53,7 @@ SPACE = "space.json"
 _RECOVERIES = ".recoveries"
 _SHORTEST = 1 / 8
 _COST = 4.0  # full recoveries, where --cost says nothing else
+_FEW_STEPS = 20  # with fewer, gains of ranks do not show yet
 _LEAST_SCORES, _MOST_SCORES = 64, 256
 _ROUNDING = 1e-9
 # Nothing of these changes what a candidate's recovery gives.
@@ -120,6 +121,8 @@ def check_settings(settings: AllocateSettings, recover: RecoverSettings) -> None
     ALLOCATORS.get(settings.method)
     check_adapter(recover.adapter)
     schedule_of(settings, recover)
+    if settings.elastic not in ("auto", 0) and not _learns_from_scores(settings.method):
+        raise InputError(f"--elastic {settings.elastic} tells the method {settings.method} nothing; leave it out")
     if settings.confirm_seeds == 1:
         raise InputError("--confirm-seeds 1 gives no interval; use 2 or more, or 0 to take the ranks as they are found")
     if settings.ray is not None:
@@ -146,7 +149,7 @@ def schedule_of(settings: AllocateSettings, recover: RecoverSettings) -> Schedul
         raise InputError(
             f"{asked} cost {least:.2f} full recoveries at least, more than --cost {cost:g}; raise --cost to that, or lower one of them"
         )
-    if settings.elastic == "auto":
+    if settings.elastic == "auto" and _learns_from_scores(settings.method):
         elastic = _scores_for(recover, cost - least)
     spent, width, before, fidelity = confirming + elastic_cost(recover, elastic), settings.trials, 0.0, _SHORTEST
     rungs: list[Rung] = []
@@ -162,6 +165,11 @@ def schedule_of(settings: AllocateSettings, recover: RecoverSettings) -> Schedul
 def _confirming_cost(settings: AllocateSettings, recover: RecoverSettings) -> float:
     """Returns what uniform and as many finalists as there can be cost on all fresh seeds, in full recoveries."""
     return settings.confirm_seeds * (1 + MOST_FINALISTS) * candidate_cost(recover, 0.0, settings.confirm_share)
+
+
+def _learns_from_scores(method: str) -> bool:
+    allocator = ALLOCATORS.get(method)
+    return not isinstance(allocator, ClosedForm) and allocator.learns_from_scores
 
 
 def _scores_for(recover: RecoverSettings, cost: float) -> int:
@@ -255,6 +263,11 @@ def _searched(request: Request, space: RankSpace, learner: Learner, work: Path, 
         f"a search of at most {schedule.cost_limit + _confirming_cost(settings, request.recover):.1f} full recoveries: "
         f"{schedule.elastic} scores by an elastic adapter, {settings.trials} short recoveries, {settings.confirm_seeds} seeds to confirm"
     )
+    if _SHORTEST * request.recover.steps < _FEW_STEPS:
+        request.say(
+            f"an eighth of {request.recover.steps} steps is little more than the warm-up and tells little; "
+            f"for a search that can be trusted raise --steps to {8 * _FEW_STEPS} or more"
+        )
     sampler = AllocatorSampler(space, learner, schedule, request.seed)
     storage = open_storage(settings.storage, work)
     # A file in a folder that is locked for this process belongs to it; whether to resume was decided when the folder was opened.
@@ -331,11 +344,15 @@ def _origin(space: RankSpace, pairs: Sequence[tuple[Job, RankTrial]], ranks: Ran
 
 
 def _confirming(request: Request, space: RankSpace, compared: Sequence[Ranks]) -> list[Job]:
-    """Returns the measurements that confirm: the finalists and uniform on seeds that the search has not seen; none without finalists."""
+    """Returns the measurements that confirm: the finalists and uniform on seeds that the search has not seen; none without finalists.
+
+    With fewer finalists than there can be, the same cost pays for more seeds.
+    """
     if not compared:
         return []
     share, vectors = request.settings.confirm_share, (_uniform(space), *compared)
-    seeds = [derived_seed(request.seed, "confirm", index) % 2**31 for index in range(request.settings.confirm_seeds)]
+    count = request.settings.confirm_seeds * (1 + MOST_FINALISTS) // len(vectors)
+    seeds = [derived_seed(request.seed, "confirm", index) % 2**31 for index in range(count)]
     return [
         Job("confirm", 0, len(vectors) * index + place, ranks, share, seed=seed, origin="finalist" if place else "uniform")
         for index, seed in enumerate(seeds)
