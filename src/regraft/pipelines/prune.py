@@ -76,7 +76,7 @@ class PruneResult:
 
 def prune(
     source: str | Path,
-    output: Path | None = None,
+    output: str | Path | None = None,
     settings: PruneSettings | None = None,
     *,
     load: LoadSettings | None = None,
@@ -101,14 +101,14 @@ def prune(
         RegraftError: Anything that the user can mend, in one line.
     """
     settings = settings or PruneSettings()
-    request = Request(source, output, settings, resolve(settings), load or LoadSettings(), seed, None, command, say)
+    request = Request(source, _path(output), settings, resolve(settings), load or LoadSettings(), seed, None, command, say)
     return _carry_out(request, dry_run=dry_run)
 
 
 def replay(
     source: str | Path,
     plan: PrunePlan,
-    output: Path | None = None,
+    output: str | Path | None = None,
     settings: PruneSettings | None = None,
     *,
     load: LoadSettings | None = None,
@@ -139,14 +139,18 @@ def replay(
     if own_seed is not None and seed not in (0, own_seed):
         raise InputError(f"--seed {seed} does nothing beside --plan, which was made with {own_seed}; leave it out, or plan anew")
     seed = seed if own_seed is None else own_seed
-    request = Request(source, output, own, way, load or LoadSettings(), seed, plan, command, say)
+    request = Request(source, _path(output), own, way, load or LoadSettings(), seed, plan, command, say)
     return _carry_out(request, dry_run=dry_run)
+
+
+def _path(output: str | Path | None) -> Path | None:
+    return None if output is None else Path(output)
 
 
 def _carry_out(request: Request, *, dry_run: bool) -> PruneResult:
     settings, output, say = request.settings, request.output, request.say
     if output is not None and not dry_run:
-        refuse_existing(Path(output))
+        refuse_existing(output)
     if settings.memory is not None:
         if output is None and not dry_run:
             raise InputError("--memory keeps the pruned model on disk; say where with --output")
@@ -166,7 +170,7 @@ def _carry_out(request: Request, *, dry_run: bool) -> PruneResult:
         return PruneResult(plan, None, loaded, groups, notes)
     model = cut_to_plan(loaded, groups, plan, settings, request.seed, say)
     if output is not None:
-        save_pruned(model, loaded, plan, Path(output), settings, seed=request.seed, command=request.command)
+        save_pruned(model, loaded, plan, output, settings, seed=request.seed, command=request.command)
     return PruneResult(plan, model, loaded, groups, notes)
 
 

@@ -246,6 +246,14 @@ def test_an_output_is_needed(make_folder, settings):
         prune(make_folder("llama"), None, settings(memory=PLENTY))
 
 
+@pytest.mark.parametrize("memory", [PLENTY, None])
+def test_an_output_may_be_a_string(make_folder, settings, tmp_path, memory):
+    folder = make_folder("llama")
+    made = prune(str(folder), str(tmp_path / "out"), settings(memory=memory))
+    replay(str(folder), made.plan, str(tmp_path / "again"), settings(memory=memory))
+    assert_same_weights(tmp_path / "again", tmp_path / "out", 0.0)
+
+
 def test_a_plan_for_another_model_is_refused(make_folder, settings, tmp_path):
     folder, other = make_folder("llama"), make_folder("llama", tie_word_embeddings=True)
     plan = prune(folder, None, settings(), dry_run=True).plan
