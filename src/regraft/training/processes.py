@@ -29,15 +29,32 @@ def join_processes(device: torch.device) -> None:
         device: Where the model trains; a CPU uses gloo.
 
     Raises:
-        InputError: The processes do not find one another.
+        InputError: The processes do not find one another, or the launcher was to start several and started one.
     """
-    if dist.is_initialized() or max(int(os.environ.get(name, "1")) for name in _COUNTS) < 2:
+    if dist.is_initialized():
+        return
+    if max(int(os.environ.get(name, "1")) for name in _COUNTS) < 2:
+        _check_alone()
         return
     try:
         PartialState(cpu=device.type == "cpu", backend="gloo" if device.type == "cpu" else None)
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"the processes do not find one another ({reason}); check MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE") from None
+
+
+def _check_alone() -> None:
+    """Refuses to be the one process that accelerate's launcher starts on CPUs, in silence, when it is asked for more without MPI.
+
+    Raises:
+        InputError: It is.
+    """
+    announced = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
+    if announced and not any(name in os.environ for name in _COUNTS):
+        raise InputError(
+            "accelerate launch starts one process on CPUs, however many it is asked for, unless MPI starts them; "
+            "use: torchrun --nproc-per-node 2 -m regraft ..."
+        )
 
 
 def local_device(name: str) -> str:

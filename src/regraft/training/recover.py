@@ -141,7 +141,7 @@ def recover(
     identity = _identity(model, settings, ranks, seed, teacher) | {"data": digest(rows.examples), "held-out data": digest(looked_at)}
     resumed = _last_checkpoint(work, identity) if resume else None
     padding = padding_token(tokenizer)
-    evidence = _evidence(rows, settings.batch, padding, device, reading)
+    evidence = _evidence(rows, settings, padding, device, reading)
     injected = inject(model, settings, ranks, seed, evidence)
     groups = _groups_or_nothing(injected, settings)
     _make_folder(work)
@@ -318,11 +318,12 @@ def _training_device(model: PreTrainedModel) -> torch.device:
     return device
 
 
-def _evidence(rows: Ordered, batch: int, padding: int, device: torch.device, reading: Reading) -> Evidence:
-    """Returns the first training batches, which the first values of some adapters are computed from."""
+def _evidence(rows: Ordered, settings: RecoverSettings, padding: int, device: torch.device, reading: Reading) -> Evidence:
+    """Returns the rows of the first steps in all passes and processes, which the first values of some adapters are computed from."""
+    batch, passes = settings.batch, settings.accumulate * process_count()
 
     def batches(count: int) -> list[dict[str, Tensor]]:
-        starts = range(0, min(count * batch, len(rows)), batch)
+        starts = range(0, min(count * passes * batch, len(rows)), batch)
         drawn = [reading.collate([rows[start + index] for index in range(batch)], padding) for start in starts]
         return [{name: tensor.to(device) for name, tensor in tensors.items()} for tensors in drawn]
 

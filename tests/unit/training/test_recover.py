@@ -216,6 +216,32 @@ def test_accumulated_batches_equal_one_large_batch(
             torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5)
 
 
+def test_gradients_that_an_adapter_starts_from_are_those_of_whole_steps(
+    make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
+) -> None:
+    found = []
+    for batch, accumulate in ((4, 1), (2, 2)):
+        settings = quick(adapter="deep_lora", adapter_options=("epsilon=0.3", "batches=2"), steps=3, eval_every=3, lr=1e-2)
+        settings = settings.model_copy(update={"batch": batch, "accumulate": accumulate, "dropout": 0.0})
+        result = recover(make_tiny(), tokenizer, *repeating, settings, seed=0, work=tmp_path / str(batch))
+        assert result.best_step == 3
+        found.append(tensors(result.model))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-5)
+
+
+def test_a_launcher_that_starts_one_process_of_several_is_told_off(
+    make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As accelerate's does on CPUs."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(InputError, match=r"starts one process on CPUs.*use: torchrun"):
+        recover(make_tiny(), tokenizer, *repeating, quick(steps=2), seed=0, work=tmp_path / "a")
+    monkeypatch.delenv("MASTER_ADDR")  # it was asked for one
+    assert recover(make_tiny(), tokenizer, *repeating, quick(steps=2, eval_every=2), seed=0, work=tmp_path / "b").log[-1].step == 2
+
+
 def test_the_kept_adapter_equals_the_merged_model(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:
