@@ -124,8 +124,11 @@ def _refuse_what_is_no_decoder(config: PreTrainedConfig) -> None:
     Raises:
         ModelError: The message names the first such module, or the largest parameter.
     """
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception:  # it computes with values while it is made: it is looked at afterwards
+        return
     list_name, layers = _layers(model)
     for name, module in layers.named_modules():
         if any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
