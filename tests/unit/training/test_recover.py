@@ -236,7 +236,7 @@ def test_a_launcher_that_starts_one_process_of_several_is_told_off(
     """As accelerate's does on CPUs."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with pytest.raises(InputError, match=r"starts one process on CPUs.*use: torchrun"):
+    with pytest.raises(InputError, match=r"starts one process on CPUs.*use: accelerate launch --multi_gpu .* or torchrun"):
         recover(make_tiny(), tokenizer, *repeating, quick(steps=2), seed=0, work=tmp_path / "a")
     monkeypatch.delenv("MASTER_ADDR")  # it was asked for one
     assert recover(make_tiny(), tokenizer, *repeating, quick(steps=2, eval_every=2), seed=0, work=tmp_path / "b").log[-1].step == 2
