@@ -15,14 +15,16 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from regraft.allocation.meta import read_store, train
 from regraft.allocation.prior import SHIPPED
+from regraft.atomic import write_text
 from regraft.pipelines.allocate import allocate_ranks
 from regraft.pipelines.prune import prune
 from regraft.pipelines.rank_files import PAST
+from regraft.plans import PastSearch, from_json, to_json
 from regraft.settings import AllocateSettings, LoadSettings, PruneSettings, RecoverSettings
 
 STORE = Path(__file__).parents[1] / "benchmarks" / "results" / "prior_searches"
@@ -78,8 +80,8 @@ def search(case: Case, seed: int) -> None:
             method="bayes", budget=case.budget, ranks=CHOICES[case.budget], trials=16, elastic=0, cost=4.0, confirm_seeds=0
         )
         found = allocate_ranks(folder / "pruned", folder / "plan.json", asked, SMALL, load=dtype, seed=seed)
-        STORE.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / "plan.search" / PAST, STORE / f"{case.name}.json")
+        past = from_json(PastSearch, (folder / "plan.search" / PAST).read_bytes())
+        write_text(STORE / f"{case.name}.json", to_json(replace(past, model=MODEL)) + "\n")
         print(case.name, f"cost {found.search_cost:.2f}", found.found, flush=True)
 
 
@@ -89,6 +91,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=len(CASES))
     parser.add_argument("--train", action="store_true")
     given = parser.parse_args()
+    STORE.mkdir(parents=True, exist_ok=True)
     for seed, case in enumerate(CASES[: given.cases]):
         if not (STORE / f"{case.name}.json").exists():
             search(case, seed)
