@@ -27,7 +27,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -75,7 +75,13 @@ TOTAL_NATS = 0.1
 DEFAULT = schedule_of(AllocateSettings(), RecoverSettings())
 SCORE = elastic_cost(RecoverSettings(), 2) - elastic_cost(RecoverSettings(), 1)
 TRAINED = elastic_cost(RecoverSettings(), 1) - SCORE
-RECOVERIES = Schedule(rungs=(Rung(0.125, 12), Rung(0.25, 6, 1), Rung(0.5, 3, 1), Rung(1.0, 2, 1)))
+RECOVERIES = schedule_of(AllocateSettings(trials=12, elastic=0), RecoverSettings())
+STARTS = {
+    1.0: (Rung(0.125, 6), Rung(0.25, 3)),
+    2.0: (Rung(0.125, 8), Rung(0.25, 5, 1), Rung(0.5, 2)),
+    4.0: (Rung(0.125, 12), Rung(0.25, 6, 1), Rung(0.5, 3, 1), Rung(1.0, 2, 1)),
+}
+"""What a start from a prior is measured with, by the limit of the cost."""
 FIELDS = ("section", "layers", "method", "noise", "world", "seed", "share", "cost", "seconds", "kept")
 
 
@@ -193,7 +199,7 @@ def _normalised(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def methods() -> dict[str, tuple[Learner | ClosedForm, Schedule]]:
-    """What is compared, each with its schedule; all at most four full recoveries."""
+    """What is compared, each with its schedule; all at most four full recoveries, confirmation included."""
     return {
         "rankadaptor": (RankAdaptor(default_prior()), DEFAULT),
         "rankadaptor, recoveries only": (RankAdaptor(default_prior()), RECOVERIES),
@@ -271,14 +277,9 @@ def prior_rows(seeds: int) -> list[dict[str, object]]:
         past.append(PastSearch(planted.space, tuple(planted.measure(request, ())), "planted", 1, 0.2))
     training = train(past)
     rows: list[dict[str, object]] = []
-    for (name, prior), limit, seed in product((("default", default_prior()), ("trained", training.prior)), (1.0, 2.0, 4.0), range(seeds)):
+    for (name, prior), limit, seed in product((("default", default_prior()), ("trained", training.prior)), STARTS, range(seeds)):
         planted, started = Planted(World(12), seed), time.perf_counter()
-        schedule = replace(RECOVERIES, cost_limit=limit)
-        if limit < 4.0:
-            schedule = replace(
-                schedule, rungs=(Rung(0.125, 6), Rung(0.25, 3)) if limit == 1.0 else (Rung(0.125, 8), Rung(0.25, 5, 1), Rung(0.5, 2))
-            )
-        ranks, history = planted.search(RankAdaptor(prior), schedule)
+        ranks, history = planted.search(RankAdaptor(prior), Schedule(STARTS[limit], cost_limit=limit))
         share = planted.gain(ranks) / planted.attainable
         spent, seconds = sum(trial.cost for trial in history), time.perf_counter() - started
         values = ("prior", "12", f"{name} prior, cost limit {limit:g}", "0.1", "concave", str(seed))

@@ -248,7 +248,7 @@ Where there is none, `regraft` looks at a small random model of the family, whic
 matrix's sides say what it reads and writes, and silencing a part says which norms serve it alone. Groups are traced as ever. Everything
 but the residual width is cut in this way, in memory and layer by layer; `tests/conformance/test_inferred.py` shows it for Gemma, Granite,
 Cohere, OLMo, OLMo 3, Phi, GLM 4, SmolLM 3, GPT-J, CodeGen, Persimmon, Nemotron, Helium, XGLM, Apertus and BitNet. Heads stay where a family
-cannot have any number of them (CodeGen), and what a norm inside runs over stays as well (the heads of OLMo 3, heads and channels of BitNet).
+cannot have any number of them (CodeGen), and what a norm inside runs over stays too (the heads of OLMo 3, heads and channels of BitNet).
 A target that cannot be cut beside others that can is left out, and the command says so. Mixtures of experts, layers of several kinds, and
 what is not causal are refused with what is in the way.
 """
