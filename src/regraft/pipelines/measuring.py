@@ -22,6 +22,7 @@ from regraft.training.elastic import Elastic, ElasticSettings
 from regraft.training.ground import Ground, cost_of
 
 _AT_ONCE_ON_A_GPU = 4
+_SCORED_TOKENS = 2048
 
 
 def held_out_parts(held_out: Corpus) -> dict[Phase, Corpus]:
@@ -36,9 +37,12 @@ def held_out_parts(held_out: Corpus) -> dict[Phase, Corpus]:
 def scored(settings: RecoverSettings) -> RecoverSettings:
     """Returns the settings of the elastic adapter: an eighth of the held-out rows, since it is asked for many vectors.
 
-    Its scores differ only by what one trained adapter leaves out, on the same tokens.
+    But no fewer than 2,048 tokens, where there are so many: what a few rows say of the layers all scores have in common, so that no number
+    of them makes up for it.
     """
-    return settings.model_copy(update={"held_out_windows": -(-settings.held_out_windows // 8)})
+    enough = -(-_SCORED_TOKENS // (settings.seq_len or TRAINING_TOKENS))
+    rows = min(settings.held_out_windows, max(-(-settings.held_out_windows // 8), enough))
+    return settings.model_copy(update={"held_out_windows": rows})
 
 
 def elastic_cost(settings: RecoverSettings, scores: int) -> float:
