@@ -289,7 +289,7 @@ def prior_rows(seeds: int) -> list[dict[str, object]]:
 
 def table(rows: Sequence[dict[str, str]], section: str) -> list[str]:
     """One Markdown table: mean share with a 95 % interval over seeds, least share, cost, seconds, what confirmation kept."""
-    lines = ["| layers | noise | objective | method | searches | share of the attainable gain | least | cost | seconds | winner kept |"]
+    lines = ["| layers | noise | objective | method | searches | share of the attainable gain | least | cost | seconds | kept |"]
     lines.append("|---|---|---|---|---|---|---|---|---|---|")
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
