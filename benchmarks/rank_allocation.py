@@ -341,7 +341,7 @@ def _case_lines(case: Mapping[str, str], rows: Sequence[Mapping[str, str]], mode
         gain = (
             ""
             if all(row["ranks"] == row_of(own, "uniform", row["seed"])["ranks"] for row in mine)
-            else "{:+.2f} ± {:.2f}".format(*interval(gains))
+            else _interval(gains)
         )
         share = statistics.fmean(float(row["accuracy"]) for row in mine) / float(about["dense_accuracy"])
         search = next((row for row in read_rows(SEARCHED) if matches(row, {**case, "method": method})), None)
@@ -368,8 +368,13 @@ def _beside_the_best(own: Sequence[Mapping[str, str]]) -> list[str]:
     if not ours or not others:
         return []
     best = min(others, key=lambda name: statistics.fmean(others[name].values()))
-    mean, half = interval([1e3 * (others[best][seed] - loss) for seed, loss in ours.items()])
-    return [f"rankadaptor beside the best of the others, {best}: a gain of {mean:+.2f} ± {half:.2f} · 10⁻³ nats.", ""]
+    gain = _interval([1e3 * (others[best][seed] - loss) for seed, loss in ours.items()])
+    return [f"rankadaptor beside the best of the others, {best}: a gain of {gain} · 10⁻³ nats.", ""]
+
+
+def _interval(values: Sequence[float]) -> str:
+    """Returns mean and 95 % interval; the mean alone of one value."""
+    return "{:+.2f} ± {:.2f}".format(*interval(values)) if len(values) > 1 else f"{values[0]:+.2f}"
 
 
 def row_of(rows: Sequence[Mapping[str, str]], method: str, seed: str) -> Mapping[str, str]:
