@@ -38,6 +38,7 @@ class PlantedLearner:
     """Proposes uniform, then vectors drawn at random; believes the lowest loss that it has seen of a vector."""
 
     name = "planted"
+    learns_from_scores = False
 
     def propose(
         self,

@@ -17,6 +17,7 @@ from regraft.plans import (
     Curve,
     Curves,
     Cut,
+    Finalist,
     Group,
     GroupKind,
     Groups,
@@ -91,7 +92,8 @@ TRIALS = st.builds(
     RankTrial, RANKS, st.none() | NUMBERS, NUMBERS, NUMBERS, st.sampled_from(["recovery", "elastic"]), COUNTS, st.text(max_size=9)
 )
 TRIED = st.lists(TRIALS, max_size=2).map(tuple)
-CONFIRMATIONS = st.builds(Confirmation, RANKS, RANKS, st.lists(NUMBERS, max_size=3).map(tuple), NUMBERS, NUMBERS, NUMBERS, NUMBERS, NAMES)
+FINALISTS = st.builds(Finalist, RANKS, st.lists(NUMBERS, max_size=3).map(tuple), NUMBERS, NUMBERS, NUMBERS)
+CONFIRMATIONS = st.builds(Confirmation, st.lists(FINALISTS, max_size=2).map(tuple), RANKS, NUMBERS, NAMES)
 VALIDATIONS = st.builds(CrossValidation, NUMBERS, NUMBERS, NUMBERS, COUNTS, COUNTS)
 ANY_PLAN = st.one_of(
     SLOTS,
@@ -153,7 +155,7 @@ ANY_PLAN = st.one_of(
 
 COVERED = (
     *(Member, Group, Groups, Scores, Curve, Curves, Cut, Removed, PrunePlan, RankPlan),
-    *(RankSlot, RankSpace, RankTrial, PastSearch, CrossValidation, Confirmation, RankSearch),
+    *(RankSlot, RankSpace, RankTrial, PastSearch, CrossValidation, Finalist, Confirmation, RankSearch),
     *(LossReport, SizeReport, SpeedReport, Measurement, Provenance),
 )
 

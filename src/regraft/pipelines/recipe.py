@@ -237,14 +237,15 @@ def _prune_contradictions(prune: PruneSettings) -> Iterator[str]:
             "prune.memory: a run loads the whole model to measure it, so that no bound can hold; leave it out, or prune by itself with "
             "regraft prune --memory"
         )
-    if not prune.targets:
-        yield "prune.targets: names nothing to prune; use heads, ffn or others"
     try:
         CRITERIA.get(prune.criterion)
     except RegraftError as error:
         yield f"prune.criterion: {error}"
     else:
-        yield from _unresolved(prune)
+        if prune.targets:
+            yield from _unresolved(prune)
+        else:
+            yield "prune.targets: names nothing to prune; use heads, ffn or others"
     if prune.calibration is not None:
         yield from _no_file("prune.calibration", prune.calibration)
 

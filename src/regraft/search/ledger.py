@@ -36,6 +36,7 @@ STOPPED = "whoever measured it died; it was asked for again"
 GIVEN_BACK = "given back unmeasured"
 TWICE = "asked for twice"
 _WRITE_AGAIN_SECONDS = (0.5, 2.0, 8.0)
+_SIGNING_SECONDS = 0.05  # longer than another takes from reading a trial to signing it
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,24 @@ class Ledger:
             if entry.state != TrialState.WAITING or entry.job.key not in wanted:
                 continue
             if self._quietly(lambda entry=entry: backend.set_trial_state_values(entry.trial_id, TrialState.RUNNING)):
-                backend.set_trial_user_attr(entry.trial_id, "worker", self._me)
+                if not self._signed(entry):
+                    continue
                 cast(BaseHeartbeat, backend).record_heartbeat(entry.trial_id)
                 with self._lock:
                     self._mine.add(entry.trial_id)
                 taken.append(entry.job)
         return taken
+
+    def _signed(self, entry: _Entry) -> bool:
+        """Signs a trial that was claimed, and returns whether the signature stays.
+
+        SQLite locks no rows: two processes that read a trial as waiting at the same moment may both have claimed it.
+        """
+        self._storage.backend.set_trial_user_attr(entry.trial_id, "worker", self._me)
+        if self._alone:
+            return True
+        time.sleep(_SIGNING_SECONDS)
+        return any(now.trial_id == entry.trial_id and now.worker == self._me for now in self._entries())
 
     def record(self, job: Job, result: RankTrial) -> None:
         """Writes a measurement down. When this returns it is on the disk.
