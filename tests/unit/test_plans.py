@@ -115,6 +115,8 @@ ANY_PLAN = st.one_of(
         TRIED,
         st.none() | CONFIRMATIONS,
         st.none() | VALIDATIONS,
+        st.lists(VALIDATIONS, max_size=2).map(tuple),
+        st.none() | NUMBERS,
         NAMES,
     ),
     CURVES,
