@@ -216,7 +216,7 @@ def searched(case: Case, bench: Bench, method: str) -> RankSearch:
 
 def kept_of(found: RankSearch) -> Ranks:
     """Returns the ranks that a search ends with: those it found, or uniform."""
-    return found.confirmation.kept if found.confirmation is not None else (found.space.uniform,) * len(found.space.slots)
+    return found.confirmation.kept if found.confirmation is not None else found.space.uniform_ranks
 
 
 def text_of(ranks: Ranks) -> str:
@@ -284,7 +284,7 @@ def reference(case: Case, bench: Bench, space: RankSpace) -> None:
 def elastic(case: Case, bench: Bench, count: int) -> None:
     """Compares elastic scores with full recoveries of random vectors, for several ways of training the elastic adapter."""
     space = bench.space(case.budget)
-    uniform = (space.uniform,) * len(space.slots)
+    uniform = space.uniform_ranks
     drawn = [uniform, *random_vectors(space, count - 1, {uniform}, np.random.default_rng(7))]
     ground = bench.ground(space)
     real = Candidates(ground, space).measure(drawn, 1.0, 0)
@@ -338,11 +338,7 @@ def _case_lines(case: Mapping[str, str], rows: Sequence[Mapping[str, str]], mode
     for method in dict.fromkeys(row["method"] for row in own):
         mine = [row for row in own if row["method"] == method and row["seed"] in base]
         gains = [1e3 * (base[row["seed"]] - float(row["loss_nats"])) for row in mine]
-        gain = (
-            ""
-            if all(row["ranks"] == row_of(own, "uniform", row["seed"])["ranks"] for row in mine)
-            else _interval(gains)
-        )
+        gain = "" if all(row["ranks"] == row_of(own, "uniform", row["seed"])["ranks"] for row in mine) else _interval(gains)
         share = statistics.fmean(float(row["accuracy"]) for row in mine) / float(about["dense_accuracy"])
         search = next((row for row in read_rows(SEARCHED) if matches(row, {**case, "method": method})), None)
         costs = [f"{search['cost']} + {search['confirming_cost']}", search["minutes"], search["peak_mb"]] if search else ["", "", ""]

@@ -49,7 +49,7 @@ class PlantedLearner:
         pending: Sequence[Ranks] = (),
     ) -> tuple[Proposal, ...]:
         seen = {trial.ranks for trial in history} | set(pending)
-        uniform = (space.uniform,) * len(space.slots)
+        uniform = space.uniform_ranks
         found = [] if uniform in seen else [Proposal(uniform, "uniform")]
         while len(found) < count:
             ranks = tuple(int(rank) for rank in generator.choice(space.choices, len(space.slots)))
@@ -61,7 +61,7 @@ class PlantedLearner:
         best = {
             vector: min((t.loss_nats for t in history if t.ranks == vector and t.loss_nats is not None), default=9.0) for vector in ranks
         }
-        uniform = min((t.loss_nats for t in history if t.ranks == (space.uniform,) * len(space.slots) and t.loss_nats), default=9.0)
+        uniform = min((t.loss_nats for t in history if t.ranks == space.uniform_ranks and t.loss_nats), default=9.0)
         return Prediction(np.array([uniform - best[vector] for vector in ranks]), np.ones(len(ranks)))
 
     def assess(self, space: RankSpace, history: Sequence[RankTrial]) -> CrossValidation | None:

@@ -316,6 +316,11 @@ class RankSpace:
     budget: int
     uniform: int
 
+    @property
+    def uniform_ranks(self) -> tuple[int, ...]:
+        """The uniform rank for every slot."""
+        return (self.uniform,) * len(self.slots)
+
     def cost(self, ranks: Sequence[int]) -> int:
         """Returns the trainable parameters of a rank vector."""
         return sum(slot.parameters_per_rank * rank for slot, rank in zip(self.slots, ranks, strict=True))

@@ -37,7 +37,7 @@ def confirm(space: RankSpace, finalists: Sequence[Ranks], trials: Sequence[RankT
     Raises:
         InputError: Fewer than two seeds have uniform and a finalist.
     """
-    uniform = (space.uniform,) * len(space.slots)
+    uniform = space.uniform_ranks
     wanted = [ranks for ranks in dict.fromkeys(finalists) if ranks != uniform]
     if not wanted:
         return Confirmation((), uniform, confidence, "The search found nothing better than uniform ranks: uniform is kept.")

@@ -13,7 +13,7 @@ def paired_gains(space: RankSpace, trials: Sequence[RankTrial]) -> dict[Ranks, f
 
     A vector that was measured on several seeds at its longest fidelity has the mean.
     """
-    uniform = (space.uniform,) * len(space.slots)
+    uniform = space.uniform_ranks
     real = [trial for trial in trials if trial.kind == "recovery" and trial.loss_nats is not None]
     partner = {(trial.fidelity, trial.seed): trial.loss_nats for trial in real if trial.ranks == uniform}
     found: dict[Ranks, tuple[float, list[float]]] = {}

@@ -133,7 +133,7 @@ def winner(space: RankSpace, history: Sequence[RankTrial], learner: Learner) -> 
     vectors = sorted({trial.ranks for trial in done if trial.fidelity == longest})
     gains = learner.predict(space, history, vectors).gain_nats
     best = int(np.argmax(gains))
-    return vectors[best] if gains[best] > 0 else (space.uniform,) * len(space.slots)
+    return vectors[best] if gains[best] > 0 else space.uniform_ranks
 
 
 def finalists(
@@ -151,7 +151,7 @@ def finalists(
         found: The :func:`winner`.
         closed_forms: Vectors that closed forms had proposed, among those that were recovered.
     """
-    uniform = (space.uniform,) * len(space.slots)
+    uniform = space.uniform_ranks
     others = sorted(set(closed_forms) - {uniform, found})
     chosen = [found] if found != uniform else []
     if others:
@@ -166,7 +166,7 @@ def _elastic(space: RankSpace, scored: Sequence[RankTrial], learner: Learner, sc
     """Returns what is missing of the elastic scores: uniform and vectors at random, which tell of every slot, then proposals."""
     if not schedule.elastic:
         return ()
-    uniform = (space.uniform,) * len(space.slots)
+    uniform = space.uniform_ranks
     drawn = random_vectors(space, round(_ELASTIC_AT_RANDOM * schedule.elastic) - 1, {uniform}, np.random.default_rng((seed, 0, 0)))
     design = [Proposal(uniform, "uniform"), *(Proposal(ranks, "random") for ranks in drawn)]
     if len(scored) >= len(design):
@@ -204,7 +204,7 @@ def _round(
 def _promoted(space: RankSpace, below: Sequence[RankTrial], learner: Learner, schedule: Schedule, place: int, seed: int) -> list[Proposal]:
     """Returns the vectors of a higher rung: uniform, the best survivors of the rung before, and fresh proposals."""
     rung, fidelity = schedule.rungs[place], schedule.rungs[place - 1].fidelity
-    uniform = (space.uniform,) * len(space.slots)
+    uniform = space.uniform_ranks
     passed = {trial.ranks for trial in below if trial.kind == "recovery" and trial.fidelity == fidelity and trial.loss_nats is not None}
     others = sorted(passed - {uniform})
     gains = learner.predict(space, below, others).gain_nats if others else np.zeros(0)

@@ -8,7 +8,7 @@ from regraft.plans import RankSpace
 
 def uniform(space: RankSpace) -> Ranks:
     """Returns the uniform vector."""
-    return (space.uniform,) * len(space.slots)
+    return space.uniform_ranks
 
 
 ALLOCATORS.add("uniform", ClosedForm("uniform", uniform))

@@ -340,7 +340,7 @@ def _from_closed_forms(pairs: Sequence[tuple[Job, RankTrial]]) -> set[Ranks]:
 
 def _origin(space: RankSpace, pairs: Sequence[tuple[Job, RankTrial]], ranks: Ranks) -> str:
     """Returns where a vector came from when it was first measured."""
-    return "uniform" if ranks == _uniform(space) else next(job.origin for job, _ in pairs if job.ranks == ranks)
+    return "uniform" if ranks == space.uniform_ranks else next(job.origin for job, _ in pairs if job.ranks == ranks)
 
 
 def _confirming(request: Request, space: RankSpace, compared: Sequence[Ranks]) -> list[Job]:
@@ -350,7 +350,7 @@ def _confirming(request: Request, space: RankSpace, compared: Sequence[Ranks]) -
     """
     if not compared:
         return []
-    share, vectors = request.settings.confirm_share, (_uniform(space), *compared)
+    share, vectors = request.settings.confirm_share, (space.uniform_ranks, *compared)
     count = request.settings.confirm_seeds * (1 + MOST_FINALISTS) // len(vectors)
     seeds = [derived_seed(request.seed, "confirm", index) % 2**31 for index in range(count)]
     return [
@@ -364,16 +364,12 @@ def _verdict(
     request: Request, space: RankSpace, found: Ranks, compared: Sequence[Ranks], confirming: list[RankTrial]
 ) -> tuple[Confirmation | None, Ranks, str]:
     """Returns the confirmation, the ranks to use, and what happened in plain words."""
-    if request.settings.confirm_seeds == 0 and found != _uniform(space):
+    if request.settings.confirm_seeds == 0 and found != space.uniform_ranks:
         return None, found, "The ranks are taken as they were found; nothing confirms that they beat uniform ranks."
     try:
         confirmation = confirm(space, compared, confirming)
     except InputError as error:  # recoveries diverged on all but one seed
-        return None, _uniform(space), f"Uniform ranks are kept, since nothing could be confirmed: {error}"
+        return None, space.uniform_ranks, f"Uniform ranks are kept, since nothing could be confirmed: {error}"
     share = request.settings.confirm_share
     short = "" if share == 1.0 or not confirming else f" Compared after {share:.0%} of a full recovery's steps."
     return confirmation, confirmation.kept, confirmation.verdict + short
-
-
-def _uniform(space: RankSpace) -> Ranks:
-    return (space.uniform,) * len(space.slots)

@@ -58,7 +58,7 @@ def trials_csv(search: RankSearch) -> str:
     )
     for trial, origin in zip(search.trials, search.origins, strict=True):
         writer.writerow(["search", origin, *_cells(trial)])
-    uniform = (search.space.uniform,) * len(search.space.slots)
+    uniform = search.space.uniform_ranks
     for trial in search.confirming:
         writer.writerow(["confirm", "uniform" if trial.ranks == uniform else "finalist", *_cells(trial)])
     return stream.getvalue()
@@ -82,9 +82,7 @@ def slots_table(search: RankSearch) -> tuple[list[str], list[list[str]]]:
 
 def _trials(search: RankSearch) -> tuple[list[str], list[list[str]]]:
     base = {
-        (trial.kind, trial.fidelity, trial.seed): trial.loss_nats
-        for trial in search.trials
-        if trial.ranks == (search.space.uniform,) * len(search.space.slots)
+        (trial.kind, trial.fidelity, trial.seed): trial.loss_nats for trial in search.trials if trial.ranks == search.space.uniform_ranks
     }
     rows: list[list[str]] = []
     for trial, origin in zip(search.trials, search.origins, strict=True):
@@ -103,7 +101,7 @@ def _refits(search: RankSearch) -> tuple[list[str], list[list[str]]]:
 
 def _pairs(search: RankSearch, confirmation: Confirmation) -> tuple[list[str], list[list[str]]]:
     losses = {(trial.seed, trial.ranks): trial.loss_nats for trial in search.confirming}
-    uniform = (search.space.uniform,) * len(search.space.slots)
+    uniform = search.space.uniform_ranks
     finalists = [finalist.ranks for finalist in confirmation.finalists]
     rows: list[list[str]] = []
     for number, seed in enumerate(dict.fromkeys(trial.seed for trial in search.confirming), start=1):

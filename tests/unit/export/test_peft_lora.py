@@ -21,7 +21,7 @@ from regraft.cli.app import run
 from regraft.errors import InputError
 from regraft.plans import RankPlan
 from regraft.settings import RecoverSettings
-from regraft.surgery.adapters import finish, inject, save_adapter
+from regraft.surgery.adapters import Injected, finish, inject, save_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
@@ -38,6 +38,11 @@ EXPORTED = {
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=IDS).logits
+
+
+def in_stock_peft(folder: Path, adapter: str) -> torch.Tensor:
+    """Logits of the base in a folder with an adapter beside it, as PEFT alone loads both."""
+    return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), str(folder / adapter)))
 
 
 def evidence() -> Evidence:
@@ -71,6 +76,11 @@ def saved(folder: Path, base: Path, name: str, ranks: dict[str, int] | None = No
     folder.mkdir()
     save_adapter(injected, folder, str(base))
     return adapted
+
+
+def with_adalora(base: Path) -> Injected:
+    settings = RecoverSettings.model_validate({"adapter": "adalora", "rank": 4, "dropout": 0.0, "steps": 10})
+    return inject(AutoModelForCausalLM.from_pretrained(base), settings, None, 1, evidence())
 
 
 def is_safe(folder: Path) -> None:
@@ -107,15 +117,13 @@ def test_ranks_that_differ_are_padded(base, tmp_path) -> None:
     adapted = saved(tmp_path / "adapter", base("llama"), "lora_xs", ranks)
     assert run(["export", str(tmp_path / "adapter"), "--output", str(tmp_path / "lora")]) == 0
     is_safe(tmp_path / "lora")
-    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "lora"))
-    assert float((logits(stock) - adapted).abs().max()) <= 1e-5
+    assert float((in_stock_peft(tmp_path, "lora") - adapted).abs().max()) <= 1e-5
 
 
 def test_an_embedding_is_exported_too(base, tmp_path) -> None:
     adapted = saved(tmp_path / "adapter", base("llama"), "deep_lora", targets=("embed_tokens", "q_proj"))
     assert run(["export", str(tmp_path / "adapter"), "--output", str(tmp_path / "lora")]) == 0
-    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "lora"))
-    assert float((logits(stock) - adapted).abs().max()) <= 1e-5
+    assert float((in_stock_peft(tmp_path, "lora") - adapted).abs().max()) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["olora", "pissa"])
@@ -124,8 +132,7 @@ def test_an_adapter_that_starts_from_the_weights_is_saved_for_the_original_ones(
     adapted = saved(tmp_path / "adapter", base(family), name, size=0.1)
     is_safe(tmp_path / "adapter")
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 8  # twice the rank
-    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "adapter"))
-    assert float((logits(stock) - adapted).abs().max()) <= 1e-5
+    assert float((in_stock_peft(tmp_path, "adapter") - adapted).abs().max()) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["rslora", "adalora", "eva"])
@@ -133,15 +140,12 @@ def test_adapters_of_peft_become_plain_lora(base, tmp_path, name: str) -> None:
     adapted = saved(tmp_path / "adapter", base("llama"), name)
     assert run(["export", str(tmp_path / "adapter"), "--output", str(tmp_path / "lora")]) == 0
     is_safe(tmp_path / "lora")
-    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "lora"))
-    assert float((logits(stock) - adapted).abs().max()) <= 1e-5
+    assert float((in_stock_peft(tmp_path, "lora") - adapted).abs().max()) <= 1e-5
 
 
 def test_a_module_that_adalora_leaves_no_rank_is_saved_loaded_and_exported_in_silence(base, tmp_path) -> None:
     """Warnings are errors here: PEFT takes an empty factor for one that was never gathered, and says so at length."""
-    model = AutoModelForCausalLM.from_pretrained(base("llama"))
-    settings = RecoverSettings.model_validate({"adapter": "adalora", "rank": 4, "dropout": 0.0, "steps": 10})
-    injected = inject(model, settings, None, 1, evidence())
+    injected = with_adalora(base("llama"))
     name, layer = next(iter(layers_of(injected.module)))
     for factors, dimension in ((layer.lora_A, 0), (layer.lora_B, 1), (layer.lora_E, 0)):
         factors["default"] = nn.Parameter(factors["default"].data.narrow(dimension, 0, 0))
@@ -151,15 +155,12 @@ def test_a_module_that_adalora_leaves_no_rank_is_saved_loaded_and_exported_in_si
     (tmp_path / "adapter").mkdir()
     save_adapter(injected, tmp_path / "adapter", str(tmp_path / "base"))
     assert run(["export", str(tmp_path / "adapter"), "--output", str(tmp_path / "lora")]) == 0
-    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "lora"))
-    assert float((logits(stock) - adapted).abs().max()) <= 1e-5
+    assert float((in_stock_peft(tmp_path, "lora") - adapted).abs().max()) <= 1e-5
 
 
 def test_adalora_keeps_the_ranks_of_the_weights_that_are_kept(base, tmp_path) -> None:
     """The best weights may be older than the last ranks that were pruned; what is saved has theirs, not the last ones."""
-    model = AutoModelForCausalLM.from_pretrained(base("llama"))
-    settings = RecoverSettings.model_validate({"adapter": "adalora", "rank": 4, "dropout": 0.0, "steps": 10})
-    injected = inject(model, settings, None, 1, evidence())
+    injected = with_adalora(base("llama"))
     layers = dict(layers_of(injected.module))
     with torch.no_grad():
         for index, layer in enumerate(layers.values()):
@@ -170,8 +171,7 @@ def test_adalora_keeps_the_ranks_of_the_weights_that_are_kept(base, tmp_path) ->
     (tmp_path / "adapter").mkdir()
     save_adapter(injected, tmp_path / "adapter", str(tmp_path / "base"))
     assert run(["export", str(tmp_path / "adapter"), "--output", str(tmp_path / "lora")]) == 0
-    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "lora"))
-    assert float((logits(stock) - adapted).abs().max()) <= 1e-5
+    assert float((in_stock_peft(tmp_path, "lora") - adapted).abs().max()) <= 1e-5
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
