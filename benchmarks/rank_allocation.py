@@ -37,8 +37,9 @@ from transformers import PreTrainedModel
 
 from common import RESULTS, add_row, interval, machine, read_rows, table, versions
 from regraft.adapters import LowRank
-from regraft.allocation import ALLOCATORS, ClosedForm, Ranks, rank_space
-from regraft.allocation.fill import random_vectors
+from regraft.allocation import ALLOCATORS, PAST, ClosedForm, Ranks, rank_space, shipped_prior
+from regraft.allocation.fill import fill, random_vectors
+from regraft.allocation.fitting import fit
 from regraft.atomic import write_text
 from regraft.data.text import Corpus, read_corpus
 from regraft.models.load import Loaded, load, require_tokenizer
@@ -47,7 +48,7 @@ from regraft.pipelines.allocate import allocate_ranks
 from regraft.pipelines.prune import prune
 from regraft.pipelines.recover import training_corpora
 from regraft.pipelines.slots import bare_slots, measured_slots
-from regraft.plans import RankSearch, RankSpace, RankTrial, from_json, to_json
+from regraft.plans import PastSearch, RankSearch, RankSpace, RankTrial, from_json, to_json
 from regraft.settings import AllocateSettings, LoadSettings, PruneSettings, RecoverSettings
 from regraft.training.batches import make_examples, spread
 from regraft.training.candidates import Candidates
@@ -56,13 +57,14 @@ from regraft.training.ground import Ground
 from regraft.training.losses import mean_loss
 
 RECOVERED, SEARCHED = RESULTS / "rank_allocation_recoveries.csv", RESULTS / "rank_allocation_searches.csv"
+SEARCHES = RESULTS / "searches_elsewhere"
 MODELS, ELASTIC = RESULTS / "rank_allocation_models.csv", RESULTS / "rank_allocation_elastic.csv"
 BATCH, TOKENS, LR, TEST_WINDOWS = 4, 64, 3e-3, 96
 QUESTIONS, CONTEXT, ANSWER = 64, 24, 8
 CHOICES = {"r=8": (2, 4, 6, 8, 10, 12), "r=4": (1, 2, 3, 4, 6, 8), "r=2": (1, 2, 3, 4, 6, 8)}
 CALIBRATION, TRAINING, TEST = (0.0, 0.15), (0.15, 0.9), (0.9, 1.0)
 FIRST_SEED = 100
-METHODS = ("uniform", "proportional", "gradient", "eva", "adalora", "rankadaptor", "bayes")
+METHODS = ("uniform", "proportional", "gradient", "eva", "prior", "adalora", "rankadaptor", "bayes")
 FLOAT32 = LoadSettings(dtype="float32")
 CPU = torch.device("cpu")
 
@@ -201,6 +203,9 @@ def searched(case: Case, bench: Bench, method: str) -> RankSearch:
         settings = AllocateSettings(method=method, budget=case.budget, ranks=CHOICES[case.budget])
         allocate_ranks(bench.folder, output, settings, bench.settings, load=FLOAT32, seed=0, resume=True)
     found = from_json(RankSearch, record.read_text(encoding="utf-8"))
+    past = from_json(PastSearch, record.with_name(PAST).read_bytes())
+    name = f"{case.model}-{case.ratio:g}-{case.steps}-{method}-{case.budget.replace('=', '')}"
+    write_text(SEARCHES / f"{name}.json", to_json(replace(past, model=case.model)) + "\n")
     key = {**case.key(), "method": method}
     if not any(matches(row, key) for row in read_rows(SEARCHED)):
         add_row(SEARCHED, {
@@ -224,8 +229,11 @@ def text_of(ranks: Ranks) -> str:
 
 
 def answers(case: Case, space: RankSpace, bench: Bench, methods: Sequence[str], deadline: float) -> Iterator[tuple[str, Ranks]]:
-    """Yields what each allocator answers; searches twice, as found and as kept."""
+    """Yields what each allocator answers; searches twice, as found and as kept; ``prior``: the best that the shipped prior expects."""
     for method in methods:
+        if method == "prior":
+            yield method, fill(space, fit(space, (), shipped_prior()).table())
+            continue
         allocator = ALLOCATORS.get(method)
         if isinstance(allocator, ClosedForm):
             yield method, allocator.allocate(space)

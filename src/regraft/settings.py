@@ -248,6 +248,11 @@ class AllocateSettings(Settings):
     confirm_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=0.125, description="share of a full recovery's steps in that comparison"
     )
+    prior: Literal["shipped", "none"] | Path = Field(
+        default="shipped",
+        description="what past searches taught: a folder that regraft meta train wrote, or none",
+    )
+    store: Path | None = Field(default=None, description="folder that keeps this search, beside others, for regraft meta train")
     samples: Positive = Field(default=16, description="windows of text for gradients and inputs, which say what layers need")
     adalora_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=0.25, description="share of a full recovery's steps that the method adalora trains for"
@@ -264,8 +269,8 @@ class AllocateSettings(Settings):
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
     def decisive(self) -> dict[str, Any]:
-        """Returns, as plain JSON types, what decides the result: all but where it is measured and how long the search may take."""
-        return self.model_dump(mode="json", exclude={"workers", "storage", "ray"})
+        """Returns, as plain JSON types, what decides the result: all but the prior, and where things are measured and kept."""
+        return self.model_dump(mode="json", exclude={"workers", "storage", "ray", "store", "prior"})
 
 
 class EvaluateSettings(Settings):

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from conftest import SIZES, random_model
 from folders import tiny_tokenizer
 from regraft.allocation.meta import read_store
+from regraft.allocation.prior import load_prior
 from regraft.cli.app import run
 from regraft.errors import InputError, TrainingError
 from regraft.pipelines import measuring
-from regraft.pipelines.allocate import allocate_ranks, schedule_of
+from regraft.pipelines.allocate import allocate_ranks
 from regraft.pipelines.measuring import Measuring
+from regraft.pipelines.search_cost import schedule_of
 from regraft.plans import RankPlan, RankSearch, RankTrial, from_json
 from regraft.search.contract import Job
 from regraft.settings import AllocateSettings, RecoverSettings
@@ -94,6 +97,30 @@ def test_the_folder_tells_the_whole_search(found: Path) -> None:
     (past,) = read_store_of(beside / "past_search.json")
     assert past.trials == search.trials
     assert past.ratio == pytest.approx(0.2, abs=0.02)
+
+
+def test_past_searches_become_the_start_of_the_next(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, prior = tmp_path / "store", tmp_path / "prior"
+    for seed in ("1", "2"):
+        ways = ["--store", str(store), "--confirm-seeds", "0", "--seed", seed]
+        assert allocate(folder, tmp_path / f"{seed}.json", *ways) == 0
+    assert len(read_store(tmp_path)) == 2
+    kept = [from_json(RankSearch, (tmp_path / f"{seed}.search" / "search.json").read_bytes()).trials for seed in "12"]
+    assert sorted(past.trials[0].loss_nats for past in read_store(store)) == sorted(trials[0].loss_nats for trials in kept)
+    assert {past.trials for past in read_store(tmp_path)} == {past.trials for past in read_store(store)}, "the folders of searches are a store too, and no search counts twice"
+    assert run(["meta", "train", str(store), "--output", str(prior)]) == 0
+    loud = tmp_path / "loud"
+    learned = load_prior(prior)
+    replace(learned, mean=learned.mean + 2.0).save(loud)
+    proposed = {}
+    for name, start in (("none", "none"), ("prior", str(prior)), ("loud", str(loud)), ("again", str(prior))):
+        assert allocate(folder, tmp_path / f"{name}.json", "--prior", start, "--trials", "6", "--confirm-seeds", "0") == 0
+        proposed[name] = (tmp_path / f"{name}.search" / "trials.csv").read_text()
+    assert proposed["prior"] == proposed["again"]
+    assert len({proposed["none"], proposed["prior"], proposed["loud"]}) > 1, "what a search starts from decides what it proposes"
+    capsys.readouterr()
+    assert allocate(folder, tmp_path / "prior.json", "--prior", "none", "--trials", "6", "--confirm-seeds", "0", "--resume") == 2
+    assert "prior" in capsys.readouterr().err
 
 
 def read_store_of(path: Path) -> Sequence[Any]:
@@ -288,6 +315,11 @@ BAD: list[tuple[list[str] | Callable[[Path, Path], list[str]], str]] = [
     (["--trials", "500"], r"--trials 500, .* cost .* more than --cost 8; raise --cost"),
     (["--confirm-seeds", "1"], r"gives no interval"),
     (["--method", "bayes", "--elastic", "9"], r"--elastic 9 tells the method bayes nothing; leave it out"),
+    (["--prior", "nowhere"], r"prior 'nowhere' cannot be read .*regraft meta train STORE"),
+    (["--method", "bayes", "--prior", "none"], r"--prior tells the method bayes nothing; leave it out"),
+    (["--method", "gradient", "--prior", "none"], r"--prior tells the method gradient nothing; leave it out"),
+    (["--method", "uniform", "--store", "kept"], r"--store keeps searches, and the method uniform makes none"),
+    (lambda folder, at: ["--store", str(folder / "text.txt")], r"text\.txt' is a file; name a folder"),
     (["--workers", "2", "--ray", "local"], r"leave one of them out"),
     (["--storage", "nonsense"], r"not the URL of a known database"),
     (["--output", "plan.yaml"], r"not the name of a JSON file"),

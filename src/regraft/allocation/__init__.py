@@ -2,7 +2,9 @@
 
 from regraft.allocation import adalora, bayes, eva, gradient, perceptron, proportional, uniform
 from regraft.allocation.confirm import confirm
-from regraft.allocation.contract import ALLOCATORS, Allocator, ClosedForm, Learner, Prediction, Proposal, Ranks
+from regraft.allocation.contract import ALLOCATORS, Allocator, ClosedForm, Learner, Prediction, Proposal, Ranks, refuse_prior
+from regraft.allocation.meta import PAST, add_to_store
+from regraft.allocation.prior import Prior, default_prior, load_prior, shipped_prior
 from regraft.allocation.rankadaptor import RankAdaptor
 from regraft.allocation.schedule import MOST_FINALISTS, Request, Rung, Schedule, finalists, next_request, winner
 from regraft.allocation.spaces import DEFAULT_CHOICES, rank_plan, rank_space
@@ -11,10 +13,12 @@ __all__ = [
     "ALLOCATORS",
     "DEFAULT_CHOICES",
     "MOST_FINALISTS",
+    "PAST",
     "Allocator",
     "ClosedForm",
     "Learner",
     "Prediction",
+    "Prior",
     "Proposal",
     "RankAdaptor",
     "Ranks",
@@ -22,16 +26,21 @@ __all__ = [
     "Rung",
     "Schedule",
     "adalora",
+    "add_to_store",
     "bayes",
     "confirm",
+    "default_prior",
     "eva",
     "finalists",
     "gradient",
+    "load_prior",
     "next_request",
     "perceptron",
     "proportional",
     "rank_plan",
     "rank_space",
+    "refuse_prior",
+    "shipped_prior",
     "uniform",
     "winner",
 ]

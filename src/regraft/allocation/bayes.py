@@ -18,9 +18,10 @@ import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, TPESampler
 
-from regraft.allocation.contract import ALLOCATORS, Prediction, Proposal, Ranks
+from regraft.allocation.contract import ALLOCATORS, Learner, Prediction, Proposal, Ranks, refuse_prior
 from regraft.allocation.fill import nearest, random_vectors
 from regraft.allocation.paired import paired_gains
+from regraft.allocation.prior import Prior
 from regraft.allocation.uniform import uniform
 from regraft.plans import RankSpace, RankTrial
 
@@ -42,6 +43,10 @@ class Bayes:
     sampler: Literal["gp", "tpe"]
     name: str
     learns_from_scores: bool = False
+
+    def starting_from(self, prior: Prior) -> Learner:
+        """Refuses: Optuna's samplers begin with nothing."""
+        refuse_prior(self.name)
 
     def propose(
         self,

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import NoReturn, Protocol, final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from regraft.allocation.prior import Prior
+from regraft.errors import InputError
 from regraft.plans import CrossValidation, RankSpace, RankTrial
 from regraft.registry import Registry
 
@@ -78,6 +80,14 @@ class Learner(Protocol):
         """Whether elastic scores tell it anything; recoveries always do."""
         ...
 
+    def starting_from(self, prior: Prior) -> Learner:
+        """Returns the same with what past searches taught.
+
+        Raises:
+            InputError: It starts from nothing of the kind (:func:`refuse_prior`).
+        """
+        ...
+
     def propose(
         self,
         space: RankSpace,
@@ -99,6 +109,11 @@ class Learner(Protocol):
     def assess(self, space: RankSpace, history: Sequence[RankTrial]) -> CrossValidation | None:
         """Returns the cross-validated error of the performance model; None without one, or with too few trials to tell."""
         ...
+
+
+def refuse_prior(name: str) -> NoReturn:
+    """Refuses a prior on behalf of an allocator that has no use for one."""
+    raise InputError(f"--prior tells the method {name} nothing; leave it out, or use --method rankadaptor")
 
 
 Allocator = ClosedForm | Learner

@@ -5,7 +5,7 @@ short recovery shows). They are taken as draws from one Gaussian, whose mean and
 each search is fitted under the present prior, then the prior becomes the mean and scatter of the fits. The default prior counts as
 two searches more, so that a few searches cannot make it certain.
 
-A store is a folder of JSON files, each a :class:`regraft.plans.PastSearch`.
+A store is a folder of JSON files, each a :class:`regraft.plans.PastSearch`, or any folder with the folders of searches in it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from regraft.allocation.validation import errors
 from regraft.atomic import write_text
 from regraft.errors import DataError, PlanError
 from regraft.plans import CrossValidation, PastSearch, from_json, to_dict, to_json
+
+PAST = "past_search.json"
+"""Name under which a search's own folder keeps it."""
 
 _ITERATIONS = 3
 _DEFAULT_COUNTS_AS = 2.0
@@ -64,24 +67,29 @@ def add_to_store(folder: Path, search: PastSearch) -> Path:
 
 
 def read_store(folder: Path) -> tuple[PastSearch, ...]:
-    """Reads all searches of a store, in the order of the files' names.
+    """Reads all searches of a store, each once, in the order of the files' names: its own, and what folders of searches below it keep.
+
+    Where there are such folders, files of the store itself that hold something else, the plans beside them, are passed over.
 
     Raises:
         DataError: There is no such folder, or no search in it.
         PlanError: A file is not a search.
     """
-    files = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    kept = set(folder.rglob(PAST))
+    files = sorted({*folder.glob("*.json"), *kept})
     if not files:
         raise DataError(f"store '{folder}' holds no search; give the folder in which searches were kept, one JSON file each")
-    found: list[PastSearch] = []
+    found: dict[str, PastSearch] = {}
     for path in files:
         try:
-            found.append(from_json(PastSearch, path.read_bytes()))
+            search = from_json(PastSearch, path.read_bytes())
+            found.setdefault(to_json(search), search)
         except PlanError as error:
-            raise PlanError(f"{path}: {error}") from None
+            if path in kept or not kept:
+                raise PlanError(f"{path}: {error}") from None
         except OSError as error:
             raise DataError(f"'{path}' cannot be read: {error.strerror}; mend its permissions or remove it") from None
-    return tuple(found)
+    return tuple(found.values())
 
 
 def train(searches: Sequence[PastSearch]) -> Training:
@@ -160,22 +168,28 @@ def _error(trained: Sequence[tuple[PastSearch, Prior]], parts: int) -> CrossVali
     Losses and predictions of a search are scaled by the spread of its losses, so that every search counts the same; the root mean square
     is then in units of that spread, averaged over searches.
     """
-    losses: list[NDArray[np.float64]] = []
-    expected: list[NDArray[np.float64]] = []
-    spreads: list[float] = []
-    for search, prior in trained:
-        real = [trial for trial in search.trials if trial.kind == "recovery" and trial.loss_nats is not None]
-        real.sort(key=canonical)
-        seen = observe(search.space, real)
-        measured = seen.without_offsets()
-        if not len(seen) or not measured.any():
-            continue
-        posterior = fit(search.space, (), prior)
-        predicted = -posterior.moments([trial.ranks for trial in real])[0] * posterior.scale(seen.fidelity)
-        spreads.append(float(measured.std()))
-        losses.append(measured / spreads[-1])
-        expected.append((predicted - group_means(predicted, seen.group)) / spreads[-1])
-    if not losses:
+    pairs = [pair for search, prior in trained if len((pair := _foreseen(search, prior))[0]) and pair[0].any()]
+    if not pairs:
         return CrossValidation(0.0, 0.0, 0.0, 0, parts)
-    found = errors(np.concatenate(losses), np.concatenate(expected), parts)
+    spreads = [float(measured.std()) for measured, _ in pairs]
+    measured, expected = (
+        np.concatenate([values / spread for values, spread in zip(side, spreads, strict=True)]) for side in zip(*pairs, strict=True)
+    )
+    found = errors(measured, expected, parts)
     return replace(found, rmse_nats=found.rmse_nats * float(np.mean(spreads)))
+
+
+def foresight(search: PastSearch, prior: Prior, seen: int = 0) -> CrossValidation:
+    """Returns the error on a search's real recoveries, of a model that starts from a prior and has seen the first so many trials."""
+    measured, expected = _foreseen(search, prior, seen)
+    return errors(measured, expected, 1) if len(measured) else CrossValidation(0.0, 0.0, 0.0, 0, 1)
+
+
+def _foreseen(search: PastSearch, prior: Prior, seen: int = 0) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns (N,) losses and (N,) what was expected of them, each less the mean of its level, after the first so many trials."""
+    real = [trial for trial in search.trials[seen:] if trial.kind == "recovery" and trial.loss_nats is not None]
+    real.sort(key=canonical)
+    observed = observe(search.space, real)
+    posterior = fit(search.space, search.trials[:seen], prior)
+    predicted = -posterior.moments([trial.ranks for trial in real])[0] * posterior.scale(observed.fidelity)
+    return observed.without_offsets(), predicted - group_means(predicted, observed.group)

@@ -25,10 +25,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from regraft.allocation.contract import ALLOCATORS, Prediction, Proposal, Ranks
+from regraft.allocation.contract import ALLOCATORS, Learner, Prediction, Proposal, Ranks, refuse_prior
 from regraft.allocation.features import SHARE_PRUNED, has_plain, plain
 from regraft.allocation.fill import choice_allowed, fill
 from regraft.allocation.paired import paired_gains
+from regraft.allocation.prior import Prior
 from regraft.allocation.uniform import uniform
 from regraft.allocation.validation import cross_validate
 from regraft.plans import CrossValidation, RankSpace, RankTrial
@@ -60,6 +61,10 @@ class PaperRankAdaptor:
     close_nats: float = 1e-4
     name: str = field(default="rankadaptor-paper")
     learns_from_scores: bool = False
+
+    def starting_from(self, prior: Prior) -> Learner:
+        """Refuses: a network on bare rank vectors says nothing of other models, whose layers are others."""
+        refuse_prior(self.name)
 
     def phase(self, space: RankSpace, history: Sequence[RankTrial]) -> Phase:
         """Returns which phase comes next."""

@@ -8,6 +8,7 @@ A prior is two files, ``prior.safetensors`` with the numbers and ``prior.json`` 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,11 @@ class Prior:
         mean[here] = self.mean[there]
         covariance[np.ix_(here, here)] = self.covariance[np.ix_(there, there)]
         return mean, covariance
+
+    def digest(self) -> str:
+        """Returns what tells these numbers from others, 16 hexadecimal digits."""
+        numbers = (self.mean, self.covariance, np.array(self.log_spread), np.array(self.log_noise))
+        return hashlib.sha256(b"".join([repr(self.features).encode(), *(array.tobytes() for array in numbers)])).hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
         """Writes the two files into a new folder.

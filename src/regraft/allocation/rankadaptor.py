@@ -15,7 +15,7 @@ confirmed on fresh seeds (:mod:`regraft.allocation.confirm`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import numpy as np
@@ -55,6 +55,10 @@ class RankAdaptor:
     prior: Prior | None = None
     name: str = field(default="rankadaptor")
     learns_from_scores: bool = True
+
+    def starting_from(self, prior: Prior) -> RankAdaptor:
+        """Returns the learner with another prior."""
+        return replace(self, prior=prior)
 
     def propose(
         self,

@@ -17,8 +17,7 @@ from regraft.allocation import (
     ClosedForm,
     Learner,
     Ranks,
-    Rung,
-    Schedule,
+    add_to_store,
     confirm,
     finalists,
     rank_plan,
@@ -31,10 +30,12 @@ from regraft.errors import InputError, OutputError
 from regraft.models.load import Loaded
 from regraft.models.load import load as load_model
 from regraft.models.view import ModelView
-from regraft.pipelines.measuring import Measuring, candidate_cost, candidates_at_once, elastic_cost, placed
-from regraft.pipelines.rank_files import texts_of
+from regraft.pipelines.measuring import Measuring, candidates_at_once, placed
+from regraft.pipelines.rank_files import past_search, texts_of
 from regraft.pipelines.recover import training_corpora
 from regraft.pipelines.run_folder import open_run
+from regraft.pipelines.search_cost import SHORTEST, confirming_cost, learns_from_scores, schedule_of
+from regraft.pipelines.search_start import decisive, started
 from regraft.pipelines.slots import bare_slots, measured_slots
 from regraft.plans import Confirmation, RankSearch, RankSpace, RankTrial, from_json, to_json
 from regraft.search.contract import Job
@@ -51,11 +52,7 @@ Say = Callable[[str], None]
 
 SPACE = "space.json"
 _RECOVERIES = ".recoveries"
-_SHORTEST = 1 / 8
-_COST = 4.0  # full recoveries, where --cost says nothing else
 _FEW_STEPS = 20  # with fewer, gains of ranks do not show yet
-_LEAST_SCORES, _MOST_SCORES = 64, 256
-_ROUNDING = 1e-9
 # Nothing of these changes what a candidate's recovery gives.
 _OF_NO_MATTER = {"rank", "ranks", "alpha", "merge", "report_to", "quiet", "data", "patience"}
 
@@ -118,10 +115,13 @@ def check_settings(settings: AllocateSettings, recover: RecoverSettings) -> None
         InputError: The method, the adapter or two settings together cannot work.
         MissingDependencyError: Ray was asked for and is not installed.
     """
-    ALLOCATORS.get(settings.method)
     check_adapter(recover.adapter)
     schedule_of(settings, recover)
-    if settings.elastic not in ("auto", 0) and not _learns_from_scores(settings.method):
+    if isinstance(started(settings), ClosedForm) and settings.store is not None:
+        raise InputError(f"--store keeps searches, and the method {settings.method} makes none; leave it out")
+    if settings.store is not None and settings.store.is_file():
+        raise InputError(f"--store '{settings.store}' is a file; name a folder, which is made if it is not there")
+    if settings.elastic not in ("auto", 0) and not learns_from_scores(settings.method):
         raise InputError(f"--elastic {settings.elastic} tells the method {settings.method} nothing; leave it out")
     if settings.confirm_seeds == 1:
         raise InputError("--confirm-seeds 1 gives no interval; use 2 or more, or 0 to take the ranks as they are found")
@@ -129,54 +129,6 @@ def check_settings(settings: AllocateSettings, recover: RecoverSettings) -> None
         import_ray()
         if settings.workers > 1:
             raise InputError(f"--workers {settings.workers} and --ray {settings.ray} both say who measures; leave one of them out")
-
-
-def schedule_of(settings: AllocateSettings, recover: RecoverSettings) -> Schedule:
-    """Returns successive halving: so many vectors for an eighth of the steps, half of them for twice as many, as far as the cost allows.
-
-    What the confirmation and the elastic adapter take is set aside first. Survivors go on from where they stopped and pay for their
-    further steps alone.
-
-    Raises:
-        InputError: The cost is too small for so many vectors, scores or seeds.
-    """
-    confirming = _confirming_cost(settings, recover)
-    elastic = 0 if settings.elastic == "auto" else settings.elastic
-    least = confirming + elastic_cost(recover, elastic) + settings.trials * candidate_cost(recover, 0.0, _SHORTEST)
-    cost = max(_COST, least) if settings.cost == "auto" else settings.cost
-    if least > cost + _ROUNDING:
-        asked = f"--trials {settings.trials}, --confirm-seeds {settings.confirm_seeds}" + (f", --elastic {elastic}" if elastic else "")
-        raise InputError(
-            f"{asked} cost {least:.2f} full recoveries at least, more than --cost {cost:g}; raise --cost to that, or lower one of them"
-        )
-    if settings.elastic == "auto" and _learns_from_scores(settings.method):
-        elastic = _scores_for(recover, cost - least)
-    spent, width, before, fidelity = confirming + elastic_cost(recover, elastic), settings.trials, 0.0, _SHORTEST
-    rungs: list[Rung] = []
-    while fidelity <= 1.0:
-        spent += width * candidate_cost(recover, before, fidelity)
-        if spent > cost + _ROUNDING:
-            break
-        rungs.append(Rung(fidelity, width))
-        width, before, fidelity = max(2, -(-width // 2)), fidelity, 2.0 * fidelity
-    return Schedule(tuple(rungs), elastic=elastic, cost_limit=cost - confirming)
-
-
-def _confirming_cost(settings: AllocateSettings, recover: RecoverSettings) -> float:
-    """Returns what uniform and as many finalists as there can be cost on all fresh seeds, in full recoveries."""
-    return settings.confirm_seeds * (1 + MOST_FINALISTS) * candidate_cost(recover, 0.0, settings.confirm_share)
-
-
-def _learns_from_scores(method: str) -> bool:
-    allocator = ALLOCATORS.get(method)
-    return not isinstance(allocator, ClosedForm) and allocator.learns_from_scores
-
-
-def _scores_for(recover: RecoverSettings, cost: float) -> int:
-    """Returns how many elastic scores so much pays for; none where they would be too few to tell of every slot."""
-    one, two = (elastic_cost(recover, scores) for scores in (1, 2))
-    affordable = 1 + int((cost - one + _ROUNDING) / (two - one)) if cost >= one else 0
-    return min(affordable, _MOST_SCORES) if affordable >= _LEAST_SCORES else 0
 
 
 @dataclass(frozen=True)
@@ -205,7 +157,7 @@ class Request:
         """Returns whatever would change the result, as plain JSON types."""
         return {
             "model": self.loaded.fingerprint,
-            "allocate": self.settings.decisive(),
+            "allocate": decisive(self.settings),
             "recover": self.recover.model_dump(mode="json", exclude=_OF_NO_MATTER),
             "load": self.load.model_dump(mode="json"),
             "data": sha256_of(self.recover.data) if self.recover.data is not None and self.recover.data.is_file() else "built in",
@@ -245,13 +197,16 @@ def find_ranks(request: Request, slots: Path, work: Path, *, resume: bool) -> Ra
         resume: Whether a search in a shared storage is gone on with.
     """
     space = from_json(RankSpace, (slots / SPACE).read_bytes())
-    method = ALLOCATORS.get(request.settings.method)
+    method = started(request.settings)
     if isinstance(method, ClosedForm):
         ranks = method.allocate(space)
         plan = rank_plan(space, ranks, method.name)
         verdict = f"The method {method.name} decides from what is known of the layers."
         return RankSearch(plan, space, (), (), ranks, (), None, None, (), None, verdict)
-    return _searched(request, space, method, work, resume=resume)
+    found = _searched(request, space, method, work, resume=resume)
+    if request.settings.store is not None:
+        add_to_store(request.settings.store, past_search(found, request.loaded, request.identity()))
+    return found
 
 
 def _searched(request: Request, space: RankSpace, learner: Learner, work: Path, *, resume: bool) -> RankSearch:
@@ -260,10 +215,10 @@ def _searched(request: Request, space: RankSpace, learner: Learner, work: Path, 
     name = f"regraft-{request.loaded.fingerprint}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     schedule = schedule_of(settings, request.recover)
     request.say(
-        f"a search of at most {schedule.cost_limit + _confirming_cost(settings, request.recover):.1f} full recoveries: "
+        f"a search of at most {schedule.cost_limit + confirming_cost(settings, request.recover):.1f} full recoveries: "
         f"{schedule.elastic} scores by an elastic adapter, {settings.trials} short recoveries, {settings.confirm_seeds} seeds to confirm"
     )
-    if _SHORTEST * request.recover.steps < _FEW_STEPS:
+    if SHORTEST * request.recover.steps < _FEW_STEPS:
         request.say(
             f"an eighth of {request.recover.steps} steps is little more than the warm-up and tells little; "
             f"for a search that can be trusted raise --steps to {8 * _FEW_STEPS} or more"

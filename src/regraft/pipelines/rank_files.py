@@ -8,20 +8,14 @@ from typing import Any
 
 from regraft.adapters import make_request
 from regraft.adapters.peft_kinds import lora_config
+from regraft.allocation import PAST
 from regraft.models.load import Loaded
 from regraft.models.view import ModelView
 from regraft.plans import PastSearch, RankPlan, RankSearch, to_json
 from regraft.report.ranks import to_markdown, trials_csv
 from regraft.settings import RecoverSettings
 
-RANKS, REPORT, TRIALS, SEARCH, LORA, PAST = (
-    "ranks.json",
-    "report.md",
-    "trials.csv",
-    "search.json",
-    "lora_config.json",
-    "past_search.json",
-)
+RANKS, REPORT, TRIALS, SEARCH, LORA = "ranks.json", "report.md", "trials.csv", "search.json", "lora_config.json"
 
 
 def texts_of(found: RankSearch, loaded: Loaded, identity: Mapping[str, Any]) -> dict[str, str]:
@@ -52,7 +46,7 @@ def peft_config(loaded: Loaded, plan: RankPlan) -> str:
 
 
 def past_search(found: RankSearch, loaded: Loaded, identity: Mapping[str, Any]) -> PastSearch:
-    """Returns a search as meta-learning reads it: its file is to be put into a store."""
+    """Returns a search as meta-learning reads it."""
     record = loaded.provenance
     plan = record.plan if record is not None else None
     return PastSearch(

@@ -30,6 +30,7 @@ from regraft.pipelines.rank_files import RANKS, SEARCH, texts_of
 from regraft.pipelines.recipe import Recipe, to_yaml
 from regraft.pipelines.recover import LOSS_LOG, load_teacher, save_recovered, training_corpora
 from regraft.pipelines.run_folder import TIMINGS, RunFolder, Say
+from regraft.pipelines.search_start import decisive
 from regraft.plans import Groups, Measurement, PrunePlan, RankPlan, RankSearch, SpeedReport, from_json, to_dict, to_json
 from regraft.report.page import to_html, to_markdown
 from regraft.report.summary import CurvePoint, RunReport, Width, won_back
@@ -128,7 +129,7 @@ class Stages:
                 write_text(folder / name, text)
 
         recovery = recover_settings.model_dump(mode="json")
-        inputs = self._inputs(source, allocate=settings.decisive(), recover=recovery, seed=seed)
+        inputs = self._inputs(source, allocate=decisive(settings), recover=recovery, seed=seed)
         path = self._folder.stage("allocate", inputs, make, folder="ranks")
         self._folder.discard("allocate")
         return path
