@@ -7,10 +7,12 @@ re-fitted: layers lose very different shares, and there is much to win back. The
 with what the searches measure on, and test rows, which no search sees.
 
 Searches run through ``regraft.allocate_ranks`` with its defaults: four full recoveries for elastic scores, short recoveries and a comparison
-with uniform on fresh seeds, and uniform is kept unless it is beaten. Then every distinct vector is recovered in full on further seeds, all
-allocators on the same batches from the same first values, and judged on the test rows after the last step: nothing is chosen by them. For
-searches the table has what they found as well as what they kept. Beside the loss stands the accuracy of a four-way choice: 24 tokens of a
-test document, its next 8 and those of three others; the likeliest 8 are the answer.
+with uniform on fresh seeds, and uniform is kept unless it is beaten. ``prior`` is the vector of which the shipped prior expects most before
+any trial; ``rankadaptor, no prior`` is the search without that prior, and is kept (``results/searches_elsewhere``) to judge the prior by.
+Then every distinct vector is recovered in full on further seeds, all allocators on the same batches from the same first values, and judged
+on the test rows after the last step: nothing is chosen by them. For searches the table has what they found as well as what they kept. Beside
+the loss stands the accuracy of a four-way choice: 24 tokens of a test document, its next 8 and those of three others; the likeliest 8 are
+the answer.
 
 Recoveries are small, for few CPU cores: ``--steps`` of 4 windows of 64 tokens. Every measurement is on disk before the next begins
 (``benchmarks/results/rank_allocation_*.csv``, searches in ``--work``), so that a run stops after ``--minutes`` and the next one goes on with
@@ -64,7 +66,8 @@ QUESTIONS, CONTEXT, ANSWER = 64, 24, 8
 CHOICES = {"r=8": (2, 4, 6, 8, 10, 12), "r=4": (1, 2, 3, 4, 6, 8), "r=2": (1, 2, 3, 4, 6, 8)}
 CALIBRATION, TRAINING, TEST = (0.0, 0.15), (0.15, 0.9), (0.9, 1.0)
 FIRST_SEED = 100
-METHODS = ("uniform", "proportional", "gradient", "eva", "prior", "adalora", "rankadaptor", "bayes")
+UNTRAINED = "rankadaptor, no prior"
+METHODS = ("uniform", "proportional", "gradient", "eva", "prior", "adalora", UNTRAINED, "rankadaptor", "bayes")
 FLOAT32 = LoadSettings(dtype="float32")
 CPU = torch.device("cpu")
 
@@ -196,16 +199,18 @@ def matches(row: Mapping[str, str], key: Mapping[str, Any]) -> bool:
 
 def searched(case: Case, bench: Bench, method: str) -> RankSearch:
     """Runs a search with the defaults of the package, or reads what it found; one that was stopped goes on."""
-    output = bench.work / f"{method}-{case.budget.replace('=', '')}.json"
+    output = bench.work / f"{method.replace(', ', '-').replace(' ', '-')}-{case.budget.replace('=', '')}.json"
     record = output.with_suffix(".search") / "search.json"
     began = time.perf_counter()
     if not record.is_file():
-        settings = AllocateSettings(method=method, budget=case.budget, ranks=CHOICES[case.budget])
+        name, prior = ("rankadaptor", "none") if method == UNTRAINED else (method, "shipped")
+        settings = AllocateSettings(method=name, budget=case.budget, ranks=CHOICES[case.budget], prior=prior)
         allocate_ranks(bench.folder, output, settings, bench.settings, load=FLOAT32, seed=0, resume=True)
     found = from_json(RankSearch, record.read_text(encoding="utf-8"))
-    past = from_json(PastSearch, record.with_name(PAST).read_bytes())
-    name = f"{case.model}-{case.ratio:g}-{case.steps}-{method}-{case.budget.replace('=', '')}"
-    write_text(SEARCHES / f"{name}.json", to_json(replace(past, model=case.model)) + "\n")
+    if method == UNTRAINED:
+        past = from_json(PastSearch, record.with_name(PAST).read_bytes())
+        name = f"{case.model}-{case.ratio:g}-{case.budget.replace('=', '')}"
+        write_text(SEARCHES / f"{name}.json", to_json(replace(past, model=case.model)) + "\n")
     key = {**case.key(), "method": method}
     if not any(matches(row, key) for row in read_rows(SEARCHED)):
         add_row(SEARCHED, {
@@ -234,7 +239,7 @@ def answers(case: Case, space: RankSpace, bench: Bench, methods: Sequence[str], 
         if method == "prior":
             yield method, fill(space, fit(space, (), shipped_prior()).table())
             continue
-        allocator = ALLOCATORS.get(method)
+        allocator = ALLOCATORS.get("rankadaptor" if method == UNTRAINED else method)
         if isinstance(allocator, ClosedForm):
             yield method, allocator.allocate(space)
         else:
@@ -368,7 +373,8 @@ def _beside_the_best(own: Sequence[Mapping[str, str]]) -> list[str]:
     for row in own:
         losses.setdefault(row["method"], {})[row["seed"]] = float(row["loss_nats"])
     ours = losses.pop("rankadaptor", {})
-    others = {name: found for name, found in losses.items() if not name.endswith("as found") and ours.keys() <= found.keys()}
+    apart = {name for name in losses if name.endswith("as found")} | {UNTRAINED}
+    others = {name: found for name, found in losses.items() if name not in apart and ours.keys() <= found.keys()}
     if not ours or not others:
         return []
     best = min(others, key=lambda name: statistics.fmean(others[name].values()))

@@ -107,7 +107,9 @@ def test_past_searches_become_the_start_of_the_next(folder: Path, tmp_path: Path
     assert len(read_store(tmp_path)) == 2
     kept = [from_json(RankSearch, (tmp_path / f"{seed}.search" / "search.json").read_bytes()).trials for seed in "12"]
     assert sorted(past.trials[0].loss_nats for past in read_store(store)) == sorted(trials[0].loss_nats for trials in kept)
-    assert {past.trials for past in read_store(tmp_path)} == {past.trials for past in read_store(store)}, "the folders of searches are a store too, and no search counts twice"
+    assert {past.trials for past in read_store(tmp_path)} == {past.trials for past in read_store(store)}, (
+        "the folders of searches are a store too, and no search counts twice"
+    )
     assert run(["meta", "train", str(store), "--output", str(prior)]) == 0
     loud = tmp_path / "loud"
     learned = load_prior(prior)
