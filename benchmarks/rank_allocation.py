@@ -8,7 +8,7 @@ with what the searches measure on, and test rows, which no search sees.
 
 Searches run through ``regraft.allocate_ranks`` with its defaults: four full recoveries for elastic scores, short recoveries and a comparison
 with uniform on fresh seeds, and uniform is kept unless it is beaten. ``prior`` is the vector of which the shipped prior expects most before
-any trial; ``rankadaptor, no prior`` is the search without that prior, and is kept (``results/searches_elsewhere``) to judge the prior by.
+any trial; ``rankadaptor (no prior)`` is the search without that prior, and is kept (``results/searches_elsewhere``) to judge the prior by.
 Then every distinct vector is recovered in full on further seeds, all allocators on the same batches from the same first values, and judged
 on the test rows after the last step: nothing is chosen by them. For searches the table has what they found as well as what they kept. Beside
 the loss stands the accuracy of a four-way choice: 24 tokens of a test document, its next 8 and those of three others; the likeliest 8 are
@@ -66,7 +66,7 @@ QUESTIONS, CONTEXT, ANSWER = 64, 24, 8
 CHOICES = {"r=8": (2, 4, 6, 8, 10, 12), "r=4": (1, 2, 3, 4, 6, 8), "r=2": (1, 2, 3, 4, 6, 8)}
 CALIBRATION, TRAINING, TEST = (0.0, 0.15), (0.15, 0.9), (0.9, 1.0)
 FIRST_SEED = 100
-UNTRAINED = "rankadaptor, no prior"
+UNTRAINED = "rankadaptor (no prior)"
 METHODS = ("uniform", "proportional", "gradient", "eva", "prior", "adalora", UNTRAINED, "rankadaptor", "bayes")
 FLOAT32 = LoadSettings(dtype="float32")
 CPU = torch.device("cpu")
@@ -199,7 +199,8 @@ def matches(row: Mapping[str, str], key: Mapping[str, Any]) -> bool:
 
 def searched(case: Case, bench: Bench, method: str) -> RankSearch:
     """Runs a search with the defaults of the package, or reads what it found; one that was stopped goes on."""
-    output = bench.work / f"{method.replace(', ', '-').replace(' ', '-')}-{case.budget.replace('=', '')}.json"
+    slug = "".join(letter for letter in f"{method}-{case.budget}".replace(" ", "-") if letter not in "()=")
+    output = bench.work / f"{slug}.json"
     record = output.with_suffix(".search") / "search.json"
     began = time.perf_counter()
     if not record.is_file():
