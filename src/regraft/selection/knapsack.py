@@ -21,8 +21,9 @@ from regraft.groups.ledger import overlap
 from regraft.plans import WHOLE, Curve, Curves, Group, Groups, Scores
 from regraft.selection.budget import SELECTORS, Budget, Kept, Selector
 from regraft.selection.dynamic import Table, solve
-from regraft.selection.nested import at_sizes, nested
+from regraft.selection.nested import nested
 from regraft.selection.same import same_everywhere
+from regraft.selection.sizes import at_sizes
 from regraft.selection.uniform import alike
 
 

@@ -11,17 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-import numpy as np
-from numpy.typing import NDArray
-
 from regraft.errors import InputError
 from regraft.groups.ledger import Ledger
 from regraft.plans import Curve, Group, Groups
 from regraft.selection.budget import Budget, Kept
 from regraft.selection.dynamic import Table, solve
-
-# Widths of the stream that are tried beside other cuts; what they leave open the others close.
-MOST_WIDTHS = 17
+from regraft.selection.sizes import Choice, best_of, damage_at, sizes_of, widths_of
 
 
 @dataclass(frozen=True)
@@ -30,13 +25,6 @@ class _Rows:
 
     kept: tuple[dict[str, int], ...]
     table: Table
-
-
-@dataclass(frozen=True)
-class _Found:
-    kept: dict[str, int]
-    missed: float
-    damage: float
 
 
 def nested(groups: Groups, curves: Mapping[str, Curve], budget: Budget) -> Kept:
@@ -66,8 +54,7 @@ def nested(groups: Groups, curves: Mapping[str, Curve], budget: Budget) -> Kept:
     if not found:
         raise InputError(f"ratio {budget.ratio:g} is less than one step of the residual width; raise --ratio, or lower --align")
     smallest = min(group.unit_parameters * budget.step(group) for group in prunable)
-    near = [choice for choice in found if choice.missed <= 0.5 * smallest]
-    return min(near, key=lambda choice: choice.damage).kept if near else min(found, key=lambda choice: choice.missed).kept
+    return best_of(found, smallest).kept
 
 
 def _inside(
@@ -78,7 +65,7 @@ def _inside(
     curves: Mapping[str, Curve],
     budget: Budget,
     target: float,
-) -> _Found:
+) -> Choice:
     """Solves everything within the layers for one width of the stream."""
     by_layer: dict[int | None, list[Group]] = {}
     for group in inner:
@@ -92,7 +79,7 @@ def _inside(
             for rows, index in zip(stage[alternative], indices, strict=True):
                 kept |= rows.kept[index]
                 damage += rows.table.damage[index]
-    return _Found(kept, abs(ledger.left(base) - ledger.left(kept) - target), damage)
+    return Choice(kept, abs(ledger.left(base) - ledger.left(kept) - target), damage)
 
 
 def _alternatives(
@@ -125,37 +112,3 @@ def _lost(choice: Mapping[str, int], base: dict[str, int], ledger: Ledger) -> fl
         total += ledger.lost(name, kept, count)
         kept[name] = count
     return total
-
-
-def sizes_of(group: Group, budget: Budget) -> list[int]:
-    """Returns the numbers of units that a group may keep, ascending; the whole group last."""
-    return sorted({*range(budget.floor(group), group.units, budget.step(group)), group.units})
-
-
-def widths_of(stream: Group, budget: Budget, *, alone: bool) -> list[int]:
-    """Returns the widths of the stream that are tried: all where nothing else is cut, a spread of them beside other cuts."""
-    sizes = sizes_of(stream, budget)
-    if alone or len(sizes) <= MOST_WIDTHS:
-        return sizes
-    places = np.linspace(0, len(sizes) - 1, MOST_WIDTHS).round().astype(int)
-    return [sizes[int(place)] for place in places]
-
-
-def damage_at(curve: Curve, kept: int) -> float:
-    """Returns the damage at a size: between measured sizes by a line, and never less for fewer units."""
-    return float(at_sizes(curve, [kept])[0][0])
-
-
-def at_sizes(curve: Curve, kept: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Returns damage and cost at each of some sizes: between measured ones by a line, below the smallest along the line that ends there.
-
-    Damage never falls where units go.
-    """
-    sizes, cost = np.asarray(curve.kept, dtype=np.float64), np.asarray(curve.cost, dtype=np.float64)
-    damage = np.maximum.accumulate(np.asarray(curve.damage_nats, dtype=np.float64)[::-1])[::-1]
-    if len(sizes) > 1 and sizes[0] > 0:
-        share = sizes[0] / (sizes[1] - sizes[0])
-        damage = np.insert(damage, 0, damage[0] + share * (damage[0] - damage[1]))
-        cost = np.insert(cost, 0, max(0.0, cost[0] - share * (cost[1] - cost[0])))
-        sizes = np.insert(sizes, 0, 0.0)
-    return np.interp(kept, sizes, damage), np.interp(kept, sizes, cost)

@@ -9,21 +9,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 
 from regraft.groups.ledger import Ledger
 from regraft.plans import Curve, Group, Groups
 from regraft.selection.budget import Budget, Kept
-from regraft.selection.nested import damage_at, sizes_of, widths_of
+from regraft.selection.sizes import Choice, best_of, damage_at, sizes_of, widths_of
 from regraft.selection.uniform import FINEST_FIRST, alike
-
-
-@dataclass(frozen=True)
-class _Choice:
-    kept: dict[str, int]
-    missed: float
-    damage: float
 
 
 def same_everywhere(groups: Groups, curves: Mapping[str, Curve], budget: Budget) -> Kept:
@@ -44,12 +36,11 @@ def same_everywhere(groups: Groups, curves: Mapping[str, Curve], budget: Budget)
     lanes = alike([group for group in prunable if group.kind != "layer"])
     closing = next((lane for kind in FINEST_FIRST for lane in lanes if lane[0].kind == kind), None)
     coarse = [_sizes(lane, budget) for lane in lanes if lane is not closing]
-    found: list[_Choice] = []
+    found: list[Choice] = []
     for sizes in product(_depths(layers, curves, groups.layers), *coarse):
         base = {name: count for part in sizes for name, count in part.items()}
         found += [_choice(groups, base | fine, ledger, curves, goal) for fine in _closings(closing, base, ledger, budget, goal)]
-    near = [choice for choice in found if choice.missed <= 0.5 * _smallest(closing, budget)]
-    return min(near, key=lambda choice: choice.damage).kept if near else min(found, key=lambda choice: choice.missed).kept
+    return best_of(found, _smallest(closing, budget)).kept
 
 
 def _depths(layers: Sequence[Group], curves: Mapping[str, Curve], total: int) -> list[dict[str, int]]:
@@ -80,11 +71,11 @@ def _closings(lane: tuple[Group, ...] | None, base: Kept, ledger: Ledger, budget
         yield {group.name: sizes[place] for group in lane}
 
 
-def _choice(groups: Groups, kept: dict[str, int], ledger: Ledger, curves: Mapping[str, Curve], goal: float) -> _Choice:
+def _choice(groups: Groups, kept: dict[str, int], ledger: Ledger, curves: Mapping[str, Curve], goal: float) -> Choice:
     named = groups.named()
     gone = {named[name].layer for name, count in kept.items() if named[name].kind == "layer" and not count}
     there = [name for name in kept if named[name].kind == "layer" or named[name].layer not in gone]
-    return _Choice(kept, abs(ledger.left(kept) - goal), sum(damage_at(curves[name], kept[name]) for name in there))
+    return Choice(kept, abs(ledger.left(kept) - goal), sum(damage_at(curves[name], kept[name]) for name in there))
 
 
 def _smallest(lane: tuple[Group, ...] | None, budget: Budget) -> float:
