@@ -204,6 +204,7 @@ def methods() -> dict[str, tuple[Learner | ClosedForm, Schedule]]:
     return {
         "rankadaptor": (RankAdaptor(), DEFAULT),
         "rankadaptor, recoveries only": (RankAdaptor(), RECOVERIES),
+        "rankadaptor, recoveries only, no prior": (RankAdaptor(default_prior()), RECOVERIES),
         "rankadaptor-paper": (ALLOCATORS.get("rankadaptor-paper"), RECOVERIES),
         "bayes (GP)": (ALLOCATORS.get("bayes"), RECOVERIES),
         "bayes (TPE)": (ALLOCATORS.get("bayes-tpe"), RECOVERIES),
@@ -242,7 +243,13 @@ def jobs(sections: Sequence[str], seeds: int) -> Iterator[Job]:
         for world in harder:
             yield from (Job("worlds", world, "rankadaptor", seed) for seed in range(seeds))
     if "methods" in sections:
-        for method in ("rankadaptor, recoveries only", "rankadaptor-paper", "bayes (GP)", "bayes (TPE)"):
+        for method in (
+            "rankadaptor, recoveries only",
+            "rankadaptor, recoveries only, no prior",
+            "rankadaptor-paper",
+            "bayes (GP)",
+            "bayes (TPE)",
+        ):
             yield from (Job("methods", World(12), method, seed) for seed in range(seeds))
     if "flat" in sections:
         for layers in (12, 48):
@@ -364,7 +371,10 @@ def main() -> None:
             print(*job.key(), flush=True)
     if "prior" in sections and not any(row["section"] == "prior" for row in rows):
         keep(prior_rows(given.seeds))
-    rows = list(csv.DictReader(path.open(encoding="utf-8")))
+    places = {job.key(): place for place, job in enumerate(jobs(tuple(TITLES), given.seeds))}
+    rows = sorted(
+        csv.DictReader(path.open(encoding="utf-8")), key=lambda row: places.get(tuple(row[name] for name in FIELDS[:6]), len(places))
+    )
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "rank_allocation_planted.md").write_text(report(rows), encoding="utf-8")
     with (RESULTS / "rank_allocation_planted.csv").open("w", encoding="utf-8", newline="") as stream:
