@@ -38,8 +38,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from regraft.data.text import Corpus, read_corpus
 from regraft.models.load import Loaded, load, require_tokenizer
+from regraft.pipelines.allocate import allocate_ranks
 from regraft.pipelines.prune import prune
-from regraft.settings import PruneSettings, RecoverSettings
+from regraft.settings import AllocateSettings, PruneSettings, RecoverSettings
 from regraft.surgery.adapters import inject
 from regraft.training.batches import Ordered, collate, make_examples, padding_token, spread
 from regraft.training.callbacks import Keeper, Pace
@@ -67,8 +68,9 @@ Recipe = tuple[str, float, float]
 ORIGINAL: Recipe = ("taylor", 0.0, 1.0)
 OURS: Recipe = ("default", 0.5, 1.0)
 RATES = {ORIGINAL: (1e-3, 3e-3, 1e-2), OURS: (1e-3, 3e-3)}
+RANKED = "default, ranks by share pruned"
 PARTS: tuple[Recipe, ...] = (
-    ("default", 0.0, 1.0), ("default", 1.0, 1.0), ("taylor", 0.5, 1.0), ("taylor+ls", 0.0, 1.0), ("taylor+ls", 0.5, 1.0), ("default", 0.5, 2.0),
+    (RANKED, 0.5, 1.0), ("default", 1.0, 1.0), ("default", 0.0, 1.0), ("default", 0.5, 2.0), ("taylor", 0.5, 1.0), ("taylor+ls", 0.0, 1.0), ("taylor+ls", 0.5, 1.0),
 )  # fmt: skip
 
 
@@ -104,7 +106,7 @@ def next_wanted(rows: Sequence[Row], seeds: int, steps: int) -> Row | None:
     best = {recipe: rate for recipe in RATES if (rate := best_rate(rows, recipe, steps)) is not None}
     if len(best) == len(RATES):
         plan += [(*recipe, rate, seed) for seed in range(1, seeds) for recipe, rate in best.items()]
-        plan += [(*part, best[OURS if part[0] == OURS[0] else ORIGINAL], 0) for part in PARTS]
+        plan += [(*part, best[OURS if part[0] in (OURS[0], RANKED) else ORIGINAL], 0) for part in PARTS]
     missing = (each for each in plan if (*each, steps) not in done)
     return next((Row(*each, steps, math.nan, math.nan, math.nan, 0, 0.0) for each in missing), None)
 
@@ -150,6 +152,14 @@ def pruned_folder(name: str, model: str, calibration: Corpus, work: Path) -> Pat
     return folder
 
 
+def ranks_for(folder: Path, work: Path) -> Path:
+    """Allocates ranks proportional to the shares pruned, at the cost of rank 8 everywhere; runs that come later find the plan."""
+    plan = work / "ranks.json"
+    if not plan.is_file():
+        allocate_ranks(folder, plan, AllocateSettings(method="proportional", budget=f"r={RANK}"), seed=0)
+    return plan
+
+
 def test_loss(loaded: Loaded, test: Corpus) -> float:
     tokenizer = require_tokenizer(loaded)
     rows = spread(make_examples(test, tokenizer, TOKENS, wanted=TEST_WINDOWS, seed=0), TEST_WINDOWS)
@@ -165,12 +175,13 @@ def recover_all(model: str, corpora: dict[str, Corpus], work: Path, seeds: int, 
         if time.monotonic() > deadline:
             print("time is up; the next run goes on")
             return
-        loaded = load(pruned_folder(row.pruned, model, corpora["calibration"], work))
-        known = next((other.pruned_nats for other in rows if other.pruned == row.pruned), None)
+        folder = pruned_folder("default" if row.pruned == RANKED else row.pruned, model, corpora["calibration"], work)
+        loaded = load(folder)
+        known = next((other.pruned_nats for other in rows if other.pruned == folder.name.removeprefix("pruned-")), None)
         before = known if known is not None else test_loss(loaded, corpora["test"])
         settings = RecoverSettings(
             rank=RANK, lr=row.lr, steps=steps, batch=BATCH, seq_len=TOKENS, eval_every=max(1, steps // 3), held_out_windows=16,
-            distill=row.distill, temperature=row.temperature, quiet=True,
+            distill=row.distill, temperature=row.temperature, quiet=True, ranks=ranks_for(folder, work) if row.pruned == RANKED else None,
         )  # fmt: skip
         teacher = Teacher(dense.model, model, dense.tokenizer, dense.fingerprint) if row.distill else None
         # Kept beside the results, so that a slice that ends in the middle of a recovery is gone on with by the next.
