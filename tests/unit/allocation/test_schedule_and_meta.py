@@ -12,7 +12,7 @@ import pytest
 from planted_ranks import World
 from regraft.allocation import Request, Rung, Schedule, finalists, next_request, winner
 from regraft.allocation.fill import fill, random_vectors
-from regraft.allocation.meta import add_to_store, read_store, train
+from regraft.allocation.meta import add_to_store, foresight, read_store, train
 from regraft.allocation.prior import SHIPPED, Prior, default_prior, load_prior, shipped_prior
 from regraft.allocation.rankadaptor import RankAdaptor, first_vectors
 from regraft.cli.app import run
@@ -126,6 +126,16 @@ def test_past_searches_teach_what_features_are_worth() -> None:
             (proposal,) = RankAdaptor(start).propose(world.space, trials, 1, np.random.default_rng(0))
             gains[name] += world.gain(proposal.ranks) / world.gain(fill(world.space, world.table))
     assert gains["trained"] > gains["default"] + 0.5, "the first guess of eight searches"
+
+
+def test_what_is_foreseen_of_a_search() -> None:
+    prior = train([past(seed) for seed in range(8)]).prior
+    trained, untrained = ([foresight(past(seed), start).rank_correlation for seed in range(20, 26)] for start in (prior, default_prior()))
+    assert float(np.mean(trained)) > float(np.mean(untrained)) + 0.1, "before the first trial"
+    later = [foresight(past(seed), default_prior(), 8) for seed in range(20, 26)]
+    assert [found.trials for found in later] == [4] * 6, "what has been seen is not predicted"
+    assert float(np.mean([found.rank_correlation for found in later])) > float(np.mean(untrained)) + 0.2, "trials teach as well"
+    assert foresight(past(20), prior, 12).trials == 0
 
 
 def test_the_command_trains_and_what_it_writes_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
