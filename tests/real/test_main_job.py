@@ -69,7 +69,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Stories to calibrate on, to train on and to measure on; no story is in two of them."""
     documents = read_corpus(STORIES, "train").documents
     folder = tmp_path_factory.mktemp("texts")
-    parts = {"calibration": documents[:300], "training": documents[300:1400], "held-out": documents[2000:2080]}
+    parts = {"calibration": documents[:300], "training": documents[300:1400], "held-out": documents[2000:2030]}
     for name, part in parts.items():
         (folder / f"{name}.txt").write_text("<|endoftext|>".join(part), encoding="utf-8")
     return {name: folder / f"{name}.txt" for name in parts}
@@ -84,11 +84,13 @@ def held_out_loss(folder: Path, texts: dict[str, Path]) -> float:
 
 @pytest.mark.parametrize("shape", ["uniform", "per-layer"])
 def test_prune_recover_save_and_load_everywhere(shape, texts, tmp_path):
-    settings = PruneSettings(ratio=0.2, criterion="taylor", select="auto", shape=shape, calibration=texts["calibration"], samples=16)
+    # The longest re-fit once is enough.
+    refit = {"uniform": "least_squares", "per-layer": "auto"}[shape]
+    settings = PruneSettings(ratio=0.2, criterion="taylor", reconstruct=refit, shape=shape, calibration=texts["calibration"], samples=16)
     pruned, recovered = tmp_path / "pruned", tmp_path / "recovered"
     result = prune(MODEL, pruned, settings, seed=1)
     assert abs(result.plan.achieved - 0.2) < 0.01
-    training = RecoverSettings(data=texts["training"], steps=20, batch=8, seq_len=128, lr=2e-3, eval_every=10)
+    training = RecoverSettings(data=texts["training"], steps=12, batch=8, seq_len=128, lr=2e-3, eval_every=6)
     recover_model(pruned, recovered, training, seed=1)
     losses = {name: held_out_loss(path, texts) for name, path in {"dense": MODEL, "pruned": pruned, "recovered": recovered}.items()}
     assert losses["dense"] < losses["recovered"] < losses["pruned"]
@@ -98,7 +100,7 @@ def test_prune_recover_save_and_load_everywhere(shape, texts, tmp_path):
         with torch.no_grad():
             want = load(folder).model(ids).logits
         ways = {"uniform": ["plain", "regraft"], "per-layer": ["regraft", "remote code"]}[shape]
-        for way in ways:
+        for way in ways if folder == recovered else ways[1:]:
             found, logits = fresh_logits(way, folder, ids, tmp_path)
             assert (logits - want).abs().max() <= 1e-5, way
             assert found.startswith("Regraft") == (shape == "per-layer")
