@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import torch
-from real_models import smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from real_models import smollm2
 
 # A model whose heads stand in the wrong order, or whose tokens are another's, loses much more than this on such plain English.
 TEXT = "The sun rises in the east and sets in the west. Water boils at one hundred degrees Celsius, and it freezes at zero degrees."
