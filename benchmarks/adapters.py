@@ -40,11 +40,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from common import RESULTS, add_row, read_rows
 from regraft.adapters import AdapterRequest, Evidence, ParameterGroup, make_specs
 from regraft.adapters.deep_lora import first_frames
-from regraft.adapters.isolation import isolated
 from regraft.adapters.nola import Nola, NolaOptions
+from regraft.adapters.seeding import isolated
 from regraft.data.text import Corpus, read_corpus
 from regraft.models.load import load, require_tokenizer
-from regraft.pipelines.prune import prune
+from regraft.pipelines.prune.prune import prune
 from regraft.settings import PruneSettings, RecoverSettings
 from regraft.surgery.adapters import finish, inject, save_adapter
 from regraft.surgery.targets import find_targets

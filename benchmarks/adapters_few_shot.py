@@ -37,7 +37,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from common import RESULTS, add_row, read_rows
 from regraft.adapters import Evidence, ParameterGroup
-from regraft.adapters.isolation import derived_seed
+from regraft.adapters.seeding import derived_seed
 from regraft.settings import RecoverSettings
 from regraft.surgery.adapters import inject
 from regraft.training.optimizer import make_optimizer, parameter_groups

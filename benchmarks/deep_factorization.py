@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
+from regraft.completion.descent import Descent, Stepper, automatic_step, descend
+from regraft.completion.entries import EntryList, Observed, WholeMatrix
+from regraft.completion.theory import bases, blocks, end_to_end_basis, rho_path
 from regraft.numerics.chain import Chain, compressed_start, full_start, narrow_start
-from regraft.numerics.descent import Descent, Stepper, automatic_step, descend
 from regraft.numerics.frames import compact_frames
-from regraft.numerics.observed import EntryList, Observed, WholeMatrix
-from regraft.numerics.subspace import bases, blocks, end_to_end_basis, rho_path
 
 RESULTS = Path(__file__).parent / "results"
 DEPTH, SCALE, GAMMA, SHARE, RANK = 3, 1e-3, 0.01, 0.2, 5

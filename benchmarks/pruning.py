@@ -39,8 +39,8 @@ from regraft.evaluation.loss import evaluate_loss
 from regraft.groups.discover import discover
 from regraft.models.load import Loaded, load, require_tokenizer
 from regraft.models.view import parameter_count
-from regraft.pipelines.planning import calibration, kinds_wanted
-from regraft.pipelines.prune import cut_to_plan, plan_pruning
+from regraft.pipelines.prune.planning import calibration, kinds_wanted
+from regraft.pipelines.prune.prune import cut_to_plan, plan_pruning
 from regraft.plans import Groups
 from regraft.settings import EvaluateSettings, LoadSettings, PruneSettings
 

@@ -46,16 +46,16 @@ from regraft.atomic import write_text
 from regraft.data.text import Corpus, read_corpus
 from regraft.models.load import Loaded, load, require_tokenizer
 from regraft.models.view import ModelView
-from regraft.pipelines.allocate import allocate_ranks
-from regraft.pipelines.prune import prune
+from regraft.paired.candidates import Candidates
+from regraft.paired.elastic import Elastic, ElasticSettings, agreement
+from regraft.paired.setup import PairedSetup
+from regraft.pipelines.prune.prune import prune
+from regraft.pipelines.ranks.allocate import allocate_ranks
+from regraft.pipelines.ranks.layer_features import bare_slots, measured_slots
 from regraft.pipelines.recover import training_corpora
-from regraft.pipelines.slots import bare_slots, measured_slots
 from regraft.plans import PastSearch, RankSearch, RankSpace, RankTrial, from_json, to_json
 from regraft.settings import AllocateSettings, LoadSettings, PruneSettings, RecoverSettings
 from regraft.training.batches import make_examples, spread
-from regraft.training.candidates import Candidates
-from regraft.training.elastic import Elastic, ElasticSettings, agreement
-from regraft.training.ground import Ground
 from regraft.training.losses import mean_loss
 
 RECOVERED, SEARCHED = RESULTS / "rank_allocation_recoveries.csv", RESULTS / "rank_allocation_searches.csv"
@@ -129,13 +129,13 @@ class Bench:
         write_text(kept, to_json(space))
         return space
 
-    def ground(self, space: RankSpace, held_out: Corpus | None = None) -> Ground:
+    def ground(self, space: RankSpace, held_out: Corpus | None = None) -> PairedSetup:
         """Returns what recoveries are measured on: the test rows, or others."""
         train, search = training_corpora(self.settings, 0)
         modules = [name for slot in space.slots for name in slot.modules]
         windows = self.settings.held_out_windows if held_out is None else TEST_WINDOWS
         settings = self.settings.model_copy(update={"held_out_windows": windows})
-        return Ground(self.pruned.model, self.tokenizer, train, held_out or search, modules, settings)
+        return PairedSetup(self.pruned.model, self.tokenizer, train, held_out or search, modules, settings)
 
     def test_ids(self) -> Tensor:
         rows = spread(make_examples(self.test, self.tokenizer, TOKENS, wanted=TEST_WINDOWS, seed=0), TEST_WINDOWS)

@@ -58,8 +58,8 @@ from regraft.allocation.fill import fill, moved, moves, random_vectors
 from regraft.allocation.meta import train
 from regraft.allocation.prior import default_prior
 from regraft.allocation.rankadaptor import first_vectors
-from regraft.pipelines.measuring import elastic_cost
-from regraft.pipelines.search_cost import schedule_of
+from regraft.pipelines.ranks.cost import schedule_of
+from regraft.pipelines.ranks.measuring import elastic_cost
 from regraft.plans import PastSearch, RankSlot, RankSpace, RankTrial
 from regraft.settings import AllocateSettings, RecoverSettings
 

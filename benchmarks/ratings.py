@@ -19,7 +19,7 @@ from pathlib import Path
 
 from scipy.stats import t
 
-from regraft.pipelines.complete import BASELINES, OURS, CompletionReport, CompletionSettings, complete_ratings
+from regraft.completion.complete import BASELINES, OURS, CompletionReport, CompletionSettings, complete_ratings
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "movielens-small" / "ratings.csv"

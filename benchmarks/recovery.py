@@ -38,8 +38,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from regraft.data.text import Corpus, read_corpus
 from regraft.models.load import Loaded, load, require_tokenizer
-from regraft.pipelines.allocate import allocate_ranks
-from regraft.pipelines.prune import prune
+from regraft.pipelines.prune.prune import prune
+from regraft.pipelines.ranks.allocate import allocate_ranks
 from regraft.settings import AllocateSettings, PruneSettings, RecoverSettings
 from regraft.surgery.adapters import inject
 from regraft.training.batches import Ordered, collate, make_examples, padding_token, spread

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from regraft.cli.app import COMMANDS, load_command
-from regraft.pipelines.recipe import SECTIONS, Recipe
+from regraft.pipelines.run.recipe import SECTIONS, Recipe
 from regraft.settings import Settings
 
 ROOT = Path(__file__).parents[1]

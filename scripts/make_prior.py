@@ -23,8 +23,8 @@ from statistics import fmean
 from regraft.allocation.meta import PAST, foresight, read_store, train
 from regraft.allocation.prior import SHIPPED, default_prior
 from regraft.atomic import write_text
-from regraft.pipelines.allocate import allocate_ranks
-from regraft.pipelines.prune import prune
+from regraft.pipelines.prune.prune import prune
+from regraft.pipelines.ranks.allocate import allocate_ranks
 from regraft.plans import PastSearch, from_json, to_json
 from regraft.settings import AllocateSettings, LoadSettings, PruneSettings, RecoverSettings
 

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 from regraft.models.uneven import register_on_import
 
 if TYPE_CHECKING:
+    from regraft.completion.complete import complete_ratings as complete_ratings
+    from regraft.completion.estimator import CompressedMatrixCompletion as CompressedMatrixCompletion
     from regraft.models.load import load as load
     from regraft.models.save import save as save
-    from regraft.numerics.estimator import CompressedMatrixCompletion as CompressedMatrixCompletion
-    from regraft.pipelines.allocate import allocate_ranks as allocate_ranks
-    from regraft.pipelines.complete import complete_ratings as complete_ratings
     from regraft.pipelines.evaluate import evaluate_model as evaluate
     from regraft.pipelines.evaluate_labels import evaluate_labels as evaluate_labels
     from regraft.pipelines.export import export_adapter as export
     from regraft.pipelines.inspect import inspect_model as inspect
-    from regraft.pipelines.prune import prune as prune
+    from regraft.pipelines.prune.prune import prune as prune
+    from regraft.pipelines.ranks.allocate import allocate_ranks as allocate_ranks
     from regraft.pipelines.recover import recover_model as recover
-    from regraft.pipelines.run import run as run
+    from regraft.pipelines.run.run import run as run
 
 __all__ = [
     "CompressedMatrixCompletion",
@@ -45,17 +45,17 @@ __all__ = [
 ]
 
 _PUBLIC = {
-    "CompressedMatrixCompletion": ("regraft.numerics.estimator", "CompressedMatrixCompletion"),
-    "allocate_ranks": ("regraft.pipelines.allocate", "allocate_ranks"),
-    "complete_ratings": ("regraft.pipelines.complete", "complete_ratings"),
+    "CompressedMatrixCompletion": ("regraft.completion.estimator", "CompressedMatrixCompletion"),
+    "allocate_ranks": ("regraft.pipelines.ranks.allocate", "allocate_ranks"),
+    "complete_ratings": ("regraft.completion.complete", "complete_ratings"),
     "evaluate": ("regraft.pipelines.evaluate", "evaluate_model"),
     "evaluate_labels": ("regraft.pipelines.evaluate_labels", "evaluate_labels"),
     "export": ("regraft.pipelines.export", "export_adapter"),
     "inspect": ("regraft.pipelines.inspect", "inspect_model"),
     "load": ("regraft.models.load", "load"),
-    "prune": ("regraft.pipelines.prune", "prune"),
+    "prune": ("regraft.pipelines.prune.prune", "prune"),
     "recover": ("regraft.pipelines.recover", "recover_model"),
-    "run": ("regraft.pipelines.run", "run"),
+    "run": ("regraft.pipelines.run.run", "run"),
     "save": ("regraft.models.save", "save"),
 }
 

@@ -11,7 +11,7 @@ import torch
 
 from adapter_toys import FORMS, LAYERS, Form, batch, evidence, logits, scramble, toy
 from regraft.adapters import ADAPTERS, Method, make_request, make_specs
-from regraft.adapters.sites import oriented, weight_of
+from regraft.adapters.linear_like import oriented, weight_of
 from regraft.errors import InputError
 from regraft.surgery.adapters import factors, finish, inject, load_adapter, merge, save_adapter
 from regraft.surgery.targets import find_targets

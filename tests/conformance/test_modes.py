@@ -13,11 +13,11 @@ from folders import tiny_tokenizer
 from regraft.cli.app import run
 from regraft.errors import InputError
 from regraft.groups.discover import discover
-from regraft.groups.ledger import Ledger
+from regraft.groups.parameter_count import Ledger
 from regraft.importance import Evidence, score
 from regraft.models.load import load
 from regraft.models.view import parameter_count
-from regraft.pipelines.prune import prune
+from regraft.pipelines.prune.prune import prune
 from regraft.plans import Curve, Curves, Cut, Groups, Scores
 from regraft.selection import Budget, select
 from regraft.settings import PruneSettings

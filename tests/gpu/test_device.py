@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from regraft.completion.estimator import CompressedMatrixCompletion
 from regraft.models.load import load
 from regraft.numerics import counter
-from regraft.numerics.estimator import CompressedMatrixCompletion
 from regraft.pipelines.evaluate import evaluate_model
-from regraft.pipelines.prune import prune
+from regraft.pipelines.prune.prune import prune
 from regraft.pipelines.recover import recover_model
 from regraft.settings import EvaluateSettings, LoadSettings, PruneSettings, RecoverSettings
 

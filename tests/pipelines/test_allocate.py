@@ -22,10 +22,10 @@ from regraft.allocation.meta import read_store
 from regraft.allocation.prior import load_prior
 from regraft.cli.app import run
 from regraft.errors import InputError, TrainingError
-from regraft.pipelines import measuring
-from regraft.pipelines.allocate import allocate_ranks
-from regraft.pipelines.measuring import Measuring
-from regraft.pipelines.search_cost import schedule_of
+from regraft.pipelines.ranks import measuring
+from regraft.pipelines.ranks.allocate import allocate_ranks
+from regraft.pipelines.ranks.cost import schedule_of
+from regraft.pipelines.ranks.measuring import Measuring
 from regraft.plans import RankPlan, RankSearch, RankTrial, from_json
 from regraft.search.contract import Job
 from regraft.settings import AllocateSettings, RecoverSettings

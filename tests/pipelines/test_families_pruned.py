@@ -14,7 +14,7 @@ from folders import tiny_tokenizer
 from regraft.cli.app import run
 from regraft.models.load import load
 from regraft.models.view import parameter_count
-from regraft.pipelines.prune import prune
+from regraft.pipelines.prune.prune import prune
 from regraft.plans import Groups, PrunePlan
 from regraft.settings import LoadSettings, PruneSettings
 from zeroing import Gone, zeroed

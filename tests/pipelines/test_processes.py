@@ -25,7 +25,7 @@ from regraft.pipelines.recover import recover_model
 from regraft.settings import RecoverSettings
 from regraft.surgery.adapters import inject
 from regraft.training.checkpoint import optimizer_state, put_optimizer_state, put_tensors, trained_tensors
-from regraft.training.processes import filled, is_sharded, skeleton_of
+from regraft.training.distributed import filled, is_sharded, skeleton_of
 
 WORLD = 2
 # What `accelerate launch -m regraft recover` runs in each process, three times over: whole, stopped after step 7, and resumed.

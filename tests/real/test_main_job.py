@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from regraft.data.text import Corpus, read_corpus
 from regraft.evaluation.loss import evaluate_loss
 from regraft.models.load import load
-from regraft.pipelines.prune import prune
+from regraft.pipelines.prune.prune import prune
 from regraft.pipelines.recover import recover_model
 from regraft.settings import EvaluateSettings, PruneSettings, RecoverSettings
 

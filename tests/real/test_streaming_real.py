@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from choices import assert_same_choice
-from regraft.pipelines.prune import prune
+from regraft.pipelines.prune.prune import prune
 from regraft.settings import PruneSettings
 
 SHARED = Path(__file__).parents[3] / "shared"

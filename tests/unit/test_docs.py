@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from regraft.pipelines.recipe import SECTIONS, Recipe, read_recipe
+from regraft.pipelines.run.recipe import SECTIONS, Recipe, read_recipe
 
 ROOT = Path(__file__).parents[2]
 

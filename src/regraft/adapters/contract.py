@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from regraft.adapters.isolation import derived_seed
-from regraft.adapters.sites import shape_of
+from regraft.adapters.linear_like import shape_of
+from regraft.adapters.seeding import derived_seed
 from regraft.errors import InputError, PlanError, did_you_mean
 from regraft.plans import RankPlan
 from regraft.registry import Registry

@@ -22,7 +22,7 @@ from torch.nn.functional import embedding, linear
 
 from regraft.adapters.contract import ADAPTERS, Defaults, Delta, LowRank, Method, Spec
 from regraft.errors import InputError
-from regraft.numerics.counter import uniform
+from regraft.numerics.counter import random_uniform
 from regraft.numerics.svd import Triplets, randomized_triplets, top_triplets
 from regraft.settings import Settings
 
@@ -91,7 +91,7 @@ def frames_of(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def checksum(left: Tensor, right: Tensor) -> Tensor:
     """Returns what tells two decompositions apart: ``left^T p`` and ``right q`` for fixed random p and q, float32 ``(2, r)``."""
-    sums = [left.T.cpu() @ uniform(_PROBE, 0, left.shape[0]), right.cpu() @ uniform(_PROBE, 0, right.shape[1])]
+    sums = [left.T.cpu() @ random_uniform(_PROBE, 0, left.shape[0]), right.cpu() @ random_uniform(_PROBE, 0, right.shape[1])]
     return torch.stack(sums)
 
 

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from regraft.adapters.contract import ADAPTERS, Defaults, Delta, LowRank, Method, Spec
-from regraft.adapters.isolation import derived_seed
+from regraft.adapters.seeding import derived_seed
 from regraft.errors import InputError
-from regraft.numerics.counter import MOST, uniform
+from regraft.numerics.counter import MOST, random_uniform
 from regraft.settings import Settings
 
 CPU_CHUNK, GPU_CHUNK = 2**18, 2**22  # random numbers at once: what a core's cache holds; what fills a GPU
@@ -60,7 +60,7 @@ class NolaDelta(Delta):
     def right(self) -> Tensor:
         """Returns A, ``(r, in)``."""
         shape = (self.spec.rank, self.spec.columns)
-        start = uniform(self._keys["start"], 0, shape[0] * shape[1], self.a.device).view(shape) / math.sqrt(shape[1])
+        start = random_uniform(self._keys["start"], 0, shape[0] * shape[1], self.a.device).view(shape) / math.sqrt(shape[1])
         return start + _mixture(self.a, self._keys["A"], shape)
 
     def left(self) -> Tensor:
@@ -137,7 +137,7 @@ def _chunks(key: int, bases: int, size: int, device: torch.device) -> Any:
     step = max(1, (GPU_CHUNK if device.type == "cuda" else CPU_CHUNK) // bases)
     for start in range(0, size, step):
         count = min(step, size - start)
-        yield start, uniform(key, start * bases, count * bases, device).view(count, bases)
+        yield start, random_uniform(key, start * bases, count * bases, device).view(count, bases)
 
 
 def quantised(values: Tensor) -> tuple[Tensor, Tensor]:

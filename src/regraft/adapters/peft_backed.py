@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from regraft.adapters.contract import AdapterRequest, Defaults, Evidence, LowRank
-from regraft.adapters.isolation import isolated
+from regraft.adapters.linear_like import oriented, weight_of
 from regraft.adapters.plain_lora import CONFIG, tidy_config, write_plain_lora
-from regraft.adapters.sites import oriented, weight_of
+from regraft.adapters.seeding import isolated
 from regraft.errors import InputError
 from regraft.settings import Settings
 

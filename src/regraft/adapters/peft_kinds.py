@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from regraft.adapters.contract import ADAPTERS, AdapterRequest, Defaults, Evidence
+from regraft.adapters.linear_like import oriented, weight_of
+from regraft.adapters.nested_init import shared_start
 from regraft.adapters.peft_backed import PeftAdapter, factors_of, layers_of
 from regraft.adapters.plain_lora import saved_whole, target_names, task_type_of
-from regraft.adapters.shared_start import shared_start
-from regraft.adapters.sites import oriented, weight_of
 from regraft.errors import InputError
 from regraft.numerics import linalg
 from regraft.settings import Positive, Settings

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from regraft.cli.options import ModelArgument, Only, SeedOption, with_settings
-from regraft.pipelines.allocate import allocate_ranks
+from regraft.pipelines.ranks.allocate import allocate_ranks
 from regraft.plans import RankSearch
 from regraft.report.ranks import summary
 from regraft.settings import AllocateSettings, LoadSettings, RecoverSettings

@@ -15,10 +15,10 @@ from rich.table import Table
 
 from regraft.atomic import write_text
 from regraft.cli.options import SeedOption
-from regraft.data.ratings import Duplicates
+from regraft.completion.complete import BASELINES, OURS, CompletionReport, CompletionSettings, complete_ratings
+from regraft.completion.ratings import Duplicates
+from regraft.completion.tuning import Progress as Told
 from regraft.errors import InputError, OutputError
-from regraft.numerics.tuning import Progress as Told
-from regraft.pipelines.complete import BASELINES, OURS, CompletionReport, CompletionSettings, complete_ratings
 
 STDOUT = Path("-")
 

@@ -11,10 +11,10 @@ from rich.table import Table
 
 from regraft.cli.options import DryRunOption, ModelArgument, SeedOption, command_line, with_settings
 from regraft.errors import InputError
-from regraft.pipelines.plan_files import read_plan, refuse_existing_plan, write_plan
-from regraft.pipelines.planning import Say
-from regraft.pipelines.prune import plan_summary, replay
-from regraft.pipelines.prune import prune as prune_model
+from regraft.pipelines.prune.plan_files import read_plan, refuse_existing_plan, write_plan
+from regraft.pipelines.prune.planning import Say
+from regraft.pipelines.prune.prune import plan_summary, replay
+from regraft.pipelines.prune.prune import prune as prune_model
 from regraft.plans import Groups, PrunePlan
 from regraft.settings import LoadSettings, PruneSettings
 

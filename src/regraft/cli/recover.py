@@ -13,7 +13,7 @@ from rich.table import Table
 from regraft.cli.options import ModelArgument, OutputOption, SeedOption, command_line, with_settings
 from regraft.pipelines.recover import UNITS, recover_model
 from regraft.settings import LoadSettings, RecoverSettings
-from regraft.training.processes import is_main
+from regraft.training.distributed import is_main
 from regraft.training.recover import Recovered
 
 

@@ -12,9 +12,9 @@ from rich.table import Table
 from regraft.cli.options import DryRunOption
 from regraft.cli.prune import show_plan
 from regraft.errors import InputError
-from regraft.pipelines.recipe import read_recipe, shipped_recipes, to_yaml
-from regraft.pipelines.run import RunResult
-from regraft.pipelines.run import run as run_recipe
+from regraft.pipelines.run.recipe import read_recipe, shipped_recipes, to_yaml
+from regraft.pipelines.run.run import RunResult
+from regraft.pipelines.run.run import run as run_recipe
 from regraft.report.page import screen_table
 from regraft.report.summary import caption, scaled, speed_note, won_back
 

@@ -8,7 +8,7 @@
 * ``surgeon``: what the output of the reading projection loses when a unit goes *and the others are re-fitted*
   (:mod:`regraft.numerics.surgeon`). The greedy order decides which units stay; the score is the error that the removal adds.
 
-Channels of the residual stream have many readers, whose scores are added up (:mod:`regraft.importance.stream`).
+Channels of the residual stream have many readers, whose scores are added up (:mod:`regraft.importance.residual`).
 
 The reading projection of a group is the member on whose input side the units lie: the down and the output projection.
 """
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.importance.criteria import CRITERIA, Criterion, Evidence, reduce_saliency
-from regraft.importance.stream import stream_scores
+from regraft.importance.residual import stream_scores
 from regraft.models.layerwise import watched_inputs
 from regraft.models.view import ModelView
 from regraft.numerics.moments import ChannelMoments, Moments

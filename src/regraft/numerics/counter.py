@@ -21,7 +21,7 @@ MOST = 2**31 - 1
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32
 
 
-def uniform(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+def random_uniform(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """Returns numbers ``start`` to ``start + count`` of a key, uniform in [-1, 1], float32 ``(count,)``.
 
     Args:

@@ -33,9 +33,9 @@ from regraft.surgery.adapters import save_adapter
 from regraft.training.callbacks import log_csv
 from regraft.training.checkpoint import checkpoints
 from regraft.training.distill import Teacher
+from regraft.training.distributed import is_main, local_device, wait_for_all
 from regraft.training.four_bit import import_bitsandbytes
 from regraft.training.labelled import judged
-from regraft.training.processes import is_main, local_device, wait_for_all
 from regraft.training.recover import Recovered, check_trackers, read_ranks, recover
 
 LOSS_LOG = "training_log.csv"

@@ -27,8 +27,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from regraft.errors import StorageError
 from regraft.plans import RankSpace, RankTrial
-from regraft.search.book import attributes_of, distributions, is_lost, job_of, result_of
 from regraft.search.contract import Job, Key
+from regraft.search.optuna_codec import attributes_of, distributions, is_lost, job_of, result_of
 from regraft.search.storage import Storage, quiet_optuna, storage_errors
 
 MAX_ATTEMPTS = 3

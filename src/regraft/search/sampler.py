@@ -25,8 +25,8 @@ from regraft.allocation.contract import Learner
 from regraft.allocation.schedule import Schedule, next_request
 from regraft.errors import StorageError
 from regraft.plans import RankSpace, RankTrial, from_json, to_dict
-from regraft.search.book import attributes_of, distributions, is_lost, job_of, result_of
 from regraft.search.contract import Job, Measure
+from regraft.search.optuna_codec import attributes_of, distributions, is_lost, job_of, result_of
 
 _ROUND = "round:"
 

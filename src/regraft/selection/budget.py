@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from regraft.errors import InputError, PlanError
-from regraft.groups.ledger import Ledger
+from regraft.groups.parameter_count import Ledger
 from regraft.plans import WHOLE, Curves, Cut, Group, GroupKind, Groups, PrunePlan, Scores, Shape
 from regraft.registry import Registry
 
@@ -136,7 +136,7 @@ def check_possible(groups: Groups, budget: Budget) -> None:
 
 
 def _plan(name: str, groups: Groups, scores: Scores, budget: Budget, kept: Kept) -> PrunePlan:
-    kept = _lasting(groups, kept)
+    kept = _without_nested(groups, kept)
     cuts = tuple(
         Cut(group.name, best_units(scores.values[group.name], kept[group.name]))
         for group in groups.groups
@@ -158,7 +158,7 @@ def _plan(name: str, groups: Groups, scores: Scores, budget: Budget, kept: Kept)
     )
 
 
-def _lasting(groups: Groups, kept: Kept) -> dict[str, int]:
+def _without_nested(groups: Groups, kept: Kept) -> dict[str, int]:
     """Leaves out what is decided for groups that go with their layer, or with the part that they are of."""
     named = groups.named()
     gone = {(named[name].kind, named[name].layer) for name, count in kept.items() if not count}

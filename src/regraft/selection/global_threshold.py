@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from regraft.groups.ledger import Ledger
+from regraft.groups.parameter_count import Ledger
 from regraft.plans import WHOLE, Group, Groups, Scores
 from regraft.selection.budget import SELECTORS, Budget, Kept, Selector
 from regraft.selection.uniform import alike, even_share, uniform, whole_cuts

@@ -17,12 +17,12 @@ from itertools import product
 import numpy as np
 
 from regraft.errors import InputError, PlanError
-from regraft.groups.ledger import overlap
+from regraft.groups.parameter_count import overlap
 from regraft.plans import WHOLE, Curve, Curves, Group, Groups, Scores
 from regraft.selection.budget import SELECTORS, Budget, Kept, Selector
-from regraft.selection.dynamic import Table, solve
-from regraft.selection.nested import nested
-from regraft.selection.same import same_everywhere
+from regraft.selection.knapsack_dp import Table, solve
+from regraft.selection.knapsack_overlapping import nested
+from regraft.selection.knapsack_uniform import same_everywhere
 from regraft.selection.sizes import at_sizes
 from regraft.selection.uniform import alike
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from regraft.errors import InputError
-from regraft.groups.ledger import Ledger
+from regraft.groups.parameter_count import Ledger
 from regraft.plans import WHOLE, Group, GroupKind, Groups, Scores
 from regraft.selection.budget import SELECTORS, Budget, Kept, Selector
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from regraft.adapters.contract import Delta
-from regraft.adapters.sites import oriented, shape_of, weight_of
+from regraft.adapters.linear_like import oriented, shape_of, weight_of
 from regraft.errors import InputError
 
 

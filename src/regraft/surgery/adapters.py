@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from regraft.adapters import ADAPTERS, Adapter, Delta, Evidence, LowRank, Method, Spec, make_request
-from regraft.adapters.sites import oriented, shape_of, weight_of
+from regraft.adapters.linear_like import oriented, shape_of, weight_of
 from regraft.errors import InputError, ModelError, PlanError
 from regraft.models.classifier import head_parameters
 from regraft.plans import RankPlan

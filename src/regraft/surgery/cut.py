@@ -25,7 +25,7 @@ def cut(model: PreTrainedModel, groups: Groups, plan: PrunePlan, changed: Mappin
         model: The model that the groups were found in; it shares every tensor that is not cut with the result.
         groups: Of that model.
         plan: What stays.
-        changed: Parameters to take in place of the model's own, at full size: what :func:`regraft.surgery.compensate` gives.
+        changed: Parameters to take in place of the model's own, at full size: what :func:`regraft.surgery.refit_layerwise` gives.
 
     Raises:
         PlanError: The plan is of another model, or names a group or a unit that this model has not.

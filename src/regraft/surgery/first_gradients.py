@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.adapters.contract import Evidence
-from regraft.adapters.sites import oriented, weight_of
+from regraft.adapters.linear_like import oriented, weight_of
 from regraft.errors import InputError
 
 AT_ONCE_BYTES = 512 * 2**20

@@ -21,7 +21,7 @@ from regraft.adapters.contract import (
     groups_by_rate,
     make_specs,
 )
-from regraft.adapters.sites import oriented, weight_of
+from regraft.adapters.linear_like import oriented, weight_of
 from regraft.errors import InputError
 from regraft.models.classifier import classes_of, head_parameters
 from regraft.numerics.svd import factored_triplets

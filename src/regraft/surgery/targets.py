@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from transformers import PreTrainedModel
 
-from regraft.adapters.sites import is_site
+from regraft.adapters.linear_like import is_site
 from regraft.errors import InputError, did_you_mean
 from regraft.surgery.adapted import Adapted
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from regraft.adapters.isolation import derived_seed
+from regraft.adapters.seeding import derived_seed
 from regraft.surgery.adapters import Injected
 from regraft.training.checkpoint import (
     Checkpoint,
@@ -28,7 +28,7 @@ from regraft.training.checkpoint import (
     trained_tensors,
     write_checkpoint,
 )
-from regraft.training.processes import is_main, process_index
+from regraft.training.distributed import is_main, process_index
 
 LOG_EVERY_STEPS = 10
 
@@ -284,3 +284,19 @@ class Bar(TrainerCallback):
     def close(self) -> None:
         """Takes it away."""
         self._progress.stop()
+
+
+@final
+class AfterStep(TrainerCallback):
+    """Calls the adapter after each optimizer step, while the gradients are still there.
+
+    Args:
+        injected: The model with its adapter.
+    """
+
+    def __init__(self, injected: Injected) -> None:
+        self._injected = injected
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Passes the number of the step on, from 1."""
+        self._injected.adapter.after_step(self._injected.module, state.global_step + 1)

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from regraft.atomic import atomic_folder
 from regraft.errors import TrainingError
-from regraft.training.processes import put_whole, whole
+from regraft.training.distributed import put_whole, whole
 
 TRAINER_STATE = "trainer_state.json"
 """Where the Trainer looks for its own state when it resumes."""

@@ -26,7 +26,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import logging as transformers_logging
 
 from regraft.adapters import Evidence
-from regraft.adapters.isolation import isolated
+from regraft.adapters.seeding import isolated
 from regraft.data.labelled import Labelled
 from regraft.data.text import Corpus
 from regraft.data.tokens import window_tokens
@@ -36,17 +36,15 @@ from regraft.models.view import fingerprint
 from regraft.plans import RankPlan, from_json
 from regraft.settings import TRAINING_TOKENS, RecoverSettings
 from regraft.surgery.adapters import Injected, finish, inject, merge
-from regraft.training.after_step import AfterStep
-from regraft.training.batches import Example, Ordered, digest, make_examples, padding_token, spread
-from regraft.training.callbacks import Bar, Keeper, LogRow, Pace
+from regraft.training.batches import Example, Ordered, digest, is_blind_to_neighbours, make_examples, padding_token, spread
+from regraft.training.callbacks import AfterStep, Bar, Keeper, LogRow, Pace
 from regraft.training.checkpoint import Checkpoint, checkpoints, read_checkpoint
 from regraft.training.distill import Distillation, Teacher, check_vocabulary, fit_projections
+from regraft.training.distributed import filled, join_processes, process_count, skeleton_of
 from regraft.training.four_bit import check_four_bits, in_four_bits
 from regraft.training.labelled import labelled_examples
 from regraft.training.optimizer import ParameterGroup, parameter_groups
-from regraft.training.packing import is_blind_to_neighbours
 from regraft.training.precision import compute_dtype, trainable_weights
-from regraft.training.processes import filled, join_processes, process_count, skeleton_of
 from regraft.training.teacher_cache import TeacherCache
 from regraft.training.trainer import LABELS, TOKENS, Reading, RecoveryTrainer, training_arguments
 

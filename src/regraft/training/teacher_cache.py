@@ -27,8 +27,8 @@ from regraft.errors import DataError, OutputError
 from regraft.settings import RecoverSettings
 from regraft.training.batches import Example, collate
 from regraft.training.distill import TEACHER_LOG_P, TEACHER_TOKENS, Readout, Teacher, vocabulary_of
+from regraft.training.distributed import process_count, process_index, wait_for_all
 from regraft.training.losses import predicting
-from regraft.training.processes import process_count, process_index, wait_for_all
 
 _ROWS_OF_A_FILE = 64
 _BLOCK_VALUES = 1 << 24

@@ -16,10 +16,10 @@ from transformers.trainer_callback import PrinterCallback
 from regraft.errors import TrainingError
 from regraft.settings import RecoverSettings
 from regraft.training.batches import Example, Ordered, collate
+from regraft.training.distributed import any_process, is_sharded, process_count, process_index, sum_over_processes
 from regraft.training.labelled import collate_labelled, summed_label_loss, summed_labelled
 from regraft.training.losses import summed_loss
 from regraft.training.optimizer import ParameterGroup, make_optimizer
-from regraft.training.processes import any_process, is_sharded, process_count, process_index, sum_over_processes
 from regraft.training.teacher_cache import TeacherCache
 
 _CHECKPOINTING: dict[str, Any] = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}

@@ -21,8 +21,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from regraft.adapters import ADAPTERS
-from regraft.adapters.isolation import derived_seed, isolated
 from regraft.adapters.plain_lora import target_names
+from regraft.adapters.seeding import derived_seed, isolated
 from regraft.errors import InputError, PlanError
 from regraft.models.view import ModelView
 from regraft.plans import RankPlan

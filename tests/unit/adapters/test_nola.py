@@ -16,7 +16,7 @@ from adapter_toys import evidence, scramble, toy
 from regraft.adapters import AdapterRequest, make_specs, nola
 from regraft.adapters.nola import BLOCK, Nola, NolaDelta, NolaOptions, dequantised, quantised
 from regraft.errors import InputError
-from regraft.numerics.counter import MOST, uniform
+from regraft.numerics.counter import MOST, random_uniform
 from regraft.settings import RecoverSettings
 from regraft.surgery.adapters import inject, save_adapter
 
@@ -34,10 +34,12 @@ def dense(delta: NolaDelta) -> Tensor:
     spec, k = delta.spec, len(delta.a)
 
     def bases(part: str, rows: int, columns: int) -> Tensor:
-        numbers = uniform(delta._keys[part], 0, rows * columns * k).double()
+        numbers = random_uniform(delta._keys[part], 0, rows * columns * k).double()
         return numbers.view(rows, columns, k).permute(2, 0, 1)
 
-    start = uniform(delta._keys["start"], 0, spec.rank * spec.columns).double().view(spec.rank, spec.columns) / math.sqrt(spec.columns)
+    start = random_uniform(delta._keys["start"], 0, spec.rank * spec.columns).double().view(spec.rank, spec.columns) / math.sqrt(
+        spec.columns
+    )
     a, b = (values.detach().double() for values in (delta.a, delta.b))
     right = start + torch.einsum("k,krc->rc", a, bases("A", spec.rank, spec.columns)) / math.sqrt(k)
     left = torch.einsum("k,krc->rc", b, bases("B", spec.rows, spec.rank)) / math.sqrt(k)
@@ -108,9 +110,9 @@ def test_never_more_than_a_chunk_is_made_at_once(monkeypatch: pytest.MonkeyPatch
 
     def counted(key: int, start: int, count: int, device: Any = "cpu") -> Tensor:
         asked.append(count)
-        return uniform(key, start, count, device)
+        return random_uniform(key, start, count, device)
 
-    monkeypatch.setattr(nola, "uniform", counted)
+    monkeypatch.setattr(nola, "random_uniform", counted)
     monkeypatch.setattr(nola, "CPU_CHUNK", 256)
     delta = made(rows=60, columns=50, bases=16)
     (delta(torch.ones(2, 50)).sum()).backward()

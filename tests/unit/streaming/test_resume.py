@@ -9,8 +9,8 @@ import pytest
 
 from regraft.errors import OutputError
 from regraft.models.load import load
-from regraft.pipelines import planning
-from regraft.pipelines.prune import prune
+from regraft.pipelines.prune import planning
+from regraft.pipelines.prune.prune import prune
 from regraft.streaming import output as streaming_output
 from slicing import files_of
 

@@ -15,7 +15,7 @@ from regraft.errors import InputError, ModelError, PlanError
 from regraft.importance import CRITERIA
 from regraft.models.load import load
 from regraft.models.weights import stored_tensors
-from regraft.pipelines.prune import prune, replay
+from regraft.pipelines.prune.prune import prune, replay
 from regraft.plans import Cut
 from regraft.settings import LoadSettings
 from regraft.streaming import output as streaming_output

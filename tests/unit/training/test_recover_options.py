@@ -15,11 +15,10 @@ from regraft.errors import InputError
 from regraft.settings import RecoverSettings
 from regraft.surgery.adapters import inject
 from regraft.training import recover as module
-from regraft.training.batches import Example, collate, make_examples, pack_records
+from regraft.training.batches import Example, collate, is_blind_to_neighbours, make_examples, pack_records
 from regraft.training.callbacks import log_csv
 from regraft.training.losses import summed_loss
 from regraft.training.optimizer import make_optimizer, parameter_groups
-from regraft.training.packing import is_blind_to_neighbours
 from regraft.training.recover import recover
 
 CPU = torch.device("cpu")

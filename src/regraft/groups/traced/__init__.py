@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedConfig
 
-from regraft.groups.traced.follow import Follower
+from regraft.groups.traced.interpreter import Follower
 from regraft.groups.traced.report import Refusal, Report
 from regraft.groups.traced.rules import RULES
 from regraft.groups.traced.skeleton import export, find_layers, without_weights

@@ -12,9 +12,9 @@ from functools import cached_property
 import numpy as np
 from torch import fx, nn
 
-from regraft.groups.traced.follow import Constant, Follower, Statistic, module_of
+from regraft.groups.traced.interpreter import Constant, Follower, Statistic, module_of
 from regraft.groups.traced.labels import AxisLabels, Labels
-from regraft.groups.traced.parts import owners
+from regraft.groups.traced.norm_owners import owners
 from regraft.groups.traced.skeleton import Graph, Layers
 from regraft.groups.traced.units import Units, find_units, members_of
 from regraft.plans import Group, GroupKind, Member

@@ -2,7 +2,7 @@
 
 There are few kinds: pointwise operators join the channels that they combine; views move them; matrices end some and begin others;
 a product of two activations, as attention has, binds a head; reductions compute a number from several. Everything else is refused
-by :class:`~regraft.groups.traced.follow.Follower`.
+by :class:`~regraft.groups.traced.interpreter.Follower`.
 """
 # pyright: standard
 # (torch.fx and NumPy leave most types unknown)
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regraft.groups.traced.follow import Call, Follower
+from regraft.groups.traced.broadcast import broadcast, constant_along, dims_of, grown, heads_repeated, ordinals, rows_of
+from regraft.groups.traced.interpreter import Call, Follower
 from regraft.groups.traced.labels import AxisLabels
-from regraft.groups.traced.spread import broadcast, constant_along, dims_of, grown, heads_repeated, ordinals, rows_of
 from regraft.groups.traced.values import Channels, Matrix, Plain, Value
 
 Rule = Callable[[Follower, Call], Any]

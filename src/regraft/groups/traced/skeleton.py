@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from regraft.errors import ModelError
-from regraft.groups.traced.follow import LARGEST_KNOWN, REMEDY
+from regraft.groups.traced.interpreter import LARGEST_KNOWN, REMEDY
 from regraft.models.quiet import quiet
 
 # One sequence of three tokens: no length that a model treats in its own way, as it may a single token.

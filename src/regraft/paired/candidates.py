@@ -1,0 +1,225 @@
+"""Rank vectors measured by short recoveries that have everything but the ranks in common.
+
+Every candidate of a seed sees the same batches in the same order, starts from the leading rows of the same matrices
+(:mod:`regraft.adapters.nested_init`), drops the same inputs and is judged on the same held-out rows. Several train in one pass
+(:mod:`regraft.paired.side_by_side`).
+
+A fidelity below 1 is the beginning of the full recovery, on the learning rates of the full schedule, and not a shorter schedule of
+its own: only then is a survivor's further training a continuation, so that all levels together cost what the longest one costs, and
+only then is fidelity 1 the recovery that is wanted. The price is that short measurements are taken at a high learning rate; the noise
+which that brings is common to all candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor
+
+from regraft.adapters import AdapterRequest, LowRank, ParameterGroup, make_request
+from regraft.adapters.seeding import derived_seed
+from regraft.allocation.spaces import rank_plan
+from regraft.errors import InputError
+from regraft.paired.partial_runs import Kept, Progress
+from regraft.paired.setup import PairedSetup
+from regraft.paired.side_by_side import SCALES, Stack, adapted, check_adapter, clip_each
+from regraft.plans import RankSpace, RankTrial
+from regraft.training.optimizer import make_optimizer
+
+PASS_VALUES = 1 << 17
+"""Residual values of one pass on a CPU: as many candidates share a pass as stay below. Beyond, the products leave the cache."""
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A candidate while it trains."""
+
+    place: int
+    ranks: tuple[int, ...]
+    request: AdapterRequest
+    progress: Progress | None
+
+
+@final
+class Candidates:
+    """Measures rank vectors.
+
+    Args:
+        setup: The model and the data.
+        space: Of the rank vectors.
+        together: Candidates of one pass; None for what is fastest (on a CPU) or what fits (on a GPU).
+        folder: Where unfinished recoveries are kept, so that another process goes on from them; None keeps them in memory.
+
+    Raises:
+        InputError: The settings name an adapter that cannot be trained side by side.
+    """
+
+    def __init__(self, setup: PairedSetup, space: RankSpace, *, together: int | None = None, folder: Path | None = None) -> None:
+        self.setup = setup
+        self.space = space
+        self._together = together
+        self._kept = Kept(folder)
+        check_adapter(setup.settings.adapter)
+
+    def measure(self, ranks: Sequence[tuple[int, ...]], fidelity: float, seed: int) -> list[RankTrial]:
+        """Recovers every rank vector for a share of the steps, from where it stopped if it was measured for less before.
+
+        Args:
+            ranks: Of the space.
+            fidelity: In (0, 1].
+            seed: Of batches, first values and dropout.
+
+        Returns:
+            One trial for each, in order. Its loss is the lowest that a recovery stopped here would have seen, the look before the first
+            step left out: where short trainings harm at first, candidates still differ. Its cost counts the steps and looks of this
+            call. A candidate whose loss stops being finite is a trial without one.
+
+        Raises:
+            InputError: The fidelity is out of range.
+            PlanError: A vector is not of the space.
+            DataError: There is less data than one batch.
+        """
+        if not 0.0 < fidelity <= 1.0:
+            raise InputError(f"fidelity {fidelity} is not in (0, 1]; it is the share of a full recovery's steps")
+        until = max(1, round(fidelity * self.setup.settings.steps))
+        members = [self._member(place, each, seed, until) for place, each in enumerate(ranks)]
+        trials: dict[int, RankTrial] = {}
+        starts = sorted({member.progress.steps if member.progress else 0 for member in members})
+        with self.setup.ready(seed):
+            for start in starts:
+                group = [member for member in members if (member.progress.steps if member.progress else 0) == start]
+                for part in self._parts(group):
+                    trials |= self._recovered(part, start, until, seed)
+        return [replace(trials[place], fidelity=fidelity) for place in range(len(members))]
+
+    def change(self, ranks: tuple[int, ...], seed: int) -> dict[str, LowRank] | None:
+        """Returns what the recovery of a vector has made of every module so far, after its last step; None before its first.
+
+        Args:
+            ranks: The vector.
+            seed: Of the recovery.
+        """
+        progress = self._kept.get(self._key(ranks, seed))
+        if progress is None:
+            return None
+        request = make_request(self.setup.sites, self.setup.settings, rank_plan(self.space, ranks, "candidate"), seed)
+        scale = SCALES[self.setup.settings.adapter]
+        return {
+            name: LowRank(scale(request.alphas[name], rank) * progress.tensors[f"{name}.B.value"], progress.tensors[f"{name}.A.value"])
+            for name, rank in request.ranks.items()
+        }
+
+    def _member(self, place: int, ranks: tuple[int, ...], seed: int, until: int) -> _Member:
+        plan = rank_plan(self.space, ranks, "candidate")
+        request = make_request(self.setup.sites, self.setup.settings, plan, seed)
+        progress = self._kept.get(self._key(ranks, seed))
+        return _Member(place, ranks, request, progress if progress is not None and progress.steps <= until else None)
+
+    def _key(self, ranks: tuple[int, ...], seed: int) -> str:
+        named = {module: rank for slot, rank in zip(self.space.slots, ranks, strict=True) for module in slot.modules}
+        return self.setup.key(seed, "candidate", named)
+
+    def _parts(self, members: Sequence[_Member]) -> list[list[_Member]]:
+        """Divides candidates among passes."""
+        settings = self.setup.settings
+        values = settings.batch * (settings.seq_len or 1) * self.setup.view.width
+        fits = max(1, PASS_VALUES // values) if self.setup.device.type == "cpu" else len(members)
+        size = self._together or fits
+        left = iter(members)
+        return [part for _ in range(0, len(members), size) if (part := list(islice(left, size)))]
+
+    def _recovered(self, members: Sequence[_Member], start: int, until: int, seed: int) -> dict[int, RankTrial]:
+        """Trains candidates in one pass, fewer at a time where the GPU's memory does not hold them."""
+        try:
+            return self._trained(members, start, until, seed)
+        except torch.OutOfMemoryError:
+            if len(members) == 1:
+                raise
+        torch.cuda.empty_cache()
+        half = len(members) // 2
+        return self._recovered(members[:half], start, until, seed) | self._recovered(members[half:], start, until, seed)
+
+    def _trained(self, members: Sequence[_Member], start: int, until: int, seed: int) -> dict[int, RankTrial]:
+        """Trains candidates that stand at the same step, looks at them where a recovery would, and at the end."""
+        setup, settings = self.setup, self.setup.settings
+        trials: dict[int, RankTrial] = {}
+        run = _Run(setup, members, start, seed)
+        looks = 1 if start == until else 0
+        seen = run.look() if start == until else torch.zeros(0)
+        for step in range(start, until):
+            losses = run.step(step)
+            looked = (step + 1) % settings.eval_every == 0 or step + 1 == until
+            seen = run.look() if looked else losses
+            looks += looked
+            alive = torch.isfinite(losses) & torch.isfinite(seen)
+            for index, member in enumerate(run.members):
+                if not alive[index]:
+                    what, value = ("held-out", seen) if torch.isfinite(losses[index]) else ("training", losses)
+                    note = f"the {what} loss became {float(value[index])} at step {step + 1}"
+                    trials[member.place] = self._trial(member, None, step + 1 - start, looks, seed, note)
+            if not alive.all():
+                kept = torch.nonzero(alive).flatten().tolist()
+                if not kept:
+                    return trials
+                run, seen = run.without(kept, step + 1), seen[kept]
+            if (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps:
+                run.best = [min(pair) for pair in zip(run.best, seen.tolist(), strict=True)]
+        for index, member in enumerate(run.members):
+            self._kept.put(self._key(member.ranks, seed), Progress(until, run.best[index], run.taken(index)))
+            trials[member.place] = self._trial(member, min(run.best[index], float(seen[index])), until - start, looks, seed, "")
+        return trials
+
+    def _trial(self, member: _Member, loss: float | None, steps: int, looks: int, seed: int, note: str) -> RankTrial:
+        return RankTrial(member.ranks, loss, 1.0, self.setup.cost(steps, looks), "recovery", seed, note)
+
+
+@final
+class _Run:
+    """Candidates in one stack, with their optimizer."""
+
+    def __init__(self, setup: PairedSetup, members: Sequence[_Member], steps: int, seed: int) -> None:
+        self.members = list(members)
+        self.best = [member.progress.best_nats if member.progress else math.inf for member in members]
+        self._setup, self._seed = setup, seed
+        self._sites = {name: site for name, site in setup.sites.items() if any(name in member.request.ranks for member in members)}
+        settings = setup.settings
+        self._stack = Stack(self._sites, [member.request for member in members], settings.adapter, setup.device)
+        first, second = tuple(self._stack.first), tuple(self._stack.second)
+        ratio = settings.lr_ratio
+        self._optimizer = make_optimizer([ParameterGroup(first, setup.lr), ParameterGroup(second, setup.lr * ratio)])
+        for index, member in enumerate(members):
+            if member.progress is not None:
+                self._stack.put(index, member.progress.tensors, self._optimizer, steps)
+
+    def step(self, step: int) -> Tensor:
+        """Takes one optimizer step; returns the training losses, (K,) float64 in nats."""
+        setup, settings = self._setup, self._setup.settings
+        torch.manual_seed(derived_seed(self._seed, "step", step))
+        with adapted(self._sites, self._stack.factors.__getitem__, lambda: setup.dropout):
+            losses_K = setup.train_step(self._seed, step, len(self.members))
+        clip_each([*self._stack.first, *self._stack.second], settings.max_grad_norm)
+        for group, ratio in zip(self._optimizer.param_groups, (1.0, settings.lr_ratio), strict=True):
+            group["lr"] = setup.lr * ratio * setup.learning_rate(step)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return losses_K
+
+    def look(self) -> Tensor:
+        """Returns the held-out losses, (K,) float64 in nats."""
+        with adapted(self._sites, self._stack.factors.__getitem__, lambda: 0.0):
+            return self._setup.held_out_loss(len(self.members))
+
+    def taken(self, index: int) -> dict[str, Tensor]:
+        """Returns one candidate's tensors."""
+        return self._stack.taken(index, self._optimizer)
+
+    def without(self, kept: Sequence[int], steps: int) -> _Run:
+        """Returns the run of the candidates that are kept, as they stand after so many steps."""
+        members = [replace(self.members[index], progress=Progress(steps, self.best[index], self.taken(index))) for index in kept]
+        return _Run(self._setup, members, steps, self._seed)

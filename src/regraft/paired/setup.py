@@ -1,0 +1,376 @@
+"""What all measurements of a rank search share: the frozen model, the same batches, the same held-out rows, and the same target.
+
+Differences between rank vectors are far smaller than differences between draws of data and first values (the ranks explain nothing
+of 867 published scores that were drawn anew each time). With everything but the ranks in common, what is left is the ranks' effect.
+
+Legend of shapes: K adapters side by side, B rows of a batch, T tokens, V vocabulary, D residual channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from regraft.adapters import ADAPTERS
+from regraft.adapters.seeding import isolated
+from regraft.data.instructions import IGNORED
+from regraft.data.text import Corpus
+from regraft.data.tokens import window_tokens
+from regraft.errors import InputError, did_you_mean
+from regraft.models.view import ModelView, fingerprint
+from regraft.settings import TRAINING_TOKENS, RecoverSettings
+from regraft.training.batches import Ordered, collate, digest, is_blind_to_neighbours, make_examples, padding_token, spread
+from regraft.training.distill import Teacher, check_vocabulary
+from regraft.training.losses import divergence, predicted_tokens, predicting
+from regraft.training.precision import compute_dtype, trainable_weights
+
+Batch = Mapping[str, Tensor]
+
+_NO_EFFECT = {"data", "held_out", "rank", "ranks", "merge", "report_to", "quiet"}
+CACHE_BYTES = 1 << 28
+"""Hidden states and teacher logits that are kept between passes; what is beyond is computed again."""
+
+
+@final
+class PairedSetup:
+    """A frozen model with the batches of a recovery.
+
+    Rows, their order, the training loss and the held-out rows are those of a recovery (:func:`regraft.training.recover.recover`) with
+    the same settings and seed. Early stopping has no part in it: candidates are compared after equal numbers of steps.
+
+    Args:
+        model: Of a known family, on the device where it trains.
+        tokenizer: The model's.
+        train: What a recovery trains on.
+        held_out: From elsewhere.
+        modules: Names of what adapters are put on: those of a rank space.
+        settings: Of a full recovery.
+        teacher: The dense model, on the same device. The share ``settings.distill`` of the training loss is the divergence from it.
+        objective: What is measured on the held-out rows: the loss of the text, or the divergence from the teacher.
+        cache_bytes: See :data:`CACHE_BYTES`.
+
+    Raises:
+        InputError: A module is not there, a window is longer than the model's context, a divergence is asked for without a teacher, or
+            hidden states are to be distilled, which is not done side by side.
+        ModelError: The teacher has another vocabulary.
+        DataError: There is nothing to hold out.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Corpus,
+        held_out: Corpus,
+        modules: Sequence[str],
+        settings: RecoverSettings,
+        *,
+        teacher: Teacher | None = None,
+        objective: Literal["loss", "divergence"] = "loss",
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "--seq-len")
+        packing = settings.packing and bool(train.records) and is_blind_to_neighbours(model)
+        _check_target(model, tokenizer, teacher, objective, settings)
+        self.model = model
+        self.view = ModelView(model)
+        self.sites = _sites(modules, self.view)
+        self.settings = settings.model_copy(update={"seq_len": seq_len, "packing": packing})
+        self.device = model.device
+        self.first_layer = min(self._layers_of_sites())
+        self.fingerprint = fingerprint(model)
+        defaults = ADAPTERS.get(settings.adapter).defaults
+        self.lr = settings.lr if settings.lr is not None else defaults.lr
+        self.dropout = settings.dropout if settings.dropout is not None else defaults.dropout
+        self._compute = compute_dtype(settings.precision, self.device)
+        self._tokenizer, self._train, self._seq_len = tokenizer, train, seq_len
+        self._padding = padding_token(tokenizer)
+        self._rows: tuple[int, Ordered] | None = None
+        wanted = settings.held_out_windows
+        rows = spread(make_examples(held_out, tokenizer, seq_len, wanted=wanted, seed=0), wanted)
+        self.held_out_rows = len(rows)
+        self._held_out_digest = digest(rows)
+        self._held_out = [collate(rows[start : start + settings.batch], self._padding) for start in range(0, len(rows), settings.batch)]
+        self._held_out_tokens = sum(predicted_tokens(batch["labels"]) for batch in self._held_out)
+        self._teacher, self._objective = teacher, objective
+        self._first_loss: float | None = None
+        self._cache = _Cache(cache_bytes)
+
+    def _layers_of_sites(self) -> Iterator[int]:
+        for index in range(len(self.view.layers)):
+            prefix = f"{self.view.layer_name(index)}."
+            if any(name.startswith(prefix) for name in self.sites):
+                yield index
+
+    def rows(self, seed: int) -> Ordered:
+        """Returns the training rows of a seed, in their order.
+
+        Raises:
+            DataError: There are fewer than one batch.
+        """
+        if self._rows is None or self._rows[0] != seed:
+            settings = self.settings
+            wanted = settings.steps * settings.accumulate * settings.batch
+            examples = make_examples(self._train, self._tokenizer, self._seq_len, wanted=wanted, seed=seed, packing=settings.packing)
+            self._rows = seed, Ordered(examples, settings, seed, self._train.name)
+        return self._rows[1]
+
+    def batches(self, seed: int, step: int) -> list[Batch]:
+        """Returns the batches of one optimizer step, one for each forward pass."""
+        rows, size = self.rows(seed), self.settings.batch
+        start = step * self.settings.accumulate * size
+        starts = range(start, start + self.settings.accumulate * size, size)
+        return [collate([rows[index] for index in range(first, first + size)], self._padding) for first in starts]
+
+    def key(self, seed: int, *parts: object) -> str:
+        """Returns a name of everything that decides a training run on this setup, for what is kept of it."""
+        values = {
+            "parts": parts,
+            "seed": seed,
+            "model": self.fingerprint,
+            "settings": self.settings.model_dump(mode="json", exclude=_NO_EFFECT),
+            "data": digest(self.rows(seed).examples),
+            "held-out data": self._held_out_digest,
+            "teacher": self._teacher.fingerprint if self._teacher is not None else None,
+            "objective": self._objective,
+        }
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+    def cost(self, steps: int, looks: int, passes: int = 1) -> float:
+        """Returns what steps and looks take, in units of one full recovery: see :func:`cost_of`."""
+        return cost_of(self.settings, self.held_out_rows, steps, looks, passes)
+
+    def first_loss(self) -> float:
+        """Returns the held-out loss of the model as it is, in nats a token."""
+        if self._first_loss is None:
+            self._first_loss = float(self.held_out_loss(1))
+        return self._first_loss
+
+    def learning_rate(self, step: int, steps: int | None = None) -> float:
+        """Returns the share of the peak learning rate at a step, as transformers' schedules have it.
+
+        Args:
+            step: From 0.
+            steps: Of the whole schedule; None for a full recovery's.
+        """
+        steps = steps or self.settings.steps
+        warm = round(self.settings.warmup * steps)
+        if step < warm:
+            return step / warm
+        part = (step - warm) / max(1, steps - warm)
+        return {"cosine": 0.5 * (1.0 + math.cos(math.pi * part)), "linear": 1.0 - part, "constant": 1.0}[self.settings.schedule]
+
+    @contextmanager
+    def ready(self, seed: int) -> Iterator[None]:
+        """Freezes the model, in evaluation mode and in types that can be trained beside, and keeps random draws to itself.
+
+        The model's own dropout is off, unlike in a recovery: it would be drawn anew for every adapter of a pass. Adapters drop their
+        inputs as the settings say.
+        """
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        was_training = self.model.training
+        try:
+            self.model.eval().requires_grad_(False)
+            with trainable_weights(self.model, self._compute), isolated(seed):
+                yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            self.model.train(was_training)
+
+    def train_step(self, seed: int, step: int, copies: int) -> Tensor:
+        """Adds to the gradients of K adapters what one optimizer step needs, and returns their mean losses of a token.
+
+        Args:
+            seed: Of the order of the rows.
+            step: From 0.
+            copies: K.
+
+        Returns:
+            (K,) float64 on the CPU, in nats.
+        """
+        batches = self.batches(seed, step)
+        tokens = sum(predicted_tokens(batch["labels"]) for batch in batches)
+        share = self.settings.distill if self._teacher is not None else 0.0
+        total_K = torch.zeros(copies, dtype=torch.float64)
+        for part, batch in enumerate(batches):
+            key = ("train", seed, step, part)
+            nats_K = self._summed(batch, key, copies, share, self.settings.temperature)
+            (nats_K.sum() / tokens).backward()
+            total_K += nats_K.detach().double().cpu()
+        return total_K / tokens
+
+    @torch.no_grad()
+    def held_out_loss(self, copies: int) -> Tensor:
+        """Returns the mean held-out loss of K adapters, or their divergence from the teacher, (K,) float64 on the CPU, in nats a token."""
+        share = 1.0 if self._objective == "divergence" else 0.0
+        total_K = torch.zeros(copies, dtype=torch.float64)
+        for index, batch in enumerate(self._held_out):
+            total_K += self._summed(batch, ("held-out", index), copies, share, 1.0).double().cpu()
+        return total_K / self._held_out_tokens
+
+    def _summed(self, batch: Batch, key: Hashable, copies: int, share: float, temperature: float) -> Tensor:
+        """Returns the loss of K repetitions of a batch, summed over its tokens, (K,) float32: a mix of the text's and the teacher's."""
+        logits = self.logits(batch, key, copies)
+        total_K = torch.zeros(copies, device=self.device)
+        if share < 1.0:
+            total_K = total_K + (1.0 - share) * summed_nats(logits, batch["labels"], copies)
+        if share > 0.0:
+            counts_BT = predicting(batch["labels"]).to(self.device)
+            expected_NV = self._cache.get(("teacher", key), lambda: self._teacher_logits(batch)[counts_BT].float())
+            students = logits.reshape(copies, *counts_BT.shape, -1)
+            found = [divergence(student[counts_BT].float(), expected_NV, temperature) for student in students]
+            total_K = total_K + share * torch.stack(found)
+        return total_K
+
+    @torch.no_grad()
+    def _teacher_logits(self, batch: Batch) -> Tensor:
+        assert self._teacher is not None
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.items() if name != "labels"}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._compute == torch.bfloat16):
+            return self._teacher.present()(**inputs, use_cache=False).logits
+
+    def logits(self, batch: Batch, key: Hashable, copies: int) -> Tensor:
+        """Returns the logits of K repetitions of a batch, (K * B, T, V).
+
+        The layers below the first adapted one see every batch once: what leaves them is the same for all adapters and all steps.
+
+        Args:
+            batch: ``input_ids`` and, where rows are padded, ``attention_mask``, both (B, T).
+            key: Under which its hidden states are kept.
+            copies: K.
+        """
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.items() if name != "labels"}
+        repeated = {name: tensor.repeat(copies, 1) for name, tensor in inputs.items()}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._compute == torch.bfloat16):
+            if self.first_layer == 0:
+                return self.model(**repeated, use_cache=False).logits
+            hidden_BTD = self._cache.get(key, lambda: self._below(inputs))
+            with self._skipping(hidden_BTD.repeat(copies, 1, 1)):
+                return self.model(**repeated, use_cache=False).logits
+
+    @torch.no_grad()
+    def _below(self, inputs: Batch) -> Tensor:
+        """Returns what enters the first adapted layer, (B, T, D); nothing above that layer is computed."""
+        seen: list[Tensor] = []
+
+        def stop(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            seen.append(arguments[0] if arguments else named["hidden_states"])
+            raise _EnoughError
+
+        handle = self.view.layers[self.first_layer].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.model(**inputs, use_cache=False)
+        except _EnoughError:
+            pass
+        finally:
+            handle.remove()
+        return seen[0]
+
+    @contextmanager
+    def _skipping(self, hidden: Tensor) -> Iterator[None]:
+        """Leaves out the layers below the first adapted one and hands that one what would have come out of them."""
+
+        def instead(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return ((hidden, *arguments[1:]), named) if arguments else ((), named | {"hidden_states": hidden})
+
+        below = list(self.view.layers[: self.first_layer])
+        handle = self.view.layers[self.first_layer].register_forward_pre_hook(instead, with_kwargs=True)
+        try:
+            for layer in below:
+                layer.__dict__["forward"] = _unchanged
+            yield
+        finally:
+            handle.remove()
+            for layer in below:
+                layer.__dict__.pop("forward", None)
+
+
+def summed_nats(logits: Tensor, labels_BT: Tensor, copies: int) -> Tensor:
+    """Returns the summed negative log-likelihood of the predicted tokens of each repetition of a batch, (K,) float32 in nats.
+
+    Args:
+        logits: (K * B, T, V).
+        labels_BT: int64, -100 where nothing is predicted; the first token of a row never is.
+        copies: K.
+    """
+    targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED).to(logits.device)
+    targets = targets_BT.reshape(-1).repeat(copies)
+    nats = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="none")
+    return nats.reshape(copies, -1).sum(1)
+
+
+@final
+class _Cache:
+    """Tensors by key, the first that come, up to a number of bytes."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._left_bytes = limit_bytes
+        self._kept: dict[Hashable, Tensor] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """Returns the tensor of a key, made where it is not kept."""
+        if key in self._kept:
+            return self._kept[key]
+        tensor = make()
+        size = tensor.numel() * tensor.element_size()
+        if size <= self._left_bytes:
+            self._left_bytes -= size
+            self._kept[key] = tensor
+        return tensor
+
+
+class _EnoughError(Exception):
+    """Ends a forward pass early."""
+
+
+def _unchanged(*arguments: Any, **named: Any) -> Any:
+    """Stands in for a layer that is left out."""
+    return arguments[0] if arguments else named["hidden_states"]
+
+
+def cost_of(settings: RecoverSettings, held_out_rows: int, steps: int, looks: int, passes: int = 1) -> float:
+    """Returns what steps and looks take, in units of one full recovery: rows of a forward pass, a backward pass counted as two.
+
+    Args:
+        settings: Of a full recovery. It looks every ``eval_every`` steps and at the end; the look before the first step is the same for
+            all and is not counted.
+        held_out_rows: Of one look.
+        steps: Optimizer steps.
+        looks: Looks at the held-out rows.
+        passes: Forward passes of every batch of a step.
+    """
+    row_passes = 3.0 * settings.batch * settings.accumulate
+    full = settings.steps * row_passes + -(-settings.steps // settings.eval_every) * held_out_rows
+    return (steps * passes * row_passes + looks * held_out_rows) / full
+
+
+def _check_target(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teacher: Teacher | None, objective: str, settings: RecoverSettings
+) -> None:
+    if settings.load_in_4bit:
+        raise InputError("--load-in-4bit is not known while ranks are compared; leave it out there, the ranks serve both")
+    if teacher is not None:
+        check_vocabulary(teacher, model, tokenizer)
+        if settings.distill_hidden > 0.0:
+            raise InputError(f"--distill-hidden {settings.distill_hidden} is not known while ranks are compared; leave it at 0")
+    elif objective == "divergence":
+        raise InputError("the divergence from a teacher is measured with a teacher; give one with --teacher")
+
+
+def _sites(modules: Iterable[str], view: ModelView) -> dict[str, nn.Module]:
+    known = view.adapted_modules()
+    for name in modules:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise InputError(f"the rank space names '{name}', which this model does not have{hint}; make the space for this model")
+    return {name: known[name] for name in modules}

@@ -1,0 +1,1 @@
+"""Pruning as a pipeline: from settings to a plan, from a plan to a pruned model, in memory or layer by layer."""

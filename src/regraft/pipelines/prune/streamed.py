@@ -1,0 +1,212 @@
+"""Prune a checkpoint that is larger than memory: plan it, re-fit it and write it layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor, nn
+
+from regraft.importance import CRITERIA
+from regraft.models.load import Loaded
+from regraft.models.provenance import versions
+from regraft.pipelines.prune.planning import Planning, Say, Way, budget_of, calibration, check_text, kinds_wanted, left_out
+from regraft.pipelines.prune.record import card_of, record_of
+from regraft.pipelines.prune.score_cache import checksum_of
+from regraft.plans import Groups, PrunePlan, to_dict
+from regraft.selection.budget import check_possible
+from regraft.settings import LoadSettings, PruneSettings
+from regraft.streaming.hidden import HiddenStates, InMemory, OnDisk, room_for
+from regraft.streaming.memory import Room, Task, find_room, in_words
+from regraft.streaming.output import PrunedWriter, Refit, resumable
+from regraft.streaming.passes import StreamedPasses, StreamedWalk
+from regraft.streaming.skeleton import Skeleton, open_skeleton, refuse_beyond_layers
+from regraft.surgery.apply_plan import split_by_part
+from regraft.surgery.cut import check_counts, check_plan
+from regraft.surgery.refit_layerwise import refitted
+
+HIDDEN = "hidden.bin"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to do with a checkpoint.
+
+    Attributes:
+        source: A folder, a hub id, or ``seedling``.
+        output: Where the pruned model goes; None to plan only.
+        settings: What is cut and how it is chosen; with a bound of memory.
+        way: What "auto" means in them.
+        load: How the model is loaded.
+        seed: Of the calibration windows and of random scores.
+        plan: To be replayed; None to make one.
+        command: How this was called, for the folder's record.
+        say: Called with one line now and then.
+    """
+
+    source: str | Path
+    output: Path | None
+    settings: PruneSettings
+    way: Way
+    load: LoadSettings
+    seed: int
+    plan: PrunePlan | None
+    command: str
+    say: Say
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What pruning a checkpoint gave.
+
+    Attributes:
+        plan: Which units stay.
+        loaded: The model without its weights.
+        groups: Of that model.
+        notes: What the user should know, a line each.
+    """
+
+    plan: PrunePlan
+    loaded: Loaded
+    groups: Groups
+    notes: tuple[str, ...]
+
+
+def prune_streamed(request: Request) -> Streamed:
+    """Prunes a checkpoint without ever having it in memory as a whole.
+
+    Raises:
+        InputError: The bound of memory is below what one layer needs, the ratio cannot be met, or what is to be cut takes more than a
+            layer at a time.
+        PlanError: The plan to be replayed is of another model.
+        OutputError: The output cannot be written; finished shards stay for the next attempt.
+    """
+    skeleton = open_skeleton(request.source, request.load)
+    found = skeleton.look_for(kinds_wanted(request.settings, request.plan))
+    groups = found.groups
+    refuse_beyond_layers(skeleton.view.family, groups)
+    if request.plan is not None:
+        check_plan(groups, request.plan)
+        check_counts(groups, request.plan)
+    else:
+        check_possible(groups, budget_of(groups, request.settings))
+    wanted = request.way.needs_text if request.plan is None else request.way.reconstruct is not None
+    windows = calibration(skeleton.loaded, request.settings, request.seed) if wanted else None
+    if request.plan is not None:
+        check_text(request.plan, windows)
+    job = _Job(request, skeleton, groups, windows)
+    if request.output is None:
+        with TemporaryDirectory(prefix="regraft-") as work:
+            plan = request.plan or job.plan(Path(work))
+    else:
+        plan = job.write(request.output)
+    notes = left_out(request.settings, found) if request.plan is None else ()
+    return Streamed(plan, skeleton.loaded, groups, (*job.notes(), *notes))
+
+
+class _Job:
+    """One run over one checkpoint."""
+
+    def __init__(self, request: Request, skeleton: Skeleton, groups: Groups, windows: Tensor | None) -> None:
+        self._request = request
+        self._skeleton = skeleton
+        self._groups = groups
+        self._windows = windows
+        settings = request.settings
+        assert settings.memory is not None
+        criterion = CRITERIA.get(settings.criterion)
+        task = Task(
+            looks_at=criterion.looks_at if request.plan is None else None,
+            squares=criterion.looks_at == "gradients" and settings.order != "first",
+            refits=request.way.reconstruct is not None and request.output is not None,
+            windows=0 if windows is None else windows.shape[0],
+            tokens=0 if windows is None else windows.shape[1],
+        )
+        self._room: Room = find_room(skeleton, task, settings.memory)
+
+    def notes(self) -> tuple[str, ...]:
+        """Returns what the user should know."""
+        room, found = self._room, list(self._request.way.notes if self._request.plan is None else ())
+        if not room.fits:
+            found.append(
+                f"--memory {in_words(room.bound_bytes)} bounds weights and states ({in_words(room.working_bytes)}); the program itself "
+                f"takes {in_words(room.program_bytes)} beside them"
+            )
+        if self._windows is not None and not room.hidden_in_memory:
+            found.append(f"hidden states of the calibration text ({in_words(room.hidden_bytes)}) were kept on disk")
+        return tuple(found)
+
+    def plan(self, work: Path) -> PrunePlan:
+        """Scores the layers and chooses what stays.
+
+        Args:
+            work: A folder for hidden states.
+        """
+        request = self._request
+        planning = Planning(request.settings, request.way, self._windows, request.seed, request.say)
+        passes = StreamedPasses(self._skeleton, self._windows, self._hidden(work), self._room.limits, request.say)
+        plan = planning.once(self._skeleton.view, self._groups, budget_of(self._groups, request.settings), passes)
+        return replace(plan, ratio=request.settings.ratio, made_with=planning.made_with())
+
+    def write(self, output: Path) -> PrunePlan:
+        """Plans, unless an interrupted run or the user has, and writes the pruned checkpoint."""
+        request = self._request
+        with resumable(output, self._asked()) as progress:
+            (progress.folder / HIDDEN).unlink(missing_ok=True)
+            if progress.plan is not None:
+                request.say("going on where an interrupted run stopped")
+            plan = progress.plan or request.plan or self.plan(progress.folder)
+            progress.decided(plan)
+            writer = PrunedWriter(self._skeleton, self._groups, plan)
+            writer.write(progress, self._refit(plan, progress.folder), request.say)
+            record = record_of(self._skeleton.loaded, plan, request.settings, seed=request.seed, command=request.command)
+            writer.finish(progress, record, card_of)
+        return plan
+
+    def _refit(self, plan: PrunePlan, work: Path) -> Refit | None:
+        method, windows = self._request.way.reconstruct, self._windows
+        if method is None:
+            return None
+        assert windows is not None
+        assert method != "divergence", "takes the whole model; refused before"
+
+        gone, narrow = split_by_part(self._groups, plan.cuts)
+        say = self._request.say
+
+        def refit(start: int, finished: Callable[[int, nn.Module], None]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+            walk = StreamedWalk(self._skeleton, windows, self._hidden(work), say, finished=finished, start=start, gone=gone)
+            return refitted(walk, self._groups, narrow, method)
+
+        return refit
+
+    def _hidden(self, work: Path) -> Callable[[], HiddenStates]:
+        """Returns what makes a place for hidden states: in memory if they fit, else in a work folder."""
+        if self._windows is None:
+            return lambda: InMemory((0, 0, 0))
+        count, tokens = self._windows.shape
+        shape = (count, tokens, self._skeleton.head_shape[1])
+        if self._room.hidden_in_memory:
+            return lambda: InMemory(shape)
+
+        def on_disk() -> HiddenStates:
+            room_for(work, self._room.hidden_bytes)
+            return OnDisk(work / HIDDEN, shape)
+
+        return on_disk
+
+    def _asked(self) -> dict[str, Any]:
+        """Returns everything that decides what is written."""
+        request, skeleton = self._request, self._skeleton
+        return {
+            "fingerprint": self._groups.fingerprint,
+            "settings": request.settings.decisive(),
+            "seed": request.seed,
+            "windows_sha256": checksum_of(self._windows),
+            "plan": None if request.plan is None else to_dict(request.plan),
+            "dtype": str(skeleton.dtype),
+            "device": skeleton.device.type,
+            "versions": versions(),
+        }

@@ -1,0 +1,1 @@
+"""Rank allocation as a pipeline: features of layers, measurements, the search and its files."""

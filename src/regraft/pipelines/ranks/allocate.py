@@ -1,0 +1,330 @@
+"""Find a rank for every layer of a model: measure what is known of it, search, confirm, write the plan and how it was found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regraft.adapters.seeding import derived_seed
+from regraft.allocation import (
+    ALLOCATORS,
+    MOST_FINALISTS,
+    ClosedForm,
+    Learner,
+    Ranks,
+    add_to_store,
+    confirm,
+    finalists,
+    rank_plan,
+    rank_space,
+    winner,
+)
+from regraft.atomic import sha256_of, write_text
+from regraft.data.tokens import window_tokens
+from regraft.errors import InputError, OutputError
+from regraft.models.load import Loaded
+from regraft.models.load import load as load_model
+from regraft.models.view import ModelView
+from regraft.paired.elastic import agreement
+from regraft.paired.side_by_side import check_adapter
+from regraft.pipelines.ranks.cost import SHORTEST, confirming_cost, learns_from_scores, schedule_of
+from regraft.pipelines.ranks.files import past_search, texts_of
+from regraft.pipelines.ranks.layer_features import bare_slots, measured_slots
+from regraft.pipelines.ranks.measuring import Measuring, candidates_at_once, placed
+from regraft.pipelines.ranks.start import decisive, started
+from regraft.pipelines.recover import training_corpora
+from regraft.pipelines.run.folder import open_run
+from regraft.plans import Confirmation, RankSearch, RankSpace, RankTrial, from_json, to_json
+from regraft.search.contract import Job
+from regraft.search.pools import Inline, Pool, Processes
+from regraft.search.ray_pool import RayPool, import_ray
+from regraft.search.run import measure_all, open_ledger, search
+from regraft.search.sampler import AllocatorSampler
+from regraft.search.storage import open_storage
+from regraft.settings import TRAINING_TOKENS, AllocateSettings, LoadSettings, RecoverSettings
+
+Say = Callable[[str], None]
+
+SPACE = "space.json"
+_RECOVERIES = ".recoveries"
+_FEW_STEPS = 20  # with fewer, gains of ranks do not show yet
+# Nothing of these changes what a candidate's recovery gives.
+_OF_NO_MATTER = {"rank", "ranks", "alpha", "merge", "report_to", "quiet", "data", "patience"}
+
+
+def allocate_ranks(
+    source: str | Path,
+    output: str | Path,
+    settings: AllocateSettings | None = None,
+    recover: RecoverSettings | None = None,
+    *,
+    load: LoadSettings | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    say: Say = lambda line: None,
+) -> RankSearch:
+    """Finds ranks and writes the plan.
+
+    Beside ``plan.json`` a folder ``plan.search`` holds the report, every trial, what is known of the slots, and the store of the search
+    where no other is named. Several calls with one shared storage, on one machine or on many, share one search.
+
+    Args:
+        source: A pruned model: a folder, a hub id, or ``seedling``.
+        output: File of the plan, ``.json``.
+        settings: Method, budget and how the search is run.
+        recover: Of the recovery that the ranks are for: data, steps, learning rate, teacher.
+        load: How the model is loaded.
+        seed: Of everything random.
+        resume: Go on with a search that was stopped; with none there, begin.
+        say: Called with one line for each thing a user wants to know.
+
+    Raises:
+        OutputError: The plan or its folder exists, or cannot be written.
+        StorageError: The storage is locked, corrupt or out of reach.
+        RegraftError: Anything else that the user can mend, in one line.
+    """
+    settings, recover, load = settings or AllocateSettings(), recover or RecoverSettings(), load or LoadSettings()
+    check_settings(settings, recover)
+    output = Path(output)
+    if output.suffix != ".json":
+        raise InputError(f"--output '{output}' is not the name of a JSON file; write it as {output}.json")
+    if output.exists() and not resume:
+        raise OutputError(f"output '{output}' exists; choose another --output or remove it first")
+    if settings.storage is not None:
+        open_storage(settings.storage, output.parent).close()  # what is wrong with it is told before anything is computed
+    loaded = load_model(source, load)
+    request = Request(loaded, str(source), settings, recover, load, seed, say)
+    with open_run(output.with_suffix(".search"), request.identity(), resume=resume, say=say) as folder:
+        slots = folder.stage("slots", request.identity(), lambda partial: write_space(request, partial))
+        found = find_ranks(request, slots, folder.path, resume=resume)
+        for name, text in texts_of(found, request.loaded, request.identity()).items():
+            folder.write(name, text)
+        write_text(output, to_json(found.plan) + "\n")
+    return found
+
+
+def check_settings(settings: AllocateSettings, recover: RecoverSettings) -> None:
+    """Checks what needs no model.
+
+    Raises:
+        InputError: The method, the adapter or two settings together cannot work.
+        MissingDependencyError: Ray was asked for and is not installed.
+    """
+    check_adapter(recover.adapter)
+    schedule_of(settings, recover)
+    if isinstance(started(settings), ClosedForm) and settings.store is not None:
+        raise InputError(f"--store keeps searches, and the method {settings.method} makes none; leave it out")
+    if settings.store is not None and settings.store.is_file():
+        raise InputError(f"--store '{settings.store}' is a file; name a folder, which is made if it is not there")
+    if settings.elastic not in ("auto", 0) and not learns_from_scores(settings.method):
+        raise InputError(f"--elastic {settings.elastic} tells the method {settings.method} nothing; leave it out")
+    if settings.confirm_seeds == 1:
+        raise InputError("--confirm-seeds 1 gives no interval; use 2 or more, or 0 to take the ranks as they are found")
+    if settings.ray is not None:
+        import_ray()
+        if settings.workers > 1:
+            raise InputError(f"--workers {settings.workers} and --ray {settings.ray} both say who measures; leave one of them out")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to find ranks for, and how.
+
+    Attributes:
+        loaded: The model.
+        source: Where whoever measures loads it from.
+        settings: Of the search.
+        recover: Of the recovery.
+        load: How the model is loaded.
+        seed: Of everything random.
+        say: Told what happens.
+    """
+
+    loaded: Loaded
+    source: str
+    settings: AllocateSettings
+    recover: RecoverSettings
+    load: LoadSettings
+    seed: int
+    say: Say
+
+    def identity(self) -> dict[str, Any]:
+        """Returns whatever would change the result, as plain JSON types."""
+        return {
+            "model": self.loaded.fingerprint,
+            "allocate": decisive(self.settings),
+            "recover": self.recover.model_dump(mode="json", exclude=_OF_NO_MATTER),
+            "load": self.load.model_dump(mode="json"),
+            "data": sha256_of(self.recover.data) if self.recover.data is not None and self.recover.data.is_file() else "built in",
+            "seed": self.seed,
+        }
+
+
+def write_space(request: Request, folder: Path) -> None:
+    """Measures what is known of the slots and writes the space of the search.
+
+    Raises:
+        InputError: The budget or a rank cannot be.
+        PlanError: The method needs to know something of the slots that nothing tells.
+        DataError: There is too little text.
+    """
+    settings = request.settings
+    window_tokens(request.recover.seq_len, TRAINING_TOKENS, request.loaded.model.config, "--seq-len")
+    train, _ = training_corpora(request.recover, request.seed)
+    bare = bare_slots(ModelView(request.loaded.model), settings.granularity)
+    # Before anything is measured, so that what cannot be is told at once.
+    rank_space(request.loaded.fingerprint, settings.granularity, [slot.plain() for slot in bare], settings.ranks, settings.budget)
+    slots = measured_slots(request.loaded, bare, train, settings, request.recover, seed=request.seed, say=request.say)
+    space = rank_space(request.loaded.fingerprint, settings.granularity, slots, settings.ranks, settings.budget)
+    method = ALLOCATORS.get(settings.method)
+    if isinstance(method, ClosedForm):
+        method.allocate(space)
+    write_text(folder / SPACE, to_json(space) + "\n")
+
+
+def find_ranks(request: Request, slots: Path, work: Path, *, resume: bool) -> RankSearch:
+    """Finds ranks; what is measured is kept in a folder, so that a search that was killed goes on there.
+
+    Args:
+        request: What to find.
+        slots: Where :func:`write_space` wrote.
+        work: A folder that belongs to this search alone.
+        resume: Whether a search in a shared storage is gone on with.
+    """
+    space = from_json(RankSpace, (slots / SPACE).read_bytes())
+    method = started(request.settings)
+    if isinstance(method, ClosedForm):
+        ranks = method.allocate(space)
+        plan = rank_plan(space, ranks, method.name)
+        verdict = f"The method {method.name} decides from what is known of the layers."
+        return RankSearch(plan, space, (), (), ranks, (), None, None, (), None, verdict)
+    found = _searched(request, space, method, work, resume=resume)
+    if request.settings.store is not None:
+        add_to_store(request.settings.store, past_search(found, request.loaded, request.identity()))
+    return found
+
+
+def _searched(request: Request, space: RankSpace, learner: Learner, work: Path, *, resume: bool) -> RankSearch:
+    settings = request.settings
+    identity = json.dumps(request.identity(), sort_keys=True)
+    name = f"regraft-{request.loaded.fingerprint}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    schedule = schedule_of(settings, request.recover)
+    request.say(
+        f"a search of at most {schedule.cost_limit + confirming_cost(settings, request.recover):.1f} full recoveries: "
+        f"{schedule.elastic} scores by an elastic adapter, {settings.trials} short recoveries, {settings.confirm_seeds} seeds to confirm"
+    )
+    if SHORTEST * request.recover.steps < _FEW_STEPS:
+        request.say(
+            f"an eighth of {request.recover.steps} steps is little more than the warm-up and tells little; "
+            f"for a search that can be trusted raise --steps to {8 * _FEW_STEPS} or more"
+        )
+    sampler = AllocatorSampler(space, learner, schedule, request.seed)
+    storage = open_storage(settings.storage, work)
+    # A file in a folder that is locked for this process belongs to it; whether to resume was decided when the folder was opened.
+    ledger = open_ledger(storage, name, space, sampler, identity, resume=resume or not storage.shared)
+    source = str(Path(request.source).absolute()) if Path(request.source).is_dir() else request.source
+    spec = Measuring(source, request.load, placed(request.recover), to_json(space), work.absolute() / _RECOVERIES, request.seed)
+    at_once = 1
+    if settings.ray is None and settings.workers == 1:
+        at_once = candidates_at_once(ModelView(request.loaded.model), request.recover)
+
+    def told(job: Job, trial: RankTrial) -> None:
+        result = trial.note or f"{trial.loss_nats:.4f} nats"
+        share = "scored" if job.kind == "elastic" else f"{job.fidelity:.1%} of the steps"
+        request.say(f"{job.origin}: ranks {' '.join(map(str, job.ranks))}, {share}: {result}")
+
+    with _pool(request, spec) as pool:
+        pairs = search(ledger, sampler, pool, told, at_once)
+        trials = [trial for _, trial in pairs]
+        found = winner(space, trials, learner)
+        compared = finalists(space, trials, learner, found, _from_closed_forms(pairs)) if settings.confirm_seeds else ()
+        confirming = measure_all(ledger, _confirming(request, space, compared), pool, told, at_once)
+    confirmation, kept, verdict = _verdict(request, space, found, compared, confirming)
+    shutil.rmtree(work / _RECOVERIES, ignore_errors=True)
+    plan = rank_plan(space, kept, learner.name if kept == found else f"{learner.name}, {_origin(space, pairs, kept)} kept")
+    refits = tuple(error for past in _rounds(pairs) if (error := learner.assess(space, past)) is not None)
+    return RankSearch(
+        plan=plan,
+        space=space,
+        trials=tuple(trials),
+        origins=tuple(job.origin for job, _ in pairs),
+        found=found,
+        confirming=tuple(confirming),
+        confirmation=confirmation,
+        error=refits[-1] if refits else None,
+        refits=refits,
+        agreement=_agreement(trials),
+        verdict=verdict,
+    )
+
+
+def _rounds(pairs: Sequence[tuple[Job, RankTrial]]) -> Iterator[list[RankTrial]]:
+    """Yields the trials that the performance model had after each round of real recoveries."""
+    for last in sorted({job.round for job, _ in pairs if job.kind == "recovery"}):
+        yield [trial for job, trial in pairs if job.round <= last]
+
+
+def _agreement(trials: Sequence[RankTrial]) -> float | None:
+    """Returns how well the elastic scores rank the vectors that were recovered for longest, at least three of them."""
+    recovered = [trial for trial in trials if trial.kind == "recovery" and trial.loss_nats is not None]
+    for fidelity in sorted({trial.fidelity for trial in recovered}, reverse=True):
+        try:
+            return agreement(trials, [trial for trial in recovered if trial.fidelity == fidelity])
+        except InputError:  # fewer than three at this length
+            continue
+    return None
+
+
+def _pool(request: Request, spec: Measuring) -> Pool:
+    settings = request.settings
+    if settings.ray is not None:
+        return RayPool(spec, settings.ray, gpus=1.0 if request.load.device.startswith("cuda") else 0.0)
+    return Processes(spec, settings.workers) if settings.workers > 1 else Inline(spec)
+
+
+def _from_closed_forms(pairs: Sequence[tuple[Job, RankTrial]]) -> set[Ranks]:
+    """Returns the recovered vectors that came from a closed form."""
+    names = {name for name in ALLOCATORS.names() if isinstance(ALLOCATORS.get(name), ClosedForm)}
+    return {job.ranks for job, trial in pairs if job.kind == "recovery" and job.origin in names and trial.loss_nats is not None}
+
+
+def _origin(space: RankSpace, pairs: Sequence[tuple[Job, RankTrial]], ranks: Ranks) -> str:
+    """Returns where a vector came from when it was first measured."""
+    return "uniform" if ranks == space.uniform_ranks else next(job.origin for job, _ in pairs if job.ranks == ranks)
+
+
+def _confirming(request: Request, space: RankSpace, compared: Sequence[Ranks]) -> list[Job]:
+    """Returns the measurements that confirm: the finalists and uniform on seeds that the search has not seen; none without finalists.
+
+    With fewer finalists than there can be, the same cost pays for more seeds.
+    """
+    if not compared:
+        return []
+    share, vectors = request.settings.confirm_share, (space.uniform_ranks, *compared)
+    count = request.settings.confirm_seeds * (1 + MOST_FINALISTS) // len(vectors)
+    seeds = [derived_seed(request.seed, "confirm", index) % 2**31 for index in range(count)]
+    return [
+        Job("confirm", 0, len(vectors) * index + place, ranks, share, seed=seed, origin="finalist" if place else "uniform")
+        for index, seed in enumerate(seeds)
+        for place, ranks in enumerate(vectors)
+    ]
+
+
+def _verdict(
+    request: Request, space: RankSpace, found: Ranks, compared: Sequence[Ranks], confirming: list[RankTrial]
+) -> tuple[Confirmation | None, Ranks, str]:
+    """Returns the confirmation, the ranks to use, and what happened in plain words."""
+    if request.settings.confirm_seeds == 0 and found != space.uniform_ranks:
+        return None, found, "The ranks are taken as they were found; nothing confirms that they beat uniform ranks."
+    try:
+        confirmation = confirm(space, compared, confirming)
+    except InputError as error:  # recoveries diverged on all but one seed
+        return None, space.uniform_ranks, f"Uniform ranks are kept, since nothing could be confirmed: {error}"
+    share = request.settings.confirm_share
+    short = "" if share == 1.0 or not confirming else f" Compared after {share:.0%} of a full recovery's steps."
+    return confirmation, confirmation.kept, confirmation.verdict + short

@@ -1,0 +1,291 @@
+"""A recipe: which model, what is cut, how it is won back, what is measured; checked whole before anything is computed.
+
+A recipe is a YAML file whose sections are those of :mod:`regraft.settings`. A section that is left out is a stage that is left
+out (``prune``, ``allocate``, ``recover``, ``sample``) or keeps its defaults (``load``, ``evaluate``); ``prune: {}`` asks for the stage
+with its defaults. Relative paths, in the file and in overrides, are relative to the current directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, get_origin
+
+from pydantic import Field, ValidationError
+
+from regraft.errors import ConfigError, InputError, RegraftError, did_you_mean
+from regraft.importance import CRITERIA
+from regraft.pipelines.prune.prune import resolve
+from regraft.pipelines.ranks.allocate import check_settings
+from regraft.pipelines.run.strict_yaml import YamlText, read_value, read_yaml, write_yaml
+from regraft.settings import (
+    AllocateSettings,
+    EvaluateSettings,
+    LoadSettings,
+    PruneSettings,
+    RecoverSettings,
+    SampleSettings,
+    Settings,
+    problems_of,
+)
+
+SECTIONS: dict[str, type[Settings]] = {
+    "load": LoadSettings,
+    "prune": PruneSettings,
+    "allocate": AllocateSettings,
+    "recover": RecoverSettings,
+    "evaluate": EvaluateSettings,
+    "sample": SampleSettings,
+}
+_SUFFIXES = (".yaml", ".yml")
+
+
+class Recipe(Settings):
+    """Everything that a run needs to know."""
+
+    description: str = Field(default="", description="one line for people")
+    model: Annotated[str, Field(min_length=1)] = Field(description="a model folder, a hub id, or: seedling")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="seed of everything that is random")
+    load: LoadSettings = Field(default=LoadSettings(), description="how the model is loaded")
+    prune: PruneSettings | None = Field(default=None, description="what is cut; left out: nothing")
+    allocate: AllocateSettings | None = Field(default=None, description="how a rank is found for every layer; left out: one for all")
+    recover: RecoverSettings | None = Field(default=None, description="how quality is won back; left out: not at all")
+    evaluate: EvaluateSettings = Field(default=EvaluateSettings(), description="what is measured, and on what")
+    sample: SampleSettings | None = Field(default=None, description="a sample of text from each model; left out: none")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Returns the recipes that come with regraft, by name."""
+    folder = Path(str(files("regraft"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(source: str) -> Path:
+    """Returns the file of a recipe: a path, or the name of one that comes with regraft.
+
+    Raises:
+        InputError: There is neither.
+    """
+    path, shipped = Path(source), shipped_recipes()
+    if path.is_file():
+        return path
+    if source in shipped:
+        return shipped[source]
+    known = ", ".join(shipped)
+    if path.is_dir():
+        raise InputError(f"recipe '{source}' is a folder; give a YAML file or one of: {known}")
+    raise InputError(f"recipe '{source}' not found; give a YAML file or one of: {known}{did_you_mean(source, shipped)}")
+
+
+def read_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        source: A YAML file, or the name of a recipe that comes with regraft.
+        overrides: ``key=value`` with dotted keys, such as ``prune.ratio=0.3``; the value is YAML. ``recover=null`` leaves a
+            stage out.
+
+    Raises:
+        InputError: There is no such recipe.
+        ConfigError: Something is wrong; everything that is wrong is listed, keys with the line they stand on.
+    """
+    path = find_recipe(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise InputError(f"recipe '{path}' cannot be read as UTF-8 text: {error}; give a YAML file") from None
+    document = read_yaml(text, path.name)
+    if not isinstance(document.values, dict):
+        raise ConfigError(path.name, ["not a recipe: it holds no keys; start from one that comes with regraft (regraft run --list)"])
+    problems = [*document.problems, *_empty_sections(document)]
+    values = {str(key): value for key, value in document.values.items()}
+    problems += _override(values, document, overrides)
+    recipe, wrong = check_recipe(values)
+    problems += [_with_line(problem, document.lines) for problem in wrong]
+    if problems or recipe is None:
+        raise ConfigError(path.name, list(dict.fromkeys(problems)))
+    return recipe
+
+
+def check_recipe(values: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
+    """Checks the keys and values of a recipe, and what they mean together.
+
+    Args:
+        values: Plain data, as YAML gives it.
+
+    Returns:
+        The recipe, or None when it is none, and one line for each problem.
+    """
+    values = {key: _listed(SECTIONS[key], value) if key in SECTIONS else value for key, value in values.items()}
+    problems: list[str] = []
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        problems += problems_of(error, Recipe)
+    problems += _contradictions(_sound_sections(values))
+    return recipe, problems
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Returns a recipe with every key spelt out; :func:`read_recipe` reads it back to an equal one."""
+    return write_yaml(recipe.model_dump(mode="json"))
+
+
+def _empty_sections(document: YamlText) -> Iterator[str]:
+    for name in SECTIONS:
+        if name in document.empty:
+            line = document.lines[name]
+            yield f"{name} (line {line}): nothing follows; write {{}} for the defaults, or null to leave the stage out"
+            document.values.pop(name)
+
+
+def _override(values: dict[str, Any], document: YamlText, overrides: Sequence[str]) -> Iterator[str]:
+    """Writes overrides into the values; yields what is wrong with them."""
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        *sections, name = key.strip().split(".")
+        if not equals or not all([*sections, name]):
+            yield f"override '{text}' is not key=value; write it as prune.ratio=0.3"
+            continue
+        target: Any = values
+        for section in sections:
+            if target.get(section) is None:
+                target[section] = {}
+            target = target[section]
+            if not isinstance(target, dict):
+                yield f"override '{text}': '{section}' holds no keys"
+                break
+        else:
+            try:
+                target[name] = _override_value(sections, name, value)
+                document.lines.pop(key.strip(), None)
+            except ConfigError as error:
+                yield f"override '{text}': {error.problems[0]}"
+
+
+def _override_value(sections: Sequence[str], name: str, text: str) -> Any:
+    """Reads the value of an override: YAML; where the key holds text, what YAML does not read as text stays as typed."""
+    section = SECTIONS.get(sections[0], Recipe) if sections else Recipe
+    holds_text = name in section.model_fields and section.model_fields[name].annotation is str
+    try:
+        value = read_value(text)
+    except ConfigError:
+        if not holds_text:
+            raise
+        return text
+    return text if holds_text and not isinstance(value, str) else value
+
+
+def _listed(section: type[Settings], values: Any) -> Any:
+    """Lets ``targets: ffn`` and ``targets: heads,ffn`` stand for lists, as on the command line."""
+    if not isinstance(values, Mapping):
+        return values
+    return {
+        key: tuple(part.strip() for part in value.split(",") if part.strip())
+        if isinstance(value, str) and key in section.model_fields and get_origin(section.model_fields[key].annotation) is tuple
+        else value
+        for key, value in values.items()
+    }
+
+
+def _sound_sections(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the sections without the keys that are wrong by themselves, so that the rest is checked in the same pass."""
+    sound: dict[str, Any] = {}
+    for name, kind in SECTIONS.items():
+        section = values.get(name)
+        if not isinstance(section, Mapping):
+            continue
+        try:
+            sound[name] = kind.model_validate(section)
+        except ValidationError as error:
+            wrong = {problem["loc"][0] for problem in error.errors()}
+            sound[name] = kind.model_validate({key: value for key, value in section.items() if key not in wrong})
+    return sound
+
+
+def _contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what cannot work although every value is possible by itself."""
+    prune: PruneSettings | None = sections.get("prune")
+    recover: RecoverSettings | None = sections.get("recover")
+    evaluate: EvaluateSettings | None = sections.get("evaluate")
+    if prune is not None:
+        yield from _prune_contradictions(prune)
+    if recover is not None and recover.data is not None:
+        yield from _no_file("recover.data", recover.data)
+    if sections.get("allocate") is not None:
+        yield from _allocate_contradictions(sections["allocate"], recover)
+    if evaluate is not None:
+        if evaluate.window is not None and evaluate.stride is not None and evaluate.stride > evaluate.window:
+            yield (
+                f"evaluate.stride: {evaluate.stride} exceeds evaluate.window {evaluate.window}, which would leave tokens out; "
+                f"use at most {evaluate.window}"
+            )
+        if evaluate.text is not None:
+            yield from _no_file("evaluate.text", evaluate.text)
+
+
+def _prune_contradictions(prune: PruneSettings) -> Iterator[str]:
+    if prune.shape == "uniform" and _spares_layers(prune.layers):
+        yield (
+            f"prune.layers: '{prune.layers}' spares layers, but prune.shape is uniform, the same width in every layer; "
+            "drop layers or use shape: per-layer"
+        )
+    if prune.memory is not None:
+        yield (
+            "prune.memory: a run loads the whole model to measure it, so that no bound can hold; leave it out, or prune by itself with "
+            "regraft prune --memory"
+        )
+    try:
+        CRITERIA.get(prune.criterion)
+    except RegraftError as error:
+        yield f"prune.criterion: {error}"
+    else:
+        if prune.targets:
+            yield from _unresolved(prune)
+        else:
+            yield "prune.targets: names nothing to prune; use heads, ffn or others"
+    if prune.calibration is not None:
+        yield from _no_file("prune.calibration", prune.calibration)
+
+
+def _allocate_contradictions(allocate: AllocateSettings, recover: RecoverSettings | None) -> Iterator[str]:
+    if recover is None:
+        yield "allocate: ranks are for recovery, and there is no section recover; add one, or leave allocate out"
+        return
+    if recover.ranks is not None:
+        yield "recover.ranks: the ranks come from allocate; leave one of the two out"
+    if recover.alpha is not None:
+        yield "recover.alpha: a rank plan brings its own alpha; leave it out, or leave allocate out"
+    if recover.targets:
+        yield "recover.targets: ranks are allocated to every projection of every layer; leave it out, or leave allocate out"
+    try:
+        check_settings(allocate, recover)
+    except RegraftError as error:
+        yield f"allocate: {error}"
+
+
+def _unresolved(prune: PruneSettings) -> Iterator[str]:
+    try:
+        resolve(prune)
+    except RegraftError as error:
+        yield f"prune.select: {error}"
+
+
+def _spares_layers(layers: str) -> bool:
+    """Returns whether a range leaves layers out, however many there are."""
+    start, stop, step = ([int(part) if part.strip() else None for part in layers.split(":")] + [None])[:3]
+    return (start or 0) > 0 or (stop is not None and stop < 0) or abs(step or 1) > 1
+
+
+def _no_file(key: str, path: Path) -> Iterator[str]:
+    if not path.is_file():
+        yield f"{key}: no file at '{path}'; paths are relative to the current directory"
+
+
+def _with_line(problem: str, lines: Mapping[str, int]) -> str:
+    """Adds the line of the key that a problem starts with."""
+    key, colon, rest = problem.partition(":")
+    line = lines.get(key)
+    return f"{key} (line {line}){colon}{rest}" if line is not None else problem

@@ -1,0 +1,154 @@
+"""Run a recipe: check it against the model, then make its stages in a run folder."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regraft.adapters import ADAPTERS
+from regraft.atomic import refuse_existing, sha256_of
+from regraft.data.text import read_corpus
+from regraft.data.tokens import window_tokens
+from regraft.errors import ConfigError, RegraftError
+from regraft.evaluation.loss import window_and_stride
+from regraft.evaluation.size import measure_size
+from regraft.groups.discover import USUAL, discover
+from regraft.models.load import Loaded, load, locate, require_tokenizer
+from regraft.models.view import ModelView
+from regraft.pipelines.prune.prune import kinds_wanted, layers_in, plan_pruning
+from regraft.pipelines.run.folder import Say, open_run
+from regraft.pipelines.run.recipe import Recipe, find_recipe, read_recipe
+from regraft.pipelines.run.stages import Stages, files_of
+from regraft.plans import Groups, Measurement, PrunePlan, SizeReport
+from regraft.report.summary import RunReport
+from regraft.settings import CALIBRATION_TOKENS, TRAINING_TOKENS
+from regraft.surgery.cut import cut
+from regraft.training.recover import check_trackers, read_ranks
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gave.
+
+    Attributes:
+        path: The run folder; None after a dry run.
+        recipe: With every key.
+        groups: Everything in the dense model that can be pruned.
+        plan: What was cut; None when nothing was.
+        sizes: Label to size, of the dense and, after a dry run, of the pruned model in memory.
+        report: Everything on the page of the run; None after a dry run.
+    """
+
+    path: Path | None
+    recipe: Recipe
+    groups: Groups
+    plan: PrunePlan | None
+    sizes: Mapping[str, SizeReport]
+    report: RunReport | None
+
+    @property
+    def measurements(self) -> dict[str, Measurement]:
+        """The measurements by label: dense, pruned, recovered; empty after a dry run."""
+        return {entry.label: entry for entry in self.report.measurements} if self.report is not None else {}
+
+
+def run(
+    source: str | Path,
+    output: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    dry_run: bool = False,
+    say: Say = lambda line: None,
+    progress: Say = lambda line: None,
+) -> RunResult:
+    """Runs a recipe.
+
+    Args:
+        source: A YAML file, or the name of a recipe that comes with regraft.
+        output: The run folder; default: ``runs/`` and the recipe's name.
+        overrides: ``key=value`` with dotted keys, such as ``prune.ratio=0.3``.
+        resume: Go on with a run that was stopped. Finished stages are checked and kept.
+        dry_run: Check everything and plan; write nothing.
+        say: Called with one line for each thing a user wants to know.
+        progress: Called with what is being done just now, for a line that is overwritten.
+
+    Raises:
+        ConfigError: The recipe is wrong; everything that is wrong is listed.
+        OutputError: The run folder exists and ``resume`` is off, or it cannot be written.
+        RegraftError: Anything else that the user can mend, in one line.
+    """
+    recipe = read_recipe(str(source), overrides)
+    file = find_recipe(str(source))
+    name = file.stem
+    path = Path(output) if output is not None else Path("runs") / name
+    if not (resume or dry_run):
+        refuse_existing(path)
+    dense = load(recipe.model, recipe.load)
+    check_fit(recipe, dense, file.name)
+    groups = discover(dense.model, kinds_wanted(recipe.prune) if recipe.prune is not None else USUAL)
+    if dry_run:
+        return _dry_run(recipe, dense, groups, progress)
+    asked = file.name if file.suffix and str(source) != name else name
+    command = shlex.join(["regraft", "run", asked, *overrides])
+    with open_run(path, _identity(recipe, dense), resume=resume, say=say) as folder:
+        plan, report = Stages(folder, recipe, dense, groups, command, name, progress).make_all()
+    sizes = {entry.label: entry.size for entry in report.measurements}
+    return RunResult(path, recipe, groups, plan, sizes, report)
+
+
+def check_fit(recipe: Recipe, dense: Loaded, source: str) -> None:
+    """Checks a recipe against the model and the files that it names, before anything is computed.
+
+    Raises:
+        ConfigError: Something does not fit; everything is listed.
+    """
+    problems: list[str] = []
+    for key, check in _checks(recipe, dense):
+        try:
+            check()
+        except RegraftError as error:
+            problems.append(f"{key}: {error}")
+    if problems:
+        raise ConfigError(source, problems)
+
+
+def _checks(recipe: Recipe, dense: Loaded) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yields what to check under which key; each raises a RegraftError when it is wrong."""
+    config, prune, settings = dense.model.config, recipe.prune, recipe.recover
+    yield "model", lambda: require_tokenizer(dense)
+    if prune is not None:
+        layers = len(ModelView(dense.model).layers)
+        yield "prune.layers", lambda: layers_in(prune.layers, layers)
+        yield "prune.seq_len", lambda: window_tokens(prune.seq_len, CALIBRATION_TOKENS, config, "seq_len")
+        yield "prune.calibration", lambda: read_corpus(prune.calibration, "validation") if prune.calibration else None
+    if settings is not None:
+        yield "recover.adapter", lambda: ADAPTERS.get(settings.adapter)
+        yield "recover.report_to", lambda: check_trackers(settings.report_to)
+        yield "recover.ranks", lambda: read_ranks(settings.ranks)
+        yield "recover.seq_len", lambda: window_tokens(settings.seq_len, TRAINING_TOKENS, config, "seq_len")
+        yield "recover.data", lambda: read_corpus(settings.data, "train") if settings.data else None
+    yield "evaluate.window", lambda: window_and_stride(dense.model, recipe.evaluate)
+    yield "evaluate.text", lambda: read_corpus(recipe.evaluate.text, "test") if recipe.evaluate.text else None
+
+
+def _identity(recipe: Recipe, dense: Loaded) -> dict[str, Any]:
+    """Returns what a run is of: its recipe, its model, and the contents of the files that it reads."""
+    return {
+        "recipe": recipe.model_dump(mode="json", exclude={"description"}),
+        "fingerprint of the model": dense.fingerprint,
+        "contents of": {key: sha256_of(path) for key, path in files_of(recipe).items()},
+    }
+
+
+def _dry_run(recipe: Recipe, dense: Loaded, groups: Groups, progress: Say) -> RunResult:
+    context, _ = window_and_stride(dense.model, recipe.evaluate)
+    sizes = {"dense": measure_size(dense.model, locate(recipe.model), context)}
+    if recipe.prune is None:
+        return RunResult(None, recipe, groups, None, sizes, None)
+    plan = plan_pruning(dense, groups, recipe.prune, recipe.seed, progress)
+    sizes["pruned"] = measure_size(cut(dense.model, groups, plan), None, context)
+    return RunResult(None, recipe, groups, plan, sizes, None)

@@ -1,0 +1,275 @@
+"""The stages of a run: prune, allocate ranks, recover, measure and sample every model by one harness, report.
+
+Every stage reads what it needs from the folders of the stages before, in an undisturbed run too, so that a run that was killed
+and resumed computes the same from the same.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from regraft.atomic import sha256_of, write_text
+from regraft.data.text import read_corpus
+from regraft.evaluation.harness import flat, measure
+from regraft.evaluation.sample import continue_text
+from regraft.evaluation.speed import compare_speed
+from regraft.models.load import Loaded, load, locate, require_tokenizer
+from regraft.models.provenance import versions
+from regraft.pipelines.evaluate import is_adapter, load_adapted
+from regraft.pipelines.prune.prune import cut_to_plan, plan_pruning, plan_summary, save_pruned
+from regraft.pipelines.ranks.allocate import Request, find_ranks, write_space
+from regraft.pipelines.ranks.files import RANKS, SEARCH, texts_of
+from regraft.pipelines.ranks.start import decisive
+from regraft.pipelines.recover import LOSS_LOG, load_teacher, save_recovered, training_corpora
+from regraft.pipelines.run.folder import TIMINGS, RunFolder, Say
+from regraft.pipelines.run.recipe import Recipe, to_yaml
+from regraft.plans import Groups, Measurement, PrunePlan, RankPlan, RankSearch, SpeedReport, from_json, to_dict, to_json
+from regraft.report.page import to_html, to_markdown
+from regraft.report.summary import CurvePoint, RunReport, Width, won_back
+from regraft.training.recover import recover
+
+PLAN, RECOVERY, MEASUREMENT, SAMPLE = "plan.json", "recovery.json", "measurement.json", "sample.txt"
+SCORES = "scores"  # a folder for --cache: another ratio can start from there
+
+
+def files_of(recipe: Recipe) -> dict[str, Path]:
+    """Returns the files that a recipe names, by key."""
+    named: dict[str, Any] = {"evaluate.text": recipe.evaluate.text}
+    if recipe.prune is not None:
+        named["prune.calibration"] = recipe.prune.calibration
+    if recipe.recover is not None:
+        named |= {"recover.data": recipe.recover.data, "recover.ranks": recipe.recover.ranks}
+    return {key: path for key, path in named.items() if isinstance(path, Path)}
+
+
+class Stages:
+    """The stages of one run, in order.
+
+    Args:
+        folder: The run folder.
+        recipe: What to do.
+        dense: The model of the recipe; the prune stage uses it up.
+        groups: Of the dense model.
+        command: How the run was called, without what differs between equal runs.
+        name: Of the run.
+        progress: Called with what is being done just now.
+    """
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, dense: Loaded, groups: Groups, command: str, name: str, progress: Say) -> None:
+        self._folder = folder
+        self._recipe = recipe
+        self._dense: Loaded | None = dense
+        self._groups = groups
+        self._command = command
+        self._name = name
+        self._progress = progress
+        self._source = {"model": recipe.model, "fingerprint": dense.fingerprint}
+        self._load = {"load": recipe.load.model_dump(mode="json")}
+
+    def make_all(self) -> tuple[PrunePlan | None, RunReport]:
+        """Makes every stage that is not there yet, and what summarises them."""
+        recipe = self._recipe
+        models: dict[str, str | Path] = {"dense": recipe.model}
+        plan = None
+        self._folder.write("recipe.yaml", to_yaml(recipe))
+        if recipe.prune is not None:
+            models["pruned"] = pruned = self._prune("pruned" if recipe.recover is not None else "model")
+            plan = from_json(PrunePlan, (pruned / PLAN).read_bytes())
+            self._folder.write(PLAN, to_json(plan) + "\n")
+        self._dense = None
+        ranks = self._allocate(models.get("pruned")) if recipe.allocate is not None else None
+        if recipe.recover is not None:
+            models["recovered"] = self._recover(models.get("pruned"), ranks)
+        measured = {label: self._measure(label, source) for label, source in models.items()}
+        measurements = self._with_speed(models, [_read_measurement(path) for path in measured.values()])
+        return plan, self._report(plan, ranks, measurements, measured, models)
+
+    def _inputs(self, source: str | Path, **settings: Any) -> dict[str, Any]:
+        """Returns what a stage is made from: the model by its checksums, and settings."""
+        model = self._source if isinstance(source, str) else {"files": self._folder.checksums(source)}
+        named = {key: sha256_of(path) for key, path in files_of(self._recipe).items()}
+        return {"model": model, "files": named, **self._load, **settings}
+
+    def _prune(self, name: str) -> Path:
+        settings, seed = self._recipe.prune, self._recipe.seed
+        assert settings is not None
+
+        def make(folder: Path) -> None:
+            dense = self._dense
+            assert dense is not None
+            kept = settings if settings.cache is not None else settings.model_copy(update={"cache": self._folder.path / SCORES})
+            plan = plan_pruning(dense, self._groups, kept, seed, self._progress)
+            model = cut_to_plan(dense, self._groups, plan, settings, seed, self._progress)
+            save_pruned(model, dense, plan, folder, settings, seed=seed, command=self._command, replace=True)
+            write_text(folder / PLAN, to_json(plan) + "\n")
+
+        inputs = self._inputs(self._recipe.model, prune=settings.model_dump(mode="json"), seed=seed)
+        return self._folder.stage("prune", inputs, make, folder=name)
+
+    def _allocate(self, pruned: str | Path | None) -> Path:
+        settings, recover_settings, seed = self._recipe.allocate, self._recipe.recover, self._recipe.seed
+        assert settings is not None
+        assert recover_settings is not None
+        source = pruned if pruned is not None else self._recipe.model
+
+        def make(folder: Path) -> None:
+            loaded = load(source, self._recipe.load)
+            request = Request(loaded, str(source), settings, recover_settings, self._recipe.load, seed, self._progress)
+            write_space(request, folder)
+            found = find_ranks(request, folder, self._folder.work("allocate"), resume=True)
+            for name, text in texts_of(found, loaded, request.identity()).items():
+                write_text(folder / name, text)
+
+        recovery = recover_settings.model_dump(mode="json")
+        inputs = self._inputs(source, allocate=decisive(settings), recover=recovery, seed=seed)
+        path = self._folder.stage("allocate", inputs, make, folder="ranks")
+        self._folder.discard("allocate")
+        return path
+
+    def _recover(self, pruned: str | Path | None, ranks: Path | None) -> Path:
+        settings, seed = self._recipe.recover, self._recipe.seed
+        assert settings is not None
+        if ranks is not None:
+            settings = settings.model_copy(update={"ranks": from_json(RankPlan, (ranks / RANKS).read_bytes())})
+        source = pruned if pruned is not None else self._recipe.model
+
+        def make(folder: Path) -> None:
+            # A path inside the run would differ between two runs of one recipe; beside the model it also reads well.
+            named = f"../{pruned.name}" if isinstance(pruned, Path) else self._recipe.model
+            loaded = replace(load(source, self._recipe.load), source=named)
+            work = self._folder.work("recover")
+            tokenizer = require_tokenizer(loaded)
+            teacher = load_teacher(settings, self._recipe.load, self._recipe.model)
+            corpora = training_corpora(settings, seed)
+            done = recover(loaded.model, tokenizer, *corpora, settings, seed=seed, work=work, resume=True, teacher=teacher)
+            save_recovered(done, loaded, folder, settings, seed=seed, command=self._command, replace=True)
+            facts = {"best_step": done.best_step, "best_loss_nats": done.best_loss, "first_loss_nats": done.first_loss}
+            write_text(folder / RECOVERY, _json(facts | {"trainable_parameters": done.trainable_parameters}))
+
+        inputs = self._inputs(source, recover=settings.model_dump(mode="json"), seed=seed)
+        path = self._folder.stage("recover", inputs, make, folder="model")
+        self._folder.discard("recover")
+        return path
+
+    def _measure(self, label: str, source: str | Path) -> Path:
+        recipe = self._recipe
+
+        def make(folder: Path) -> None:
+            loaded, tokenizer = self._loaded(source)
+            corpus = read_corpus(recipe.evaluate.text, "test")
+            settings = recipe.evaluate.model_copy(update={"speed": False})
+            measurement = measure(label, loaded.model, tokenizer, corpus, settings, locate(source), seed=recipe.seed)
+            write_text(folder / MEASUREMENT, to_json(measurement) + "\n")
+            if recipe.sample is not None:
+                write_text(folder / SAMPLE, continue_text(loaded.model, tokenizer, recipe.sample))
+
+        sample = recipe.sample.model_dump(mode="json") if recipe.sample is not None else None
+        settings = recipe.evaluate.model_dump(mode="json", exclude={"speed"})
+        inputs = self._inputs(source, evaluate=settings, sample=sample)
+        return self._folder.stage(f"measure {label}", inputs, make, folder=f"measured/{label}")
+
+    def _with_speed(self, models: Mapping[str, str | Path], measurements: Sequence[Measurement]) -> list[Measurement]:
+        """Adds speeds, measured in turns, where the recipe asks for them."""
+        if not self._recipe.evaluate.speed:
+            return list(measurements)
+
+        def make(folder: Path) -> None:
+            speeds = compare_speed({label: self._loaded(source)[0].model for label, source in models.items()}, seed=self._recipe.seed)
+            write_text(folder / TIMINGS, _json({label: to_dict(speed) for label, speed in speeds.items()}))
+
+        inputs = {label: self._inputs(source) for label, source in models.items()}
+        path = self._folder.stage("speed", inputs, make, folder="measured/speed") / TIMINGS
+        speeds = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return [replace(entry, speed=SpeedReport(**speeds[entry.label])) if entry.label in speeds else entry for entry in measurements]
+
+    def _loaded(self, source: str | Path) -> tuple[Loaded, PreTrainedTokenizerBase]:
+        """Loads a model of the run, or an adapter on its base, with its tokenizer."""
+        settings = self._recipe.load
+        loaded = load_adapted(source, settings) if isinstance(source, Path) and is_adapter(source) else load(source, settings)
+        return loaded, require_tokenizer(loaded)
+
+    def _report(
+        self,
+        plan: PrunePlan | None,
+        ranks: Path | None,
+        measurements: Sequence[Measurement],
+        measured: Mapping[str, Path],
+        models: Mapping[str, str | Path],
+    ) -> RunReport:
+        """Writes what summarises the run: results, samples and the page."""
+        recipe, final = self._recipe, models.get("recovered", models.get("pruned"))
+        recovered = models.get("recovered")
+        report = RunReport(
+            title=self._name,
+            description=recipe.description,
+            recipe=to_yaml(recipe),
+            measurements=tuple(measurements),
+            plan=plan,
+            widths=_widths(self._groups, plan) if plan is not None else (),
+            ranks=from_json(RankSearch, (ranks / SEARCH).read_bytes()) if ranks is not None else None,
+            curve=_read_curve(recovered) if isinstance(recovered, Path) else (),
+            best_step=_read_best_step(recovered) if isinstance(recovered, Path) else None,
+            prompt=recipe.sample.prompt if recipe.sample is not None else "",
+            samples={label: (path / SAMPLE).read_text(encoding="utf-8") for label, path in measured.items()}
+            if recipe.sample is not None
+            else {},
+            facts=self._facts(final),
+        )
+        self._folder.write("results.json", _json(_results(measurements)))
+        if report.samples:
+            self._folder.write("samples.json", _json({"prompt": report.prompt, **report.samples}))
+        self._folder.write("report.md", to_markdown(report))
+        self._folder.write("report.html", to_html(report))
+        return report
+
+    def _facts(self, final: str | Path | None) -> dict[str, Any]:
+        """Returns how the run came to be."""
+        facts: dict[str, Any] = {
+            "command": self._command,
+            "model": f"{self._source['model']} (fingerprint {self._source['fingerprint']})",
+            "seed": self._recipe.seed,
+            "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+        }
+        if isinstance(final, Path):
+            weights = {name: checksum for name, checksum in self._folder.checksums(final).items() if name.endswith(".safetensors")}
+            facts |= {f"SHA-256 of {final.name}/{name}": checksum for name, checksum in weights.items()}
+        return facts
+
+
+def _widths(groups: Groups, plan: PrunePlan) -> tuple[Width, ...]:
+    return tuple(Width(row["group"], row["before"], row["after"]) for row in plan_summary(groups, plan))
+
+
+def _read_measurement(folder: Path) -> Measurement:
+    return from_json(Measurement, (folder / MEASUREMENT).read_bytes())
+
+
+def _read_curve(folder: Path) -> tuple[CurvePoint, ...]:
+    rows = csv.DictReader(io.StringIO((folder / LOSS_LOG).read_text(encoding="utf-8")))
+    numbers = [{key: float(value) if value else None for key, value in row.items()} for row in rows]
+    return tuple(CurvePoint(int(row["step"] or 0), row["train_loss_nats"], row["held_out_loss_nats"]) for row in numbers)
+
+
+def _read_best_step(folder: Path) -> int:
+    return json.loads((folder / RECOVERY).read_text(encoding="utf-8"))["best_step"]
+
+
+def _results(measurements: Sequence[Measurement]) -> dict[str, Any]:
+    """Returns label to flat measurement; the recovered one also says how much it won back."""
+    results = {entry.label: flat(entry) for entry in measurements}
+    won = won_back(measurements)
+    if won is not None:
+        results["recovered"] |= asdict(won) | {"won_back_share": won.share}
+    return results
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

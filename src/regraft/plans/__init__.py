@@ -1,0 +1,45 @@
+"""The values that pass between stages: frozen, compared by value, and the same after a round trip through JSON.
+
+A stage is a verb; what it decides is one of these. They are printed by ``--dry-run``, stored in the run folder and in the
+saved model, and can be replayed. Nothing here knows a model, a tensor or a file system. Other rooms import from this package by name.
+"""
+
+from regraft.plans.groups import WHOLE, Group, GroupKind, Groups, Member, Side
+from regraft.plans.json import from_json, to_dict, to_json
+from regraft.plans.provenance import Provenance
+from regraft.plans.prune import Curve, Curves, Cut, PrunePlan, Removed, Scores, Shape
+from regraft.plans.ranks import Confirmation, CrossValidation, Finalist, PastSearch, RankPlan, RankSearch, RankSlot, RankSpace, RankTrial
+from regraft.plans.reports import LossReport, Measurement, SizeReport, SpeedReport
+
+__all__ = [
+    "WHOLE",
+    "Confirmation",
+    "CrossValidation",
+    "Curve",
+    "Curves",
+    "Cut",
+    "Finalist",
+    "Group",
+    "GroupKind",
+    "Groups",
+    "LossReport",
+    "Measurement",
+    "Member",
+    "PastSearch",
+    "Provenance",
+    "PrunePlan",
+    "RankPlan",
+    "RankSearch",
+    "RankSlot",
+    "RankSpace",
+    "RankTrial",
+    "Removed",
+    "Scores",
+    "Shape",
+    "Side",
+    "SizeReport",
+    "SpeedReport",
+    "from_json",
+    "to_dict",
+    "to_json",
+]

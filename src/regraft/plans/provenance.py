@@ -1,0 +1,39 @@
+"""The record of how a model folder was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from regraft.plans.prune import PrunePlan
+from regraft.plans.ranks import RankPlan
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a folder came to be; written as ``regraft.json``.
+
+    Attributes:
+        command: The command or call that made it.
+        source: The model it was made from.
+        source_fingerprint: Of that model.
+        seed: Of everything random.
+        versions: Library name to version.
+        plan: The prune plan, when units were cut.
+        ranks: The rank plan, when adapters were trained.
+        settings: Whatever else the stage was told.
+        files: SHA-256 of every weight file, by name; checked when the folder is loaded.
+        parents: The provenance of the folders before, oldest first.
+    """
+
+    command: str
+    source: str
+    source_fingerprint: str
+    seed: int
+    versions: Mapping[str, str]
+    plan: PrunePlan | None = None
+    ranks: RankPlan | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    files: Mapping[str, str] = field(default_factory=dict[str, str])
+    parents: tuple[dict[str, Any], ...] = ()

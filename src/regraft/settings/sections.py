@@ -1,0 +1,300 @@
+"""What a user can set, with defaults and limits, once for recipes, the command line and the Python API.
+
+Each class is one section of a recipe. Unknown keys are refused and every problem of a section is found at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+from regraft.plans import RankPlan, Shape
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Reduction = Literal["sum", "mean", "max", "product", "last"]
+Target = Literal["heads", "ffn", "query_heads", "residual", "layers", "attention", "mlp"]
+Positive = Annotated[int, Field(gt=0)]
+
+# Windows where nothing is asked for; shorter where the model's context is.
+CALIBRATION_TOKENS = 128
+TRAINING_TOKENS = 256
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def bytes_in(amount: Any) -> int:
+    """Returns the bytes of an amount of memory.
+
+    Raises:
+        ValueError: It is not one.
+
+    >>> bytes_in("6GB"), bytes_in("1.5 GiB"), bytes_in(1000)
+    (6000000000, 1610612736, 1000)
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(|[KMGT]|[KMGT]I)B?\s*", str(amount).upper())
+    count = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if isinstance(amount, bool) or count < 1:
+        raise ValueError(f"'{amount}' is not an amount of memory; write it as 6GB, 512MB or 4GiB")
+    return count
+
+
+Memory = Annotated[int, BeforeValidator(bytes_in)]
+Ratio = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+def options_in(given: Any) -> Any:
+    """Returns ``NAME=VALUE`` texts of a mapping, as recipes give it; leaves a list as it is.
+
+    >>> options_in({"gamma": 0.01, "depth": 3})
+    ('gamma=0.01', 'depth=3')
+    """
+    return tuple(f"{name}={value}" for name, value in given.items()) if isinstance(given, Mapping) else given
+
+
+def option_values(options: Iterable[str]) -> dict[str, str]:
+    """Returns ``NAME=VALUE`` texts as a mapping; the last of a name counts.
+
+    >>> option_values(("gamma=0.01", "depth=3"))
+    {'gamma': '0.01', 'depth': '3'}
+    """
+    return {name.strip(): value.strip() for name, _, value in (option.partition("=") for option in options)}
+
+
+Options = Annotated[tuple[str, ...], BeforeValidator(options_in)]
+
+
+class Settings(BaseModel):
+    """Base of all sections: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class LoadSettings(Settings):
+    """How a model is loaded."""
+
+    dtype: Dtype = Field(default="auto", description="number type of the weights; auto keeps what the file has")
+    device: str = Field(default="cpu", description="cpu, cuda or cuda:N")
+    trust_remote_code: bool = Field(default=False, description="run the Python code that a model folder brings")
+
+
+class PruneSettings(Settings):
+    """What is cut and how it is chosen (LLM-Pruner, arXiv 2305.11627, and what came after it)."""
+
+    ratio: Ratio = Field(default=0.2, description="share of ALL parameters to remove (of bytes or milliseconds: see budget)")
+    criterion: str = Field(default="surgeon", description="random, l1, l2, taylor, wanda, flap, energy or surgeon")
+    order: Literal["first", "second", "mixed"] = Field(default="first", description="order of the Taylor criterion")
+    granularity: Literal["element", "vector"] = Field(
+        default="element", description="absolute value before (element) or after the sum (vector)"
+    )
+    reduce: Reduction = Field(default="sum", description="how the scores of coupled weights become one")
+    shape: Shape = Field(default="per-layer", description="uniform: the same width in every layer, loads in stock classes")
+    select: Literal["auto", "uniform", "global", "knapsack"] = Field(
+        default="auto", description="how widths are chosen; auto: knapsack, or uniform without text or with --memory"
+    )
+    reconstruct: Literal["auto", "divergence", "least_squares", "mean", "none"] = Field(
+        default="auto",
+        description="re-fit what reads the pruned channels; divergence: least squares, then to the dense model's predictions; "
+        "auto: divergence, or least_squares with --memory and for large models, or none for criteria without text",
+    )
+    budget: Literal["parameters", "bytes", "milliseconds"] = Field(default="parameters", description="what the ratio is a share of")
+    rounds: Positive = Field(default=1, description="prune in this many steps, with scores taken anew")
+    layers: str = Field(default=":", description="range of layers to prune, as a Python slice: 1:-1 spares the first and the last")
+    targets: tuple[Target, ...] = Field(
+        default=("heads", "ffn"),
+        description="what is pruned, together: heads (by KV group), ffn, query_heads (evenly within KV groups), residual (the width of the "
+        "stream), layers, attention or mlp (of a layer alone)",
+    )
+    depth: Literal["auto", "block_influence", "angular", "removal"] = Field(
+        default="auto", description="how layers, attention and mlp are ranked; auto: removal, the damage that is measured without them"
+    )
+    align: Positive | Literal["auto"] = Field(
+        default="auto", description="widths are multiples of this; auto: 16, less where 16 misses the target"
+    )
+    calibration: Path | None = Field(default=None, description="text to calibrate on; default: the built-in text")
+    samples: Positive = Field(default=128, description="calibration windows")
+    seq_len: Positive | None = Field(default=None, description="tokens of a calibration window; default: 128 or the model's limit")
+    memory: Memory | None = Field(
+        default=None, description="most memory, such as 6GB: the model is read layer by layer; default: loaded whole"
+    )
+    cache: Path | None = Field(default=None, description="folder that keeps scores, so that another ratio needs no new calibration")
+
+    def decisive(self) -> dict[str, Any]:
+        """Returns, as plain JSON types, what decides which model comes out: all but how much memory there is and where scores are."""
+        return self.model_dump(mode="json", exclude={"memory", "cache"})
+
+    @field_validator("layers")
+    @classmethod
+    def _is_a_slice(cls, value: str) -> str:
+        if not re.fullmatch(r"\s*(-?[0-9]+)?\s*:\s*(-?[0-9]+)?\s*(:\s*(-?0*[1-9][0-9]*)?\s*)?", value):
+            raise ValueError(f"'{value}' is not a range of layers; write it as START:STOP, such as 1:-1")
+        return value
+
+
+class RecoverSettings(Settings):
+    """How quality is won back: LoRA through PEFT with the Hugging Face Trainer."""
+
+    data: Path | None = Field(default=None, description="text or instruction records to train on; default: the built-in text")
+    task: Literal["language", "classification", "regression"] = Field(
+        default="language",
+        description="language, or labels: an encoder or decoder learns the classes or numbers of --data (csv, tsv, json, jsonl)",
+    )
+    text_columns: tuple[str, ...] = Field(
+        default=(), description="of data with labels: one column or two; default: usual names, such as sentence1,sentence2"
+    )
+    label_column: str | None = Field(default=None, description="of data with labels; default: label or score")
+    adapter: str = Field(
+        default="lora",
+        description="lora, rslora, dora, olora, pissa, eva, adalora, deep_lora, nola, lora_xs or mora",
+    )
+    rank: Positive = Field(default=8, description="rank of the adapter")
+    alpha: Rate | None = Field(default=None, description="LoRA alpha; default: the adapter's own (lora: twice the rank)")
+    ranks: Path | RankPlan | None = Field(default=None, description="a rank plan (JSON) with a rank for each module, instead of --rank")
+    targets: tuple[str, ...] = Field(
+        default=(), description="what is adapted, such as q_proj or layers.0.*; default: every projection of every layer"
+    )
+    adapter_options: Options = Field(default=(), description="the adapter's own settings as NAME=VALUE; see docs/adapters.md")
+    teacher: str | None = Field(
+        default=None, description="model to learn from: a folder, a hub id, seedling, or: dense, the one that was pruned; default: none"
+    )
+    distill: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=0.5, description="with a teacher, how much of the loss is divergence from it: 0 none, 1 all"
+    )
+    temperature: Rate = Field(default=1.0, description="of that divergence; above 1 the teacher's rarer tokens count more")
+    distill_hidden: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(
+        default=0.0, description="weight of the distance between the hidden states of teacher and student"
+    )
+    teacher_cache: Path | None = Field(
+        default=None, description="folder that keeps the teacher's likeliest tokens, shared between runs; default: the teacher runs along"
+    )
+    teacher_top_k: Positive = Field(default=64, description="how many of them for each position; the others are one outcome together")
+    dropout: float | None = Field(
+        default=None, ge=0.0, lt=1.0, description="dropout inside the adapter; default: the adapter's own (lora: 0.05)"
+    )
+    lr: float | None = Field(
+        default=None, gt=0.0, allow_inf_nan=False, description="peak learning rate; default: the adapter's own (lora: 1e-3)"
+    )
+    lr_ratio: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = Field(
+        default=1.0, description="learning rate of LoRA's B over that of A (LoRA+); 1: the same"
+    )
+    steps: Positive = Field(default=200, description="optimizer steps")
+    batch: Positive = Field(default=8, description="windows of one forward pass")
+    accumulate: Positive = Field(default=1, description="forward passes of one optimizer step")
+    seq_len: Positive | None = Field(default=None, description="tokens of a training window; default: 256 or the model's limit")
+    packing: bool = Field(default=False, description="put several records into one window, each blind to the others; text always is")
+    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="how the learning rate falls after warm-up")
+    warmup: Annotated[float, Field(ge=0.0, le=1.0)] = Field(default=0.05, description="share of the steps that warms up")
+    max_grad_norm: Rate = Field(default=1.0, description="gradients are clipped to this norm")
+    eval_every: Positive = Field(default=50, description="steps between two looks at the held-out loss")
+    patience: Positive | None = Field(
+        default=None, description="stop after this many looks in a row without a lower held-out loss; default: never"
+    )
+    held_out: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
+        default=0.05, description="share of the data kept for choosing the best checkpoint"
+    )
+    held_out_windows: Positive = Field(default=64, description="held-out windows of one look, spread evenly over the held-out data")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="number type of the products; auto: bfloat16 on a GPU that has it, else float32"
+    )
+    load_in_4bit: bool = Field(default=False, description="hold the frozen weights in 4 bits (NF4) while training; needs bitsandbytes")
+    gradient_checkpointing: bool = Field(default=False, description="keep no activations inside layers; slower, in less memory")
+    merge: bool = Field(default=True, description="fold the adapter into the weights; otherwise it is kept beside them")
+    report_to: tuple[str, ...] = Field(default=(), description="trackers, as in the Hugging Face Trainer")
+    quiet: bool = Field(default=False, description="show no progress bar")
+
+    @field_validator("adapter_options")
+    @classmethod
+    def _options_have_values(cls, options: tuple[str, ...]) -> tuple[str, ...]:
+        for option in options:
+            if not option.partition("=")[0].strip() or "=" not in option:
+                raise ValueError(f"'{option}' is not an option; write it as NAME=VALUE, such as gamma=0.01")
+        return options
+
+    @field_validator("ranks")
+    @classmethod
+    def _ranks_bring_alpha(cls, value: Path | RankPlan | None, info: ValidationInfo) -> Path | RankPlan | None:
+        if value is not None and info.data.get("alpha") is not None:
+            raise ValueError("a rank plan brings its own alpha; give either ranks or alpha")
+        return value
+
+
+class AllocateSettings(Settings):
+    """How a rank is found for every layer (RankAdaptor, arXiv 2406.15734, made to hold what it says)."""
+
+    method: str = Field(
+        default="rankadaptor",
+        description="uniform, proportional, gradient, eva, adalora, bayes, bayes-tpe, rankadaptor or rankadaptor-paper",
+    )
+    budget: str = Field(default="r=8", description="most trainable parameters: a number, or r=RANK for what that rank costs everywhere")
+    granularity: Literal["layer", "module"] = Field(default="layer", description="what gets a rank of its own")
+    ranks: tuple[Positive, ...] = Field(default=(2, 4, 6, 8, 10, 12), description="the ranks to choose from")
+    trials: Annotated[int, Field(ge=2)] = Field(default=8, description="rank vectors of the first, shortest recoveries")
+    cost: Rate | Literal["auto"] = Field(
+        default="auto",
+        description="most that search and confirmation may cost, in full recoveries; auto: 4, or more where --trials need it",
+    )
+    elastic: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto", description="rank vectors scored beforehand by one adapter of nested ranks; auto: as many as --cost has room for"
+    )
+    confirm_seeds: Annotated[int, Field(ge=0)] = Field(
+        default=5, description="fresh seeds on which the result and the best closed form meet uniform ranks; 0: it is taken as found"
+    )
+    confirm_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.125, description="share of a full recovery's steps in that comparison"
+    )
+    prior: Literal["shipped", "none"] | Path = Field(
+        default="shipped",
+        description="what past searches taught: a folder that regraft meta train wrote, or none",
+    )
+    store: Path | None = Field(default=None, description="folder that keeps this search, beside others, for regraft meta train")
+    samples: Positive = Field(default=16, description="windows of text for gradients and inputs, which say what layers need")
+    adalora_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.25, description="share of a full recovery's steps that the method adalora trains for"
+    )
+    workers: Positive = Field(default=1, description="processes that measure on this machine")
+    storage: str | None = Field(
+        default=None, description="database that machines share, such as postgresql://user@host/name; default: a file beside the plan"
+    )
+    ray: str | None = Field(default=None, description="Ray cluster to measure on: auto, local or host:port; default: this machine alone")
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    def decisive(self) -> dict[str, Any]:
+        """Returns, as plain JSON types, what decides the result: all but the prior, and where things are measured and kept."""
+        return self.model_dump(mode="json", exclude={"workers", "storage", "ray", "store", "prior"})
+
+
+class EvaluateSettings(Settings):
+    """What is measured, and on what."""
+
+    text: Path | None = Field(default=None, description="held-out text; default: the built-in test split")
+    window: Positive | None = Field(default=None, description="tokens of context; default: 512 or the model's limit")
+    stride: Positive | None = Field(default=None, description="tokens between the starts of two windows; default: half the window")
+    max_tokens: Positive | None = Field(default=None, description="stop after this many tokens; default: the whole text")
+    bos: bool | Literal["auto"] = Field(default="auto", description="whether documents start with BOS; auto: as the tokenizer does")
+    speed: bool = Field(default=False, description="also measure prefill, decode and peak memory")
+
+
+class LabelSettings(Settings):
+    """What a model for labels is measured on."""
+
+    data: Path | None = Field(default=None, description="of a model for classes or numbers: rows with labels (csv, tsv, json, jsonl)")
+    text_columns: tuple[str, ...] = Field(
+        default=(), description="of data with labels: one column or two; default: usual names, such as sentence1,sentence2"
+    )
+    label_column: str | None = Field(default=None, description="of data with labels; default: label or score")
+    seq_len: Positive | None = Field(default=None, description="longest row in tokens; default: 256 or the model's limit")
+
+
+class SampleSettings(Settings):
+    """A sample of text from each model, greedy."""
+
+    prompt: str = Field(default="", description="what the model continues; empty: from the BOS token")
+    tokens: Positive = Field(default=48, description="how many tokens are generated")

@@ -1,0 +1,74 @@
+"""Carry out a plan with re-fitting: first what changes the stream that every projection sees, then what projections read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from regraft.groups.discover import discover
+from regraft.models.view import ModelView
+from regraft.plans import WHOLE, Cut, Group, GroupKind, Groups, PrunePlan
+from regraft.surgery.cut import cut, layers_after
+from regraft.surgery.refit_layerwise import Method, compensate
+
+# Their channels have one reader, which can be re-fitted.
+REFITTED: tuple[GroupKind, ...] = ("heads", "query_heads", "ffn")
+
+
+def apply_plan(view: ModelView, groups: Groups, plan: PrunePlan, windows_NT: Tensor, method: Method) -> PreTrainedModel:
+    """Returns the pruned model, re-fitted on calibration text.
+
+    Layers, parts of layers and the width of the stream are cut first: what is left of the model is what the re-fitted projections
+    see, and their outputs in it are what they are fitted to.
+
+    Args:
+        view: The model before; left as it is.
+        groups: Of that model.
+        plan: What stays.
+        windows_NT: Calibration tokens, int64 (windows, tokens).
+        method: How reading projections are re-fitted.
+    """
+    named = groups.named()
+    wide = tuple(entry for entry in plan.cuts if named[entry.group].kind not in REFITTED)
+    narrow = tuple(entry for entry in plan.cuts if named[entry.group].kind in REFITTED)
+    if wide:
+        model = cut(view.model, groups, replace(plan, cuts=wide))
+        if not narrow:
+            return model
+        view = ModelView(model)
+        found = discover(view, tuple(dict.fromkeys(named[entry.group].kind for entry in narrow)))
+        narrow = renamed(groups, narrow, found, layers_after(groups, wide))
+        groups, plan = found, replace(plan, fingerprint=found.fingerprint)
+    plan = replace(plan, cuts=narrow)
+    return cut(view.model, groups, plan, compensate(view, groups, narrow, windows_NT, method))
+
+
+def split_by_part(groups: Groups, cuts: Sequence[Cut]) -> tuple[tuple[Group, ...], tuple[Cut, ...]]:
+    """Returns the layers and parts of layers that go whole, and the cuts within what is left."""
+    named = groups.named()
+    gone = tuple(named[entry.group] for entry in cuts if named[entry.group].kind in WHOLE and not entry.kept)
+    lost = {(group.kind, group.layer) for group in gone}
+    part: dict[GroupKind, GroupKind] = {"heads": "attention", "query_heads": "attention", "ffn": "mlp"}
+
+    def stays(group: Group) -> bool:
+        return ("layer", group.layer) not in lost and (part.get(group.kind), group.layer) not in lost
+
+    return gone, tuple(entry for entry in cuts if named[entry.group].kind in REFITTED and stays(named[entry.group]))
+
+
+def renamed(groups: Groups, cuts: Sequence[Cut], found: Groups, layers: Sequence[int]) -> tuple[Cut, ...]:
+    """Returns cuts within layers by the names that the groups have once layers are gone; those of groups that are gone are left out.
+
+    Args:
+        groups: Before.
+        cuts: Of them.
+        found: After.
+        layers: The indices, before, of the layers that stay.
+    """
+    place = {old: new for new, old in enumerate(layers)}
+    named, there = groups.named(), found.named()
+    moved = [Cut(f"layers.{place.get(named[entry.group].layer or 0)}.{named[entry.group].kind}", entry.kept) for entry in cuts]
+    return tuple(entry for entry in moved if entry.group in there)

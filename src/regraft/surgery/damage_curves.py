@@ -1,0 +1,234 @@
+"""Measure what cutting one group alone does to a model: the curves that the knapsack chooses from.
+
+For each group and each of a few sizes, the layer is replaced by a copy in which the removed units are gone and the reading projection is
+re-fitted, and the divergence of the model's predictions from the dense ones is measured on calibration windows that the fit did not
+see. Only the layers above are run again.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from regraft.importance.depth import divergence_without, mean_divergence
+from regraft.models.layerwise import Layerwise, watched_inputs
+from regraft.models.precision import float32_on_cpu
+from regraft.models.view import ModelView
+from regraft.numerics.moments import Moments
+from regraft.plans import WHOLE, Curve, Curves, Cut, Group, Groups, Member, PrunePlan, Scores
+from regraft.surgery.cut import cut
+from regraft.surgery.refit_layerwise import refit
+
+# Shares of a group that are kept where the damage is measured; between them the curve is interpolated.
+SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+# More windows than this sharpen the curves less than they cost: every one is run for every size of every group.
+JUDGED_WINDOWS = 16
+FEWEST_TURNS, MOST_TURNS, SECONDS_OF_TIMING = 5, 200, 0.5  # how often, and for how long, sizes are timed
+CostUnit = Literal["parameters", "bytes", "milliseconds"]
+
+
+def measure_curves(
+    view: ModelView,
+    groups: Groups,
+    scores: Scores,
+    windows_NT: Tensor,
+    *,
+    only: Sequence[str],
+    unit: CostUnit = "parameters",
+    say: Callable[[str], None] = lambda line: None,
+) -> Curves:
+    """Returns damage against size for the groups that may be cut.
+
+    Args:
+        view: The dense model; left as it is.
+        groups: Of that model.
+        scores: Which units stay at each size.
+        windows_NT: Calibration tokens, int64 (windows, tokens): a quarter of them, from one to 16, measures; the rest fits.
+        only: Names of the groups to measure.
+        unit: What sizes are counted in; milliseconds are measured here and now, on the device of the model.
+        say: Called with one line for each layer.
+    """
+    wanted = [group for group in groups.groups if group.name in set(only)]
+    costs = _Costs(view, unit, windows_NT.shape[1])
+    prices = {group.name: costs.of(group, _sizes(group)) for group in wanted}  # of the weights as they are stored
+    with float32_on_cpu(view.model):
+        damages = _damages(view, replace(groups, groups=tuple(wanted)), scores, windows_NT, say)
+    values = {group.name: Curve(_sizes(group), damages[group.name], prices[group.name]) for group in wanted}
+    fixed = 0.0
+    if unit != "milliseconds":
+        per_parameter = 1 if unit == "parameters" else view.model.dtype.itemsize
+        fixed = groups.parameters * per_parameter - sum(curve.cost[-1] for curve in values.values())
+    return Curves(groups.fingerprint, unit, fixed, values)
+
+
+def _damages(
+    view: ModelView, groups: Groups, scores: Scores, windows_NT: Tensor, say: Callable[[str], None]
+) -> dict[str, tuple[float, ...]]:
+    """Returns, for each group, the divergence at each of its sizes."""
+    judged = max(1, min(JUDGED_WINDOWS, windows_NT.shape[0] // 4))
+    fitted = windows_NT[:-judged] if windows_NT.shape[0] > 1 else windows_NT
+    fit_walk, judge_walk = Layerwise(view, fitted), Layerwise(view, windows_NT[-judged:])
+    fit_hidden, inputs = fit_walk.first, [judge_walk.first]
+    for layer in range(len(view.layers)):
+        inputs.append(judge_walk.run(layer, inputs[-1]))
+    dense = [functional.log_softmax(logits.float(), dim=-1) for logits in judge_walk.logits(inputs[-1])]
+    found: dict[str, tuple[float, ...]] = {}
+    for layer in range(len(view.layers)):
+        here = [group for group in groups.groups if group.layer == layer]
+        projections = {group.name: _reading_module(view, group) for group in here if group.kind not in WHOLE}
+        moments: dict[str, Moments] = {}
+        with watched_inputs(projections, _adder(moments)):
+            fit_hidden = fit_walk.run(layer, fit_hidden)
+        for group in here:
+            if group.kind in WHOLE:
+                found[group.name] = (divergence_without(judge_walk, group, inputs, dense), 0.0)
+                continue
+            damage = [
+                _divergence(view, judge_walk, layer, inputs[layer], dense, group, scores.values[group.name], size, moments[group.name])
+                for size in _sizes(group)[:-1]
+            ]
+            found[group.name] = (*damage, 0.0)
+        if here:
+            say(f"measured the damage of cutting layer {layer + 1} of {len(view.layers)}")
+    for group in groups.of("residual"):
+        found[group.name] = _stream_damage(view, groups, scores, group, judge_walk, dense)
+        say("measured the damage of a narrower stream")
+    return found
+
+
+@torch.no_grad()
+def _stream_damage(
+    view: ModelView, groups: Groups, scores: Scores, group: Group, walk: Layerwise, dense: list[Tensor]
+) -> tuple[float, ...]:
+    """Returns the damage of the residual width, from models that are really cut: memory for one of them beside the dense one."""
+    damage: list[float] = []
+    for size in _sizes(group)[:-1]:
+        ranked = sorted(range(group.units), key=lambda channel: (-scores.values[group.name][channel], channel))
+        cuts = (Cut(group.name, tuple(sorted(ranked[:size]))),)
+        plan = PrunePlan(groups.fingerprint, scores.criterion, "", "per-layer", 0.0, 1, groups.parameters, groups.parameters, cuts)
+        narrow = cut(view.model, groups, plan)
+        logits = (narrow(input_ids=ids.to(narrow.device), use_cache=False).logits for ids in walk.batches)
+        damage.append(mean_divergence(logits, dense))
+    return (*damage, 0.0)
+
+
+def _sizes(group: Group) -> tuple[int, ...]:
+    """Returns the sizes at which a group is measured, ascending, the whole group last."""
+    if group.kind in WHOLE:
+        return (0, 1)
+    return tuple(sorted({*(max(1, round(share * group.units)) for share in SHARES), group.units}))
+
+
+def _adder(moments: dict[str, Moments]) -> Callable[[str, Tensor], None]:
+    def see(name: str, rows: Tensor) -> None:
+        if name not in moments:
+            moments[name] = Moments.empty(rows.shape[-1], rows.device)
+        moments[name].add(rows)
+
+    return see
+
+
+def _reader(group: Group) -> Member:
+    return next(member for member in group.members if member.side == "in")
+
+
+def _reading_module(view: ModelView, group: Group) -> nn.Module:
+    return view.model.get_submodule(_reader(group).parameter.rpartition(".")[0])
+
+
+@torch.no_grad()
+def _divergence(
+    view: ModelView,
+    walk: Layerwise,
+    layer: int,
+    entering: list[Tensor],
+    dense: list[Tensor],
+    group: Group,
+    scores: Sequence[float],
+    size: int,
+    moments: Moments,
+) -> float:
+    """Returns the mean divergence per token, in nats, of the model with one group cut to ``size`` units."""
+    module = copy.deepcopy(view.layers[layer])
+    reader = _reader(group)
+    name = reader.parameter.removeprefix(f"{view.layer_name(layer)}.").rpartition(".")[0]
+    ranked = sorted(range(group.units), key=lambda unit: (-scores[unit], unit))[:size]
+    channels = torch.tensor(sorted(index for unit in ranked for index in reader.indices(unit)), device=moments.total_D.device)
+    refit(module.get_submodule(name), reader.axis, moments, moments, channels, "least_squares", damping=1e-3)
+    hidden = walk.run(layer, entering, module)
+    for above in range(layer + 1, len(view.layers)):
+        hidden = walk.run(above, hidden)
+    return mean_divergence(walk.logits(hidden), dense)
+
+
+class _Costs:
+    """What groups cost at each size.
+
+    Args:
+        view: The model.
+        unit: What is counted.
+        tokens: How many go through a projection at once, for milliseconds.
+    """
+
+    def __init__(self, view: ModelView, unit: CostUnit, tokens: int) -> None:
+        self._view = view
+        self._unit = unit
+        self._tokens = tokens
+        self._parameters = dict(view.model.named_parameters())
+        self._timed: dict[tuple[object, ...], tuple[float, ...]] = {}
+
+    def of(self, group: Group, sizes: Sequence[int]) -> tuple[float, ...]:
+        """Returns what a group costs at each size; groups of the same matrices are timed once."""
+        if self._unit != "milliseconds":
+            each = group.unit_parameters * (1 if self._unit == "parameters" else self._view.model.dtype.itemsize)
+            return tuple(float(size * each) for size in sizes)
+        shapes = (tuple(self._parameters[m.parameter].shape) for m in group.members)
+        places = ((m.axis, m.side, m.width) for m in group.members)
+        key = (*sizes, *shapes, *places)
+        if key not in self._timed:
+            self._timed[key] = _milliseconds(self._parameters, group, sizes, self._tokens)
+        return self._timed[key]
+
+
+@torch.no_grad()
+def _milliseconds(parameters: Mapping[str, Tensor], group: Group, sizes: Sequence[int], tokens: int) -> tuple[float, ...]:
+    """Returns the time of a group's projections at each size over ``tokens`` tokens.
+
+    Sizes take turns, and of each the shortest time counts: whatever else runs on the machine only ever adds to it.
+    """
+    work: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for size in sizes:
+        work[size] = []
+        for member in group.members:
+            weight = parameters[member.parameter]
+            if weight.dim() == 2:
+                part = weight.narrow(member.axis, 0, size * member.width).contiguous()
+                weight_OI = part if (member.axis == 0) == (member.side == "out") else part.T.contiguous()
+                work[size].append((torch.randn(tokens, weight_OI.shape[1]).to(weight_OI), weight_OI))
+    shortest = dict.fromkeys(sizes, math.inf)
+    started = time.perf_counter()
+    for turn in range(MOST_TURNS):
+        for size in sizes:
+            _synchronize(work[size][0][0])
+            start = time.perf_counter()
+            for rows, weight_OI in work[size]:
+                functional.linear(rows, weight_OI)
+            _synchronize(work[size][0][0])
+            shortest[size] = min(shortest[size], 1e3 * (time.perf_counter() - start))
+        if turn >= FEWEST_TURNS and time.perf_counter() - started > SECONDS_OF_TIMING:
+            break
+    times = [shortest[size] for size in sizes]
+    return tuple(max(times[: index + 1]) for index in range(len(times)))  # a larger size never counts as faster
+
+
+def _synchronize(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)

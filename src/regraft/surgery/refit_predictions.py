@@ -1,0 +1,221 @@
+"""Re-fit what reads the pruned channels once more, together, to the predictions of the dense model.
+
+Least squares layer by layer (:mod:`regraft.surgery.refit_layerwise`) makes good the output of each projection by itself. What counts is how
+far the predictions of the whole model have moved: the Kullback-Leibler divergence from the dense model's. From where least squares ends, a
+few steps along the natural gradient (:mod:`regraft.numerics.natural_gradient`) lessen that, in all reading projections at once, those of
+layers that were not cut included.
+
+It is a fit to the calibration windows like the one before, not a training: no labels are read, there is no learning rate and no state. Each
+step takes one pass of the two models, forwards and, through the pruned one, back; its length is halved until windows which the gradients
+have not seen get better, and where none does, it ends. Memory, beside both models: a gradient and two matrices of second moments for each
+reading projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from regraft.models.precision import float32_on_cpu
+from regraft.models.trainable import only_these_train
+from regraft.models.view import ModelView
+from regraft.numerics.moments import Moments
+from regraft.numerics.natural_gradient import natural_gradient
+
+STEPS = 4
+# More windows than this judge a step no better than they cost: every length that is tried runs them all.
+JUDGED_WINDOWS = 16
+_BATCH_WINDOWS = 8
+_HALVINGS = 8
+
+
+def refit_to_predictions(
+    pruned: ModelView,
+    dense: PreTrainedModel,
+    windows_NT: Tensor,
+    *,
+    steps: int = STEPS,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[float]:
+    """Changes the reading projections of a pruned model in place.
+
+    Args:
+        pruned: After the cut.
+        dense: The model before the cut; left as it is.
+        windows_NT: Calibration tokens, int64 (windows, tokens); a quarter of them, from one to 16, judges.
+        steps: At most so many.
+        seed: Of the tokens drawn from the pruned model's predictions, which the Fisher information is estimated with.
+        say: Called with one line for each step.
+
+    Returns:
+        The divergence per token on the windows that judge, in nats: before, and after each step that was taken.
+
+    Raises:
+        InputError: A gradient is not finite.
+    """
+    judges = max(1, min(JUDGED_WINDOWS, len(windows_NT) // 4))
+    fitted = (windows_NT[:-judges] if len(windows_NT) > 1 else windows_NT).to(pruned.model.device).split(_BATCH_WINDOWS)
+    judged = windows_NT[-judges:].to(pruned.model.device).split(_BATCH_WINDOWS)
+    readers = reading_projections(pruned)
+    transposed = pruned.family.transposed
+    generator = torch.Generator(pruned.model.device).manual_seed(seed)
+    for reader in readers.values():  # what was not cut may be the dense model's own tensor
+        reader.register_parameter("weight", nn.Parameter(_weight(reader).detach().clone()))
+    stored = {name: _weight(reader).dtype for name, reader in readers.items()}
+    curvature: Mapping[str, Moments] | None = None
+    length = 1.0 / max(1, len(readers))
+    training = only_these_train(pruned.model, [_weight(reader) for reader in readers.values()])
+    with float32_on_cpu(pruned.model), float32_on_cpu(dense), training, torch.no_grad():
+        aims = [_log_probabilities(dense, ids) for ids in judged]
+
+        def divergence() -> float:
+            return sum(_divergence(pruned.model, ids, aim) for ids, aim in zip(judged, aims, strict=True)) / windows_NT[-judges:].numel()
+
+        found = [divergence()]
+        for step in range(steps):
+            gradients, inputs, drawn = _gather(pruned.model, dense, readers, fitted, generator if curvature is None else None)
+            curvature = drawn if curvature is None else curvature
+            directions = {
+                name: natural_gradient(gradient.T if transposed else gradient, inputs[name].second_DD, curvature[name].second_DD)
+                for name, gradient in gradients.items()
+            }
+            taken, reached = _search(readers, stored, directions, length, divergence, found[-1], transposed)
+            if taken is None:
+                break
+            found.append(reached)
+            length = 2.0 * taken
+            say(f"re-fitted to the dense model's predictions, step {step + 1}: {reached:.4f} nats of divergence, before {found[0]:.4f}")
+    return found
+
+
+def refitting_bytes(view: ModelView) -> int:
+    """Returns what :func:`refit_to_predictions` needs beside both models.
+
+    For each reading projection: the second moments of its inputs and of the gradients in its outputs, a gradient and a direction, all in
+    float64, and two copies of the weight.
+    """
+    total = 0
+    for reader in reading_projections(view).values():
+        weight = _weight(reader)
+        rows, columns = weight.shape
+        total += 8 * (rows * rows + columns * columns + 2 * rows * columns) + 2 * weight.element_size() * rows * columns
+    return total
+
+
+def reading_projections(view: ModelView) -> dict[str, nn.Module]:
+    """Returns the projections that read heads or feed-forward channels, by full name, in the order of the layers."""
+    found: dict[str, nn.Module] = {}
+    for layer in range(len(view.layers)):
+        for axis in (axis for coupling in view.family.couplings for axis in coupling.axes if axis.side == "in"):
+            module = view.module(layer, axis.module)
+            if module is not None:
+                found[f"{view.layer_name(layer)}.{axis.module}"] = module
+    return found
+
+
+def _search(
+    readers: Mapping[str, nn.Module],
+    stored: Mapping[str, torch.dtype],
+    directions: Mapping[str, Tensor],
+    length: float,
+    divergence: Callable[[], float],
+    before: float,
+    transposed: bool,
+) -> tuple[float | None, float]:
+    """Goes as far along the directions as lessens the divergence: halves the length while that helps.
+
+    Every place that is judged is one that can be saved: weights are rounded to the types that they are ``stored`` in.
+
+    Returns:
+        The length, or None where none helps and the weights are as they were, and the divergence there.
+    """
+    starts = {name: _weight(reader).detach().clone() for name, reader in readers.items()}
+
+    def go(by: float) -> None:
+        for name, reader in readers.items():
+            direction = directions[name].T if transposed else directions[name]
+            _weight(reader).copy_((starts[name].double() - by * direction).to(stored[name]))
+
+    best, reached = None, before
+    for _ in range(_HALVINGS):
+        go(length)
+        now = divergence()
+        if now < reached:
+            best, reached = length, now
+        elif best is not None:
+            break
+        length *= 0.5
+    go(best or 0.0)
+    return best, reached
+
+
+def _gather(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    readers: Mapping[str, nn.Module],
+    batches: Sequence[Tensor],
+    generator: torch.Generator | None,
+) -> tuple[dict[str, Tensor], dict[str, Moments], dict[str, Moments]]:
+    """Returns, by projection: the gradient of the mean divergence, float64 (of the weight's shape), and the moments of its inputs.
+
+    With a generator also the moments of the gradients in its outputs of the log-likelihood of tokens drawn from the model's predictions.
+    """
+    gradients: dict[str, Tensor] = {}
+    inputs: dict[str, Moments] = {}
+    drawn: dict[str, Moments] = {}
+    outputs: dict[str, Tensor] = {}
+    weights = {name: _weight(reader) for name, reader in readers.items()}
+    tokens = sum(ids.numel() for ids in batches)
+
+    def watch(name: str) -> Callable[..., None]:
+        def see(_module: nn.Module, entering: tuple[Tensor, ...], leaving: Tensor) -> None:
+            rows = entering[0].detach()
+            inputs.setdefault(name, Moments.empty(rows.shape[-1], rows.device)).add(rows)
+            outputs[name] = leaving
+
+        return see
+
+    handles = [reader.register_forward_hook(watch(name)) for name, reader in readers.items()]
+    try:
+        for ids in batches:
+            aim = _log_probabilities(dense, ids)
+            with torch.enable_grad():
+                now = _log_probabilities(model, ids)
+                loss = functional.kl_div(now, aim, reduction="sum", log_target=True) / tokens
+                found = torch.autograd.grad(loss, list(weights.values()), retain_graph=generator is not None)
+                if generator is not None:
+                    _add_drawn(drawn, outputs, now, generator)
+            for name, gradient in zip(weights, found, strict=True):
+                gradients[name] = gradients[name] + gradient.double() if name in gradients else gradient.double()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return gradients, inputs, drawn
+
+
+def _add_drawn(drawn: dict[str, Moments], outputs: Mapping[str, Tensor], now_BTV: Tensor, generator: torch.Generator) -> None:
+    """Draws a token from every prediction and adds the gradients of their log-likelihoods in the outputs, a row for each token."""
+    rows_NV = now_BTV.flatten(0, 1)
+    tokens_N1 = torch.multinomial(rows_NV.detach().exp(), 1, generator=generator)
+    for (name, output), gradient in zip(
+        outputs.items(), torch.autograd.grad(rows_NV.gather(1, tokens_N1).sum(), list(outputs.values())), strict=True
+    ):
+        drawn.setdefault(name, Moments.empty(output.shape[-1], output.device)).add(gradient)
+
+
+def _weight(reader: nn.Module) -> nn.Parameter:
+    return reader.get_parameter("weight")
+
+
+def _log_probabilities(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
+    """Returns float32 (batch, tokens, vocabulary)."""
+    return functional.log_softmax(model(input_ids=ids_BT, use_cache=False).logits.float(), dim=-1)
+
+
+def _divergence(model: PreTrainedModel, ids: Tensor, aim: Tensor) -> float:
+    return float(functional.kl_div(_log_probabilities(model, ids), aim, reduction="sum", log_target=True))
