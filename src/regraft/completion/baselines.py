@@ -1,4 +1,4 @@
-"""What a completion is compared with: a plain factorization and a truncated SVD, each at its best on the same held-out slice.
+"""Baselines for a completion: mean, biases, a plain factorization and a truncated SVD, each tuned on the same held-out slice.
 
 References:
     [SRE05] Srebro, Rennie, Jaakkola, "Maximum-margin matrix factorization", NIPS 2004, lemma 1: for L = 2 the squared norms of the
@@ -27,7 +27,7 @@ from regraft.numerics.svd import Triplets
 ITERATIONS = 300
 
 Predictor = Callable[[Tensor, Tensor], Tensor]
-"""Rows and columns to values."""
+"""A function from row and column indices to predicted values."""
 
 
 class PlainProblem:
@@ -36,7 +36,7 @@ class PlainProblem:
     Args:
         entries: Residuals (ratings without mean and biases).
         rank: r, at most min(m, n).
-        generator: On the CPU.
+        generator: A generator on the CPU.
     """
 
     def __init__(self, entries: EntryList, rank: int, generator: torch.Generator) -> None:
@@ -49,17 +49,17 @@ class PlainProblem:
         """Minimises sum (f - y)^2 / 2 + lambda (|P|^2 + |Q|^2) / 2 at lambda = share * top_value by heavy ball.
 
         Args:
-            share: Of the top singular value of the observed matrix.
+            share: The decay, as a share of the top singular value of the observed matrix.
         """
         start = narrow_start(self._entries.shape, self._rank, 2, max(0.3 * self.top_value**0.5, 1e-12), self._generator)
         chain = self._descended(start.to(self._entries.device), share * self.top_value)
         known = (torch.bincount(index, minlength=size) > 0 for index, size in zip(self._places, self._entries.shape, strict=True))
-        # Rows and columns without entries only decay; they are predicted by what was removed before, so their factors are zero.
+        # Rows and columns without entries only decay. The mean and the biases predict them, so their factors are set to zero.
         return Factors(*(factor * here[:, None] for factor, here in zip((chain.factors[1], chain.factors[0].T), known, strict=True)))
 
     def _descended(self, start: Chain, decay: float) -> Chain:
-        """Descends at the largest step that stays stable."""
-        # The factors' largest curvature is twice the fit's top value, which where entries are missing grows beyond the data's.
+        """Descends at the largest step size that does not diverge."""
+        # The factors' largest curvature is twice the fit's top singular value. Missing entries let that grow beyond the data's.
         step = 0.5 / (4 * self.top_value) if self.top_value else 1.0
         for attempt in range(HALVINGS):
             descent = Descent(step / 2**attempt, "momentum", weight_decay=decay, max_iterations=ITERATIONS, tolerance=0.0)
@@ -73,11 +73,11 @@ class PlainProblem:
 
 
 def filled_svd(triplets: Triplets, rank: int) -> Factors:
-    """Cuts the SVD of the observed matrix, zero where nothing is known, to its leading components.
+    """Truncates the SVD of the observed matrix, with zeros for the unknown entries, to its leading components.
 
     Args:
-        triplets: Of the residuals (so that zero means: as the biases say), at least ``rank`` of them.
-        rank: How many components stay.
+        triplets: Singular triplets of the residuals, at least ``rank`` of them. A zero residual means that the biases predict the entry.
+        rank: Number of components to keep.
     """
     return Factors(triplets.left[:, :rank] * triplets.values[:rank], triplets.right[:, :rank])
 
@@ -86,10 +86,10 @@ def fit_baselines(slices: Slices, entries: EntryList, rank: int, seed: int) -> d
     """Fits the mean, biases alone, a plain factorization and a truncated SVD, each with its strength chosen on the held-out slice.
 
     Args:
-        slices: The entries in two parts, for choosing.
-        entries: All of them, for the fits that are returned.
-        rank: Of the factorization, and at most of the SVD.
-        seed: Of everything random.
+        slices: The entries in two parts, fitted and held out, for choosing the strengths.
+        entries: All entries, for the fits that are returned.
+        rank: Rank of the factorization, and upper limit for the rank of the SVD.
+        seed: Seed of every random draw.
 
     Returns:
         Predictors by name: ``mean``, ``biases``, ``factorization``, ``truncated_svd``.

@@ -16,7 +16,7 @@ from regraft.numerics.checks import checked_number
 
 SWEEPS = 200
 SETTLED = 1e-9
-"""Sweeps end when no bias moves by more than this times the spread of the values."""
+"""Sweeps end when no bias moves by more than this times the largest deviation from the mean."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Biases:
     """The prediction mean + rows[i] + columns[j].
 
     Attributes:
-        mean: Of all entries.
+        mean: Mean of all entries.
         rows: m deviations; 0 for a row without entries.
         columns: n deviations; 0 for a column without entries.
     """
@@ -49,9 +49,9 @@ def fit_biases(entries: EntryList, shrinkage: float) -> Biases:
     """Minimises sum (y - mean - a_i - b_j)^2 + shrinkage (|a|^2 + |b|^2) by turns ([KOR09], equation 3, at the mean of the values).
 
     Args:
-        entries: What is known.
-        shrinkage: How many entries at zero deviation every row and column is given; above 0, since only it decides between
-            adding to all rows and to all columns.
+        entries: The known entries.
+        shrinkage: Number of imagined entries of zero deviation that each row and column gets, above 0. At 0 the solution would not be
+            unique: a constant could move from all rows to all columns.
 
     Raises:
         InputError: The shrinkage is out of range.

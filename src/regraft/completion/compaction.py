@@ -1,4 +1,4 @@
-"""Leaving out rows and columns of which nothing is known, and putting results back."""
+"""Renumbering of a matrix without its empty rows and columns, and the way back to the old numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Compact(NamedTuple):
     """Entries renumbered so that every row and column has one."""
 
     entries: EntryList
-    """In the new numbers."""
+    """The entries, with row and column indices in the new numbers."""
     rows: Tensor
     """Old number of each new row, ascending."""
     columns: Tensor
@@ -23,7 +23,7 @@ class Compact(NamedTuple):
 
 
 def compacted(entries: EntryList) -> Compact:
-    """Leaves out rows and columns without entries."""
+    """Renumbers the entries without the empty rows and columns."""
     kept_rows, rows = linalg.unique(entries.rows)
     kept_columns, columns = linalg.unique(entries.columns)
     shape = (kept_rows.numel(), kept_columns.numel())
@@ -31,7 +31,7 @@ def compacted(entries: EntryList) -> Compact:
 
 
 def spread(compact: Tensor, places: Tensor, size: int) -> Tensor:
-    """Puts rows of a tensor at their old numbers among ``size``, zero elsewhere; on the CPU."""
+    """Returns a tensor of ``size`` rows on the CPU: each given row at its old number, zeros elsewhere."""
     whole = torch.zeros(size, *compact.shape[1:], dtype=compact.dtype)
     whole[places.cpu()] = compact.cpu()
     return whole

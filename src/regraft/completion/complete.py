@@ -32,23 +32,23 @@ ESTIMATOR_LOG = logging.getLogger("regraft.completion.estimator")
 OURS = "compressed"
 BASELINES = ("mean", "biases", "factorization", "truncated_svd")
 VALIDATION = 0.1
-"""Share of the known ratings on which ours and the baselines choose their strengths."""
+"""Share of the known ratings on which our completion and the baselines choose their strengths."""
 
 Auto = Literal["auto"]
 
 
 @dataclass(frozen=True)
 class CompletionSettings:
-    """How ratings are completed.
+    """Settings of a completion of ratings.
 
     Attributes:
-        rank: Of the completed table less its biases; ``auto`` chooses it by held-out error.
+        rank: Rank of the completed table after the biases were subtracted; ``auto`` chooses it by held-out error.
         depth: Inner factors of the compressed factorization, at least 2.
-        held_out: Share of the ratings that nothing is fitted to, for the report.
+        held_out: Share of the ratings that no fit sees; the report's errors are measured on it.
         biases: Whether mean, user and item biases are removed first.
         threshold: Share of the top singular value below which the spectrum is cut: 0 for exact data; ``auto`` searches.
         gamma: Rate of the outer factors at threshold 0.
-        seed: Of everything random: which ratings are held out, and every fit.
+        seed: Seed of every random draw: the held-out ratings and every fit.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         duplicates: What happens when a user rated an item twice: ``refuse``, ``mean`` or ``last``.
         recommend: How many unrated items are recommended to each user; 0 for none.
@@ -81,7 +81,7 @@ class CompletionSettings:
 
 @dataclass(frozen=True)
 class Errors:
-    """Of predictions on held-out ratings, in the units of the ratings."""
+    """Errors of predictions on held-out ratings, in the units of the ratings."""
 
     rmse: float
     mae: float
@@ -89,23 +89,23 @@ class Errors:
 
 @dataclass(frozen=True)
 class CompletionReport:
-    """What came of completing a file of ratings.
+    """Result of completing a file of ratings.
 
     Attributes:
-        ratings: The file's path, as it was named.
-        errors: On held-out ratings: ours under ``compressed``, and the baselines.
-        rank: Of the completion.
+        ratings: The file's path, as the caller gave it.
+        errors: Errors on held-out ratings: those of our completion under ``compressed``, and those of the baselines.
+        rank: Rank of the completion.
         threshold: Share of the top singular value that was cut.
-        converged: Whether the exact dynamics, where they were asked for, reached their tolerance.
-        held_out: How many ratings were held out.
-        known: How many were fitted.
-        users: In the file.
-        items: In the file.
+        converged: False when the exact dynamics were requested (``threshold=0``) and did not reach their tolerance.
+        held_out: Number of held-out ratings.
+        known: Number of fitted ratings.
+        users: Number of users in the file.
+        items: Number of items in the file.
         empty_users: Users all of whose ratings were held out: predicted by the item's bias.
         empty_items: Items all of whose ratings were held out: predicted by the user's bias.
-        unknown_pairs: Asked-for pairs whose user or item is not in the file.
-        settings: What was asked for.
-        seconds: Wall clock, reading to the last prediction.
+        unknown_pairs: Number of requested pairs whose user or item is not in the file.
+        settings: The settings of the run.
+        seconds: Wall-clock time from reading the file to the last prediction.
     """
 
     ratings: str
@@ -124,7 +124,7 @@ class CompletionReport:
     seconds: float
 
     def flat(self) -> dict[str, Any]:
-        """Returns the report as plain JSON types: ``rmse`` and ``mae`` are ours, ``baselines`` holds the others by name."""
+        """Returns the report as plain JSON types: ``rmse`` and ``mae`` of our completion, and ``baselines`` by name."""
         rest = {key: value for key, value in asdict(self).items() if key not in ("errors", "settings")}
         settings = asdict(self.settings)
         return {
@@ -145,23 +145,23 @@ def complete_ratings(
     pairs: Path | str | None = None,
     progress: Progress | None = None,
 ) -> CompletionReport:
-    """Completes a table of ratings and reports the error on held-out ones beside four baselines.
+    """Completes a table of ratings and reports its error on held-out ratings, together with those of four baselines.
 
-    Ours and every baseline choose their strengths on the same slice of the known ratings, are then fitted to all known ones, and
-    predict within the range of the known values. Recommendations and asked-for pairs come from a last fit to all ratings, with the
-    same choices.
+    Our completion and every baseline choose their strengths on the same slice of the known ratings. Then they are fitted to all known
+    ratings, and their predictions are clamped to the range of the known values. Recommendations and requested pairs come from a last fit
+    to all ratings, with the same choices.
 
     Args:
         ratings: A MovieLens-style file (:mod:`regraft.completion.ratings`).
-        output: A folder to write: ``predictions.csv`` (held-out ratings), ``recommendations.csv``, ``pairs.csv`` when pairs are asked
-            for, and ``report.json``. It must not exist. None writes nothing.
-        settings: How.
-        pairs: A file of users and items whose ratings are wanted.
-        progress: Told what is being done, and the share of it that is done.
+        output: A folder to write, which must not exist: ``predictions.csv`` (held-out ratings), ``recommendations.csv``, ``pairs.csv``
+            if ``pairs`` is given, and ``report.json``. None writes nothing.
+        settings: Settings of the completion; None for the defaults.
+        pairs: A file of the users and items whose ratings are to be predicted.
+        progress: Called with the name of the current step and the share of it that is done.
 
     Raises:
         InputError: A file or a setting cannot be used.
-        OutputError: The folder exists or cannot be written; nothing half-written stays.
+        OutputError: The folder exists or cannot be written. No half-written folder is left behind.
     """
     settings = settings or CompletionSettings()
     progress = progress or _say_nothing
@@ -216,7 +216,7 @@ def complete_ratings(
 
 
 def _asked_for(model: CompressedMatrixCompletion, table: Ratings, pairs: Pairs) -> tuple[Tensor, int]:
-    """Predicts asked-for pairs; counts those whose user or item has no rating, which are predicted by what bias there is."""
+    """Predicts the requested pairs; counts those whose user or item has no rating (only the known biases predict these)."""
     rows, columns = torch.searchsorted(table.user_ids, pairs.users), torch.searchsorted(table.item_ids, pairs.items)
     limits = float(table.values.min()), float(table.values.max())
     strange = np.isin(rows.numpy(), model.empty_rows_) | np.isin(columns.numpy(), model.empty_columns_)
@@ -257,7 +257,7 @@ def _predicted(model: CompressedMatrixCompletion, limits: tuple[float, float], r
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keeps the estimator's remarks on empty rows and on convergence apart: they are in the report."""
+    """Silences the estimator's warnings about empty rows and convergence: the report holds both."""
     level = ESTIMATOR_LOG.level
     ESTIMATOR_LOG.setLevel(logging.ERROR)
     try:
@@ -269,4 +269,4 @@ def _quietly() -> Iterator[None]:
 
 
 def _say_nothing(label: str, share: float) -> None:
-    """Stands in for a progress that nobody watches."""
+    """Ignores the progress, for callers that gave no callback."""

@@ -30,19 +30,19 @@ Watch = Callable[[int, Chain, float], bool]
 """Called with the iteration, the chain before its step and the relative loss; returning True stops the descent."""
 
 DIVERGED = 1e3
-"""A relative loss, 1 at a vanishing start, above which a descent will not come back."""
+"""Relative loss above which a descent counts as diverged; a start near zero has a relative loss of 1."""
 
 
 @dataclass(frozen=True)
 class Descent:
-    """How to descend.
+    """Settings of a descent.
 
     Attributes:
         step_size: Eta, for the loss as a sum over observed entries.
         optimizer: ``gd``, ``momentum`` (heavy ball: v <- momentum v + gradient, W <- W - eta v) or ``adam``.
-        momentum: Of heavy ball; Adam's first-moment decay.
-        weight_decay: Lambda, added to the gradient as lambda W; outer frames have none.
-        max_iterations: Steps at most.
+        momentum: Momentum of heavy ball, or Adam's first-moment decay.
+        weight_decay: Lambda, added to the gradient as lambda W; the outer frames have no decay.
+        max_iterations: Largest number of steps.
         tolerance: Stop at ||P(f - M)||^2 / ||P(M)||^2 <= tolerance.
         watch_every: Iterations between two calls of the watch.
     """
@@ -70,15 +70,15 @@ class Descent:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a descent ended.
+    """End point of a descent.
 
     Attributes:
         chain: The factors.
-        iterations: Steps made.
-        loss: Relative: ||P(f - M)||^2 / ||P(M)||^2.
+        iterations: Number of steps made.
+        loss: Relative loss ||P(f - M)||^2 / ||P(M)||^2.
         converged: Whether the tolerance was reached.
-        seconds: Wall clock.
-        losses: (iteration, relative loss) at every watch and at the end.
+        seconds: Wall-clock time.
+        losses: (iteration, relative loss) at every call of the watch and at the end.
     """
 
     chain: Chain
@@ -90,16 +90,16 @@ class Outcome:
 
 
 class Stepper:
-    """Makes one step after another on a copy of a chain.
+    """A descent that makes one step at a time, on a copy of a chain.
 
     Args:
-        chain: Where to start; not changed.
-        observed: What to fit.
-        descent: How.
+        chain: The start; it is not changed.
+        observed: The entries to fit.
+        descent: Optimizer, step size and decay.
 
     Attributes:
-        chain: Where it is now.
-        gradients: Of the factors that move (a rate of 0 freezes), first to last, after :meth:`loss`.
+        chain: The factors after the last step.
+        gradients: After :meth:`loss`, the gradients of the factors that move (rate above 0), first to last.
     """
 
     def __init__(self, chain: Chain, observed: Observed, descent: Descent) -> None:
@@ -119,21 +119,21 @@ class Stepper:
         return pull.squared_error / self._norm
 
     def step(self) -> None:
-        """Moves every factor along the gradients of the last :meth:`loss`, which it uses up."""
+        """Moves every factor along the gradients of the last :meth:`loss`; call ``loss`` again before the next step."""
         self._update.apply(self.gradients)
 
 
 def descend(chain: Chain, observed: Observed, descent: Descent, watch: Watch | None = None) -> Outcome:
-    """Fits a chain to what is observed.
+    """Fits a chain to the observed entries of a matrix.
 
     Args:
-        chain: Where to start; not changed.
-        observed: All of a matrix, or some entries.
-        descent: Optimizer, step and when to stop.
-        watch: Looks on, and may stop the descent.
+        chain: The start; it is not changed.
+        observed: A matrix, or some entries of one.
+        descent: Optimizer, step size and stopping rule.
+        watch: Called every ``descent.watch_every`` iterations; it may stop the descent.
 
     Raises:
-        TrainingError: The loss is no longer finite or has left every bound: the step is too large.
+        TrainingError: The loss is not finite or above :data:`DIVERGED`: the step size is too large.
     """
     stepper = Stepper(chain, observed, descent)
     started = time.perf_counter()
@@ -170,7 +170,7 @@ def automatic_step(top_value: float, share: float, depth: int, gamma: float = 0.
         share: p, in (0, 1].
         depth: L.
         gamma: Rate of the outer factors; 0 for a full or narrow chain.
-        safety: Step times curvature.
+        safety: Product of step size and curvature.
     """
     top = top_value / share
     curvature = share * (depth * top ** (2 - 2 / depth) + 2 * gamma * top**2)

@@ -1,7 +1,7 @@
-"""What is known of a matrix: all of it, a dense mask, or a list of entries; and the residual's products with thin factors.
+"""Observed entries of a matrix (all of them, a dense mask, or a list), and products of the residual with thin factors.
 
-The residual E = P(f - M) of a factorization f = left @ first is never needed itself, only ``E @ first.T`` and ``left.T @ E``.
-From a list of entries both cost O(entries x w), in memory O(entries): nothing of size m x n exists.
+A descent never needs the residual E = P(f - M) of a factorization f = left @ first itself, only ``E @ first.T`` and ``left.T @ E``.
+For a list of entries both cost O(entries x w) time and O(entries) memory: nothing of size m x n is made.
 
 References:
     [YAR24] Yaras, Wang, Balzano, Qu, arXiv 2406.04112, section 3 (deep matrix completion).
@@ -28,10 +28,10 @@ On one core, 800,000 entries of width 10: 20 ms in chunks of this size, 106 ms i
 
 
 class Pull(NamedTuple):
-    """The loss and how it pulls at a factorization ``left @ first``."""
+    """The squared error of a factorization ``left @ first`` and the gradients of half of it."""
 
     squared_error: float
-    """Sum of the squared residuals over what is observed."""
+    """Sum of the squared residuals over the observed entries."""
     d_left: Tensor
     """m x w, E first^T."""
     d_first: Tensor | None
@@ -39,7 +39,7 @@ class Pull(NamedTuple):
 
 
 class Observed(ABC):
-    """What is known of an m x n matrix M."""
+    """The observed entries of an m x n matrix M."""
 
     @property
     @abstractmethod
@@ -49,7 +49,7 @@ class Observed(ABC):
     @property
     @abstractmethod
     def count(self) -> int:
-        """How many entries are observed."""
+        """Number of observed entries."""
 
     @property
     @abstractmethod
@@ -58,34 +58,34 @@ class Observed(ABC):
 
     @abstractmethod
     def pull(self, left: Tensor, first: Tensor, *, need_first: bool = True) -> Pull:
-        """Returns the squared error of ``left @ first`` (m x w, w x n) and its gradients (of half of it)."""
+        """Returns the squared error of ``left @ first`` (m x w, w x n) and the gradients of half of it."""
 
     @abstractmethod
     def times(self, block: Tensor) -> Tensor:
-        """Multiplies the observed matrix, zero elsewhere, by an n x k block."""
+        """Multiplies the observed matrix, with zeros for the other entries, by an n x k block."""
 
     @abstractmethod
     def transpose_times(self, block: Tensor) -> Tensor:
-        """Multiplies its transpose by an m x k block."""
+        """Multiplies the transpose of the observed matrix by an m x k block."""
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the numbers are."""
+        """Device of the tensors."""
 
     @property
     def share(self) -> float:
-        """The share of all entries that is observed."""
+        """Share of the m n entries that is observed."""
         return self.count / (self.shape[0] * self.shape[1])
 
     def top_triplets(self, rank: int, generator: torch.Generator) -> Triplets:
-        """Returns the leading triplets of the observed matrix: up to its sign, the end-to-end gradient at a vanishing start."""
+        """Returns the leading triplets of the observed matrix, which is minus the end-to-end gradient at a start near zero."""
         return sketched_triplets(self.times, self.transpose_times, self.shape, rank, generator, iterations=16, device=self.device)
 
 
 @final
 class WholeMatrix(Observed):
-    """Every entry of M, or those under a dense mask; for matrices small enough to hold a residual.
+    """All entries of M, or those under a dense mask; for matrices whose residual fits in memory.
 
     Args:
         target: m x n, float64.
@@ -113,7 +113,7 @@ class WholeMatrix(Observed):
 
     @property
     def count(self) -> int:
-        """How many entries are observed."""
+        """Number of observed entries."""
         return self._count
 
     @property
@@ -123,7 +123,7 @@ class WholeMatrix(Observed):
 
     @property
     def device(self) -> torch.device:
-        """Where the numbers are."""
+        """Device of the tensors."""
         return self.target.device
 
     def pull(self, left: Tensor, first: Tensor, *, need_first: bool = True) -> Pull:
@@ -148,16 +148,16 @@ class EntryList(Observed):
     """Observed entries as lists of rows, columns and values; the residual is never dense.
 
     Args:
-        rows: Whole numbers from 0, one for each entry.
-        columns: As many.
-        values: As many, finite.
+        rows: Row index of each entry, from 0.
+        columns: Column index of each entry, from 0.
+        values: Value of each entry, finite.
         shape: (m, n).
 
     Attributes:
-        rows: Sorted by row, then column.
-        columns: In the same order.
-        values: In the same order, float64.
-        order: The permutation from the caller's order to this one.
+        rows: Row indices, sorted by row, then by column.
+        columns: Column indices in the same order.
+        values: Values in the same order, float64.
+        order: The permutation from the caller's order to the sorted one.
 
     Raises:
         DataError: The lists are empty or of different lengths, an index is out of range, a value is not finite, or an entry is
@@ -190,7 +190,7 @@ class EntryList(Observed):
 
     @property
     def count(self) -> int:
-        """How many entries are observed."""
+        """Number of observed entries."""
         return self.values.numel()
 
     @property
@@ -200,7 +200,7 @@ class EntryList(Observed):
 
     @property
     def device(self) -> torch.device:
-        """Where the numbers are."""
+        """Device of the tensors."""
         return self.values.device
 
     def at(self, left: Tensor, right: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ class EntryList(Observed):
         return entries_of(left, right, self.rows, self.columns)
 
     def pull(self, left: Tensor, first: Tensor, *, need_first: bool = True) -> Pull:
-        """Costs O(entries x w); see :meth:`Observed.pull`."""
+        """Evaluates the residual at the observed entries only, in O(entries x w); see :meth:`Observed.pull`."""
         right = first.T
         residual = self.at(left, right) - self.values
         squared = float(torch.dot(residual, residual))
@@ -221,7 +221,7 @@ class EntryList(Observed):
         return self._by_row @ block
 
     def transpose_spread(self, entries: Tensor, block: Tensor) -> Tensor:
-        """Multiplies the transpose of that matrix by an m x k block."""
+        """Multiplies the transpose of the sparse matrix with these entries by an m x k block."""
         self._by_column.values().copy_(entries[self._column_order])
         return self._by_column @ block
 
@@ -234,11 +234,11 @@ class EntryList(Observed):
         return self.transpose_spread(self.values, block)
 
     def with_values(self, values: Tensor) -> EntryList:
-        """The same places with other values, given in the list's order."""
+        """Returns a list of the same positions with other values, given in the list's order."""
         return EntryList(self.rows, self.columns, values, self._shape)
 
     def to(self, device: torch.device | str) -> EntryList:
-        """The same entries on another device."""
+        """Returns the same entries on another device."""
         return EntryList(self.rows.to(device), self.columns.to(device), self.values.to(device), self._shape)
 
 
@@ -252,7 +252,7 @@ def entries_of(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> Te
         columns: e indices below n.
 
     Returns:
-        e numbers.
+        The e entries.
     """
     width = left.shape[1]
     step = max(1, GATHERED_NUMBERS // width)

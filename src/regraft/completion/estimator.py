@@ -28,10 +28,10 @@ from regraft.numerics.checks import checked_number, checked_rank
 LOG = logging.getLogger(__name__)
 
 DENSE_LIMIT = 2**28
-"""Numbers in a completed matrix that ``fit_transform`` returns (2 GiB); larger ones are asked for by ``predict``."""
+"""Largest matrix, in entries, that ``fit_transform`` returns (2 GiB in float64). Use ``predict`` for larger ones."""
 
 FALLBACK_SHRINKAGE = 3.0
-"""Of the biases by which rows and columns without entries are predicted when the completion itself has none."""
+"""Shrinkage of the biases that predict empty rows and columns when the completion itself has no biases."""
 
 Auto = Literal["auto"]
 
@@ -39,40 +39,41 @@ Auto = Literal["auto"]
 class CompressedMatrixCompletion(BaseEstimator):
     """Completes a low-rank matrix from some of its entries by the compressed deep factorization (arXiv 2406.04112, section 3).
 
-    Exact entries (a matrix that is of low rank) are completed by the compressed dynamics themselves, to the tolerance. Ratings are
-    noisy: their mean and biases are removed first and the spectrum of the rest is shrunk (:mod:`regraft.completion.spectral`). With
-    ``"auto"`` a held-out slice of the given entries decides; everything is then fitted to all of them.
+    Exact entries (of a matrix of low rank) are completed by the compressed dynamics, up to the tolerance. Ratings are noisy: their mean
+    and biases are removed first, and the spectrum of the residuals is shrunk (:mod:`regraft.completion.spectral`). With ``"auto"`` the
+    error on a held-out slice of the given entries decides. The final fit uses all given entries.
 
     Args:
         rank: r, at most half the smaller side; ``"auto"``: the smallest rank whose held-out error is within one standard error of
-            the least. The factorization is 2r wide, the completed matrix (less its offsets) has rank r.
+            the least. The factorization is 2r wide; the completed matrix, without its mean and biases, has rank r.
         depth: Number of inner factors L, at least 2.
         biases: Whether mean, row and column biases are removed first; ``"auto"`` tries both.
         threshold: How strongly the spectrum is shrunk, as a share of the top singular value of the observed residuals: 0 for exact
             data, about 0.45 for ratings, ``"auto"`` to search.
         gamma: Rate of the outer factors in the exact dynamics, relative to the inner ones.
-        init_scale: Scale of the start of the exact dynamics, against a top singular value of 300; None: by the depth
+        init_scale: Scale of the start of the exact dynamics, for a top singular value of 300; None chooses it by the depth
             (:class:`~regraft.completion.exact.ExactSettings`).
-        optimizer: Of the exact dynamics: ``"gd"``, ``"momentum"`` or ``"adam"``.
-        max_iter: Of the exact dynamics.
-        tol: Relative squared error on the given entries at which the exact dynamics end.
+        optimizer: Optimizer of the exact dynamics: ``"gd"``, ``"momentum"`` or ``"adam"``.
+        max_iter: Largest number of steps of the exact dynamics.
+        tol: Relative squared error on the given entries at which the exact dynamics stop.
         validation_fraction: Share of the entries held out while choosing.
-        random_state: Seed, or a generator of NumPy's.
+        random_state: A seed, or a NumPy generator.
         device: Where to compute, such as ``"cuda"``.
-        progress: Called with what is being done and the share of it that is done.
+        progress: Called with the name of the current step and the share of it that is done.
 
     Attributes:
         rank_: The rank.
-        choice_: Everything that was chosen (:class:`~regraft.completion.tuning.Choice`).
+        choice_: The chosen rank, biases, threshold and scales (:class:`~regraft.completion.tuning.Choice`).
         left_: m x r; zero in rows without entries.
         right_: n x r; zero in columns without entries.
         offsets_: Mean and biases.
         shape_: (m, n).
         empty_rows_: Rows without entries, predicted by the column's bias alone.
         empty_columns_: Columns without entries, predicted by the row's bias alone.
-        validation_rmse_: Held-out error of what was chosen; NaN when nothing had to be.
+        validation_rmse_: Held-out error of the chosen completion; NaN when there was nothing to choose.
         n_iter_: Steps of the exact dynamics; 0 where the spectrum was shrunk.
-        converged_: False where ``threshold=0`` and ``max_iter`` came before ``tol``: scikit-learn's ``ConvergenceWarning`` says so.
+        converged_: False when ``threshold=0`` and ``max_iter`` was reached before ``tol``; scikit-learn's ``ConvergenceWarning`` is
+            then issued as well.
 
     Example:
         >>> import numpy as np
@@ -121,14 +122,14 @@ class CompressedMatrixCompletion(BaseEstimator):
         """Completes the matrix.
 
         Args:
-            rows: Row of each known entry, whole numbers from 0; or, alone, the whole matrix: two-dimensional with NaN where nothing is
-                known, or a SciPy sparse matrix whose stored entries are known.
+            rows: Row index of each known entry, from 0. Or the matrix itself, as the only argument: a two-dimensional array with NaN
+                for unknown entries, or a SciPy sparse matrix whose stored entries are the known ones.
             columns: Column of each entry.
             values: Value of each entry.
-            shape: (m, n); default: as large as the indices need.
+            shape: (m, n); None for the smallest shape that holds the indices.
 
         Raises:
-            InputError: A setting or an entry cannot be used; the message says which and why.
+            InputError: A setting or an entry cannot be used; the message names it and the reason.
             TrainingError: The descent diverged.
         """
         exact = self._checked_settings()
@@ -138,7 +139,7 @@ class CompressedMatrixCompletion(BaseEstimator):
         return self._keep(completion, compact, whole)
 
     def refit(self, rows: Any, columns: Any = None, values: Any = None, shape: tuple[int, int] | None = None) -> CompressedMatrixCompletion:
-        """Completes another matrix, or the same from more entries, by what :meth:`fit` has chosen: nothing is searched again.
+        """Completes another matrix, or the same one from more entries, with the choices of :meth:`fit`. Nothing is searched again.
 
         Args:
             rows: As in :meth:`fit`.
@@ -161,8 +162,8 @@ class CompressedMatrixCompletion(BaseEstimator):
         """Returns the completed entries for pairs of indices.
 
         Args:
-            rows: Whole numbers from 0 to m - 1.
-            columns: As many, from 0 to n - 1.
+            rows: Row indices, from 0 to m - 1.
+            columns: Column indices, as many, from 0 to n - 1.
 
         Raises:
             NotFittedError: ``fit`` has not been called.
@@ -180,7 +181,7 @@ class CompressedMatrixCompletion(BaseEstimator):
         return torch.where(unknown, self._fallback.at(i, j), fitted).numpy()
 
     def fit_transform(self, rows: Any, columns: Any = None, values: Any = None, shape: tuple[int, int] | None = None) -> Numbers:
-        """Completes the matrix and returns it whole (m x n), as scikit-learn's imputers do: known entries as they were given.
+        """Completes the matrix and returns all m x n entries, as scikit-learn's imputers do. Known entries keep their given values.
 
         Args:
             rows: As in :meth:`fit`.
@@ -189,7 +190,7 @@ class CompressedMatrixCompletion(BaseEstimator):
             shape: As in :meth:`fit`.
 
         Raises:
-            InputError: As in :meth:`fit`, or the whole matrix is too large to be returned.
+            InputError: As in :meth:`fit`, or the m x n matrix exceeds :data:`DENSE_LIMIT`.
         """
         indices, numbers, whole = as_entries(rows, columns, values, shape)
         if whole[0] * whole[1] > DENSE_LIMIT:
@@ -203,11 +204,11 @@ class CompressedMatrixCompletion(BaseEstimator):
         return completed
 
     def score(self, rows: Any, columns: Any, values: Any) -> float:
-        """Returns the coefficient of determination R^2 of predictions, as scikit-learn's regressors do.
+        """Returns the coefficient of determination R^2 of the predictions, as scikit-learn's regressors do.
 
         Raises:
             NotFittedError: ``fit`` has not been called.
-            DataError: As :meth:`predict`, or the values are not as many, or fewer than two.
+            DataError: As in :meth:`predict`; or the numbers of pairs and values differ, or are below two.
         """
         predicted, truth = self.predict(rows, columns), as_values(values)
         if predicted.shape != truth.shape or truth.size < 2:
@@ -233,7 +234,7 @@ class CompressedMatrixCompletion(BaseEstimator):
         )
 
     def _complete(self, entries: EntryList, exact: ExactSettings, seed: int) -> tuple[Completion, float]:
-        """Chooses what is left open, then fits to everything."""
+        """Chooses the settings that are ``"auto"``, then fits to all entries."""
         if self.rank != "auto":
             checked_rank(self.rank, entries.shape[0], entries.shape[1])
         if self.rank != "auto" and self.threshold == 0 and self.biases is False:
@@ -249,13 +250,13 @@ class CompressedMatrixCompletion(BaseEstimator):
         return complete_as(choice, entries, exact, seed, self.progress), error
 
     def _read(self, rows: Any, columns: Any, values: Any, shape: tuple[int, int] | None) -> tuple[Compact, tuple[int, int]]:
-        """Returns the entries on the device, without empty rows and columns, and the whole shape."""
+        """Returns the entries on the device, without empty rows and columns, and the shape with them."""
         indices, numbers, whole = as_entries(rows, columns, values, shape)
         i, j = (torch.from_numpy(part) for part in indices)
         return compacted(EntryList(i, j, torch.from_numpy(numbers), whole).to(as_device(self.device))), whole
 
     def _keep(self, completion: Completion, compact: Compact, whole: tuple[int, int]) -> CompressedMatrixCompletion:
-        """Stores the fit in the caller's indices, on the CPU, and reports what it knows nothing of."""
+        """Stores the fit in the caller's indices, on the CPU, and warns about empty rows and columns."""
         self.shape_, self.choice_, self.rank_ = whole, completion.choice, completion.choice.rank
         self.n_iter_ = completion.iterations
         self.converged_ = self.threshold != 0 or completion.choice.iterations is not None or completion.loss <= self.tol

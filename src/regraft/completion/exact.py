@@ -1,4 +1,4 @@
-"""Completing a matrix whose entries are exact: the compressed dynamics with every number chosen.
+"""Completion of a matrix from exact entries, by the compressed dynamics with scale, step size and start chosen automatically.
 
 References:
     [YAR24] Yaras, Wang, Balzano, Qu, arXiv 2406.04112, section 3 (deep matrix completion).
@@ -30,24 +30,24 @@ HALVINGS = 8
 :func:`automatic_step` assumes."""
 
 Look = Callable[[int, Factors], bool]
-"""Called with the iteration and the factors so far; returning True stops."""
+"""Called with the iteration and the present factors; returning True stops the descent."""
 
 
 @dataclass(frozen=True)
 class ExactSettings:
-    """How to complete.
+    """Settings of an exact completion.
 
     Attributes:
         depth: L, at least 2.
-        init_scale: Epsilon, against a top singular value of 300; None: 1e-3 for depth 2, 0.01 for depth 3, and for deeper ones the
-            scale at which the first component takes as long to grow as there, 0.01^(1 / (L - 2)). On an 80 x 80 matrix of rank 3,
-            30 % seen, depth 3: 8,958 iterations at 1e-3, 1,176 at 0.01, to the same error; at 0.1, and at depth 2 from 0.01 up,
-            components beyond the rank of the matrix start so large that they linger.
+        init_scale: Epsilon, for a top singular value of 300. None chooses 1e-3 for depth 2, 0.01 for depth 3, and for deeper chains
+            0.01^(1 / (L - 2)), the scale at which the first component grows as slowly as at depth 3. On an 80 x 80 matrix of rank 3,
+            30 % observed, depth 3, the same error takes 8,958 iterations at 1e-3 and 1,176 at 0.01. At 0.1, and at depth 2 from 0.01
+            up, components beyond the rank of the matrix start too large and do not die out.
         gamma: Rate of the outer factors.
-        optimizer: Momentum needs a tenth of the iterations of plain descent, at the same step.
-        tolerance: Of the relative squared error on the observed entries.
-        max_iterations: Steps at most.
-        watch_every: Iterations between two looks.
+        optimizer: Optimizer; momentum needs a tenth of the iterations of plain descent, at the same step size.
+        tolerance: Relative squared error on the observed entries at which the descent stops.
+        max_iterations: Largest number of steps.
+        watch_every: Iterations between two calls of ``look``.
     """
 
     depth: int = 3
@@ -67,7 +67,7 @@ class ExactSettings:
 
     @property
     def scale(self) -> float:
-        """Epsilon."""
+        """Scale of the start, epsilon, with None resolved."""
         if self.init_scale is not None:
             return self.init_scale
         return 1e-3 if self.depth == 2 else 0.01 ** (1 / (self.depth - 2))
@@ -75,13 +75,13 @@ class ExactSettings:
 
 @dataclass(frozen=True)
 class ExactOutcome:
-    """A completed matrix and how it came about.
+    """A completed matrix and the course of its descent.
 
     Attributes:
         factors: The ``rank`` leading components.
-        iterations: Steps made.
-        loss: Relative squared error on the observed entries, before leading components were taken.
-        step_size: The one that did not diverge, for scaled values.
+        iterations: Number of steps made.
+        loss: Relative squared error on the observed entries, before the factors were cut to the leading components.
+        step_size: The step size that did not diverge, for scaled values.
     """
 
     factors: Factors
@@ -96,11 +96,11 @@ def complete_exactly(
     """Completes a matrix by the compressed dynamics, without shrinkage.
 
     Args:
-        entries: What is known.
-        rank: r; the factorization is 2r wide, of the result the r leading components are kept.
-        settings: Depth, rates, when to stop.
-        generator: On the CPU.
-        look: Looks on every ``settings.watch_every`` iterations, and may stop the descent.
+        entries: The known entries.
+        rank: r. The factorization is 2r wide; the result keeps its r leading components.
+        settings: Depth, rates and stopping rule.
+        generator: A generator on the CPU.
+        look: Called every ``settings.watch_every`` iterations; it may stop the descent.
 
     Raises:
         InputError: The rank does not fit.

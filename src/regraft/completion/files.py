@@ -1,4 +1,4 @@
-"""The tables that completing ratings leaves behind."""
+"""CSV tables that a completion of ratings writes: predictions, requested pairs, recommendations."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from regraft.completion.inputs import Numbers
 from regraft.completion.ratings import Pairs, Ratings
 
 Predict = Callable[[Any, Any], Numbers]
-"""Rows and columns to values."""
+"""A function from row and column indices to predicted values."""
 
 SCORED_AT_ONCE = 2**21
-"""Users times items whose scores are held at one time while recommending: some 16 MiB for each array of them."""
+"""Number of scores (users times items) held in memory at one time while recommending: about 16 MiB an array."""
 
 
 def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a CSV file with a line of names."""
+    """Writes a CSV file with a header line."""
     with path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(header)
@@ -30,7 +30,7 @@ def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
 
 
 def write_predictions(path: Path, held: Ratings, predicted: Tensor) -> None:
-    """Writes held-out ratings with what was predicted for them, before anything was fitted to them."""
+    """Writes held-out ratings with their predictions, which come from a fit that did not see them."""
     users, items = held.user_ids[held.rows].tolist(), held.item_ids[held.columns].tolist()
     fitted = (f"{value:.4f}" for value in predicted.tolist())
     given = (f"{value:g}" for value in held.values.tolist())
@@ -38,14 +38,14 @@ def write_predictions(path: Path, held: Ratings, predicted: Tensor) -> None:
 
 
 def write_pairs(path: Path, pairs: Pairs, predicted: Tensor) -> None:
-    """Writes asked-for pairs, in their order, with what was predicted for them."""
+    """Writes the requested pairs, in their order, with their predictions."""
     shown = (f"{value:.4f}" for value in predicted.tolist())
     rows = zip(pairs.users.tolist(), pairs.items.tolist(), shown, strict=True)
     write_rows(path, ("userId", "itemId", "prediction"), rows)
 
 
 def recommendations(predict: Predict, table: Ratings, count: int) -> Iterator[tuple[int, int, str]]:
-    """Yields (user, item, prediction): for every user who rated, the best of the rated items that they did not rate, best first."""
+    """Yields (user, item, prediction): for every user with a rating, the ``count`` best items not rated by that user, best first."""
     limits = float(table.values.min()), float(table.values.max())
     users, items = table.rows.unique(), table.columns.unique()
     order = torch.argsort(table.rows)

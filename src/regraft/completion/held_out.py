@@ -1,4 +1,4 @@
-"""A slice of the known entries that fits under comparison do not see, and a search along its error."""
+"""A held-out slice of the known entries, and a search along its error."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Slices:
     """Known entries in two parts.
 
     Attributes:
-        fitted: What the compared fits see.
-        held: Rows, columns and values that they do not.
+        fitted: The entries to fit.
+        held: Rows, columns and values of the held-out entries.
     """
 
     fitted: EntryList
@@ -44,8 +44,8 @@ def hold_out(entries: EntryList, fraction: float, generator: torch.Generator) ->
 
     Args:
         entries: At least two.
-        fraction: Of the entries to hold out, in (0, 1); at least one entry goes to each side.
-        generator: On the CPU.
+        fraction: Share of the entries to hold out, in (0, 1); at least one entry goes to each side.
+        generator: A generator on the CPU.
 
     Raises:
         InputError: The fraction is out of range.
@@ -64,7 +64,7 @@ def hold_out(entries: EntryList, fraction: float, generator: torch.Generator) ->
 
 
 def least(candidates: Iterable[float], error: Callable[[float], float], rises: int = RISES) -> tuple[float, float]:
-    """Walks along candidates until the error has not fallen ``rises`` times in a row; returns the best and its error."""
+    """Tries candidates in order until the error has not fallen ``rises`` times in a row; returns the best one and its error."""
     best, lowest, worse = math.nan, math.inf, 0
     for candidate in candidates:
         found = error(candidate)

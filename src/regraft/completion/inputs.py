@@ -1,4 +1,4 @@
-"""Reading what users give an estimator: lists, arrays, tensors, matrices with NaN, sparse matrices."""
+"""Conversion of an estimator's inputs: lists, arrays, tensors, matrices with NaN, sparse matrices, seeds and devices."""
 
 # scikit-learn and NumPy's bridge to torch carry no types: what they leave unknown is not ours to mend.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -19,7 +19,7 @@ from regraft.errors import DataError, InputError
 Numbers = npt.NDArray[np.float64]
 
 LARGEST, SMALLEST = 1e140, 1e-140
-"""Of the largest value's size: sums of squares of larger ones overflow, of smaller ones they vanish."""
+"""Limits for the magnitude of the largest value: sums of squares overflow above the one and vanish below the other."""
 
 
 def as_entries(
@@ -44,7 +44,7 @@ def as_entries(
 
 
 def _check_size(values: Numbers) -> None:
-    """Refuses values whose squares float64 does not hold; those that are not finite are told of elsewhere, with their place."""
+    """Refuses values whose squares float64 cannot hold. ``EntryList`` refuses values that are not finite, with their position."""
     largest = float(np.abs(values).max())
     if np.isfinite(largest) and largest != 0 and not SMALLEST <= largest <= LARGEST:
         raise DataError(
@@ -107,7 +107,7 @@ def check_range(indices: npt.NDArray[np.int64], name: str, size: int) -> None:
 
 
 def as_seed(random_state: Any) -> int:
-    """Returns a seed from what scikit-learn calls a random state, or from a generator of NumPy's, which is drawn from."""
+    """Returns a seed: from a scikit-learn random state, or drawn from a NumPy generator."""
     if isinstance(random_state, np.random.Generator):
         return int(random_state.integers(2**31 - 1))
     try:
@@ -117,7 +117,7 @@ def as_seed(random_state: Any) -> int:
 
 
 def as_device(name: str) -> torch.device:
-    """Returns a device that is there."""
+    """Returns the torch device of that name, or refuses one that this machine does not have."""
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -1,8 +1,8 @@
-"""Ratings: read from a MovieLens-style file, checked line by line, and divided into what is known and what is held out.
+"""Ratings: read from a MovieLens-style file, checked line by line, and split into known and held-out ones.
 
-A file has one rating on each line: user, item, rating, and whatever else follows (a timestamp), divided by ``::``, tabs, semicolons,
-bars, commas or blanks, whichever of these the first line has. A first line of names may say which column is which; without one they are
-in that order. All text is UTF-8.
+A file has one rating on each line: user, item, rating, and perhaps further fields such as a timestamp, which are ignored. The separator
+is ``::``, a tab, a semicolon, a bar, a comma or blanks: the first of these that the first line contains. A header line may name the
+columns; without one they are in the order above. The text is UTF-8.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ NAMES = {
 }
 LARGEST_ID = 2**63 - 1
 LARGEST_EXACT = 2**53
-"""Whole numbers up to here are themselves when written as floats, as tables with gaps are: 7.0."""
+"""Largest whole number that a float holds exactly. Programs that allow gaps in a table write ids as floats, such as 7.0."""
 
 
 @dataclass(frozen=True)
 class Ratings:
-    """Who rated what how.
+    """Ratings of items by users, with users and items renumbered from 0.
 
     Attributes:
         source: The file.
         user_ids: m different ids, ascending (int64).
         item_ids: n different ids, ascending (int64).
-        rows: For each rating the place of its user in ``user_ids``.
-        columns: For each rating the place of its item in ``item_ids``.
+        rows: For each rating the index of its user in ``user_ids``.
+        columns: For each rating the index of its item in ``item_ids``.
         values: The ratings, float64.
     """
 
@@ -62,16 +62,16 @@ class Ratings:
         return self.values.numel()
 
     def at(self, places: Tensor) -> Ratings:
-        """Returns some of the ratings, of the same users and items."""
+        """Returns the ratings at these indices, in a table of the same users and items."""
         parts = (self.rows[places], self.columns[places], self.values[places])
         return Ratings(self.source, self.user_ids, self.item_ids, *parts)
 
     def widened(self, users: Tensor, items: Tensor) -> Ratings:
-        """Returns the same ratings in a table that has room for other users and items too.
+        """Returns the same ratings in a table with additional users and items.
 
         Args:
-            users: Ids, with or without those that are there.
-            items: Ids, likewise.
+            users: User ids to add; ids that the table has already change nothing.
+            items: Item ids to add, likewise.
         """
         user_ids, item_ids = torch.cat([self.user_ids, users]).unique(), torch.cat([self.item_ids, items]).unique()
         rows = torch.searchsorted(user_ids, self.user_ids)[self.rows]
@@ -80,7 +80,7 @@ class Ratings:
 
 
 class Pairs(NamedTuple):
-    """Users and items to predict a rating for, as they were named."""
+    """Pairs of user id and item id whose rating is to be predicted."""
 
     users: Tensor
     items: Tensor
@@ -97,8 +97,8 @@ def read_ratings(path: Path | str, duplicates: Duplicates = "refuse") -> Ratings
         At least one rating, in the order of the file.
 
     Raises:
-        DataError: The file is missing, empty, not text or not numbers, an id is out of range, or an item was rated twice; the
-            message names the line.
+        DataError: The file is missing, empty or not text, a field is not a number, an id is out of range, or an item was rated twice
+            by one user; the message names the line.
     """
     path = Path(path)
     users, items, values, lines = array("q"), array("q"), array("d"), array("q")
@@ -116,10 +116,10 @@ def read_ratings(path: Path | str, duplicates: Duplicates = "refuse") -> Ratings
 
 
 def read_pairs(path: Path | str) -> Pairs:
-    """Reads users and items whose ratings are wanted: a file like that of ratings, whose third column may be absent.
+    """Reads pairs of user and item from a file like that of :func:`read_ratings`, with or without a column of ratings.
 
     Raises:
-        DataError: As :func:`read_ratings`.
+        DataError: As in :func:`read_ratings`.
     """
     path = Path(path)
     users, items = array("q"), array("q")
@@ -132,12 +132,12 @@ def read_pairs(path: Path | str) -> Pairs:
 
 
 def split_ratings(ratings: Ratings, held_out: float, seed: int) -> tuple[Ratings, Ratings]:
-    """Divides ratings at random into known and held-out ones; both keep all users and items.
+    """Splits ratings at random into known and held-out ones. Both parts keep the numbering of all users and items.
 
     Args:
         ratings: At least two.
         held_out: Share to hold out, in (0, 1); rounded, and at least one rating goes to each side.
-        seed: Of the draw.
+        seed: Seed of the draw.
 
     Raises:
         InputError: The share is out of range.
@@ -230,10 +230,10 @@ def _identity(path: Path, line: int, name: str, text: str) -> int:
 
 
 def _whole(text: str) -> int:
-    """Returns a whole number that is written with a point.
+    """Returns a whole number that is written with a decimal point.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is not a whole number.
     """
     number = float(text)
     if not number.is_integer() or abs(number) > LARGEST_EXACT:
@@ -256,7 +256,7 @@ def _tensor(numbers: array[int]) -> Tensor:
 
 
 def _without_duplicates(ratings: Ratings, lines: array[int], duplicates: Duplicates) -> Ratings:
-    """Refuses, averages or drops repeated ratings; the order of first mention stays."""
+    """Refuses, averages or drops repeated ratings. Pairs keep the order of their first line."""
     key = ratings.rows * ratings.shape[1] + ratings.columns
     different, group = torch.unique(key, return_inverse=True)
     if different.numel() == key.numel():

@@ -1,20 +1,20 @@
-"""Completing noisy matrices: the compressed factorization with its end-to-end singular values shrunk.
+"""Completion of noisy matrices: the compressed factorization with its end-to-end singular values shrunk.
 
-Gradient descent on exact data needs no regulariser. Ratings are mostly noise, and there the plain weight decay lambda ||W_l||^2 of L
-factors penalises singular values by their power 2/L: for L = 3 it leaves large ones nearly untouched and removes small ones
-altogether, which ratings punish (MovieLens small: test RMSE 0.853 at its best decay, against 0.848 with the penalty below). We
-therefore minimise, over the same factors,
+Gradient descent on exact data needs no regulariser. Ratings are mostly noise. There the usual weight decay lambda ||W_l||^2 of L
+factors penalises singular values by their power 2/L: for L = 3 it hardly changes large ones and removes small ones completely. That
+costs accuracy (MovieLens small: test RMSE 0.853 at the best decay, 0.848 with the penalty below). We therefore minimise, over the
+same factors,
 
     sum_observed (a_i b_j f_ij - y_ij)^2 / 2 + lambda ||f||_*,    f = U W_L ... W_1 V^T,
 
-with U and V kept orthonormal, so that the spectrum of f is that of the small core, and with the gradient of the (smoothed) nuclear
-norm taken at the core: a soft threshold on the spectrum of f for every depth. Two departures from the exact dynamics, both needed by
-the penalty: U and V are brought back to orthonormal frames after each step, what they lose going into the neighbouring factor (f
-does not change), and the scale of the start is not tiny, since components below lambda would never grow.
+with U and V orthonormal, so that f has the spectrum of the small core. The gradient of the (smoothed) nuclear norm is taken at the
+core: a soft threshold on the spectrum of f for every depth. The penalty needs two departures from the exact dynamics. U and V are
+orthonormalised after each step, and the triangular factor goes into the neighbouring factor, so that f does not change. The scale of
+the start is not tiny, because components below lambda would never grow.
 
 The scales a_i = n_i^-alpha / c and b_j = n_j^-beta / c (n_i entries in row i, c so that their products have mean square one over
-the entries) weigh the penalty as [SAL10] weigh the trace norm: rows with many entries, whose factors the plain norm lets grow at
-little cost, pay more.
+the entries) weight the penalty as [SAL10] weight the trace norm: rows with many entries pay more, because the plain norm would let
+their factors grow at little cost.
 
 References:
     [YAR24] Yaras, Wang, Balzano, Qu, arXiv 2406.04112, section 3 (the compressed factorization).
@@ -41,13 +41,13 @@ START = 0.3
 """Inner factors start at this times the L-th root of the top singular value."""
 
 SAFETY = 0.5
-"""Step times the largest curvature at the present spectrum; with momentum 0.9, about 4 would be the limit."""
+"""Product of step size and largest curvature at the present spectrum; the limit of stability at momentum 0.9 is about 4."""
 
 OUTER = 0.5
-"""Rate of the frames relative to the one at which they would move as fast as the core."""
+"""Rate of the frames, relative to the rate at which they would move as fast as the core."""
 
 SMOOTHING = 0.01
-"""Singular values below this times the top one feel less than the full threshold."""
+"""Singular values below this share of the top one are shrunk by less than the full threshold."""
 
 MOMENTUM = 0.9
 
@@ -56,7 +56,7 @@ CHECK_EVERY = 10
 
 @dataclass(frozen=True)
 class Scales:
-    """How strongly rows and columns pay for their factors: exponents of their numbers of entries."""
+    """Exponents alpha and beta of the numbers of entries of a row and of a column, which weight the penalty."""
 
     rows: float = 0.0
     columns: float = 0.0
@@ -72,17 +72,17 @@ class Factors(NamedTuple):
 
 
 class SpectralProblem:
-    """Residuals of ratings, ready to be fitted at one threshold or many; fits do not depend on one another.
+    """Residuals of ratings, ready to be fitted at any number of thresholds. The fits are independent of one another.
 
     Args:
         entries: Residuals (ratings without mean and biases).
-        rank: r; the factorization is 2r wide and its r leading components are the result.
+        rank: r. The factorization is 2r wide; the result keeps its r leading components.
         depth: L, at least 2.
         scales: Exponents of the row and column scales.
-        generator: On the CPU.
+        generator: A generator on the CPU.
 
     Attributes:
-        top_value: Largest singular value of the scaled observed matrix: at a threshold of this size and above, nothing is learned.
+        top_value: Largest singular value of the scaled observed matrix. A threshold of this size or above gives a zero matrix.
 
     Raises:
         InputError: The rank or the depth is out of range.
@@ -102,9 +102,9 @@ class SpectralProblem:
         """Minimises at the threshold lambda = share * top_value.
 
         Args:
-            share: Of the top value; 1 and above leave nothing.
-            max_iterations: Steps at most.
-            tolerance: Stop when ten steps lower the objective by less than this share of it.
+            share: The threshold as a share of the top value; 1 and above give a zero matrix.
+            max_iterations: Largest number of steps.
+            tolerance: The fit stops when ten steps lower the objective by less than this share of it.
 
         Raises:
             InputError: The share is negative.
@@ -130,7 +130,7 @@ class SpectralProblem:
         return Factors(left, self._columns * (state.right @ core_right_h[kept].T))
 
     def _advance(self, state: _State, threshold: float) -> float:
-        """Makes one step of heavy ball; returns the objective before it."""
+        """Makes one step of heavy ball; returns the objective before the step."""
         core = product(state.inner)
         core_left, values, core_right_h = linalg.svd(core)
         left, right = self._rows * (state.left @ core), self._columns * state.right
@@ -156,7 +156,7 @@ class _State:
         self._velocities = [torch.zeros_like(factor) for factor in (*self.inner, self.left, self.right)]
 
     def move(self, inner: list[Tensor], outer: list[Tensor], step: float, outer_step: float) -> None:
-        """Steps along the gradients; what the frames lose to orthonormality goes into the factor beside them."""
+        """Steps along the gradients, and moves the triangular factors of the orthonormalised frames into their neighbours."""
         for velocity, gradient in zip(self._velocities, [*inner, *outer], strict=True):
             velocity.mul_(MOMENTUM).add_(gradient)
         for factor, velocity in zip(self.inner, self._velocities, strict=False):
@@ -168,7 +168,7 @@ class _State:
 
 
 def _scales_of(entries: EntryList, scales: Scales) -> tuple[Tensor, Tensor]:
-    """Returns a (m x 1) and b (n x 1) with a_i^2 b_j^2 of mean one over the entries."""
+    """Returns a (m x 1) and b (n x 1), scaled so that a_i^2 b_j^2 has mean one over the entries."""
     rows = torch.bincount(entries.rows, minlength=entries.shape[0]).clamp(min=1).double() ** -scales.rows
     columns = torch.bincount(entries.columns, minlength=entries.shape[1]).clamp(min=1).double() ** -scales.columns
     mean_square = float((rows[entries.rows] * columns[entries.columns]).square().mean())
@@ -190,11 +190,11 @@ def _inner_gradients(factors: list[Tensor], d_core: Tensor) -> list[Tensor]:
 
 
 def _tangent(frame: Tensor, gradient: Tensor) -> Tensor:
-    """Removes what would only turn the frame within its range: the core learns that."""
+    """Removes the part of a gradient that would only rotate the frame within its range: the core learns that part."""
     return gradient - frame @ (frame.T @ gradient)
 
 
 def _orthonormal(near_frame: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a frame and an upper triangle whose product is the argument; by Cholesky, which suffices close to a frame."""
+    """Returns a frame and an upper triangle whose product is the argument. Cholesky is accurate enough for a matrix close to a frame."""
     triangle = linalg.cholesky(near_frame.T @ near_frame).T
     return linalg.solve_right(near_frame, triangle), triangle

@@ -1,8 +1,8 @@
-"""The invariant subspace of a deep factorization: three ways to build it, and what the theorem says about the rest.
+"""The invariant subspace of a deep factorization: three ways to build it, and the theorem's statement about the other directions.
 
 With W_l(0)^T W_l(0) = eps^2 I and a target of rank r, gradient descent keeps
-W_l(t) = U_l blkdiag(W~_l(t), rho_l(t) I_{d-2r}) V_l^T with V_{l+1} = U_l: all that is learned is learned in the 2r dimensions of
-V_{1,1}, the first 2r columns of V_1.
+W_l(t) = U_l blkdiag(W~_l(t), rho_l(t) I_{d-2r}) V_l^T with V_{l+1} = U_l: all learning happens in the 2r dimensions of V_{1,1}, the
+first 2r columns of V_1.
 
 References:
     [YAR24] Yaras, Wang, Balzano, Qu, arXiv 2406.04112, sections 2 and 3 and the proof of the theorem.
@@ -25,7 +25,7 @@ from regraft.numerics.svd import top_triplets
 
 
 class Blocks(NamedTuple):
-    """One factor seen in the theorem's bases, U_l^T W_l V_l."""
+    """Blocks of one factor in the theorem's bases, U_l^T W_l V_l."""
 
     inner: Tensor
     """2r x 2r, W~_l."""
@@ -40,12 +40,12 @@ class Blocks(NamedTuple):
 def null_space_basis(first: Tensor, gradient: Tensor, rank: int) -> Tensor:
     """Builds V_{1,1} by the recipe of [YAR24]: the complement of null(g) intersected with null(g^T W_1).
 
-    Both null spaces are those of the leading ``rank`` triplets, so that a gradient with a tail (missing entries) has them too.
+    Both null spaces are taken of the leading ``rank`` triplets, so that they exist also for a gradient of full rank (missing entries).
     Costs full decompositions of d x d matrices.
 
     Args:
         first: W_1(0), d x d, orthogonal times a scale.
-        gradient: g, of the loss with respect to W_1 at the start, d x d.
+        gradient: g, the gradient of the loss with respect to W_1 at the start, d x d.
         rank: r.
 
     Returns:
@@ -68,7 +68,7 @@ def first_gradient_basis(first: Tensor, gradient: Tensor, rank: int) -> Tensor:
 
     Args:
         first: W_1(0), d x d.
-        gradient: g, with respect to W_1, d x d.
+        gradient: g, the gradient of the loss with respect to W_1, d x d.
         rank: r.
 
     Returns:
@@ -88,7 +88,7 @@ def end_to_end_basis(factors: Sequence[Tensor], gradient: Tensor, rank: int) -> 
 
     Args:
         factors: W_1(0), ..., W_L(0), d x d each, orthogonal times a scale.
-        gradient: G, d x d.
+        gradient: G, the gradient of the loss with respect to the end-to-end matrix, d x d.
         rank: r.
 
     Returns:
@@ -110,7 +110,7 @@ def compress(chain: Chain, basis: Tensor, scale: float, gamma: float) -> Chain:
         chain: Square factors W_l(0), orthogonal times ``scale``.
         basis: V_{1,1}, d x 2r.
         scale: Epsilon.
-        gamma: Rate of the outer factors.
+        gamma: Rate of the outer factors, relative to the inner ones.
     """
     depth = len(chain.factors)
     left = product(chain.factors) @ basis / scale**depth
@@ -118,7 +118,7 @@ def compress(chain: Chain, basis: Tensor, scale: float, gamma: float) -> Chain:
 
 
 def bases(chain: Chain, basis: Tensor, scale: float) -> list[Tensor]:
-    """Returns V_1, U_1 = V_2, ..., U_L: L + 1 orthogonal d x d matrices that carry V_{1,1} through the start.
+    """Returns V_1, U_1 = V_2, ..., U_L: L + 1 orthogonal d x d matrices, the images of V_1 under the factors at the start.
 
     Args:
         chain: Square factors at the start.
@@ -132,11 +132,11 @@ def bases(chain: Chain, basis: Tensor, scale: float) -> list[Tensor]:
 
 
 def blocks(chain: Chain, carried: Sequence[Tensor], width: int) -> list[Blocks]:
-    """Splits every factor, at any time, in the bases of the start.
+    """Splits every factor, at any time t, into blocks in the bases of the start.
 
     Args:
         chain: Square factors at time t.
-        carried: From :func:`bases`.
+        carried: The result of :func:`bases`.
         width: 2r.
     """
     seen = [after.T @ factor @ before for factor, before, after in zip(chain.factors, carried[:-1], carried[1:], strict=True)]
@@ -146,7 +146,7 @@ def blocks(chain: Chain, carried: Sequence[Tensor], width: int) -> list[Blocks]:
 def rho_path(scale: float, depth: int, step_size: float, weight_decay: float, steps: int, momentum: float = 0.0) -> list[float]:
     """Returns rho(0), ..., rho(steps), equal in all layers: rho <- rho (1 - eta lambda - eta prod_{k != l} rho_k^2).
 
-    With momentum the bracket's pull accumulates as in heavy ball: v <- momentum v + rho (lambda + rho^(2(depth - 1))).
+    With momentum the change of rho accumulates as in heavy ball: v <- momentum v + rho (lambda + rho^(2(depth - 1))).
     """
     rho, velocity = scale, 0.0
     path = [rho]
@@ -163,6 +163,6 @@ def compression_error(dimension: int, width: int, rho: Sequence[float]) -> float
     Args:
         dimension: d.
         width: 2r.
-        rho: One for each layer.
+        rho: The value of rho_l for each layer.
     """
     return math.sqrt(dimension - width) * abs(math.prod(rho))

@@ -1,7 +1,6 @@
-"""Choosing how to complete a matrix by the error on held-out entries: biases, threshold, scales, rank.
+"""Choice of a completion's biases, threshold, scales and rank by the error on held-out entries.
 
-All choices look at the same slice of the known entries, which the fits under comparison do not see; the chosen completion is then
-fitted to all of them.
+All choices use the same held-out slice of the known entries. The chosen completion is then fitted to all known entries.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from regraft.completion.spectral import Factors, Scales, SpectralProblem
 from regraft.numerics.checks import checked_rank
 
 SHRINKAGES = (0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
-"""Of biases, in entries."""
+"""Candidates for the shrinkage of the biases, in numbers of entries."""
 
 SHARES = (0.8, 0.65, 0.55, 0.45, 0.37, 0.3, 0.24, 0.18, 0.12, 0.06, 0.03)
 """Thresholds in units of the top singular value, from the strongest down."""
@@ -33,30 +32,30 @@ SCALES = (Scales(0.2, 0.0), Scales(0.0, 0.2), Scales(0.2, 0.2))
 RANKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50)
 
 PATIENCE = 3_000
-"""An exact completion is stopped when its held-out error has not fallen for this many iterations and as many again as it had
-fallen for. It learns one component after another with long pauses, and may rise before it falls: no rise is a sign to stop."""
+"""An exact completion stops at iteration 2 i + PATIENCE, where i is the iteration of the least held-out error so far. The dynamics
+learn one component after another with long pauses, and the error may rise before it falls: a rise alone is no reason to stop."""
 
 IMPROVED = 0.999
-"""A mean squared error below this times the least one counts as lower."""
+"""A mean squared error counts as lower when it is below this times the least one so far."""
 
 SAME = 1.01
 """Mean squared errors within this factor count as equal."""
 
 Progress = Callable[[str, float], None]
-"""Called with what is being done and the share of it that is done."""
+"""Called with the name of the current step and the share of it that is done."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a matrix is completed.
+    """Settings of one completion, with nothing left open.
 
     Attributes:
         rank: r.
         biases: Whether mean and biases are removed first.
-        shrinkage: Of the biases.
+        shrinkage: Shrinkage of the biases.
         threshold: Share of the top singular value; 0 for the exact dynamics.
-        scales: Of the threshold.
-        iterations: At most, of the exact dynamics; None for as many as the tolerance takes.
+        scales: Scales of the penalty by rows and columns.
+        iterations: Largest number of steps of the exact dynamics; None runs until the tolerance is reached.
     """
 
     rank: int
@@ -69,14 +68,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Completion:
-    """A completed matrix: offsets + ``factors.left @ factors.right.T``.
+    """A completed matrix: offsets plus ``factors.left @ factors.right.T``.
 
     Attributes:
-        choice: How it was made.
-        offsets: Mean and biases, all zero where they are not removed.
+        choice: The settings of the fit.
+        offsets: Mean and biases; all zero when they were not removed.
         factors: m x r and n x r.
-        iterations: Steps of the exact dynamics.
-        loss: What those left of the relative squared error on the entries.
+        iterations: Steps of the exact dynamics; 0 for a shrunk spectrum.
+        loss: Relative squared error on the entries after those steps.
     """
 
     choice: Choice
@@ -91,14 +90,14 @@ class Completion:
 
 
 def offsets_of(entries: EntryList, choice: Choice) -> Biases:
-    """Returns mean and biases of entries, or zeros where the choice leaves them in."""
+    """Returns mean and biases of the entries, or zeros when the choice does not remove them."""
     if choice.biases:
         return fit_biases(entries, choice.shrinkage)
     return replace(mean_only(entries), mean=0.0)
 
 
 def without(entries: EntryList, offsets: Biases) -> EntryList:
-    """Returns the entries less their offsets."""
+    """Returns the entries minus their offsets."""
     return entries.with_values(entries.values - offsets.at(entries.rows, entries.columns))
 
 
@@ -106,11 +105,11 @@ def complete_as(choice: Choice, entries: EntryList, exact: ExactSettings, seed: 
     """Fits one chosen completion to entries.
 
     Args:
-        choice: How.
-        entries: What is known.
-        exact: Settings of the exact dynamics; its depth holds for both.
-        seed: Of the frames.
-        progress: Told how far it is.
+        choice: Settings of the completion.
+        entries: The known entries.
+        exact: Settings of the exact dynamics; its depth is also used when the spectrum is shrunk.
+        seed: Seed of the random frames.
+        progress: Called with the name of the current step and the share of it that is done.
     """
     generator = torch.Generator().manual_seed(seed)
     offsets = offsets_of(entries, choice)
@@ -130,13 +129,13 @@ def complete_as(choice: Choice, entries: EntryList, exact: ExactSettings, seed: 
 
 
 class Search:
-    """Finds the best choice at one rank.
+    """A search for the best choice at one rank.
 
     Args:
-        slices: The entries and what is held out of them.
-        exact: Settings of the exact dynamics; its depth holds for both.
-        seed: Of everything random.
-        progress: Told how far the search is.
+        slices: The fitted and the held-out entries.
+        exact: Settings of the exact dynamics; its depth is also used when the spectrum is shrunk.
+        seed: Seed of every random draw.
+        progress: Called with the name of the current step and the share of it that is done.
     """
 
     def __init__(self, slices: Slices, exact: ExactSettings, seed: int, progress: Progress | None = None) -> None:
@@ -146,7 +145,7 @@ class Search:
 
     @property
     def variance(self) -> float:
-        """Of the values that the fits see."""
+        """Variance of the fitted values."""
         return float(self._slices.fitted.values.var(unbiased=False))
 
     def shrinkage(self) -> float:
@@ -161,8 +160,8 @@ class Search:
 
         Args:
             rank: r.
-            biases: Whether to remove them; ``auto`` tries both.
-            threshold: Share of the top value, 0 for the exact dynamics; ``auto`` searches.
+            biases: Whether to remove mean and biases; ``auto`` tries both.
+            threshold: Share of the top singular value, 0 for the exact dynamics; ``auto`` searches.
         """
         found: list[tuple[Choice, Tensor]] = []
         for removed in (True, False) if biases == "auto" else (bool(biases),):
@@ -174,7 +173,7 @@ class Search:
         return min(found, key=_mean_error)
 
     def _shrunk(self, base: Choice, threshold: float | Literal["auto"]) -> tuple[Choice, Tensor]:
-        """Searches the threshold, then the scales, then the thresholds beside it."""
+        """Searches the threshold, then the scales at that threshold, then the two neighbouring thresholds at the best scales."""
         offsets = offsets_of(self._slices.fitted, base)
         residuals = without(self._slices.fitted, offsets)
         tried: dict[tuple[Scales, float], Tensor] = {}
@@ -205,7 +204,7 @@ class Search:
         return replace(base, threshold=share, scales=scales), tried[scales, share]
 
     def _exactly(self, base: Choice) -> tuple[Choice, Tensor]:
-        """Runs the exact dynamics and remembers where the held-out error was least."""
+        """Runs the exact dynamics and returns the choice with the iteration of least held-out error."""
         offsets = offsets_of(self._slices.fitted, base)
         residuals = without(self._slices.fitted, offsets)
         best, lowest = (0, self._slices.squared_errors(offsets.at)), math.inf
@@ -220,7 +219,7 @@ class Search:
             return iteration > 2 * best[0] + PATIENCE
 
         done = complete_exactly(residuals, base.rank, self._exact, torch.Generator().manual_seed(self._seed), look)
-        # Nearly the best at the end: more entries need no early stop either, only the tolerance.
+        # An error that is nearly least at the end needs no early stop: the fit to all entries may run to the tolerance.
         at_end = float(self._slices.squared_errors(Completion(base, offsets, done.factors).at).mean())
         stopped = None if at_end <= SAME * lowest else max(1, best[0])
         return replace(base, iterations=stopped), best[1]
@@ -231,12 +230,12 @@ def choose_rank(
 ) -> tuple[Choice, Tensor]:
     """Finds the smallest rank whose held-out error is within one standard error of the least.
 
-    Ranks are tried from 1 upwards until two in a row are no better. Errors of two ranks are compared entry by entry, so that the
-    standard error is that of their difference; below a millionth of the variance of the values all are equal.
+    Ranks are tried from 1 upwards until two in a row are no better. The errors of two ranks are compared entry by entry, so that the
+    standard error is that of their difference. Differences below a millionth of the variance of the values count as zero.
 
     Args:
-        search: Over everything else.
-        shape: (m, n), of rows and columns with entries.
+        search: The search for the other choices at each rank.
+        shape: (m, n): number of rows and of columns with entries.
         biases: As in :meth:`Search.best`.
         threshold: As in :meth:`Search.best`.
     """
@@ -253,7 +252,7 @@ def choose_rank(
 
 
 def within_one_standard_error(found: Sequence[tuple[Choice, Tensor]], floor: float) -> tuple[Choice, Tensor]:
-    """Returns the first of the candidates whose mean error exceeds the least by at most one standard error, or ``floor``."""
+    """Returns the first candidate whose mean error exceeds the least one by at most one standard error or ``floor``."""
     least_errors = min(found, key=_mean_error)[1]
     for choice, errors in found:
         excess = errors - least_errors
@@ -273,4 +272,4 @@ def _beside(share: float) -> list[float]:
 
 
 def _say_nothing(label: str, share: float) -> None:
-    """Stands in for a progress that nobody watches."""
+    """Ignores the progress, for callers that gave no callback."""

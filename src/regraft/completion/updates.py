@@ -1,7 +1,7 @@
-"""One step of gradient descent, heavy ball or Adam on a list of tensors, each at a rate and with a decay of its own.
+"""Steps of gradient descent, heavy ball and Adam on a list of tensors, each with its own step size and decay.
 
-torch.optim has the same rules; its classes cost half a millisecond a step, more than the step of a small factorization itself, and
-seconds when first imported. The tests hold these to torch.optim's results.
+torch.optim has the same rules, but its classes cost half a millisecond a step, more than the step of a small factorization itself, and
+seconds when first imported. The tests compare these classes with torch.optim.
 
 References:
     [POL64] Polyak, "Some methods of speeding up the convergence of iteration methods", 1964.
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 ADAM_EPSILON = 1e-12
-"""torch's 1e-8 is of the size of the first gradients of a start at scale 1e-3 (scale^2 and below) and would damp them."""
+"""Added to Adam's denominator. torch's 1e-8 is as large as the first gradients of a start at scale 1e-3, and would damp them."""
 
 
 class Moved(NamedTuple):
-    """A tensor to move in place."""
+    """A tensor to update in place, with its step size and decay."""
 
     tensor: Tensor
     step_size: float
@@ -30,20 +30,20 @@ class Moved(NamedTuple):
 
 
 class Update(ABC):
-    """Moves tensors along their gradients, in place."""
+    """An update rule that moves tensors along their gradients, in place."""
 
     @abstractmethod
     def apply(self, gradients: Sequence[Tensor]) -> None:
-        """Makes one step; ``gradients`` are in the order of the tensors and may be overwritten."""
+        """Makes one step. The gradients are in the order of the tensors, and may be overwritten."""
 
 
 @final
 class HeavyBall(Update):
-    """v <- momentum v + gradient + decay W, W <- W - step v ([POL64]); plain descent at momentum 0.
+    """Heavy ball: v <- momentum v + gradient + decay W, W <- W - step v ([POL64]); gradient descent at momentum 0.
 
     Args:
-        moved: What to move.
-        momentum: In [0, 1).
+        moved: The tensors to update.
+        momentum: Momentum, in [0, 1).
     """
 
     def __init__(self, moved: Sequence[Moved], momentum: float = 0.0) -> None:
@@ -64,7 +64,7 @@ class Adam(Update):
     """Adam with the decay added to the gradient ([KIN15]), epsilon 1e-12.
 
     Args:
-        moved: What to move.
+        moved: The tensors to update.
         first: Decay of the first moment.
         second: Decay of the second moment.
     """

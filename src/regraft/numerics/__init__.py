@@ -1,5 +1,5 @@
-"""Mathematics on tensors: decompositions, frames, deep factorizations, matrix completion.
+"""Mathematics on tensors: decompositions, frames, chains of factors, moments, re-fits and removal orders.
 
-Nothing here knows a module, a model or a file. Everything is float64 unless told otherwise, draws from the generator it is
-given, and leaves the global one alone.
+Nothing here knows a module, a model or a file. Functions compute in float64 unless their documentation says otherwise, draw from the
+generator that they are given, and never use the global one.
 """

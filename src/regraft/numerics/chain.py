@@ -1,6 +1,6 @@
-"""A deep linear factorization as a chain of matrices, its four starts and its gradients.
+"""A deep linear factorization as a chain of matrices, its three starts and its gradients.
 
-The end-to-end matrix is f = F_K ... F_2 F_1, each factor trained at a rate of its own. Every model of the theory is such a chain:
+The end-to-end matrix is f = F_K ... F_2 F_1, and each factor has its own rate. Every model of the theory is such a chain:
 
 =============  ==========================================  ===================
 model          factors, first to last                      rates
@@ -36,8 +36,8 @@ class Chain:
 
     Attributes:
         factors: ``factors[k + 1] @ factors[k]`` is defined for every k.
-        rates: Of each factor, relative to the step size; 0 freezes it.
-        frames: Whether the first and the last factor are orthonormal outer factors, which carry no scale and no decay.
+        rates: Rate of each factor, relative to the step size; 0 freezes it.
+        frames: Whether the first and the last factor are orthonormal outer factors, which have no scale and no decay.
     """
 
     factors: tuple[Tensor, ...]
@@ -51,30 +51,30 @@ class Chain:
 
     @property
     def inner(self) -> tuple[Tensor, ...]:
-        """The factors that carry the scale: all, or all but the outer two."""
+        """The factors with a scale: all factors, or all but the two outer ones when ``frames``."""
         return self.factors[1:-1] if self.frames else self.factors
 
     @property
     def parameters(self) -> int:
-        """How many numbers the factors hold."""
+        """Number of entries of all factors."""
         return sum(factor.numel() for factor in self.factors)
 
     def left(self) -> Tensor:
         """The product of all factors but the first, m x w."""
-        if self.frames:  # small ones first: the outer factor is the long one
+        if self.frames:  # the small factors first, because the outer factor is long
             return self.factors[-1] @ product(self.factors[1:-1])
         return product(self.factors[1:])
 
     def end_to_end(self) -> Tensor:
-        """The whole matrix, m x n, dense."""
+        """Returns the end-to-end matrix, m x n, dense."""
         return self.left() @ self.factors[0]
 
     def clone(self) -> Chain:
-        """A chain of copies."""
+        """Returns a chain of copies."""
         return Chain(tuple(factor.detach().clone() for factor in self.factors), self.rates, self.frames)
 
     def to(self, device: torch.device | str) -> Chain:
-        """The chain on another device."""
+        """Returns the chain on another device."""
         return Chain(tuple(factor.to(device) for factor in self.factors), self.rates, self.frames)
 
 
@@ -87,16 +87,16 @@ def product(factors: Sequence[Tensor]) -> Tensor:
 
 
 def full_start(shape: tuple[int, int], depth: int, scale: float, generator: torch.Generator) -> Chain:
-    """A full-width factorization with W_l(0)^T W_l(0) = scale^2 I ([YAR24], section 2).
+    """Returns a full-width factorization with W_l(0)^T W_l(0) = scale^2 I ([YAR24], section 2).
 
-    A rectangular m x n matrix gets hidden layers of its smaller side; there W_1 (or W_L) has orthonormal rows (or columns) times
-    the scale, and the theorem, which is for square factors, does not apply.
+    For a rectangular m x n matrix the hidden layers have the width of its smaller side. Then W_1 (or W_L) has orthonormal rows (or
+    columns) times the scale, and the theorem does not apply, because it is for square factors.
 
     Args:
         shape: (m, n).
         depth: L, at least 2.
         scale: The theorem's epsilon, above 0.
-        generator: On the CPU.
+        generator: A generator on the CPU.
 
     Raises:
         InputError: The depth or the scale is out of range.
@@ -105,14 +105,14 @@ def full_start(shape: tuple[int, int], depth: int, scale: float, generator: torc
 
 
 def narrow_start(shape: tuple[int, int], width: int, depth: int, scale: float, generator: torch.Generator) -> Chain:
-    """A factorization through layers of ``width``, every factor random and semi-orthogonal times ``scale``.
+    """Returns a factorization through layers of ``width``, every factor random and semi-orthogonal times ``scale``.
 
     Args:
         shape: (m, n).
-        width: Of every hidden layer, 1 to min(m, n); the counterpart of a compressed chain of rank r has 2r.
+        width: Width of every hidden layer, 1 to min(m, n); the counterpart of a compressed chain of rank r has width 2r.
         depth: L, at least 2.
         scale: Epsilon, above 0.
-        generator: On the CPU.
+        generator: A generator on the CPU.
 
     Raises:
         InputError: A size is out of range.
@@ -127,7 +127,7 @@ def narrow_start(shape: tuple[int, int], width: int, depth: int, scale: float, g
 
 
 def compressed_start(frames: Frames, depth: int, scale: float, gamma: float) -> Chain:
-    """The compressed factorization U W~_L ... W~_1 V^T with inner factors scale * I ([YAR24], section 3).
+    """Returns the compressed factorization U W~_L ... W~_1 V^T with inner factors scale * I ([YAR24], section 3).
 
     Args:
         frames: U (m x 2r) and V (n x 2r).
@@ -148,7 +148,7 @@ def compressed_start(frames: Frames, depth: int, scale: float, gamma: float) -> 
 
 
 def gradients(chain: Chain, d_left: Tensor, d_first: Tensor | None) -> list[Tensor | None]:
-    """Carries the gradient of f = left @ first back to every factor.
+    """Returns the gradient with respect to every factor, from the gradients with respect to left and first (f = left @ first).
 
     Args:
         chain: K factors.

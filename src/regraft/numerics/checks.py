@@ -1,4 +1,4 @@
-"""Limits that several numerical routines share, each as one line with the value, the limit and the remedy."""
+"""Checks of counts, ranks and numbers; each error gives the value, the limit and the remedy in one line."""
 
 from __future__ import annotations
 

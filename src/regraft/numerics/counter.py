@@ -1,7 +1,7 @@
-"""Random numbers by counting: the i-th number of a key is a function of key and i alone.
+"""Counter-based random numbers: the i-th number of a key is a function of key and i alone.
 
-So any part of a sequence is made when it is needed, in chunks of any size, on any device, and is the same to the bit: integer
-operations wrap alike on CPU and GPU, and the one conversion to float32 is rounded by IEEE 754.
+Any part of a sequence can therefore be made when it is needed, in chunks of any size and on any device, with the same bits: integer
+operations wrap in the same way on CPU and GPU, and IEEE 754 rounds the one conversion to float32.
 
 References:
     [SAL11] Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011: the idea. The mixing is the two-round
@@ -16,22 +16,22 @@ from torch import Tensor
 from regraft.errors import InputError
 
 MOST = 2**31 - 1
-"""Numbers of one key."""
+"""Largest number of random numbers that one key gives."""
 
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32
 
 
 def random_uniform(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Returns numbers ``start`` to ``start + count`` of a key, uniform in [-1, 1], float32 ``(count,)``.
+    """Returns the random numbers ``start`` to ``start + count - 1`` of a key, uniform in [-1, 1], float32 ``(count,)``.
 
     Args:
         key: Up to 64 bits; different keys give unrelated sequences.
         start: At least 0.
         count: ``start + count`` is at most :data:`MOST`.
-        device: Where they are made.
+        device: Device on which the numbers are made.
 
     Raises:
-        InputError: A key has no so many numbers.
+        InputError: ``start`` is negative, or ``start + count`` exceeds :data:`MOST`.
     """
     if start < 0 or start + count > MOST:
         raise InputError(f"numbers {start} to {start + count} of a key were asked for; there are {MOST}: use fewer or smaller bases")
@@ -42,7 +42,7 @@ def random_uniform(key: int, start: int, count: int, device: torch.device | str 
 
 
 def _mix(state: Tensor) -> None:
-    """Scrambles 32-bit integers in place, one to one. Shifts of signed integers bring copies of the sign in; the masks remove them."""
+    """Mixes 32-bit integers in place by a bijection. Shifts of signed integers bring in copies of the sign; the masks remove them."""
     state.bitwise_xor_((state >> 16).bitwise_and_(0xFFFF)).mul_(_FIRST)
     state.bitwise_xor_((state >> 15).bitwise_and_(0x1FFFF)).mul_(_SECOND)
     state.bitwise_xor_((state >> 16).bitwise_and_(0xFFFF))

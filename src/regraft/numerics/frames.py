@@ -35,8 +35,8 @@ def random_frame(rows: int, columns: int, generator: torch.Generator, dtype: tor
     Args:
         rows: At least ``columns``.
         columns: How many orthonormal columns.
-        generator: On the CPU.
-        dtype: Of the result; drawn and orthonormalised in float64.
+        generator: A generator on the CPU.
+        dtype: Dtype of the result; the frame is drawn and orthonormalised in float64.
 
     Raises:
         InputError: More columns than rows.
@@ -47,7 +47,7 @@ def random_frame(rows: int, columns: int, generator: torch.Generator, dtype: tor
 
 
 def semi_orthogonal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Draws a rows x columns matrix with orthonormal columns, or orthonormal rows where it is wide (float64)."""
+    """Draws a rows x columns matrix with orthonormal columns, or with orthonormal rows when it is wider than tall (float64)."""
     if rows >= columns:
         return random_frame(rows, columns, generator)
     return random_frame(columns, rows, generator).T
@@ -58,14 +58,14 @@ def frame_outside(basis: Tensor, columns: int, generator: torch.Generator) -> Te
 
     Args:
         basis: n x k, orthonormal columns.
-        columns: At most n - k.
-        generator: On the CPU.
+        columns: Number of columns to draw, at most n - k.
+        generator: A generator on the CPU.
 
     Returns:
-        n x columns, on the basis's device and in its dtype.
+        n x columns, on the device of the basis and in its dtype.
 
     Raises:
-        InputError: n - k columns do not suffice.
+        InputError: More than n - k columns were requested.
     """
     rows, taken = basis.shape
     if columns > rows - taken:
@@ -74,7 +74,7 @@ def frame_outside(basis: Tensor, columns: int, generator: torch.Generator) -> Te
         )
     wide = basis.double()
     draw = torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(basis.device)
-    for _ in range(2):  # one projection leaves errors of the size of the basis's own; the second removes them
+    for _ in range(2):  # the first projection leaves an error as large as that of the basis; the second removes it
         draw = linalg.qr(draw - wide @ (wide.T @ draw)).q
     return draw.to(basis.dtype)
 
@@ -90,7 +90,7 @@ def compact_frames(gradient: Triplets, generator: torch.Generator) -> Frames:
 
     Args:
         gradient: r triplets of the gradient with respect to the m x n end-to-end matrix (its sign does not matter).
-        generator: On the CPU.
+        generator: A generator on the CPU.
 
     Returns:
         Frames of 2r columns.
@@ -105,7 +105,7 @@ def compact_frames(gradient: Triplets, generator: torch.Generator) -> Frames:
 
 
 def complete_basis(frame: Tensor) -> Tensor:
-    """Returns columns that complete an n x k frame to an orthonormal basis of the whole space (n x (n - k))."""
+    """Returns the n - k columns (n x (n - k)) that complete an n x k frame to an orthonormal basis of R^n."""
     return linalg.qr(frame, complete=True).q[:, frame.shape[1] :]
 
 

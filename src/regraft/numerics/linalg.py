@@ -1,4 +1,4 @@
-"""The few names of ``torch.linalg`` that we use, with the types that torch leaves out."""
+"""Typed wrappers of the few ``torch.linalg`` functions that we use; torch leaves the types out."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 class QR(NamedTuple):
-    """``q @ r``."""
+    """The QR decomposition ``q @ r``."""
 
     q: Tensor
     r: Tensor
 
 
 class SVD(NamedTuple):
-    """``left @ diag(values) @ right_h``, values descending."""
+    """The singular value decomposition ``left @ diag(values) @ right_h``, values descending."""
 
     left: Tensor
     values: Tensor
@@ -48,21 +48,21 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def csr(pointers: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Returns a CSR tensor, its arguments trusted: pointers rows + 1, columns and values one for each entry."""
+    """Returns a CSR tensor without checks: ``rows + 1`` pointers, and one column and one value for each entry."""
     return torch.sparse_csr_tensor(pointers, columns, values, shape, check_invariants=False)
 
 
 def cholesky(matrix: Tensor) -> Tensor:
-    """Returns the lower triangle whose product with its transpose is the (positive definite) argument."""
+    """Returns the lower triangular L with L L^T equal to the (positive definite) matrix."""
     return torch.linalg.cholesky(matrix)
 
 
 def solve_right(matrix: Tensor, upper: Tensor) -> Tensor:
-    """Solves ``x @ upper = matrix`` for an upper triangle."""
+    """Solves ``x @ upper = matrix`` for an upper triangular ``upper``."""
     return torch.linalg.solve_triangular(upper, matrix, upper=True, left=False)
 
 
 def unique(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the different numbers, ascending, and for each given one its place among them."""
+    """Returns the distinct numbers, ascending, and for each given number its index among them."""
     found = torch.unique(numbers, return_inverse=True)
     return found[0], found[1]

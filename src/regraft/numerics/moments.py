@@ -10,10 +10,10 @@ from torch import Tensor
 
 @dataclass
 class Moments:
-    """Sums over the rows that were seen.
+    """Sums of activations and of their outer products over rows.
 
     Attributes:
-        count: Rows seen.
+        count: Number of rows added.
         total_D: Sum of the rows, float64.
         square_DD: Sum of the outer products of the rows, float64.
     """
@@ -24,7 +24,7 @@ class Moments:
 
     @classmethod
     def empty(cls, width: int, device: torch.device | str = "cpu") -> Moments:
-        """Returns moments that have seen nothing."""
+        """Returns the moments of no rows."""
         return cls(
             0,
             torch.zeros(width, dtype=torch.float64, device=device),
@@ -32,7 +32,7 @@ class Moments:
         )
 
     def add(self, rows: Tensor) -> None:
-        """Adds rows, (..., width), of any float dtype."""
+        """Adds rows of shape (..., width) and any float dtype."""
         rows_ND = rows.reshape(-1, rows.shape[-1]).double()
         self.count += rows_ND.shape[0]
         self.total_D += rows_ND.sum(dim=0)
@@ -48,7 +48,7 @@ class Moments:
 
     @property
     def second_DD(self) -> Tensor:
-        """Mean of the outer products, not centred."""
+        """Mean of the outer products (second moments, not centred)."""
         return self.square_DD / max(1, self.count)
 
     @property
@@ -62,10 +62,10 @@ class Moments:
 
 @dataclass
 class ChannelMoments:
-    """The diagonal of :class:`Moments`, for those who need no more.
+    """Sums of activations and of their squares for each channel: the diagonal of :class:`Moments`.
 
     Attributes:
-        count: Rows seen.
+        count: Number of rows added.
         total_D: Sum of the rows, float64.
         square_D: Sum of the squares, float64.
     """
@@ -76,12 +76,12 @@ class ChannelMoments:
 
     @classmethod
     def empty(cls, width: int, device: torch.device | str = "cpu") -> ChannelMoments:
-        """Returns moments that have seen nothing."""
+        """Returns the moments of no rows."""
         zeros = torch.zeros(width, dtype=torch.float64, device=device)
         return cls(0, zeros, zeros.clone())
 
     def add(self, rows: Tensor) -> None:
-        """Adds rows, (..., width), of any float dtype."""
+        """Adds rows of shape (..., width) and any float dtype."""
         rows_ND = rows.reshape(-1, rows.shape[-1]).double()
         self.count += rows_ND.shape[0]
         self.total_D += rows_ND.sum(dim=0)

@@ -1,9 +1,9 @@
-"""The natural gradient of a linear layer, with the Fisher information as the product of two small matrices.
+"""Natural gradient of a linear layer, with the Fisher information as the Kronecker product of two small matrices.
 
 For ``y = W x`` and ``g`` the gradient of the log-likelihood in ``y``, K-FAC takes the Fisher information of ``W`` to be ``C (x) M`` with
 ``C = E[x x']`` and ``M = E[g g']`` (Martens and Grosse, arXiv 1503.05671, section 3). The natural gradient of a loss with gradient ``G`` is
-then ``M^-1 G C^-1``: two solves of the size of the layer's sides instead of one of the size of their product. Each factor is damped by a
-share of the mean of its diagonal, which is their factored Tikhonov damping (section 6.3) with a relative strength.
+then ``M^-1 G C^-1``: two solves, of sizes out and in, instead of one of size out * in. Each factor is damped by a share of the mean of
+its diagonal, which is the paper's factored Tikhonov damping (section 6.3) with a relative strength.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ def natural_gradient(gradient_OI: Tensor, inputs_II: Tensor, outputs_OO: Tensor,
     Args:
         gradient_OI: Gradient of the mean loss, (out, in).
         inputs_II: Second moments C of the layer's inputs, (in, in).
-        outputs_OO: Second moments M of the gradients in its outputs, (out, out).
-        damping: Added to each diagonal, relative to its mean; > 0.
+        outputs_OO: Second moments M of the gradients with respect to the layer's outputs, (out, out).
+        damping: Number added to each diagonal, relative to the mean of the diagonal; above 0.
 
     Raises:
-        InputError: Something is not finite.
+        InputError: The gradient or a second moment is not finite.
     """
     gradient = gradient_OI.double()
     if not (torch.isfinite(gradient).all() and torch.isfinite(inputs_II).all() and torch.isfinite(outputs_OO).all()):
@@ -38,7 +38,7 @@ def natural_gradient(gradient_OI: Tensor, inputs_II: Tensor, outputs_OO: Tensor,
 
 
 def _factor(moments: Tensor, damping: float) -> Tensor:
-    """Returns the Cholesky factor of damped moments; of the identity where they are zero, since then nothing depends on them."""
+    """Returns the Cholesky factor of the damped moments, or of the identity when all are zero (then the gradient is zero too)."""
     damped = moments.double().clone()
     damped.diagonal().add_(damping * damped.diagonal().mean())
     if not damped.any():

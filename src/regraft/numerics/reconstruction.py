@@ -1,11 +1,11 @@
 """Least-squares weights for a layer that has lost some of its input channels.
 
-With ``C = E[x x']`` over calibration activations and S the kept channels, the weights of least mean squared error are
+With ``C = E[x x']`` over calibration activations and S the kept channels, the weights with the least mean squared error are
 
     W' = W C[:, S] (C[S, S] + lambda I)^-1
 
 (the normal equations of OSSCAR, arXiv 2403.12983, and ZipLM, arXiv 2302.04089). The damping is relative to the mean of the diagonal of
-``C[S, S]`` and pulls towards the kept columns of W themselves, so that too much of it gives plain pruning and not zero.
+``C[S, S]`` and pulls towards the kept columns of W, so that very strong damping gives plain pruning and not zero weights.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 class NormalEquations:
-    """The normal equations of a layer's weights on the channels that stay.
+    """Normal equations for a layer's weights on its kept input channels.
 
-    They are solved to the same weights whatever the moments are divided by, so that sums do as well as means, and no copy of a matrix
-    of (in, in) is ever made: that matrix is what decides how much memory re-fitting takes.
+    The solution does not depend on the scale of the moments, so sums serve as well as means. No copy of an (in, in) matrix is made,
+    because that matrix determines the memory that re-fitting needs.
 
     Args:
-        weight_OI: Weights before, (out, in).
-        kept: Indices of the channels that stay, int64 (kept,), ascending.
+        weight_OI: Weights before pruning, (out, in).
+        kept: Indices of the kept channels, int64 (kept,), ascending.
     """
 
     def __init__(self, weight_OI: Tensor, kept: Tensor) -> None:
@@ -42,7 +42,7 @@ class NormalEquations:
         """Adds second moments of the inputs, float64 (in, in).
 
         Raises:
-            InputError: They are not finite.
+            InputError: The second moments are not finite.
         """
         if not torch.isfinite(second_II).all():
             raise InputError("activations on the calibration text are not finite; use --dtype float32 or other calibration text")
@@ -61,7 +61,7 @@ class NormalEquations:
         diagonal_S += ridge
         try:
             factor, failed = torch.linalg.cholesky_ex(self._gram_SS)
-            if failed:  # the damping is below the rounding of the moments
+            if failed:  # the damping is smaller than the rounding errors of the moments
                 return torch.linalg.lstsq(self._gram_SS, right_SO, driver=None).solution.T
             return torch.cholesky_solve(right_SO, factor).T
         finally:
@@ -69,13 +69,13 @@ class NormalEquations:
 
 
 def reconstruct(weight_OI: Tensor, second_II: Tensor, kept: Tensor, damping: float) -> Tensor:
-    """Returns the weights on the kept channels.
+    """Returns the least-squares weights on the kept channels.
 
     Args:
-        weight_OI: Weights before, (out, in).
+        weight_OI: Weights before pruning, (out, in).
         second_II: Second moments of the inputs, float64 (in, in).
-        kept: Indices of the channels that stay, int64 (kept,), ascending.
-        damping: Relative ridge, > 0.
+        kept: Indices of the kept channels, int64 (kept,), ascending.
+        damping: Ridge relative to the mean of the diagonal; above 0.
 
     Returns:
         float64 (out, kept).
@@ -89,14 +89,14 @@ def reconstruct(weight_OI: Tensor, second_II: Tensor, kept: Tensor, damping: flo
 
 
 def error(weight_OI: Tensor, second_II: Tensor, kept: Tensor, new_OS: Tensor) -> float:
-    """Returns the mean squared error ``E |W x - W' x_S|^2`` of new weights on inputs of these second moments."""
+    """Returns the mean squared error ``E |W x - W' x_S|^2`` of new weights W' on inputs with these second moments."""
     difference_OI = weight_OI.to(second_II).clone()
     difference_OI[:, kept] -= new_OS
     return float((difference_OI @ second_II).mul_(difference_OI).sum())
 
 
 def choose_damping(weight_OI: Tensor, fit: Moments, held_out: Moments, kept: Tensor, dampings: Sequence[float] = DAMPINGS) -> float:
-    """Returns the damping whose weights, fitted on one part of the calibration text, do best on the other."""
+    """Returns the damping whose weights, fitted on one part of the calibration text, have the least error on the other part."""
     equations = NormalEquations(weight_OI, kept)
     equations.add(fit.square_DD)
     return best_damping(equations, weight_OI, held_out, kept, dampings)
@@ -105,5 +105,5 @@ def choose_damping(weight_OI: Tensor, fit: Moments, held_out: Moments, kept: Ten
 def best_damping(
     equations: NormalEquations, weight_OI: Tensor, held_out: Moments, kept: Tensor, dampings: Sequence[float] = DAMPINGS
 ) -> float:
-    """Returns the damping with which equations that are there already do best on the other part of the text."""
+    """Returns the damping with which the given equations have the least error on the held-out part of the calibration text."""
     return min(dampings, key=lambda damping: error(weight_OI, held_out.square_DD, kept, equations.solve(damping)))

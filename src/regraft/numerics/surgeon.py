@@ -1,13 +1,13 @@
-"""The order in which blocks of input channels leave a linear layer when every removal is made good by least squares.
+"""Removal order of a linear layer's blocks of input channels, when the other weights are re-fitted after every removal.
 
 Optimal Brain Surgeon for structures (Hassibi and Stork 1993; ZipLM, arXiv 2302.04089, algorithm 1): with ``C = E[x x']`` and
 ``P = (C + lambda I)^-1``, the least squared output error of removing the channels J, all other weights re-fitted, is
 
     trace( W[:, J] P[J, J]^-1 W[:, J]' )
 
-The cheapest block goes, the weights are re-fitted, P loses its rows and columns by a Schur complement, and so on. All removals
-together cost O(width^3 + width^2 * out). An output metric M, such as the Fisher information of the layer's output, replaces the plain
-squared error by ``e' M e``; it changes the order, not the re-fit.
+Each step removes the cheapest block, re-fits the weights, and removes the block's rows and columns from P by a Schur complement. All
+removals together cost O(width^3 + width^2 * out). An output metric M, such as the Fisher information of the layer's output, replaces
+the squared error by ``e' M e``; it changes the order, not the re-fit.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from regraft.errors import InputError
 def removal_order(
     weight_OI: Tensor, second_II: Tensor, block: int = 1, damping: float = 1e-4, metric_OO: Tensor | None = None
 ) -> tuple[list[int], list[float]]:
-    """Returns the blocks in the order in which they leave, and the error that each removal adds.
+    """Returns the blocks in the order of their removal, and the error that each removal adds.
 
     Args:
         weight_OI: Weights of the layer, (out, in).
-        second_II: Second moments of its inputs, float64 (in, in).
-        block: Adjacent channels that leave together; divides the width.
+        second_II: Second moments of the layer's inputs, float64 (in, in).
+        block: Number of adjacent channels that are removed together; a divisor of the width.
         damping: Ridge relative to the mean of the diagonal.
-        metric_OO: Symmetric positive semidefinite metric of the output, (out, out); None for the identity.
+        metric_OO: Symmetric positive semidefinite metric M of the output, (out, out); None for the identity.
 
     Raises:
         InputError: The block does not divide the width, or the moments are not finite.
@@ -41,7 +41,7 @@ def removal_order(
     weight = weight_OI.to(second_II)
     if metric_OO is not None:
         weight = _root(metric_OO.to(second_II)).T @ weight
-    # E|We|^2 depends on W through W'W alone: with more outputs than inputs that square is the cheaper one to carry.
+    # E|We|^2 depends on W only through W'W, which is the smaller matrix when there are more outputs than inputs.
     if weight.shape[0] > width:
         weight = _root(weight.T @ weight).T
     ridge = damping * second_II.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
@@ -64,7 +64,7 @@ def _eliminate(weight: Tensor, inverse: Tensor, block: int) -> tuple[list[int], 
         solved = torch.linalg.solve(inverse[channels, channels], inverse[channels])
         weight.addmm_(weight[:, channels].clone(), solved, alpha=-1.0)
         inverse.addmm_(inverse[:, channels].clone(), solved, alpha=-1.0)
-        # What is exactly zero in theory is made so: a pivot that rounding left behind would look cheap or explode.
+        # These entries are zero in exact arithmetic. A pivot left by rounding would look cheap, or grow without bound.
         weight[:, channels] = 0.0
         inverse[channels, :] = 0.0
         inverse[:, channels] = 0.0
@@ -76,7 +76,7 @@ def _eliminate(weight: Tensor, inverse: Tensor, block: int) -> tuple[list[int], 
 
 
 def _prices(weight: Tensor, inverse: Tensor, block: int) -> Tensor:
-    """Returns what the removal of each block would cost now."""
+    """Returns the present cost of removing each block."""
     if block == 1:
         return weight.square().sum(dim=0) / inverse.diagonal()
     units = inverse.shape[0] // block

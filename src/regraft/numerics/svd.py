@@ -1,4 +1,4 @@
-"""Leading singular triplets: exact, or by randomised subspace iteration that only ever multiplies.
+"""Leading singular triplets: exact, or by randomised subspace iteration, which needs only products with the matrix.
 
 References:
     [HMT11] Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 53 (2011), algorithms 4.4 and 5.1.
@@ -33,17 +33,17 @@ class Triplets(NamedTuple):
 
 
 def canonical_signs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Turns each pair of singular vectors so that the largest entry of the left one is positive.
+    """Flips the sign of each pair of singular vectors so that the entry of largest magnitude of the left one is positive.
 
-    A singular value decomposition leaves the sign of every pair open; [BAK08] resolve it by the data, we by the entry of largest
-    magnitude (the first of equals), which needs nothing but the vectors.
+    A singular value decomposition leaves the sign of every pair open. [BAK08] choose it by the data; we use the entry of largest
+    magnitude (the first of equal ones), which needs only the vectors.
 
     Args:
         left: m x k.
         right: n x k.
 
     Returns:
-        The same two matrices, columns flipped together.
+        The same two matrices, with the signs of paired columns flipped together.
     """
     largest = left.abs().argmax(dim=0, keepdim=True)
     signs = torch.where(left.gather(0, largest) < 0, -1.0, 1.0).to(left.dtype)
@@ -51,7 +51,7 @@ def canonical_signs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def top_triplets(matrix: Tensor, rank: int) -> Triplets:
-    """Returns the leading triplets by a full decomposition in float64, signs canonical, in the matrix's dtype.
+    """Returns the leading triplets in the matrix's dtype, with canonical signs, by a full decomposition in float64.
 
     Args:
         matrix: m x n.
@@ -78,18 +78,18 @@ def sketched_triplets(
     iterations: int = 8,
     device: torch.device | str = "cpu",
 ) -> Triplets:
-    """Returns the leading triplets of a matrix that is only known by its products ([HMT11] algorithms 4.4 and 5.1).
+    """Returns the leading triplets of a matrix that is given by its products ([HMT11] algorithms 4.4 and 5.1).
 
-    Costs ``2 * iterations + 2`` products with rank + 10 columns and never forms the matrix.
+    The cost is ``2 * iterations + 2`` products with rank + 10 columns; the matrix itself is never formed.
 
     Args:
-        times: n x k -> m x k, multiplies by the matrix.
-        transpose_times: m x k -> n x k, multiplies by its transpose.
+        times: Product with the matrix, n x k -> m x k.
+        transpose_times: Product with its transpose, m x k -> n x k.
         shape: (m, n).
         rank: 1 to min(m, n).
-        generator: On the CPU, whatever the device: the same sketch everywhere.
-        iterations: Of the subspace; the error of the subspace falls as (s_{k+1}/s_k)^(2 * iterations).
-        device: Where the products run.
+        generator: A generator on the CPU, for every device, so that the sketch is the same everywhere.
+        iterations: Number of subspace iterations; the error falls as (s_{k+1}/s_k)^(2 * iterations).
+        device: Device of the products.
 
     Raises:
         InputError: The rank is out of range.
@@ -110,10 +110,10 @@ def randomized_triplets(matrix: Tensor, rank: int, generator: torch.Generator, *
     """Returns the leading triplets of a dense matrix by :func:`sketched_triplets`: O(m n rank) instead of O(m n min(m, n)).
 
     Args:
-        matrix: m x n, any floating dtype; decomposed in float64 and returned in its own.
+        matrix: m x n, any floating dtype; it is decomposed in float64, and the triplets have its dtype.
         rank: 1 to min(m, n).
-        generator: On the CPU.
-        iterations: Of the subspace.
+        generator: A generator on the CPU.
+        iterations: Number of subspace iterations.
 
     Raises:
         InputError: The rank is out of range.
@@ -121,7 +121,7 @@ def randomized_triplets(matrix: Tensor, rank: int, generator: torch.Generator, *
     wide = matrix.double()
     found = sketched_triplets(
         lambda block: wide @ block,
-        lambda block: (block.T @ wide).T,  # reads the matrix along its rows: three times as fast as wide.T @ block
+        lambda block: (block.T @ wide).T,  # reads the matrix along its rows, three times as fast as wide.T @ block
         (matrix.shape[0], matrix.shape[1]),
         rank,
         generator,
@@ -132,7 +132,7 @@ def randomized_triplets(matrix: Tensor, rank: int, generator: torch.Generator, *
 
 
 def factored_triplets(left: Tensor, right: Tensor) -> Triplets:
-    """Returns all triplets of ``left @ right.T`` without forming it: two QR decompositions and a small one.
+    """Returns all triplets of ``left @ right.T`` without forming the product, by two QR decompositions and a small SVD.
 
     Args:
         left: m x k.
