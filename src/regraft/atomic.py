@@ -1,28 +1,30 @@
-"""Files and folders that are either whole or absent.
+"""Files and folders that are either whole or absent, and that never take the place of somebody else's.
 
 Everything is written aside, flushed to the disk and then renamed, so that a crash, a full disk or ``kill -9`` leaves what was there
-before. The aside name starts with a dot and ends with ``.partial``; a later attempt clears it away.
+before. Where it is written aside, and who may, is the business of :mod:`regraft.claims`.
+
+One rule says what may be an output: resolved, with all links and ``..`` gone, it is new, or an empty folder, or something that carries
+our own manifest. Of what is replaced, only what the manifest lists is removed, and what is the same in the new one; whatever else is
+found there is put beside it as ``NAME.before``.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from regraft.errors import OutputError
+from regraft.claims import SUFFIX, claimed, in_work_folder, is_work_folder, left_over, remove, resolved, work_folder
+from regraft.errors import OutputError, shown
 
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
-
-
-def _retired(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
+MANIFEST = "manifest.json"
+_ELSEWHERE = "choose another --output"
+_FILE_WAIT_SECONDS = 20.0  # a file is written in much less; whoever is second writes after the first
 
 
 def _sync(path: Path) -> None:
@@ -37,28 +39,137 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def refuse_existing(path: Path, *, in_place: bool = False) -> None:
+    """Refuses an output that is neither new nor an empty folder, or that cannot be written; nothing is made.
 
-
-def refuse_existing(path: Path) -> None:
-    """Refuses an output that exists and is not an empty folder.
+    Args:
+        path: The output.
+        in_place: Whether an empty folder is filled as it is, and not replaced by another.
 
     Raises:
-        OutputError: It exists.
+        OutputError: The message says which.
     """
-    if path.is_dir() and not any(path.iterdir()):
+    name = shown(path)
+    final = resolved(path)
+    _refuse_unwritable(final, name)
+    if path.is_symlink() and not final.is_dir():
+        raise OutputError(f"output '{name}' exists; {_ELSEWHERE} or remove it first (it is a link)")
+    if not os.path.lexists(final):
         return
-    if path.exists() or path.is_symlink():
-        raise OutputError(f"output '{path}' exists; choose another --output or remove it first")
+    if not final.is_dir() or any(final.iterdir()):
+        raise OutputError(f"output '{name}' exists; {_ELSEWHERE} or remove it first")
+    if not in_place and (os.path.ismount(final) or final == Path.cwd()):
+        what = "a mount point" if os.path.ismount(final) else "the current folder"
+        raise OutputError(f"output '{name}' is {what}, which cannot be put in place as a whole; name a folder in it")
+
+
+@contextmanager
+def reserved(path: Path | None) -> Iterator[None]:
+    """Claims an output folder before anything is computed for it, while the block runs.
+
+    Args:
+        path: To be written by :func:`atomic_folder` within the block; None for no output.
+
+    Raises:
+        OutputError: It exists or cannot be written, or another process is writing it.
+    """
+    if path is None:
+        yield
+        return
+    refuse_existing(path)
+    with claimed(path):
+        refuse_existing(path)  # another process may have finished it while this one waited for the lock
+        yield
+
+
+@contextmanager
+def reserved_file(path: Path | None, ours: Callable[[bytes], bool] = lambda content: False) -> Iterator[None]:
+    """Claims an output file before anything is computed for it, while the block runs.
+
+    Args:
+        path: To be written by :func:`write_text` within the block; None for no output.
+        ours: As of :func:`refuse_foreign`; without it an existing file is refused unless it is empty.
+
+    Raises:
+        OutputError: It holds something else, or cannot be written, or another process is writing it.
+    """
+    if path is None:
+        yield
+        return
+    refuse_foreign(path, ours)
+    with claimed(path):
+        refuse_foreign(path, ours)
+        yield
+
+
+def json_with(*names: str) -> Callable[[bytes], bool]:
+    """Returns what tells a JSON file of ours, an object with these keys, from any other file."""
+
+    def ours(content: bytes) -> bool:
+        try:
+            value = json.loads(content)
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(value, dict) and set(names) <= set(value)
+
+    return ours
+
+
+def refuse_special(path: Path) -> None:
+    """Refuses an output file that is a link, a folder, or a device or pipe, or that cannot be written; an ordinary file may be there.
+
+    Raises:
+        OutputError: The message says which.
+    """
+    name = shown(path)
+    _refuse_unwritable(resolved(path.parent) / path.name if path.name != ".." else resolved(path), name)
+    if path.is_symlink():
+        raise OutputError(f"'{name}' is a link; give the file that it leads to, or another name")
+    if path.is_dir() or path.name in ("", ".."):
+        raise OutputError(f"'{name}' is a folder; give the name of a file")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"'{name}' is a device or a pipe, no file; give the name of a file")
+
+
+def refuse_foreign(path: Path, ours: Callable[[bytes], bool]) -> None:
+    """Refuses an output file that somebody else has written.
+
+    Args:
+        path: A file that may be there.
+        ours: Told the bytes of it; returns whether it is what we write there.
+
+    Raises:
+        OutputError: It is not ours, or cannot be written.
+    """
+    refuse_special(path)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(f"'{shown(path)}' cannot be read: {error.strerror}; give another name") from None
+    if content and not ours(content):
+        raise OutputError(f"output '{shown(path)}' exists; {_ELSEWHERE} or remove it first")
+
+
+def _refuse_unwritable(final: Path, name: str) -> None:
+    """Refuses a path whose name is too long, or whose first folder that is there cannot be written."""
+    try:
+        os.lstat(final)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write '{name}': {getattr(error, 'strerror', None) or error}; {_ELSEWHERE}") from None
+    for parent in final.parents:
+        if os.path.lexists(parent):
+            if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+                raise OutputError(f"cannot write '{name}': '{shown(parent)}' is not a folder that can be written; {_ELSEWHERE}")
+            return
 
 
 @contextmanager
 def atomic_folder(path: Path, *, replace: bool = False, keep: Callable[[Path], bool] = lambda partial: False) -> Iterator[Path]:
-    """Gives an empty folder beside ``path`` and renames it to ``path`` when the block ends well.
+    """Gives an empty folder and renames it to ``path`` when the block ends well; no other process can write ``path`` meanwhile.
 
     Args:
         path: The final folder. Missing parents are made.
@@ -70,57 +181,124 @@ def atomic_folder(path: Path, *, replace: bool = False, keep: Callable[[Path], b
         The folder to write into.
 
     Raises:
-        OutputError: ``path`` exists and ``replace`` is off, or it cannot be written (a full disk, no permission). What was at
-            ``path`` before is untouched and nothing half-written stays.
+        OutputError: ``path`` exists and ``replace`` is off, another process writes it, or it cannot be written (a full disk, no
+            permission). What was at ``path`` before is untouched and nothing half-written stays.
     """
-    path = path.absolute()
-    if not replace:
+    if not (replace and path.is_dir() and not path.is_symlink()):
         refuse_existing(path)
-    partial, retired = _partial(path), _retired(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(retired)
-        if not (partial.is_dir() and keep(partial)):
-            _remove(partial)
-            partial.mkdir()
-        yield partial
-        readable = partial.stat().st_mode & 0o666  # as new files are here; safetensors makes its own for the owner alone
-        for file in sorted(partial.rglob("*")):
-            if file.is_file():
-                file.chmod(readable)
+    path = resolved(path)
+    with claimed(path) as work, _explaining(path):
+        new, old = work / "new", work / "old"
+        _finish(path, old)
+        if not replace:
+            refuse_existing(path)  # another process may have been writing it
+        if not (new.is_dir() and keep(new)):
+            remove(new)
+            new.mkdir()
+        try:
+            yield new
+            _flush(new)
+            if path.is_dir() and any(path.iterdir()):
+                path.rename(old)
+            new.rename(path)
+            _sync(path.parent)
+            _finish(path, old)
+        except BaseException:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            if not keep(new):
+                shutil.rmtree(new, ignore_errors=True)
+            raise
+
+
+def _flush(new: Path) -> None:
+    """Flushes a folder and all in it to the disk, and gives its files the rights that new files have here."""
+    readable = new.stat().st_mode & 0o666  # safetensors makes files for the owner alone
+    for file in sorted(new.rglob("*")):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(readable)
             _sync(file)
-        _sync(partial)
-        if path.exists():
-            path.rename(retired)
-        partial.rename(path)
-        _sync(path.parent)
-        _remove(retired)
-    except BaseException as error:
-        if retired.exists() and not path.exists():
-            retired.rename(path)
-        if not keep(partial):
-            shutil.rmtree(partial, ignore_errors=True)
-        raise _explained(error, path) from error
+        elif file.is_dir():
+            _sync(file)
+    _sync(new)
+
+
+def _finish(path: Path, old: Path) -> None:
+    """Ends what was begun with what was at ``path`` before: put back where there is no other, else cleared of what was ours."""
+    if not old.exists():
+        return
+    if not path.exists():  # killed between the two renames
+        old.rename(path)
+        return
+    if in_work_folder(path):
+        remove(old)
+        return
+    listed = {MANIFEST, *_listed(old)}
+    for file in sorted(old.rglob("*"), reverse=True):  # what is in a folder before the folder
+        name = file.relative_to(old).as_posix()
+        if file.is_dir() and not file.is_symlink():
+            if not any(file.iterdir()):
+                file.rmdir()
+        elif name in listed or _same(file, path / name):
+            file.unlink()
+    if not any(old.iterdir()):
+        old.rmdir()
+    else:
+        old.rename(_before(path))
+
+
+def sweep(folder: Path) -> None:
+    """Ends what killed processes left half written directly in a folder; what is kept to go on from stays."""
+    for entry in sorted(folder.glob(f".*{SUFFIX}")):
+        if is_work_folder(entry):
+            with left_over(entry) as held:
+                if held:
+                    remove(entry / "new")
+                    _finish(folder / entry.name.removeprefix(".").removesuffix(SUFFIX), entry / "old")
+
+
+def _before(path: Path) -> Path:
+    """Returns a name beside a folder for what was there before and was not ours."""
+    names = (path.with_name(f"{path.name}.before{number or ''}") for number in range(10**6))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def _listed(folder: Path) -> Iterable[str]:
+    """Returns the names that a folder's manifest lists; none where it cannot be read."""
+    try:
+        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        return [str(name) for name in files] if isinstance(files, dict) else []
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return []
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Returns whether two ordinary files hold the same bytes."""
+    ordinary = all(file.is_file() and not file.is_symlink() for file in (one, other))
+    return ordinary and one.stat().st_size == other.stat().st_size and sha256_of(one) == sha256_of(other)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Gives a file name beside ``path`` and renames it to ``path`` when the block ends well; replaces what is there.
+    """Gives a file name aside and renames it to ``path`` when the block ends well; an ordinary file that is there is replaced.
+
+    Whether that file may be replaced is for the caller to know (:func:`refuse_foreign`); a second process waits for the first.
 
     Raises:
-        OutputError: It cannot be written; what was at ``path`` before is untouched.
+        OutputError: It cannot be written, or is a link, a folder or a device; what was at ``path`` before is untouched.
     """
-    path = path.absolute()
-    partial = _partial(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        _sync(partial)
-        partial.replace(path)
-        _sync(path.parent)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        raise _explained(error, path) from error
+    refuse_special(path)
+    path = resolved(path)
+    with claimed(path, wait_seconds=_FILE_WAIT_SECONDS) as work, _explaining(path):
+        new = work / "new"
+        remove(new)
+        try:
+            yield new
+            _sync(new)
+            new.replace(path)
+            _sync(path.parent)
+        finally:
+            remove(new)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -140,22 +318,44 @@ def is_disk_full(error: BaseException) -> bool:
 
     safetensors and tokenizers write in Rust and report it in the text of an error of their own.
     """
+    chain: list[BaseException] = []
     seen: BaseException | None = error
-    while seen is not None:
+    while seen is not None and not any(seen is before for before in chain):
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
         if any(sign in str(seen) for sign in ("No space left on device", "os error 28", "os error 27", "os error 122", "File too large")):
             return True
+        chain.append(seen)
         seen = seen.__cause__ or seen.__context__
     return False
 
 
-def _explained(error: BaseException, path: Path) -> BaseException:
-    """Turns the operating system's refusals into one line with a remedy; leaves everything else alone."""
+@contextmanager
+def _explaining(path: Path) -> Iterator[None]:
+    """Turns the operating system's refusals to write an output into one line with a remedy; leaves everything else alone."""
+    try:
+        yield
+    except Exception as error:
+        explained = _explained(error, path)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _explained(error: Exception, path: Path) -> OutputError | None:
     if isinstance(error, OutputError):
-        return error
+        return None
+    name = shown(path)
     if is_disk_full(error):
-        return OutputError(f"the disk is full while writing '{path}'; nothing was changed: free some space or choose another --output")
-    if isinstance(error, PermissionError | NotADirectoryError | FileExistsError | FileNotFoundError) and error.filename is not None:
-        return OutputError(f"cannot write '{path}': {error.strerror} ({error.filename}); choose another --output")
-    return error
+        return OutputError(f"the disk is full while writing '{name}'; nothing was changed: free some space or {_ELSEWHERE}")
+    if isinstance(error, OSError) and error.filename is not None and _lies_beside(error.filename, path):
+        return OutputError(f"cannot write '{name}': {error.strerror} ({shown(error.filename)}); {_ELSEWHERE}")
+    return None
+
+
+def _lies_beside(filename: object, path: Path) -> bool:
+    """Returns whether what an error is about is the output, or lies in it or in its work folder."""
+    if not isinstance(filename, str | bytes | os.PathLike):
+        return False
+    name = Path(os.fsdecode(filename))
+    return bool({path, work_folder(path)} & {name, *name.parents}) or name == path.parent

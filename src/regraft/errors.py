@@ -1,17 +1,57 @@
-"""One tree of errors.
+"""One tree of errors, and one function for everything of others that is shown.
 
 Every error that a user can cause is a :class:`RegraftError`. The command line prints its message as one line and exits with
-code 2; anything else is a defect of ours and keeps its traceback. A message gives the value, the limit and the remedy.
+code 2; anything else is a defect of ours. A message gives the value, the limit and the remedy.
+
+Names, values and texts come from files and arguments that anybody may have written: with escape sequences that repaint a terminal,
+with line ends that forge a second message, or a megabyte long. :func:`shown` makes one harmless line of them. Messages of our errors
+pass through it as they are made.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
+_LONGEST_VALUE = 300
+_LONGEST_MESSAGE = 2000
+
+
+def shown(value: object, most: int = _LONGEST_VALUE) -> str:
+    r"""Returns a value as one line that is safe to print: control characters escaped, and cut in the middle where it is long.
+
+    >>> shown("a\x1b[31mb\nerror: c")
+    'a\\x1b[31mb\\nerror: c'
+    >>> shown("x" * 1000, 20)
+    'xxxxxxxxxx…xxxxxxxxx'
+    """
+    text = value if isinstance(value, str) else str(value)
+    if len(text) > most:
+        text = f"{text[: most // 2]}…{text[len(text) - (most - 1) // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(character if _is_harmless(character) else _escaped(character) for character in text)
+
+
+def _is_harmless(character: str) -> bool:
+    """Returns whether a character only shows itself: no control, no line end, no mark of direction, no half of a pair."""
+    return character.isprintable() or unicodedata.category(character) in ("Zs", "Co", "Cn")
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "backslashreplace").decode("ascii")
+
 
 class RegraftError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base of every error that a user can cause and mend.
+
+    Args:
+        message: One line; what is not is made so.
+    """
+
+    def __init__(self, message: str = "", *rest: object) -> None:
+        super().__init__(shown(message, _LONGEST_MESSAGE), *rest)
 
 
 class InputError(RegraftError, ValueError):
@@ -64,12 +104,15 @@ class ConfigError(InputError):
 
     def __init__(self, source: str, problems: Sequence[str]) -> None:
         self.source = source
-        self.problems = tuple(problems)
+        self.problems = tuple(shown(problem, _LONGEST_MESSAGE) for problem in problems)
         if len(self.problems) == 1:
             super().__init__(f"{source}: {self.problems[0]}")
         else:
-            lines = "\n".join(f"  - {problem}" for problem in self.problems)
-            super().__init__(f"{source}: {len(self.problems)} problems\n{lines}")
+            super().__init__(f"{source}: {len(self.problems)} problems")
+
+    def __str__(self) -> str:
+        first = super().__str__()
+        return first if len(self.problems) == 1 else "\n".join([first, *(f"  - {problem}" for problem in self.problems)])
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -80,5 +123,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     >>> did_you_mean("zzz", ["taylor", "l1"])
     ''
     """
-    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    close = get_close_matches(name[:_LONGEST_VALUE], list(known), n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""

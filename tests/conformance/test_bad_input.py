@@ -96,7 +96,7 @@ def test_bad_models(folder, tmp_path, capsys, spoil):
     said = refused(capsys, ["prune", str(folder), "--criterion", "l2", "--output", str(tmp_path / "out")])
     assert re.search(MODELS[spoil], said), said
     assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob(".*partial"))
+    assert not list(tmp_path.glob(".*regraft"))
 
 
 OPTIONS = {
@@ -163,7 +163,7 @@ def test_a_full_disk_leaves_the_old_state(folder, tmp_path):
     assert "disk is full" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob(".*partial"))
+    assert not list(tmp_path.glob(".*regraft"))
 
 
 def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):

@@ -119,7 +119,7 @@ def test_two_processes_are_one_with_twice_the_batch(folder: Path, monkeypatch: p
         torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)
     for name in ("adapter_model.safetensors", "training_log.csv", "adapter_config.json"):
         assert (folder / "whole" / name).read_bytes() == (folder / "stopped" / name).read_bytes()
-    assert not [entry for entry in folder.iterdir() if entry.name.endswith(".work")]
+    assert not [entry for entry in folder.iterdir() if entry.name.endswith(".regraft")]
 
 
 SHARDED = """

@@ -142,7 +142,7 @@ def test_killed_anywhere_and_resumed_it_ends_with_the_same_bytes(
     weights = "model/model.safetensors" if merge == "true" else "model/adapter_model.safetensors"
     expected = {weights, "plan.json", "results.json", "report.html", "report.md", "recipe.yaml", "run.json", "samples.json"}
     assert expected <= set(report["files"])
-    assert not [name for name in report["files"] if "partial" in name or ".work" in name or name.endswith(".old")]
+    assert not [name for name in report["files"] if ".regraft" in name or ".before" in name]
     for run in report["runs"]:
         assert run["again"] == 0, f"{run}\n{done.stderr[-3000:]}"
         assert run["different"] == [], run

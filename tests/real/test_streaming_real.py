@@ -90,8 +90,8 @@ sys.exit(app.run(sys.argv[2:]))
     assert attempt("live", tmp_path / "through") == 0
     assert attempt("die", tmp_path / "out") == -9
     assert not (tmp_path / "out").exists()
-    assert len(list((tmp_path / ".out.partial").glob("*.safetensors"))) == 3
+    assert len(list((tmp_path / ".out.regraft" / "new").glob("*.safetensors"))) == 3
     assert attempt("live", tmp_path / "out") == 0
-    assert not (tmp_path / ".out.partial").exists()
+    assert not (tmp_path / ".out.regraft").exists()
     for path in sorted((tmp_path / "through").glob("*.safetensors")):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -56,11 +57,25 @@ def test_an_error_while_replacing_leaves_the_old(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"model/a": b"old"}
 
 
-def test_replacing_leaves_only_the_new(tmp_path: Path) -> None:
+def test_replacing_removes_what_the_manifest_lists_and_sets_the_rest_beside(tmp_path: Path) -> None:
     for name in ("a", "b"):
         with atomic_folder(tmp_path / "model", replace=True) as partial:
             (partial / name).write_text(name)
-    assert tree(tmp_path) == {"model/b": b"b"}
+            (partial / "manifest.json").write_text(json.dumps({"files": {name: "its checksum"}}))
+        if name == "a":
+            (tmp_path / "model" / "sub").mkdir()
+            (tmp_path / "model" / "sub" / "mine").write_text("mine")
+    found = tree(tmp_path)
+    assert set(found) == {"model/b", "model/manifest.json", "model.before/sub/mine"}
+    assert found["model.before/sub/mine"] == b"mine"
+
+
+def test_without_a_manifest_only_what_is_the_same_goes(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        with atomic_folder(tmp_path / "model", replace=True) as partial:
+            (partial / "same").write_text("same")
+            (partial / "other").write_text(text)
+    assert tree(tmp_path) == {"model/same": b"same", "model/other": b"new", "model.before/other": b"old"}
 
 
 @pytest.mark.parametrize("kind", ["file", "full folder", "broken link"])
@@ -154,6 +169,7 @@ def test_a_killed_writer_leaves_the_old_and_the_next_clears_up(tmp_path: Path) -
     target = tmp_path / "model"
     with atomic_folder(target) as partial:
         (partial / "a").write_text("old")
+        (partial / "manifest.json").write_text('{"files": {"a": ""}}')
     killed = subprocess.run([sys.executable, "-c", KILLED, str(target)], env=dict(os.environ), check=False)
     assert killed.returncode == -signal.SIGKILL
     assert (target / "a").read_text() == "old"

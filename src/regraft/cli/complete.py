@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from regraft.atomic import write_text
+from regraft.atomic import json_with, reserved_file, write_text
 from regraft.cli.options import SeedOption
 from regraft.completion.complete import BASELINES, OURS, CompletionReport, CompletionSettings, complete_ratings
 from regraft.completion.ratings import Duplicates
 from regraft.completion.tuning import Progress as Told
-from regraft.errors import InputError, OutputError
+from regraft.errors import InputError
 
 STDOUT = Path("-")
 
@@ -63,8 +63,6 @@ def complete(
     """Complete a table of ratings by a compressed deep factorization; report held-out errors beside four baselines."""
     if pairs is not None and output is None:
         raise InputError(f"--pairs {pairs} asks for predictions, but --output is missing; say where they go")
-    if json_file is not None and json_file != STDOUT and json_file.is_dir():
-        raise OutputError(f"'{json_file}' is a folder; give the name of a file")
     settings = CompletionSettings(
         rank="auto" if rank == "auto" else _number(rank, "--rank", int),
         depth=depth,
@@ -77,16 +75,19 @@ def complete(
         duplicates=cast(Duplicates, duplicates),
         recommend=recommend,
     )
-    with _bar() as told:
-        report = complete_ratings(ratings, output, settings, pairs=pairs, progress=told)
-    text = json.dumps(report.flat(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    file = json_file if json_file != STDOUT else None
+    with reserved_file(file, json_with("rmse", "mae", "baselines")):
+        with _bar() as told:
+            report = complete_ratings(ratings, output, settings, pairs=pairs, progress=told)
+        text = json.dumps(report.flat(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        if file is not None:
+            write_text(file, text)
     if json_file == STDOUT:
         print(text, end="")
         return
     console = Console()
     _show(console, report)
     if json_file is not None:
-        write_text(json_file, text)
         console.print(f"figures written to {json_file}", soft_wrap=True, markup=False, highlight=False)
     if output is not None:
         console.print(f"predictions written to {output}", soft_wrap=True, markup=False, highlight=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from regraft.atomic import write_text
+from regraft.atomic import json_with, reserved_file, write_text
 from regraft.cli.options import ModelArgument, SeedOption, with_settings
-from regraft.errors import InputError, OutputError
+from regraft.errors import InputError
 from regraft.evaluation.harness import flat
 from regraft.pipelines.evaluate import evaluate_model
 from regraft.pipelines.evaluate_labels import LabelReport, evaluate_labels
@@ -40,23 +39,24 @@ def evaluate(
     """Measure a model: loss, perplexity, bits per byte, size and, if asked, speed; of one for labels, accuracy or correlation."""
     if labels.data is not None and evaluate.text is not None:
         raise InputError(f"--data {labels.data} is for models for labels, --text {evaluate.text} for language; give one of the two")
-    if json_file is not None and json_file != STDOUT:
-        check_writable(json_file)
-    with progress_bar() as progress:
-        if labels.data is not None:
-            report = evaluate_labels(model, labels, load=load, progress=progress)
-            figures, lines = report.flat(), label_rows(report)
-        else:
-            measurement = evaluate_model(model, evaluate, load=load, seed=seed, progress=progress)
-            figures, lines = flat(measurement), rows(measurement)
-    text = json.dumps(figures, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    file = json_file if json_file != STDOUT else None
+    with reserved_file(file, json_with("model", "parameters")):
+        with progress_bar() as progress:
+            if labels.data is not None:
+                report = evaluate_labels(model, labels, load=load, progress=progress)
+                figures, lines = report.flat(), label_rows(report)
+            else:
+                measurement = evaluate_model(model, evaluate, load=load, seed=seed, progress=progress)
+                figures, lines = flat(measurement), rows(measurement)
+        text = json.dumps(figures, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        if file is not None:
+            write_text(file, text)
     if json_file == STDOUT:
         print(text, end="")
         return
     show_figures(Console(), model, lines)
-    if json_file is not None:
-        write_text(json_file, text)
-        Console().print(f"written to {json_file}", soft_wrap=True, markup=False, highlight=False)
+    if file is not None:
+        Console().print(f"written to {file}", soft_wrap=True, markup=False, highlight=False)
 
 
 @contextmanager
@@ -66,19 +66,6 @@ def progress_bar() -> Iterator[Callable[[int, int], None]]:
     with rich.progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("measuring", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def check_writable(path: Path) -> None:
-    """Refuses a file that cannot be written, before anything is computed.
-
-    Raises:
-        OutputError: It is a folder, or its folder cannot be made or written.
-    """
-    if path.is_dir():
-        raise OutputError(f"'{path}' is a folder; give the name of a file")
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write '{path}': '{parent}' is not a folder that can be written; choose another file")
 
 
 def show_figures(console: Console, label: str, lines: Iterable[tuple[str, str]]) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from regraft.allocation.meta import Training, read_store, train
 from regraft.allocation.prior import BASE_NAMES
-from regraft.atomic import refuse_existing
+from regraft.atomic import reserved
 from regraft.errors import InputError, did_you_mean
 
 ACTIONS = ("train",)
@@ -29,9 +29,9 @@ def meta(
     """
     if action not in ACTIONS:
         raise InputError(f"unknown action '{action}'; known: {', '.join(ACTIONS)}{did_you_mean(action, ACTIONS)}")
-    refuse_existing(output)
-    training = train(read_store(store))
-    training.prior.save(output)
+    with reserved(output):
+        training = train(read_store(store))
+        training.prior.save(output)
     _show(Console(), training)
     Console().print(f"prior written to {output}", soft_wrap=True, markup=False, highlight=False)
 

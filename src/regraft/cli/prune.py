@@ -11,7 +11,7 @@ from rich.table import Table
 
 from regraft.cli.options import DryRunOption, ModelArgument, SeedOption, command_line, with_settings
 from regraft.errors import InputError
-from regraft.pipelines.prune.plan_files import read_plan, refuse_existing_plan, write_plan
+from regraft.pipelines.prune.plan_files import plan_path, read_plan, reserved_plan, write_plan
 from regraft.pipelines.prune.planning import Say
 from regraft.pipelines.prune.prune import plan_summary, replay
 from regraft.pipelines.prune.prune import prune as prune_model
@@ -39,24 +39,24 @@ def prune(
         raise InputError("--output is missing; say where the pruned model goes, or look first with --dry-run")
     if plan_only and plan is not None:
         raise InputError(f"--plan-only makes a plan, and --plan {plan} brings one; use one of the two")
-    if plan_only and output is not None:
-        refuse_existing_plan(output)
     console = Console()
-    with console.status("pruning") as status:
+    with console.status("pruning") as status, reserved_plan(output if plan_only else None):
         common: Common = {"load": load, "seed": seed, "command": command_line(), "say": status.update}
         if plan is not None:
             result = replay(model, read_plan(plan), output, prune, dry_run=dry_run, **common)
         else:
             result = prune_model(model, output, prune, dry_run=dry_run or plan_only, **common)
+        if plan_only and output is not None and not dry_run:
+            write_plan(result.plan, output)
     show_plan(console, result.groups, result.plan)
     for note in result.notes:
         console.print(note, soft_wrap=True)
     if dry_run:
         console.print("dry run: nothing was written")
     elif plan_only and output is not None:
-        console.print(f"plan written to {write_plan(result.plan, output)}", soft_wrap=True)
+        console.print(f"plan written to {plan_path(output)}", soft_wrap=True, markup=False)
     else:
-        console.print(f"saved to {output}")
+        console.print(f"saved to {output}", soft_wrap=True, markup=False)
 
 
 class Common(TypedDict):

@@ -17,7 +17,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from regraft.atomic import atomic_folder, refuse_existing
+from regraft.atomic import atomic_folder, reserved
 from regraft.completion.baselines import fit_baselines
 from regraft.completion.entries import EntryList
 from regraft.completion.estimator import CompressedMatrixCompletion
@@ -163,11 +163,14 @@ def complete_ratings(
         InputError: A file or a setting cannot be used.
         OutputError: The folder exists or cannot be written. No half-written folder is left behind.
     """
-    settings = settings or CompletionSettings()
-    progress = progress or _say_nothing
+    with reserved(output):
+        return _completed(Path(ratings), output, settings or CompletionSettings(), pairs, progress or _say_nothing)
+
+
+def _completed(
+    ratings: Path, output: Path | None, settings: CompletionSettings, pairs: Path | str | None, progress: Progress
+) -> CompletionReport:
     started = time.perf_counter()
-    if output is not None:
-        refuse_existing(output)
     progress("reading", 0.0)
     table = read_ratings(ratings, settings.duplicates)
     wanted = read_pairs(pairs) if pairs is not None else None

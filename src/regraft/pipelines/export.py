@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from regraft.adapters.peft_backed import layers_of, merge_stock, module_names, stock_factors, trained_whole
-from regraft.atomic import atomic_folder, refuse_existing, sha256_of
+from regraft.atomic import atomic_folder, reserved, sha256_of
 from regraft.errors import ModelError
-from regraft.export import EXPORTERS, Exportable
+from regraft.export import EXPORTERS, Exportable, Exporter
 from regraft.models.card import model_card
 from regraft.models.classifier import classes_of, head_parameters, is_classifier, save_classifier
 from regraft.models.load import Loaded
@@ -68,17 +68,22 @@ def export_adapter(
     """
     folder, output = Path(source), Path(output)
     exporter = EXPORTERS.get(to) if to != MERGED else None
-    refuse_existing(output)
-    if not is_adapter(folder):
-        raise ModelError(f"'{folder}' holds no adapter (neither adapter.json nor adapter_config.json); give the folder of one")
-    if exporter is None:
-        return _merged(folder, output, load or LoadSettings(), command)
-    loaded, adapter = _exportable(folder, load or LoadSettings())
+    with reserved(output):
+        if not is_adapter(folder):
+            raise ModelError(f"'{folder}' holds no adapter (neither adapter.json nor adapter_config.json); give the folder of one")
+        if exporter is None:
+            return _merged(folder, output, load or LoadSettings(), command)
+        return _factored(folder, output, exporter, to, load or LoadSettings(), command)
+
+
+def _factored(folder: Path, output: Path, exporter: Exporter, to: str, settings: LoadSettings, command: str) -> ExportResult:
+    """Takes an adapter apart and writes its factors."""
+    loaded, adapter = _exportable(folder, settings)
     with atomic_folder(output) as partial:
         words = exporter(adapter, partial)
         provenance = Provenance(
             command=command,
-            source=str(source),
+            source=str(folder),
             source_fingerprint=loaded.fingerprint,
             seed=0,
             versions=versions(),

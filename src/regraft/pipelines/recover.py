@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from regraft.adapters.contract import adapter_options
 from regraft.atomic import atomic_folder, refuse_existing, sha256_of
+from regraft.claims import WORK, claimed, remove, work_folder
 from regraft.data.labelled import Labelled, read_labelled, split_labelled
 from regraft.data.text import Corpus, read_corpus, split_corpus
 from regraft.data.tokens import window_tokens
@@ -74,7 +74,7 @@ def recover_model(
 ) -> RecoverResult:
     """Trains an adapter on a model and saves the result.
 
-    Checkpoints are kept in ``.NAME.work`` beside the output until it is saved. Of several processes, as ``accelerate launch`` starts
+    Checkpoints are kept in ``.NAME.regraft`` beside the output until it is saved. Of several processes, as ``accelerate launch`` starts
     them, all train and the first saves.
 
     Args:
@@ -289,21 +289,18 @@ def _work_folder(output: Path | None, *, resume: bool) -> Iterator[Path]:
             yield Path(folder) / "work"
         return
     refuse_existing(output)
-    work = output.absolute().with_name(f".{output.absolute().name}.work")
-    unfinished = checkpoints(work)
-    if unfinished and not resume:
-        step = unfinished[-1].name.rpartition("-")[2]
-        raise OutputError(f"a run to '{output}' was stopped after step {step}; go on with --resume, or remove '{work}' to begin anew")
-    missing = [parent for parent in work.parents if not parent.exists()]
-    try:
-        yield work
-    except BaseException:
-        if is_main() and not checkpoints(work):
-            shutil.rmtree(work, ignore_errors=True)
-            for parent in missing:
-                if parent.is_dir() and not any(parent.iterdir()):
-                    parent.rmdir()
-        raise
-    wait_for_all()
-    if is_main():
-        shutil.rmtree(work, ignore_errors=True)
+    with claimed(output) if is_main() else nullcontext(work_folder(output)) as aside:
+        work = aside / WORK
+        unfinished = checkpoints(work)
+        if unfinished and not resume:
+            step = unfinished[-1].name.rpartition("-")[2]
+            raise OutputError(f"a run to '{output}' was stopped after step {step}; go on with --resume, or remove '{aside}' to begin anew")
+        try:
+            yield work
+        except BaseException:
+            if is_main() and not checkpoints(work):
+                remove(work)
+            raise
+        wait_for_all()
+        if is_main():
+            remove(work)

@@ -117,7 +117,7 @@ def resumable(output: Path, asked: Mapping[str, Any]) -> Iterator[Progress]:
                 raise
     except OutputError as error:
         if left and worth_keeping(left[0]):
-            raise OutputError(f"{error}; what is finished stays in '{left[0]}', and the same command goes on from there") from error
+            raise OutputError(f"{error}; what is finished stays in '{left[0].parent}', and the same command goes on from there") from error
         raise
 
 
@@ -127,7 +127,7 @@ def _read_note(folder: Path) -> dict[str, Any] | None:
         from_json(PrunePlan, json.dumps(note["plan"]))
         dict(note["shards"])
         return note if "asked" in note else None
-    except (OSError, ValueError, KeyError, TypeError, PlanError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, PlanError):
         return None
 
 

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from regraft.adapters import Evidence
 from regraft.adapters.seeding import isolated
+from regraft.claims import output_of
 from regraft.data.labelled import Labelled
 from regraft.data.text import Corpus
 from regraft.data.tokens import window_tokens
@@ -379,8 +380,8 @@ def _as_it_was(model: PreTrainedModel, work: Path) -> Iterator[None]:
     """
     verbosity, use_cache = transformers_logging.get_verbosity(), getattr(model.config, "use_cache", None)
     chosen = os.environ.get(_TENSORBOARD_FOLDER)
-    beside = work.name.removeprefix(".").removesuffix(".work")
-    os.environ[_TENSORBOARD_FOLDER] = chosen or str(work.with_name(f"{beside}.tensorboard"))
+    output = output_of(work)
+    os.environ[_TENSORBOARD_FOLDER] = chosen or str(output.with_name(f"{output.name}.tensorboard"))
     try:
         yield
     finally:

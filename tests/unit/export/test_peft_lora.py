@@ -277,7 +277,7 @@ def test_bad_adapters(base, tmp_path, capsys, spoil) -> None:
     spoil(tmp_path)
     assert SPOILT[spoil] in refused(capsys, ["export", str(tmp_path / "adapter"), "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob(".*partial"))
+    assert not list(tmp_path.glob(".*regraft"))
 
 
 def test_an_unknown_format_is_named(base, tmp_path, capsys) -> None:

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from regraft.claims import claimed
 from regraft.errors import OutputError
 from regraft.models.load import load
 from regraft.pipelines.prune import planning
@@ -65,14 +66,14 @@ def ends_with_the_same_bytes(make_folder, settings, tmp_path, monkeypatch, shard
     assert count >= 4
     with pytest.raises(Killed):
         prune(folder, tmp_path / "out", asked, command="same", say=killed_while(f"writing shard {shard} of {count}"))
-    partial = tmp_path / ".out.partial"
+    partial = tmp_path / ".out.regraft" / "new"
     assert not (tmp_path / "out").exists()
     assert len(json.loads((partial / "progress.json").read_text())["shards"]) == shard - 1
     (partial / "hidden.bin").write_bytes(b"left by a kill")
     no_scoring(monkeypatch)
     lines: list[str] = []
     prune(folder, tmp_path / "out", asked, command="same", say=lines.append)
-    assert not partial.exists()
+    assert not partial.parent.exists()
     assert files_of(tmp_path / "out") == files_of(tmp_path / "through")
     assert not any(f"writing shard {number} of" in line for line in lines for number in range(1, shard))
     return done.plan
@@ -84,7 +85,7 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_again(make_folder, settings,
     prune(folder, tmp_path / "through", asked, command="same")
     with pytest.raises(Killed):
         prune(folder, tmp_path / "out", asked, command="same", say=killed_while("writing shard 4"))
-    damaged = next((tmp_path / ".out.partial").glob("model-00002*"))
+    damaged = next((tmp_path / ".out.regraft" / "new").glob("model-00002*"))
     raw = bytearray(damaged.read_bytes())
     raw[-3] ^= 1
     damaged.write_bytes(bytes(raw))
@@ -121,9 +122,10 @@ def test_a_run_that_stops_before_it_has_decided_leaves_nothing(make_folder, sett
 def test_a_note_that_is_not_ours_is_not_believed(make_folder, settings, tmp_path):
     folder = make_folder("llama")
     prune(folder, tmp_path / "through", settings(memory=PLENTY), command="same")
-    partial = tmp_path / ".out.partial"
+    partial = tmp_path / ".out.regraft" / "new"
     for text in ("", "{}", "[1]", '{"asked": 1, "plan": {}, "shards": {}}'):
-        partial.mkdir()
+        with claimed(tmp_path / "out"):
+            partial.mkdir()
         (partial / "progress.json").write_text(text)
         (partial / "rubbish").write_text("left by somebody")
         prune(folder, tmp_path / "out", settings(memory=PLENTY), command="same")
@@ -143,7 +145,7 @@ def test_a_full_disk_keeps_what_is_finished_and_says_so(make_folder, settings, t
         write(self, name, pieces)
 
     monkeypatch.setattr(streaming_output.ShardWriter, "write", full)
-    with pytest.raises(OutputError, match=r"disk is full.*what is finished stays in '.*\.out\.partial', and the same command goes on"):
+    with pytest.raises(OutputError, match=r"disk is full.*what is finished stays in '.*\.out\.regraft', and the same command goes on"):
         prune(folder, tmp_path / "out", asked, command="same")
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(streaming_output.ShardWriter, "write", write)

@@ -210,7 +210,7 @@ def test_a_cache_is_shared_and_gone_on_with(
     _, first, _ = run(make_tiny, tokenizer, repeating, settings, tmp_path / "a", resume=True)
     rows = sum(asked)
     assert 0 < before < rows
-    assert not [path for path in (tmp_path / "cache").rglob("*") if "partial" in path.name]
+    assert not [path for path in (tmp_path / "cache").rglob("*") if "regraft" in path.name]
     slower = settings.model_copy(update={"lr": 1e-3})
     run(make_tiny, tokenizer, repeating, slower, tmp_path / "b")
     assert sum(asked) == rows  # nothing was asked twice

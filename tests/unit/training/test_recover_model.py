@@ -157,7 +157,7 @@ def test_a_loss_that_explodes_leaves_only_the_checkpoints(
     with pytest.raises(TrainingError, match="lower --lr"):
         recover_model(folder, tmp_path / "out", settings(lr=1e35, warmup=0.0, max_grad_norm=1e30))
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / ".out.work").exists()  # it exploded before the first checkpoint
+    assert not (tmp_path / ".out.regraft").exists()  # it exploded before the first checkpoint
 
 
 def test_what_exists_is_not_overwritten(folder: Path, settings: Callable[..., RecoverSettings], tmp_path: Path) -> None:
@@ -182,11 +182,11 @@ def test_a_full_disk_while_saving_keeps_the_checkpoints(
         with pytest.raises(OutputError, match="the disk is full"):
             recover_model(folder, tmp_path / "out", settings())
     assert not (tmp_path / "out").exists()
-    assert names(tmp_path / ".out.work") == ["checkpoint-20"]
-    with pytest.raises(OutputError, match=r"stopped after step 20; go on with --resume, or remove '.*\.out\.work'"):
+    assert names(tmp_path / ".out.regraft" / "work") == ["checkpoint-20"]
+    with pytest.raises(OutputError, match=r"stopped after step 20; go on with --resume, or remove '.*\.out\.regraft'"):
         recover_model(folder, tmp_path / "out", settings())
     recover_model(folder, tmp_path / "out", settings(), resume=True)
-    assert not (tmp_path / ".out.work").exists()
+    assert not (tmp_path / ".out.regraft").exists()
     load(tmp_path / "out")
 
 
@@ -243,7 +243,7 @@ for arm in moments:
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
     assert not os.path.exists(output)
-    print(arm.__name__, sorted(os.listdir(Path(output).parent / ".out.work")))
+    print(arm.__name__, sorted(os.listdir(Path(output).parent / ".out.regraft" / "work")))
 recover_model(folder, output, settings, seed=3, resume=True)
 """
 
@@ -267,7 +267,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(
     assert done.stdout.splitlines() == [
         "arm []",
         "arm ['checkpoint-5']",
-        "arm ['.checkpoint-10.partial', 'checkpoint-5']",
+        "arm ['.checkpoint-10.regraft', 'checkpoint-5']",
         "before_older_checkpoints_are_removed ['checkpoint-10', 'checkpoint-5']",
         "while_saving ['checkpoint-20']",
     ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from regraft.atomic import atomic_folder, write_text
-from regraft.errors import ConfigError, InputError, OutputError, PlanError
+from regraft.atomic import atomic_folder, reserved, reserved_file, write_text
+from regraft.errors import ConfigError, InputError, PlanError
 from regraft.plans import Provenance, PrunePlan, from_json, to_json
 from regraft.settings import PruneSettings, checked
 
@@ -21,16 +23,20 @@ def plan_path(output: Path) -> Path:
     return output if output.suffix == ".json" else output / FILE
 
 
-def refuse_existing_plan(output: Path) -> None:
-    """Refuses a plan's output that exists.
+@contextmanager
+def reserved_plan(output: Path | None) -> Iterator[None]:
+    """Claims a plan's output before the plan is made.
 
     Raises:
-        OutputError: It exists and is not an empty folder.
+        OutputError: It exists and is not an empty folder, or cannot be written, or another process is writing it.
     """
-    path = plan_path(output)
-    taken = path if path.exists() else output
-    if taken.exists() and not (taken.is_dir() and not any(taken.iterdir())):
-        raise OutputError(f"output '{taken}' exists; choose another --output or remove it first")
+    path = plan_path(output) if output is not None else None
+    if path == output:
+        with reserved_file(path):
+            yield
+    else:
+        with reserved(output):
+            yield
 
 
 def write_plan(plan: PrunePlan, output: Path) -> Path:
@@ -39,14 +45,14 @@ def write_plan(plan: PrunePlan, output: Path) -> Path:
     Raises:
         OutputError: It exists or cannot be written.
     """
-    refuse_existing_plan(output)
     path = plan_path(output)
     text = to_json(plan) + "\n"
-    if path == output:
-        write_text(path, text)
-    else:
-        with atomic_folder(output) as partial:
-            (partial / FILE).write_text(text, encoding="utf-8")
+    with reserved_plan(output):
+        if path == output:
+            write_text(path, text)
+        else:
+            with atomic_folder(output) as partial:
+                (partial / FILE).write_text(text, encoding="utf-8")
     return path
 
 

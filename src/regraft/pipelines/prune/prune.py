@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from regraft.atomic import refuse_existing
+from regraft.atomic import reserved
 from regraft.errors import InputError
 from regraft.groups.discover import discover, look_for
 from regraft.models.load import Loaded
@@ -148,14 +148,17 @@ def _path(output: str | Path | None) -> Path | None:
 
 
 def _carry_out(request: Request, *, dry_run: bool) -> PruneResult:
-    settings, output, say = request.settings, request.output, request.say
-    if output is not None and not dry_run:
-        refuse_existing(output)
-    if settings.memory is not None:
-        if output is None and not dry_run:
+    with reserved(None if dry_run else request.output):
+        if request.settings.memory is None:
+            return _carry_out_in_memory(request, dry_run=dry_run)
+        if request.output is None and not dry_run:
             raise InputError("--memory keeps the pruned model on disk; say where with --output")
-        done = prune_streamed(replace(_decided(request), output=None if dry_run else output))
+        done = prune_streamed(replace(_decided(request), output=None if dry_run else request.output))
         return PruneResult(done.plan, None, done.loaded, done.groups, done.notes)
+
+
+def _carry_out_in_memory(request: Request, *, dry_run: bool) -> PruneResult:
+    settings, output, say = request.settings, request.output, request.say
     loaded = load_model(request.source, request.load)
     if request.plan is None:
         request = replace(request, way=resolve(settings, ModelView(loaded.model)))

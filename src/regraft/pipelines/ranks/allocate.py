@@ -24,9 +24,9 @@ from regraft.allocation import (
     rank_space,
     winner,
 )
-from regraft.atomic import sha256_of, write_text
+from regraft.atomic import json_with, reserved_file, sha256_of, write_text
 from regraft.data.tokens import window_tokens
-from regraft.errors import InputError, OutputError
+from regraft.errors import InputError
 from regraft.models.load import Loaded
 from regraft.models.load import load as load_model
 from regraft.models.view import ModelView
@@ -93,8 +93,21 @@ def allocate_ranks(
     output = Path(output)
     if output.suffix != ".json":
         raise InputError(f"--output '{output}' is not the name of a JSON file; write it as {output}.json")
-    if output.exists() and not resume:
-        raise OutputError(f"output '{output}' exists; choose another --output or remove it first")
+    with reserved_file(output, json_with("ranks", "alpha_per_rank") if resume else lambda content: False):
+        return _allocated(source, output, settings, recover, load, seed=seed, resume=resume, say=say)
+
+
+def _allocated(
+    source: str | Path,
+    output: Path,
+    settings: AllocateSettings,
+    recover: RecoverSettings,
+    load: LoadSettings,
+    *,
+    seed: int,
+    resume: bool,
+    say: Say,
+) -> RankSearch:
     if settings.storage is not None:
         open_storage(settings.storage, output.parent).close()  # what is wrong with it is told before anything is computed
     loaded = load_model(source, load)

@@ -18,20 +18,17 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from regraft.atomic import atomic_folder, refuse_existing, sha256_of, write_text
-from regraft.errors import OutputError
+from regraft.atomic import MANIFEST, atomic_folder, refuse_existing, sha256_of, sweep, write_text
+from regraft.claims import WORK, claimed, is_mark, is_work_folder, lock_file, remove, resolved
+from regraft.errors import OutputError, shown
 
 RUN_FILE = "run.json"
-MANIFEST = "manifest.json"
 TIMINGS = "timings.json"
 LOCK = ".lock"
 
@@ -49,6 +46,7 @@ class RunFolder:
     def __init__(self, path: Path, say: Say) -> None:
         self.path = path
         self._say = say
+        self._written: set[Path] = set()
         self.made = 0
 
     def stage(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None], *, folder: str | None = None) -> Path:
@@ -92,26 +90,60 @@ class RunFolder:
     def seconds(self) -> dict[str, float]:
         """Returns how long each stage took, by name, as far as it is known."""
         try:
-            return json.loads((self.path / TIMINGS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = json.loads((self.path / TIMINGS).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             return {}
+        known = found.items() if isinstance(found, dict) else ()
+        return {name: value for name, value in known if isinstance(value, int | float)}
 
     def write(self, name: str, text: str) -> Path:
         """Writes a file that summarises stages; it is whole or as it was before, and only rewritten when it differs."""
         path = self.path / name
         if not path.is_file() or path.read_bytes() != text.encode():
             write_text(path, text)
+            self._written.add(path)
         return path
 
     def work(self, name: str) -> Path:
         """Returns a folder for what a stage keeps while it is being made: checkpoints. :meth:`discard` removes it."""
-        path = self.path / f".{name}.work"
-        path.mkdir(exist_ok=True)
-        return path
+        with claimed(self.path / name) as aside:
+            (aside / WORK).mkdir(exist_ok=True)
+            return aside / WORK
 
     def discard(self, name: str) -> None:
         """Removes a stage's work folder."""
-        shutil.rmtree(self.path / f".{name}.work", ignore_errors=True)
+        with claimed(self.path / name) as aside:
+            remove(aside / WORK)
+
+    def forget(self) -> None:
+        """Removes what was written beside stages, and what stages kept while they were being made; nothing else."""
+        for path in self._written:
+            path.unlink(missing_ok=True)
+        for entry in [entry for entry in self.path.iterdir() if is_work_folder(entry)]:
+            remove(entry)
+
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """Compares a folder's recipe with this one, or writes it into a new folder.
+
+        Raises:
+            OutputError: They differ, or the folder's cannot be read.
+        """
+        file = self.path / RUN_FILE
+        if not file.is_file():
+            self.write(RUN_FILE, _json(identity))
+            return
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            before = None
+        if not isinstance(before, dict):
+            raise OutputError(f"'{file}' is damaged; remove the folder and run again")
+        differing = changes(before, json.loads(_json(identity)))
+        if differing:
+            raise OutputError(
+                f"run folder '{self.path}' was begun differently: {'; '.join(differing)}; undo the change to resume, or choose another "
+                "--output"
+            )
 
     def _why_not_finished(self, path: Path, inputs: Mapping[str, Any]) -> str | None:
         """Returns None for a finished stage, "" for one that is not there, and otherwise what is wrong with it."""
@@ -120,18 +152,20 @@ class RunFolder:
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             files, made_from = dict(manifest["files"]), manifest["inputs"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return f"its {MANIFEST} is missing or damaged"
         for name, checksum in files.items():
+            if not lies_in(name, path):
+                return f"its {MANIFEST} names '{shown(name)}', which is not in it"
             file = path / name
             if not file.is_file():
-                return f"{path.name}/{name} is missing"
+                return f"{path.name}/{shown(name)} is missing"
             if sha256_of(file) != checksum:
-                return f"{path.name}/{name} does not match its checksum"
+                return f"{path.name}/{shown(name)} does not match its checksum"
         return None if made_from == json.loads(_json(inputs)) else "what it is made from has changed"
 
     def _note_seconds(self, name: str, seconds: float) -> None:
-        write_text(self.path / TIMINGS, _json(self.seconds() | {name: round(seconds, 3)}))
+        self.write(TIMINGS, _json(self.seconds() | {name: round(seconds, 3)}))
 
 
 @contextmanager
@@ -151,103 +185,59 @@ def open_run(path: Path, identity: Mapping[str, Any], *, resume: bool, say: Say)
         OutputError: The folder exists and ``resume`` is off; or it is no run folder, another process uses it, or it was begun
             with another recipe.
     """
-    path = path.absolute()
     if not resume:
-        refuse_existing(path)
-    elif path.exists() and not (path / RUN_FILE).is_file() and _holds_files(path):
-        raise OutputError(f"'{path}' is not a run folder: it has no {RUN_FILE}; choose another --output")
+        refuse_existing(path, in_place=True)
+    path = resolved(path)
+    if os.path.lexists(path) and not path.is_dir():
+        raise OutputError(f"output '{shown(path)}' exists and is no folder; choose another --output")
+    if path.is_dir() and not (path / RUN_FILE).is_file() and not all(_left_before_it_began(entry) for entry in path.iterdir()):
+        raise OutputError(f"'{shown(path)}' is not a run folder: it has no {RUN_FILE}; choose another --output")
     made = _make_folder(path)
-    with _locked(path):
-        try:
-            _clear_half_written(path)
-            _check_identity(path, identity)
+    try:
+        with lock_file(path / LOCK, path):
+            sweep(path)
             folder = RunFolder(path, say)
-            yield folder
-        except Exception:
-            if not resume and not any(path.rglob(MANIFEST)):
-                _unmake(path, made)
-            raise
+            try:
+                folder.begin(identity)
+                yield folder
+            except Exception:
+                if not resume and not any(path.rglob(MANIFEST)):
+                    folder.forget()
+                raise
+    except Exception:
+        _remove_empty(made)
+        raise
 
 
-def _holds_files(path: Path) -> bool:
-    """Returns whether there is anything but what a run leaves before it has begun: its lock and half-written files."""
-    return any(not entry.name.startswith(".") for entry in path.iterdir())
+def _left_before_it_began(entry: Path) -> bool:
+    """Returns whether an entry is what a run leaves that is killed before it has written its first file."""
+    return is_work_folder(entry) or (entry.name == LOCK and is_mark(entry))
 
 
 def _make_folder(path: Path) -> list[Path]:
     """Makes a folder and its parents; returns those that were not there, innermost first."""
-    missing = [parent for parent in (path, *path.parents) if not parent.exists()]
+    missing = [parent for parent in (path, *path.parents) if not os.path.lexists(parent)]
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot write '{path}': {error.strerror}; choose another --output") from None
+        raise OutputError(f"cannot write '{shown(path)}': {error.strerror}; choose another --output") from None
     return missing
 
 
-def _unmake(path: Path, made: list[Path]) -> None:
-    """Empties a run folder and removes the folders that were made for it, unless somebody else has put something there."""
-    for entry in path.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
+def _remove_empty(made: list[Path]) -> None:
+    """Removes the folders that were made for a run, unless something is in them."""
     for folder in made:
-        if any(folder.iterdir()):
+        if not folder.is_dir() or any(folder.iterdir()):
             return
         folder.rmdir()
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the folder's lock; the operating system drops it when the process dies, however it dies."""
-    file, owner = path / LOCK, path / f"{LOCK}.owner"
-    lock = FileLock(file, timeout=0)
+def lies_in(name: str, folder: Path) -> bool:
+    """Returns whether a name that a manifest lists is that of a file in its folder, links resolved: nothing else is opened."""
     try:
-        lock.acquire()
-    except Timeout:
-        raise OutputError(f"run folder '{path}' is in use by {_named(owner)}; wait for it or choose another --output") from None
-    except OSError as error:
-        raise OutputError(f"cannot write '{path}': {error.strerror}; choose another --output") from None
-    try:
-        owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
-        yield
-    finally:
-        owner.unlink(missing_ok=True)
-        lock.release()  # the empty lock file stays: removing it would let two others lock two files of one name
-
-
-def _named(owner: Path) -> str:
-    try:
-        return f"process {owner.read_text(encoding='utf-8').strip()}"
-    except OSError:
-        return "another process"
-
-
-def _clear_half_written(path: Path) -> None:
-    """Removes what a killed process left aside."""
-    for entry in [*path.glob("**/.*.partial"), *path.glob("**/.*.old")]:
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink(missing_ok=True)  # it may have stood in a folder that is gone by now
-
-
-def _check_identity(path: Path, identity: Mapping[str, Any]) -> None:
-    """Compares a folder's recipe with this one, or writes it into a new folder."""
-    file = path / RUN_FILE
-    wanted = json.loads(_json(identity))
-    if not file.is_file():
-        write_text(file, _json(identity))
-        return
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise OutputError(f"'{file}' is damaged; remove the folder and run again") from None
-    differing = changes(before, wanted)
-    if differing:
-        raise OutputError(
-            f"run folder '{path}' was begun differently: {'; '.join(differing)}; undo the change to resume, or choose another --output"
-        )
+        return resolved(folder) in resolved(folder / name).parents
+    except OutputError:
+        return False
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
