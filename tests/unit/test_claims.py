@@ -204,7 +204,9 @@ def test_a_file_takes_no_place_of_something_special(tmp_path: Path, kind: str) -
     assert os.path.samestat(before, path.lstat())
 
 
-@pytest.mark.parametrize(("content", "fine"), [("", True), ('{"model": 1, "rmse": 2}', True), ('{"model": 1}', False), ("user,item\n", False)])
+@pytest.mark.parametrize(
+    ("content", "fine"), [("", True), ('{"model": 1, "rmse": 2}', True), ('{"model": 1}', False), ("user,item\n", False)]
+)
 def test_a_file_is_replaced_only_where_it_is_ours(tmp_path: Path, content: str, fine: bool) -> None:
     path = tmp_path / "figures.json"
     path.write_text(content)
@@ -255,7 +257,8 @@ def test_the_second_is_told_who_and_since_when_and_a_dead_owner_is_taken_over(tm
     with another_process(tmp_path / "out") as process:
         for way in WAYS.values():
             if way is not reserve_file:
-                with pytest.raises(OutputError, match=rf"in use by process {process.pid} on \S+ since \d+-\d+-\d+ \d+:\d+:\d+; wait for it"):
+                said = rf"in use by process {process.pid} on \S+ since \d+-\d+-\d+ \d+:\d+:\d+; wait for it"
+                with pytest.raises(OutputError, match=said):
                     way(tmp_path / "out")
         with pytest.raises(OutputError, match=f"process {process.pid}"):
             reserve_folder(tmp_path / "elsewhere" / ".." / "out")

@@ -9,7 +9,6 @@ from rich.console import Console
 
 from regraft.cli import app
 from regraft.cli import evaluate as command
-from regraft.errors import OutputError
 from regraft.plans import LossReport, Measurement, SizeReport, SpeedReport
 
 LOSS = LossReport(1.5, 4.48, 0.9, 64, 32, 1234, 5678, 3, True, "some.txt", "all")
