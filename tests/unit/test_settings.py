@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from regraft.errors import ConfigError
 from regraft.settings import (
+    AllocateSettings,
     EvaluateSettings,
     LoadSettings,
     PruneSettings,
@@ -19,6 +20,7 @@ from regraft.settings import (
     checked,
     problems_of,
 )
+from regraft.settings.sections import BY_CONTENT, NO_EFFECT
 
 ALL = [LoadSettings, PruneSettings, RecoverSettings, EvaluateSettings, SampleSettings]
 
@@ -124,3 +126,20 @@ def test_nested_problems_name_the_section() -> None:
         f"prune.x: unknown key; known: {', '.join(PruneSettings.model_fields)}",
         "prnue: unknown key; did you mean 'prune'?",
     ]
+
+
+@pytest.mark.parametrize("section", [PruneSettings, RecoverSettings, AllocateSettings])
+def test_what_decides_a_result_is_every_field_but_those_declared_otherwise(section: type[Settings]) -> None:
+    """Keys of caches and of resumed runs are made of these: a new field belongs to them until it says that it does not."""
+    declared = {name for name, field in section.model_fields.items() if field.json_schema_extra in (NO_EFFECT, BY_CONTENT)}
+    assert (
+        declared
+        == {
+            PruneSettings: {"memory", "cache"},
+            RecoverSettings: {"data", "ranks", "teacher", "held_out", "merge", "report_to", "quiet", "teacher_cache"},
+            AllocateSettings: {"prior", "store", "workers", "storage", "ray"},
+        }[section]
+    )
+    assert set(section().decisive()) == set(section.model_fields) - declared
+    name = next(iter(set(section.model_fields) - declared))
+    assert name not in section().decisive(varied=(name,))

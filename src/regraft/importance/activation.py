@@ -144,7 +144,13 @@ def _rising(units: int, order: list[int], costs: list[float]) -> Tensor:
     return values
 
 
-CRITERIA.add("wanda", Criterion("wanda", needs_text=True, units=wanda_units, looks_at="channels"))
-CRITERIA.add("flap", Criterion("flap", needs_text=True, units=reader_units(lambda moments: moments.variance_D), looks_at="channels"))
-CRITERIA.add("energy", Criterion("energy", needs_text=True, units=reader_units(lambda moments: moments.power_D), looks_at="channels"))
-CRITERIA.add("surgeon", Criterion("surgeon", needs_text=True, units=surgeon_units))
+CRITERIA.add("wanda", Criterion("wanda", needs_text=True, units=wanda_units, looks_at="channels", reads=frozenset({"reduce"})))
+CRITERIA.add(
+    "flap",
+    Criterion("flap", needs_text=True, units=reader_units(lambda moments: moments.variance_D), looks_at="channels", reads=frozenset()),
+)
+CRITERIA.add(
+    "energy",
+    Criterion("energy", needs_text=True, units=reader_units(lambda moments: moments.power_D), looks_at="channels", reads=frozenset()),
+)
+CRITERIA.add("surgeon", Criterion("surgeon", needs_text=True, units=surgeon_units, reads=frozenset()))

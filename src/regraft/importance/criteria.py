@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from regraft.settings import Reduction
 
 Granularity = Literal["element", "vector"]
 LooksAt = Literal["nothing", "weights", "channels", "moments", "gradients"]
+Readable = Literal["seed", "order", "granularity", "reduce", "consecutive"]
+EVERYTHING: frozenset[Readable] = frozenset({"seed", "order", "granularity", "reduce", "consecutive"})
 WIDTHS: tuple[GroupKind, ...] = ("heads", "query_heads", "ffn", "residual")
 Saliency = Callable[[str], Tensor]
 """Parameter name to a tensor of the parameter's shape: how much each weight matters, signed."""
@@ -44,7 +46,7 @@ class Evidence:
     model: PreTrainedModel
     groups: Groups
     windows: Tensor | None
-    seed: int
+    seed: int = 0
     order: Literal["first", "second", "mixed"] = "first"
     granularity: Granularity = "element"
     reduce: Reduction = "sum"
@@ -67,6 +69,9 @@ class Criterion:
         looks_at: What decides how much memory a layer takes: its weights, or with them a number for each input channel, whole
             second moments of the inputs, or gradients.
         scores: Kinds of groups that it can score.
+        reads: The fields of :class:`Evidence` that its scores depend on, besides the model, the groups and the windows. Scores are cached
+            by their values. The criterion sees the defaults of all other fields (:meth:`seen`), so that a field that is missing here
+            cannot give a wrong cache hit. Left out: all fields, which is always right.
     """
 
     name: str
@@ -74,6 +79,23 @@ class Criterion:
     units: Callable[[Evidence], Mapping[str, Tensor]]
     looks_at: LooksAt = "moments"
     scores: tuple[GroupKind, ...] = WIDTHS
+    reads: frozenset[Readable] = EVERYTHING
+
+    def seen(self, evidence: Evidence) -> Evidence:
+        """Returns the evidence with its default in every field that this criterion does not read."""
+        whole = Evidence(evidence.model, evidence.groups, evidence.windows if self.needs_text else None, passes=evidence.passes)
+        return replace(whole, **self.key(evidence))
+
+    def key(self, evidence: Evidence) -> dict[str, Any]:
+        """Returns the values of the fields that this criterion reads, as plain JSON types: the part of a cache key that is its own."""
+        values = {
+            "seed": evidence.seed,
+            "order": evidence.order,
+            "granularity": evidence.granularity,
+            "reduce": evidence.reduce,
+            "consecutive": evidence.consecutive,
+        }
+        return {name: value for name, value in values.items() if name in self.reads}
 
 
 CRITERIA: Registry[Criterion] = Registry("criterion", group="regraft.criteria")
@@ -98,7 +120,7 @@ def score(criterion: str, evidence: Evidence) -> Scores:
         able = ", ".join(name for name in CRITERIA if strange[0].kind in CRITERIA.get(name).scores)
         raise InputError(f"criterion '{criterion}' does not score {strange[0].kind} ({strange[0].name}); use one of {able}")
     with float32_on_cpu(evidence.model) if chosen.needs_text else nullcontext():
-        values = chosen.units(evidence)
+        values = chosen.units(chosen.seen(evidence))
     settings = f"granularity={evidence.granularity}, reduce={evidence.reduce}"
     if chosen.needs_text:
         settings = f"order={evidence.order}, {settings}"

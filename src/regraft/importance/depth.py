@@ -165,6 +165,9 @@ def mean_divergence(logits: Iterable[Tensor], dense: list[Tensor]) -> float:
     return total / tokens
 
 
-CRITERIA.add("block_influence", Criterion("block_influence", needs_text=True, units=influence_units, looks_at="channels", scores=WHOLE))
-CRITERIA.add("angular", Criterion("angular", needs_text=True, units=angular_units, scores=WHOLE))
-CRITERIA.add("removal", Criterion("removal", needs_text=True, units=removal_units, scores=WHOLE))
+CRITERIA.add(
+    "block_influence",
+    Criterion("block_influence", needs_text=True, units=influence_units, looks_at="channels", scores=WHOLE, reads=frozenset()),
+)
+CRITERIA.add("angular", Criterion("angular", needs_text=True, units=angular_units, scores=WHOLE, reads=frozenset({"consecutive"})))
+CRITERIA.add("removal", Criterion("removal", needs_text=True, units=removal_units, scores=WHOLE, reads=frozenset()))

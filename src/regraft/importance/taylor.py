@@ -39,4 +39,7 @@ def taylor_units(evidence: Evidence) -> Mapping[str, Tensor]:
     return found
 
 
-CRITERIA.add("taylor", Criterion("taylor", needs_text=True, units=taylor_units, looks_at="gradients"))
+CRITERIA.add(
+    "taylor",
+    Criterion("taylor", needs_text=True, units=taylor_units, looks_at="gradients", reads=frozenset({"order", "granularity", "reduce"})),
+)

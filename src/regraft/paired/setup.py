@@ -35,7 +35,6 @@ from regraft.training.precision import compute_dtype, trainable_weights
 
 Batch = Mapping[str, Tensor]
 
-_NO_EFFECT = {"data", "held_out", "rank", "ranks", "merge", "report_to", "quiet"}
 CACHE_BYTES = 1 << 28
 """Hidden states and teacher logits that are kept between passes; what is beyond is computed again."""
 
@@ -137,7 +136,7 @@ class PairedSetup:
             "parts": parts,
             "seed": seed,
             "model": self.fingerprint,
-            "settings": self.settings.model_dump(mode="json", exclude=_NO_EFFECT),
+            "settings": self.settings.decisive(varied=("rank",)),
             "data": digest(self.rows(seed).examples),
             "held-out data": self._held_out_digest,
             "teacher": self._teacher.fingerprint if self._teacher is not None else None,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic.config import JsonDict
 
 from regraft.plans import RankPlan, Shape
 
@@ -68,10 +69,25 @@ def option_values(options: Iterable[str]) -> dict[str, str]:
 Options = Annotated[tuple[str, ...], BeforeValidator(options_in)]
 
 
+# Declared on a field (``json_schema_extra``). A field without either decides the result by its value.
+NO_EFFECT: JsonDict = {"affects_result": False}
+BY_CONTENT: JsonDict = {"affects_result": "by content"}  # a key of the result holds a digest of what the field points to instead
+
+
 class Settings(BaseModel):
     """Base of all sections: frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    def decisive(self, *, varied: Iterable[str] = ()) -> dict[str, Any]:
+        """Returns, as plain JSON types, the values that decide the result: all fields but those declared otherwise.
+
+        Args:
+            varied: Fields that the caller chooses itself, whatever the settings say.
+        """
+        declared = {name: field.json_schema_extra for name, field in type(self).model_fields.items()}
+        others = {name for name, extra in declared.items() if extra in (NO_EFFECT, BY_CONTENT)}
+        return self.model_dump(mode="json", exclude=others | set(varied))
 
 
 class LoadSettings(Settings):
@@ -119,13 +135,13 @@ class PruneSettings(Settings):
     samples: Positive = Field(default=128, description="calibration windows")
     seq_len: Positive | None = Field(default=None, description="tokens of a calibration window; default: 128 or the model's limit")
     memory: Memory | None = Field(
-        default=None, description="most memory, such as 6GB: the model is read layer by layer; default: loaded whole"
+        default=None,
+        description="most memory, such as 6GB: the model is read layer by layer; default: loaded whole",
+        json_schema_extra=NO_EFFECT,
     )
-    cache: Path | None = Field(default=None, description="folder that keeps scores, so that another ratio needs no new calibration")
-
-    def decisive(self) -> dict[str, Any]:
-        """Returns, as plain JSON types, what decides which model comes out: all but how much memory there is and where scores are."""
-        return self.model_dump(mode="json", exclude={"memory", "cache"})
+    cache: Path | None = Field(
+        default=None, description="folder that keeps scores, so that another ratio needs no new calibration", json_schema_extra=NO_EFFECT
+    )
 
     @field_validator("layers")
     @classmethod
@@ -138,7 +154,9 @@ class PruneSettings(Settings):
 class RecoverSettings(Settings):
     """How quality is won back: LoRA through PEFT with the Hugging Face Trainer."""
 
-    data: Path | None = Field(default=None, description="text or instruction records to train on; default: the built-in text")
+    data: Path | None = Field(
+        default=None, description="text or instruction records to train on; default: the built-in text", json_schema_extra=BY_CONTENT
+    )
     task: Literal["language", "classification", "regression"] = Field(
         default="language",
         description="language, or labels: an encoder or decoder learns the classes or numbers of --data (csv, tsv, json, jsonl)",
@@ -153,13 +171,17 @@ class RecoverSettings(Settings):
     )
     rank: Positive = Field(default=8, description="rank of the adapter")
     alpha: Rate | None = Field(default=None, description="LoRA alpha; default: the adapter's own (lora: twice the rank)")
-    ranks: Path | RankPlan | None = Field(default=None, description="a rank plan (JSON) with a rank for each module, instead of --rank")
+    ranks: Path | RankPlan | None = Field(
+        default=None, description="a rank plan (JSON) with a rank for each module, instead of --rank", json_schema_extra=BY_CONTENT
+    )
     targets: tuple[str, ...] = Field(
         default=(), description="what is adapted, such as q_proj or layers.0.*; default: every projection of every layer"
     )
     adapter_options: Options = Field(default=(), description="the adapter's own settings as NAME=VALUE; see docs/adapters.md")
     teacher: str | None = Field(
-        default=None, description="model to learn from: a folder, a hub id, seedling, or: dense, the one that was pruned; default: none"
+        default=None,
+        description="model to learn from: a folder, a hub id, seedling, or: dense, the one that was pruned; default: none",
+        json_schema_extra=BY_CONTENT,
     )
     distill: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         default=0.5, description="with a teacher, how much of the loss is divergence from it: 0 none, 1 all"
@@ -169,7 +191,9 @@ class RecoverSettings(Settings):
         default=0.0, description="weight of the distance between the hidden states of teacher and student"
     )
     teacher_cache: Path | None = Field(
-        default=None, description="folder that keeps the teacher's likeliest tokens, shared between runs; default: the teacher runs along"
+        default=None,
+        description="folder that keeps the teacher's likeliest tokens, shared between runs; default: the teacher runs along",
+        json_schema_extra=NO_EFFECT,
     )
     teacher_top_k: Positive = Field(default=64, description="how many of them for each position; the others are one outcome together")
     dropout: float | None = Field(
@@ -194,7 +218,7 @@ class RecoverSettings(Settings):
         default=None, description="stop after this many looks in a row without a lower held-out loss; default: never"
     )
     held_out: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
-        default=0.05, description="share of the data kept for choosing the best checkpoint"
+        default=0.05, description="share of the data kept for choosing the best checkpoint", json_schema_extra=BY_CONTENT
     )
     held_out_windows: Positive = Field(default=64, description="held-out windows of one look, spread evenly over the held-out data")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
@@ -202,9 +226,11 @@ class RecoverSettings(Settings):
     )
     load_in_4bit: bool = Field(default=False, description="hold the frozen weights in 4 bits (NF4) while training; needs bitsandbytes")
     gradient_checkpointing: bool = Field(default=False, description="keep no activations inside layers; slower, in less memory")
-    merge: bool = Field(default=True, description="fold the adapter into the weights; otherwise it is kept beside them")
-    report_to: tuple[str, ...] = Field(default=(), description="trackers, as in the Hugging Face Trainer")
-    quiet: bool = Field(default=False, description="show no progress bar")
+    merge: bool = Field(
+        default=True, description="fold the adapter into the weights; otherwise it is kept beside them", json_schema_extra=NO_EFFECT
+    )
+    report_to: tuple[str, ...] = Field(default=(), description="trackers, as in the Hugging Face Trainer", json_schema_extra=NO_EFFECT)
+    quiet: bool = Field(default=False, description="show no progress bar", json_schema_extra=NO_EFFECT)
 
     @field_validator("adapter_options")
     @classmethod
@@ -249,26 +275,31 @@ class AllocateSettings(Settings):
     prior: Literal["shipped", "none"] | Path = Field(
         default="shipped",
         description="what past searches taught: a folder that regraft meta train wrote, or none",
+        json_schema_extra=BY_CONTENT,
     )
-    store: Path | None = Field(default=None, description="folder that keeps this search, beside others, for regraft meta train")
+    store: Path | None = Field(
+        default=None, description="folder that keeps this search, beside others, for regraft meta train", json_schema_extra=NO_EFFECT
+    )
     samples: Positive = Field(default=16, description="windows of text for gradients and inputs, which say what layers need")
     adalora_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=0.25, description="share of a full recovery's steps that the method adalora trains for"
     )
-    workers: Positive = Field(default=1, description="processes that measure on this machine")
+    workers: Positive = Field(default=1, description="processes that measure on this machine", json_schema_extra=NO_EFFECT)
     storage: str | None = Field(
-        default=None, description="database that machines share, such as postgresql://user@host/name; default: a file beside the plan"
+        default=None,
+        description="database that machines share, such as postgresql://user@host/name; default: a file beside the plan",
+        json_schema_extra=NO_EFFECT,
     )
-    ray: str | None = Field(default=None, description="Ray cluster to measure on: auto, local or host:port; default: this machine alone")
+    ray: str | None = Field(
+        default=None,
+        description="Ray cluster to measure on: auto, local or host:port; default: this machine alone",
+        json_schema_extra=NO_EFFECT,
+    )
 
     @field_validator("budget", mode="before")
     @classmethod
     def _as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-    def decisive(self) -> dict[str, Any]:
-        """Returns, as plain JSON types, what decides the result: all but the prior, and where things are measured and kept."""
-        return self.model_dump(mode="json", exclude={"workers", "storage", "ray", "store", "prior"})
 
 
 class EvaluateSettings(Settings):

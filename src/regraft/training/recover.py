@@ -49,7 +49,6 @@ from regraft.training.precision import compute_dtype, trainable_weights
 from regraft.training.teacher_cache import TeacherCache
 from regraft.training.trainer import LABELS, TOKENS, Reading, RecoveryTrainer, training_arguments
 
-_NO_EFFECT_ON_THE_RESULT = frozenset({"merge", "report_to", "quiet", "data", "held_out", "ranks", "teacher", "teacher_cache"})
 # Of the first training rows, where a teacher of another width is mapped to the student's.
 _PROJECTION_BATCHES = 4
 _TENSORBOARD_FOLDER = "TENSORBOARD_LOGGING_DIR"
@@ -333,7 +332,6 @@ def _identity(
     model: PreTrainedModel, settings: RecoverSettings, ranks: RankPlan | None, seed: int, teacher: Teacher | None
 ) -> dict[str, str]:
     """Returns what a run is of, apart from its data: whatever would change its result."""
-    plain = settings.model_dump(mode="json", exclude=set(_NO_EFFECT_ON_THE_RESULT))
     return {
         "model": fingerprint(model),
         "seed": str(seed),
@@ -341,7 +339,7 @@ def _identity(
         "processes": str(process_count()),
         "teacher": teacher.fingerprint if teacher else "none",
         "teacher-cache": "none" if settings.teacher_cache is None else "some",
-        **{name.replace("_", "-"): str(value) for name, value in plain.items()},
+        **{name.replace("_", "-"): str(value) for name, value in settings.decisive().items()},
     }
 
 

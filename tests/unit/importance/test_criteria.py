@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from regraft.errors import InputError
 from regraft.groups.declared import discover
-from regraft.importance import Evidence, score
+from regraft.importance import CRITERIA, Evidence, score
+from regraft.importance.criteria import EVERYTHING, WIDTHS
 from regraft.models.view import ModelView
 
 WINDOWS = torch.randint(3, 97, (4, 16), generator=torch.Generator().manual_seed(5))
@@ -153,3 +156,28 @@ def test_a_planted_important_kv_head_survives(make_model):
     for criterion in ("taylor", "l1", "l2"):
         values = score(criterion, evidence(model)).values["layers.1.heads"]
         assert values.index(max(values)) == 1, criterion
+
+
+CHANGED = {"seed": 12, "order": "mixed", "granularity": "vector", "reduce": "max", "consecutive": 2}
+
+
+@pytest.mark.parametrize("name", [name for name in CRITERIA if set(WIDTHS) & set(CRITERIA.get(name).scores)])
+def test_a_criterion_reads_what_it_declares_and_nothing_else(make_model, name: str) -> None:
+    """Cached scores are found by what a criterion declares: a field that it reads in secret would be a wrong hit."""
+    model, criterion = make_model("llama"), CRITERIA.get(name)
+    before = criterion.units(evidence(model))
+    assert set(CHANGED) == EVERYTHING
+    for field, value in CHANGED.items():
+        after = criterion.units(replace(evidence(model), **{field: value}))
+        same = all(torch.equal(before[group], after[group]) for group in before)
+        assert same == (field not in criterion.reads), field
+
+
+def test_a_criterion_sees_the_defaults_of_what_it_does_not_declare(make_model) -> None:
+    """Even one that declares too little cannot give other scores for the same key."""
+    model = make_model("llama")
+    sly = replace(CRITERIA.get("random"), reads=frozenset())
+    given = [replace(evidence(model), seed=seed) for seed in (11, 12)]
+    first, second = (sly.units(sly.seen(one)) for one in given)
+    assert sly.key(given[0]) == sly.key(given[1])
+    assert all(torch.equal(first[group], second[group]) for group in first)

@@ -288,12 +288,12 @@ class Planning:
 
     def _scores_by(self, name: str, view: ModelView, groups: Groups, passes: Passes | None) -> Scores:
         settings = self.settings
-        with_text = CRITERIA.get(name).needs_text
+        criterion = CRITERIA.get(name)
         run = round(settings.ratio * groups.parameters / groups.of("layer")[0].unit_parameters) if groups.of("layer") else 1
         evidence = Evidence(
             model=view.model,
             groups=groups,
-            windows=self.windows if with_text else None,
+            windows=self.windows if criterion.needs_text else None,
             seed=self.seed,
             order=settings.order,
             granularity=settings.granularity,
@@ -303,16 +303,9 @@ class Planning:
         )
         if settings.cache is None:
             return score(name, evidence)
-        made_from = self._made_from(view, groups) | {
-            "criterion": name,
-            "order": settings.order,
-            "granularity": settings.granularity,
-            "reduce": settings.reduce,
-        }
-        if name == "angular":
-            made_from |= {"consecutive": run}
-        if not with_text:
-            made_from |= {"seed": self.seed, "windows_sha256": None}
+        made_from = self._made_from(view, groups) | {"criterion": name, **criterion.key(evidence)}
+        if not criterion.needs_text:
+            made_from |= {"windows_sha256": None}
         return ScoreCache(settings.cache).get(Scores, made_from, lambda: score(name, evidence), self.say)
 
     def _curves(self, view: ModelView, groups: Groups, scores: Scores, budget: Budget) -> Curves:

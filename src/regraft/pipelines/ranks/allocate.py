@@ -53,8 +53,7 @@ Say = Callable[[str], None]
 SPACE = "space.json"
 _RECOVERIES = ".recoveries"
 _FEW_STEPS = 20  # with fewer, gains of ranks do not show yet
-# Nothing of these changes what a candidate's recovery gives.
-_OF_NO_MATTER = {"rank", "ranks", "alpha", "merge", "report_to", "quiet", "data", "patience"}
+_CHOSEN_BY_THE_SEARCH = ("rank", "alpha", "patience")
 
 
 def allocate_ranks(
@@ -171,7 +170,9 @@ class Request:
         return {
             "model": self.loaded.fingerprint,
             "allocate": decisive(self.settings),
-            "recover": self.recover.model_dump(mode="json", exclude=_OF_NO_MATTER),
+            "recover": self.recover.decisive(varied=_CHOSEN_BY_THE_SEARCH),
+            "held_out": self.recover.held_out,
+            "teacher": self.recover.teacher,
             "load": self.load.model_dump(mode="json"),
             "data": sha256_of(self.recover.data) if self.recover.data is not None and self.recover.data.is_file() else "built in",
             "seed": self.seed,

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from folders import tiny_tokenizer
 from regraft.errors import OutputError
+from regraft.importance import CRITERIA, Criterion, Evidence, score
 from regraft.models.layerwise import Layerwise
 from regraft.pipelines.prune import planning
 from regraft.pipelines.prune.prune import prune
@@ -136,3 +137,21 @@ def test_rounds_are_scored_anew(folder, monkeypatch):
     monkeypatch.setattr(planning, "score", lambda name, evidence: (scored.append(evidence.groups.fingerprint), score(name, evidence))[1])
     plan(folder, criterion="taylor", select="global", rounds=2)
     assert len(set(scored)) == 2
+
+
+def test_a_criterion_that_declares_nothing_is_cached_by_every_field(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plug-in that forgets ``reads`` gets no wrong hit, whichever field of the evidence it looks at."""
+
+    def counted(evidence: Evidence) -> dict[str, torch.Tensor]:
+        base = evidence.consecutive + 10 * evidence.seed + 100 * (evidence.order == "mixed")
+        return {group.name: torch.arange(base, base + group.units, dtype=torch.float64) for group in evidence.groups.groups}
+
+    monkeypatch.setitem(CRITERIA._values, "counted", Criterion("counted", needs_text=False, units=counted))
+    found = []
+    for seed, order, ratio in ((0, "first", 0.2), (1, "first", 0.2), (0, "mixed", 0.2), (0, "first", 0.45)):
+        changed = settings(folder, criterion="counted", targets=("heads", "ffn"), order=order, ratio=ratio, select="uniform")
+        evidences: list[Evidence] = []
+        monkeypatch.setattr(planning, "score", lambda name, evidence, kept=evidences: (kept.append(evidence), score(name, evidence))[1])
+        prune(folder, None, changed, seed=seed, dry_run=True)
+        found.append(len(evidences))
+    assert found == [1, 1, 1, 0], "each change of a field is scored anew; the ratio alone is not"
