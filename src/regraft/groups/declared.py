@@ -1,4 +1,4 @@
-"""Coupled weights read from the table of a family (``models/architectures/*.toml``).
+"""Groups of coupled weights, read from the table of a family (``models/architectures/*.toml``).
 
 Structural pruning removes a channel from everything that writes it and everything that reads it at once (LLM-Pruner,
 arXiv 2305.11627, section 3.1). Under grouped-query attention the unit is a key-value head with its ``n_q / n_kv`` query heads,
@@ -16,7 +16,7 @@ def discover(view: ModelView) -> Groups:
     """Returns the prunable groups of a model: the heads and the feed-forward channels of every layer.
 
     Args:
-        view: The model; layers may differ from one another in their sizes, or lack a part.
+        view: The model; its layers may have different sizes, or lack a part.
 
     Returns:
         Groups named ``layers.<index>.<kind>``, in the order of the layers.

@@ -1,4 +1,4 @@
-"""One door to the groups of a model: from its family's table where that tells them, else by following its computation."""
+"""Discovery of a model's groups: from its family's table where the table declares them, else by tracing the computation."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ def discover(model: PreTrainedModel | ModelView, kinds: Sequence[GroupKind] = US
     """Returns the groups of a model that can be cut exactly and saved.
 
     Args:
-        model: Of a family in ``models/architectures``; layers may differ from one another, or lack a part.
-        kinds: What is wanted. Kinds that a model has not got, or that cannot be cut in it, are left out: :func:`refusals` says why.
+        model: A model of a known family; its layers may differ from one another, or lack a part.
+        kinds: Kinds of groups to return. Kinds that the model lacks, or that cannot be cut in it, are left out; :func:`refusals` gives
+            the reasons.
 
     Returns:
         Groups in the order of the layers, the residual width last.
 
     Raises:
-        ModelError: The family is not known, its computation cannot be followed, or there is nothing of the kinds wanted.
+        ModelError: The family is not known, its computation cannot be traced, or the model has no group of these kinds.
     """
     return look_for(model, kinds).groups
 
 
 def look_for(model: PreTrainedModel | ModelView, kinds: Sequence[GroupKind] = USUAL) -> Traced:
-    """Returns what :func:`discover` does, and why kinds that were wanted are not among it.
+    """Returns the groups that :func:`discover` returns, with the reasons why other groups of these kinds cannot be cut.
 
     Raises:
-        ModelError: As there.
+        ModelError: As in :func:`discover`.
     """
     view = model if isinstance(model, ModelView) else ModelView(model)
     if view.family.discovery == "declared" and set(kinds) <= set(USUAL):
@@ -57,16 +58,16 @@ def look_for(model: PreTrainedModel | ModelView, kinds: Sequence[GroupKind] = US
 
 
 def refusals(model: PreTrainedModel | ModelView) -> tuple[Refusal, ...]:
-    """Returns what was found in a model but cannot be cut, with the reasons.
+    """Returns the groups of a model that cannot be cut, with the reasons.
 
     Raises:
-        ModelError: The family is not known, or its computation cannot be followed.
+        ModelError: The family is not known, or its computation cannot be traced.
     """
     return _traced(model if isinstance(model, ModelView) else ModelView(model)).refusals
 
 
 def _traced(view: ModelView) -> Traced:
-    """Follows a model, with what its family's classes can and cannot express."""
+    """Traces a model; refuses the groups that the classes of its family cannot express after a cut."""
     family, config = view.family, view.model.config
     found = traced.follow_channels(
         view.model,

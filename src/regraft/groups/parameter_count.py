@@ -1,7 +1,7 @@
-"""How many parameters a model has left when groups lose units: exact, also where groups overlap.
+"""Exact count of the parameters that a model has left when groups lose units, also where groups overlap.
 
-A head inside a narrower stream, a query head of a key-value group that goes, a channel of a layer that goes: what two cuts share must
-be counted once. Which units go makes no difference to the count, so that numbers of units are enough.
+Two cuts may remove the same parameters (a head and a channel of the residual stream, a query head and its key-value group, a channel and
+its layer); these are counted once. The count depends only on how many units each group loses, not on which.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 from regraft.plans import WHOLE, Group, Groups, Member
 
 Amounts = Mapping[str, float]
-"""Group name to units that stay; groups that are not named stay whole. Parts of a unit are counted by proportion."""
+"""Group name to number of kept units; a group that is not named keeps all. Fractions of a unit are counted in proportion."""
 
 
 @dataclass
 class _Axis:
-    """What shortens one axis of a parameter.
+    """The groups that shorten one axis of a parameter.
 
     Attributes:
-        length: Of the axis.
-        widths: Group name to indices that one of its units owns.
-        shared: Pairs of groups to indices that a unit of each owns together.
+        length: Full length of the axis.
+        widths: Group name to the number of indices that one of its units owns.
+        shared: Pair of groups to the number of indices that a unit of the one and a unit of the other both own.
     """
 
     length: int
@@ -35,14 +35,14 @@ class _Axis:
 class _Parameter:
     whole: list[str] = field(default_factory=list[str])
     axes: dict[int, _Axis] = field(default_factory=dict[int, _Axis])
-    rest: int = 1  # product of the axes that nothing shortens
+    rest: int = 1  # product of the lengths of the axes that no group shortens
 
 
 class Ledger:
-    """Counts what is left of a model.
+    """A count of the parameters that a model has left.
 
     Args:
-        groups: Of the model. Groups without members, or whose parameters have no known shapes, count as disjoint from all others.
+        groups: Groups of the model. A group without members, or with parameters of unknown shape, counts as disjoint from all others.
         names: The groups that may lose units.
     """
 
@@ -63,11 +63,11 @@ class Ledger:
         self._full = {name: math.prod(groups.shapes[name]) for name in self._parameters}
 
     def left(self, kept: Amounts) -> float:
-        """Returns how many parameters the model has left; a whole number where ``kept`` has whole numbers."""
+        """Returns how many parameters the model has left; a whole number when ``kept`` has whole numbers."""
         return self._total + sum(self._change(name, kept) for name in self._parameters) - self._loose(self._groups, kept)
 
     def lost(self, name: str, kept: Amounts, to: float) -> float:
-        """Returns how many parameters go when one group is cut from where it is in ``kept`` down to ``to`` units."""
+        """Returns how many parameters are lost when one group is cut from its units in ``kept`` down to ``to`` units."""
         group = self._groups[name]
         if not self._touched[name]:
             return (kept.get(name, group.units) - to) * group.unit_parameters
@@ -94,7 +94,7 @@ class Ledger:
             axis.widths[group.name] = sum(member.width for member in here)
 
     def _change(self, name: str, kept: Amounts) -> float:
-        """Returns what a parameter has gained (a negative number, or nothing) against its full size."""
+        """Returns the change in a parameter's size against its full size: zero or negative."""
         parameter = self._parameters[name]
         size: float = parameter.rest
         for whole in parameter.whole:
@@ -115,7 +115,7 @@ class Ledger:
 
 
 def overlap(groups: Iterable[Group]) -> bool:
-    """Returns whether any two of the groups share parameters, told by their kinds."""
+    """Returns whether any two of the groups share parameters, judged by their kinds."""
     kinds = {group.kind for group in groups}
     return any(pair <= kinds for pair in _OVERLAPPING)
 

@@ -1,6 +1,6 @@
-"""A safetensors folder read piece by piece, into memory that is ours.
+"""A safetensors folder that is read piece by piece into ordinary memory.
 
-Files are read, never mapped: pages of a mapped file count as resident, and what is resident is what ``--memory`` bounds.
+Files are read and never mapped, because pages of a mapped file count as resident memory, which ``--memory`` limits.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Rows of a matrix that are compared or copied in one go.
+# Size of the blocks of rows in which a matrix is compared or copied.
 PIECE_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies.
+    """Location of a tensor in a file.
 
     Attributes:
         path: The file.
-        offset: Of its first byte in the file.
-        dtype: As it is stored.
-        shape: Of the tensor.
+        offset: Position of the tensor's first byte in the file.
+        dtype: Stored dtype.
+        shape: Shape of the tensor.
     """
 
     path: Path
@@ -54,12 +54,12 @@ class Place:
 
     @property
     def numel(self) -> int:
-        """How many values there are."""
+        """Number of values."""
         return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """How many bytes they take."""
+        """Number of stored bytes."""
         return self.numel * self.dtype.itemsize
 
 
@@ -67,15 +67,15 @@ class Checkpoint:
     """The tensors of a model folder, by name.
 
     Args:
-        folder: With safetensors files; all of them are checked by their headers first.
-        files: Only these of them, where the folder is not whole yet.
+        folder: A folder with safetensors files, whose headers are all checked first.
+        files: Only these files, for a folder that is not complete yet; None for all.
 
     Attributes:
-        places: Where each tensor lies, by name.
-        bytes_read: So far.
+        places: Location of each tensor, by name.
+        bytes_read: Number of bytes read so far.
 
     Raises:
-        ModelError: A file is missing, truncated or damaged, or does not hold what the index says.
+        ModelError: A file is missing, truncated or damaged, or its tensors differ from the index.
     """
 
     def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
@@ -83,25 +83,25 @@ class Checkpoint:
         self.bytes_read = 0
         self.places: dict[str, Place] = {}
         if files is None:
-            stored_tensors(folder)  # refuses what is not whole
+            stored_tensors(folder)  # refuses an incomplete or damaged folder
         for path in weight_files(folder) if files is None else files:
             header = read_header(path)
             for name, start in _starts(path):
                 self.places[name] = Place(path, start, DTYPES[header[name].dtype], header[name].shape)
 
     def read(self, name: str) -> Tensor:
-        """Returns a whole tensor as it is stored."""
+        """Returns a tensor in its stored dtype."""
         place = self.places[name]
         return self._read(place, 0, place.numel).reshape(place.shape)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Returns rows ``start`` to ``stop`` of a tensor: shape (stop - start, ...)."""
+        """Returns rows ``start`` to ``stop - 1`` of a tensor: shape (stop - start, ...)."""
         place = self.places[name]
         width = prod(place.shape[1:])
         return self._read(place, start * width, (stop - start) * width).reshape(stop - start, *place.shape[1:])
 
     def gather(self, name: str, rows: Tensor) -> Tensor:
-        """Returns the rows of these indices, int64 (n,): shape (n, ...)."""
+        """Returns the rows with these indices, int64 (n,): shape (n, ...)."""
         place = self.places[name]
         width = prod(place.shape[1:])
         found = torch.empty(len(rows), width, dtype=place.dtype)
@@ -137,7 +137,7 @@ class Checkpoint:
         return found
 
     def _into(self, stream: FileIO, place: Place, first: int, tensor: Tensor) -> None:
-        """Fills a tensor with values ``first`` onwards of a stored one."""
+        """Fills a tensor with the values of a stored tensor from value ``first`` on."""
         buffer = memory_of(tensor)
         stream.seek(place.offset + first * place.dtype.itemsize)
         done = 0
@@ -150,7 +150,7 @@ class Checkpoint:
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """Returns the bytes of a contiguous tensor on the CPU, to be read and written in place."""
+    """Returns a view of the bytes of a contiguous CPU tensor, for reading and writing in place."""
     values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(values)
 

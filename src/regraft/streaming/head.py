@@ -1,9 +1,9 @@
-"""The gradient of the language-modelling loss with respect to the last hidden states, with the output projection in blocks of rows.
+"""Gradient of the language-modelling loss with respect to the last hidden states, with the output projection in blocks of rows.
 
-For one token with logits z and target y the loss is ``logsumexp(z) - z_y`` and its gradient ``softmax(z) - onehot(y)``. Both can be
-had from blocks of the vocabulary: the first sweep over the blocks finds the normaliser, the second the gradient. What a model does
-to its logits afterwards (a soft cap, a scale) and before (the last norm) is its own code, under autograd; only that each logit is
-treated by itself is taken for granted.
+For one token with logits z and target y the loss is ``logsumexp(z) - z_y`` and its gradient is ``softmax(z) - onehot(y)``. Both can be
+computed from blocks of the vocabulary: a first sweep over the blocks gives the normaliser, a second sweep the gradient. The last norm
+before the projection and the treatment of the logits after it (a soft cap, a scale) are the model's own code, under autograd. The only
+assumption is that each logit is treated independently of the others.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from regraft.streaming.skeleton import Skeleton
 
 
 def loss_gradient(skeleton: Skeleton, windows_NT: Tensor, hidden: HiddenStates, slot: int, rows: int, tokens: int) -> None:
-    """Puts the gradient of each window's mean loss with respect to the hidden states in ``slot`` into the slot after it.
+    """Writes the gradient of each window's mean loss with respect to the hidden states in ``slot`` into slot ``slot + 1``.
 
     Args:
         skeleton: The checkpoint.
         windows_NT: Calibration tokens, int64 (windows, tokens), at least two tokens long.
-        hidden: With what leaves the last layer in ``slot``.
-        slot: Which that is.
-        rows: Of the output projection in memory at a time.
-        tokens: Whose logits are in memory at a time.
+        hidden: Hidden states, with the outputs of the last layer in ``slot``.
+        slot: Slot of the last layer's outputs.
+        rows: Number of rows of the output projection in memory at a time.
+        tokens: Number of tokens whose logits are in memory at a time.
     """
     count, length = windows_NT.shape
     targets_NP = windows_NT[:, 1:].to(skeleton.device)
@@ -59,7 +59,7 @@ def loss_gradient(skeleton: Skeleton, windows_NT: Tensor, hidden: HiddenStates, 
 
 
 class _Blocks:
-    """The output projection in blocks of rows; where one block is enough it is read once."""
+    """The output projection in blocks of rows; it is read only once if one block holds all rows."""
 
     def __init__(self, skeleton: Skeleton, rows: int) -> None:
         self._skeleton = skeleton
@@ -73,13 +73,13 @@ class _Blocks:
         for first in range(0, total, self._rows):
             stop = min(total, first + self._rows)
             if self._last is None or self._last[0] != first:
-                self._last = None  # the old block goes before the new one comes
+                self._last = None  # frees the old block before the new one is read
                 self._last = (first, self._skeleton.head_rows(first, stop))
             yield first, self._last[1], None if bias is None else bias[first:stop]
 
 
 def _logits(skeleton: Skeleton, hidden_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    """Returns the logits (P, V) of some rows of the vocabulary by the model's own code; each token counts as a sequence of one."""
+    """Returns the logits (P, V) of some rows of the vocabulary by the model's own code, with each token as a sequence of length one."""
     ids = torch.zeros(hidden_PD.shape[0], 1, dtype=torch.int64, device=hidden_PD.device)
     with skeleton.projecting(lambda normed: functional.linear(normed, weight_VD, bias_V)), layers_give(skeleton.view, hidden_PD[:, None]):
         return skeleton.view.model(input_ids=ids, use_cache=False).logits[:, 0].float()

@@ -15,26 +15,26 @@ from regraft.streaming.checkpoint import memory_of
 
 
 class HiddenStates(ABC):
-    """Numbered slots, each with the hidden states of all windows: float32 (windows, tokens, channels), on the CPU.
+    """Storage of hidden states in numbered slots, each float32 (windows, tokens, channels), on the CPU.
 
-    Use as a context manager: whatever it holds is gone afterwards.
+    Use it as a context manager: the end of the block frees all slots.
     """
 
     @abstractmethod
     def put(self, slot: int, first: int, hidden_BTD: Tensor) -> None:
-        """Keeps the states of the windows from ``first`` onwards."""
+        """Stores the states of consecutive windows, beginning with window ``first``."""
 
     @abstractmethod
     def get(self, slot: int, first: int, count: int) -> Tensor:
-        """Returns the states of some windows, (count, tokens, channels), as a copy or not: they may be read only."""
+        """Returns the states of ``count`` windows, (count, tokens, channels), perhaps as a view: do not write to them."""
 
     @abstractmethod
     def drop(self, slot: int) -> None:
-        """Forgets a slot."""
+        """Frees a slot."""
 
     @abstractmethod
     def close(self) -> None:
-        """Forgets everything."""
+        """Frees all slots."""
 
     def __enter__(self) -> HiddenStates:
         return self
@@ -55,7 +55,7 @@ class InMemory(HiddenStates):
         self._slots: dict[int, Tensor] = {}
 
     def put(self, slot: int, first: int, hidden_BTD: Tensor) -> None:
-        """Keeps the states of the windows from ``first`` onwards."""
+        """Stores the states of consecutive windows, beginning with window ``first``."""
         if slot not in self._slots:
             self._slots[slot] = torch.empty(self._shape)
         self._slots[slot][first : first + hidden_BTD.shape[0]] = hidden_BTD.detach()
@@ -74,10 +74,10 @@ class InMemory(HiddenStates):
 
 
 class OnDisk(HiddenStates):
-    """Hidden states in a file that is read and written piece by piece, never mapped.
+    """Hidden states in a file that is read and written piece by piece and never mapped.
 
     Args:
-        path: Of the file; it is made now and removed at the end.
+        path: Path of the file, which is created at once and removed by :meth:`close`.
         shape: (windows, tokens, channels).
     """
 
@@ -87,7 +87,7 @@ class OnDisk(HiddenStates):
         self._file = path.open("w+b", buffering=0)
 
     def put(self, slot: int, first: int, hidden_BTD: Tensor) -> None:
-        """Writes the states of the windows from ``first`` onwards."""
+        """Writes the states of consecutive windows, beginning with window ``first``."""
         data = memory_of(hidden_BTD.detach().to(device="cpu", dtype=torch.float32).contiguous())
         self._file.seek(self._offset(slot, first))
         while data:
@@ -106,7 +106,7 @@ class OnDisk(HiddenStates):
         return hidden_BTD
 
     def drop(self, slot: int) -> None:
-        """Leaves the place to whoever writes it next."""
+        """Does nothing: the next ``put`` to the slot overwrites it."""
 
     def close(self) -> None:
         """Removes the file."""
@@ -119,10 +119,10 @@ class OnDisk(HiddenStates):
 
 
 def room_for(path: Path, needed_bytes: int) -> None:
-    """Refuses a file that the disk has no room for.
+    """Refuses a file that does not fit on the disk.
 
     Raises:
-        OutputError: With what is needed and what there is.
+        OutputError: The free space is too small; the message gives both sizes.
     """
     free_bytes = shutil.disk_usage(path).free
     if needed_bytes > free_bytes:

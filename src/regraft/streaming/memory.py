@@ -1,8 +1,8 @@
-"""What a run over a checkpoint needs in memory, and how much it may do at once.
+"""Memory that a streamed run needs, and the sizes of its batches and blocks.
 
-The numbers are upper bounds from the sizes of the model: the largest layer in float32, what scoring or re-fitting it adds, and the
-activations of the fewest windows. What is left of ``--memory`` goes to more windows at once and to hidden states, which are on
-disk otherwise.
+The numbers are upper bounds, computed from the sizes of the model: the largest layer in float32, the memory for scoring or re-fitting
+it, and the activations of the smallest batch. The rest of ``--memory`` is used for larger batches and for hidden states, which are
+otherwise on disk.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from regraft.models.view import ModelView
 from regraft.streaming.passes import BATCH, Limits
 from regraft.streaming.skeleton import Skeleton
 
-# The interpreter and the libraries. What the process that calls us holds beyond them is not ours to count.
+# Upper limit for the interpreter and the libraries. Memory of the calling process beyond that is not counted against --memory.
 MOST_PROGRAM_BYTES = 700_000_000
-# What the program grows by when it works: buffers of the allocator and of the matrix library, pieces that are being written.
+# Growth of the program while it runs: buffers of the allocator and of the matrix library, and pieces that are being written.
 SPARE_BYTES = 150_000_000
 HEAD_TOKENS = 64
 F32, F64 = 4, 8
@@ -28,14 +28,14 @@ F32, F64 = 4, 8
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be done with a checkpoint.
+    """The work of a streamed run.
 
     Attributes:
-        looks_at: What the criterion looks at; None where nothing is scored.
-        squares: Whether it wants squared gradients.
-        refits: Whether reading projections are re-fitted.
-        windows: Calibration windows; 0 without text.
-        tokens: Of a window.
+        looks_at: The evidence that the criterion reads; None when nothing is scored.
+        squares: Whether the criterion reads squared gradients.
+        refits: Whether the projections that read pruned channels are re-fitted.
+        windows: Number of calibration windows; 0 without text.
+        tokens: Length of a window in tokens.
     """
 
     looks_at: LooksAt | None
@@ -47,15 +47,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Room:
-    """How a run stays within its memory.
+    """Memory plan of a streamed run.
 
     Attributes:
-        limits: How much is done at once.
-        hidden_in_memory: Whether the hidden states of the windows are in memory rather than on disk.
-        working_bytes: What the run needs beside the program, hidden states aside.
-        hidden_bytes: What the hidden states take.
-        program_bytes: What the program itself takes.
-        bound_bytes: What was asked for.
+        limits: Sizes of batches and blocks.
+        hidden_in_memory: Whether the hidden states of the windows are in memory; False when they are on disk.
+        working_bytes: Memory of the run, without the program itself and the hidden states.
+        hidden_bytes: Size of the hidden states.
+        program_bytes: Memory of the program itself.
+        bound_bytes: The limit that the user gave.
     """
 
     limits: Limits
@@ -67,15 +67,15 @@ class Room:
 
     @property
     def fits(self) -> bool:
-        """Whether the program itself is within the bound too."""
+        """Whether the run and the program itself together are within the limit."""
         return self.working_bytes + self.program_bytes <= self.bound_bytes
 
 
 def find_room(skeleton: Skeleton, task: Task, bound_bytes: int) -> Room:
-    """Decides how much is done at once.
+    """Chooses the sizes of batches and blocks for a memory limit.
 
     Raises:
-        InputError: The bound is below what one layer needs; the message says how much that is.
+        InputError: The limit is below the need of one layer; the message gives that need.
     """
     sizes = _Sizes.of(skeleton)
     program = min(psutil.Process().memory_info().rss, MOST_PROGRAM_BYTES) + SPARE_BYTES
@@ -102,7 +102,7 @@ def find_room(skeleton: Skeleton, task: Task, bound_bytes: int) -> Room:
 
 
 def in_words(count_bytes: int) -> str:
-    """Returns a number of bytes as ``--memory`` takes it, rounded up.
+    """Returns a number of bytes in the format of ``--memory``, rounded up.
 
     >>> in_words(1_234_567_890), in_words(45_000_001), in_words(1200), in_words(12)
     ('1.24GB', '46MB', '2KB', '12B')
@@ -120,13 +120,13 @@ class _Sizes:
     """Sizes of a model.
 
     Attributes:
-        layer: Parameters of the largest layer.
-        largest: Values of the largest tensor of a layer.
-        readers: Widths of the projections that read prunable channels, for the layer where they are largest.
-        features: Inputs and outputs of all projections of a layer, added up: floats of activations of one token.
-        channels: Of the residual stream.
-        vocabulary: Rows of the output projection.
-        outside: Parameters that are always there: norms and positions.
+        layer: Number of parameters of the largest layer.
+        largest: Number of values of the largest tensor of a layer.
+        readers: Input widths of the projections that read prunable channels, for the layer where they are largest.
+        features: Sum of the inputs and outputs of all projections of a layer: floats of activations for one token.
+        channels: Width of the residual stream.
+        vocabulary: Number of rows of the output projection.
+        outside: Number of parameters that are always in memory: norms and positions.
     """
 
     layer: int
@@ -158,16 +158,16 @@ class _Sizes:
         )
 
     def forward_bytes(self, tokens: int) -> int:
-        """Activations of a forward pass of one batch, some of them in double precision for their moments."""
+        """Returns the activations of a forward pass of one batch, some of them in double precision for their moments."""
         return BATCH * tokens * (self.features * F32 + max(self.readers, default=0) * 2 * F64)
 
     def backward_bytes(self, tokens: int) -> int:
-        """Activations of a forward and backward pass of one window."""
+        """Returns the activations of a forward and backward pass of one window."""
         return tokens * self.features * 3 * F32
 
 
 def _parts(sizes: _Sizes, task: Task) -> Mapping[str, int]:
-    """Returns what the phase that needs most takes, by what it is for."""
+    """Returns the memory of the most demanding phase, by purpose."""
     layer = sizes.layer * F32
     phases: list[dict[str, int]] = [{"a layer in float32": layer, "scoring it": 6 * sizes.largest * F32}]
     if task.windows:

@@ -1,7 +1,7 @@
-"""The pruned checkpoint, written shard by shard, and gone on with where an interrupted run stopped.
+"""Writer of a pruned checkpoint, shard by shard, which can resume an interrupted run.
 
-Everything is written into the folder that :func:`regraft.atomic.atomic_folder` keeps beside the output. A note in it says what was
-asked for, which units stay, and the SHA-256 of every shard that is finished; a run that was asked for the same goes on from there.
+All files are written into the temporary folder that :func:`regraft.atomic.atomic_folder` keeps next to the output. A note in it holds
+the settings, the plan, and the SHA-256 of every finished shard. A later run with the same settings resumes from there.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from regraft.streaming.writer import Shard, ShardWriter
 from regraft.surgery.cut import layers_after, removed_indices, removed_parameters, renumbered_names, sizes_after
 
 NOTE = "progress.json"
-# Layers are written to one file until it is this large: a layer of a large model to a file, and a small model to one.
+# Layers are collected into one file up to this size: a small model is one file, a large model one file a layer.
 SHARD_BYTES = 1 << 28
 
 
 class Progress:
-    """What an interrupted run left, and what this one has done.
+    """Progress of a run that can be resumed: the plan and the finished shards.
 
     Args:
-        folder: Beside the output.
-        asked: Everything that decides what is written, as plain JSON types.
+        folder: Temporary folder next to the output.
+        asked: All settings that decide the written files, as plain JSON types.
     """
 
     def __init__(self, folder: Path, asked: Mapping[str, Any]) -> None:
@@ -55,12 +55,12 @@ class Progress:
         self._shards: dict[str, str] = dict(note["shards"]) if note is not None and same else {}
 
     def decided(self, plan: PrunePlan) -> None:
-        """Notes which units stay."""
+        """Records the plan."""
         self.plan = plan
         self._write()
 
     def finished(self, shards: Sequence[Shard]) -> int:
-        """Returns how many shards, from the first, are there and whole; forgets the others."""
+        """Returns how many shards, from the first on, are present and undamaged; drops the others from the record."""
         count = 0
         for shard in shards:
             path = self.folder / shard.name
@@ -71,7 +71,7 @@ class Progress:
         return count
 
     def add(self, shard: Shard, sha256: str) -> None:
-        """Notes that a shard is finished."""
+        """Records a finished shard."""
         self._shards[shard.name] = sha256
         self._write()
 
@@ -88,15 +88,15 @@ class Progress:
 
 @contextmanager
 def resumable(output: Path, asked: Mapping[str, Any]) -> Iterator[Progress]:
-    """Gives what an interrupted run that was asked for the same left beside the output, or an empty folder.
+    """Opens the folder of an interrupted run with the same settings, or an empty folder.
 
     Args:
-        output: The final folder; it appears when the block ends well.
-        asked: Everything that decides what is written, as plain JSON types.
+        output: The final folder; it appears when the block ends without an error.
+        asked: All settings that decide the written files, as plain JSON types.
 
     Raises:
-        OutputError: It cannot be written; finished shards stay for the next attempt.
-        ModelError: The input is damaged; nothing stays.
+        OutputError: The folder cannot be written; finished shards are kept for the next attempt.
+        ModelError: The input is damaged; nothing is kept.
     """
     asked = json.loads(json.dumps(asked))
 
@@ -132,7 +132,8 @@ def _read_note(folder: Path) -> dict[str, Any] | None:
 
 
 Refit = Callable[[int, Callable[[int, nn.Module], None]], Iterator[tuple[int, dict[str, Tensor]]]]
-"""How many layers are finished, and what gives those the weights that they got, to each other layer with its new tensors."""
+"""A function ``refit(finished, restore)`` that yields ``(layer, new tensors)`` for every layer from number ``finished`` on. It calls
+``restore(layer, module)`` for each earlier layer, which loads the weights already written for that layer into the module."""
 
 
 class PrunedWriter:
@@ -140,8 +141,8 @@ class PrunedWriter:
 
     Args:
         skeleton: The checkpoint.
-        groups: Of it.
-        plan: What stays.
+        groups: Groups of the checkpoint.
+        plan: The units to keep.
     """
 
     def __init__(self, skeleton: Skeleton, groups: Groups, plan: PrunePlan) -> None:
@@ -160,8 +161,8 @@ class PrunedWriter:
         """Writes every shard that is not finished.
 
         Args:
-            progress: Where to, and what is finished.
-            refit: Gives the new tensors of the layers; None where they stay as they are.
+            progress: The folder to write to, and the finished shards.
+            refit: Yields the new tensors of the layers; None when nothing is re-fitted.
             say: Called with one line for each shard.
         """
         done = progress.finished(self.shards)
@@ -180,18 +181,18 @@ class PrunedWriter:
                 for layer, shapes in self._parts:
                     if holder[next(iter(shapes))] == shard.name:
                         again = layer is not None and refit is not None
-                        # A layer of which nothing is left has no part here, and nobody asks for its tensors.
+                        # A layer without any remaining parameter is in no shard, so its tensors are not needed.
                         changed = next(tensors for index, tensors in refitted if index == layer) if again else {}
                         self._write_part(writer, shapes, changed)
             progress.add(shard, writer.sha256)
 
     def finish(self, progress: Progress, provenance: Provenance, card: Callable[[Provenance], str]) -> Provenance:
-        """Writes everything beside the weights.
+        """Writes all files other than the weights.
 
         Args:
-            progress: With all shards.
-            provenance: How the model came to be, without the checksums.
-            card: Makes the start of the model card.
+            progress: Progress with all shards finished.
+            provenance: Provenance of the model, without the checksums.
+            card: Returns the beginning of the model card.
         """
         folder, skeleton = progress.folder, self._skeleton
         model_class = self._write_config(folder)
@@ -213,7 +214,7 @@ class PrunedWriter:
         return written
 
     def _write_config(self, folder: Path) -> type[PreTrainedModel]:
-        """Writes the config, that of generation, and the code where the model needs ours; returns the class of the model."""
+        """Writes the config, the generation config, and our modelling code if the model needs it; returns the model's class."""
         model = self._skeleton.loaded.model
         config: Any = config_for(model.config, self.sizes, layers=self._layers)
         register()
@@ -249,9 +250,9 @@ class PrunedWriter:
 
     @torch.no_grad()
     def _restore(self, source: Checkpoint, layer: int, module: nn.Module) -> None:
-        """Gives a layer the tensors that were written for it, at full size: columns of what was removed are zero.
+        """Loads the tensors written for a layer into the layer at full size, with zeros in the removed columns.
 
-        That, and not the narrow layer, is what the hidden states of the uninterrupted run went through.
+        In an uninterrupted run the hidden states pass through this full-size layer, not through the narrow one.
         """
         named = self._groups.named()
         prefix = f"{self._skeleton.view.layer_name(layer)}."
@@ -263,7 +264,7 @@ class PrunedWriter:
             reader = next(member for member in group.members if member.side == "in")
             for key, parameter in module.get_submodule(_module_of(reader.parameter).removeprefix(prefix)).named_parameters():
                 name = f"{_module_of(reader.parameter)}.{key}"
-                if name not in written:  # gone with its part
+                if name not in written:  # removed together with its part
                     continue
                 tensor = source.read(written[name]).to(parameter)
                 for axis in (axis for cut, axis in self._removed if cut == name):
@@ -272,7 +273,7 @@ class PrunedWriter:
                 parameter.copy_(tensor)
 
     def _split_by_layer(self) -> Iterator[tuple[int | None, dict[str, tuple[int, ...]]]]:
-        """Yields, by new names, the pruned shapes of the parameters of each old layer, and of what lies before, between and after them."""
+        """Yields (old layer or None, pruned shapes by new name): first the parameters before the layers, then each layer, then the rest."""
         full = {name: parameter.shape for name, parameter in self._skeleton.view.model.named_parameters()}
         shapes: dict[str, tuple[int, ...]] = {}
         for new, name in self._names.items():
@@ -287,7 +288,7 @@ class PrunedWriter:
             yield layer, {name: shapes[name] for name in names}
 
     def _left(self) -> list[str]:
-        """Returns the parameters that do not go whole."""
+        """Returns the names of the parameters that are not removed completely."""
         gone = removed_parameters(self._groups, self._plan.cuts)
         return [name for name, _ in self._skeleton.view.model.named_parameters() if name not in gone]
 
@@ -297,7 +298,7 @@ def _module_of(parameter: str) -> str:
 
 
 def _shards(parts: Sequence[tuple[int | None, Mapping[str, tuple[int, ...]]]], dtype: torch.dtype, limit_bytes: int) -> list[Shard]:
-    """Returns the files: consecutive parts together, as long as they stay below the limit."""
+    """Returns the files, each with as many consecutive parts as fit below the limit."""
     files: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0
     for _, shapes in parts:

@@ -1,9 +1,9 @@
-"""Passes over a checkpoint, one layer at a time: what criteria and re-fitting ask for, without the model in memory.
+"""Passes over a checkpoint, one layer at a time, for criteria and re-fitting without the model in memory.
 
-The exact gradient of the language-modelling loss takes three passes over the file: forward through the layers, keeping what enters
-each of them; through the output projection in blocks of its rows, for the loss and its gradient; and backward, where each layer is
-computed again with autograd and hands the gradient of its input down. Nothing is approximated: it is gradient checkpointing with the
-weights on disk.
+The exact gradient of the language-modelling loss takes three passes over the file. The first goes forward through the layers and stores
+the input of each layer. The second goes through the output projection in blocks of rows, for the loss and its gradient. The third goes
+backward: each layer is computed again with autograd and passes the gradient of its input down. Nothing is approximated: it is gradient
+checkpointing with the weights on disk.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from regraft.streaming.head import loss_gradient
 from regraft.streaming.hidden import HiddenStates
 from regraft.streaming.skeleton import Skeleton
 
-# Windows of one forward pass; re-fitting judges the last of each such batch, so it is the same as in memory.
+# Windows of one forward pass. It is the same as in memory, because re-fitting evaluates on the last window of each batch.
 BATCH = 8
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is done at once.
+    """Sizes of the batches and blocks of a pass.
 
     Attributes:
-        backward_windows: Windows of one backward pass.
-        head_rows: Rows of the output projection in memory at a time.
-        head_tokens: Tokens whose logits are computed at a time.
+        backward_windows: Number of windows in one backward pass.
+        head_rows: Number of rows of the output projection in memory at a time.
+        head_tokens: Number of tokens whose logits are computed at a time.
     """
 
     backward_windows: int
@@ -44,13 +44,13 @@ class Limits:
 
 
 class StreamedPasses(Passes):
-    """Evidence read layer by layer from a file.
+    """Evidence for criteria, computed layer by layer from a file.
 
     Args:
         skeleton: The checkpoint.
-        windows_NT: Calibration tokens, int64 (windows, tokens), or None where only weights are looked at.
-        hidden: Makes a place for the hidden states of one use.
-        limits: How much is done at once.
+        windows_NT: Calibration tokens, int64 (windows, tokens), or None when only weights are needed.
+        hidden: Opens a storage for the hidden states of one walk.
+        limits: Sizes of batches and blocks.
         say: Called with one line for each layer.
     """
 
@@ -69,14 +69,14 @@ class StreamedPasses(Passes):
         self._say = say
 
     def weights(self, groups: Groups) -> Iterator[tuple[Group, ...]]:
-        """Yields the groups layer by layer."""
+        """Yields the groups of one layer after another, with the layer's weights in memory."""
         for layer, here in self._by_layer(groups):
             with self._skeleton.layer(layer):
                 self._say(f"scoring layer {layer + 1} of {groups.layers}")
                 yield here
 
     def walk(self) -> StreamedWalk:
-        """Returns a walk that reads each layer as it comes to it."""
+        """Returns a walk that reads each layer when it reaches it."""
         assert self._windows is not None
         return StreamedWalk(self._skeleton, self._windows, self._hidden, self._say)
 
@@ -84,7 +84,7 @@ class StreamedPasses(Passes):
         """Yields the gradients layer by layer, from the last to the first.
 
         Raises:
-            InputError: The windows are of one token, so that there is nothing to predict.
+            InputError: The windows have a single token, so that there is nothing to predict.
         """
         assert self._windows is not None
         refuse_single_tokens(self._windows)
@@ -116,13 +116,13 @@ class StreamedWalk(Walk):
     Args:
         skeleton: The checkpoint.
         windows_NT: Calibration tokens, int64 (windows, tokens).
-        hidden: Makes a place for the hidden states.
+        hidden: Opens a storage for the hidden states.
         say: Called with one line for each layer.
-        finished: Takes a layer that was re-fitted before, with its index, and gives it the weights that it got then. None: none was.
-        start: How many layers those are.
-        gone: Layers, and parts of layers, that are not there: the first are passed over, the others add nothing.
-        keep: Whether what enters layer ``i`` stays in slot ``i`` of ``hidden``, which is left open then, what leaves the last one
-            in the slot after; otherwise there is one slot.
+        finished: Loads the re-fitted weights of an interrupted run into a layer, given its index and module. None when there are none.
+        start: Number of layers, from the first on, that were re-fitted in an interrupted run.
+        gone: Removed layers, which are skipped, and removed parts of layers, whose output is zero.
+        keep: Whether the input of layer ``i`` is kept in slot ``i`` of ``hidden`` and the last layer's output in the slot after it, with
+            ``hidden`` left open. Otherwise a single slot is overwritten.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class StreamedWalk(Walk):
         self._calls = Calls(skeleton, windows_NT)
 
     def layers(self) -> Iterator[int]:
-        """Yields the index of every layer that is not finished in turn, once it is in memory."""
+        """Yields the index of each layer that is not finished, in order, once the layer is in memory."""
         count = len(self.view.layers)
         self._hidden = self._open()
         try:
@@ -174,20 +174,20 @@ class StreamedWalk(Walk):
                 self._hidden.close()
 
     def changeable(self, layer: int) -> nn.Module:
-        """Returns the layer itself: it is forgotten soon."""
+        """Returns the layer itself, because it leaves memory after this step."""
         return self.view.layers[layer]
 
     def look(self, layer: int, module: nn.Module | None = None) -> None:
-        """Sends the windows through a layer and forgets what comes out."""
+        """Runs the windows through a layer and discards the output."""
         if module is not None:
             round_weights(module, self._skeleton.dtype)
         for first, ids in self._batches():
             self._through(layer, module, first, len(ids))
 
     def advance(self, layer: int, module: nn.Module | None = None) -> None:
-        """Sends the windows through a layer and keeps what comes out."""
+        """Runs the windows through a layer and stores the output."""
         if module is not None:
-            round_weights(module, self._skeleton.dtype)  # so that layers above see what is saved
+            round_weights(module, self._skeleton.dtype)  # so that later layers see the saved values
         for first, ids in self._batches():
             self._hidden.put(layer + 1 if self._keep else 0, first, self._through(layer, module, first, len(ids)))
 
@@ -202,11 +202,11 @@ class StreamedWalk(Walk):
 
 
 class Calls:
-    """Calls layers with what the model itself would hand to them.
+    """Calls of single layers, with the masks, positions and other arguments that the model itself passes.
 
     Args:
         skeleton: The checkpoint.
-        windows_NT: Calibration tokens; what layers are handed depends on the number and the length of windows alone.
+        windows_NT: Calibration tokens; the other arguments depend only on the number and the length of the windows.
     """
 
     def __init__(self, skeleton: Skeleton, windows_NT: Tensor) -> None:
@@ -215,14 +215,14 @@ class Calls:
         self._known: dict[int, Layerwise] = {}
 
     def embedded(self, ids_BT: Tensor) -> Tensor:
-        """Returns what enters the first layer, (batch, tokens, channels)."""
+        """Returns the input of the first layer, (batch, tokens, channels)."""
         walk = Layerwise(self._skeleton.view, ids_BT, batch=len(ids_BT))
         entering = walk.first.pop()
         self._known.setdefault(len(ids_BT), walk)
         return entering
 
     def through(self, layer: int, hidden_BTD: Tensor, module: nn.Module | None = None) -> Tensor:
-        """Returns the output of a layer; gradients flow where they are on."""
+        """Returns the output of a layer, with autograd if it is enabled."""
         count = hidden_BTD.shape[0]
         if count not in self._known:
             self.embedded(self._windows[:count])
@@ -230,7 +230,7 @@ class Calls:
 
 
 class _Backward:
-    """Takes the gradient of the hidden states from above a layer to below it, and that of the layer's weights on the way."""
+    """Backward pass through one layer at a time: from the gradient of its output to those of its input and weights."""
 
     def __init__(self, skeleton: Skeleton, windows_NT: Tensor, hidden: HiddenStates, layers: int, windows: int) -> None:
         self._calls = Calls(skeleton, windows_NT)
@@ -242,7 +242,7 @@ class _Backward:
         self._windows = windows
 
     def through(self, layer: int, module: nn.Module, names: set[str], *, squares: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Returns the mean gradients, and their mean squares over windows where asked, of the named parameters of a layer."""
+        """Returns the mean gradients of the named parameters of a layer, and with ``squares`` their mean squares over windows."""
         prefix = self._view.layer_name(layer)
         wanted = {f"{prefix}.{name}": parameter for name, parameter in module.named_parameters() if f"{prefix}.{name}" in names}
         for parameter in wanted.values():
@@ -252,7 +252,7 @@ class _Backward:
         return found
 
     def _means(self, layer: int, wanted: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Returns mean gradients, from several windows at once."""
+        """Returns mean gradients, computed from several windows at once."""
         for first in range(0, self._count, self._windows):
             self._back(layer, list(wanted.values()), first, min(self._windows, self._count - first))
         means = {name: _gradient(parameter).div_(self._count) for name, parameter in wanted.items()}
@@ -261,7 +261,7 @@ class _Backward:
         return means
 
     def _with_squares(self, layer: int, wanted: dict[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Returns mean gradients and mean squared gradients, window by window; no window's gradients are there all at once."""
+        """Returns mean gradients and mean squared gradients, window by window, without storing all gradients of a window at once."""
         first = {name: torch.zeros_like(parameter, requires_grad=False) for name, parameter in wanted.items()}
         second = {name: torch.zeros_like(parameter, requires_grad=False) for name, parameter in wanted.items()}
         handles = [
@@ -277,7 +277,7 @@ class _Backward:
         return first, second
 
     def _back(self, layer: int, parameters: list[nn.Parameter], first: int, count: int) -> None:
-        """Goes back through a layer with some windows; gradients of the parameters are added up."""
+        """Runs the backward pass of a layer for some windows and adds to the gradients of its parameters."""
         entering = self._hidden.get(layer, first, count).to(self._device).detach().requires_grad_(True)
         above = self._hidden.get(self._slot, first, count).to(self._device)
         with torch.enable_grad():
@@ -287,7 +287,7 @@ class _Backward:
 
 
 def _squarer(first: Tensor, second: Tensor, count: int) -> Callable[[Tensor], None]:
-    """Returns a hook that takes the gradient of one window of several away as soon as it is there."""
+    """Returns a hook that adds a window's gradient and its square to the means, and frees the gradient at once."""
 
     def take(parameter: Tensor) -> None:
         gradient = _gradient(parameter)

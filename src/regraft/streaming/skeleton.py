@@ -1,4 +1,4 @@
-"""A model without weights whose layers get theirs one at a time from a file.
+"""A model without weights, whose layers are read from a file one at a time.
 
 The skeleton is an ordinary model of transformers in which every parameter is a single NaN, expanded to the parameter's shape: what is
 used before it was read poisons the result and is refused, never silently wrong. Reading a layer swaps the data under its parameters,
@@ -35,19 +35,19 @@ from regraft.plans import WHOLE, GroupKind, Groups
 from regraft.settings import LoadSettings
 from regraft.streaming.checkpoint import Checkpoint
 
-# What lies within one layer, and is written as it is read.
+# Kinds of groups within one layer, which can be cut while the layer is written.
 WITHIN_A_LAYER: tuple[GroupKind, ...] = ("heads", "query_heads", "ffn", *WHOLE)
 
 
 class Skeleton:
-    """A checkpoint seen as a model, of which one layer at a time is in memory; made by :func:`open_skeleton`.
+    """A checkpoint as a model with one layer in memory at a time; made by :func:`open_skeleton`.
 
     Attributes:
-        loaded: The model without its weights, with its tokenizer and where it came from.
-        view: Of that model.
-        checkpoint: Where the weights are.
-        dtype: Of the weights, as the model would be loaded and as it is written again.
-        device: Where layers are computed.
+        loaded: The model without its weights, with tokenizer, source and provenance.
+        view: View of the model.
+        checkpoint: The files of the weights.
+        dtype: Dtype of the weights, for loading and for writing.
+        device: Device on which layers are computed.
     """
 
     def __init__(self, loaded: Loaded, checkpoint: Checkpoint, stored: Mapping[str, str], dtype: torch.dtype, device: torch.device) -> None:
@@ -73,11 +73,11 @@ class Skeleton:
         self.head.__dict__["forward"] = lambda hidden: self._project(hidden)
 
     def groups(self, kinds: Sequence[GroupKind] = USUAL) -> Groups:
-        """Returns what can be pruned: what :func:`regraft.groups.discover.discover` finds in the model in memory."""
+        """Returns the prunable groups, as :func:`regraft.groups.discover.discover` finds them in the model in memory."""
         return self.look_for(kinds).groups
 
     def look_for(self, kinds: Sequence[GroupKind] = USUAL) -> Traced:
-        """Returns what can be pruned, and why kinds that were wanted are not among it."""
+        """Returns the prunable groups, with the reasons why other groups of these kinds cannot be cut."""
         reading = {module: module.__dict__.pop("forward") for module in (self.embedding, self.head)}
         try:
             found = look_for(self.view, kinds)
@@ -88,19 +88,19 @@ class Skeleton:
 
     @property
     def head_shape(self) -> tuple[int, int]:
-        """Rows and channels of the output projection."""
+        """Number of rows and of channels of the output projection."""
         rows, channels = self.head.weight.shape
         return rows, channels
 
     def stored(self, name: str) -> Tensor:
-        """Returns a parameter as the model would be loaded: in its dtype, on the CPU."""
+        """Returns a parameter in the model's dtype, on the CPU."""
         return self.checkpoint.read(self._stored[name]).to(self.dtype)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """Yields a parameter as the model would be loaded, in blocks of rows, on the CPU.
+        """Yields a parameter in the model's dtype, in blocks of rows, on the CPU.
 
         Raises:
-            ModelError: It holds NaN, infinity or values that no training gives.
+            ModelError: The parameter holds NaN, infinity or values far beyond those of a trained model.
         """
         for piece in self.checkpoint.pieces(self._stored[name]):
             values = piece.to(self.dtype)
@@ -109,10 +109,10 @@ class Skeleton:
             yield values
 
     def values(self, name: str) -> Tensor:
-        """Returns a parameter to compute with: float32, on the device.
+        """Returns a parameter for computation: float32, on the device.
 
         Raises:
-            ModelError: It holds NaN, infinity or values that no training gives.
+            ModelError: The parameter holds NaN, infinity or values far beyond those of a trained model.
         """
         tensor = self.stored(name)
         if name not in self._checked:  # once is enough
@@ -121,14 +121,14 @@ class Skeleton:
         return tensor.to(self.device).float()
 
     def head_rows(self, start: int, stop: int) -> Tensor:
-        """Returns rows of the output projection to compute with: float32 (rows, channels), on the device."""
+        """Returns rows of the output projection for computation: float32 (rows, channels), on the device."""
         rows = self.checkpoint.rows(self._stored[self.head_name], start, stop).to(self.dtype)
         check_values(self.head_name, rows, self.loaded.source)
         return rows.to(self.device).float()
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """Reads a decoder layer, and forgets it at the end of the block."""
+        """Reads a decoder layer, and frees it at the end of the block."""
         module = self.view.layers[index]
         prefix = self.view.layer_name(index)
         try:
@@ -143,7 +143,7 @@ class Skeleton:
 
     @contextmanager
     def projecting(self, project: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Puts a function of the final hidden states, (..., channels) to (..., anything), in the place of the output projection."""
+        """Replaces the output projection by a function of the final hidden states, (..., channels) to (..., anything)."""
         before = self._project
         self._project = project
         try:
@@ -152,7 +152,7 @@ class Skeleton:
             self._project = before
 
     def _embed(self, ids: Tensor) -> Tensor:
-        """Does what the token embedding does, with no more of its matrix than it takes."""
+        """Computes the token embedding, reading only the rows of the tokens that occur."""
         embedding: Any = self.embedding
         unique, inverse = ids.unique(return_inverse=True)
         rows = self.checkpoint.gather(self._stored[self.embedding_name], unique.cpu()).to(self.dtype)
@@ -170,11 +170,11 @@ class Skeleton:
 
 
 def open_skeleton(source: str | Path, settings: LoadSettings | None = None) -> Skeleton:
-    """Opens a checkpoint to be read layer by layer, after checking that it is whole and of one model.
+    """Opens a checkpoint for reading layer by layer, after checking that it is complete and fits its config.
 
     Args:
         source: As in :func:`regraft.models.load.load`.
-        settings: The dtype is that of the weights as they are kept and written; they are computed with in float32.
+        settings: Loading settings. The dtype is that of the written weights; computation is in float32.
 
     Raises:
         ModelError: The model is missing, damaged, unsafe or of an unknown family.
@@ -188,7 +188,7 @@ def open_skeleton(source: str | Path, settings: LoadSettings | None = None) -> S
     checkpoint = Checkpoint(folder)
     model = _empty_model(folder, device, trust_remote_code=settings.trust_remote_code)
     stored = _stored_names(model, checkpoint, dtype)
-    ModelView(model)  # refuses a model that is not built as its family is
+    ModelView(model)  # refuses a model whose structure differs from its family's
     embedding: Any = model.get_input_embeddings()
     tokenizer = load_tokenizer(folder, embedding.weight.shape[0], trust_remote_code=settings.trust_remote_code)
     loaded = Loaded(model, tokenizer, str(source), _fingerprint(model, checkpoint, stored, dtype), provenance)
@@ -196,10 +196,10 @@ def open_skeleton(source: str | Path, settings: LoadSettings | None = None) -> S
 
 
 def refuse_beyond_layers(family: Family, groups: Groups) -> None:
-    """Refuses groups whose cut changes more than one layer at a time can show.
+    """Refuses groups whose cut changes more than one layer.
 
     Raises:
-        InputError: The message names what is in the way.
+        InputError: A group cannot be cut layer by layer; the message names the kind or the norm.
     """
     wide = [group.kind for group in groups.groups if group.kind not in WITHIN_A_LAYER]
     if wide:
@@ -218,7 +218,7 @@ def refuse_beyond_layers(family: Family, groups: Groups) -> None:
 
 
 def _empty_model(folder: Path, device: torch.device, *, trust_remote_code: bool) -> PreTrainedModel:
-    """Returns a model of the folder's config whose parameters are NaN and take no memory; its buffers are what they should be."""
+    """Returns a model of the folder's config whose parameters are NaN and take no memory; its buffers have their real values."""
     config = read_config(folder, trust_remote_code=trust_remote_code)
     try:
         with quiet(), init_empty_weights(include_buffers=False):
@@ -236,13 +236,13 @@ def _empty_model(folder: Path, device: torch.device, *, trust_remote_code: bool)
     with quiet():
         model.tie_weights()
         if (folder / "generation_config.json").is_file():
-            with suppress(OSError, TypeError, ValueError):  # as transformers does without one that it cannot read
+            with suppress(OSError, TypeError, ValueError):  # transformers also goes on without one that it cannot read
                 model.generation_config = GenerationConfig.from_pretrained(str(folder))
     return model.eval()
 
 
 def _stored_names(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, str]:
-    """Returns where each parameter is stored, by name; unties what the file holds twice with different values.
+    """Returns the stored name of each parameter; unties tied parameters that the file holds twice with different values.
 
     Raises:
         ModelError: A tensor is missing, superfluous or of another shape.
@@ -275,7 +275,7 @@ def _stored_names(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.d
 
 
 def _stored_name(model: PreTrainedModel, name: str, checkpoint: Checkpoint) -> str | None:
-    """Returns the name of a parameter in the file; checkpoints of the base model alone lack its prefix."""
+    """Returns the name of a parameter in the file. The names of a checkpoint of the base model have no prefix."""
     module, _, last = name.rpartition(".")
     renamed = f"{family_of(model.config.model_type).stored_as.get(module, module)}.{last}"
     bare = name.removeprefix(f"{model.base_model_prefix}.")
@@ -290,14 +290,14 @@ def _equal(checkpoint: Checkpoint, first: str, second: str, dtype: torch.dtype) 
 
 
 def _untie(model: Any) -> None:
-    """Gives the output projection a matrix of its own, as transformers does when the file holds two different ones."""
+    """Gives the output projection its own matrix, as transformers does when the file holds two different ones."""
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.data, requires_grad=False)
     model.config.tie_word_embeddings = False
 
 
 def _fingerprint(model: PreTrainedModel, checkpoint: Checkpoint, stored: Mapping[str, str], dtype: torch.dtype) -> str:
-    """Returns the fingerprint of the model in memory, from a few values of each tensor."""
+    """Returns the fingerprint that the model would have in memory, from a few values of each tensor."""
     return fingerprint_of(
         (name, tuple(parameter.shape), dtype, checkpoint.sample(stored[name], sample_step(parameter.numel()), SAMPLED))
         for name, parameter in model.named_parameters()

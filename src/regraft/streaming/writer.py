@@ -1,6 +1,6 @@
-"""A safetensors file written tensor by tensor, so that no more than one of them need be in memory.
+"""Writer of a safetensors file tensor by tensor, so that at most one tensor is in memory.
 
-The format is that of :mod:`regraft.models.weights`. The library's own writer wants all tensors of a file at once.
+The format is described in :mod:`regraft.models.weights`. The writer of the safetensors library needs all tensors of a file at once.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Shard:
     """One file of a model.
 
     Attributes:
-        name: Of the file.
-        shapes: Tensor name to shape, in the order in which they are written.
-        dtype: Of all of them.
+        name: Name of the file.
+        shapes: Tensor name to shape, in the order in which the tensors are written.
+        dtype: Dtype of all tensors.
     """
 
     name: str
@@ -38,19 +38,19 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights in it."""
+        """Number of bytes of the weights in the file."""
         return sum(map(prod, self.shapes.values())) * self.dtype.itemsize
 
 
 class ShardWriter:
-    """Writes one safetensors file; use as a context manager.
+    """Writer of one safetensors file; use it as a context manager.
 
     Args:
-        folder: Where to.
-        shard: What it will hold.
+        folder: Folder of the file.
+        shard: Name, shapes and dtype of the file.
 
     Attributes:
-        sha256: Of the file, in hexadecimal, once it is closed.
+        sha256: SHA-256 of the file in hexadecimal, once it is closed.
     """
 
     def __init__(self, folder: Path, shard: Shard) -> None:
@@ -74,7 +74,7 @@ class ShardWriter:
         return self
 
     def write(self, name: str, pieces: Iterable[Tensor]) -> None:
-        """Writes the next tensor, given as blocks of its rows in order."""
+        """Writes the next tensor, given as consecutive blocks of its rows."""
         expected = self._left.pop(0)
         assert name == expected, f"'{name}' comes where '{expected}' belongs"
         count = 0

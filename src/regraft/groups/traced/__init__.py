@@ -1,10 +1,10 @@
-"""Coupled weights found by following a model's computation, without a table for its family.
+"""Groups of coupled weights, found by tracing a model's computation without a table for its family.
 
-The model is exported with fake weights and one layer of each kind (``skeleton``); every channel of every parameter gets a label
-(``labels``), which is carried through each operator (``follow``, ``rules``); what was joined on the way is read as units of groups
-(``units``, ``report``). LLM-Pruner (arXiv 2305.11627, section 3.1) finds the same dependencies between neurons by following the
-graph from each neuron in turn; here all are followed at once, and fused projections and grouped-query attention are seen as they
-are. What is not understood is refused: see :func:`follow_channels` for the reasons.
+The model is exported with fake weights and one layer of each kind (``skeleton``). Every channel of every parameter gets a label
+(``labels``), which is carried through each operator (``interpreter``, ``rules``). Channels whose labels were joined on the way become
+the units of groups (``units``, ``report``). LLM-Pruner (arXiv 2305.11627, section 3.1) finds the same dependencies by following the
+graph from one neuron after another; here all neurons are followed at once, with fused projections and grouped-query attention. An
+operator without a rule is refused: see :func:`follow_channels`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ __all__ = ["Refusal", "Traced", "follow_channels", "trace"]
 
 @dataclass(frozen=True)
 class Traced:
-    """What following a model gave.
+    """Result of tracing a model.
 
     Attributes:
-        groups: Everything that can be cut exactly, of every kind.
-        refusals: What was found but cannot be cut, with the reason.
+        groups: All groups that can be cut exactly, of every kind.
+        refusals: Groups that were found but cannot be cut, with the reasons.
     """
 
     groups: Groups
@@ -39,7 +39,7 @@ class Traced:
 
 
 def trace(model: nn.Module | PreTrainedConfig) -> Groups:
-    """Returns the groups of a causal language model: heads, query heads, feed-forward channels, the residual width, whole parts.
+    """Returns the groups of a causal language model: heads, query heads, feed-forward channels, parts, layers, the residual width.
 
     Args:
         model: A model that takes token ids, or the config of one; weights are neither read nor changed.
@@ -61,15 +61,15 @@ def follow_channels(
     counted_layer_norms: bool = False,
     rescaled_norms: Collection[str] | None = None,
 ) -> Traced:
-    """Returns the groups of a causal language model, as :func:`trace` does, and why the others are missing.
+    """Returns the groups of a causal language model, as :func:`trace` does, and the reasons why others cannot be cut.
 
     Args:
         model: A model that takes token ids, or the config of one; weights are neither read nor changed.
-        numbered_heads: Whether a pruned model can be told which of the first model's heads it has left, so that constants which
-            differ from head to head (the slopes of ALiBi) do not stand in the way.
-        counted_layer_norms: Whether layer norms can go on counting the channels that were removed from the residual stream.
-        rescaled_norms: Names inside a layer of the RMS norms over several heads, or over feed-forward channels, that are rescaled when
-            some of these go, so that they do not stand in the way; None: all of them.
+        numbered_heads: Whether a pruned model stores the original numbers of its heads, so that constants which differ from head to
+            head (the slopes of ALiBi) do not prevent a cut.
+        counted_layer_norms: Whether a pruned model's layer norms still count the removed channels of the residual stream.
+        rescaled_norms: Names, within a layer, of the RMS norms over several heads or over feed-forward channels that are rescaled after
+            a cut, so that they do not prevent it; None for all of them.
 
     Raises:
         ModelError: The computation cannot be exported or followed; the message names the node.

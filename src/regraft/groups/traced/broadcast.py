@@ -1,4 +1,4 @@
-"""Label tensors that are expanded, repeated, or looked at along some of their axes."""
+"""Operations on label tensors: expand, repeat, and compare along axes."""
 # pyright: standard
 # (NumPy and torch leave most types unknown)
 
@@ -17,7 +17,7 @@ from regraft.groups.traced.values import Channels
 
 
 def grown(state: Follower, labels: Tensor, shape: Sequence[int]) -> Tensor:
-    """Expands labels to a shape; copies get labels of their own."""
+    """Expands labels to a shape; each copy gets a new label."""
     if tuple(labels.shape) == tuple(shape):
         return labels
     places = torch.arange(labels.numel()).reshape(labels.shape).expand(shape)
@@ -34,13 +34,13 @@ def heads_repeated(state: Follower, labels: Tensor, heads: int) -> Tensor:
 
 
 def _own(state: Follower, labels: Tensor, places: Tensor) -> Tensor:
-    """Gives each copy a label of its own; ``places`` says which element each is a copy of."""
+    """Gives each copy a new label; ``places`` holds the index of the element that each is a copy of."""
     fresh = state.space.copies(labels.reshape(-1).numpy(), ordinals(places.reshape(-1).numpy()))
     return torch.from_numpy(fresh).reshape(labels.shape)
 
 
 def broadcast(state: Follower, value: Channels, shape: Sequence[int], others: Sequence[Channels]) -> Tensor:
-    """Expands an operand of a pointwise operator; where it meets different channels, each copy counts on its own."""
+    """Expands an operand of a pointwise operator; its copies get new labels if they are combined with different channels."""
     plain, rank = value.labels.expand(shape), value.labels.dim()
     new = [axis for axis in range(-len(shape), 0) if -axis > rank or plain.shape[axis] != value.labels.shape[axis]]
     for other in others:
@@ -51,7 +51,7 @@ def broadcast(state: Follower, value: Channels, shape: Sequence[int], others: Se
 
 
 def ordinals(places: Labels) -> Labels:
-    """Returns, for each element, how often its value came before.
+    """Returns, for each element, how often its value occurs before it.
 
     >>> ordinals(np.array([5, 5, 7, 5])).tolist()
     [0, 1, 0, 2]
@@ -72,14 +72,14 @@ def constant_along(labels: Tensor, dims: Sequence[int]) -> Tensor | None:
 
 
 def rows_of(labels: Tensor, dims: Sequence[int]) -> Tensor:
-    """Returns the labels with the axes ``dims`` brought together, (everything else, dims)."""
+    """Returns the labels as a matrix: one column for each index along the axes ``dims``, one row for each index along the others."""
     rest = [axis for axis in range(labels.dim()) if axis not in dims]
     size = int(np.prod([labels.shape[axis] for axis in dims]))
     return labels.permute(*rest, *dims).reshape(-1, size)
 
 
 def dims_of(positional: Sequence[Any], named: Any, rank: int, default: int | None = None) -> list[int]:
-    """Returns the axes that an operator works along, from its arguments; all of them where it names none."""
+    """Returns the axes that an operator works along, from its arguments; all axes when it names none."""
     found = positional[0] if positional else named.get("dim", default)
     if isinstance(found, int) and not isinstance(found, bool):
         found = [found]

@@ -1,7 +1,7 @@
-"""Walks through an exported graph and follows every channel of it.
+"""Interpreter of an exported graph that follows every channel through it.
 
-What each kind of operator does to channels is in ``rules``; here is the walk, the memory of what was met on the way, and the
-refusal of what no rule covers. A computation is never guessed: an operator that is not known to leave channels apart stops it.
+``rules`` defines what each kind of operator does to channels. This module walks the graph, records norms and constants on the way, and
+refuses operators without a rule. Nothing is guessed: an operator that is not known to keep channels separate stops the walk.
 """
 # pyright: standard
 # (torch.fx and NumPy leave most types unknown)
@@ -23,20 +23,20 @@ from regraft.groups.traced.labels import Labels, LabelSpace
 from regraft.groups.traced.values import Channels, Matrix, Plain, Value
 from regraft.plans import Side
 
-# Values that follow from constants are computed up to this size: indices, positions, slopes.
+# Largest tensor, in elements, that is computed from constants: indices, positions, slopes.
 LARGEST_KNOWN = 1 << 20
 REMEDY = "prune a model of a family that docs/families.md lists, or declare this one in models/architectures"
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """A number computed from several channels at once, as norms do.
+    """A number computed from several channels at once, such as the mean square of a norm.
 
     Attributes:
-        node: Where.
+        node: Name of the node.
         module: Name of the module that computes it.
         kind: ``rms`` for a mean of squares, ``layer`` for mean and variance, ``other`` for anything else.
-        rows: The channels of each such number, (numbers, channels).
+        rows: Labels of the channels that each such number is computed from, (numbers, channels).
     """
 
     node: str
@@ -47,13 +47,13 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Constant:
-    """A constant that meets channels: whether it treats them alike is known once the units are.
+    """A constant that is combined with channels. Whether it is equal for all units is checked once the units are known.
 
     Attributes:
-        node: Where.
+        node: Name of the node.
         module: Name of the module that uses it.
-        labels: Of the channels, one for each meeting.
-        slots: Which value of the constant each of them meets.
+        labels: Labels of the channels, one for each pair of a channel and a value of the constant.
+        slots: Number of the constant's value in each pair.
     """
 
     node: str
@@ -64,13 +64,13 @@ class Constant:
 
 @dataclass(frozen=True)
 class Call:
-    """One node of the graph with its arguments looked up.
+    """One node of the graph with the values of its arguments.
 
     Attributes:
         node: The node itself.
         name: Operator without namespace, overload and the underscore of the in-place form.
-        args: Positional arguments; tensors are values.
-        kwargs: Keyword arguments, likewise.
+        args: Positional arguments; each tensor is a :data:`~regraft.groups.traced.values.Value`.
+        kwargs: Keyword arguments, with values likewise.
     """
 
     node: fx.Node
@@ -88,10 +88,10 @@ class Call:
 
 
 class Follower:
-    """The state of one walk.
+    """The state of one walk through a graph.
 
     Args:
-        rules: Operator name to what it does to channels.
+        rules: Operator name to its rule.
         parameter_of: Placeholder name to the parameter's full name.
         constants: Placeholder name to the value of a buffer or lifted constant, where it is known.
     """
@@ -108,14 +108,14 @@ class Follower:
         self._known = constants
 
     def walk(self, module: fx.GraphModule, operands: tuple[Any, ...] | None = None) -> Any:
-        """Follows a graph.
+        """Follows every channel through a graph.
 
         Args:
-            module: The graph and its submodules.
-            operands: Values of its placeholders; None at the top, where they are parameters, buffers and inputs.
+            module: The graph, with its submodules.
+            operands: Values of the placeholders; None for the top graph, whose placeholders are parameters, buffers and inputs.
 
         Returns:
-            The values of its outputs.
+            The values of the graph's outputs.
 
         Raises:
             ModelError: An operator mixes channels, or is not known; the message names the node.
@@ -137,17 +137,17 @@ class Follower:
         raise AssertionError("a graph ends with its output")
 
     def refuse(self, node: fx.Node, why: str) -> ModelError:
-        """Returns the error that says where the walk stopped."""
+        """Returns an error that names the node at which the walk stopped."""
         where = module_of(node)
         inside = f" in '{where}'" if where else ""
         return ModelError(f"cannot follow the channels through node '{node.name}' ({node.target}){inside}: {why}; {REMEDY}")
 
     def note_statistic(self, call: Call, kind: str, rows: Tensor) -> None:
-        """Remembers that numbers were computed from several channels each, (numbers, channels)."""
+        """Records that each number was computed from several channels; ``rows`` holds their labels, (numbers, channels)."""
         self.statistics.append(Statistic(call.node.name, module_of(call.node), kind, np.unique(rows.numpy(), axis=0)))
 
     def note_constant(self, call: Call, labels: Tensor, constant: Plain) -> None:
-        """Remembers which entries of a constant meet which channels; single numbers meet all alike."""
+        """Records which entries of a constant are combined with which channels. A single number is the same for all channels."""
         count = int(np.prod(constant.shape))
         if count <= 1:
             return
@@ -200,7 +200,7 @@ class Follower:
             self._write_back(node, result, memory)
 
     def _write_back(self, node: fx.Node, result: Any, memory: dict[fx.Node, Any]) -> None:
-        """Gives the target of an in-place operator its new value; one that is a window into another tensor is not followed."""
+        """Gives the target of an in-place operator its new value; refuses a target that is a view of another tensor."""
         target = node.args[0]
         assert isinstance(target, fx.Node)
         if isinstance(memory[target], Plain) and isinstance(result, Channels) and target.op != "placeholder":
@@ -252,7 +252,7 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
 
 
 def _plain(call: Call) -> Any:
-    """Returns the outcome of an operator on tensors without channels, computed where everything is known and small."""
+    """Returns the result of an operator on tensors without channels, with its value where all operands are known and it is small."""
     outcome = call.node.meta.get("val")
     if not isinstance(outcome, Tensor | list | tuple):
         return outcome
@@ -286,4 +286,4 @@ def _computed(call: Call) -> Any:
     try:
         return target(*(real(argument) for argument in call.args), **{key: real(value) for key, value in call.kwargs.items()})
     except (RuntimeError, NotImplementedError, TypeError):
-        return None  # not needed: only indices and slopes must be known, and a rule that lacks them says so
+        return None  # only indices and slopes must be known, and a rule that lacks them raises an error

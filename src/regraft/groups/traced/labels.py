@@ -1,10 +1,9 @@
-"""Names for channels, and which of them are the same channel.
+"""Labels of channels, and the components of channels that must be removed together.
 
-Every index of every parameter axis gets a *label*, an integer; activations carry the label of the channel that each of their
-elements belongs to. Following a computation yields pairs of labels that must live or die together; connected components of those
-pairs are what can be removed. Copies of a channel, as grouped-query attention makes of its keys and values, get labels of their
-own and are joined to the original by *copy* pairs: with them, one component is a key-value head with all its query heads; without
-them, a single query head.
+Every index of every parameter axis gets a *label*, an integer. Each element of an activation has the label of its channel. Tracing a
+computation gives pairs of labels that can only be removed together; the connected components of these pairs are the removable units.
+Grouped-query attention copies the channels of keys and values. Each copy gets a new label and a *copy* pair with the original. With copy
+pairs, one component is a key-value head with all its query heads; without them, it is a single query head.
 """
 # pyright: standard
 # (SciPy has no types)
@@ -27,7 +26,7 @@ class AxisLabels:
     """The labels of one axis of one parameter: ``first, first + 1, ...``.
 
     Attributes:
-        parameter: Full name.
+        parameter: Full name of the parameter.
         axis: Axis of the parameter's tensor.
         first: Label of index 0.
         size: Length of the axis.
@@ -45,7 +44,7 @@ class AxisLabels:
 
 
 class LabelSpace:
-    """Gives out labels and collects which belong together."""
+    """All labels of one traced graph, with the pairs that belong together."""
 
     def __init__(self) -> None:
         self.axes: dict[tuple[str, int], AxisLabels] = {}
@@ -56,35 +55,35 @@ class LabelSpace:
         self._shared: list[tuple[Labels, Labels]] = []
 
     def axis(self, parameter: str, axis: int, size: int) -> AxisLabels:
-        """Returns the labels of a parameter's axis; the same ones each time."""
+        """Returns the labels of a parameter's axis, the same ones at every call."""
         key = (parameter, axis)
         if key not in self.axes:
             self.axes[key] = AxisLabels(parameter, axis, self._take(size), size)
         return self.axes[key]
 
     def join(self, first: Labels, second: Labels) -> None:
-        """Joins two arrays of one shape element by element, where both have a label."""
+        """Joins the labels of two arrays of one shape, element by element, where both elements have one."""
         pairs = _distinct(first, second)
         if pairs.shape[1]:
             self._pairs.append(pairs)
 
     def join_parameter(self, parameter: Labels, partner: Labels) -> None:
-        """Joins a parameter's labels to those it is combined with, unless it turns out to serve several channels at once.
+        """Joins a parameter's labels to the labels that it is combined with, unless the parameter serves several channels at once.
 
-        A norm inside a head multiplies every head by the same weights: those weights belong to no head in particular.
+        A norm inside a head multiplies every head by the same weights; these weights belong to no single head.
         """
         pairs = _distinct(parameter, partner)
         if pairs.shape[1]:
             self._shared.append((pairs[0], pairs[1]))
 
     def join_all(self, groups: Labels) -> Labels:
-        """Joins all labels of each row, (rows, n), and returns one of them for each row, (rows,); 0 for rows without any."""
+        """Joins all labels of each row, (rows, n); returns one label of each row, (rows,), or 0 for a row without labels."""
         chosen = groups.max(axis=1)
         self.join(groups, np.broadcast_to(chosen[:, None], groups.shape))
         return chosen
 
     def copies(self, labels: Labels, ordinal: Labels) -> Labels:
-        """Returns labels for copies: one for each distinct pair of an original and the number of its copy."""
+        """Returns labels for copies: one for each distinct pair of an original label and a copy number."""
         keys = labels * (int(ordinal.max()) + 1) + ordinal
         distinct, where = np.unique(np.where(labels > 0, keys, 0), return_inverse=True)
         fresh = self._take(len(distinct)) + np.arange(len(distinct), dtype=np.int64)
@@ -95,8 +94,8 @@ class LabelSpace:
     def components(self, *, with_copies: bool) -> Labels:
         """Returns the component of every label, (labels,).
 
-        Parameters that serve several channels join none of them. Which do is decided on the components without copies, so that
-        the answer does not depend on how many key-value heads there are.
+        A parameter that serves several channels joins none of them. Whether it serves several is decided on the components without
+        copies, so that the result does not depend on the number of key-value heads.
         """
         pairs = [*self._pairs, *self._owned()]
         return self._connect(pairs + self._copies if with_copies else pairs)
@@ -125,7 +124,7 @@ class LabelSpace:
 
 
 def _distinct(first: Labels, second: Labels) -> Labels:
-    """Returns the distinct pairs of two arrays of one shape, (2, pairs), leaving out those without a label and with themselves."""
+    """Returns the distinct pairs of labels of two arrays of one shape, (2, pairs), without pairs of equal or missing labels."""
     first, second = first.reshape(-1), second.reshape(-1)
     keep = (first > 0) & (second > 0) & (first != second)
     if not keep.any():

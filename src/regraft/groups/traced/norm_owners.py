@@ -1,4 +1,4 @@
-"""Which norms of a layer serve its attention alone, and which its feed-forward network alone."""
+"""Owners of a layer's norms: the attention or the feed-forward network, when a norm serves only one of the two."""
 # pyright: standard
 # (torch.fx and NumPy leave most types unknown)
 
@@ -19,24 +19,23 @@ def owners(
     parameters: Mapping[str, str],
     stream_sums: Collection[str],
 ) -> dict[str, str]:
-    """Returns the owner of every norm that has a single one.
+    """Returns the owner of every norm that has a single owner.
 
-    A norm belongs to a part when everything that it feeds is that part, or when it feeds the residual stream and everything
-    that feeds it is that part (norms after a part, as in Gemma 2 and OLMo 2). A norm that feeds both parts, as in layers that
-    compute them side by side, belongs to neither.
+    A norm belongs to a part when it feeds only that part, or when it feeds the residual stream and only that part feeds the norm (norms
+    after a part, as in Gemma 2 and OLMo 2). A norm that feeds both parts, as in layers that compute them in parallel, belongs to neither.
 
     Args:
-        graph: Of the whole computation.
-        place: Node to the name of the module that it comes from.
-        part_of: Module name to the part that it lies in, or None.
-        norms: Names of the modules whose owner is wanted.
-        parameters: Placeholder name to the name of the module whose parameter it is.
+        graph: Graph of the model's computation.
+        place: Function from a node to the name of the module that it comes from.
+        part_of: Function from a module name to the part that contains the module, or None.
+        norms: Names of the norms.
+        parameters: Placeholder name to the name of the module that owns the parameter.
         stream_sums: Names of the nodes that add to the residual stream.
 
     Returns:
-        Module name of a norm to its owner.
+        Name of a norm to its owner.
     """
-    # What follows from the norm's own parameters: its first nodes may be shared with the stream that by-passes it.
+    # Only nodes that depend on the norm's own parameters count: its first nodes may also feed the residual stream around it.
     inside: dict[str, set[fx.Node]] = {}
     for node in graph.nodes:
         where = parameters.get(node.name, "") if node.op == "placeholder" else place(node)
@@ -61,7 +60,7 @@ def owners(
 
 
 def _reached(nodes: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]], part: Callable[[fx.Node], str | None]) -> set[str]:
-    """Walks from nodes to the parts and the stream that lie next to them."""
+    """Walks from nodes to the nearest parts and the residual stream."""
     waiting = list(nodes)
     seen, found = set(waiting), set[str]()
     while waiting:

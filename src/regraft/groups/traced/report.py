@@ -1,4 +1,4 @@
-"""From followed channels to the groups of a model, or to the reasons why some of them cannot be cut."""
+"""Groups of a model from its traced channels, and the reasons why some groups cannot be cut."""
 # pyright: standard
 # (torch.fx and NumPy leave most types unknown)
 
@@ -19,18 +19,18 @@ from regraft.groups.traced.skeleton import Graph, Layers
 from regraft.groups.traced.units import Units, find_units, members_of
 from regraft.plans import Group, GroupKind, Member
 
-# In models.uneven.modeling_regraft; known by name, since a saved folder carries a copy of the class.
+# A class of models.uneven.modeling_regraft. It is compared by name, because a saved folder carries its own copy of the class.
 COUNTING_NORM = "StreamNorm"
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Channels that were followed but cannot be cut.
+    """A group that was traced but cannot be cut.
 
     Attributes:
-        kind: Of the group.
-        layer: Index of the layer, the first of its kind, or None for the residual width.
-        reason: In words, with the name of what is in the way.
+        kind: Kind of the group.
+        layer: Index of the first layer of its kind, or None for the residual width.
+        reason: The obstacle in words, with the name of the module or parameter.
     """
 
     kind: GroupKind
@@ -40,7 +40,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class _Found:
-    """A group of one layer kind before it is repeated for every layer of that kind."""
+    """A group of the first layer of a kind, before it is repeated for the other layers of that kind."""
 
     kind: GroupKind
     layer: int | None
@@ -48,16 +48,16 @@ class _Found:
 
 
 class Report:
-    """Reads the groups of a model off a finished walk.
+    """Groups and refusals of a model, read from a finished walk.
 
     Args:
-        model: Which was followed.
-        layers: Of that model.
-        graph: Its computation.
-        state: The walk.
-        numbered_heads: Whether constants may differ from head to head.
-        counted_layer_norms: Whether layer norms may run over the residual width.
-        rescaled_norms: Names inside a layer of the RMS norms that are made up for when they lose some of their channels; None: all.
+        model: The traced model.
+        layers: Layers of the model.
+        graph: Graph of the model's computation.
+        state: State of the finished walk.
+        numbered_heads: As in :func:`~regraft.groups.traced.follow_channels`.
+        counted_layer_norms: As in :func:`~regraft.groups.traced.follow_channels`.
+        rescaled_norms: As in :func:`~regraft.groups.traced.follow_channels`.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Report:
         self._fine = state.space.components(with_copies=False)
 
     def groups(self) -> tuple[Group, ...]:
-        """Returns every group, in the order of the layers; what cannot be cut is added to ``refusals``."""
+        """Returns every group, in the order of the layers; adds a refusal for every group that cannot be cut."""
         found: list[Group] = []
         for kind in self.layers.kinds:
             for shape in self._of_layer(kind[0]):
@@ -112,7 +112,7 @@ class Report:
         return np.unique(self._coarse[np.concatenate(labels)]) if labels else np.empty(0, dtype=np.int64)
 
     def _of_layer(self, layer: int) -> list[_Found]:
-        """Returns the groups that lie within a layer."""
+        """Returns the groups within a layer."""
         inside = [units for units in self._coupled if {self.layers.index(name) for name in units.parameters} == {layer}]
         heads = [units for units in inside if np.isin(units.components, self._attended).any()]
         ffn = [units for units in inside if not np.isin(units.components, self._attended).any()]
@@ -132,14 +132,14 @@ class Report:
         return found
 
     def _without_shared_norms(self, heads: Units) -> Units:
-        """Leaves out norms inside a head where there is only one, so that it counts as it does where there are several."""
+        """Leaves out norms inside a head when there is only one head, so that its size is the same as with several heads."""
         if heads.count > 1:
             return heads
         norms = {self.layers.representative(statistic.module) for statistic in self._state.statistics}
         return heads.narrowed(lambda name: name.rpartition(".")[0] not in norms)
 
     def _query_heads(self, heads: Units, layer: int) -> Units | None:
-        """Returns query heads as units of one from each key-value group, or None where every head has keys of its own."""
+        """Returns units of one query head from each key-value group, or None when every query head has its own keys."""
         axes = [axis for axis in self._axes if (axis.parameter, axis.axis) in heads.indices]
         sets = [units for units in find_units(axes, self._fine) if {self._state.sides[key] for key in units.indices} == {"in", "out"}]
         if len(sets) != 1 or sets[0].count <= heads.count or sets[0].count % heads.count:
@@ -155,7 +155,7 @@ class Report:
         return Units(queries.components[order], rows)
 
     def _coarse_of(self, fine: Labels) -> Labels:
-        """Returns the component with copies that each component without copies lies in."""
+        """Returns, for each component without copies, the component with copies that contains it."""
         table = np.zeros(int(self._fine.max()) + 1, dtype=np.int64)
         table[self._fine] = self._coarse
         return table[fine]
@@ -172,7 +172,7 @@ class Report:
         return Group(name, found.kind, found.layer, found.units.count, members, self._parameters(members))
 
     def _reason(self, found: _Found) -> str | None:
-        """Returns why removing units would not equal zeroing them, or None."""
+        """Returns the reason why removing a unit differs from zeroing it, or None."""
         unit_of = np.full(int(max(self._coarse.max(), self._fine.max())) + 1, -1, dtype=np.int64)
         component = self._fine if found.kind == "query_heads" else self._coarse
         for unit, components in enumerate(found.units.components):
@@ -189,12 +189,12 @@ class Report:
         return None
 
     def _is_layer_norm(self, statistic: Statistic) -> bool:
-        """Returns whether a statistic is that of a layer norm, stock or one that counts removed channels already."""
+        """Returns whether a statistic belongs to a layer norm: an ordinary one, or one that counts removed channels."""
         module = self._model.get_submodule(self.layers.representative(statistic.module))
         return statistic.kind == "layer" or type(module).__name__ == COUNTING_NORM
 
     def _made_up_for(self, statistic: Statistic, found: _Found) -> bool:
-        """Returns whether a norm can be rescaled so that removing units equals zeroing them: a mean of squares with a weight."""
+        """Returns whether rescaling a norm makes removing a unit equal to zeroing it: a mean of squares with a weight."""
         name = self.layers.representative(statistic.module)
         known = self._rescaled is None or found.kind == "residual" or name.endswith(tuple(f".{norm}" for norm in self._rescaled))
         return statistic.kind == "rms" and f"{name}.weight" in found.units.parameters and known
@@ -211,7 +211,7 @@ class Report:
         return Group(f"layers.{layer}.{group.kind}", group.kind, layer, group.units, members, group.unit_parameters)
 
     def _residual(self) -> Group | None:
-        """Returns the width of the stream that runs through all layers."""
+        """Returns the group of the residual stream, which runs through all layers."""
         within = {kind[0] for kind in self.layers.kinds}
         streams = [units for units in self._coupled if {self.layers.index(name) for name in units.parameters} >= {None, *within}]
         if len(streams) != 1:
@@ -237,7 +237,7 @@ class Report:
         return Group("residual", "residual", None, streams[0].count, tuple(everywhere), self._parameters(everywhere))
 
     def _alike(self, parameter: str) -> list[str]:
-        """Returns the names of a parameter in every layer of its kind."""
+        """Returns the names that a parameter has in all layers of its kind."""
         index = self.layers.index(parameter)
         if index is None:
             return [parameter]
@@ -245,7 +245,7 @@ class Report:
         return [self.layers.renamed(parameter, layer) for layer in kind]
 
     def _whole_parts(self) -> list[Group]:
-        """Returns each layer, its attention and its feed-forward network as groups of one unit that can go whole."""
+        """Returns each layer, its attention and its feed-forward network as groups of one unit, for removing all of it."""
         found: list[Group] = []
         for kind in self.layers.kinds:
             prefix = f"{self.layers.name}.{kind[0]}."
@@ -264,7 +264,7 @@ class Report:
         return found
 
     def _part_modules(self, layer: int) -> dict[str, tuple[str, ...]]:
-        """Returns the modules that are a layer's attention and its feed-forward network."""
+        """Returns the names of the modules of a layer's attention and of its feed-forward network."""
         prefix = f"{self.layers.name}.{layer}"
         found: dict[str, tuple[str, ...]] = {"attention": (), "mlp": ()}
         for units in self._coupled:
@@ -300,7 +300,7 @@ def _renamed(member: Member, parameter: str) -> Member:
 
 
 def _statistic_reason(statistic: Statistic, units: Labels, made_up_for: bool) -> str | None:
-    """Returns why a number computed from several units stands in the way, or None."""
+    """Returns the reason why a number computed from several units prevents a cut, or None."""
     mine = units >= 0
     low = np.where(mine, units, np.iinfo(np.int64).max).min(axis=1)
     high = np.where(mine, units, -1).max(axis=1)
@@ -311,7 +311,7 @@ def _statistic_reason(statistic: Statistic, units: Labels, made_up_for: bool) ->
 
 
 def _tells_apart(constant: Constant, units: Labels) -> bool:
-    """Returns whether a constant has other values for one unit than for another."""
+    """Returns whether a constant has different values for different units."""
     mine = units >= 0
     if not mine.any():
         return False

@@ -1,8 +1,8 @@
-"""What each operator does to channels.
+"""Rules of the interpreter: the effect of each operator on channels.
 
-There are few kinds: pointwise operators join the channels that they combine; views move them; matrices end some and begin others;
-a product of two activations, as attention has, binds a head; reductions compute a number from several. Everything else is refused
-by :class:`~regraft.groups.traced.interpreter.Follower`.
+There are few kinds. Pointwise operators join the channels that they combine. Layout operators move channels. A weight matrix reads
+channels and writes new ones. A product of two activations, as in attention, joins the channels of a head. A reduction computes one number
+from several channels. :class:`~regraft.groups.traced.interpreter.Follower` refuses every other operator.
 """
 # pyright: standard
 # (torch.fx and NumPy leave most types unknown)
@@ -38,7 +38,7 @@ ALONG = "softmax _softmax log_softmax _log_softmax cumsum cumprod logcumsumexp s
 
 
 def pointwise(state: Follower, call: Call) -> Value:
-    """Joins channels element by element."""
+    """A pointwise operator joins the channels of its operands element by element."""
     values = call.values()
     if any(isinstance(value, Matrix) for value in values):
         return _scaled_matrix(state, call, values)
@@ -68,13 +68,13 @@ def pointwise(state: Follower, call: Call) -> Value:
 
 
 def identity(state: Follower, call: Call) -> Any:
-    """Passes channels on: number types, copies, dropout that is switched off."""
+    """A change of dtype, a copy or an inactive dropout leaves the channels as they are."""
     first = call.args[0]
     return (first, Plain(_shape_of(first))) if isinstance(call.node.meta.get("val"), tuple) else first
 
 
 def layout(state: Follower, call: Call) -> Any:
-    """Moves channels: does to the labels what is done to the tensor."""
+    """A layout operator moves channels: the same operator is applied to their labels."""
     values = call.values()
     if any(isinstance(value, Matrix) for value in values):
         return _turned(state, call)
@@ -96,7 +96,7 @@ def layout(state: Follower, call: Call) -> Any:
 
 
 def linear(state: Follower, call: Call) -> Value:
-    """``x @ weight.T + bias``; weight (out, in)."""
+    """A linear layer ``x @ weight.T + bias``; weight (out, in)."""
     weight = call.args[1]
     if not isinstance(weight, Matrix) or len(weight.axes) != 2:
         raise state.refuse(call.node, "its weight is computed, not a parameter")
@@ -104,14 +104,14 @@ def linear(state: Follower, call: Call) -> Value:
 
 
 def addmm(state: Follower, call: Call) -> Value:
-    """``bias + x @ weight``; weight (in, out)."""
+    """A linear layer ``bias + x @ weight``; weight (in, out)."""
     if not isinstance(call.args[2], Matrix):
         raise state.refuse(call.node, "its weight is computed, not a parameter")
     return _through(state, call, call.args[1], call.args[2].axes[0], call.args[2].axes[1], call.args[0])
 
 
 def matmul(state: Follower, call: Call) -> Value:
-    """``a @ b``: a matrix of weights, or the products of an attention."""
+    """A product ``a @ b`` with a weight matrix, or of two activations as in attention."""
     first, second = call.args[0], call.args[1]
     if isinstance(second, Matrix) and len(second.axes) == 2:
         return _through(state, call, first, second.axes[0], second.axes[1], None)
@@ -121,7 +121,7 @@ def matmul(state: Follower, call: Call) -> Value:
 
 
 def baddbmm(state: Follower, call: Call) -> Value:
-    """``bias + a @ b`` in batches."""
+    """A batched product ``bias + a @ b``."""
     product = Channels(_product(state, call, call.args[1], call.args[2]))
     return pointwise(state, Call(call.node, "add", (product, call.args[0]), {}))
 
@@ -143,7 +143,7 @@ def attention(state: Follower, call: Call) -> Value:
 
 
 def embedding(state: Follower, call: Call) -> Value:
-    """A row of a table for each token or position; weight (rows, channels)."""
+    """An embedding: a row of a table for each token or position; weight (rows, channels)."""
     table, indices = call.args[0], call.args[1]
     if not isinstance(table, Matrix) or not isinstance(indices, Plain):
         raise state.refuse(call.node, "its table is not a parameter")
@@ -153,17 +153,17 @@ def embedding(state: Follower, call: Call) -> Value:
 
 
 def layer_norm(state: Follower, call: Call) -> Any:
-    """Mean and variance over the last axes."""
+    """A layer norm: mean and variance over the last axes."""
     return _normalised(state, call, "layer")
 
 
 def rms_norm(state: Follower, call: Call) -> Any:
-    """Mean of squares over the last axes."""
+    """An RMS norm: mean of squares over the last axes."""
     return _normalised(state, call, "rms")
 
 
 def reduction(state: Follower, call: Call) -> Any:
-    """A number from each row: of one channel it keeps the channel, of several it is remembered as a statistic."""
+    """A reduction to one number: it keeps the label of a single channel, and is recorded as a statistic of several channels."""
     if isinstance(call.arg(1, "other"), Channels | Matrix | Plain):
         return pointwise(state, call)  # the larger or smaller of two tensors
     value = call.args[0]
@@ -182,7 +182,7 @@ def reduction(state: Follower, call: Call) -> Any:
 
 
 def along(state: Follower, call: Call) -> Any:
-    """Softmax, sums so far, sorting: free along axes of tokens, never along channels."""
+    """A softmax, cumulative sum or sort: allowed along tokens, refused along channels."""
     value = call.args[0]
     dims = dims_of(call.args[1:2] if call.name != "topk" else call.args[2:3], call.kwargs, value.labels.dim(), default=-1)
     kept = constant_along(value.labels, dims)
@@ -195,7 +195,7 @@ def along(state: Follower, call: Call) -> Any:
 
 
 def copy(state: Follower, call: Call) -> Value:
-    """Overwrites a tensor with another."""
+    """An in-place copy, which overwrites one tensor with another."""
     source = call.args[1]
     shape = _shape_of(call.args[0])
     if isinstance(source, Channels):
@@ -204,7 +204,7 @@ def copy(state: Follower, call: Call) -> Value:
 
 
 def _through(state: Follower, call: Call, x: Value, reads: AxisLabels, writes: AxisLabels, bias: Value | None) -> Value:
-    """A matrix of weights reads the channels of the last axis and writes new ones."""
+    """Returns the new channels that a weight matrix writes, after joining the channels of the last axis to those that it reads."""
     leading = _shape_of(x)[:-1]
     state.sides.setdefault((reads.parameter, reads.axis), "in")
     state.sides.setdefault((writes.parameter, writes.axis), "out")
@@ -228,7 +228,7 @@ def _through(state: Follower, call: Call, x: Value, reads: AxisLabels, writes: A
 
 
 def _product(state: Follower, call: Call, first: Value, second: Value) -> Tensor:
-    """Labels of ``first @ second`` for two activations: all channels that are summed over stay together."""
+    """Returns the labels of ``first @ second`` for two activations, after joining all channels that are summed over."""
     if isinstance(first, Matrix) or isinstance(second, Matrix):
         raise state.refuse(call.node, "it multiplies a stack of weights")
     if not isinstance(first, Channels) or not isinstance(second, Channels) or first.derived or second.derived:
@@ -248,7 +248,7 @@ def _product(state: Follower, call: Call, first: Value, second: Value) -> Tensor
     )
     chosen = torch.from_numpy(state.space.join_all(met.reshape(-1, met.shape[-1]).numpy()))
     state.space.attended.append(np.unique(chosen.numpy()))
-    # What comes out is the second factor's channel (the values of an attention) where it has one in every row.
+    # An output element belongs to the channel of the second factor (the values of attention) where that has one channel in every row.
     result = chosen.reshape(-1, rows, columns)
     constant = b.amax(dim=1, keepdim=True)
     own = ((b == constant).all(dim=1, keepdim=True) & (constant > 0)).expand(-1, rows, -1)
@@ -256,7 +256,7 @@ def _product(state: Follower, call: Call, first: Value, second: Value) -> Tensor
 
 
 def _against_constant(state: Follower, call: Call, first: Value, second: Value) -> Tensor:
-    """Labels of a product with a constant, which may sum over tokens but not over channels."""
+    """Returns the labels of a product with a constant, which may sum over tokens but not over channels."""
     outcome = tuple(call.node.meta["val"].shape)
     result = torch.zeros(outcome, dtype=torch.int64)
     for value, dim in ((first, -1), (second, -2)):
@@ -288,7 +288,7 @@ def _normalised(state: Follower, call: Call, kind: str) -> Any:
 
 
 def _scaled_matrix(state: Follower, call: Call, values: Sequence[Value]) -> Matrix:
-    """A matrix of weights times a number is still that matrix."""
+    """Returns the weight matrix of a product with a single number, which leaves its channels as they are."""
     matrices = [value for value in values if isinstance(value, Matrix)]
     if len(matrices) > 1 or any(np.prod(_shape_of(value)) > 1 for value in values if value is not matrices[0]):
         raise state.refuse(call.node, "it computes one weight from another")
@@ -296,7 +296,7 @@ def _scaled_matrix(state: Follower, call: Call, values: Sequence[Value]) -> Matr
 
 
 def _turned(state: Follower, call: Call) -> Matrix:
-    """A matrix of weights, transposed."""
+    """Returns a weight matrix with its axes permuted."""
     matrix = call.args[0]
     if call.name not in ("t", "transpose", "permute", "numpy_T", "mT", "T", "swapaxes", "movedim"):
         shape = tuple(call.node.meta["val"].shape)
@@ -310,7 +310,7 @@ def _turned(state: Follower, call: Call) -> Matrix:
 
 
 def _run(state: Follower, call: Call, labels_of: Callable[[Channels], Tensor]) -> Any:
-    """Runs a layout operator on labels; constants among its operands have label 0, constants among its indices their value."""
+    """Runs a layout operator on labels. Constant operands get label 0; constant indices keep their values."""
     joining = call.name in ("cat", "concat", "stack")
 
     def real(argument: Any) -> Any:
@@ -335,7 +335,7 @@ def _run(state: Follower, call: Call, labels_of: Callable[[Channels], Tensor]) -
 
 
 def _copied(state: Follower, call: Call, labels: Tensor, moved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gives every copy of a channel a label of its own, where an operator makes several."""
+    """Gives every copy of a channel a new label, when an operator makes several copies."""
     places = torch.arange(labels.numel()).reshape(labels.shape)
     came = _run(state, call, lambda _: places)
     parts = (came,) if isinstance(came, Tensor) else tuple(came)
@@ -346,7 +346,7 @@ def _copied(state: Follower, call: Call, labels: Tensor, moved: tuple[Tensor, ..
 
 
 def shape_only(state: Follower, call: Call) -> Plain:
-    """Makes a constant that takes nothing but its shape from a tensor, as what stands for a removed part does."""
+    """An operator that uses only the shape of its operand, such as ``zeros_like`` in place of a removed part; gives a constant."""
     return Plain(tuple(call.node.meta["val"].shape))
 
 

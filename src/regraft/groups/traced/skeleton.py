@@ -1,7 +1,7 @@
-"""A model without weights and with one layer of each kind, and the graph of its computation.
+"""A skeleton of a model (fake weights, one layer of each kind) and the graph of its computation.
 
-What is coupled in a layer does not depend on its weights, and layers of one kind are alike: a copy with fake weights and one layer
-of each kind says all, costs no memory, and is exported in a second or two however deep the model is.
+The couplings of a layer do not depend on its weights, and layers of one kind have the same couplings. A copy with fake weights and one
+layer of each kind is therefore enough. It takes no memory and is exported in a second or two, for any depth of the model.
 """
 # pyright: standard
 # (torch.fx and NumPy leave most types unknown)
@@ -23,7 +23,7 @@ from regraft.errors import ModelError
 from regraft.groups.traced.interpreter import LARGEST_KNOWN, REMEDY
 from regraft.models.quiet import quiet
 
-# One sequence of three tokens: no length that a model treats in its own way, as it may a single token.
+# One sequence of three tokens, because models may treat a single token as a special case.
 TOKENS = 3
 NUMBERING = ("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx")
 
@@ -33,8 +33,8 @@ class Layers:
     """The decoder layers of a model, sorted by kind.
 
     Attributes:
-        name: Module name of their list.
-        kinds: Indices of the layers of each kind, ascending, in the order of their first.
+        name: Name of the module list that holds the layers.
+        kinds: Indices of the layers of each kind, ascending; kinds are in the order of their first layers.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Layers:
 
     @property
     def count(self) -> int:
-        """How many layers there are."""
+        """Number of layers."""
         return sum(len(kind) for kind in self.kinds)
 
     def index(self, parameter: str) -> int | None:
@@ -58,7 +58,7 @@ class Layers:
         return f"{prefix}{layer}.{rest}"
 
     def representative(self, name: str) -> str:
-        """Turns a name in the skeleton, whose layers are the kinds, into the name in the model of that kind's first layer."""
+        """Turns a name in the skeleton, where layer ``i`` stands for kind ``i``, into the name in the model's first layer of the kind."""
         index = self.index(name)
         return name if index is None else self.renamed(name, self.kinds[index][0])
 
@@ -68,9 +68,9 @@ class Graph:
     """An exported computation.
 
     Attributes:
-        module: Its graph, of aten operators.
-        parameters: Placeholder name to parameter name in the model, layers numbered as there.
-        constants: Placeholder name to the value of a buffer or constant, where it is known and small.
+        module: Graph of aten operators.
+        parameters: Placeholder name to parameter name in the model, with the model's layer numbers.
+        constants: Placeholder name to the value of a buffer or constant, if it is known and small.
     """
 
     module: fx.GraphModule
@@ -92,10 +92,10 @@ def without_weights(config: PreTrainedConfig) -> nn.Module:
 
 
 def find_layers(model: nn.Module) -> Layers:
-    """Returns the decoder layers: the outermost list of modules that holds most parameters.
+    """Returns the decoder layers: the outermost module list with the most parameters.
 
     Raises:
-        ModelError: There is no list of modules.
+        ModelError: The model has no module list.
     """
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -115,11 +115,11 @@ def export(model: nn.Module, layers: Layers) -> Graph:
     """Exports the computation of a model's skeleton.
 
     Args:
-        model: Any causal language model that takes token ids; left as it is.
-        layers: Of that model.
+        model: Any causal language model that takes token ids; it is not changed.
+        layers: Layers of the model.
 
     Raises:
-        ModelError: ``torch.export`` cannot capture it.
+        ModelError: ``torch.export`` cannot capture the computation.
     """
     small = _skeleton(model, layers)
     ids = torch.zeros(1, TOKENS, dtype=torch.int64)
@@ -148,7 +148,7 @@ def _is_small(value: Tensor) -> bool:
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
-    """Returns what two layers share if their computations are alike: classes, shapes, and settings but for the numbering."""
+    """Returns a key that is equal for layers of equal computation: classes, shapes and settings, without layer numbers."""
     described: list[Any] = []
     for name, module in layer.named_modules():
         settings = tuple(
@@ -164,7 +164,7 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
 
 
 def _skeleton(model: nn.Module, layers: Layers) -> nn.Module:
-    """Returns a copy on the CPU with fake parameters and the first layer of each kind; buffers stay real where they are."""
+    """Returns a copy on the CPU with fake parameters and the first layer of each kind; real buffers are kept."""
     memo: dict[int, Any] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         for parameter in model.parameters():
@@ -191,7 +191,7 @@ def _skeleton(model: nn.Module, layers: Layers) -> nn.Module:
 
 
 def _shorten(config: PreTrainedConfig, count: int, kept: Sequence[int]) -> None:
-    """Makes a config speak of the kept layers only, past its own validation: it builds nothing any more."""
+    """Reduces a config's per-layer values to the kept layers, without its validation, because no model is built from it."""
     values = vars(config)
     names = getattr(config, "attribute_map", {})
     for key, value in list(values.items()):

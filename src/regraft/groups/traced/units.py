@@ -1,4 +1,4 @@
-"""Components of labels, read as units of groups: which axes of which parameters they own, and at which indices."""
+"""Units of groups, from components of labels: the indices that each unit owns on each parameter axis."""
 # pyright: standard
 # (torch.fx and NumPy leave most types unknown)
 
@@ -16,11 +16,11 @@ from regraft.plans import GroupKind, Member, Side
 
 @dataclass(frozen=True)
 class Units:
-    """Components that own the same axes of the same parameters, in equal parts: the units of one group.
+    """The units of one group: components that own equally many indices of the same axes of the same parameters.
 
     Attributes:
-        components: One for each unit, in the order of the first axis.
-        indices: For each (parameter, axis) the indices that each unit owns, (units, width), ascending in each row.
+        components: Component of each unit, in the order of the first axis.
+        indices: (parameter, axis) to the indices that each unit owns, (units, width), ascending in each row.
     """
 
     components: Labels
@@ -28,7 +28,7 @@ class Units:
 
     @property
     def count(self) -> int:
-        """How many units there are."""
+        """Number of units."""
         return len(self.components)
 
     @property
@@ -42,15 +42,15 @@ class Units:
 
 
 def find_units(axes: Sequence[AxisLabels], component: Labels) -> list[Units]:
-    """Sorts components by what they own.
+    """Collects components that own the same axes into sets of units.
 
     Args:
-        axes: The axes to look at, in the order in which members are to be listed.
-        component: Of every label.
+        axes: The axes to search, in the order in which members are listed.
+        component: Component of every label.
 
     Returns:
-        Every set of components that own the same number of indices of the same axes; those that own only one axis, which
-        couples nothing, are left out.
+        Every set of components that own the same number of indices of the same axes. Components with a single axis are left out, because
+        they couple nothing.
     """
     count = int(component.max()) + 1
     signature = np.zeros(count, dtype=np.int64)
@@ -71,7 +71,7 @@ def find_units(axes: Sequence[AxisLabels], component: Labels) -> list[Units]:
 
 
 def position_of(axes: Sequence[AxisLabels], key: tuple[str, int]) -> int:
-    """Returns the place of an axis in a list of axes."""
+    """Returns the position of an axis in a list of axes."""
     return next(index for index, axis in enumerate(axes) if (axis.parameter, axis.axis) == key)
 
 
@@ -87,7 +87,7 @@ def _owned(axes: Sequence[AxisLabels], component: Labels, members: Labels) -> It
 
 
 def members_of(units: Units, sides: Mapping[tuple[str, int], Side], kind: GroupKind) -> tuple[Member, ...] | str:
-    """Returns the members of a group: those that produce the channels first, then those that read them.
+    """Returns the members of a group: first those that write its channels, then those that read them.
 
     Returns:
         The members, or the name of a parameter whose indices do not follow the pattern of :class:`~regraft.plans.Member`.
@@ -105,7 +105,7 @@ def members_of(units: Units, sides: Mapping[tuple[str, int], Side], kind: GroupK
 
 
 def _as_members(name: str, axis: int, side: Side, blocks: Sequence[tuple[int, int]], *, evenly: bool) -> list[Member]:
-    """Returns one member for each block, or a single one with repeats for blocks that are spread evenly over head groups."""
+    """Returns one member for each block, or a single member with repeats for equal blocks at equal distances (query heads)."""
     offsets = [offset for offset, _ in blocks]
     sizes = {size for _, size in blocks}
     strides = {second - first for first, second in pairwise(offsets)}
@@ -115,7 +115,7 @@ def _as_members(name: str, axis: int, side: Side, blocks: Sequence[tuple[int, in
 
 
 def _blocks(indices: Labels) -> list[tuple[int, int]] | None:
-    """Returns offset and size of the runs that every unit owns, or None where unit u is not unit 0 moved by u sizes."""
+    """Returns offset and size of each run of indices of unit 0, or None if unit u does not own the same runs moved by u sizes."""
     steps = (np.diff(indices, axis=1) != 1).any(axis=0)
     starts = [0, *(np.flatnonzero(steps) + 1).tolist()]
     ends = [*starts[1:], indices.shape[1]]

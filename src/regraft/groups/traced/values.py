@@ -1,4 +1,4 @@
-"""What is known of a tensor while a computation is followed: the channels of its elements, or its value, or nothing."""
+"""Values of the interpreter: for each tensor the channels of its elements, or a known value, or only a shape."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from regraft.groups.traced.labels import AxisLabels
 
 @dataclass(frozen=True)
 class Matrix:
-    """A parameter of two axes or more, or one that was turned round; never materialised.
+    """A parameter of two or more axes, perhaps transposed; it has labels but no values.
 
     Attributes:
-        axes: Labels of its axes, in their present order.
+        axes: Labels of the axes, in their present order.
     """
 
     axes: tuple[AxisLabels, ...]
@@ -25,11 +25,10 @@ class Channels:
     """A tensor whose elements belong to channels.
 
     Attributes:
-        labels: int64, of the tensor's shape; 0 where an element belongs to no channel.
-        parameter: Name of the parameter that this is, unchanged but for its shape; None for an activation.
-        squared: Whether it is the square of such a tensor: its mean is what an RMS norm divides by.
-        derived: Whether the elements are not channels but numbers computed from several, such as a norm's; the label is that of
-            one of them.
+        labels: int64, of the tensor's shape; 0 for an element that belongs to no channel.
+        parameter: Name of the parameter, if the tensor is a parameter, perhaps reshaped; None for an activation.
+        squared: Whether the tensor is the square of one with channels; an RMS norm divides by the root of its mean.
+        derived: Whether each element was computed from several channels, as in a norm; its label is that of one of them.
     """
 
     labels: Tensor
@@ -43,8 +42,8 @@ class Plain:
     """A tensor without channels: positions, masks, constants.
 
     Attributes:
-        shape: Of the tensor.
-        known: Its value on the CPU, where it follows from constants alone.
+        shape: Shape of the tensor.
+        known: Value on the CPU, if it depends only on constants.
     """
 
     shape: tuple[int, ...]
