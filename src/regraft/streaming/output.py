@@ -273,7 +273,7 @@ class PrunedWriter:
                 parameter.copy_(tensor)
 
     def _split_by_layer(self) -> Iterator[tuple[int | None, dict[str, tuple[int, ...]]]]:
-        """Yields (old layer or None, pruned shapes by new name): first the parameters before the layers, then each layer, then the rest."""
+        """Yields the pruned shapes by new name, for each old layer and for the parameters outside the layers (None), in order."""
         full = {name: parameter.shape for name, parameter in self._skeleton.view.model.named_parameters()}
         shapes: dict[str, tuple[int, ...]] = {}
         for new, name in self._names.items():

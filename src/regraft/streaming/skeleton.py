@@ -1,10 +1,10 @@
 """A model without weights, whose layers are read from a file one at a time.
 
-The skeleton is an ordinary model of transformers in which every parameter is a single NaN, expanded to the parameter's shape: what is
-used before it was read poisons the result and is refused, never silently wrong. Reading a layer swaps the data under its parameters,
-which stay the same objects, so that everything that works on a model in memory works on the layer that is there.
+The skeleton is an ordinary transformers model in which every parameter is a single NaN, expanded to the parameter's shape. A parameter
+that is used before it was read makes the result NaN, which is refused, so that an error is never silent. Reading a layer replaces the
+data of its parameters, which remain the same objects, so that code for a model in memory also works on a layer that was read.
 
-Whatever the file's dtype is, layers are computed in float32.
+Layers are computed in float32, for every dtype of the file.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Skeleton:
             ModelError: The parameter holds NaN, infinity or values far beyond those of a trained model.
         """
         tensor = self.stored(name)
-        if name not in self._checked:  # once is enough
+        if name not in self._checked:  # one check of each parameter is enough
             check_values(name, tensor, self.loaded.source)
             self._checked.add(name)
         return tensor.to(self.device).float()
