@@ -27,7 +27,7 @@ from regraft.models.view import LayerSizes, ModelView
 # Lists in a config that have one entry for each layer.
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
 # Written by transformers on saving, or ours: never carried from one config to the next.
-OURS = ("layout", "alibi_of", "alibi_heads", "norm_width")  # known to our own configs only
+OURS = ("layout", "alibi_of", "alibi_heads", "norm_width", "factored", "factor_layout")  # known to our own configs only
 DERIVED = ("per_layer_config", "auto_map", "architectures", "model_type", "transformers_version", "_name_or_path")
 
 
@@ -119,7 +119,7 @@ def config_for(
     common = _common(sizes, family)
     values |= {names.get(key, key): value for key, value in common.items()}
     per_layer = _overrides(sizes, family, common, _cut_slopes(sizes, slopes_of, family.has_alibi(base)))
-    if not per_layer and _as_computed(sizes[0], family, width) and not values.get("norm_width"):
+    if not per_layer and _as_computed(sizes[0], family, width) and not (values.get("norm_width") or values.get("factored")):
         for candidate in (family.model_type, family.stand_in):
             config = _stock_config(_stock_values(values, sizes[0], family), family.model_type, candidate) if candidate else None
             if config is not None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from regraft.errors import ModelError
 from regraft.models.family import Family, family_of
+from regraft.models.uneven.factored_regraft import FactoredLinear
 
 SAMPLED = 64  # values of each parameter that go into a fingerprint
 
@@ -92,14 +93,20 @@ class ModelView:
         widths: dict[tuple[str, str], int] = {}
         for coupling in self.family.couplings:
             for axis in coupling.axes:
-                weight = getattr(self.module(layer, axis.module), "weight", None)
-                if weight is not None:
-                    index = int((axis.side == "in") != self.family.transposed)
-                    widths[coupling.kind, axis.side] = widths.get((coupling.kind, axis.side), 0) + weight.shape[index]
+                size = self._width(layer, axis.module, axis.side)
+                widths[coupling.kind, axis.side] = widths.get((coupling.kind, axis.side), 0) + size
         # Queries, keys and values are written together, however many matrices do it; what comes back is as wide as the queries.
         query_heads = widths.get(("heads", "in"), 0) // self.head_dim
         kv_heads = (widths.get(("heads", "out"), 0) // self.head_dim - query_heads) // 2
         return LayerSizes(query_heads, kv_heads, self.head_dim, widths.get(("ffn", "in"), 0), self._slopes(layer, query_heads))
+
+    def _width(self, layer: int, name: str, side: str) -> int:
+        """Returns the inputs or outputs of a projection; 0 where it was removed."""
+        module = self.module(layer, name)
+        if isinstance(module, FactoredLinear):
+            return module.in_features if side == "in" else module.out_features
+        weight = getattr(module, "weight", None)
+        return 0 if weight is None else weight.shape[int((side == "in") != self.family.transposed)]
 
     def _slopes(self, layer: int, heads: int) -> tuple[int, ...]:
         config = self.model.config
@@ -113,14 +120,23 @@ class ModelView:
         return tuple(axis.module for coupling in self.family.couplings for axis in coupling.axes)
 
     def adapted_modules(self) -> dict[str, nn.Linear]:
-        """Returns every linear projection of every layer by full name: what LoRA adapts by default."""
+        """Returns every linear projection of every layer by full name: what LoRA adapts by default.
+
+        Of a projection that is stored as two thin ones it is these.
+        """
         found: dict[str, nn.Linear] = {}
         for index in range(len(self.layers)):
             for name in self.linear_names():
-                module = self.linear(index, name)
-                if module is not None:
-                    found[f"{self.layer_name(index)}.{name}"] = module
+                module, full = self.module(index, name), f"{self.layer_name(index)}.{name}"
+                if isinstance(module, nn.Linear):
+                    found[full] = module
+                elif isinstance(module, FactoredLinear):
+                    found |= {f"{full}.reduce": module.reduce, f"{full}.expand": module.expand}
         return found
+
+    def factored(self) -> dict[str, FactoredLinear]:
+        """Returns the projections that are stored as two thin ones, by full name."""
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, FactoredLinear)}
 
 
 def parameter_count(model: nn.Module) -> int:

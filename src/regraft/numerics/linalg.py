@@ -37,6 +37,18 @@ def svd(matrix: Tensor, *, full: bool = False) -> SVD:
     return SVD(found[0], found[1], found[2])
 
 
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the eigenvalues of a symmetric matrix, ascending, and its orthonormal eigenvectors in columns."""
+    found = torch.linalg.eigh(matrix)
+    return found[0], found[1]
+
+
+def lu(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns a permutation, a unit lower triangle (m x k) and an upper one (k x n) whose product is the argument, k = min(m, n)."""
+    found = torch.linalg.lu(matrix)
+    return found[0], found[1], found[2]
+
+
 def spectral_norm(matrix: Tensor) -> float:
     """Returns the largest singular value."""
     return float(torch.linalg.matrix_norm(matrix, ord=2))

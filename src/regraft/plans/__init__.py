@@ -4,6 +4,7 @@ A stage is a verb; what it decides is one of these. They are printed by ``--dry-
 saved model, and can be replayed. Nothing here knows a model, a tensor or a file system. Other rooms import from this package by name.
 """
 
+from regraft.plans.factors import Factoring, FactorLayout, FactorPlan, FactorSite, FactorSpace, stored_numbers
 from regraft.plans.groups import WHOLE, Group, GroupKind, Groups, Member, Side
 from regraft.plans.json import from_json, to_dict, to_json
 from regraft.plans.provenance import Provenance
@@ -18,6 +19,11 @@ __all__ = [
     "Curve",
     "Curves",
     "Cut",
+    "FactorLayout",
+    "FactorPlan",
+    "FactorSite",
+    "FactorSpace",
+    "Factoring",
     "Finalist",
     "Group",
     "GroupKind",
@@ -40,6 +46,7 @@ __all__ = [
     "SizeReport",
     "SpeedReport",
     "from_json",
+    "stored_numbers",
     "to_dict",
     "to_json",
 ]

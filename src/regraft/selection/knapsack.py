@@ -18,9 +18,9 @@ import numpy as np
 
 from regraft.errors import InputError, PlanError
 from regraft.groups.parameter_count import overlap
+from regraft.numerics.multiple_choice import Table, solve
 from regraft.plans import WHOLE, Curve, Curves, Group, Groups, Scores
 from regraft.selection.budget import SELECTORS, Budget, Kept, Selector
-from regraft.selection.knapsack_dp import Table, solve
 from regraft.selection.knapsack_overlapping import nested
 from regraft.selection.knapsack_uniform import same_everywhere
 from regraft.selection.sizes import at_sizes

@@ -13,9 +13,9 @@ from itertools import product
 
 from regraft.errors import InputError
 from regraft.groups.parameter_count import Ledger
+from regraft.numerics.multiple_choice import Table, solve
 from regraft.plans import Curve, Group, Groups
 from regraft.selection.budget import Budget, Kept
-from regraft.selection.knapsack_dp import Table, solve
 from regraft.selection.sizes import Choice, best_of, damage_at, sizes_of, widths_of
 
 

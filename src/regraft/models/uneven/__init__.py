@@ -1,6 +1,6 @@
 """Models whose layers differ, known to the Auto classes of transformers.
 
-``configuration_regraft`` and ``modeling_regraft`` are also what a saved folder carries for those who have not got regraft; they
+``configuration_regraft``, ``modeling_regraft`` and ``factored_regraft`` are also what a saved folder carries for those who have not got regraft; they
 import nothing of ours. Importing transformers' models takes seconds, so ``import regraft`` does not: the configs are registered
 when AutoConfig is asked for one, and the model classes before the first config is made.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 PREFIX = "regraft_"
-CODE_FILES = ("configuration_regraft.py", "modeling_regraft.py")
+CODE_FILES = ("configuration_regraft.py", "factored_regraft.py", "modeling_regraft.py")
 
 
 def code_paths() -> tuple[Path, ...]:

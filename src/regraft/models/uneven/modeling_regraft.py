@@ -1,7 +1,7 @@
 """Models whose layers differ, on the stock layers of transformers.
 
-This file travels with every unevenly pruned model, so it needs nothing but torch, transformers and its neighbour
-``configuration_regraft.py``. A model is built as its family builds it; then each layer is built again from its own config. The
+This file travels with every unevenly pruned model, so it needs nothing but torch, transformers and its neighbours
+``configuration_regraft.py`` and ``factored_regraft.py``. A model is built as its family builds it; then each layer is built again from its own config. The
 mathematics of a layer is therefore the stock class's own, whatever version of transformers is installed.
 """
 
@@ -18,6 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedM
 from transformers.pytorch_utils import Conv1D
 
 from .configuration_regraft import UnevenConfig, config_named
+from .factored_regraft import PLAIN, fit_factors
 
 
 class NoAttn(nn.Module):
@@ -131,6 +132,7 @@ def fit_layers(model: PreTrainedModel, config: UnevenConfig) -> None:
     if getattr(config, "alibi_of", None):
         base.num_heads = config.alibi_of
     _set_width(model, config)
+    fit_factors(base, getattr(config, "factored", None) or {}, getattr(config, "factor_layout", None) or PLAIN)
     model.post_init()
 
 

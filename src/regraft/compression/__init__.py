@@ -1,0 +1,28 @@
+"""Low-rank compression: linear layers as two thin ones, the rank of each chosen under one budget of stored parameters."""
+
+from regraft.compression import asvd, bolaco, fisher, svd, svd_llm
+from regraft.compression.choices import RANK_CHOICES, settle
+from regraft.compression.contract import COMPRESSORS, Compressor, Evidence
+from regraft.compression.decompose import Decomposed, decompose
+from regraft.compression.gather import gather
+from regraft.compression.space import Priced, factor_plan, factor_space, with_damage
+
+__all__ = [
+    "COMPRESSORS",
+    "RANK_CHOICES",
+    "Compressor",
+    "Decomposed",
+    "Evidence",
+    "Priced",
+    "asvd",
+    "bolaco",
+    "decompose",
+    "factor_plan",
+    "factor_space",
+    "fisher",
+    "gather",
+    "settle",
+    "svd",
+    "svd_llm",
+    "with_damage",
+]

@@ -1,0 +1,26 @@
+"""ASVD: channels that carry more activation weigh more (arXiv 2312.05821, section 3.2).
+
+``W S`` is decomposed, with ``S = diag(mean |x|^alpha)``: the decomposition's inputs are scaled, nothing is known of how channels go together.
+"""
+
+from __future__ import annotations
+
+from regraft.compression.contract import COMPRESSORS, Compressor, Evidence
+from regraft.numerics.truncation import Truncation, truncation
+from regraft.numerics.whitening import Root, checked
+
+ALPHA = 0.5  # section 4.1 of the paper
+# Relative to the largest: a channel that was silent on the calibration text is not worth nothing.
+_FLOOR = 1e-6
+
+
+def truncate(evidence: Evidence) -> Truncation:
+    """Decomposes ``W S``; a dropped singular value s costs s^2 of ``|(W - W') S|_F^2``."""
+    scale_I = checked(evidence.seen().magnitude_D.diag(), f"inputs of '{evidence.name}'").diagonal().pow(ALPHA)
+    if not scale_I.any():
+        scale_I = scale_I + 1.0
+    scale_I = scale_I.clamp_min(_FLOOR * scale_I.max())
+    return truncation(evidence.weight_OI, Root(scale_I.diag(), scale_I.reciprocal().diag()), None)
+
+
+COMPRESSORS.add("asvd", Compressor("asvd", looks_at="inputs", unit="squared error", adds_bias=False, truncate=truncate))

@@ -1,0 +1,80 @@
+"""The contract of a compressor: a weight and what was seen at its inputs and outputs, to factors at every rank with their price."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from regraft.errors import InputError
+from regraft.numerics.moments import Moments
+from regraft.numerics.pooled import PooledMoments
+from regraft.numerics.truncation import Truncation
+from regraft.registry import Registry
+
+LooksAt = Literal["weights", "inputs", "gradients"]
+"""What a method needs beside the weights: nothing, the inputs of the layer, or these and gradients at its outputs."""
+Unit = Literal["squared error", "nats"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a compressor may look at.
+
+    Attributes:
+        name: Full name of the projection, for messages.
+        weight_OI: Its weight, (out, in), of any float dtype.
+        inputs: Moments of its inputs; None for methods that look at weights alone.
+        gradients: Moments of the gradients at its outputs of the log-likelihood of tokens drawn from the model's own predictions; None for
+            methods that look at inputs alone.
+    """
+
+    name: str
+    weight_OI: Tensor
+    inputs: PooledMoments | None = None
+    gradients: Moments | None = None
+
+    def seen(self) -> PooledMoments:
+        """Returns the moments of the inputs.
+
+        Raises:
+            InputError: There are none.
+        """
+        if self.inputs is None or not self.inputs.count:
+            raise InputError(f"the inputs of '{self.name}' were not seen; give calibration text with --calibration")
+        return self.inputs
+
+    def felt(self) -> Moments:
+        """Returns the moments of the gradients at the outputs.
+
+        Raises:
+            InputError: There are none.
+        """
+        if self.gradients is None or not self.gradients.count:
+            raise InputError(f"no gradients were seen at the outputs of '{self.name}'; give calibration text with --calibration")
+        return self.gradients
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """A named way to decompose a weight.
+
+    Attributes:
+        name: As on the command line.
+        looks_at: What it needs beside the weights.
+        unit: What its prices are: nats of divergence per token, which add up over layers, or the squared error of the layer's output
+            (``svd``: of the weight; ``asvd``: in its own scaling), which compare within one layer only.
+        adds_bias: Whether a factored layer gets a bias that keeps the mean of its outputs.
+        truncate: Decomposes one weight.
+    """
+
+    name: str
+    looks_at: LooksAt
+    unit: Unit
+    adds_bias: bool
+    truncate: Callable[[Evidence], Truncation]
+
+
+COMPRESSORS: Registry[Compressor] = Registry("compression method", group="regraft.compressors")

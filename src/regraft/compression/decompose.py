@@ -1,0 +1,65 @@
+"""Every linear layer of a model decomposed, once for all ranks: what it costs to cut each short, and the factors to do it with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from regraft.compression.contract import Compressor, Evidence
+from regraft.compression.space import Priced
+from regraft.numerics.truncation import Truncation
+from regraft.plans import FactorLayout
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """A layer with its price at every rank, and its factors up to the largest rank that saves anything.
+
+    Attributes:
+        priced: Sizes and prices.
+        truncation: The factors, in float32.
+        rows_seen: Calibration tokens that the decomposition rests on; 0 where it looked at the weights alone.
+        has_bias: Whether the dense layer has one.
+    """
+
+    priced: Priced
+    truncation: Truncation
+    rows_seen: int
+    has_bias: bool
+
+
+def decompose(
+    evidence: Iterable[Evidence],
+    compressor: Compressor,
+    layout: FactorLayout,
+    layer_of: Callable[[str], int],
+    has_bias: Callable[[str], bool],
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Decomposed]:
+    """Decomposes one layer after the other; of each, moments are forgotten and factors kept.
+
+    Args:
+        evidence: Of every layer, in the order of the model.
+        compressor: The method.
+        layout: How factors will be stored: decides up to which rank they can save anything.
+        layer_of: Name of a linear layer to the index of its decoder layer.
+        has_bias: Name of a linear layer to whether it has a bias.
+        say: Called with one line now and then.
+    """
+    found: list[Decomposed] = []
+    layer = -1
+    for one in evidence:
+        if layer_of(one.name) != layer:
+            layer = layer_of(one.name)
+            say(f"decomposing layer {layer + 1}")
+        rows, columns = one.weight_OI.shape
+        whole = compressor.truncate(one)
+        most = min(rows, columns) if layout == "pifa" else rows * columns // (rows + columns)
+        own_bias = has_bias(one.name)
+        new_bias = rows if whole.mean_I is not None and not own_bias else 0
+        priced = Priced(one.name, layer, rows, columns, new_bias, whole.damage().cpu())
+        seen = one.inputs.count if one.inputs is not None else 0
+        found.append(Decomposed(priced, whole.shortened(most, torch.float32), seen, own_bias))
+    return found
