@@ -1,8 +1,8 @@
 """Bolaco: principal components of the layer's outputs, and a bias that keeps their mean (arXiv 2405.10616, section 3.1).
 
-With ``Cov(W x) = U S U'`` the factors are ``B = U_r`` and ``A = U_r' W``, the bias is ``(I - U_r U_r') E[W x]``. The covariance is pooled: the
-mean of those within groups of the calibration text. ``Cov(W x) = W Cov(x) W'``, so that the moments of the inputs are enough, and one
-decomposition of ``W Cov(x)^1/2`` gives U for matrices of any shape.
+With ``Cov(W x) = U S U'`` the factors are ``B = U_r`` and ``A = U_r' W``, the bias is ``(I - U_r U_r') E[W x]``. The covariance is
+pooled: the mean of those within groups of the calibration text. ``Cov(W x) = W Cov(x) W'``, so that the moments of the inputs are enough,
+and one decomposition of ``W Cov(x)^1/2`` gives U for matrices of any shape.
 """
 
 from __future__ import annotations

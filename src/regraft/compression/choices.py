@@ -49,7 +49,7 @@ def by_type(space: FactorSpace) -> tuple[int, ...]:
     for kind in kinds:
         rows = [[_rank_at(space, space.sites[index], share) for index in members[kind]] for share in shares]
         stages.append(_table([space.sites[index] for index in members[kind]], rows, space))
-    chosen = solve([[[table]] for table in stages], float(space.dense - space.budget))
+    chosen = solve([[[table]] for table in stages], float(space.dense - space.budget), at_least=True)
     ranks = [0] * len(space.sites)
     for kind, (_, (row,)) in zip(kinds, chosen, strict=True):
         for index in members[kind]:
@@ -83,7 +83,7 @@ def closed(space: FactorSpace) -> tuple[int, ...]:
 def knapsack(space: FactorSpace) -> tuple[int, ...]:
     """Takes the least summed damage of all rank vectors within the budget, exactly up to a grid of costs."""
     tables = [_table([site], [[rank] for rank in site.ranks], space) for site in space.sites]
-    chosen = solve([[[table]] for table in tables], float(space.dense - space.budget))
+    chosen = solve([[[table]] for table in tables], float(space.dense - space.budget), at_least=True)
     return settle(space, [site.ranks[rows[0]] for site, (_, rows) in zip(space.sites, chosen, strict=True)])
 
 

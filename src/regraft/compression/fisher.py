@@ -7,8 +7,8 @@ independent, as in K-FAC (Martens and Grosse, arXiv 1503.05671, section 3), and 
 
     1/2 tr( G (W - W') C (W - W')' ),     C = Cov(x),  G = E[g g']
 
-whose minimum at rank r truncates ``G^1/2 W C^1/2``: a dropped singular value s costs ``1/2 s^2`` nats per token. Such prices add up within a
-layer and compare between layers. With ``G`` the identity and ``C = E[x x']`` this is SVD-LLM.
+whose minimum at rank r truncates ``G^1/2 W C^1/2``: a dropped singular value s costs ``1/2 s^2`` nats per token. Such prices add up
+within a layer and compare between layers. With ``G`` the identity and ``C = E[x x']`` this is SVD-LLM.
 
 The mean is worth a bias: a mean error is the same at every token, so that it does not average out over those that a prediction attends to.
 ``G`` is estimated from one draw for each calibration token, and mixed with a multiple of the identity; what it says of the directions

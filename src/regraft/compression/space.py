@@ -93,7 +93,7 @@ def _site(entry: Priced, unit: Literal["nats", "share"], layout: FactorLayout, a
         damage = damage / damage[0].clamp_min(1e-300)
     kind = entry.name.rpartition(".")[2]
     chosen = (*ranks, full)
-    values = tuple(float(damage[rank]) for rank in ranks) + (0.0,)
+    values = (*(float(damage[rank]) for rank in ranks), 0.0)
     return FactorSite(entry.name, entry.layer, kind, entry.rows, entry.columns, entry.new_bias, chosen, values)
 
 

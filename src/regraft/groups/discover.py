@@ -11,7 +11,7 @@ from regraft.errors import ModelError
 from regraft.groups import declared, traced
 from regraft.groups.traced import Refusal, Traced
 from regraft.models.family import matches
-from regraft.models.view import ModelView
+from regraft.models.view import ModelView, refuse_factored
 from regraft.plans import GroupKind, Groups
 
 USUAL: tuple[GroupKind, ...] = ("heads", "ffn")
@@ -41,6 +41,7 @@ def look_for(model: PreTrainedModel | ModelView, kinds: Sequence[GroupKind] = US
         ModelError: As in :func:`discover`.
     """
     view = model if isinstance(model, ModelView) else ModelView(model)
+    refuse_factored(view.model)
     if view.family.discovery == "declared" and set(kinds) <= set(USUAL):
         groups, refused = declared.discover(view), ()
     else:

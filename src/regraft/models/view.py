@@ -139,6 +139,24 @@ class ModelView:
         return {name: module for name, module in self.model.named_modules() if isinstance(module, FactoredLinear)}
 
 
+def refuse_factored(model: PreTrainedModel, source: str = "the model") -> None:
+    """Refuses a model of which linear layers are stored as two thin ones.
+
+    Args:
+        model: To look at.
+        source: Names it in the message.
+
+    Raises:
+        ModelError: It has such layers.
+    """
+    found = [name for name, module in model.named_modules() if isinstance(module, FactoredLinear)]
+    if found:
+        raise ModelError(
+            f"{source} is factored already ({len(found)} layers, such as '{found[0]}'); use the model that it was compressed from, "
+            "or write it dense first: regraft compress --dense"
+        )
+
+
 def parameter_count(model: nn.Module) -> int:
     """Returns the number of parameters, each tied one counted once."""
     return sum(parameter.numel() for parameter in model.parameters())

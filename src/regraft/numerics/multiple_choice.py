@@ -44,23 +44,28 @@ class _Walked:
     steps: list[list[list[int]]]
 
 
-def solve(stages: Sequence[Stage], target: float) -> list[tuple[int, list[int]]]:
+def solve(stages: Sequence[Stage], target: float, *, at_least: bool = False) -> list[tuple[int, list[int]]]:
     """Returns the alternative and the rows of every stage with the least summed damage of all that remove the target.
 
     The target is met within half of the smallest cost, or as nearly as can be.
+
+    Args:
+        stages: What there is to choose.
+        target: Cost to remove.
+        at_least: Not less than the target, up to the grid of costs, however much more.
     """
     quantum = _quantum([removed for table in _tables(stages) for removed in table.removed], target)
     every = [[[[round(removed / quantum) for removed in table.removed] for table in tables] for tables in stage] for stage in stages]
     flat = [step for stage in every for tables in stage for row in tables for step in row]
     smallest = min((step for step in flat if step > 0), default=1)
-    goal = round(target / quantum)
+    goal = math.ceil(target / quantum) if at_least else round(target / quantum)
     best: NDArray[np.float64] = np.full(max(goal, 0) + max(flat, default=0) + 1, np.inf)
     best[0] = 0.0
     walked: list[_Walked] = []
     for stage, steps in zip(stages, every, strict=True):
         best, noted = _through(stage, steps, best)
         walked.append(noted)
-    place = _best_near(best, goal, smallest)
+    place = _best_near(best, goal, 2 * len(best) if at_least else smallest, low=goal if at_least else 0)
     found: list[tuple[int, list[int]]] = []
     for noted in reversed(walked):
         alternative = int(noted.which[place])
@@ -107,9 +112,16 @@ def _add(table: Table, steps: list[int], before: NDArray[np.float64]) -> tuple[N
     return after, choice
 
 
-def _best_near(best: NDArray[np.float64], goal: int, smallest: int) -> int:
-    """Returns the place of least damage within half the smallest step of the goal, or the nearest that can be reached."""
-    low, high = max(0, goal - smallest // 2), min(len(best) - 1, goal + smallest // 2)
+def _best_near(best: NDArray[np.float64], goal: int, smallest: int, low: int = 0) -> int:
+    """Returns the place of least damage within half the smallest step of the goal, or the nearest that can be reached.
+
+    Args:
+        best: Least damage at every place.
+        goal: The place that is wanted.
+        smallest: Step.
+        low: Places below this do not count as near.
+    """
+    low, high = max(low, goal - smallest // 2), min(len(best) - 1, goal + smallest // 2)
     window = best[low : high + 1]
     if np.isfinite(window).any():
         return low + int(window.argmin())

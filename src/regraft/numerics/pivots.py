@@ -1,8 +1,8 @@
 """A matrix of rank r as r of its rows and the coefficients of the others: r (m + n - r) numbers instead of r (m + n), and exact.
 
-PIFA (arXiv 2501.19090) stores ``W' = P [I; K] W_p``: ``W_p`` are r linearly independent rows, ``K`` says how the other m - r rows follow from
-them, and P puts all rows in order. Here the pivot rows are those that Gaussian elimination with row exchanges takes from the left factor, so
-that the multipliers on the way are at most one.
+PIFA (arXiv 2501.19090) stores ``W' = P [I; K] W_p``: ``W_p`` are r linearly independent rows, ``K`` says how the other m - r rows follow
+from them, and P puts all rows in order. Here the pivot rows are those that Gaussian elimination with row exchanges takes from the left
+factor, so that the multipliers on the way are at most one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Moments of the inputs of a linear layer, of the kinds that low-rank methods ask for, accumulated in float64 in memory of O(width^2).
 
-Bolaco (arXiv 2405.10616, section 3.1) averages the covariances within 32 groups of calibration text, so that what differs between texts does
-not count as variance. For groups of equal size that is the pooled covariance
+Bolaco (arXiv 2405.10616, section 3.1) averages the covariances within 32 groups of calibration text, so that what differs between texts
+does not count as variance. For groups of equal size that is the pooled covariance
 
     (sum of x x' - sum over groups of t_g t_g' / n_g) / (N - groups),     t_g the sum of the rows of a group, n_g their number
 

@@ -4,8 +4,9 @@ With positive definite ``M`` on the output side and ``C`` on the input side, the
 
     tr( M (W - W') C (W - W')' ) = || M^1/2 (W - W') C^1/2 ||_F^2
 
-is ``M^-1/2 [M^1/2 W C^1/2]_r C^-1/2`` with ``[.]_r`` the truncated singular value decomposition (Eckart, Young and Mirsky), and what remains is
-the sum of the dropped squared singular values. Since the truncation is a projection onto the r leading left vectors ``U_r``, this equals
+is ``M^-1/2 [M^1/2 W C^1/2]_r C^-1/2`` with ``[.]_r`` the truncated singular value decomposition (Eckart, Young and Mirsky), and what
+remains is the sum of the dropped squared singular values. Since the truncation is a projection onto the r leading left vectors ``U_r``,
+this equals
 
     W' = (M^-1/2 U_r) (U_r' M^1/2 W)
 

@@ -1,9 +1,9 @@
 """Square roots of second moments, for metrics of inputs and outputs that may be singular or badly conditioned.
 
 A truncation that is optimal for inputs with ``C = E[x x']`` decomposes ``W R`` with ``C = R R'`` (SVD-LLM, arXiv 2403.07378, section 3.2,
-takes R from Cholesky; any other root differs by an orthogonal matrix on the right, and changes nothing). Cholesky fails where inputs live in
-a subspace, as after a few calibration windows. The root here is the symmetric one, from an eigendecomposition in float64 whose values are
-lifted to a floor: directions that the calibration text never showed count a little, instead of not at all or without bound.
+takes R from Cholesky; any other root differs by an orthogonal matrix on the right, and changes nothing). Cholesky fails where inputs live
+in a subspace, as after a few calibration windows. The root here is the symmetric one, from an eigendecomposition in float64 whose values
+are lifted to a floor: directions that the calibration text never showed count a little, instead of not at all or without bound.
 """
 
 from __future__ import annotations

@@ -83,20 +83,6 @@ def shape_of(view: ModelView, name: str) -> tuple[int, int]:
     return (columns, rows) if view.family.transposed else (rows, columns)
 
 
-def refuse_factored(model: PreTrainedModel, source: str) -> None:
-    """Refuses a model whose layers are factored already.
-
-    Raises:
-        ModelError: It has such layers.
-    """
-    found = ModelView(model).factored()
-    if found:
-        raise ModelError(
-            f"'{source}' is factored already ({len(found)} layers, such as '{next(iter(found))}'); compress the model that it was made from, "
-            "or write it dense first"
-        )
-
-
 def densified(model: PreTrainedModel) -> PreTrainedModel:
     """Returns the model with the dense matrix of every factored layer, for runtimes that know no others.
 

@@ -31,7 +31,7 @@ from slicing import files_of, ids, sliced
 WEIGHTS = {"model.safetensors", "config.json", "generation_config.json"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 OURS = {"README.md", "regraft.json"}
-CODE = {"modeling_regraft.py", "configuration_regraft.py"}
+CODE = {"modeling_regraft.py", "configuration_regraft.py", "factored_regraft.py"}
 
 
 def write(model, folder, **settings):

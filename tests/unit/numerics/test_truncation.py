@@ -87,7 +87,8 @@ def test_shortened_keeps_prices_and_the_first_terms() -> None:
     torch.testing.assert_close(short.damage(), found.damage())
     mine, whole = short.at(3), found.at(3)
     torch.testing.assert_close(mine.left_OR.double(), whole.left_OR, rtol=1e-6, atol=1e-6)
-    assert mine.bias_O is not None and whole.bias_O is not None
+    assert mine.bias_O is not None
+    assert whole.bias_O is not None
     torch.testing.assert_close(mine.bias_O.double(), whole.bias_O, rtol=1e-5, atol=1e-5)
 
 

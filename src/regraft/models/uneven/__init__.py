@@ -1,8 +1,8 @@
 """Models whose layers differ, known to the Auto classes of transformers.
 
-``configuration_regraft``, ``modeling_regraft`` and ``factored_regraft`` are also what a saved folder carries for those who have not got regraft; they
-import nothing of ours. Importing transformers' models takes seconds, so ``import regraft`` does not: the configs are registered
-when AutoConfig is asked for one, and the model classes before the first config is made.
+``configuration_regraft``, ``modeling_regraft`` and ``factored_regraft`` are also what a saved folder carries for those who have not got
+regraft; they import nothing of ours. Importing transformers' models takes seconds, so ``import regraft`` does not: the configs are
+registered when AutoConfig is asked for one, and the model classes before the first config is made.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ listed under ``per_layer_config``, a sparse mapping from layer index to what is 
 
     {"1": {"intermediate_size": 96}, "2": {"num_attention_heads": 3, "num_key_value_heads": 3}, "27": {"skip": ["attention"]}}
 
-``skip`` takes ``attention`` and ``mlp``: the part and its norms are gone from that layer. Where a family differs from Llama in the
-names of its modules or in what follows from what, ``layout`` says so: see :data:`LAYOUT`. Linear layers that are stored as two thin ones are
+``skip`` takes ``attention`` and ``mlp``: the part and its norms are gone from that layer. Where a family differs from Llama in the names
+of its modules or in what follows from what, ``layout`` says so: see :data:`LAYOUT`. Linear layers that are stored as two thin ones are
 listed under ``factored``: see ``factored_regraft.py``.
 """
 

@@ -1,8 +1,8 @@
 """Models whose layers differ, on the stock layers of transformers.
 
 This file travels with every unevenly pruned model, so it needs nothing but torch, transformers and its neighbours
-``configuration_regraft.py`` and ``factored_regraft.py``. A model is built as its family builds it; then each layer is built again from its own config. The
-mathematics of a layer is therefore the stock class's own, whatever version of transformers is installed.
+``configuration_regraft.py`` and ``factored_regraft.py``. A model is built as its family builds it; then each layer is built again from
+its own config. The mathematics of a layer is therefore the stock class's own, whatever version of transformers is installed.
 """
 
 from __future__ import annotations
