@@ -1,9 +1,8 @@
-"""Texts and instruction records: read from a file or built in, checked, and divided into what is used and what is held out.
+"""Texts, instructions and chats: read from a file or a data set, checked, and divided into a used and a held-out part.
 
-A file is ``.txt`` (documents separated by ``<|endoftext|>``, otherwise one document), ``.jsonl`` (an object on each line), ``.json`` (an
-array of objects, or one object), ``.csv`` or ``.tsv`` (an object on each line, its keys on the first). An object is ``{"text": …}``,
-``{"instruction": …, "input": …, "output": …}`` under these or other usual names, or ``{"messages": [...]}`` with one question and its
-answer; other keys are allowed and not read. All text is UTF-8.
+A source is ``.txt`` (documents separated by ``<|endoftext|>``, otherwise one document), ``.jsonl`` (an object on each line), ``.json`` (an
+array of objects, or one object), ``.csv`` or ``.tsv`` (an object on each line, its keys on the first), ``.parquet``, a folder that
+``datasets`` saved, or ``hf:NAME`` for a data set of the hub. :mod:`regraft.data.records` lists the forms of an object. All text is UTF-8.
 """
 
 from __future__ import annotations
@@ -11,13 +10,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from regraft.data.hub import dataset_rows, is_dataset
+from regraft.data.records import Record, entry_of
 from regraft.errors import DataError, InputError
 from regraft.seedling import corpus as seedling_corpus
 
@@ -26,28 +27,20 @@ Split = Literal["train", "validation", "test"]
 SEPARATOR = "<|endoftext|>"
 TABLES = (".csv", ".tsv")
 SUFFIXES = (".txt", ".jsonl", ".json", *TABLES)
-# What data sets call the parts of a record; the first that is there counts.
-PARTS = {
-    "instruction": ("instruction", "prompt", "question"),
-    "input": ("input", "context"),
-    "output": ("output", "response", "completion", "answer"),
-}
 BUILT_IN = "seedling's built-in text"
 
 
 @dataclass(frozen=True)
-class Record:
-    """One instruction and its answer.
+class Skipped:
+    """Rows that could not be read and were left out on request.
 
     Attributes:
-        instruction: What is asked.
-        input: What it is asked about; may be empty.
-        output: The answer, never blank.
+        rows: How many.
+        first: What was wrong with the first three, a line each.
     """
 
-    instruction: str
-    input: str
-    output: str
+    rows: int = 0
+    first: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,12 +52,14 @@ class Corpus:
         split: Which part of it: ``all``, ``train``, ``validation``, ``test`` or ``held-out``.
         documents: Texts, none of them blank.
         records: Instructions with their answers.
+        skipped: Rows of the source that were left out because they could not be read.
     """
 
     name: str
     split: str
     documents: tuple[str, ...] = ()
     records: tuple[Record, ...] = ()
+    skipped: Skipped = Skipped()
 
     def __post_init__(self) -> None:
         assert bool(self.documents) != bool(self.records), "a corpus holds documents or records"
@@ -74,36 +69,80 @@ class Corpus:
 
     @property
     def n_bytes(self) -> int:
-        """How many bytes of UTF-8 its texts are; of a record, all three fields."""
-        fields = (part for record in self.records for part in (record.instruction, record.input, record.output))
+        """How many bytes of UTF-8 its texts hold; a record counts with all of its texts."""
+        fields = (part for record in self.records for part in record.texts)
         return sum(len(text.encode()) for text in (*self.documents, *fields))
 
 
-def read_corpus(path: Path | str | None, split: Split) -> Corpus:
-    """Reads a text or record file, or the built-in text.
+def read_corpus(path: Path | str | None, split: Split, *, skip_bad: bool = False) -> Corpus:
+    """Reads texts or records from a file or a data set, or the built-in text.
 
     Args:
-        path: A ``.txt``, ``.jsonl``, ``.json``, ``.csv`` or ``.tsv`` file; None for the built-in text.
-        split: Which split of the built-in text. A file is always read whole.
+        path: A ``.txt``, ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, a folder that ``datasets`` saved, or
+            ``hf:NAME[:CONFIG][#SPLIT]``; None for the built-in text.
+        split: Which split of the built-in text. A file is always read from its first to its last row.
+        skip_bad: Leave out rows that cannot be read and count them, instead of refusing the file.
 
     Returns:
         At least one document or record.
 
     Raises:
-        DataError: The file is missing, a folder, empty, binary, malformed, or its suffix is not known.
+        DataError: The source is missing, a folder of another kind, empty, binary or malformed, or its suffix is not known.
     """
     if path is None:
         return Corpus(BUILT_IN, split, documents=tuple(document.text for document in seedling_corpus.documents(split)))
+    if is_dataset(path):
+        return corpus_of(str(path), dataset_rows(path), skip_bad=skip_bad)
     path = Path(path)
     text = read_text(path)
     if path.suffix.lower() == ".txt":
-        documents, records = _documents(text), ()
-    else:
-        table = path.suffix.lower() in TABLES
-        documents, records = _sorted_out(path, iter(read_table(path, text)) if table else read_objects(path, text))
+        if not (documents := _documents(text)):
+            raise DataError(f"'{path}' is empty or blank; give a file with at least one document")
+        return Corpus(str(path), "all", documents=documents)
+    table = path.suffix.lower() in TABLES
+    return corpus_of(str(path), table_rows(path, text) if table else object_rows(path, text), skip_bad=skip_bad)
+
+
+def corpus_of(name: str, rows: Iterable[tuple[str, Any]], *, skip_bad: bool = False) -> Corpus:
+    """Returns the corpus of rows that are already objects.
+
+    Args:
+        name: Of the source, for messages.
+        rows: Each with its place for messages; the value is an object in one of the known forms, or the error that reading it gave.
+        skip_bad: Leave out rows that cannot be read and count them.
+
+    Raises:
+        DataError: A row cannot be read and ``skip_bad`` is off, texts and records are mixed, or nothing is left.
+    """
+    documents: list[str] = []
+    records: list[Record] = []
+    first: dict[str, str] = {}
+    bad: list[str] = []
+    count = 0
+    for place, value in rows:
+        try:
+            if isinstance(value, DataError):
+                raise value
+            entry = entry_of(f"'{name}', {place}", value)
+        except DataError as error:
+            if not skip_bad:
+                raise
+            count += 1
+            bad = [*bad, str(error)][:3]
+            continue
+        first.setdefault("record" if isinstance(entry, Record) else "text", place)
+        if len(first) == 2:
+            raise DataError(
+                f"'{name}' mixes kinds: {first['text']} is a text, {first['record']} is an instruction; split it into two files"
+            )
+        if isinstance(entry, Record):
+            records.append(entry)
+        elif entry.strip():
+            documents.append(entry)
     if not documents and not records:
-        raise DataError(f"'{path}' is empty or blank; give a file with at least one document")
-    return Corpus(str(path), "all", documents=documents, records=records)
+        reason = f"has no row that can be read ({count} skipped, the first: {bad[0]})" if bad else "is empty or blank"
+        raise DataError(f"'{name}' {reason}; give a file with at least one document")
+    return Corpus(name, "all", tuple(documents), tuple(records), Skipped(count, tuple(bad)))
 
 
 def read_text(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> str:
@@ -141,7 +180,23 @@ def _documents(text: str) -> tuple[str, ...]:
 
 
 def read_objects(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """Yields the values of a JSON or JSON Lines file, each with the place to name in a message."""
+    """Yields the values of a JSON or JSON Lines file, each with its place for messages.
+
+    Raises:
+        DataError: A line is not valid JSON.
+    """
+    return _or_raise(object_rows(path, text))
+
+
+def _or_raise(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    for place, row in rows:
+        if isinstance(row, DataError):
+            raise row
+        yield place, row
+
+
+def object_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """Yields the values of a JSON or JSON Lines file, each with its place for messages; a line that cannot be read yields its error."""
     if path.suffix.lower() == ".jsonl":
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
@@ -150,109 +205,56 @@ def read_objects(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     if not text.strip():
         return
     value = _parsed(path, text, 1)
+    if isinstance(value, DataError):
+        raise value
     for number, entry in enumerate(value if isinstance(value, list) else [value], 1):
         yield f"record {number}", entry
 
 
 def read_table(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Returns the rows of a table by the names on its first line, each with the place to name in a message.
+    """Returns the rows of a table by the names on its first line, each with its place for messages.
+
+    Raises:
+        DataError: A line has more or fewer fields than the first.
+    """
+    return list(_or_raise(table_rows(path, text)))
+
+
+def table_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """Yields the rows of a table, each with its place for messages; a line with more or fewer fields than the first yields its error.
 
     Fields are divided by tabs where the suffix or the first line says so, else by commas.
 
     Raises:
-        DataError: A line has more or fewer fields than the first.
+        DataError: The text is no table, from some line on.
     """
     first = text.partition("\n")[0]
     tabs = path.suffix.lower() == ".tsv" or "\t" in first
     reader = csv.DictReader(io.StringIO(text), delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
     names = reader.fieldnames or []
-    rows: list[tuple[str, dict[str, Any]]] = []
     try:
         for row in reader:
+            place = f"line {reader.line_num}"
             if None in row or None in row.values():
                 count = sum(value is not None for key, value in row.items() if key is not None) + len(row.get(None) or ())
-                raise DataError(f"'{path}', line {reader.line_num} has {count} columns, the first line {len(names)}; repair that line")
-            rows.append((f"line {reader.line_num}", row))
+                yield place, DataError(f"'{path}', {place} has {count} columns, the first line {len(names)}; repair that line")
+            else:
+                yield place, row
     except csv.Error as error:
         raise DataError(f"'{path}' is no table at line {reader.line_num}: {error}; repair that line") from None
-    return rows
 
 
 def _parsed(path: Path, text: str, first_line: int) -> Any:
+    """Returns the value of a JSON text, or the error that reading it gave."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         lines = error.msg == "Extra data" and path.suffix.lower() == ".json"
         remedy = "if it is JSON Lines, rename it to .jsonl" if lines else "repair that line"
-        raise DataError(f"'{path}' is not valid JSON at line {line}, column {error.colno}: {error.msg}; {remedy}") from None
+        return DataError(f"'{path}' is not valid JSON at line {line}, column {error.colno}: {error.msg}; {remedy}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of nested brackets
-        raise DataError(f"'{path}' cannot be read as JSON from line {first_line}: {error}; repair that value") from None
-
-
-def _sorted_out(path: Path, objects: Iterator[tuple[str, Any]]) -> tuple[tuple[str, ...], tuple[Record, ...]]:
-    """Checks every object; returns the texts that are not blank, or the records."""
-    documents: list[str] = []
-    records: list[Record] = []
-    first: dict[str, str] = {}
-    for place, value in objects:
-        entry = _entry(f"'{path}', {place}", value)
-        first.setdefault("record" if isinstance(entry, Record) else "text", place)
-        if len(first) == 2:
-            raise DataError(
-                f"'{path}' mixes kinds: {first['text']} is a text, {first['record']} is an instruction; split it into two files"
-            )
-        if isinstance(entry, Record):
-            records.append(entry)
-        elif entry.strip():
-            documents.append(entry)
-    return tuple(documents), tuple(records)
-
-
-def _entry(where: str, value: Any) -> str | Record:
-    """Returns one object's text or record."""
-    if not isinstance(value, dict):
-        raise DataError(f"{where} is a {type(value).__name__}, not an object with 'text' or with instruction, input and output")
-    if "messages" in value and not {"text", *PARTS["output"]} & value.keys():
-        value = _exchange(where, value["messages"])
-    told = any(name in value for part in ("instruction", "output") for name in PARTS[part])
-    if "instruction" in value or "output" in value or (told and "text" not in value):
-        parts = {part: _string(where, value, part) for part in PARTS}
-        if not parts["output"].strip():
-            raise DataError(f"{where} has an empty 'output': there is nothing to learn or to measure; remove the record")
-        if not parts["instruction"].strip() and not parts["input"].strip():
-            raise DataError(f"{where} has an empty 'instruction'; remove the record or fill it in")
-        return Record(**parts)
-    if "text" not in value:
-        found = ", ".join(map(repr, list(value)[:6])) or "none"
-        raise DataError(f"{where} has neither 'text' nor instruction, input and output; its keys: {found}")
-    return _string(where, value, "text")
-
-
-def _exchange(where: str, messages: Any) -> dict[str, Any]:
-    """Returns a question and its answer in the form of chats as an instruction and its output; a system's message comes before."""
-    turns = [turn for turn in messages if isinstance(turn, dict)] if isinstance(messages, list) else []
-    roles = [turn.get("role") for turn in turns]
-    said = [text for turn in turns if isinstance(text := turn.get("content"), str)]
-    if roles not in (["user", "assistant"], ["system", "user", "assistant"]) or not len(said) == len(turns) == len(messages):
-        raise DataError(f"{where} has 'messages' that are not one of a user and one of the assistant, in text; divide longer chats")
-    return {"instruction": "\n\n".join(said[:-1]), "output": said[-1]}
-
-
-def _string(where: str, value: dict[str, Any], part: str) -> str:
-    """Returns a string field by the first of its names; ``input`` alone may be absent or null."""
-    key = next((name for name in PARTS.get(part, ()) if name in value), part)
-    found = value.get(key, "" if part == "input" else None)
-    if part == "input" and found is None:
-        found = ""
-    if not isinstance(found, str):
-        problem = f"has '{key}' of type {type(found).__name__}" if key in value else f"has no '{key}'"
-        raise DataError(f"{where} {problem}; it must be a string")
-    try:
-        found.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{where} has half a surrogate pair in '{key}', which no text holds; repair the \\u escape") from None
-    return found
+        return DataError(f"'{path}' cannot be read as JSON from line {first_line}: {error}; repair that value")
 
 
 def split_corpus(corpus: Corpus, share: float, seed: int) -> tuple[Corpus, Corpus]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from regraft.data.encoding import Bos, bos_id, plain_ids
-from regraft.data.instructions import render
+from regraft.data.instructions import PromptFormat, texts_of
 from regraft.data.text import Corpus
 from regraft.errors import DataError, InputError
 
@@ -63,7 +63,7 @@ def window_tokens(asked: int | None, usual: int, config: PretrainedConfig, optio
 
 
 def encode_documents(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> list[list[int]]:
-    """Encodes every document of a corpus by itself; records become one text each by the Alpaca template.
+    """Encodes every document of a corpus by itself; records become one text each in the model's prompt format.
 
     Args:
         corpus: Documents or records.
@@ -74,12 +74,7 @@ def encode_documents(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bo
         One list of ids for each document, in order.
     """
     start = _start(tokenizer, bos)
-    return [start + ids for batch in _batches(texts_of(corpus)) for ids in plain_ids(batch, tokenizer)]
-
-
-def texts_of(corpus: Corpus) -> tuple[str, ...]:
-    """Returns the documents of a corpus, or its records as text."""
-    return corpus.documents or tuple(render(record) for record in corpus.records)
+    return [start + ids for batch in _batches(texts_of(corpus, tokenizer)) for ids in plain_ids(batch, tokenizer)]
 
 
 def pack(documents: Sequence[Sequence[int]], block: int, separator: int | None = None) -> Tensor:
@@ -106,7 +101,9 @@ def pack(documents: Sequence[Sequence[int]], block: int, separator: int | None =
     return torch.tensor(stream[: count * block], dtype=torch.int64).reshape(count, block)
 
 
-def calibration_windows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int) -> Tensor:
+def calibration_windows(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int, prompt: PromptFormat = "auto"
+) -> Tensor:
     """Draws windows of text for calibration: no padding, no window twice, the same for the same seed.
 
     Documents are shuffled and joined with BOS between them (where the tokenizer writes one), the stream is cut into windows, and
@@ -118,6 +115,7 @@ def calibration_windows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, samp
         samples: How many windows.
         seq_len: Tokens of a window.
         seed: Of the draw.
+        prompt: The format in which records become texts.
 
     Returns:
         Shape ``(min(samples, all there are), seq_len)``, int64; at least one window.
@@ -129,7 +127,7 @@ def calibration_windows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, samp
     if samples < 1 or seq_len < 1:
         raise InputError(f"{samples} windows of {seq_len} tokens are nothing to calibrate on; use at least 1 of each")
     generator = torch.Generator().manual_seed(seed)
-    pieces = [piece for text in texts_of(corpus) for piece in _pieces(text)]
+    pieces = [piece for text in texts_of(corpus, tokenizer, prompt) for piece in _pieces(text)]
     order: list[int] = torch.randperm(len(pieces), generator=generator).tolist()
     start = _start(tokenizer, "auto")
     stream: list[int] = []

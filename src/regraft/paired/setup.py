@@ -28,7 +28,7 @@ from regraft.data.tokens import window_tokens
 from regraft.errors import InputError, did_you_mean
 from regraft.models.view import ModelView, fingerprint
 from regraft.settings import TRAINING_TOKENS, RecoverSettings
-from regraft.training.batches import Ordered, collate, digest, is_blind_to_neighbours, make_examples, padding_token, spread
+from regraft.training.batches import Ordered, RecordFormat, collate, digest, is_blind_to_neighbours, make_examples, padding_token, spread
 from regraft.training.distill import Teacher, check_vocabulary
 from regraft.training.losses import divergence, predicted_tokens, predicting
 from regraft.training.precision import compute_dtype, trainable_weights
@@ -119,7 +119,9 @@ class PairedSetup:
         if self._rows is None or self._rows[0] != seed:
             settings = self.settings
             wanted = settings.steps * settings.accumulate * settings.batch
-            examples = make_examples(self._train, self._tokenizer, self._seq_len, wanted=wanted, seed=seed, packing=settings.packing)
+            examples = make_examples(
+                self._train, self._tokenizer, self._seq_len, wanted=wanted, seed=seed, records=RecordFormat(packing=settings.packing)
+            )
             self._rows = seed, Ordered(examples, settings, seed, self._train.name)
         return self._rows[1]
 

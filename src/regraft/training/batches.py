@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.adapters.seeding import derived_seed
-from regraft.data.instructions import IGNORED, encode_records
+from regraft.data.instructions import IGNORED, PromptFormat, RecordCounts, Truncation, encode_records
 from regraft.data.text import Corpus
 from regraft.data.tokens import encode_documents, pack
 from regraft.errors import DataError, InputError
@@ -43,14 +43,37 @@ class Example:
     token_type_ids: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class RecordFormat:
+    """How records become rows.
+
+    Attributes:
+        prompt: The format of the prompt.
+        truncation: What becomes of a record that is longer than a row.
+        packing: Put several records into one row (:func:`pack_records`).
+        report: Called with what became of the records.
+    """
+
+    prompt: PromptFormat = "auto"
+    truncation: Truncation = "right"
+    packing: bool = False
+    report: Callable[[RecordCounts], None] = lambda counts: None
+
+
 def make_examples(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seq_len: int, *, wanted: int, seed: int, packing: bool = False
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    *,
+    wanted: int,
+    seed: int,
+    records: RecordFormat = RecordFormat(),
 ) -> list[Example]:
     """Makes rows of a corpus, no more of them than are of use.
 
     Text becomes blocks of exactly ``seq_len`` tokens, documents one after the other with EOS between them; a text shorter than
-    one block becomes one shorter row. Instruction records become one row each, cut to ``seq_len``, learned on the response only;
-    records whose response is cut away are left out.
+    one block becomes one shorter row. Instruction records become one row each, cut to ``seq_len``, learned on the assistant's tokens only;
+    records whose answers are cut away are left out.
 
     Args:
         corpus: Text or records.
@@ -59,7 +82,7 @@ def make_examples(
         wanted: How many rows will be looked at. Of a corpus with many more, documents or records are drawn until a few times as
             many are made, so that a short run does not wait for the tokens of a long text.
         seed: Of that draw.
-        packing: Put several records into one row (:func:`pack_records`); text always is.
+        records: How records become rows; text is always packed.
 
     Raises:
         DataError: Nothing to learn is left.
@@ -70,10 +93,11 @@ def make_examples(
     generator = torch.Generator().manual_seed(derived_seed(seed, "draw"))
     order: list[int] = torch.randperm(len(corpus), generator=generator).tolist()
     if corpus.records:
-        drawn = tuple(corpus.records[index] for index in order[: _POOL * wanted * (_RECORDS_OF_A_ROW if packing else 1)])
-        pairs = encode_records(replace(corpus, records=drawn), tokenizer, seq_len)
+        drawn = tuple(corpus.records[index] for index in order[: _POOL * wanted * (_RECORDS_OF_A_ROW if records.packing else 1)])
+        pairs, counts = encode_records(replace(corpus, records=drawn), tokenizer, seq_len, records.prompt, records.truncation)
+        records.report(counts)
         examples = [Example(torch.tensor(ids), torch.tensor(labels)) for ids, labels in pairs]
-        return pack_records(examples, seq_len) if packing else examples
+        return pack_records(examples, seq_len) if records.packing else examples
     documents: list[list[int]] = []
     tokens = 0
     for start in range(0, len(order), _DOCUMENTS_AT_ONCE):

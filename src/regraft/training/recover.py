@@ -37,7 +37,7 @@ from regraft.models.view import fingerprint
 from regraft.plans import RankPlan, from_json
 from regraft.settings import TRAINING_TOKENS, RecoverSettings
 from regraft.surgery.adapters import Injected, finish, inject, merge
-from regraft.training.batches import Example, Ordered, digest, is_blind_to_neighbours, make_examples, padding_token, spread
+from regraft.training.batches import Example, Ordered, RecordFormat, digest, is_blind_to_neighbours, make_examples, padding_token, spread
 from regraft.training.callbacks import AfterStep, Bar, Keeper, LogRow, Pace
 from regraft.training.checkpoint import Checkpoint, checkpoints, read_checkpoint
 from regraft.training.distill import Distillation, Teacher, check_vocabulary, fit_projections
@@ -289,7 +289,7 @@ def _training_rows(corpus: Corpus | Labelled, tokenizer: PreTrainedTokenizerBase
     seq_len = settings.seq_len or TRAINING_TOKENS
     if isinstance(corpus, Labelled):
         return Ordered(labelled_examples(corpus, tokenizer, seq_len), settings, seed, corpus.name, processes)
-    examples = make_examples(corpus, tokenizer, seq_len, wanted=wanted, seed=seed, packing=settings.packing)
+    examples = make_examples(corpus, tokenizer, seq_len, wanted=wanted, seed=seed, records=RecordFormat(packing=settings.packing))
     return Ordered(examples, settings, seed, corpus.name, processes)
 
 

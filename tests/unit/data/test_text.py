@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from regraft.data.text import BUILT_IN, Corpus, Record, read_corpus, split_corpus
+from regraft.data.records import Record
+from regraft.data.text import BUILT_IN, Corpus, read_corpus, split_corpus
 from regraft.errors import DataError, InputError
 
 STORIES = "One day a cat sat.\n<|endoftext|>\nTwo dogs ran.\nThey were happy.\n<|endoftext|>\n"
@@ -76,7 +77,7 @@ SAID = [{"role": "user", "content": "Add."}, {"role": "assistant", "content": "3
             SUMS,
         ),
         ("a.json", json.dumps([{"prompt": "elsewhere", "messages": SAID}]), (Record("Add.", "", "3"),)),
-        ("a.json", json.dumps([{"messages": [{"role": "system", "content": "Be kind."}, *SAID]}]), (Record("Be kind.\n\nAdd.", "", "3"),)),
+        ("a.json", json.dumps([{"messages": [{"role": "system", "content": "Be kind."}, *SAID]}]), (Record("Add.", "", "3", "Be kind."),)),
     ],
 )
 def test_records_are_read_under_their_usual_names(tmp_path: Path, name: str, text: str, expected: tuple[Record, ...]) -> None:
@@ -108,12 +109,16 @@ def test_the_built_in_splits_do_not_meet() -> None:
         ("a.txt", "utf sixteen".encode("utf-16"), "binary"),
         ("a.xml", b"a,b", "suffix '.xml'; known: .txt, .jsonl, .json, .csv, .tsv"),
         ("a.csv", b"text\n", "empty"),
-        ("a.csv", b"words\nabc\n", "line 2 has neither 'text' nor instruction, input and output; its keys: 'words'"),
+        ("a.csv", b"words\nabc\n", "line 2 has neither 'text' nor instruction, input and output nor 'messages'; its keys: 'words'"),
         ("a.csv", b"instruction,output\nabc\n", "line 2 has 1 columns, the first line 2"),
         ("a.jsonl", b'{"prompt": "a", "answer": 3}', "line 1 has 'answer' of type int"),
-        ("a.jsonl", b'{"messages": []}', "line 1 has 'messages' that are not one of a user and one of the assistant"),
-        ("a.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}', "not one of a user and one of the assistant"),
-        ("a.jsonl", b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ["b"]}]}', "divide longer chats"),
+        ("a.jsonl", b'{"messages": []}', "line 1 has no answer of the assistant in 'messages'"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}', "no answer of the assistant"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [3]}]}',
+            "message 2 has a part of kind 'int'",
+        ),
         ("noext", b"a", "no suffix"),
         ("a.json", b"[]", "empty"),
         ("a.jsonl", b"\n\n", "empty"),

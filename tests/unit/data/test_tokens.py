@@ -8,7 +8,8 @@ import torch
 from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from regraft.data.encoding import bos_id
-from regraft.data.text import Corpus, Record
+from regraft.data.records import Record
+from regraft.data.text import Corpus
 from regraft.data.tokens import calibration_windows, check_context, context_limit, encode_documents, pack
 from regraft.errors import DataError, InputError
 

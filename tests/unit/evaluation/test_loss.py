@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from regraft.data.instructions import encode_record
-from regraft.data.text import Corpus, Record
+from regraft.data.records import Record
+from regraft.data.text import Corpus
 from regraft.errors import DataError, InputError, ModelError
 from regraft.evaluation.loss import evaluate_loss, window_and_stride
 from regraft.settings import EvaluateSettings

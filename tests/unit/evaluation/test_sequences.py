@@ -8,7 +8,8 @@ from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from regraft.data.instructions import prompt_of
-from regraft.data.text import Corpus, Record
+from regraft.data.records import Record
+from regraft.data.text import Corpus
 from regraft.evaluation.sequences import TokenSequence, sequences_of, windows_of
 
 Make = Callable[..., PreTrainedTokenizerFast]
