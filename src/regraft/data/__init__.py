@@ -1,1 +1,1 @@
-"""Texts, records and what models read of them: token ids."""
+"""Texts and records, and their token ids."""

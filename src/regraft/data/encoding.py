@@ -1,4 +1,4 @@
-"""The tokenizer's habits: whether a text starts with BOS, and plain ids without anything added."""
+"""Basic encoding: the BOS token of a document, and ids without special tokens."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Bos = bool | Literal["auto"]
 
 
 def bos_id(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> int | None:
-    """Returns the id that every document starts with, or None.
+    """Returns the id of the BOS token at the start of every document, or None.
 
     Args:
-        tokenizer: Of the model.
-        bos: Whether documents start with the beginning-of-sequence token; ``"auto"`` does as the tokenizer does by itself.
+        tokenizer: Tokenizer of the model.
+        bos: Whether documents start with the beginning-of-sequence token; ``"auto"`` follows the tokenizer's own behaviour.
 
     Raises:
-        InputError: BOS is asked for and the tokenizer has none.
+        InputError: BOS is requested and the tokenizer has none.
     """
     token: Any = tokenizer.bos_token_id
     if bos is True and token is None:
@@ -31,7 +31,7 @@ def bos_id(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> int | None:
 
 
 def plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Returns the ids of every text, one by one, without special tokens added."""
+    """Returns the ids of each text, without added special tokens."""
     if not texts:
         return []
     encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)

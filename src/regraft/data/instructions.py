@@ -23,7 +23,7 @@ PromptFormat = Literal["auto", "chat", "alpaca"]
 Truncation = Literal["right", "left", "drop"]
 
 IGNORED = -100
-"""Label of a token that carries no loss, as in PyTorch's cross-entropy and in transformers."""
+"""Label of a token without loss, as in PyTorch's cross-entropy and in transformers."""
 
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -273,11 +273,11 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]
 
 
 def encode_record(record: Record, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> tuple[list[int], list[int]]:
-    """Encodes one record for training, cut on the right where it is longer than ``max_tokens``.
+    """Encodes one record for training, cut on the right to ``max_tokens``.
 
     Returns:
-        Token ids and labels of the same length; the labels are -100 on the prompt. A prompt of ``max_tokens`` or more leaves no
-        label at all: :func:`encode_records` drops such records.
+        Token ids and labels of the same length; the labels are -100 on the prompt. With a prompt of ``max_tokens`` or more, all labels
+        are -100; :func:`encode_records` drops such records.
     """
     (encoded,) = encode_whole(Corpus("one record", "all", records=(record,)), tokenizer)
     return list(encoded.input_ids[:max_tokens]), encoded.labels[:max_tokens]

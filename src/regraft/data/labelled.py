@@ -1,7 +1,7 @@
-"""Texts with labels, for classification and regression: one text or a pair of texts in each row, and a class or a number.
+"""Labelled texts for classification and regression: each row has one text or a pair of texts, and a class or a number.
 
-A file is ``.csv`` (commas, or tabs where its first line has them), ``.tsv``, ``.jsonl`` or ``.json``. Columns are found by their names:
-the first line of a table, the keys of an object. All text is UTF-8.
+A file is ``.csv`` (commas, or tabs if its first line has tabs), ``.tsv``, ``.jsonl`` or ``.json``. Columns are found by name, in the first
+line of a table or the keys of an object. The text is UTF-8.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from regraft.errors import DataError, did_you_mean
 LabelTask = Literal["classification", "regression"]
 
 OBJECTS = (".jsonl", ".json")
-# What benchmarks call their texts and labels; the first that is there counts.
+# Usual names of text and label columns in benchmarks; the first match is used.
 TEXTS = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -37,10 +37,10 @@ class Labelled:
     """Rows of text with their labels.
 
     Attributes:
-        name: The file.
-        texts: One text, or two, of each row.
-        labels: Of each row: the number of its class, or the value to predict.
-        classes: Names of the classes in their order; empty for regression.
+        name: Path of the file.
+        texts: One or two texts for each row.
+        labels: One label for each row: the number of its class, or the value to predict.
+        classes: Names of the classes, by number; empty for regression.
     """
 
     name: str
@@ -50,14 +50,14 @@ class Labelled:
 
     @property
     def task(self) -> LabelTask:
-        """What is to be learnt."""
+        """The kind of task: classification or regression."""
         return "classification" if self.classes else "regression"
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def at(self, indices: Sequence[int]) -> Labelled:
-        """Returns some of the rows."""
+        """Returns the rows at these indices."""
         return replace(self, texts=tuple(self.texts[i] for i in indices), labels=tuple(self.labels[i] for i in indices))
 
 
@@ -71,14 +71,14 @@ def read_labelled(
     """Reads a file of labelled texts.
 
     Args:
-        path: ``.csv``, ``.tsv``, ``.jsonl`` or ``.json``.
-        task: What the labels are.
-        text_columns: One name or two; empty: those that benchmarks use.
-        label_column: Its name; None: ``label`` or ``score``.
-        classes: What a model tells apart already; empty: what there is in the file.
+        path: A ``.csv``, ``.tsv``, ``.jsonl`` or ``.json`` file.
+        task: Kind of the labels: classes or numbers.
+        text_columns: Names of one or two text columns; empty for the usual names of benchmarks.
+        label_column: Name of the label column; None for ``label``, ``score`` or ``labels``.
+        classes: Classes of an existing model, by number; empty to take the classes of the file.
 
     Raises:
-        DataError: The file is missing or malformed, a column or a label is, there is a single class, or one that the model does not know.
+        DataError: The file, a column or a label is missing or malformed; the file has a single class; or a class is not among ``classes``.
     """
     path = Path(path)
     rows = _rows(path)
@@ -102,7 +102,7 @@ def read_labelled(
 
 
 def _among(path: Path, places: Sequence[str], named: Sequence[str], classes: Sequence[str]) -> tuple[float, ...]:
-    """Returns the numbers of classes that a model knows: by their names, or where none of these is there, by their numbers."""
+    """Returns the model's numbers of the labels, which are names of its classes or, if no label is a name, their numbers."""
     known = {name: float(index) for index, name in enumerate(classes)}
     if not known.keys() & set(named):
         known = {str(index): float(index) for index in range(len(classes))}
@@ -113,10 +113,10 @@ def _among(path: Path, places: Sequence[str], named: Sequence[str], classes: Seq
 
 
 def split_labelled(rows: Labelled, share: float, seed: int) -> tuple[Labelled, Labelled]:
-    """Divides rows at random into what is trained on and what is held out, the same way for the same seed; neither is empty.
+    """Splits rows at random, by the seed, into training rows and held-out rows; neither part is empty.
 
     Raises:
-        DataError: There is one row.
+        DataError: There are fewer than two rows.
     """
     count = len(rows)
     if count < 2:
@@ -127,7 +127,7 @@ def split_labelled(rows: Labelled, share: float, seed: int) -> tuple[Labelled, L
 
 
 def _rows(path: Path) -> Sequence[tuple[str, Mapping[str, Any]]]:
-    """Returns every row by column, with the place to name in a message."""
+    """Returns every row as values by column, with its position in words for error messages."""
     text = read_text(path, (*TABLES, *OBJECTS))
     rows = read_table(path, text) if path.suffix.lower() in TABLES else _objects(path, text)
     if not rows:

@@ -45,11 +45,11 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents or instruction records: exactly one of the two is filled.
+    """Documents or instruction records; exactly one of the two is not empty.
 
     Attributes:
-        name: The file as it was named, or the name of a built-in text.
-        split: Which part of it: ``all``, ``train``, ``validation``, ``test`` or ``held-out``.
+        name: The file's path as given, or the name of a built-in text.
+        split: Part of the text: ``all``, ``train``, ``validation``, ``test`` or ``held-out``.
         documents: Texts, none of them blank.
         records: Instructions with their answers.
         skipped: Rows of the source that were left out because they could not be read.
@@ -146,10 +146,10 @@ def corpus_of(name: str, rows: Iterable[tuple[str, Any]], *, skip_bad: bool = Fa
 
 
 def read_text(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> str:
-    """Returns a file's text without byte-order mark and with plain line ends.
+    """Returns a file's text without byte-order mark and with Unix line ends.
 
     Raises:
-        DataError: It is missing, a folder or binary, or has another suffix.
+        DataError: The file is missing, a folder or binary, or has another suffix.
     """
     known = ", ".join(suffixes)
     try:
@@ -173,7 +173,7 @@ def read_text(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> str:
 
 
 def _documents(text: str) -> tuple[str, ...]:
-    """Divides a text at its separators; a text without any is one document, as it stands."""
+    """Splits a text at its separators; a text without separators is one document, unchanged."""
     if SEPARATOR not in text:
         return (text,) if text.strip() else ()
     return tuple(part.strip() for part in text.split(SEPARATOR) if part.strip())
@@ -223,7 +223,7 @@ def read_table(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
 def table_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     """Yields the rows of a table, each with its place for messages; a line with more or fewer fields than the first yields its error.
 
-    Fields are divided by tabs where the suffix or the first line says so, else by commas.
+    Fields are separated by tabs if the suffix is ``.tsv`` or the first line has a tab, else by commas.
 
     Raises:
         DataError: The text is no table, from some line on.
@@ -258,22 +258,22 @@ def _parsed(path: Path, text: str, first_line: int) -> Any:
 
 
 def split_corpus(corpus: Corpus, share: float, seed: int) -> tuple[Corpus, Corpus]:
-    """Divides a corpus into what is used and what is held out, by document and the same way for the same seed.
+    """Splits a corpus by document into a used and a held-out part, the same way for the same seed.
 
-    Documents are drawn at random until they hold ``share`` of the characters. Where no such draw exists, since the documents are
-    too few or too unequal, the end of the longest document is held out instead, from a line start. Records are divided by count.
+    Documents are drawn at random until they hold ``share`` of the characters. If the documents are too few or too unequal for that, the
+    end of the longest document is held out instead, from the start of a line. Records are split by count.
 
     Args:
-        corpus: What to divide.
-        share: How much is held out, between 0 and 1.
-        seed: Of the draw.
+        corpus: The corpus to split.
+        share: Share to hold out, between 0 and 1.
+        seed: Seed of the draw.
 
     Returns:
-        What is left, and what is held out; neither is empty.
+        The used part and the held-out part; neither is empty.
 
     Raises:
         InputError: The share is not between 0 and 1.
-        DataError: There is too little to divide.
+        DataError: The corpus is too small to split.
     """
     if not 0.0 < share < 1.0:
         raise InputError(f"the held-out share is {share}; it must lie between 0 and 1, such as 0.05")
@@ -301,7 +301,7 @@ def split_corpus(corpus: Corpus, share: float, seed: int) -> tuple[Corpus, Corpu
 
 
 def _drawn(sizes: list[int], order: list[int], share: float) -> set[int]:
-    """Draws documents of about ``share`` of the characters; none where the draw would miss it by half."""
+    """Draws documents with about ``share`` of the characters; none if they would hold less than half of that."""
     wanted = share * sum(sizes)
     held: set[int] = set()
     total = 0

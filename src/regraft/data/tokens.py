@@ -1,4 +1,4 @@
-"""Token ids of a corpus: document by document, packed into blocks, and as calibration windows."""
+"""Token ids of a corpus: by document, packed into blocks, and as calibration windows."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from regraft.data.instructions import PromptFormat, texts_of
 from regraft.data.text import Corpus
 from regraft.errors import DataError, InputError
 
-# Calibration reads at least this much text before it draws, so that windows of few long documents come from all over them.
+# Calibration reads at least this many characters before it draws windows, so that a few long documents do not fill all of them.
 _DRAWN_FROM_CHARS = 1 << 19
 _PIECE_CHARS = 1 << 16
 _BATCH_CHARS = 1 << 17
 
 
 def context_limit(config: PretrainedConfig) -> int | None:
-    """Returns the longest sequence a model takes, in tokens, or None where its positions have no end."""
+    """Returns the longest sequence that a model takes, in tokens, or None for a model without a limit."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else None
 
@@ -30,13 +30,13 @@ def check_context(tokens: int, config: PretrainedConfig, option: str, most: int 
     """Refuses a length beyond a model's context.
 
     Args:
-        tokens: The length that was asked for.
-        config: Of the model.
-        option: What the user calls it, such as ``--seq-len``.
-        most: The model's context where its config promises more.
+        tokens: The requested length.
+        config: Config of the model.
+        option: The option's name for the user, such as ``--seq-len``.
+        most: The model's context, if it is shorter than its config states.
 
     Raises:
-        InputError: It is too long.
+        InputError: The length exceeds the context.
     """
     limit = most or context_limit(config)
     if limit is not None and tokens > limit:
@@ -44,17 +44,17 @@ def check_context(tokens: int, config: PretrainedConfig, option: str, most: int 
 
 
 def window_tokens(asked: int | None, usual: int, config: PretrainedConfig, option: str, most: int | None = None) -> int:
-    """Returns the length of a window: what was asked for, else the usual length or the model's context where that is shorter.
+    """Returns the length of a window: the requested one, or else the usual length, at most the model's context.
 
     Args:
-        asked: None for the usual length.
-        usual: In tokens.
-        config: Of the model.
-        option: What the user calls it, such as ``--seq-len``.
-        most: The model's context where its config promises more.
+        asked: The requested length in tokens; None for the usual one.
+        usual: The usual length in tokens.
+        config: Config of the model.
+        option: The option's name for the user, such as ``--seq-len``.
+        most: The model's context, if it is shorter than its config states.
 
     Raises:
-        InputError: What was asked for is beyond the model's context.
+        InputError: The requested length exceeds the model's context.
     """
     if asked is not None:
         check_context(asked, config, option, most)
@@ -67,8 +67,8 @@ def encode_documents(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bo
 
     Args:
         corpus: Documents or records.
-        tokenizer: Of the model.
-        bos: Whether each document starts with BOS; ``"auto"``: as the tokenizer does.
+        tokenizer: Tokenizer of the model.
+        bos: Whether each document starts with BOS; ``"auto"`` follows the tokenizer.
 
     Returns:
         One list of ids for each document, in order.
@@ -78,19 +78,19 @@ def encode_documents(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bo
 
 
 def pack(documents: Sequence[Sequence[int]], block: int, separator: int | None = None) -> Tensor:
-    """Joins documents end to end and cuts them into blocks; what is left at the end is dropped, nothing is padded.
+    """Concatenates documents and cuts them into blocks. An incomplete last block is dropped; nothing is padded.
 
     Args:
-        documents: Token ids, with BOS at their start where the model wants it.
-        block: Tokens of a block.
-        separator: An id put after every document but the last, such as EOS; None for nothing.
+        documents: Token ids of each document, with BOS if the model needs it.
+        block: Number of tokens in a block.
+        separator: An id between two documents, such as EOS; None for nothing.
 
     Returns:
         Shape ``(n, block)``, int64, ``n >= 1``.
 
     Raises:
         InputError: ``block`` is below 1.
-        DataError: Together they are shorter than one block.
+        DataError: All documents together are shorter than one block.
     """
     if block < 1:
         raise InputError(f"a block of {block} tokens holds nothing; use at least 1")
@@ -106,8 +106,8 @@ def calibration_windows(
 ) -> Tensor:
     """Draws windows of text for calibration: no padding, no window twice, the same for the same seed.
 
-    Documents are shuffled and joined with BOS between them (where the tokenizer writes one), the stream is cut into windows, and
-    some of them are drawn. No more text is encoded than it takes: a document of megabytes counts as many of 65,536 characters.
+    Documents are shuffled and concatenated, each with its BOS (if the tokenizer writes one). The stream is cut into windows, and some of
+    the windows are drawn. Only as much text as needed is encoded: a very long document counts as several of 65,536 characters.
 
     Args:
         corpus: Documents or records.
@@ -118,7 +118,7 @@ def calibration_windows(
         prompt: The format in which records become texts.
 
     Returns:
-        Shape ``(min(samples, all there are), seq_len)``, int64; at least one window.
+        Shape ``(windows, seq_len)``, int64: ``samples`` windows, or as many as the text has; at least one.
 
     Raises:
         InputError: ``samples`` or ``seq_len`` is below 1.
@@ -159,7 +159,7 @@ def _joined(documents: Sequence[Sequence[int]], separator: int | None) -> Iterat
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cuts a long text at line ends, or at spaces where there are none, into pieces of at most ``_PIECE_CHARS`` characters."""
+    """Cuts a long text at line ends, or else at spaces, into pieces of at most ``_PIECE_CHARS`` characters."""
     start = 0
     while len(text) - start > _PIECE_CHARS:
         end = start + _PIECE_CHARS
@@ -173,7 +173,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Groups texts so that one call of the tokenizer has enough to do on every core and little to hold in memory."""
+    """Yields batches of texts, large enough for the tokenizer to use every core and small enough for little memory."""
     batch: list[str] = []
     chars = 0
     for text in texts:

@@ -1,1 +1,1 @@
-"""One harness that measures any model: loss, size, speed, and a sample of its text."""
+"""Measurements of a model by one harness: loss, size, speed, and a sample of its text."""

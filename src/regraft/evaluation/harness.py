@@ -1,4 +1,4 @@
-"""The one place where a model is measured, so that dense, pruned and recovered models are measured alike."""
+"""The harness that measures dense, pruned and recovered models in the same way."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Subject:
     """A model to measure.
 
     Attributes:
-        model: In memory.
-        tokenizer: Of that model.
-        folder: Where its safetensors files are; None when it was never saved.
+        model: The model, in memory.
+        tokenizer: Tokenizer of the model.
+        folder: Folder with the model's safetensors files; None when it was never saved.
     """
 
     model: PreTrainedModel
@@ -43,7 +43,7 @@ def measure(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Measurement:
-    """Measures one model: loss on a corpus, size, and speed where ``settings.speed`` asks for it.
+    """Measures one model: loss on a corpus, size, and with ``settings.speed`` also speed.
 
     Raises:
         InputError: A setting does not fit the model.
@@ -62,20 +62,20 @@ def measure_together(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Measurement]:
-    """Measures several models on the same text; their speed in turns, so that its ratios hold on a busy machine.
+    """Measures several models on the same text. Speeds are measured in turns, so that their ratios hold on a busy machine.
 
     Args:
-        subjects: By label, such as ``dense``, ``pruned``, ``recovered``.
-        corpus: What they predict.
+        subjects: Models by label, such as ``dense``, ``pruned``, ``recovered``.
+        corpus: The text to predict.
         settings: Window, stride, BOS, number of tokens, and whether speed is measured.
-        seed: Of the prompt that speed is measured with.
-        progress: Told of the tokens that are done, for each model anew.
+        seed: Seed of the prompt for the speed measurement.
+        progress: Called with the number of finished tokens and of all tokens, from zero for each model.
 
     Returns:
-        By label, in the same order.
+        Measurements by label, in the same order.
 
     Raises:
-        RegraftError: As :func:`measure`.
+        RegraftError: As in :func:`measure`.
     """
     settings = settings or EvaluateSettings()
     losses = {label: evaluate_loss(one.model, one.tokenizer, corpus, settings, progress=progress) for label, one in subjects.items()}
@@ -85,6 +85,6 @@ def measure_together(
 
 
 def flat(measurement: Measurement) -> dict[str, Any]:
-    """Returns a measurement as one flat object: ``model``, then loss, size and, where measured, speed."""
+    """Returns a measurement as one flat object: ``model``, then loss, size and, if it was measured, speed."""
     parts = to_dict(measurement)
     return {"model": parts["label"], **parts["loss"], **parts["size"], **(parts["speed"] or {})}

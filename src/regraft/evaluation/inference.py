@@ -1,4 +1,4 @@
-"""What every measurement needs of a model: its mode, its vocabulary, and where it reads."""
+"""Basics of every measurement: evaluation mode, vocabulary size, and the device of the inputs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Turns dropout and the like off, and back on for the modules that had it on; no gradients are recorded."""
+    """Puts a model into evaluation mode without gradients; at the end, restores the training mode of each module."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():  # not inference mode: a model may keep a buffer made here, and be trained later
+        with torch.no_grad():  # not inference mode, because a model may keep a buffer made here and be trained later
             yield
     finally:
         for module in training:
@@ -24,12 +24,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Returns where a model reads its token ids."""
+    """Returns the device on which a model expects its token ids."""
     return _embedding(model).device
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Returns how many token ids a model knows: the rows of its embedding."""
+    """Returns the number of token ids of a model: the rows of its embedding."""
     return _embedding(model).shape[0]
 
 

@@ -1,7 +1,7 @@
-"""Loss of a causal language model on a text: a pass over the whole of it, through sliding windows.
+"""Loss of a causal language model on a text, measured over all of it through sliding windows.
 
 Documents are independent: no context crosses from one into the next. Every token after the first of a document is predicted
-exactly once. Logits are made float32 and losses are added in float64.
+exactly once. Logits are converted to float32, and losses are summed in float64.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from regraft.settings import EvaluateSettings
 DEFAULT_WINDOW_TOKENS = 512
 
 Progress = Callable[[int, int], None]
-"""Is told how many tokens are done, and how many there are."""
+"""Called with the number of finished tokens and the number of all tokens."""
 
-# Logits of one forward pass, as float32, stay below this; one window is always taken.
+# Upper limit for the float32 logits of one forward pass; a pass always has at least one window.
 _LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
 _IGNORED = -100
 
@@ -46,19 +46,19 @@ def evaluate_loss(
     """Measures loss, perplexity and bits per byte.
 
     Args:
-        model: Of any architecture whose logits depend on earlier tokens alone. Left in the mode it was in.
-        tokenizer: Of that model.
-        corpus: Documents, or records: of these only the response (and its EOS) is predicted.
+        model: A model of any causal architecture (logits depend only on earlier tokens). Its mode is restored.
+        tokenizer: Tokenizer of the model.
+        corpus: Documents, or records; of a record only the response and its EOS are predicted.
         settings: Window, stride, BOS and the number of tokens.
-        device: Where the inputs go; None for where the embedding is.
-        batch_windows: Windows of one forward pass; None for as many as fit. It does not change the result.
-        progress: Called after each forward pass with the tokens that are done and all there are.
+        device: Device of the inputs; None for that of the embedding.
+        batch_windows: Number of windows in one forward pass; None for as many as fit. It does not change the result.
+        progress: Called after each forward pass with the number of finished tokens and of all tokens.
 
     Returns:
-        The measurement, with everything needed to repeat it. Perplexity beyond the range of a float is its largest value.
+        The measurement, with all settings needed to repeat it. A perplexity beyond the range of a float is the largest float.
 
     Raises:
-        InputError: Window or stride do not fit the model or one another, or BOS is asked for and the tokenizer has none.
+        InputError: Window or stride do not fit the model or each other, or BOS is requested and the tokenizer has none.
         DataError: There is no token to predict.
         ModelError: The loss is not finite, or the tokenizer has tokens that the model lacks.
     """
@@ -82,7 +82,7 @@ def evaluate_loss(
     return LossReport(
         loss_nats=loss_nats,
         perplexity=math.exp(loss_nats) if loss_nats < math.log(sys.float_info.max) else sys.float_info.max,
-        # A single token that stands for no text, such as a leading space of the tokenizer's own, has no bytes at all.
+        # A single token without text, such as a leading space that the tokenizer added, has no bytes.
         bits_per_byte=total_nats / math.log(2) / max(1, n_bytes),
         window_tokens=window,
         stride_tokens=stride,
@@ -96,7 +96,7 @@ def evaluate_loss(
 
 
 def window_and_stride(model: PreTrainedModel, settings: EvaluateSettings) -> tuple[int, int]:
-    """Returns the window and the stride in tokens: as set, or 512 (the model's limit where that is less) and half the window.
+    """Returns window and stride in tokens: as set, or 512 (at most the model's context) and half the window.
 
     Raises:
         InputError: The window is longer than the model's context, or the stride longer than the window.
@@ -126,7 +126,7 @@ def _total_nats(
     batch_windows: int | None,
     progress: Progress | None,
 ) -> float:
-    """Returns the sum over all scored tokens of their negative log-likelihood; stops as soon as it is not finite."""
+    """Returns the summed negative log-likelihood of all scored tokens; raises an error as soon as the sum is not finite."""
     where = torch.device(device) if device is not None else input_device(model)
     most_tokens = _LOGITS_BYTES.get(where.type, _LOGITS_BYTES["cpu"]) // (4 * vocabulary_size(model))
     tokens = sum(window.scored for window in windows)
@@ -146,7 +146,7 @@ def _total_nats(
 
 
 def _batches(windows: Sequence[Window], most_tokens: int, batch_windows: int | None) -> Iterator[list[Window]]:
-    """Groups windows of about equal length, longest first."""
+    """Yields batches of windows of about equal length, longest first."""
     batch: list[Window] = []
     for window in sorted(windows, key=len, reverse=True):
         full = len(batch) == batch_windows if batch_windows else (len(batch) + 1) * len(batch[0] if batch else window) > most_tokens
@@ -159,10 +159,10 @@ def _batches(windows: Sequence[Window], most_tokens: int, batch_windows: int | N
 
 
 def _batch_nats(model: PreTrainedModel, batch: Sequence[Window], device: torch.device) -> float:
-    """Returns the summed loss of a batch, added in float64.
+    """Returns the loss of a batch, summed in float64.
 
-    Shorter windows are filled up on the right. Since attention is causal, no token that counts sees the filling, so that no mask
-    is needed and attention stays on its fast path.
+    Shorter windows are padded on the right. Attention is causal, so that no scored token attends to the padding: no mask is needed, and
+    attention can use its fast implementation.
     """
     length = len(batch[0])
     ids_BL = torch.zeros(len(batch), length, dtype=torch.int64)

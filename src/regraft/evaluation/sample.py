@@ -1,4 +1,4 @@
-"""A sample of a model's text."""
+"""Samples of a model's text, by greedy decoding."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from regraft.settings import SampleSettings
 
 
 def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: SampleSettings | None = None) -> str:
-    """Continues a prompt greedily, always with the same result.
+    """Continues a prompt by greedy decoding, which is deterministic.
 
-    Generation stops where the model ends its text, or after ``settings.tokens``, or at the end of the model's context.
+    Generation stops at an end-of-sequence token, after ``settings.tokens`` tokens, or at the end of the model's context.
 
     Args:
-        model: Any causal language model, with its ``generation_config``'s end-of-sequence ids.
-        tokenizer: Of that model.
-        settings: The prompt and how many tokens at most. An empty prompt is the BOS token, or EOS where there is no BOS.
+        model: Any causal language model; the end-of-sequence ids are those of its ``generation_config``.
+        tokenizer: Tokenizer of the model.
+        settings: The prompt and the largest number of tokens. An empty prompt stands for the BOS token, or for EOS without BOS.
 
     Returns:
         The prompt and its continuation, without special tokens.
@@ -69,7 +69,7 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 
 
 def _eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the ids that end a text: as the model's generation config says, or as the tokenizer does."""
+    """Returns the ids that end a text, from the model's generation config or else from the tokenizer."""
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     found: Any = declared if declared is not None else tokenizer.eos_token_id
     return [] if found is None else [int(found)] if isinstance(found, int) else [int(token) for token in found]

@@ -1,4 +1,4 @@
-"""What is predicted: token sequences, and the windows through which a model sees them."""
+"""Token sequences to predict, and the windows through which a model reads them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from regraft.data.text import Corpus
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One document or record, and which of its tokens are predicted.
+    """The tokens of one document or record, and the index from which they are predicted.
 
     Attributes:
-        ids: All of its tokens.
-        first_target: Index of the first token that is predicted, at least 1; all after it are, too.
-        n_bytes: How many bytes of UTF-8 the predicted tokens are; BOS and EOS are none.
+        ids: All tokens.
+        first_target: Index of the first predicted token, at least 1; all later tokens are predicted too.
+        n_bytes: Number of UTF-8 bytes of the predicted tokens; BOS and EOS have none.
     """
 
     ids: tuple[int, ...]
@@ -28,7 +28,7 @@ class TokenSequence:
 
     @property
     def targets(self) -> int:
-        """How many tokens are predicted."""
+        """Number of predicted tokens."""
         return max(0, len(self.ids) - self.first_target)
 
 
@@ -38,9 +38,9 @@ class Window:
 
     Attributes:
         ids: All tokens of the sequence.
-        start: First token that is read.
-        end: One past the last that is read; less than ``len(ids)``.
-        first_scored: First token read whose prediction counts; those before are context only.
+        start: Index of the first token that is read.
+        end: Index after the last token that is read; below ``len(ids)``.
+        first_scored: Index of the first read token whose prediction is scored; earlier tokens are only context.
     """
 
     ids: tuple[int, ...]
@@ -53,21 +53,21 @@ class Window:
 
     @property
     def scored(self) -> int:
-        """How many predictions count."""
+        """Number of scored predictions."""
         return self.end - self.first_scored
 
 
 def sequences_of(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bos, max_tokens: int | None) -> list[TokenSequence]:
-    """Encodes a corpus for measuring: every document by itself; of a record, the response alone is predicted.
+    """Encodes a corpus for measuring: each document separately; of a record, only the response is predicted.
 
     Args:
         corpus: Documents or records.
-        tokenizer: Of the model.
-        bos: Whether each starts with BOS; ``"auto"``: as the tokenizer does. Without BOS nothing predicts the first token.
-        max_tokens: Stop after this many predicted tokens, inside a document if need be; None for all.
+        tokenizer: Tokenizer of the model.
+        bos: Whether each sequence starts with BOS; ``"auto"`` follows the tokenizer. Without BOS the first token is not predicted.
+        max_tokens: Largest number of predicted tokens, which may end inside a document; None for all.
 
     Returns:
-        Those with a token to predict, in order; possibly none.
+        The sequences with at least one token to predict, in order; the list may be empty.
     """
     found: list[TokenSequence] = []
     left = max_tokens
@@ -81,15 +81,15 @@ def sequences_of(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bos, m
 
 
 def windows_of(sequence: TokenSequence, window: int, stride: int) -> Iterator[Window]:
-    """Slides over a sequence so that each token is predicted exactly once, with the longest context that the stride allows.
+    """Yields windows over a sequence so that each token is predicted exactly once, with the longest context that the stride allows.
 
-    The first window predicts all of its tokens; each later one starts ``stride`` tokens on, and only what lies beyond the window
-    before it counts. Windows without anything to count, as over a record's prompt, are left out.
+    The first window scores all of its tokens. Each later window starts ``stride`` tokens further on and scores only the tokens beyond
+    the previous window. Windows without a scored token, such as those over a record's prompt, are left out.
 
     Args:
-        sequence: What is predicted.
-        window: Tokens that the model reads at once.
-        stride: Tokens between the starts of two windows, at most ``window``.
+        sequence: The sequence to predict.
+        window: Number of tokens that the model reads at once.
+        stride: Number of tokens between the starts of two windows, at most ``window``.
     """
     last = len(sequence.ids) - 1
     scored = 0
@@ -104,7 +104,7 @@ def windows_of(sequence: TokenSequence, window: int, stride: int) -> Iterator[Wi
 
 
 def _documents(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bos, left: int | None) -> Iterator[TokenSequence]:
-    """Yields documents as they come, so that no more are encoded than are asked for."""
+    """Yields documents one by one, so that no more are encoded than are used."""
     first = bos_id(tokenizer, bos)
     start = () if first is None else (first,)
     fast = bool(tokenizer.is_fast)
@@ -121,14 +121,14 @@ def _documents(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bos, lef
 
 
 def _prefix_bytes(text: str, count: int, ids: list[int], offsets: list[tuple[int, int]] | None, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns how many bytes of a text its first ``count`` tokens are: those before the next token begins."""
+    """Returns the number of bytes of a text's first ``count`` tokens: the bytes before the next token begins."""
     if count == 0 or not ids:
         return 0
     if count >= len(ids):
         return len(text.encode())
     if offsets is not None:
         return len(text[: offsets[count][0]].encode())
-    # A tokenizer without offsets is written in Python; what its tokens decode to is the next best answer.
+    # Tokenizers written in Python give no offsets. The length of the decoded tokens is the best substitute.
     return len(_decoded(tokenizer, ids[:count]).encode())
 
 

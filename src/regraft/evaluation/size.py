@@ -1,4 +1,4 @@
-"""How large a model is: parameters, bytes, and multiply-accumulates counted from the modules it really has."""
+"""Size of a model: parameters, bytes, and multiply-accumulates, counted from its actual modules."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from regraft.plans import SizeReport
 
 
 def measure_size(model: PreTrainedModel | PeftModel, folder: Path | None, context_tokens: int) -> SizeReport:
-    """Counts a model.
+    """Measures the size of a model.
 
     Args:
-        model: Of a known family, with or without adapters.
-        folder: Where its safetensors files are; None when it was never saved.
-        context_tokens: How many tokens each token attends to, itself included.
+        model: A model of a known family, with or without adapters.
+        folder: Folder with the model's safetensors files; None when it was never saved.
+        context_tokens: Number of tokens that each token attends to, itself included.
 
     Raises:
         ModelError: The family is not known.
@@ -35,24 +35,24 @@ def measure_size(model: PreTrainedModel | PeftModel, folder: Path | None, contex
 
 
 def bytes_in_memory(model: nn.Module) -> int:
-    """Returns the bytes of all parameters and buffers, tied ones once."""
+    """Returns the bytes of all parameters and buffers, counting tied ones once."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def macs_per_token(model: PreTrainedModel | PeftModel, context_tokens: int) -> int:
-    """Returns the multiply-accumulates of one token's forward pass.
+    """Returns the number of multiply-accumulates in one token's forward pass.
 
-    Every linear module counts its weights once, the output head also where it shares them with the embedding. Attention counts
-    scores and weighted values, two products of the query width with each token attended to: ``context_tokens``, or the sliding
-    window where that is shorter. Norms, activations, rotations and the embedding's look-up count nothing.
+    Every linear module counts its weights once; this includes an output head that shares them with the embedding. Attention counts two
+    products (scores and weighted values) of the query width with each attended token: ``context_tokens``, or the sliding window if it is
+    shorter. Norms, activations, rotary embeddings and the embedding's look-up are not counted.
     """
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear | Conv1D))
     return linear + sum(2 * width * min(context_tokens, span or context_tokens) for width, span in _attentions(model))
 
 
 def _attentions(model: PreTrainedModel | PeftModel) -> list[tuple[int, int | None]]:
-    """Returns, for every layer with attention, the channels of all its query heads and its sliding window if it has one."""
+    """Returns, for every layer with attention, the channels of all query heads and the sliding window or None."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(base, PreTrainedModel)
     family = family_of(base.config.model_type)
@@ -72,14 +72,14 @@ def _attentions(model: PreTrainedModel | PeftModel) -> list[tuple[int, int | Non
 
 
 def _inputs(module: nn.Module) -> int:
-    """Returns the input channels of a projection; adapters around one keep ``in_features``."""
+    """Returns the number of input channels of a projection, also when an adapter wraps it."""
     width = module.nx if isinstance(module, Conv1D) else module.in_features
     assert isinstance(width, int)
     return width
 
 
 def _sliding_window(model: PreTrainedModel, layer: int) -> int | None:
-    """Returns the sliding window of a layer, in tokens, or None where it attends to everything before it."""
+    """Returns the sliding window of a layer, in tokens, or None for full attention."""
     window = getattr(model.config, "sliding_window", None)
     types = getattr(model.config, "layer_types", None)
     if window is None or (types is not None and types[layer] != "sliding_attention"):

@@ -1,8 +1,7 @@
-"""How fast a model runs and how much memory that takes.
+"""Speed and peak memory of models.
 
-Times are medians of repeats after a warm-up. Several models are measured in turns, repeat by repeat, so that whatever else the
-machine does meanwhile slows all of them alike and their ratios can be trusted. Memory is watched in a pass of its own, since
-watching costs time.
+Times are medians of repeats after a warm-up. Several models are measured in turns, repeat by repeat, so that other load on the machine
+slows all of them equally and their ratios are reliable. Memory is measured in a separate pass, because sampling it takes time.
 """
 
 from __future__ import annotations
@@ -62,14 +61,14 @@ def compare_speed(
 ) -> dict[str, SpeedReport]:
     """Measures prefill, decode with a KV cache, and peak memory of several models, in turns.
 
-    Peak memory is that of the process (of the device on a GPU) at its highest, less the weights of the other models here.
+    Peak memory is the highest memory of the process (on a GPU: of the device), minus the weights of the other models.
 
     Args:
-        models: At least one, by label.
-        prompt_tokens: Of one random prompt; None for 256, or what the shortest context leaves.
-        decoded_tokens: Generated after it; None for 32, or what the shortest context leaves.
-        repeats: How many measurements the medians are of, after one more that warms up.
-        seed: Of the prompt.
+        models: At least one model, by label.
+        prompt_tokens: Length of one random prompt; None for 256, or less if the shortest context requires it.
+        decoded_tokens: Number of tokens generated after the prompt; None for 32, or less if the shortest context requires it.
+        repeats: Number of measurements for the medians, after one warm-up.
+        seed: Seed of the prompt.
 
     Raises:
         InputError: A count is below 1, or prompt and generated tokens exceed the context of a model.
@@ -100,7 +99,7 @@ def compare_speed(
 
 
 def _lengths(models: Mapping[str, PreTrainedModel], prompt: int | None, decoded: int | None) -> tuple[int, int]:
-    """Returns prompt and generated tokens, within every model's context."""
+    """Returns the numbers of prompt tokens and of generated tokens, within every model's context."""
     limits = [limit for limit in (context_limit(model.config) for model in models.values()) if limit is not None]
     limit = min(limits, default=None)
     if decoded is None:
@@ -121,7 +120,7 @@ def _prompt(model: PreTrainedModel, tokens: int, seed: int) -> Tensor:
 
 
 def _run(model: PreTrainedModel, prompt_BL: Tensor, decoded_tokens: int) -> _Pass:
-    """Reads a prompt and generates greedily after it, timing both."""
+    """Reads a prompt, generates tokens greedily after it, and times both."""
     wait: Callable[[], None] = torch.cuda.synchronize if prompt_BL.is_cuda else lambda: None
     with evaluating(model):
         wait()
@@ -139,7 +138,7 @@ def _run(model: PreTrainedModel, prompt_BL: Tensor, decoded_tokens: int) -> _Pas
 
 
 def _peak_memory_bytes(model: PreTrainedModel, prompt_BL: Tensor, decoded_tokens: int) -> int:
-    """Returns the most memory in use during one pass: resident on the CPU, allocated on a GPU."""
+    """Returns the peak memory during one pass: resident memory on the CPU, allocated memory on a GPU."""
     gc.collect()
     if prompt_BL.is_cuda:
         torch.cuda.reset_peak_memory_stats(prompt_BL.device)
@@ -152,7 +151,7 @@ def _peak_memory_bytes(model: PreTrainedModel, prompt_BL: Tensor, decoded_tokens
 
 @contextmanager
 def _watched_memory() -> Iterator[list[int]]:
-    """Samples the resident memory of this process from a thread; gives the list that the samples go to."""
+    """Samples the resident memory of this process in a thread; yields the list of samples."""
     process = psutil.Process()
     samples = [process.memory_info().rss]
     done = threading.Event()
@@ -172,13 +171,13 @@ def _watched_memory() -> Iterator[list[int]]:
 
 
 def _bytes_of_others(model: nn.Module, models: Mapping[str, nn.Module]) -> int:
-    """Returns the bytes of all storages that only the other models hold, on the same kind of device."""
+    """Returns the bytes of all storages that only the other models use, on the same kind of device."""
     own = _storages(model)
     others = {pointer: size for other in models.values() if other is not model for pointer, size in _storages(other).items()}
     return sum(size for pointer, size in others.items() if pointer not in own)
 
 
 def _storages(model: nn.Module) -> dict[tuple[torch.device, int], int]:
-    """Returns the size in bytes of every storage that a model's parameters and buffers lie in, by its address."""
+    """Returns the size in bytes of every storage of a model's parameters and buffers, by device and address."""
     tensors = [*model.parameters(), *model.buffers()]
     return {(tensor.device, tensor.untyped_storage().data_ptr()): tensor.untyped_storage().nbytes() for tensor in tensors}

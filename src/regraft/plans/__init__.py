@@ -1,7 +1,7 @@
-"""The values that pass between stages: frozen, compared by value, and the same after a round trip through JSON.
+"""Values that pass between stages: frozen, compared by value, and equal after a round trip through JSON.
 
-A stage is a verb; what it decides is one of these. They are printed by ``--dry-run``, stored in the run folder and in the
-saved model, and can be replayed. Nothing here knows a model, a tensor or a file system. Other rooms import from this package by name.
+The decision of each stage is one of these values. They are printed by ``--dry-run``, stored in the run folder and in the saved model,
+and can be replayed. Nothing here knows a model, a tensor or a file system. Other packages import the names from this package.
 """
 
 from regraft.plans.factors import Factoring, FactorLayout, FactorPlan, FactorSite, FactorSpace, stored_numbers

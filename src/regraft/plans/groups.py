@@ -1,4 +1,4 @@
-"""Coupled weights: which axes of which parameters are cut together."""
+"""Groups of coupled weights: the axes of parameters that must be cut together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 Side = Literal["out", "in"]
 GroupKind = Literal["ffn", "heads", "query_heads", "residual", "attention", "mlp", "layer"]
-WHOLE: tuple[GroupKind, ...] = ("layer", "attention", "mlp")  # kinds of groups of one unit, which stays or goes
+WHOLE: tuple[GroupKind, ...] = ("layer", "attention", "mlp")  # kinds of groups with one unit, which is kept or removed
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Member:
 
     Attributes:
         parameter: Full name of the parameter, such as ``model.layers.0.mlp.up_proj.weight``.
-        axis: Axis of the parameter's tensor along which units lie.
-        side: ``"out"`` when the axis produces the unit's channels, ``"in"`` when it reads them.
+        axis: Axis of the parameter's tensor that holds the units.
+        side: ``"out"`` when the parameter writes the units' channels along the axis, ``"in"`` when it reads them.
         offset: First index of unit 0.
-        size: Consecutive indices of one unit.
-        repeats: How many such blocks one unit owns.
+        size: Number of consecutive indices in a block.
+        repeats: Number of blocks that one unit owns.
         stride: Distance between the blocks of one unit.
     """
 
@@ -45,21 +45,21 @@ class Member:
 
     @property
     def width(self) -> int:
-        """How many indices one unit owns."""
+        """Number of indices that one unit owns."""
         return self.size * self.repeats
 
 
 @dataclass(frozen=True)
 class Group:
-    """Units that can be removed one by one, each with everything that must go with it.
+    """Units that can be removed one by one, each with all indices that must be removed with it.
 
     Attributes:
-        name: Unique, stable: ``layers.3.ffn``.
-        kind: What a unit is.
+        name: Unique and stable name, such as ``layers.3.ffn``.
+        kind: Kind of the units.
         layer: Index of the decoder layer, or None for the residual width.
-        units: How many units there are.
+        units: Number of units.
         members: The coupled axes.
-        unit_parameters: How many parameters go with one unit.
+        unit_parameters: Number of parameters that are removed with one unit.
     """
 
     name: str
@@ -72,15 +72,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """Everything in one model that can be pruned.
+    """All groups of a model that can be pruned.
 
     Attributes:
-        fingerprint: Of the model the groups were found in.
-        family: ``model_type`` of its config.
-        layers: How many decoder layers it has.
-        parameters: How many parameters it has, tied ones counted once.
-        groups: In the order of the layers.
-        shapes: Of every parameter, by name; what overlapping cuts leave is counted from them.
+        fingerprint: Fingerprint of the model.
+        family: ``model_type`` of the model's config.
+        layers: Number of decoder layers.
+        parameters: Number of parameters, tied ones counted once.
+        groups: The groups, in the order of the layers.
+        shapes: Parameter name to shape; needed to count the parameters that overlapping cuts leave.
     """
 
     fingerprint: str

@@ -1,4 +1,4 @@
-"""The JSON text of a plan, and the plan of a JSON text."""
+"""Conversion between plans and JSON text."""
 
 from __future__ import annotations
 

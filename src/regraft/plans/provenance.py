@@ -12,19 +12,19 @@ from regraft.plans.ranks import RankPlan
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a folder came to be; written as ``regraft.json``.
+    """The history of a model folder, written as ``regraft.json``.
 
     Attributes:
-        command: The command or call that made it.
-        source: The model it was made from.
-        source_fingerprint: Of that model.
-        seed: Of everything random.
+        command: The command or call that made the folder.
+        source: The model that it was made from.
+        source_fingerprint: Fingerprint of the source model.
+        seed: Seed of every random draw.
         versions: Library name to version.
         plan: The prune plan, when units were cut.
         ranks: The rank plan, when adapters were trained.
-        settings: Whatever else the stage was told.
+        settings: Other settings of the stage.
         files: SHA-256 of every weight file, by name; checked when the folder is loaded.
-        parents: The provenance of the folders before, oldest first.
+        parents: The provenance of the earlier folders, oldest first.
     """
 
     command: str

@@ -1,4 +1,4 @@
-"""Pruning: scores of units, damage against size, and the plan that says which units stay."""
+"""Values of pruning: scores of units, curves of damage against size, and the prune plan."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Shape = Literal["uniform", "per-layer"]
 
 @dataclass(frozen=True)
 class Scores:
-    """How much each unit matters: higher is kept.
+    """Importance of each unit; units with higher scores are kept.
 
     Attributes:
-        fingerprint: Of the model that was scored.
-        criterion: Name and settings, such as ``taylor(order=first, reduce=sum)``.
-        values: One number per unit for every group name.
+        fingerprint: Fingerprint of the scored model.
+        criterion: Name and settings of the criterion, such as ``taylor(order=first, reduce=sum)``.
+        values: Group name to one score for each unit.
     """
 
     fingerprint: str
@@ -37,12 +37,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class Curve:
-    """What it does to the model to keep only so many units of one group, everything else whole.
+    """Damage to the model when one group keeps fewer units and all other groups are unchanged.
 
     Attributes:
-        kept: Numbers of units, ascending; the last is the whole group.
-        damage_nats: Kullback-Leibler divergence to the dense model per token at each; the last is zero.
-        cost: What the group costs at each: parameters, bytes or milliseconds.
+        kept: Numbers of kept units, ascending; the last is the full number.
+        damage_nats: Kullback-Leibler divergence from the dense model, in nats a token, for each number; the last is zero.
+        cost: Cost of the group for each number: parameters, bytes or milliseconds.
     """
 
     kept: tuple[int, ...]
@@ -55,9 +55,9 @@ class Curves:
     """Measured damage against size for every group that may be cut.
 
     Attributes:
-        fingerprint: Of the model.
-        unit: Of the costs.
-        fixed_cost: Of everything that is not in a curve.
+        fingerprint: Fingerprint of the model.
+        unit: Unit of the costs.
+        fixed_cost: Cost of all parts of the model that are in no curve.
         values: Group name to curve.
     """
 
@@ -69,7 +69,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Cut:
-    """What stays of one group: the kept units, ascending."""
+    """The kept units of one group, ascending."""
 
     group: str
     kept: tuple[int, ...]
@@ -77,11 +77,11 @@ class Cut:
 
 @dataclass(frozen=True)
 class Removed:
-    """What a plan takes from one group, for those who have only the pruned model.
+    """Record of the units removed from one group, stored for later stages that have only the pruned model.
 
     Attributes:
-        units: How many there were.
-        importance: Sum of the scores of those that went, in the criterion's unit.
+        units: Number of units before the cut.
+        importance: Sum of the scores of the removed units, in the criterion's unit.
     """
 
     units: int
@@ -90,21 +90,21 @@ class Removed:
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """Which units of which groups stay; everything not named stays whole.
+    """The units to keep of each group that loses units; all other groups are unchanged.
 
     Attributes:
-        fingerprint: Of the model the plan is for.
-        criterion: How units were scored.
-        selection: How widths were chosen.
+        fingerprint: Fingerprint of the model that the plan is for.
+        criterion: Criterion that scored the units.
+        selection: Method that chose the widths.
         shape: Whether every layer must end with the same widths.
-        ratio: Share of all parameters that was asked for.
-        align: Widths are multiples of this.
-        parameters_before: Of the whole model.
-        parameters_after: Of the whole model.
-        cuts: One for each group that loses units.
-        made_with: What it takes to go from the plan to the same bytes again: the prune settings, the seed, and the SHA-256 of the
-            calibration windows (None without text). Empty where that is not known.
-        removed: What goes of every group, by name; groups that stay whole too. Empty in plans from before it was recorded.
+        ratio: Requested share of all parameters to remove.
+        align: Number of which all widths are multiples.
+        parameters_before: Number of parameters of the model before the cut.
+        parameters_after: Number of parameters of the model after the cut.
+        cuts: One cut for each group that loses units.
+        made_with: All that is needed to make the same weights again from the plan: the prune settings, the seed, and the SHA-256 of the
+            calibration windows (None without text). Empty if it is not known.
+        removed: Group name to its removal record, also for groups that lose nothing. Empty in plans of versions without this record.
     """
 
     fingerprint: str

@@ -1,4 +1,4 @@
-"""LoRA ranks: the space of rank vectors, measurements of them, and the plan that a search ends with."""
+"""Values of a rank search: the space of rank vectors, their measurements, and the rank plan."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class RankPlan:
     """A LoRA rank for every adapted module.
 
     Attributes:
-        fingerprint: Of the model the plan is for.
-        method: How the ranks were found.
-        ranks: Module name to rank; modules not named get no adapter.
+        fingerprint: Fingerprint of the model that the plan is for.
+        method: Method that found the ranks.
+        ranks: Module name to rank; other modules get no adapter.
         alpha_per_rank: LoRA's alpha is this times the rank.
-        trainable_parameters: What the adapters cost.
+        trainable_parameters: Number of trainable parameters of the adapters.
     """
 
     fingerprint: str
@@ -28,16 +28,16 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class RankSlot:
-    """What gets one rank in a search: a decoder layer, or one module.
+    """The modules that share one rank in a search: those of a decoder layer, or a single module.
 
     Attributes:
-        name: Unique: ``layers.3``, or the module's full name.
-        modules: The adapted modules that share the rank, by full name.
-        layer: Index of their decoder layer.
-        parameters_per_rank: Trainable parameters that one more rank costs: the sum of ``in + out`` of the modules, as they are now.
+        name: Unique name: ``layers.3``, or the module's full name.
+        modules: Full names of the adapted modules that share the rank.
+        layer: Index of the modules' decoder layer.
+        parameters_per_rank: Trainable parameters that one more rank costs: the sum of ``in + out`` of the (pruned) modules.
         limit: Largest rank that every module can hold.
-        features: What is known of the slot before any recovery, by name: the share that was pruned, the importance that was removed,
-            gradient energy and the like. Every slot of a space has the same names.
+        features: Properties of the slot that are known before any recovery, by name: the pruned share, the removed importance, gradient
+            energy and others. Every slot of a space has the same names.
     """
 
     name: str
@@ -50,15 +50,15 @@ class RankSlot:
 
 @dataclass(frozen=True)
 class RankSpace:
-    """The rank vectors among which an allocator chooses.
+    """The set of rank vectors from which an allocator chooses.
 
     Attributes:
-        fingerprint: Of the model.
-        granularity: What a slot is.
-        slots: In the order of the model; a rank vector has one entry for each.
-        choices: The ranks, ascending, such as ``(2, 4, 6, 8, 10, 12)``.
-        budget: Most trainable parameters, a hard limit.
-        uniform: The uniform rank whose cost the budget is, or the largest that fits where the budget was given as a number.
+        fingerprint: Fingerprint of the model.
+        granularity: Kind of a slot: a layer or a module.
+        slots: The slots, in the order of the model; a rank vector has one entry for each.
+        choices: The allowed ranks, ascending, such as ``(2, 4, 6, 8, 10, 12)``.
+        budget: Largest number of trainable parameters, a hard limit.
+        uniform: The uniform rank that the budget was derived from, or the largest that fits a budget given in parameters.
     """
 
     fingerprint: str
@@ -70,15 +70,15 @@ class RankSpace:
 
     @property
     def uniform_ranks(self) -> tuple[int, ...]:
-        """The uniform rank for every slot."""
+        """The rank vector with the uniform rank in every slot."""
         return (self.uniform,) * len(self.slots)
 
     def cost(self, ranks: Sequence[int]) -> int:
-        """Returns the trainable parameters of a rank vector."""
+        """Returns the number of trainable parameters of a rank vector."""
         return sum(slot.parameters_per_rank * rank for slot, rank in zip(self.slots, ranks, strict=True))
 
     def holds(self, ranks: Sequence[int]) -> bool:
-        """Returns whether a rank vector is of this space: from the choices, within every limit and within the budget."""
+        """Returns whether a rank vector belongs to this space: all ranks allowed and within the limits and the budget."""
         allowed = all(rank in self.choices and rank <= slot.limit for slot, rank in zip(self.slots, ranks, strict=True))
         return allowed and self.cost(ranks) <= self.budget
 
@@ -88,13 +88,13 @@ class RankTrial:
     """One measurement of one rank vector.
 
     Attributes:
-        ranks: One for each slot.
+        ranks: One rank for each slot.
         loss_nats: Held-out loss after recovery, lower is better; None when the recovery failed.
-        fidelity: Share of a full recovery's steps that were trained, in (0, 1].
-        cost: What the measurement took, in units of one full recovery.
-        kind: A real recovery, or a forward pass of the elastic adapter.
-        seed: Of batches and initial values; trials of one seed are paired.
-        note: Why it failed, or empty.
+        fidelity: Number of trained steps as a share of a full recovery's, in (0, 1].
+        cost: Cost of the measurement, in units of one full recovery.
+        kind: Kind of the measurement: a real recovery, or a forward pass of the elastic adapter.
+        seed: Seed of batches and initial values; trials with the same seed are paired.
+        note: Reason of a failure, or empty.
     """
 
     ranks: tuple[int, ...]
@@ -108,15 +108,15 @@ class RankTrial:
 
 @dataclass(frozen=True)
 class PastSearch:
-    """A search that is over, kept for meta-learning.
+    """A finished search, stored for meta-learning.
 
     Attributes:
-        space: Where it searched, with the features of the slots.
-        trials: Everything that was measured, in the order of measuring.
+        space: Space of the search, with the features of the slots.
+        trials: All measurements, in order.
         model: Name of the model before pruning.
-        parameters: Of the pruned model.
+        parameters: Number of parameters of the pruned model.
         ratio: Share of the parameters that pruning removed.
-        settings: Whatever else tells it from others: data, steps, learning rate.
+        settings: Other settings that distinguish the search: data, steps, learning rate.
     """
 
     space: RankSpace
@@ -129,16 +129,16 @@ class PastSearch:
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """How well a performance model predicts trials that it has not seen.
+    """Cross-validated error of a performance model on trials that it was not fitted to.
 
-    Levels (kind, fidelity and seed of a trial) are centred first: what counts is the difference between rank vectors.
+    Losses are centred within each level (kind, fidelity and seed) first, because only differences between rank vectors matter.
 
     Attributes:
-        r2: One minus the squared error over the variance; 0 or less: no better than the mean.
+        r2: One minus the squared error over the variance; 0 or less means no better than the mean.
         rmse_nats: Root of the mean squared error.
-        rank_correlation: Spearman's, of predicted and measured loss; 0 where either is constant.
-        trials: How many were predicted.
-        folds: In how many parts they were left out; whole rank vectors at a time.
+        rank_correlation: Spearman's correlation of predicted and measured loss; 0 when either is constant.
+        trials: Number of predicted trials.
+        folds: Number of parts in which rank vectors were left out, each vector with all of its trials.
     """
 
     r2: float
@@ -150,14 +150,14 @@ class CrossValidation:
 
 @dataclass(frozen=True)
 class Finalist:
-    """What a rank vector gains over the uniform one, measured on fresh seeds side by side.
+    """Gain of a rank vector over the uniform one, measured in pairs on fresh seeds.
 
     Attributes:
-        ranks: The vector.
-        gains_nats: Loss of uniform minus loss of the vector, one for each seed.
-        mean_nats: Of the gains.
-        low_nats: Lower end of the interval.
-        high_nats: Upper end.
+        ranks: The rank vector.
+        gains_nats: Loss of the uniform vector minus loss of this one, for each seed.
+        mean_nats: Mean of the gains.
+        low_nats: Lower end of the confidence interval of the mean.
+        high_nats: Upper end of the confidence interval of the mean.
     """
 
     ranks: tuple[int, ...]
@@ -169,13 +169,13 @@ class Finalist:
 
 @dataclass(frozen=True)
 class Confirmation:
-    """Whether any of a search's finalists beats the uniform rank vector.
+    """Result of comparing a search's finalists with the uniform rank vector.
 
     Attributes:
-        finalists: With the largest mean gain first.
-        kept: The vector to use: the first finalist where its interval excludes no gain, else uniform.
-        confidence: That all intervals hold together, such as 0.95.
-        verdict: What happened, in plain words.
+        finalists: The finalists, largest mean gain first.
+        kept: The vector to use: the first finalist if its interval lies above zero, else the uniform vector.
+        confidence: Confidence that all intervals hold jointly, such as 0.95.
+        verdict: The result in words.
     """
 
     finalists: tuple[Finalist, ...]
@@ -186,21 +186,21 @@ class Confirmation:
 
 @dataclass(frozen=True)
 class RankSearch:
-    """Everything that came of allocating ranks.
+    """Result of a rank search.
 
     Attributes:
         plan: The ranks to use.
-        space: Among which they were chosen, with the features of the slots.
-        trials: What was measured to choose, in order; empty for methods that decide from the features alone.
-        origins: Where the vector of each trial comes from.
-        found: The vector that was chosen before it was confirmed.
-        confirming: What was measured to confirm it.
-        confirmation: Of that vector and the best closed form against uniform; None where nothing was to be confirmed.
-        error: Cross-validated error of the performance model; None without one, or with too few trials.
-        refits: The same after every round of the search that had enough trials, in order.
-        agreement: Spearman's correlation of the elastic adapter's scores with real recoveries of the same vectors; None where fewer than
+        space: Space of the search, with the features of the slots.
+        trials: The search's measurements, in order; empty for methods that decide from the features alone.
+        origins: Origin of the vector of each trial.
+        found: The vector that the search chose, before confirmation.
+        confirming: The measurements for the confirmation.
+        confirmation: Comparison of the found vector and the best closed form with the uniform one; None without confirmation.
+        error: Cross-validated error of the performance model; None without such a model, or with too few trials.
+        refits: Cross-validated error after every round of the search that had enough trials, in order.
+        agreement: Spearman's correlation of the elastic adapter's scores with real recoveries of the same vectors; None when fewer than
             three vectors have both.
-        verdict: What happened, in plain words.
+        verdict: The result in words.
     """
 
     plan: RankPlan
@@ -217,10 +217,10 @@ class RankSearch:
 
     @property
     def search_cost(self) -> float:
-        """What choosing took, in full recoveries."""
+        """Cost of the search's measurements, in full recoveries."""
         return sum(trial.cost for trial in self.trials)
 
     @property
     def confirming_cost(self) -> float:
-        """What confirming took, in full recoveries."""
+        """Cost of the confirming measurements, in full recoveries."""
         return sum(trial.cost for trial in self.confirming)

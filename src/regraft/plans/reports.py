@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LossReport:
-    """Loss of a causal language model on one text, and everything needed to measure it again.
+    """Loss of a causal language model on one text, with all conditions needed to measure it again.
 
     Attributes:
         loss_nats: Mean negative log-likelihood of a predicted token.
         perplexity: ``exp(loss_nats)``.
-        bits_per_byte: Total negative log-likelihood in bits over the bytes of the text that was predicted.
+        bits_per_byte: Total negative log-likelihood in bits, divided by the bytes of the predicted text.
         window_tokens: Longest context.
-        stride_tokens: Distance between the starts of two windows; tokens in the overlap are context only.
-        tokens: How many tokens were predicted.
-        bytes: How many bytes of text those tokens are.
-        documents: How many documents were read.
+        stride_tokens: Distance between the starts of two windows; tokens in the overlap are only context.
+        tokens: Number of predicted tokens.
+        bytes: Number of bytes of the predicted text.
+        documents: Number of documents.
         bos: Whether every document starts with the beginning-of-sequence token.
-        text: What was read: a file name or the name of a built-in text.
-        split: Which part of it, such as ``test``.
+        text: File name, or name of a built-in text.
+        split: Part of the text, such as ``test``.
     """
 
     loss_nats: float
@@ -38,13 +38,13 @@ class LossReport:
 
 @dataclass(frozen=True)
 class SizeReport:
-    """How large a model is.
+    """Size of a model.
 
     Attributes:
-        parameters: Tied ones counted once.
-        bytes_on_disk: Of its safetensors files; 0 when it was never saved.
-        bytes_in_memory: Of its parameters and buffers.
-        macs_per_token: Multiply-accumulates of one token's forward pass, head included, attention over ``context_tokens``.
+        parameters: Number of parameters, tied ones counted once.
+        bytes_on_disk: Size of the model's safetensors files; 0 when it was never saved.
+        bytes_in_memory: Size of the model's parameters and buffers.
+        macs_per_token: Multiply-accumulates of one token's forward pass, with the head, and with attention over ``context_tokens``.
         context_tokens: Context that ``macs_per_token`` assumes.
     """
 
@@ -57,17 +57,17 @@ class SizeReport:
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """How fast a model runs, as medians of repeated measurements on one machine.
+    """Speed of a model: medians of repeated measurements on one machine.
 
     Attributes:
-        prefill_seconds: One forward pass over ``prompt_tokens``.
-        decode_seconds_per_token: One step of generation with a KV cache after that prompt.
+        prefill_seconds: Time of one forward pass over ``prompt_tokens``.
+        decode_seconds_per_token: Time of one step of generation with a KV cache, after that prompt.
         peak_memory_bytes: Largest resident memory while measuring (device memory on a GPU).
         prompt_tokens: Length of the prompt.
-        decoded_tokens: How many tokens were generated.
-        repeats: How many measurements the medians are of.
-        threads: CPU threads in use.
-        device: Where it ran.
+        decoded_tokens: Number of generated tokens.
+        repeats: Number of measurements for the medians.
+        threads: Number of CPU threads in use.
+        device: Device of the measurement.
     """
 
     prefill_seconds: float
@@ -82,13 +82,13 @@ class SpeedReport:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Everything that one harness measured of one model.
+    """All measurements of one model.
 
     Attributes:
-        label: Which model: ``dense``, ``pruned``, ``recovered`` or a path.
-        loss: On the held-out text.
+        label: Label of the model: ``dense``, ``pruned``, ``recovered`` or a path.
+        loss: Loss on the held-out text.
         size: Parameters, bytes and MACs.
-        speed: Prefill and decode; None when it was not asked for.
+        speed: Prefill and decode times; None when speed was not measured.
     """
 
     label: str

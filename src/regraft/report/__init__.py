@@ -1,1 +1,1 @@
-"""The page of a run: the table of its models, the loss curve, what was cut, samples, and how it came to be."""
+"""The page of a run: table of the models, loss curve, cuts, samples, and provenance."""

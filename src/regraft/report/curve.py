@@ -1,4 +1,4 @@
-"""The loss curve of a run as inline SVG: no script, no font, no file beside it."""
+"""The loss curve of a run as inline SVG, without scripts, fonts or other files."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def loss_curve(points: Sequence[CurvePoint], best_step: int | None = None) -> st
     """Draws training and held-out loss over the steps.
 
     Args:
-        points: In the order of the steps.
-        best_step: The step whose weights were kept, marked on the held-out curve.
+        points: Losses in the order of the steps.
+        best_step: The step whose weights were kept; it is marked on the held-out curve.
 
     Returns:
         An ``<svg>`` element; an empty string when there is nothing to draw.
@@ -42,7 +42,7 @@ def loss_curve(points: Sequence[CurvePoint], best_step: int | None = None) -> st
 
 
 class _Axis:
-    """Maps values to pixels, rounded so that the same run is the same text."""
+    """A map from values to pixels, rounded so that the same run always gives the same text."""
 
     def __init__(self, low: float, high: float, start: float, end: float) -> None:
         self.low, self.high = low, high
@@ -57,7 +57,7 @@ def _usable(value: float | None) -> bool:
 
 
 def _scale(low: float, high: float) -> tuple[float, float, float]:
-    """Returns round limits around the values and the distance of grid lines."""
+    """Returns round limits that enclose the values, and the distance of the grid lines."""
     span = max(high - low, 1e-3)
     step = 10.0 ** math.floor(math.log10(span / 3))
     step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= 6)

@@ -24,7 +24,7 @@ pre{background:#f5f7f9;padding:.8rem;overflow-x:auto;white-space:pre-wrap;border
 
 
 def screen_table(measurements: Sequence[Measurement]) -> Table:
-    """Returns the table of the models for a terminal."""
+    """Returns the table of the models, for a terminal."""
     heading, *rows = table(measurements)
     shown = Table(box=SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(heading):
@@ -58,7 +58,7 @@ def to_markdown(report: RunReport) -> str:
 
 
 def to_html(report: RunReport) -> str:
-    """Returns the report as one HTML page without scripts or outside files."""
+    """Returns the report as one HTML page without scripts or external files."""
     body = [f"<h1>{escape(report.title)}</h1>", f'<p class="note">{escape(report.description)}</p>']
     body += [f'<p class="lead">{escape(line)}</p>' for line in _lead(report) if line]
     body.append(_html_table(*table(report.measurements)))
@@ -111,7 +111,7 @@ def _html_table(headings: Sequence[str], *cells: Sequence[str]) -> str:
 
 
 def _widths(report: RunReport) -> str:
-    """Draws what stays of every group as a bar."""
+    """Draws a bar for the kept units of every group."""
     lines = [
         f"<tr><td>{escape(width.group)}</td><td>{width.after} of {width.before}</td>"
         f'<td><span class="bar"><i style="width:{100 * width.after / max(width.before, 1):.1f}%"></i></span></td></tr>'
@@ -121,7 +121,7 @@ def _widths(report: RunReport) -> str:
 
 
 def _fenced(text: str) -> list[str]:
-    """Puts text in a fence that is longer than any run of backticks in it."""
+    """Returns the text in a code fence that is longer than any run of backticks in the text."""
     fence = "```"
     while fence in text:
         fence += "`"

@@ -1,4 +1,4 @@
-"""The report of a search for ranks: Markdown for people, CSV for programs."""
+"""The report of a rank search, as Markdown and as CSV."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FEATURES = ("share_pruned", "importance_removed")
 
 
 def to_markdown(search: RankSearch) -> str:
-    """Returns what was chosen, how it was measured, and how sure it is."""
+    """Returns the chosen ranks, the measurements and their confirmation, as Markdown."""
     lines = [f"# Ranks by {search.plan.method}", "", f"**{search.verdict}**", ""]
     lines += [*summary(search), ""]
     lines += ["## Ranks", "", *_table(*slots_table(search)), ""]
@@ -26,7 +26,7 @@ def to_markdown(search: RankSearch) -> str:
 
 
 def summary(search: RankSearch) -> Iterator[str]:
-    """Yields the figures of a search, a line each."""
+    """Yields the figures of a search, one line each."""
     space, plan = search.space, search.plan
     yield (
         f"- trainable parameters: {plan.trainable_parameters:,} of {space.budget:,} allowed "
@@ -50,7 +50,7 @@ def summary(search: RankSearch) -> Iterator[str]:
 
 
 def trials_csv(search: RankSearch) -> str:
-    """Returns every measurement, those of the search and those that confirm, one a line."""
+    """Returns every measurement of the search and of its confirmation as CSV, one a line."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(
@@ -70,7 +70,7 @@ def _cells(trial: RankTrial) -> list[object]:
 
 
 def slots_table(search: RankSearch) -> tuple[list[str], list[list[str]]]:
-    """Returns heading and rows of what every slot gets, beside what the search had found and what pruning did to the slot."""
+    """Returns heading and rows of a table of slots: rank in the plan, rank found by the search, and damage by pruning."""
     slots = search.space.slots
     known = [name for name in _FEATURES if name in slots[0].features]
     rows = [

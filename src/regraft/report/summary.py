@@ -1,4 +1,4 @@
-"""What a report is made of, and the figures that follow from it."""
+"""The contents of a run's report, and the figures computed from them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from regraft.plans import Measurement, PrunePlan, RankSearch
 
 @dataclass(frozen=True)
 class Width:
-    """How many units one group had and has.
+    """Numbers of units of one group before and after pruning.
 
     Attributes:
-        group: Its name, such as ``layers.3.ffn``.
+        group: Name of the group, such as ``layers.3.ffn``.
         before: Units of the dense model.
         after: Units of the pruned model.
     """
@@ -26,7 +26,7 @@ class Width:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Losses at one optimizer step, in nats a token; None where one was not measured."""
+    """Losses at one optimizer step, in nats a token; None for a loss that was not measured."""
 
     step: int
     train_nats: float | None
@@ -35,21 +35,21 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything that the page of a run shows.
+    """Contents of the page of a run.
 
     Attributes:
         title: Name of the run.
         description: One line for people, or empty.
-        recipe: The recipe as YAML, every key spelt out.
-        measurements: Of the dense, the pruned and the recovered model, as far as there are such.
-        plan: What was cut; None when nothing was.
-        widths: One entry for each group of the plan.
-        ranks: How the ranks of recovery were found; None when they were given.
+        recipe: The recipe as YAML, with every key written out.
+        measurements: Measurements of those of the dense, the pruned and the recovered model that exist.
+        plan: The prune plan; None when nothing was cut.
+        widths: Numbers of units, one entry for each group of the plan.
+        ranks: The rank search for recovery; None when the ranks were given.
         curve: The loss log of recovery; empty when there was none.
         best_step: The step that recovery kept; None when there was none.
-        prompt: What the samples continue.
-        samples: Label to text.
-        facts: How the run came to be: command, seed, versions, checksums.
+        prompt: Prompt that the samples continue.
+        samples: Label of a model to its sample.
+        facts: Provenance of the run: command, seed, versions, checksums.
     """
 
     title: str
@@ -68,11 +68,11 @@ class RunReport:
 
 @dataclass(frozen=True)
 class WonBack:
-    """How much of what pruning cost recovery won back.
+    """The part of pruning's loss increase that recovery undid.
 
     Attributes:
-        cost_nats: Loss of the pruned model above that of the dense one, in nats a token.
-        gain_nats: Loss of the recovered model below that of the pruned one.
+        cost_nats: Loss of the pruned model minus that of the dense one, in nats a token.
+        gain_nats: Loss of the pruned model minus that of the recovered one, in nats a token.
     """
 
     cost_nats: float
@@ -80,11 +80,11 @@ class WonBack:
 
     @property
     def share(self) -> float | None:
-        """``gain / cost``; None when pruning cost nothing."""
+        """Ratio of gain to cost; None when pruning cost nothing."""
         return self.gain_nats / self.cost_nats if self.cost_nats > 0 else None
 
     def sentence(self) -> str:
-        """Returns it in words.
+        """Returns cost and gain in words.
 
         >>> WonBack(0.81, 0.51).sentence()
         'recovery won back 63 % of the 0.81 nats that pruning cost'
@@ -99,12 +99,12 @@ class WonBack:
 
 
 def _nats(value: float) -> str:
-    """Returns the size of a loss difference with enough digits for small ones."""
+    """Returns the magnitude of a loss difference, with more digits for small ones."""
     return f"{abs(value):.2f}" if abs(value) >= 0.1 else f"{abs(value):.4f}"
 
 
 def won_back(measurements: Sequence[Measurement]) -> WonBack | None:
-    """Compares the dense, the pruned and the recovered model; None unless all three were measured."""
+    """Returns cost and gain from the dense, the pruned and the recovered model, or None unless all three were measured."""
     loss = {measurement.label: measurement.loss.loss_nats for measurement in measurements}
     if not {"dense", "pruned", "recovered"} <= loss.keys():
         return None
@@ -112,9 +112,9 @@ def won_back(measurements: Sequence[Measurement]) -> WonBack | None:
 
 
 def table(measurements: Sequence[Measurement]) -> list[list[str]]:
-    """Returns the table of the models: a heading, then one row for each figure with a cell for each model.
+    """Returns the table of the models: a heading, then one row for each figure, with a cell for each model.
 
-    Sizes stand beside their share of the first model's; speeds only where they were measured.
+    Below the number of parameters is its share of the first model's; speeds are shown only if they were measured.
     """
     rows = [
         ["", *(entry.label for entry in measurements)],
@@ -137,7 +137,7 @@ def table(measurements: Sequence[Measurement]) -> list[list[str]]:
 
 
 def caption(measurements: Sequence[Measurement]) -> str:
-    """Returns what the losses are of: text, split, tokens, window, stride, BOS."""
+    """Returns the conditions of the losses: text, split, tokens, window, stride, BOS."""
     if not measurements:
         return "nothing was measured"
     loss, size = measurements[0].loss, measurements[0].size
@@ -149,7 +149,7 @@ def caption(measurements: Sequence[Measurement]) -> str:
 
 
 def speed_note(measurements: Sequence[Measurement]) -> str:
-    """Returns what the speeds are of, or an empty string."""
+    """Returns the conditions of the speeds, or an empty string without speeds."""
     speeds = [entry.speed for entry in measurements if entry.speed is not None]
     if not speeds:
         return ""
@@ -161,7 +161,7 @@ def speed_note(measurements: Sequence[Measurement]) -> str:
 
 
 def plan_lines(report: RunReport) -> list[str]:
-    """Returns what was cut, in words."""
+    """Returns the cuts of the plan in words."""
     plan = report.plan
     if plan is None:
         return []

@@ -1,4 +1,4 @@
-"""The embedded default model: a small Llama, trained on the text that every Python installation carries.
+"""The embedded default model: a small Llama, trained on text that every Python installation contains.
 
 >>> from regraft import seedling
 >>> (seedling.path() / "config.json").is_file()

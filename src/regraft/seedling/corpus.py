@@ -1,14 +1,13 @@
-"""Text that every Python installation carries, split so that training and test never meet.
+"""Text that every Python installation contains, split so that no text is in both training and test.
 
-Three kinds of document: the help topics of :mod:`pydoc_data.topics`, the source files of the standard library (with their
-docstrings where they stand), and the docstrings of the modules that are written in C. Each belongs to one split for good, by a
-SHA-256 of its path: of the topic's name, or of the *family* of a module. A family is the first component of the path without
-underscores and suffix, so that ``datetime.py``, ``_pydatetime.py`` and the docstrings of ``_datetime`` stay together, and
-``pathlib.py`` of one Python and ``pathlib/_local.py`` of the next get the same answer. The rule knows nothing of the
-installation: on any Python from 3.11, a module that the shipped model was trained on is never a test document.
+There are three kinds of document: the help topics of :mod:`pydoc_data.topics`, the source files of the standard library, and the
+docstrings of the modules written in C. A SHA-256 of the topic's name, or of the *family* of a module, decides the split of a document.
+The family is the first component of the path without underscores and suffix. So ``datetime.py``, ``_pydatetime.py`` and the docstrings
+of ``_datetime`` are in one split, and so are ``pathlib.py`` of one Python version and ``pathlib/_local.py`` of the next. The rule does
+not depend on the installation: on any Python from 3.11, a module that the shipped model was trained on is never a test document.
 
-The rule alone would still let equal text through, since topics quote one another and modules borrow from one another. Hence a run
-of three lines that stands in a more protected split is taken out of the less protected ones (test, then validation, then train).
+Topics and modules also quote one another. Therefore a run of three lines that occurs in a more protected split is removed from the less
+protected ones (most protected: test, then validation, then train).
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ VALIDATION_PERCENT = 5
 _SALT = "regraft-seedling/1"
 _PROTECTED_FIRST: tuple[Split, ...] = ("test", "validation", "train")
 
-# Folders that hold tests, other people's packages or build products; the topics, which are documents of their own.
+# Folders with tests, other packages or build products; also the folder of the help topics, which are read separately.
 _SKIPPED_FOLDERS = frozenset(
     ["test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages", "_bundled", "lib-dynload", "pydoc_data"]
 )
-# Generated tables, settings of one build or of one system.
+# Generated tables, and settings of one build or one system.
 _SKIPPED_FAMILIES = frozenset(["encodings", "sysconfigdata", "sitecustomize", "usercustomize", "phello__", "msilib"])
 
-# Modules whose text changed its file between Python versions: the new name follows the old.
+# Modules whose text moved to another file between Python versions: one file's name, then the family to use for it.
 _FAMILY_OF = {
     "sre_compile": "re",
     "sre_constants": "re",
@@ -54,7 +53,7 @@ _FAMILY_OF = {
     "collections_abc": "collections",
 }
 
-# Written in C and safe to import anywhere; those that an installation lacks are passed over.
+# Modules written in C that are safe to import anywhere; those that an installation lacks are skipped.
 # fmt: off
 _C_MODULES = (
     "_asyncio", "_bisect", "_bz2", "_codecs", "_collections", "_csv", "_ctypes", "_datetime",
@@ -78,8 +77,8 @@ class Document:
     r"""One text of the corpus.
 
     Attributes:
-        path: Its name: ``Lib/json/decoder.py``, ``topics/LAMBDAS`` or ``docstrings/math``; equal on every machine.
-        text: What it says, with ``\n`` at line ends.
+        path: Name of the document, equal on every machine: ``Lib/json/decoder.py``, ``topics/LAMBDAS`` or ``docstrings/math``.
+        text: Contents of the document, with line ends ``\n``.
     """
 
     path: str
@@ -87,7 +86,7 @@ class Document:
 
 
 def family_of(path: str) -> str:
-    """Returns what decides the split of a path: a topic, or the family of a module.
+    """Returns the topic or the module family of a path, which decides its split.
 
     >>> [family_of(p) for p in ("Lib/pathlib.py", "Lib/pathlib/_local.py", "Lib/_pydatetime.py", "docstrings/_datetime")]
     ['pathlib', 'pathlib', 'datetime', 'datetime']
@@ -104,7 +103,7 @@ def family_of(path: str) -> str:
 
 
 def split_of(path: str) -> Split:
-    """Returns the split of a path: a SHA-256 of its family in 100 parts, 5 of them test and the next 5 validation.
+    """Returns the split of a path. The SHA-256 of its family falls into one of 100 parts: 5 are test, the next 5 validation.
 
     >>> split_of("Lib/pathlib.py") == split_of("Lib/pathlib/_local.py")
     True
@@ -117,21 +116,21 @@ def split_of(path: str) -> Split:
 
 
 def documents(split: Split, *, limit_chars: int | None = None) -> list[Document]:
-    """Returns the documents of a split, in an order that is fixed and mixes the kinds.
+    """Returns the documents of a split, in a fixed order that mixes the kinds.
 
-    The order is that of a hash of the paths, so that the first few are a fair sample. It takes a second or two for ``"train"``.
+    The order is that of a hash of the paths, so that the first few documents are a fair sample. ``"train"`` takes a second or two.
 
     Args:
-        split: ``"train"``, ``"validation"`` (for calibration, recovery and the choice of checkpoints) or ``"test"`` (for
-            measuring, nothing else).
-        limit_chars: Stop after this many characters; the last document is cut at a line end. ``None`` for all.
+        split: ``"train"``, ``"validation"`` (for calibration, recovery and the choice of checkpoints) or ``"test"`` (only for
+            measuring).
+        limit_chars: Largest number of characters; the last document is cut at a line end. ``None`` for all.
 
     Returns:
         At least one document.
 
     Raises:
         InputError: The split is none of the three, or the limit is below 1.
-        DataError: This Python keeps no source files of its standard library.
+        DataError: This Python has no source files of its standard library.
     """
     if split not in get_args(Split):
         raise InputError(f"split {split!r} is not known: choose one of {', '.join(get_args(Split))}")
@@ -151,7 +150,7 @@ def documents(split: Split, *, limit_chars: int | None = None) -> list[Document]
 
 
 def _limited(texts: Iterator[Document], limit_chars: int | None) -> list[Document]:
-    """Takes documents until the limit, cutting the last one at a line end."""
+    """Returns documents up to the limit, the last one cut at a line end."""
     chosen: list[Document] = []
     left = limit_chars
     for document in texts:
@@ -166,7 +165,7 @@ def _limited(texts: Iterator[Document], limit_chars: int | None) -> list[Documen
 
 
 def _distinct(texts: Iterable[Document], protected: set[int]) -> Iterator[Document]:
-    """Yields the documents without protected runs of lines, each content once."""
+    """Yields the documents without their protected runs of lines, and equal contents only once."""
     seen: set[str] = set()
     for document in texts:
         text = _without(document.text, protected)
@@ -178,9 +177,9 @@ def _distinct(texts: Iterable[Document], protected: set[int]) -> Iterator[Docume
 
 
 def _windows(lines: list[str]) -> dict[tuple[int, ...], int]:
-    """Returns a fingerprint for each run of three lines that say something, by the numbers of those lines.
+    """Returns a fingerprint of each run of three non-blank lines, by the numbers of these lines.
 
-    White space does not count, so that text that was indented or wrapped into a paragraph of its own is still known again.
+    White space is ignored, so that indented text is still recognised.
     """
     said = [(number, "".join(line.split())) for number, line in enumerate(lines)]
     said = [(number, text) for number, text in said if text]
@@ -200,14 +199,14 @@ def _without(text: str, protected: set[int]) -> str:
         return text
     lines = text.split("\n")
     dropped = {number for run, digest in _windows(lines).items() if digest in protected for number in run}
-    # What is left may bring lines together that were apart, and so make a protected run anew.
+    # The removal may bring other lines together and so form another protected run; hence the recursion below.
     if not dropped:
         return text
     return _without("\n".join(line for number, line in enumerate(lines) if number not in dropped), protected)
 
 
 def _raw_documents(split: Split) -> Iterator[Document]:
-    """Yields the documents of a split as they stand, ordered by a hash of their paths, each read when its turn comes."""
+    """Yields the unfiltered documents of a split, in the order of a hash of their paths, and reads each one only then."""
     found = {**_topics(), **_sources(), **_docstrings()}
     chosen = [path for path in found if split_of(path) == split]
     for path in sorted(chosen, key=lambda path: hashlib.sha256(path.encode()).digest()):
@@ -223,7 +222,7 @@ def _stdlib_root() -> Path:
 def _topics() -> dict[str, _Reader]:
     try:
         module = importlib.import_module("pydoc_data.topics")
-    except ImportError:  # some systems leave it out of their smallest Python
+    except ImportError:  # some systems leave this module out of their minimal Python
         return {}
     return {f"topics/{name}": partial(str, text) for name, text in module.topics.items()}
 
@@ -236,14 +235,14 @@ def _sources() -> dict[str, _Reader]:
 
 def _source(file: Path) -> str | None:
     try:
-        with tokenize.open(file) as stream:  # honours the coding line of the file
+        with tokenize.open(file) as stream:  # uses the encoding that the file declares
             return stream.read()
     except (OSError, SyntaxError, UnicodeDecodeError):
-        return None  # unreadable, or not text in the encoding that it names
+        return None  # unreadable, or not text in the declared encoding
 
 
 def _source_files(root: Path) -> Iterator[Path]:
-    """Yields the source files of the standard library alone, whatever else lies in its folder."""
+    """Yields the source files of the standard library, and no other files of its folder."""
     for entry in sorted(root.iterdir() if root.is_dir() else ()):
         name = entry.name.removesuffix(".py")
         if name not in sys.stdlib_module_names or family_of(f"Lib/{name}") in _SKIPPED_FAMILIES:
@@ -259,10 +258,10 @@ def _docstrings() -> dict[str, _Reader]:
 
 
 def _docstrings_of(name: str) -> str | None:
-    """Returns what a module written in C says of itself, or None where there is no such module."""
+    """Returns the docstrings of a module written in C, or None if this Python lacks the module."""
     try:
         module = importlib.import_module(name)
-    except ImportError:  # another platform, or built without it
+    except ImportError:  # another platform, or a Python built without this module
         return None
     return "\n\n".join(_described(module))
 
@@ -286,6 +285,6 @@ def _entry(name: str, described: object) -> str:
 
 
 def _clean(text: str) -> str:
-    """Returns the text with one kind of line end, without form feeds and trailing blanks, ending in one line end."""
+    """Returns the text with uniform line ends, without form feeds and trailing blanks, and with one line end at its end."""
     lines = re.split(r"\r\n|\r|\n", text.replace("\f", ""))
     return "\n".join(line.rstrip() for line in lines).strip("\n") + "\n"
