@@ -1,6 +1,18 @@
 """Ways out: adapters and models in the forms that other programs read, found by name in :data:`EXPORTERS`."""
 
-from regraft.export import peft_lora
-from regraft.export.contract import EXPORTERS, Exportable, Exporter
+from regraft.export import gguf, peft_lora
+from regraft.export.contract import EXPORTERS, AdapterFormat, Exportable, Exporter, ModelFormat, Parity, Written
+from regraft.export.settings import ExportSettings
 
-__all__ = ["EXPORTERS", "Exportable", "Exporter", "peft_lora"]
+__all__ = [
+    "EXPORTERS",
+    "AdapterFormat",
+    "ExportSettings",
+    "Exportable",
+    "Exporter",
+    "ModelFormat",
+    "Parity",
+    "Written",
+    "gguf",
+    "peft_lora",
+]

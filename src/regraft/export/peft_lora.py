@@ -6,10 +6,9 @@ from pathlib import Path
 
 from regraft.adapters.plain_lora import task_type_of, write_plain_lora
 from regraft.errors import InputError
-from regraft.export.contract import EXPORTERS, Exportable
+from regraft.export.contract import EXPORTERS, AdapterFormat, Exportable, Holding
 
 
-@EXPORTERS.register("peft-lora")
 def write(adapter: Exportable, folder: Path) -> str:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors``.
 
@@ -25,3 +24,22 @@ def write(adapter: Exportable, folder: Path) -> str:
     task = task_type_of(adapter.model)
     rank = write_plain_lora(adapter.factors, adapter.modules, adapter.names, folder, adapter.base, task, adapter.head)
     return f"a plain LoRA of rank {rank} on {len(adapter.factors)} modules"
+
+
+EXPORTERS.add(
+    "peft-lora",
+    AdapterFormat(
+        "an adapter as a plain LoRA, without its base",
+        (
+            Holding(
+                "PEFT, and servers that load its adapters",
+                "all",
+                "the base's layers",
+                "float32",
+                "one rank for all modules, filled up with zeros",
+                "run",
+            ),
+        ),
+        write,
+    ),
+)

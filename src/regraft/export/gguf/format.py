@@ -1,0 +1,106 @@
+"""The export format ``gguf``: chooses an architecture that holds the layers, writes the file, and compares it in llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from regraft.export.contract import Holding, Importance, ModelFormat, Parity, Written
+from regraft.export.gguf.catalogue import ARCHITECTURES, choose
+from regraft.export.gguf.numbers import FLOATS, SCHEMES, Scheme, scheme_named
+from regraft.export.gguf.source import source_of
+from regraft.export.gguf.vocabulary import Vocabulary, vocabulary_of
+from regraft.export.gguf.write import write_file
+from regraft.export.llama_cpp import Runtime
+from regraft.export.parity import compare, mixed_text, our_log_probabilities, refuse_difference, refuse_other_ids, sampled
+from regraft.export.settings import ExportSettings
+from regraft.models.load import Loaded
+
+FILE = "model.gguf"
+RUNTIME = "llama.cpp"
+
+
+def scheme_of(loaded: Loaded, settings: ExportSettings) -> Scheme:
+    """Returns how matrices are stored: as asked for, or as they are in memory."""
+    if settings.quantize:
+        return scheme_named(settings.quantize)
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    return SCHEMES[names[loaded.model.dtype]]
+
+
+def refuse(loaded: Loaded, settings: ExportSettings) -> None:
+    """Refuses what no file can hold.
+
+    Raises:
+        InputError: No architecture takes the layers, GGUF has no form for the tokenizer, or the quantization is not known.
+        MissingDependencyError: gguf-py is not installed.
+    """
+    scheme_of(loaded, settings)
+    source = source_of(loaded.model)
+    choose(source, settings.architecture)
+    _vocabulary(loaded, source.vocabulary)
+
+
+def write(loaded: Loaded, folder: Path, settings: ExportSettings, importance: Importance | None = None) -> Written:
+    """Writes ``model.gguf``."""
+    source, scheme = source_of(loaded.model), scheme_of(loaded, settings)
+    architecture = choose(source, settings.architecture)
+    layout = architecture.lay_out(source)
+    about = {"type": "model", "name": Path(loaded.source).name, "quantized_by": "regraft"}
+    if not scheme.is_quantized:
+        about.pop("quantized_by")
+    notes = write_file(folder / FILE, layout, _vocabulary(loaded, source.vocabulary), scheme, about, importance)
+    size = (folder / FILE).stat().st_size
+    words = f"GGUF of architecture '{layout.architecture}' in {scheme.name}, {size / 1e6:.1f} MB"
+    weighed = scheme.is_quantized and importance is not None
+    return Written(words, folder / FILE, (*layout.notes, *notes), {"architecture": layout.architecture, "importance": weighed})
+
+
+def check(loaded: Loaded, folder: Path, written: Written, text: str, settings: ExportSettings) -> Parity:
+    """Compares the file in llama.cpp with the model.
+
+    Raises:
+        MissingDependencyError: llama.cpp is not installed.
+        OutputError: Token ids or distributions differ.
+    """
+    tokenizer, scheme = loaded.tokenizer, scheme_of(loaded, settings)
+    assert tokenizer is not None
+    vocabulary = _vocabulary(loaded, 0)
+    ids, lengths = sampled(loaded.model, tokenizer(text).input_ids, settings.check_positions)
+    ours = our_log_probabilities(loaded.model, ids, lengths)
+    with Runtime(written.file, context=max(64, len(ids) + 8), exact=True) as runtime:
+        mixed = mixed_text([token for token in tokenizer.all_special_tokens if token], form=vocabulary.normal_form)
+        refuse_other_ids(tokenizer(mixed).input_ids, runtime.token_ids(mixed), tokenizer, RUNTIME)
+        theirs = torch.stack([runtime.log_probabilities(ids[:length], ours.shape[-1]) for length in lengths])
+    parity = compare(ours, theirs, [ids[length] for length in lengths], RUNTIME, len(mixed))
+    return refuse_difference(parity, _bits(scheme))
+
+
+def _bits(scheme: Scheme) -> float:
+    if scheme.usual in FLOATS.values():
+        return 32.0 if scheme.is_exact else 16.0
+    return float(scheme.name[1])
+
+
+def _vocabulary(loaded: Loaded, rows: int) -> Vocabulary:
+    ends = loaded.model.generation_config.eos_token_id if loaded.model.generation_config is not None else None
+    return vocabulary_of(loaded.tokenizer, rows, tuple(ends) if isinstance(ends, list) else (ends,) if ends is not None else ())
+
+
+def _holdings() -> tuple[Holding, ...]:
+    numbers = ", ".join(SCHEMES)
+    return tuple(
+        Holding(
+            f"llama.cpp, architecture `{entry.name}`" + (" (by name only)" if entry.asked_for else ""),
+            ", ".join(entry.families),
+            entry.uneven,
+            numbers,
+            entry.lost,
+            "run",
+        )
+        for entry in ARCHITECTURES
+    )
+
+
+FORMAT = ModelFormat("one GGUF file for llama.cpp, LM Studio and others", _holdings(), refuse, write, check)

@@ -1,0 +1,212 @@
+"""GGUF architectures of decoders with separate projections and rotary embeddings: Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3.
+
+``deci`` is the architecture that llama.cpp has for NVIDIA's Nemotron models; it takes the head counts and the feed-forward width of
+every layer from lists, and computes a Llama. ``openelm`` (Apple's) does the same for Qwen 3 with tied embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regraft.export.gguf.rotary import FREQUENCIES, rotary
+from regraft.export.gguf.source import Entry, Layout, Metadata, Source
+
+PROJECTIONS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+TWO_NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+FOUR_NORMS = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+ZERO_WIDTH = 32  # channels of a feed-forward network that stands for none: one block of the usual quantisations
+
+
+@dataclass(frozen=True)
+class Gated:
+    """One architecture of this kind.
+
+    Attributes:
+        name: As the runtime knows it.
+        norms: Module inside a layer to tensor.
+        permuted: Whether the rotation takes neighbouring channels as pairs, so that rows of queries and keys change places.
+        per_layer: Whether head counts and widths may differ from layer to layer.
+        window: Whether it knows a sliding window.
+        fused: Whether queries, keys and values are one matrix.
+        extra: Further keys of a model, and a factor on its queries.
+    """
+
+    name: str
+    norms: Mapping[str, str]
+    permuted: bool = False
+    per_layer: bool = False
+    window: bool = False
+    fused: bool = False
+    extra: Callable[[Source], tuple[Metadata, float]] = lambda source: ({}, 1.0)
+
+
+def paired(tensor: Tensor, heads: int) -> Tensor:
+    """Returns a projection's rows in the order in which neighbours are rotated together.
+
+    transformers rotates channel i of a head with channel i + d/2 (d channels a head), llama.cpp's Llama channel 2i with 2i + 1.
+
+    Args:
+        tensor: Weight (heads · d, in) or bias (heads · d,).
+        heads: How many.
+    """
+    return tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+
+
+def lay_out(kind: Gated, source: Source) -> Layout:
+    """Returns the file of a model in one of these architectures.
+
+    Raises:
+        InputError: Its rotary embedding has no form in GGUF.
+    """
+    config, notes = source.config, list[str]()
+    keys, scale = kind.extra(source)
+    parameters: Any = config.rope_parameters
+    rope, frequencies = rotary(parameters.get("full_attention", parameters), config, source.head_dim)
+    context = int(config.max_position_embeddings)
+    window = _window(config)
+    if not kind.window and window is not None and window < context:
+        context = window
+        notes.append(
+            f"the file promises a context of {window} tokens, the model's sliding window, as '{kind.name}' in llama.cpp has no window"
+        )
+    metadata: Metadata = {
+        "vocab_size": source.vocabulary,
+        "context_length": context,
+        "embedding_length": source.width,
+        "block_count": len(source.sizes),
+        **_sizes(kind, source),
+        "attention.key_length": source.head_dim,
+        "attention.value_length": source.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        **{f"rope.{key}": value for key, value in rope.items()},
+        **keys,
+    }
+    entries = [_outside(source, source.family.embedding, "token_embd")]
+    if frequencies is not None:
+        entries.append(Entry(FREQUENCIES, tuple(frequencies.shape), lambda: frequencies, exact=True))
+    for index in range(len(source.sizes)):
+        entries += _layer(kind, source, index, scale)
+    entries.append(_norm(source, source.family.final_norm, "output_norm"))
+    if not source.tied:
+        entries.append(_outside(source, source.family.head, "output"))
+    return Layout(kind.name, metadata, tuple(entries), context, tuple(notes))
+
+
+def _window(config: Any) -> int | None:
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    return int(window) if window and (kinds is None or "sliding_attention" in kinds) else None
+
+
+def _sizes(kind: Gated, source: Source) -> Metadata:
+    """Returns head counts and widths: of the model where all layers are alike, else of each layer."""
+    shown = [_shown(source, index) for index in range(len(source.sizes))]
+    names = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+    columns = dict(zip(names, (list(column) for column in zip(*shown, strict=True)), strict=True))
+    return columns if kind.per_layer else {name: column[0] for name, column in columns.items()}
+
+
+def _shown(source: Source, index: int) -> tuple[int, int, int]:
+    """Returns query heads, key-value heads and width of a layer as the file has them; what is empty may need zeros in its place.
+
+    llama.cpp drops the attention of a layer without feed-forward network, and asks for attention in layer 0.
+    """
+    size = source.sizes[index]
+    ffn = ZERO_WIDTH if size.query_heads and not size.ffn else size.ffn
+    if index == 0 and not size.query_heads:
+        return 1, 1, ffn or ZERO_WIDTH
+    return size.query_heads, size.kv_heads, ffn
+
+
+def _layer(kind: Gated, source: Source, index: int, scale: float) -> list[Entry]:
+    query_heads, kv_heads, ffn = _shown(source, index)
+    size, head_dim, width = source.sizes[index], source.head_dim, source.width
+    shapes = {
+        "attn_q": (query_heads * head_dim, width),
+        "attn_k": (kv_heads * head_dim, width),
+        "attn_v": (kv_heads * head_dim, width),
+        "attn_output": (width, query_heads * head_dim),
+        "ffn_gate": (ffn, width),
+        "ffn_up": (ffn, width),
+        "ffn_down": (width, ffn),
+    }
+    present = {"attn": query_heads > 0, "ffn": ffn > 0}
+    entries: list[Entry] = []
+    for module, stem in (kind.norms | HEAD_NORMS).items():
+        name = f"{source.family.layers}.{index}.{module}"
+        if f"{name}.weight" in source.names:
+            factor = scale if module == "self_attn.q_norm" else 1.0
+            entries.append(_norm(source, name, f"blk.{index}.{stem}", index, factor))
+        elif module not in HEAD_NORMS and present["attn" if "attn" in stem or "attention" in stem else "ffn"]:
+            entries.append(Entry(f"blk.{index}.{stem}.weight", (width,), lambda: torch.ones(width), exact=True, layer=index))
+    in_norm = any(f"{source.family.layers}.{index}.{module}.weight" in source.names for module in HEAD_NORMS)
+    for module, stem in PROJECTIONS.items():
+        if not present[stem.partition("_")[0]]:
+            continue
+        name = f"{source.family.layers}.{index}.{module}"
+        heads = {"attn_q": size.query_heads, "attn_k": size.kv_heads}.get(stem, 0) if kind.permuted else 0
+        factor = scale if stem == "attn_q" and not in_norm else 1.0
+        if f"{name}.weight" not in source.names:
+            shape = shapes[stem]
+            entries.append(Entry(f"blk.{index}.{stem}.weight", shape, lambda shape=shape: torch.zeros(shape), layer=index))
+            continue
+        for part, exact in (("weight", False), ("bias", True)):
+            if f"{name}.{part}" in source.names:
+                shape = shapes[stem] if part == "weight" else shapes[stem][:1]
+                make = _made(source, f"{name}.{part}", heads, factor)
+                entries.append(Entry(f"blk.{index}.{stem}.{part}", shape, make, exact, "" if exact else name, index))
+    return _fuse(entries, index) if kind.fused else entries
+
+
+def _made(source: Source, name: str, heads: int, factor: float) -> Callable[[], Tensor]:
+    def make() -> Tensor:
+        tensor = source.tensor(name)
+        tensor = paired(tensor, heads) if heads else tensor
+        return tensor if factor == 1.0 else tensor.double() * factor
+
+    return make
+
+
+def _fuse(entries: list[Entry], index: int) -> list[Entry]:
+    """Puts queries, keys and values of a layer on top of one another."""
+    names = [f"blk.{index}.{stem}.weight" for stem in ("attn_q", "attn_k", "attn_v")]
+    parts = [next(entry for entry in entries if entry.name == name) for name in names]
+    shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+    whole = Entry(f"blk.{index}.attn_qkv.weight", shape, lambda: torch.cat([p.make() for p in parts]), reads=parts[0].reads, layer=index)
+    return [whole, *(entry for entry in entries if entry.name not in names)]
+
+
+def _outside(source: Source, module: str, stem: str) -> Entry:
+    name = f"{module}.weight"
+    reads = module if stem == "output" else ""
+    return Entry(f"{stem}.weight", (source.vocabulary, source.width), lambda: source.tensor(name), reads=reads)
+
+
+def _norm(source: Source, module: str, stem: str, layer: int = -1, factor: float = 1.0) -> Entry:
+    """Returns the entry of a norm whose weight multiplies as it is: families that add one to it have that added."""
+    name = f"{module}.weight"
+    shape = tuple(source.tensor(name).shape)
+
+    def make() -> Tensor:
+        return (source.tensor(name).float() + source.family.norm_offset) * factor
+
+    return Entry(f"{stem}.weight", shape, make, exact=True, layer=layer)
