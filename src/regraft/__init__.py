@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from regraft.models.save import save as save
     from regraft.pipelines.evaluate import evaluate_model as evaluate
     from regraft.pipelines.evaluate_labels import evaluate_labels as evaluate_labels
-    from regraft.pipelines.export import export_adapter as export
+    from regraft.pipelines.export import export
     from regraft.pipelines.inspect import inspect_model as inspect
     from regraft.pipelines.prune.prune import prune as prune
     from regraft.pipelines.ranks.allocate import allocate_ranks as allocate_ranks
@@ -50,7 +50,7 @@ _PUBLIC = {
     "complete_ratings": ("regraft.completion.complete", "complete_ratings"),
     "evaluate": ("regraft.pipelines.evaluate", "evaluate_model"),
     "evaluate_labels": ("regraft.pipelines.evaluate_labels", "evaluate_labels"),
-    "export": ("regraft.pipelines.export", "export_adapter"),
+    "export": ("regraft.pipelines.export", "export"),
     "inspect": ("regraft.pipelines.inspect", "inspect_model"),
     "load": ("regraft.models.load", "load"),
     "prune": ("regraft.pipelines.prune.prune", "prune"),

@@ -27,7 +27,7 @@ COMMANDS = {
     "prune": "Remove heads, feed-forward channels, and with --targets more, until a share of all parameters is gone.",
     "recover": "Train a small adapter on a pruned model and fold it in: text or instructions, best checkpoint by held-out loss.",
     "evaluate": "Measure a model: loss, perplexity, bits per byte, size and, if asked, speed; of one for labels, accuracy or correlation.",
-    "export": "Write an adapter as a plain LoRA that stock PEFT and strict servers load, without loss.",
+    "export": "Write a model or an adapter for another program, and prove that it computes the same there.",
     "allocate": "Find a LoRA rank for every layer of a pruned model, under one budget of trainable parameters.",
     "meta": "Train the start of the next search for ranks on past ones.",
     "inspect": "Show the layers of a model, their sizes, what can be pruned, and the parameters.",

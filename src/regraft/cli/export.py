@@ -1,4 +1,4 @@
-"""``regraft export``: write an adapter in a form that other programs read."""
+"""``regraft export``: write a model or an adapter in a form that other programs read, and compare it there."""
 
 from __future__ import annotations
 
@@ -9,19 +9,34 @@ import typer
 from rich.console import Console
 
 from regraft.cli.options import OutputOption, command_line, with_settings
-from regraft.pipelines.export import export_adapter
+from regraft.export.settings import ExportSettings
+from regraft.pipelines.export import export as export_to
 from regraft.settings import LoadSettings
+
+FORMATS = "hf, hf-uniform, gguf, ollama, nemotron-nas: whole models; peft-lora, merged: adapters"
 
 
 @with_settings
 def export(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="the folder of an adapter, ours or PEFT's", show_default=False)],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="a model folder, a GGUF file, a hub id, or the folder of an adapter", show_default=False),
+    ],
     output: OutputOption,
+    settings: ExportSettings,
     load: LoadSettings,
-    to: Annotated[
-        str, typer.Option("--to", metavar="FORMAT", help="peft-lora: what PEFT and servers load; merged: the model with it folded in")
-    ] = "peft-lora",
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help=FORMATS)] = "peft-lora",
+    check: Annotated[
+        str, typer.Option("--check", metavar="TEXT", help="text of the comparison, or a file of it; default: the built-in text")
+    ] = "",
+    no_check: Annotated[bool, typer.Option("--no-check", help="do not compare the result in its runtime")] = False,
 ) -> None:
-    """Write an adapter as a plain LoRA that stock PEFT and strict servers load, without loss."""
-    result = export_adapter(adapter, output, to, load=load, command=command_line())
-    Console().print(f"{result.words} written to {output}", soft_wrap=True, markup=False, highlight=False)
+    """Write a model or an adapter for another program, and prove that it computes the same there."""
+    text = None if no_check else check
+    source_path: str | Path = Path(source) if Path(source).expanduser().exists() else source
+    result = export_to(source_path, output, to, settings=settings, load=load, check=text, command=command_line())
+    console = Console()
+    for line in (f"{result.words} written to {output}", *(f"note: {note}" for note in result.notes)):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    if result.parity is not None:
+        console.print(result.parity.words(), soft_wrap=True, markup=False, highlight=False)

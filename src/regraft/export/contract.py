@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -112,10 +111,6 @@ class Written:
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
-Importance = Mapping[str, np.ndarray]
-"""By the name of a module, the mean square of each of its input channels over a text, (in,)."""
-
-
 @dataclass(frozen=True)
 class AdapterFormat:
     """A form of an adapter alone.
@@ -146,7 +141,7 @@ class ModelFormat:
     summary: str
     holds: tuple[Holding, ...]
     refuse: Callable[[Loaded, ExportSettings], None]
-    write: Callable[[Loaded, Path, ExportSettings, Importance | None], Written]
+    write: Callable[[Loaded, Path, ExportSettings], Written]
     check: Callable[[Loaded, Path, Written, str, ExportSettings], Parity | None]
 
 

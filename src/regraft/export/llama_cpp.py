@@ -52,6 +52,7 @@ class Runtime:
         self.file = file
         self.wanted = {"file": str(file), "context": context, "threads": threads, "exact": exact}
         self.address = ""
+        self._letter: int | None = None
 
     def __enter__(self) -> Runtime:
         # With `-P` the folder of the script is not searched for modules, as ours have the names of packages.
@@ -124,6 +125,8 @@ class Runtime:
         Returns:
             Natural logarithms, (vocabulary,), float64; NaN beyond the likeliest :data:`WIDEST`.
         """
+        if self._letter is None:
+            self._letter = self.token_ids("a")[-1]
         question = {
             "prompt": list(ids),
             "n_predict": 1,
@@ -131,7 +134,10 @@ class Runtime:
             "temperature": 0.0,
             "samplers": [],
             "cache_prompt": True,
-            "return_tokens": False,
+            # The probabilities are those before this bias. Nothing is said of a token that ends the text, or of one that is a part of
+            # a character, so a plain letter is drawn.
+            "logit_bias": [[self._letter, 1000.0]],
+            "ignore_eos": True,
         }
         answer = self.ask("/completion", question)
         (step,) = answer["completion_probabilities"]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import sys
-
-import xllamacpp
+from importlib import import_module
+from typing import Any
 
 
 def main() -> None:
     """Loads the file, prints the address as one JSON line, and waits."""
+    xllamacpp: Any = import_module("xllamacpp")  # an extension without types
     wanted = json.loads(sys.argv[1])
     params = xllamacpp.CommonParams()
     params.model.path = wanted["file"]

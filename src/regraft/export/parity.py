@@ -7,11 +7,13 @@ import math
 import random
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from regraft.data.tokens import context_limit
 from regraft.errors import InputError, OutputError
 from regraft.export.contract import Parity
 
@@ -24,11 +26,12 @@ ENTRIES = 4_000_000  # probabilities that are asked for in all
 DIVERGENCE_NATS = {16: 0.02, 8: 0.05, 4: 0.5, 3: 1.0}
 CHARACTERS = 10_000
 
+# Full-width signs are meant.
 _POOLS = (
     "def f(x): return x ** 2\nfor (int i = 0; i < n; ++i) { a[i] += b[i]; }\n<div class='x'>&amp;</div> {\"key\": [1, 2.5e-3, null]}",
     "The quick brown fox didn't jump; they'll SHOUT 'HELLO' (world-wide)! We've 12345.67 times.",
     "naïve café Ärger über Łódź İstanbul façade coöperate",
-    "日本語の文章です。 中文字符测试，你好！ 한국어 문장",
+    "日本語の文章です。 中文字符测试，你好！ 한국어 문장",  # noqa: RUF001
     "Привет мир مرحبا بالعالم שלום नमस्ते สวัสดี",
     "🙂 👩‍👩‍👧 🇩🇪 ✅ ½ Ⅻ ﬁ ∑ → €",
     " \t\n\n  \r\n   \u00a0",
@@ -74,15 +77,22 @@ def refuse_other_ids(ours: Sequence[int], theirs: Sequence[int], tokenizer: PreT
     )
 
 
-def sampled(model: PreTrainedModel, text_ids: Sequence[int], positions: int) -> tuple[list[int], list[int]]:
+def sampled(model: PreTrainedModel, text_ids: Sequence[int], positions: int, context: int | None = None) -> tuple[list[int], list[int]]:
     """Returns the window of a text that is compared, and the lengths of the prompts within it.
+
+    Args:
+        model: The model.
+        text_ids: Of the text.
+        positions: How many prompts are wanted.
+        context: Tokens that the exported model promises; those of the config by default.
 
     Raises:
         InputError: The text is too short.
     """
-    limit = int(getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None) or WINDOW_TOKENS)
+    limit = context or context_limit(model.config) or WINDOW_TOKENS
     ids = list(text_ids)[: min(WINDOW_TOKENS, limit)]
-    count = max(8, min(positions, ENTRIES // model.get_input_embeddings().weight.shape[0]))  # pyright: ignore[reportArgumentType]
+    embedding: Any = model.get_input_embeddings()
+    count = max(8, min(positions, ENTRIES // embedding.weight.shape[0]))
     if len(ids) < 3:
         raise InputError(f"the text of the check has {len(ids)} tokens, fewer than 3; give a longer one")
     count = min(count, len(ids) - 1)

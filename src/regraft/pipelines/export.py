@@ -1,8 +1,8 @@
-"""Export an adapter: load it on its base, take its factors, write them in another form."""
+"""Export a model or an adapter in the form of another program."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -12,14 +12,16 @@ from transformers import PreTrainedModel
 
 from regraft.adapters.peft_backed import layers_of, merge_stock, module_names, stock_factors, trained_whole
 from regraft.atomic import atomic_folder, reserved, sha256_of
-from regraft.errors import ModelError
-from regraft.export import EXPORTERS, Exportable, Exporter
+from regraft.errors import InputError, ModelError
+from regraft.export import EXPORTERS, AdapterFormat, Exportable, ExportSettings, ModelFormat, Parity
 from regraft.models.card import model_card
 from regraft.models.classifier import classes_of, head_parameters, is_classifier, save_classifier
 from regraft.models.load import Loaded
+from regraft.models.load import load as load_model
 from regraft.models.provenance import FILE, parents_of, provenance_text, versions
 from regraft.models.save import save
 from regraft.pipelines.evaluate import base_of, is_adapter, load_adapted, load_master
+from regraft.pipelines.export_model import export_loaded
 from regraft.plans import Provenance
 from regraft.settings import LoadSettings
 from regraft.surgery.adapted import adapted_modules
@@ -37,11 +39,54 @@ class ExportResult:
         words: In a few words.
         modules: How many modules the adapter changes.
         rank: Largest rank of their changes; 0 where the adapter was merged.
+        notes: What the user should know, as sentences without a full stop.
+        parity: How a model compares in its runtime; None for an adapter, or where no comparison was made.
     """
 
     words: str
-    modules: int
-    rank: int
+    modules: int = 0
+    rank: int = 0
+    notes: tuple[str, ...] = ()
+    parity: Parity | None = None
+
+
+def export(
+    source: str | Path | Loaded,
+    output: str | Path,
+    to: str,
+    *,
+    settings: ExportSettings | None = None,
+    load: LoadSettings | None = None,
+    check: str | None = "",
+    command: str = "regraft.export",
+) -> ExportResult:
+    """Writes a model or an adapter in a form that other programs read, and compares a model in its runtime.
+
+    Args:
+        source: A model folder, hub id or GGUF file; a model in memory; or the folder of an adapter, which is folded into its base
+            where the format is one of whole models.
+        output: A folder to write.
+        to: Name of the format; ``merged`` for an adapter: the model with it folded in.
+        settings: How it is written.
+        load: How the model, or the adapter's base, is loaded.
+        check: Text of the comparison: a file, the text itself, or empty for the built-in text; None for no comparison.
+        command: How this was called, for the record.
+
+    Raises:
+        InputError: The format is not known, or cannot hold the model; the message says what can.
+        ModelError: The model, the adapter or its base is missing or damaged.
+        OutputError: The output exists or cannot be written, or the exported model computes something else.
+    """
+    form = EXPORTERS.get(to) if to != MERGED else None
+    output = Path(output)
+    if not isinstance(form, ModelFormat):
+        if isinstance(source, Loaded):
+            raise InputError(f"'{to}' is a form of adapters, not of a model in memory; give the folder of an adapter")
+        return export_adapter(source, output, to, load=load, command=command)
+    with reserved(output):
+        loaded = source if isinstance(source, Loaded) else _whole(source, load or LoadSettings())
+        done = export_loaded(loaded, output, to, form, settings or ExportSettings(), check=check, command=command)
+    return ExportResult(done.words, notes=done.notes, parity=done.parity)
 
 
 def export_adapter(
@@ -67,20 +112,20 @@ def export_adapter(
         OutputError: The output exists or cannot be written.
     """
     folder, output = Path(source), Path(output)
-    exporter = EXPORTERS.get(to) if to != MERGED else None
+    form = EXPORTERS.get(to) if to != MERGED else None
     with reserved(output):
         if not is_adapter(folder):
             raise ModelError(f"'{folder}' holds no adapter (neither adapter.json nor adapter_config.json); give the folder of one")
-        if exporter is None:
+        if not isinstance(form, AdapterFormat):
             return _merged(folder, output, load or LoadSettings(), command)
-        return _factored(folder, output, exporter, to, load or LoadSettings(), command)
+        return _factored(folder, output, form, to, load or LoadSettings(), command)
 
 
-def _factored(folder: Path, output: Path, exporter: Exporter, to: str, settings: LoadSettings, command: str) -> ExportResult:
+def _factored(folder: Path, output: Path, form: AdapterFormat, to: str, settings: LoadSettings, command: str) -> ExportResult:
     """Takes an adapter apart and writes its factors."""
     loaded, adapter = _exportable(folder, settings)
     with atomic_folder(output) as partial:
-        words = exporter(adapter, partial)
+        words = form.write(adapter, partial)
         provenance = Provenance(
             command=command,
             source=str(folder),
@@ -98,13 +143,8 @@ def _factored(folder: Path, output: Path, exporter: Exporter, to: str, settings:
 
 def _merged(folder: Path, output: Path, settings: LoadSettings, command: str) -> ExportResult:
     """Folds an adapter into its base and saves a model folder."""
-    if is_master(folder):
-        loaded, injected = load_master(folder, settings)
-        count, model = len(adapted_modules(loaded.model)), merge(injected)
-    else:
-        loaded = load_adapted(folder, settings)
-        adapted = cast(PeftModel, loaded.model)
-        count, model = sum(1 for _ in layers_of(adapted)), merge_stock(adapted)
+    loaded, count = _folded(folder, settings)
+    model = loaded.model
     provenance = Provenance(
         command=command,
         source=str(folder),
@@ -117,6 +157,25 @@ def _merged(folder: Path, output: Path, settings: LoadSettings, command: str) ->
     keep = save_classifier if is_classifier(model) else save
     keep(model, loaded.tokenizer, output, provenance, model_card(provenance))
     return ExportResult("the model with the adapter in its weights", count, 0)
+
+
+def _whole(source: str | Path, settings: LoadSettings) -> Loaded:
+    """Loads a model, or an adapter folded into its base."""
+    if is_adapter(Path(source)):
+        return _folded(Path(source), settings)[0]
+    return load_model(source, settings)
+
+
+def _folded(folder: Path, settings: LoadSettings) -> tuple[Loaded, int]:
+    """Returns the base of an adapter with the adapter in its weights, and how many modules that changed."""
+    if is_master(folder):
+        loaded, injected = load_master(folder, settings)
+        count = len(adapted_modules(loaded.model))
+        return replace(loaded, model=merge(injected)), count
+    loaded = load_adapted(folder, settings)
+    adapted = cast(PeftModel, loaded.model)
+    count = sum(1 for _ in layers_of(adapted))
+    return replace(loaded, model=merge_stock(adapted)), count
 
 
 def _exportable(folder: Path, settings: LoadSettings) -> tuple[Loaded, Exportable]:

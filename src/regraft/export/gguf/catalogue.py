@@ -104,5 +104,5 @@ def choose(source: Source, wanted: str = "") -> Architecture:
             return entry
         reasons.append(f"{entry.name}: {reason or 'taken only when asked for by name'}")
     raise InputError(
-        f"no GGUF architecture holds this {source.kind} ({'; '.join(reasons)}); export --to hf, or --to hf-uniform and that folder --to gguf"
+        f"no GGUF architecture holds this {source.kind} ({'; '.join(reasons)}); export --to hf, or --to hf-uniform and then that --to gguf"
     )

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from regraft.export.contract import Holding, Importance, ModelFormat, Parity, Written
+from regraft.export.contract import Holding, ModelFormat, Parity, Written
 from regraft.export.gguf.catalogue import ARCHITECTURES, choose
-from regraft.export.gguf.numbers import FLOATS, SCHEMES, Scheme, scheme_named
+from regraft.export.gguf.importance import channel_energy
+from regraft.export.gguf.numbers import FLOATS, K_TYPES, SCHEMES, Scheme, require_gguf, scheme_named
 from regraft.export.gguf.source import source_of
 from regraft.export.gguf.vocabulary import Vocabulary, vocabulary_of
 from regraft.export.gguf.write import write_file
@@ -37,24 +38,30 @@ def refuse(loaded: Loaded, settings: ExportSettings) -> None:
         MissingDependencyError: gguf-py is not installed.
     """
     scheme_of(loaded, settings)
+    require_gguf()
     source = source_of(loaded.model)
     choose(source, settings.architecture)
     _vocabulary(loaded, source.vocabulary)
 
 
-def write(loaded: Loaded, folder: Path, settings: ExportSettings, importance: Importance | None = None) -> Written:
+def write(loaded: Loaded, folder: Path, settings: ExportSettings) -> Written:
     """Writes ``model.gguf``."""
     source, scheme = source_of(loaded.model), scheme_of(loaded, settings)
     architecture = choose(source, settings.architecture)
     layout = architecture.lay_out(source)
+    importance = channel_energy(loaded, settings.importance) if scheme.usual in K_TYPES else None
     about = {"type": "model", "name": Path(loaded.source).name, "quantized_by": "regraft"}
     if not scheme.is_quantized:
         about.pop("quantized_by")
     notes = write_file(folder / FILE, layout, _vocabulary(loaded, source.vocabulary), scheme, about, importance)
     size = (folder / FILE).stat().st_size
     words = f"GGUF of architecture '{layout.architecture}' in {scheme.name}, {size / 1e6:.1f} MB"
-    weighed = scheme.is_quantized and importance is not None
-    return Written(words, folder / FILE, (*layout.notes, *notes), {"architecture": layout.architecture, "importance": weighed})
+    return Written(
+        words,
+        folder / FILE,
+        (*layout.notes, *notes),
+        {"architecture": layout.architecture, "context": layout.context, "weighed": importance is not None},
+    )
 
 
 def check(loaded: Loaded, folder: Path, written: Written, text: str, settings: ExportSettings) -> Parity:
@@ -67,18 +74,19 @@ def check(loaded: Loaded, folder: Path, written: Written, text: str, settings: E
     tokenizer, scheme = loaded.tokenizer, scheme_of(loaded, settings)
     assert tokenizer is not None
     vocabulary = _vocabulary(loaded, 0)
-    ids, lengths = sampled(loaded.model, tokenizer(text).input_ids, settings.check_positions)
+    text_ids = tokenizer(text, verbose=False).input_ids
+    ids, lengths = sampled(loaded.model, text_ids, settings.check_positions, written.facts["context"])
     ours = our_log_probabilities(loaded.model, ids, lengths)
-    with Runtime(written.file, context=max(64, len(ids) + 8), exact=True) as runtime:
+    with Runtime(written.file, context=len(ids) + 8, exact=True) as runtime:
         mixed = mixed_text([token for token in tokenizer.all_special_tokens if token], form=vocabulary.normal_form)
-        refuse_other_ids(tokenizer(mixed).input_ids, runtime.token_ids(mixed), tokenizer, RUNTIME)
+        refuse_other_ids(tokenizer(mixed, verbose=False).input_ids, runtime.token_ids(mixed), tokenizer, RUNTIME)
         theirs = torch.stack([runtime.log_probabilities(ids[:length], ours.shape[-1]) for length in lengths])
     parity = compare(ours, theirs, [ids[length] for length in lengths], RUNTIME, len(mixed))
     return refuse_difference(parity, _bits(scheme))
 
 
 def _bits(scheme: Scheme) -> float:
-    if scheme.usual in FLOATS.values():
+    if scheme.usual in FLOATS:
         return 32.0 if scheme.is_exact else 16.0
     return float(scheme.name[1])
 

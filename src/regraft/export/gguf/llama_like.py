@@ -121,8 +121,10 @@ def _sizes(kind: Gated, source: Source) -> Metadata:
     """Returns head counts and widths: of the model where all layers are alike, else of each layer."""
     shown = [_shown(source, index) for index in range(len(source.sizes))]
     names = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
-    columns = dict(zip(names, (list(column) for column in zip(*shown, strict=True)), strict=True))
-    return columns if kind.per_layer else {name: column[0] for name, column in columns.items()}
+    found: Metadata = {}
+    for name, column in zip(names, zip(*shown, strict=True), strict=True):
+        found[name] = list(column) if kind.per_layer else column[0]
+    return found
 
 
 def _shown(source: Source, index: int) -> tuple[int, int, int]:
@@ -151,7 +153,7 @@ def _layer(kind: Gated, source: Source, index: int, scale: float) -> list[Entry]
     }
     present = {"attn": query_heads > 0, "ffn": ffn > 0}
     entries: list[Entry] = []
-    for module, stem in (kind.norms | HEAD_NORMS).items():
+    for module, stem in {**kind.norms, **HEAD_NORMS}.items():
         name = f"{source.family.layers}.{index}.{module}"
         if f"{name}.weight" in source.names:
             factor = scale if module == "self_attn.q_norm" else 1.0

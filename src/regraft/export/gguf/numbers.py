@@ -14,6 +14,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -195,7 +196,7 @@ def _quantized(rows: np.ndarray, kind: Stored, importance: np.ndarray | None) ->
 
 
 @cache
-def _quantizer() -> ctypes._CFuncPtr:  # pyright: ignore[reportPrivateUsage]
+def _quantizer() -> Any:
     spec = find_spec("xllamacpp.xllamacpp") if find_spec("xllamacpp") is not None else None
     if spec is None or spec.origin is None:
         raise MissingDependencyError("xllamacpp", "gguf")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from regraft.export.contract import Importance
+from regraft.export.gguf.importance import Importance
 from regraft.export.gguf.numbers import QUANTIZATION_VERSION, Scheme, bytes_of, encode, require_gguf, type_of
 from regraft.export.gguf.source import Layout
 from regraft.export.gguf.vocabulary import Vocabulary
@@ -65,8 +65,8 @@ def write_file(
     if coarse:
         block = scheme.usual.block
         return (
-            f"{len(coarse)} matrices, such as '{coarse[0]}', have rows that do not divide into blocks of {block}, and are stored finer than "
-            f"{scheme.name}; prune with --align {block} to avoid it",
+            f"{len(coarse)} matrices, such as '{coarse[0]}', have rows that do not divide into blocks of {block}, and are stored finer "
+            f"than {scheme.name}; prune with --align {block} to avoid it where it comes from pruning",
         )
     return ()
 

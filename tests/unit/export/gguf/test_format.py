@@ -1,0 +1,141 @@
+"""GGUF files compute in llama.cpp what the model computes here; what is wrong is refused, and nothing stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gguf_toys import as_loaded, byte_level_tokenizer, spaced_tokenizer, toy, uneven
+from regraft.errors import InputError, OutputError
+from regraft.export import EXPORTERS, ExportSettings
+from regraft.export.contract import ModelFormat
+from regraft.pipelines.export import export
+
+pytest.importorskip("xllamacpp")
+gguf = pytest.importorskip("gguf")
+
+TEXT = "the king and the other thing in the morning: def f(x): return x  # and on it went, is it? " * 3
+FEW = ExportSettings(check_positions=10)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+EXACT: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama, untied": ("llama", {"tie_word_embeddings": False}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama 3 frequencies": ("llama", {"rope_parameters": LLAMA3}),
+    "llama, linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}}),
+    "mistral": ("mistral", {"sliding_window": None, "num_attention_heads": 6, "num_key_value_heads": 3}),
+    "mistral, window": ("mistral", {"sliding_window": 64}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+}
+
+
+def architecture_of(file: Path) -> str:
+    return gguf.GGUFReader(file).fields["general.architecture"].contents()
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_uniform_model_computes_the_same_in_llama_cpp(tmp_path: Path, name: str) -> None:
+    family, config = EXACT[name]
+    done = export(as_loaded(toy(family, **config)), tmp_path / "out", "gguf", settings=FEW, check=TEXT)
+    assert done.parity is not None
+    assert done.parity.largest < 2e-3
+    assert done.parity.agreement == 1.0
+    assert done.parity.characters == 10_000
+
+
+UNEVEN = {
+    "widths": {"layer1": (4, 2, 64), "layer2": (4, 2, 32)},
+    "heads": {"layer1": (2, 1, 96), "layer3": (2, 2, 40)},
+    "no attention": {"layer2": (0, 0, 96)},
+    "no attention in layer 0": {"layer0": (0, 0, 96)},
+    "no feed-forward network": {"layer1": (4, 2, 0)},
+    "nothing left of a layer": {"layer2": (0, 0, 0)},
+    "nothing left of layer 0": {"layer0": (0, 0, 0)},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", UNEVEN)
+def test_an_uneven_model_is_written_as_deci(tmp_path: Path, name: str, family: str) -> None:
+    model = uneven(toy(family), **UNEVEN[name])
+    done = export(as_loaded(model), tmp_path / "out", "gguf", settings=FEW, check=TEXT)
+    assert done.parity is not None
+    assert done.parity.largest < 2e-3
+    assert architecture_of(tmp_path / "out" / "model.gguf") == "deci"
+
+
+def test_a_tokenizer_of_the_sentencepiece_kind(tmp_path: Path) -> None:
+    done = export(as_loaded(toy("llama"), spaced_tokenizer()), tmp_path / "out", "gguf", settings=FEW, check=TEXT)
+    assert done.parity is not None
+    assert done.parity.characters == 10_000
+
+
+@pytest.mark.parametrize(("quantize", "largest"), [("F16", 0.02), ("BF16", 0.02), ("Q8_0", 0.05), ("Q4_K_M", 0.5)])
+def test_quantized_files_stay_close(tmp_path: Path, quantize: str, largest: float) -> None:
+    settings = ExportSettings(quantize=quantize, check_positions=10)
+    done = export(as_loaded(toy("llama", scale=0.05, hidden_size=256)), tmp_path / "out", "gguf", settings=settings, check=TEXT)
+    assert done.parity is not None
+    assert done.parity.divergence < largest
+
+
+def test_a_wrong_tensor_is_noticed_and_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regraft.export.gguf.llama_like.paired", lambda tensor, heads: tensor)
+    with pytest.raises(OutputError, match="not the same"):
+        export(as_loaded(toy("llama")), tmp_path / "out", "gguf", settings=FEW, check=TEXT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_merge_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = EXPORTERS.get("gguf")
+    assert isinstance(form, ModelFormat)
+    loaded = as_loaded(toy("llama"))
+    written = form.write(loaded, tmp_path, FEW)
+    other = as_loaded(loaded.model, byte_level_tokenizer())
+    other.tokenizer.backend_tokenizer.pre_tokenizer = spaced_tokenizer().backend_tokenizer.pre_tokenizer or None  # type: ignore[union-attr]
+    with pytest.raises((OutputError, InputError)):
+        form.check(other, tmp_path, written, TEXT, FEW)
+
+
+def test_the_file_holds_names_and_template(tmp_path: Path) -> None:
+    template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    export(as_loaded(toy("qwen3"), byte_level_tokenizer(template)), tmp_path / "out", "gguf", settings=FEW, check=None)
+    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == template
+    assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+    assert fields["qwen3.attention.key_length"].contents() == 16
+    assert len(fields["tokenizer.ggml.tokens"].contents()) == 320
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "words"),
+    [
+        (lambda: uneven(toy("qwen3"), layer1=(2, 1, 96)), {}, "hf-uniform"),
+        (lambda: toy("llama"), {"quantize": "Q9"}, "Q4_K_M"),
+        (lambda: toy("llama"), {"architecture": "qwen2"}, "deci"),
+        (lambda: toy("opt", ffn_dim=96, word_embed_proj_dim=64), {}, "export --to hf"),
+    ],
+)
+def test_what_no_file_can_hold_is_refused(tmp_path: Path, model: Any, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        export(as_loaded(model()), tmp_path / "out", "gguf", settings=ExportSettings(**settings), check=None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_is_refused(tmp_path: Path) -> None:
+    model = toy("llama")
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[3] = torch.nan
+    with pytest.raises(InputError, match="NaN"):
+        export(as_loaded(model), tmp_path / "out", "gguf", settings=FEW, check=None)
