@@ -1,4 +1,4 @@
-"""A LoRA rank for each layer, under one hard budget of trainable parameters."""
+"""Allocation of LoRA ranks to layers, under one hard budget of trainable parameters."""
 
 from regraft.allocation import adalora, bayes, eva, gradient, perceptron, proportional, uniform
 from regraft.allocation.confirm import confirm

@@ -1,4 +1,4 @@
-"""AdaLoRA (arXiv 2303.10512): ranks by the importance of the singular triplets of adapters that were trained for a while."""
+"""AdaLoRA (arXiv 2303.10512): ranks by the importance of singular triplets after a short training."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from regraft.plans import RankSpace
 
 
 def adalora(space: RankSpace) -> Ranks:
-    """Returns the vector that keeps the most important triplets under the budget (equations 8 to 10 there).
+    """Returns the rank vector that keeps the most important triplets under the budget (equations 8 to 10 of the paper).
 
-    AdaLoRA keeps the triplets with the largest sensitivity of all modules until a sum of ranks is spent. Here the sum of the same
-    importance is maximised under trainable parameters, among the choices.
+    AdaLoRA keeps the most important triplets of all modules up to a given sum of ranks. Here the sum of the same importance is
+    maximised, over the allowed ranks, under a limit on trainable parameters.
 
     Raises:
-        PlanError: The curve ``adalora`` is not known: the importance of the triplets, largest first, summed over triplets and modules.
+        PlanError: The slots lack the curve ``adalora``: the importance of the triplets, largest first, summed over triplets and modules.
     """
     return fill(space, curve(space, ADALORA))
 

@@ -1,7 +1,7 @@
-"""Bayesian optimisation of the ranks by Optuna: its Gaussian process and its tree of Parzen estimators, under our budget.
+"""Bayesian optimisation of the ranks by Optuna's Gaussian-process and tree-of-Parzen-estimators samplers, under the budget.
 
-The samplers know no hard budget of this kind: what they ask for is moved to the nearest vector of the space, which is what they are told
-of afterwards. They see the gain over uniform at the longest recovery of each vector; fidelities and elastic scores are nothing to them.
+The samplers know no hard budget. A vector that they suggest is moved to the nearest vector of the space, and its loss is reported to
+them under the moved vector. They see the gain over uniform at the longest recovery of each vector, but no fidelities or elastic scores.
 """
 
 # Optuna is only partly typed: what it leaves unknown is not ours to mend.
@@ -26,7 +26,7 @@ from regraft.allocation.uniform import uniform
 from regraft.plans import RankSpace, RankTrial
 
 _STARTUP = 8
-_ATTEMPTS = 8  # asks for one proposal before a vector at random is taken: the sampler likes what is measured already
+_ATTEMPTS = 8  # suggestions tried before a random vector is taken, because the sampler often repeats measured vectors
 
 
 @final
@@ -36,8 +36,8 @@ class Bayes:
 
     Attributes:
         sampler: ``gp`` or ``tpe``.
-        name: As on the command line.
-        learns_from_scores: As the contract says.
+        name: Name of the method on the command line.
+        learns_from_scores: False: the samplers use no elastic scores.
     """
 
     sampler: Literal["gp", "tpe"]
@@ -45,7 +45,7 @@ class Bayes:
     learns_from_scores: bool = False
 
     def starting_from(self, prior: Prior) -> Learner:
-        """Refuses: Optuna's samplers begin with nothing."""
+        """Refuses every prior, because Optuna's samplers do not take one."""
         refuse_prior(self.name)
 
     def propose(
@@ -56,7 +56,7 @@ class Bayes:
         generator: np.random.Generator,
         pending: Sequence[Ranks] = (),
     ) -> tuple[Proposal, ...]:
-        """Returns uniform first, seven vectors at random, then what the sampler asks for."""
+        """Returns the uniform vector first, then seven random vectors, then suggestions of the sampler."""
         gains = paired_gains(space, history)
         taken = {trial.ranks for trial in history if trial.kind == "recovery"} | set(pending)
         proposals = [] if uniform(space) in taken else [Proposal(uniform(space), "uniform")]
@@ -71,13 +71,13 @@ class Bayes:
         return tuple(proposals[:count])
 
     def predict(self, space: RankSpace, history: Sequence[RankTrial], ranks: Sequence[Ranks]) -> Prediction:
-        """Returns the measured gains; of what was not measured, the least of them: the samplers have no say on that."""
+        """Returns the measured gains. A vector without a measurement gets the least of them, because the samplers predict none."""
         gains = paired_gains(space, history)
         least = min(gains.values(), default=0.0)
         return Prediction(np.array([gains.get(vector, least) for vector in ranks]), np.zeros(len(ranks)))
 
     def assess(self, space: RankSpace, history: Sequence[RankTrial]) -> None:
-        """Has no performance model that could be asked."""
+        """Returns None, because the samplers expose no performance model."""
 
     def _study(self, space: RankSpace, gains: dict[Ranks, float], seed: int) -> optuna.Study:
         sampler: BaseSampler
@@ -86,7 +86,7 @@ class Bayes:
         else:
             sampler = TPESampler(seed=seed, n_startup_trials=0)
         verbosity = optuna.logging.get_verbosity()
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # a study that lives for one call is no news
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # the study exists only during this call, so no message is needed
         try:
             study = optuna.create_study(direction="maximize", sampler=sampler)
         finally:
@@ -97,7 +97,7 @@ class Bayes:
 
 
 def _asked(study: optuna.Study, space: RankSpace, taken: set[Ranks]) -> Ranks | None:
-    """Returns a vector that the sampler asks for and that is not taken; None after a few attempts."""
+    """Returns a vector that the sampler suggests and that is not taken, or None after a few attempts."""
     for _ in range(_ATTEMPTS):
         trial = study.ask(_distributions(space))
         ranks = nearest(space, [space.choices[trial.params[slot.name]] for slot in space.slots])
@@ -107,7 +107,7 @@ def _asked(study: optuna.Study, space: RankSpace, taken: set[Ranks]) -> Ranks | 
 
 
 def _distributions(space: RankSpace) -> dict[str, BaseDistribution]:
-    """Returns one parameter for each slot: the place of its rank among the choices."""
+    """Returns one parameter for each slot: the index of its rank among the choices."""
     return {slot.name: IntDistribution(0, sum(rank <= slot.limit for rank in space.choices) - 1) for slot in space.slots}
 
 

@@ -1,16 +1,17 @@
-r"""The performance model: a concave gain for every slot, their sum, and a correction, with uncertainty at every rank vector.
+r"""The performance model: the sum of a concave gain for every slot, plus a correction, with an uncertainty for every rank vector.
 
 .. math::
     \text{gain}(r) &= \sum_l e^{\eta_l}\,\bigl[h(r_l; \rho_l) - h(u; \rho_l)\bigr] + c(r) \\
     \eta_l &= \mu - \log L + \beta^\top x_l + a_l, \quad a_l \sim N(0, \tau^2) \\
     \log \rho_l &= \lambda + b_l, \quad b_l \sim N(0, \omega^2)
 
-The gain is in nats below the loss of the uniform vector u after a full recovery. h is r / (r + rho), shifted and scaled to run from 0
-at the smallest choice to 1 at the largest: it rises and is concave whatever rho, so that every step up helps, each less than the one
-before. x_l are the slot's standardised features; c is a Gaussian process over rank vectors for all that does not add up.
+The gain, in nats, is the loss of the uniform vector u minus that of r after a full recovery. h is r / (r + rho), shifted and scaled to
+run from 0 at the smallest choice to 1 at the largest. It rises and is concave for every rho: each step up helps, by less than the step
+before. x_l are the slot's standardised features. c is a Gaussian process over rank vectors, for the part of the gain that is not a sum
+over slots.
 
-This departs from arXiv 2406.15734, whose performance model is a network of the ranks alone (:mod:`regraft.allocation.perceptron`).
-How it is fitted to trials is in :mod:`regraft.allocation.fitting`.
+This departs from arXiv 2406.15734, whose performance model is a network on the ranks alone (:mod:`regraft.allocation.perceptron`).
+:mod:`regraft.allocation.fitting` fits the model to trials.
 """
 
 from __future__ import annotations
@@ -29,34 +30,34 @@ from regraft.plans import RankSpace
 
 Array = NDArray[np.float64]
 
-HALF_RANK_SPREAD = 0.6  # omega: slots saturate at the same rank within a factor of two
-CORRECTION = 0.2  # standard deviation of the correction, as a share of that of the sum
+HALF_RANK_SPREAD = 0.6  # omega: the half-ranks of the slots differ by about a factor of two
+CORRECTION = 0.2  # standard deviation of the correction, as a share of that of the sum of gains
 
 
 @dataclass(frozen=True, eq=False)
 class Design:
-    """What the model knows of a space before any trial: features, prior and places of parameters.
+    """The performance model of a space before any trial: features, prior and layout of the parameters.
 
-    The parameters are one vector: the four of ``BASE_NAMES``, the coefficients, then a_l and b_l of every slot.
+    The parameters are one vector: the four of ``BASE_NAMES``, the coefficients, then all a_l and all b_l.
     """
 
     space: RankSpace
     features: Array  # (L, F)
-    mean: Array  # (P,) of the prior
-    shared_covariance: Array  # (G, G)
+    mean: Array  # (P,) prior mean
+    shared_covariance: Array  # (G, G) prior covariance of the shared parameters
 
     @property
     def shared(self) -> int:
-        """How many parameters all slots share."""
+        """Number of parameters that all slots share."""
         return len(self.shared_covariance)
 
     @property
     def slots(self) -> int:
-        """How many slots there are."""
+        """Number of slots."""
         return len(self.features)
 
     def times_covariance(self, jacobian: Array, spread: float) -> Array:
-        """Returns (N, P) a Jacobian times the prior covariance of the parameters."""
+        """Returns the product of a Jacobian and the prior covariance of the parameters, (N, P)."""
         shared, slots = self.shared, self.slots
         return np.concatenate(
             [
@@ -68,7 +69,7 @@ class Design:
         )
 
     def tables(self, parameters: Array) -> tuple[Array, Array]:
-        """Returns (L, C) gains of every choice over the uniform rank, and (L, C) their derivatives by the log half-rank."""
+        """Returns the gain of every choice over the uniform rank, (L, C), and its derivative by the log half-rank, (L, C)."""
         shared, slots = self.shared, self.slots
         log_gain = parameters[0] - np.log(slots) + self.features @ parameters[len(BASE_NAMES) : shared]
         amplitude = np.exp(np.clip(log_gain + parameters[shared : shared + slots], -30.0, 10.0))[:, None]
@@ -82,7 +83,7 @@ class Design:
         return amplitude * (share - share[:, uniform : uniform + 1]), amplitude * (slope - slope[:, uniform : uniform + 1])
 
     def gains(self, parameters: Array, choices: NDArray[np.int64]) -> tuple[Array, Array]:
-        """Returns (N, L) the gain of every slot of N vectors, and (N, P) the Jacobian of their sums."""
+        """Returns the gain of every slot of N vectors, (N, L), and the Jacobian of the sums over slots, (N, P)."""
         table, slope = self.tables(parameters)
         slots = np.arange(self.slots)
         gains, slopes = table[slots, choices], slope[slots, choices]
@@ -93,20 +94,20 @@ class Design:
 
 @dataclass(frozen=True, eq=False)
 class Posterior:
-    """What is known of every rank vector after N trials.
+    """Posterior over the gains of all rank vectors after N trials.
 
     Attributes:
         design: The model and its prior.
-        parameters: (P,) the most probable ones.
+        parameters: (P,) the most probable parameters.
         noise_nats: Standard deviation of one recovery.
-        spread: tau, of the log amplitudes that the features leave.
+        spread: tau, the spread of the log amplitudes that the features do not explain.
         correction_nats: Standard deviation of the correction.
-        choices: (N, L) the trials' vectors.
+        choices: (N, L) the vectors of the trials, as indices of the choices.
         jacobian: (N, P) derivatives of the trials' expected losses.
-        scales: (N,) what share of a gain shows in the trial's loss.
+        scales: (N,) the share of a gain that shows in each trial's loss.
         whitening: (N, N) inverse of the Cholesky factor of the trials' covariance.
-        rest: (N, N) Cholesky factor of the part of it that the parameters do not explain.
-        weights: (N,) the inverse covariance times the linearised losses.
+        rest: (N, N) Cholesky factor of the part of that covariance that the parameters do not explain.
+        weights: (N,) the product of the inverse covariance and the linearised losses.
     """
 
     design: Design
@@ -122,7 +123,7 @@ class Posterior:
     weights: Array
 
     def table(self) -> Array:
-        """Returns (L, C) the most probable gain of every choice over the uniform rank, without the correction."""
+        """Returns the most probable gain of every choice over the uniform rank, (L, C), without the correction."""
         return self.design.tables(self.parameters)[0]
 
     def moments(self, ranks: Sequence[Ranks]) -> tuple[Array, Array]:
@@ -143,13 +144,13 @@ class Posterior:
         return self.parameters[:count], self.design.shared_covariance - explained.T @ explained
 
     def scale(self, fidelity: Array) -> Array:
-        """Returns (M,) what share of a gain shows after real recoveries of M fidelities."""
+        """Returns the share of a gain that shows after real recoveries of M fidelities, (M,)."""
         return np.exp(self.parameters[2] * np.log(fidelity))
 
     def draw_tables(self, generator: np.random.Generator, count: int) -> list[Array]:
-        """Returns draws of the (L, C) gains of every choice from the posterior, without the correction.
+        """Returns draws from the posterior of the gains of every choice, each (L, C), without the correction.
 
-        By Matheron's rule: a draw from the prior, moved by what the trials say of the difference.
+        A draw follows Matheron's rule: a draw from the prior, corrected by the residuals of the trials.
         """
         design = self.design
         shared = np.linalg.cholesky(design.shared_covariance + 1e-12 * np.eye(design.shared))
@@ -175,9 +176,9 @@ def design_of(space: RankSpace, prior: Prior) -> Design:
 
 
 def correction_kernel(space: RankSpace, left: NDArray[np.int64], right: NDArray[np.int64]) -> Array:
-    """Returns (M, N) the covariance of the correction at two sets of vectors, in units of its variance at random vectors.
+    """Returns the covariance of the correction between two sets of vectors, (M, N), in units of its variance at random vectors.
 
-    A squared exponential of the mean squared difference of the ranks, pinned to zero at the uniform vector.
+    It is a squared exponential in the mean squared difference of the ranks, conditioned on zero correction at the uniform vector.
     """
     places = np.linspace(-1.0, 1.0, len(space.choices))
     uniform = np.full((1, len(space.slots)), places[space.choices.index(space.uniform)])

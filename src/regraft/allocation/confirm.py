@@ -1,4 +1,4 @@
-"""Whether a rank vector really beats the uniform one: paired comparisons on seeds that the search has not seen."""
+"""Confirmation that a rank vector beats the uniform one: paired comparisons on seeds that the search did not use."""
 
 # SciPy and safetensors carry few types: what they leave unknown is not ours to mend.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -20,22 +20,22 @@ from regraft.plans import Confirmation, Finalist, RankSpace, RankTrial
 def confirm(space: RankSpace, finalists: Sequence[Ranks], trials: Sequence[RankTrial], confidence: float = 0.95) -> Confirmation:
     """Decides between the finalists of a search and the uniform vector.
 
-    Uniform is kept unless the two-sided interval of a finalist's gains excludes no gain. A search picks the best of many noisy
-    measurements, so that its own measurements of the winner flatter it; that is why the seeds have to be fresh.
+    Uniform is kept unless the two-sided interval of a finalist's mean gain lies above zero. A search picks the best of many noisy
+    measurements, so that its own measurements overestimate the winner; therefore the seeds must be fresh.
 
-    The seeds are the blocks of a randomised block design: a loss is what its seed and its vector bring, plus noise of one size. All
-    vectors together tell that size, with (seeds - 1) x finalists degrees of freedom; with one finalist this is Student's paired
-    interval. Several finalists share the error (Bonferroni), so that all intervals hold together with the confidence.
+    The seeds are the blocks of a randomised block design: a loss is the sum of an effect of its seed, an effect of its vector, and noise
+    of one variance. That variance is estimated from all vectors, with (seeds - 1) x finalists degrees of freedom. With one finalist this
+    is Student's paired interval. With several, a Bonferroni correction makes all intervals hold jointly.
 
     Args:
-        space: Of the search.
-        finalists: What the search found, and what else may be used.
-        trials: Recoveries of the finalists and of uniform on fresh seeds. A seed where uniform failed does not count; a finalist that
-            failed on any other is out, since ranks that may diverge are not to be used.
-        confidence: Of all intervals together.
+        space: Space of the search.
+        finalists: The vector that the search found, and other candidates.
+        trials: Recoveries of the finalists and of uniform on fresh seeds. A seed on which uniform failed is ignored. A finalist that
+            failed on any other seed is excluded, because its recovery may diverge.
+        confidence: Joint confidence of all intervals.
 
     Raises:
-        InputError: Fewer than two seeds have uniform and a finalist.
+        InputError: Uniform was recovered on fewer than two seeds, or no finalist on all of these.
     """
     uniform = space.uniform_ranks
     wanted = [ranks for ranks in dict.fromkeys(finalists) if ranks != uniform]
@@ -61,7 +61,7 @@ def confirm(space: RankSpace, finalists: Sequence[Ranks], trials: Sequence[RankT
 
 
 def _half_width(table: NDArray[np.float64], confidence: float) -> float:
-    """Returns half the width of the intervals of the differences to the first column of losses, (seeds, vectors)."""
+    """Returns the half-width of the intervals for differences from the first column of a table of losses, (seeds, vectors)."""
     seeds, vectors = table.shape
     noise = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
     freedom = (seeds - 1) * (vectors - 1)

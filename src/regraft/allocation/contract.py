@@ -1,8 +1,8 @@
-"""The contract of an allocator: a space of rank vectors, and what was measured so far, to the next vectors worth measuring.
+"""The contract of an allocator: from a space of rank vectors and the trials so far to the next vectors to measure.
 
-Everything here is a pure function of values. Who measures (:mod:`regraft.training`), who keeps the trials on disk
-(:mod:`regraft.search`) and when a vector is measured again for longer (:mod:`regraft.allocation.schedule`) is decided elsewhere; a
-search that was killed goes on from its trials alone.
+Everything here is a pure function of values. Other packages measure (:mod:`regraft.paired`) and store the trials
+(:mod:`regraft.search`), and :mod:`regraft.allocation.schedule` decides when a vector is measured again for longer. A killed search
+can therefore resume from its trials alone.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from regraft.plans import CrossValidation, RankSpace, RankTrial
 from regraft.registry import Registry
 
 Ranks = tuple[int, ...]
-"""One rank for each slot of a space."""
+"""A rank vector: one rank for each slot of a space."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A rank vector that is worth measuring.
+    """A rank vector to measure.
 
     Attributes:
-        ranks: One for each slot.
-        origin: Why, in a word or two: ``uniform``, ``gradient``, ``expected improvement``.
+        ranks: One rank for each slot.
+        origin: Reason for the proposal: ``uniform``, ``gradient``, ``expected improvement`` or similar.
     """
 
     ranks: Ranks
@@ -38,11 +38,11 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What an allocator expects of rank vectors after a full recovery, against the uniform vector.
+    """Predicted gains of N rank vectors over the uniform vector, after a full recovery.
 
     Attributes:
-        gain_nats: (N,) float64: held-out loss of uniform minus that of the vector; larger is better, 0 for uniform itself.
-        deviation_nats: (N,) float64: standard deviation of each.
+        gain_nats: (N,) float64: held-out loss of uniform minus that of the vector; larger is better, and uniform itself has 0.
+        deviation_nats: (N,) float64: standard deviation of each gain.
     """
 
     gain_nats: NDArray[np.float64]
@@ -52,11 +52,11 @@ class Prediction:
 @final
 @dataclass(frozen=True)
 class ClosedForm:
-    """An allocator that decides from the space alone and measures nothing.
+    """An allocator that decides from the space alone, without measurements.
 
     Attributes:
-        name: As on the command line.
-        allocate: The space to its one vector; raises PlanError where the slots lack the features that it needs.
+        name: Name of the method on the command line.
+        allocate: Function from a space to its rank vector; it raises PlanError when the slots lack features that it needs.
     """
 
     name: str
@@ -66,25 +66,25 @@ class ClosedForm:
 class Learner(Protocol):
     """An allocator that learns from trials.
 
-    It keeps nothing between calls: the same arguments and the same state of the generator give the same answer. Trials of all
-    levels (kind, fidelity, seed) may be in the history, and failed ones, whose vectors are not proposed again.
+    It has no state between calls: the same arguments and the same state of the generator give the same result. The history may hold
+    trials of all levels (kind, fidelity, seed), and failed trials, whose vectors are not proposed again.
     """
 
     @property
     def name(self) -> str:
-        """As on the command line."""
+        """Name of the method on the command line."""
         ...
 
     @property
     def learns_from_scores(self) -> bool:
-        """Whether elastic scores tell it anything; recoveries always do."""
+        """Whether the method uses elastic scores in addition to recoveries."""
         ...
 
     def starting_from(self, prior: Prior) -> Learner:
-        """Returns the same with what past searches taught.
+        """Returns the same learner with a prior from past searches.
 
         Raises:
-            InputError: It starts from nothing of the kind (:func:`refuse_prior`).
+            InputError: The learner takes no prior (:func:`refuse_prior`).
         """
         ...
 
@@ -96,23 +96,23 @@ class Learner(Protocol):
         generator: np.random.Generator,
         pending: Sequence[Ranks] = (),
     ) -> tuple[Proposal, ...]:
-        """Returns up to ``count`` vectors to measure next, each of the space (``space.holds``) and none measured or pending.
+        """Returns up to ``count`` vectors to measure next. Each belongs to the space (``space.holds``); none is measured or pending.
 
-        The uniform vector comes first of all. Fewer than asked for: there is nothing more to try.
+        The uniform vector is proposed first. Fewer than ``count`` vectors mean that nothing more is worth measuring.
         """
         ...
 
     def predict(self, space: RankSpace, history: Sequence[RankTrial], ranks: Sequence[Ranks]) -> Prediction:
-        """Returns what is expected of rank vectors after a full recovery, from the trials so far."""
+        """Predicts the gains of rank vectors after a full recovery, from the trials so far."""
         ...
 
     def assess(self, space: RankSpace, history: Sequence[RankTrial]) -> CrossValidation | None:
-        """Returns the cross-validated error of the performance model; None without one, or with too few trials to tell."""
+        """Returns the cross-validated error of the performance model; None without such a model, or with too few trials."""
         ...
 
 
 def refuse_prior(name: str) -> NoReturn:
-    """Refuses a prior on behalf of an allocator that has no use for one."""
+    """Refuses a prior, for allocators that take none."""
     raise InputError(f"--prior tells the method {name} nothing; leave it out, or use --method rankadaptor")
 
 

@@ -1,4 +1,4 @@
-"""EVA (arXiv 2410.07170): ranks by the variance of the layer inputs that their leading directions explain."""
+"""EVA (arXiv 2410.07170): ranks by the variance of a module's inputs along their leading directions."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from regraft.plans import RankSpace
 
 
 def eva(space: RankSpace) -> Ranks:
-    """Returns the vector whose directions explain the most variance under the budget (section 3.3 there).
+    """Returns the rank vector whose directions explain the most variance under the budget (section 3.3 of the paper).
 
-    EVA sorts the explained variance ratios of all modules together and keeps the largest until a sum of ranks is spent. Here the same
-    sum of ratios is maximised under trainable parameters, among the choices, so that a wide module pays for its width.
+    EVA sorts the explained variance ratios of all modules together and keeps the largest ones up to a given sum of ranks. Here the same
+    sum of ratios is maximised, over the allowed ranks, under a limit on trainable parameters, so that a wide module costs more.
 
     Raises:
-        PlanError: The curve ``eva`` is not known: the explained variance ratios, summed over directions and modules.
+        PlanError: The slots lack the curve ``eva``: the explained variance ratios, summed over directions and modules.
     """
     return fill(space, curve(space, EVA))
 

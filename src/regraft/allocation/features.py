@@ -1,8 +1,8 @@
-"""What is known of the slots before any recovery, by name, and how allocators read it.
+"""Features of slots: named properties that are known before any recovery, and their access by allocators.
 
-A plain feature is one number for each slot: ``share_pruned`` (of the slot's parameters), ``importance_removed`` (sum over the units that
-went). A curve is one number for each slot and rank, named ``gradient_energy@8``: what the first eight directions bring together. It
-never falls with the rank, and its unit is the measure's own.
+A plain feature is one number for each slot, such as ``share_pruned`` (the pruned share of its parameters) or ``importance_removed`` (the
+summed scores of its removed units). A curve is one number for each slot and rank, with names such as ``gradient_energy@8``: the total
+over the first eight directions. It never falls with the rank. Each curve has its own unit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def plain(space: RankSpace, name: str) -> NDArray[np.float64]:
     """Returns one feature of every slot, (L,).
 
     Raises:
-        PlanError: The slots do not have it, or it is not finite or negative.
+        PlanError: The slots lack the feature, or a value is negative or not finite.
     """
     _check(space, name)
     values = np.array([slot.features[name] for slot in space.slots])
@@ -35,10 +35,10 @@ def plain(space: RankSpace, name: str) -> NDArray[np.float64]:
 
 
 def curve(space: RankSpace, name: str) -> NDArray[np.float64]:
-    """Returns a curve of every slot at every choice, (L, C); where a slot cannot hold a choice, what its largest brings.
+    """Returns a curve of every slot at every choice, (L, C). A choice above a slot's limit has the value of the largest allowed choice.
 
     Raises:
-        PlanError: The slots do not have it, or it is not finite or negative.
+        PlanError: The slots lack the feature, or a value is negative or not finite.
     """
     values = np.stack([plain(space, f"{name}@{rank}") for rank in space.choices], axis=1)
     return np.maximum.accumulate(np.where(choice_allowed(space), values, 0.0), axis=1)
@@ -55,11 +55,11 @@ def has_curve(space: RankSpace, name: str) -> bool:
 
 
 def standardized(space: RankSpace) -> dict[str, NDArray[np.float64]]:
-    """Returns what a performance model sees of the slots: (L,) by name, each of mean 0 and standard deviation 1 over the slots.
+    """Returns the slots' inputs to a performance model: (L,) by name, each with mean 0 and standard deviation 1 over the slots.
 
-    Positive features are taken as logarithms first, for their scale is arbitrary and their range wide. A curve gives two: its value at
-    the largest choice, and under ``<name>:head`` the share of it that the smallest choice has already. A feature that is the same in
-    every slot tells nothing and becomes zeros. ``depth`` is the place of the slot's layer.
+    Positive features are replaced by their logarithms first, because their scale is arbitrary and their range wide. A curve gives two
+    inputs: its value at the largest choice and, under ``<name>:head``, the share of that value at the smallest choice. A feature that is
+    equal in every slot becomes zeros. ``depth`` is the index of the slot's layer.
     """
     found = {"depth": np.array([float(slot.layer) for slot in space.slots])}
     names = sorted(space.slots[0].features)

@@ -1,7 +1,7 @@
-"""From what a rank is worth in each slot to the best rank vector under the budget, and the moves from one vector to the next.
+"""The best rank vector under the budget for given gains of each rank in each slot, and the moves between neighbouring vectors.
 
-Nothing here enumerates rank vectors: the sum of gains is maximised by dynamic programming over the slots (a multiple-choice knapsack,
-as :mod:`regraft.selection.knapsack` is for widths).
+Rank vectors are not enumerated: the sum of gains is maximised by dynamic programming over the slots (a multiple-choice knapsack, like
+:mod:`regraft.selection.knapsack` for widths).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from regraft.allocation.contract import Ranks
 from regraft.plans import RankSpace
 
-# Costs are counted in steps of their greatest common divisor. Where that gives too fine a grid for this many entries of the table, all
-# slots together, or for the least number of steps, they are rounded up to a coarser one.
+# Costs are counted in steps of their greatest common divisor. If the table of all slots would exceed this many entries, and the number of
+# steps the least number below, costs are rounded up to a coarser grid.
 _ENTRIES = 400_000
 _LEAST_STEPS = 2048
 _ROUGH_STEPS = 512
@@ -26,18 +26,19 @@ _ROUGH_STEPS = 512
 def fill(space: RankSpace, gains: NDArray[np.float64], *, rough: bool = False) -> Ranks:
     """Returns the rank vector with the largest sum of gains under the budget.
 
-    Exact where the greatest common divisor of all costs goes into the budget few enough times (tens of thousands for ten slots). Elsewhere
-    costs are rounded up to a coarser grid, so that the budget holds, and what the rounding left is spent by upgrades and swaps.
+    The result is exact if the budget is few enough multiples of the greatest common divisor of all costs (tens of thousands for ten
+    slots). Otherwise costs are rounded up to a coarser grid, so that the budget holds, and the rest of the budget is spent by upgrades and
+    swaps.
 
     Args:
         space: The slots, choices and budget.
-        gains: (L, C) what each choice is worth in each slot, in any unit; need be neither increasing nor concave.
-        rough: On a coarse grid in any case, many times faster: for worths that are drawn at random.
+        gains: (L, C) gain of each choice in each slot, in any unit; neither monotonic nor concave gains are required.
+        rough: Whether to use a coarse grid in any case, which is many times faster; for gains that are drawn at random.
     """
     assert gains.shape == (len(space.slots), len(space.choices))
     costs = choice_costs(space)
     floor = costs[:, 0].sum()
-    extra = costs - costs[:, :1]  # every slot has the smallest rank; only what is above is up for choice
+    extra = costs - costs[:, :1]  # every slot has at least the smallest rank, so only the cost above it is distributed
     room = space.budget - int(floor)
     step = reduce(math.gcd, (int(cost) for cost in extra.flat), 0) or 1
     most = _ROUGH_STEPS if rough else max(_LEAST_STEPS, _ENTRIES // len(space.slots))
@@ -52,12 +53,12 @@ def fill(space: RankSpace, gains: NDArray[np.float64], *, rough: bool = False) -
 
 
 def _knapsack(gains: NDArray[np.float64], weights: NDArray[np.int64], capacity: int) -> list[int]:
-    """Returns the index of the choice in every slot with the largest sum of gains and a sum of weights up to ``capacity``.
+    """Returns the choice index of every slot for the largest sum of gains with a sum of weights of at most ``capacity``.
 
     Args:
-        gains: (L, C), minus infinity where a choice is not allowed; the first always is.
+        gains: (L, C), minus infinity for a choice that is not allowed; the first choice is always allowed.
         weights: (L, C) whole numbers, zero in the first column.
-        capacity: Whole number.
+        capacity: Largest sum of weights, a whole number.
     """
     best = np.zeros(capacity + 1)
     table = np.zeros((len(gains), capacity + 1), dtype=np.int16)
@@ -81,12 +82,12 @@ def _knapsack(gains: NDArray[np.float64], weights: NDArray[np.int64], capacity: 
 
 
 def improve(space: RankSpace, ranks: Ranks, gains: NDArray[np.float64]) -> Ranks:
-    """Returns a vector whose sum of gains no :func:`moves` makes larger.
+    """Applies the best of the :func:`moves` until none increases the sum of gains; returns the last vector.
 
     Args:
         space: The slots, choices and budget.
-        ranks: Where to start; of the space.
-        gains: (L, C) what each choice is worth in each slot.
+        ranks: A vector of the space to start from.
+        gains: (L, C) gain of each choice in each slot.
     """
     padded = np.concatenate([gains, np.zeros((1, len(space.choices)))])  # the last row: no slot
     least = 1e-12 * float(np.abs(gains).max(initial=0.0))
@@ -102,10 +103,10 @@ def improve(space: RankSpace, ranks: Ranks, gains: NDArray[np.float64]) -> Ranks
 
 
 def moves(space: RankSpace, ranks: Ranks) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns every affordable step of one slot to its next larger rank, alone or paid for by one slot's step down.
+    """Returns every affordable move: one slot goes to its next larger rank, and perhaps another slot one step down to pay for it.
 
     Returns:
-        (M,) the slots that go up and (M,) those that go down; -1: none does.
+        (M,) the slots that go up and (M,) the slots that go down, with -1 for none.
     """
     costs, at = choice_costs(space), choice_indices(space, ranks)
     slots = np.arange(len(at))
@@ -132,31 +133,31 @@ def moved(space: RankSpace, ranks: Ranks, up: int, down: int) -> Ranks:
 
 
 def choice_costs(space: RankSpace) -> NDArray[np.int64]:
-    """Returns (L, C) the trainable parameters of every choice in every slot."""
+    """Returns the trainable parameters of every choice in every slot, (L, C)."""
     return np.outer([slot.parameters_per_rank for slot in space.slots], space.choices)
 
 
 def choice_allowed(space: RankSpace) -> NDArray[np.bool_]:
-    """Returns (L, C) whether a slot can hold a choice; the smallest it always can."""
+    """Returns whether each choice is within each slot's limit, (L, C); the smallest choice always is."""
     return np.array(space.choices)[None, :] <= np.array([slot.limit for slot in space.slots])[:, None]
 
 
 def choice_indices(space: RankSpace, ranks: Ranks) -> NDArray[np.int64]:
-    """Returns (L,) the place of every rank among the choices."""
+    """Returns the index of every rank among the choices, (L,)."""
     return np.searchsorted(space.choices, ranks)
 
 
 def nearest(space: RankSpace, wanted: Sequence[float]) -> Ranks:
-    """Returns the vector under the budget whose ranks are nearest to the wanted ones, by the sum of squares of the differences."""
+    """Returns the vector under the budget with the least sum of squared differences from the wanted ranks."""
     difference = np.array(space.choices, dtype=float)[None, :] - np.array(wanted, dtype=float)[:, None]
     return fill(space, -(difference**2))
 
 
 def random_vectors(space: RankSpace, count: int, taken: Set[Ranks], generator: np.random.Generator) -> list[Ranks]:
-    """Returns up to ``count`` vectors under the budget, not among the taken ones: each is the best for worths drawn independently.
+    """Returns up to ``count`` vectors under the budget that are not taken, each the best one for independently drawn gains.
 
-    Many leave some of the budget. Small ranks are where gains are steep, and a performance model learns more from vectors that have
-    them than from as many that all spend the whole budget (planted, 24 layers: 0.97 of the attainable gain against 0.93).
+    Many of them do not spend all of the budget. Gains are steep at small ranks, so that a performance model learns more from such vectors
+    than from vectors that spend the full budget (planted problem, 24 layers: 0.97 of the attainable gain against 0.93).
     """
     found: dict[Ranks, None] = {}
     for _ in range(4 * count):  # a small space may not have as many
@@ -169,11 +170,11 @@ def random_vectors(space: RankSpace, count: int, taken: Set[Ranks], generator: n
 
 
 def proportional_to(space: RankSpace, weights: NDArray[np.float64]) -> Ranks:
-    """Returns the vector that spends the budget and whose ranks are as nearly proportional to the weights as the choices allow.
+    """Returns the vector that spends the budget with ranks as close to proportional to the weights as the choices allow.
 
     Args:
         space: The slots, choices and budget.
-        weights: (L,) not negative; all zero: every slot counts the same.
+        weights: (L,) weights, not negative; if all are zero, every slot has the same weight.
     """
     smallest, largest = space.choices[0], space.choices[-1]
     weights = weights if weights.any() else np.ones_like(weights)

@@ -1,16 +1,17 @@
-r"""Fits the performance model to trials of all levels at once.
+r"""Fit of the performance model to trials of all levels at once.
 
-A trial sees, with s the scale of its level and d what the slots' amplitudes are off by there,
+The loss of a trial, with s the scale of its level and d the discrepancy of the slots' amplitudes at that level, is
 
 .. math::
     \text{loss}(r) &= o_{\text{group}} - s\,[\text{gain}(r) + d_{\text{level}}(r)] + \varepsilon \\
     \log s &= \kappa \log \varphi + e\,[\text{elastic}]
 
-A group is what shares kind, fidelity phi and seed: its trials are paired, and their offset is free. Short recoveries show a part of
-the gain and see the slots' amplitudes with a relative error, less the longer they are; the elastic adapter sees them with its own.
+A group is the set of trials with the same kind, fidelity phi and seed: they are paired and share a free offset o. Short recoveries show a
+part of the gain, and the slots' amplitudes with a relative error that falls with their length; elastic scores have their own relative
+error.
 
-The posterior is Gauss-Newton's (Laplace), computed in the space of the trials, so that its cost grows with the cube of their number
-and only linearly with the number of slots. Noise and tau are chosen by the evidence of the linearised model.
+The posterior is a Laplace approximation by Gauss-Newton steps. It is computed in the space of the trials, so that its cost is cubic in
+their number and linear in the number of slots. Noise and tau maximise the evidence of the linearised model, times their prior.
 """
 
 from __future__ import annotations
@@ -25,28 +26,28 @@ from regraft.allocation.observations import Observations, observe
 from regraft.allocation.prior import Prior
 from regraft.plans import RankSpace, RankTrial
 
-_ELASTIC_DISCREPANCY = 0.3  # relative error of a slot's amplitude as the elastic adapter sees it
-_SHORT_DISCREPANCY = 0.3  # the same of a recovery of no steps; falls linearly to none at a full one
-_ELASTIC_NOISE = 0.5  # of a recovery's: a forward pass of one adapter on fixed tokens
-_NOISES = np.linspace(-2.0, 2.0, 9)  # candidates for the logarithm of the noise, in the prior's deviations
-_SPREADS = np.linspace(-1.5, 1.5, 5)  # the same for tau
+_ELASTIC_DISCREPANCY = 0.3  # relative error of a slot's amplitude in elastic scores
+_SHORT_DISCREPANCY = 0.3  # relative error of a slot's amplitude in a recovery of zero steps; falls linearly to 0 at a full recovery
+_ELASTIC_NOISE = 0.5  # noise of an elastic score, a forward pass on fixed tokens, as a share of a recovery's noise
+_NOISES = np.linspace(-2.0, 2.0, 9)  # candidates for the log noise, in prior standard deviations from the prior mean
+_SPREADS = np.linspace(-1.5, 1.5, 5)  # candidates for log tau, in prior standard deviations from the prior mean
 _ITERATIONS = 15
 _REFINED_AT = (0, 2, 5, 8)  # iterations before which noise and tau are chosen again
-_LARGEST_STEP = 1.0  # of any parameter in one iteration
+_LARGEST_STEP = 1.0  # largest change of any parameter in one iteration
 _CLOSE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class _Linear:
-    """The model linearised at some parameters, its parts of the trials' covariance apart.
+    """The model linearised at given parameters, with the parts of the trials' covariance.
 
     Attributes:
-        jacobian: (N, P) of the expected losses.
-        target: (N,) what the parameters' departure from the prior mean has to explain.
-        scales: (N,).
-        shared: (N, N) covariance from the shared parameters, half-ranks, offsets, correction and discrepancy.
-        spread: (N, N) covariance from the amplitudes at tau 1.
-        noise: (N,) variance of the trials at noise 1.
+        jacobian: (N, P) derivatives of the expected losses.
+        target: (N,) part of the losses to be explained by the parameters' deviation from the prior mean.
+        scales: (N,) share of a gain that shows in each trial's loss.
+        shared: (N, N) covariance due to the shared parameters, half-ranks, offsets, correction and discrepancy.
+        spread: (N, N) covariance due to the amplitudes, at tau = 1.
+        noise: (N,) variance of the trials, at noise = 1.
         correction_nats: Standard deviation of the correction.
     """
 
@@ -60,12 +61,12 @@ class _Linear:
 
 
 def fit(space: RankSpace, trials: Sequence[RankTrial], prior: Prior) -> Posterior:
-    """Returns what the trials say of every rank vector.
+    """Returns the posterior over the gains of all rank vectors, given trials.
 
     Args:
-        space: Of the search.
-        trials: Any number of any level; failed ones are left out.
-        prior: What is believed before.
+        space: Space of the search.
+        trials: Trials of any levels; failed ones are left out.
+        prior: Prior over the shared parameters.
     """
     design, seen = design_of(space, prior), observe(space, trials)
     parameters, noise, spread = design.mean, float(np.exp(prior.log_noise[0])), float(np.exp(prior.log_spread[0]))

@@ -9,13 +9,13 @@ from regraft.plans import RankSpace
 
 
 def gradient(space: RankSpace) -> Ranks:
-    r"""Returns the vector that catches the most energy of the weights' gradients under the budget.
+    r"""Returns the rank vector that captures the most energy of the weights' gradients under the budget.
 
     A step :math:`-\eta\,[G]_r` along the best rank-r approximation of the gradient G of a weight lowers the loss by
     :math:`\eta \sum_{i \le r} \sigma_i(G)^2` to first order. The sum of that over the modules of all slots is maximised.
 
     Raises:
-        PlanError: The curve ``gradient_energy`` is not known.
+        PlanError: The slots lack the curve ``gradient_energy``.
     """
     return fill(space, curve(space, GRADIENT_ENERGY))
 

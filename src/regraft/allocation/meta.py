@@ -1,11 +1,11 @@
-r"""Offline meta-learning: what past searches have in common becomes the prior of the next one (the first phase of arXiv 2406.15734).
+r"""Offline meta-learning: a prior for the next search, learned from past searches (the first phase of arXiv 2406.15734).
 
-Every search has its own shared parameters (how large gains are, where they saturate, what each feature is worth, how much of a gain a
-short recovery shows). They are taken as draws from one Gaussian, whose mean and covariance are estimated by expectation maximisation:
-each search is fitted under the present prior, then the prior becomes the mean and scatter of the fits. The default prior counts as
-two searches more, so that a few searches cannot make it certain.
+Every search has its own shared parameters (size of the gains, half-rank, weight of each feature, share of a gain that a short recovery
+shows). They are modelled as draws from one Gaussian, whose mean and covariance are estimated by expectation maximisation: each search is
+fitted under the present prior, and then the prior becomes the mean and scatter of the fits. The default prior counts as two additional
+searches, so that a few searches cannot make the prior overconfident.
 
-A store is a folder of JSON files, each a :class:`regraft.plans.PastSearch`, or any folder with the folders of searches in it.
+A store is a folder of JSON files, each a :class:`regraft.plans.PastSearch`, or any folder that contains search folders.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from regraft.errors import DataError, PlanError
 from regraft.plans import CrossValidation, PastSearch, from_json, to_dict, to_json
 
 PAST = "past_search.json"
-"""Name under which a search's own folder keeps it."""
+"""Name of the file in a search folder that holds its :class:`regraft.plans.PastSearch`."""
 
 _ITERATIONS = 3
 _DEFAULT_COUNTS_AS = 2.0
@@ -39,13 +39,13 @@ _FEWEST_TRIALS = 4
 
 @dataclass(frozen=True)
 class Training:
-    """A trained prior and how well its kind predicts searches that it has not seen.
+    """A trained prior, with the cross-validated error of priors trained in the same way.
 
     Attributes:
-        prior: Trained on all searches.
-        searches: How many.
-        left_out: Error on searches left out, predicted from their features alone before any of their trials.
-        untrained: The same of the default prior.
+        prior: The prior, trained on all searches.
+        searches: Number of searches.
+        left_out: Error on left-out searches, predicted from their features alone before any of their trials.
+        untrained: The same error for the default prior.
     """
 
     prior: Prior
@@ -55,10 +55,10 @@ class Training:
 
 
 def add_to_store(folder: Path, search: PastSearch) -> Path:
-    """Writes a search into a store and returns the file, whose name follows from the contents: a search is never there twice.
+    """Writes a search into a store and returns the file. Its name is a hash of the contents, so that a search is never stored twice.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The file cannot be written.
     """
     text = to_json(search) + "\n"
     path = folder / f"search-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
@@ -67,12 +67,12 @@ def add_to_store(folder: Path, search: PastSearch) -> Path:
 
 
 def read_store(folder: Path) -> tuple[PastSearch, ...]:
-    """Reads all searches of a store, each once, in the order of the files' names: its own, and what folders of searches below it keep.
+    """Reads all searches of a store, each once, in the order of the file names: its own files, and those of search folders below it.
 
-    Where there are such folders, files of the store itself that hold something else, the plans beside them, are passed over.
+    If there are search folders, files of the store itself that hold something else, such as plans, are skipped.
 
     Raises:
-        DataError: There is no such folder, or no search in it.
+        DataError: The folder does not exist or holds no search, or a file cannot be read.
         PlanError: A file is not a search.
     """
     kept = set(folder.rglob(PAST))
@@ -93,10 +93,10 @@ def read_store(folder: Path) -> tuple[PastSearch, ...]:
 
 
 def train(searches: Sequence[PastSearch]) -> Training:
-    """Returns the prior of these searches, and the error of such priors on searches left out.
+    """Trains a prior on searches, and measures the error of such priors on left-out searches.
 
     Raises:
-        DataError: Fewer than two searches have four successful trials or more.
+        DataError: Fewer than two searches have at least four successful trials.
     """
     usable = [search for search in searches if sum(trial.loss_nats is not None for trial in search.trials) >= _FEWEST_TRIALS]
     if len(usable) < 2:
@@ -122,7 +122,7 @@ def train(searches: Sequence[PastSearch]) -> Training:
 
 
 def _maximised(searches: Sequence[PastSearch]) -> Prior:
-    """Returns the Gaussian from which the searches' parameters are most probably drawn."""
+    """Returns the most probable Gaussian for the searches' shared parameters."""
     features = tuple(dict.fromkeys(name for search in searches for name in sorted(standardized(search.space))))
     mean, covariance = default_prior().over(features)
     start = prior = replace(default_prior(), features=features, mean=mean, covariance=covariance)
@@ -145,7 +145,7 @@ def _maximised(searches: Sequence[PastSearch]) -> Prior:
 
 
 def _shared(search: PastSearch, posterior: Posterior, prior: Prior) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Returns mean and covariance of a search's shared parameters; features that it does not have stay as the prior has them."""
+    """Returns mean and covariance of a search's shared parameters; coefficients of features that it lacks are those of the prior."""
     base = len(BASE_NAMES)
     places = [*range(base), *(base + prior.features.index(name) for name in standardized(search.space))]
     own, covariance = posterior.shared()
@@ -163,10 +163,10 @@ def _pooled(default: tuple[float, float], values: Sequence[float]) -> tuple[floa
 
 
 def _error(trained: Sequence[tuple[PastSearch, Prior]], parts: int) -> CrossValidation:
-    """Returns the error over real recoveries of what each search's prior says before any of its trials.
+    """Returns the error of each prior's predictions for the real recoveries of its search, before any of their trials.
 
-    Losses and predictions of a search are scaled by the spread of its losses, so that every search counts the same; the root mean square
-    is then in units of that spread, averaged over searches.
+    Losses and predictions of a search are divided by the spread of its losses, so that every search has the same weight. The root mean
+    square error is multiplied by the mean spread of the searches.
     """
     pairs = [pair for search, prior in trained if len((pair := _foreseen(search, prior))[0]) and pair[0].any()]
     if not pairs:
@@ -180,13 +180,13 @@ def _error(trained: Sequence[tuple[PastSearch, Prior]], parts: int) -> CrossVali
 
 
 def foresight(search: PastSearch, prior: Prior, seen: int = 0) -> CrossValidation:
-    """Returns the error on a search's real recoveries, of a model that starts from a prior and has seen the first so many trials."""
+    """Returns the error on a search's later real recoveries, for a model with this prior after the first ``seen`` trials."""
     measured, expected = _foreseen(search, prior, seen)
     return errors(measured, expected, 1) if len(measured) else CrossValidation(0.0, 0.0, 0.0, 0, 1)
 
 
 def _foreseen(search: PastSearch, prior: Prior, seen: int = 0) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Returns (N,) losses and (N,) what was expected of them, each less the mean of its level, after the first so many trials."""
+    """Returns losses (N,) and their predictions (N,) after the first ``seen`` trials, both centred within each group."""
     real = [trial for trial in search.trials[seen:] if trial.kind == "recovery" and trial.loss_nats is not None]
     real.sort(key=canonical)
     observed = observe(search.space, real)

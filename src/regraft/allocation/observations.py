@@ -1,4 +1,4 @@
-"""Trials as arrays."""
+"""Trials as arrays, for the performance model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from regraft.plans import RankSpace, RankTrial
 
 @dataclass(frozen=True, eq=False)
 class Observations:
-    """N successful trials, in an order that does not depend on the order of measuring.
+    """Arrays of N successful trials, in an order independent of the order of measuring.
 
     Attributes:
-        choices: (N, L) place of every rank among the choices.
-        losses: (N,) in nats.
-        fidelity: (N,) share of a full recovery.
-        elastic: (N,) whether it is a score of the elastic adapter.
+        choices: (N, L) index of every rank among the choices.
+        losses: (N,) held-out losses in nats.
+        fidelity: (N,) trained steps as a share of a full recovery's.
+        elastic: (N,) whether the trial is a score of the elastic adapter.
         level: (N,) number of the trial's kind and fidelity.
         group: (N,) number of the trial's kind, fidelity and seed: trials of one group share batches and an offset.
     """
@@ -37,12 +37,12 @@ class Observations:
         return len(self.losses)
 
     def without_offsets(self) -> NDArray[np.float64]:
-        """Returns (N,) the losses less the mean of their group."""
+        """Returns the losses minus the mean of their group, (N,)."""
         return self.losses - group_means(self.losses, self.group)
 
 
 def observe(space: RankSpace, trials: Sequence[RankTrial]) -> Observations:
-    """Returns the trials that have a loss, as arrays."""
+    """Returns arrays of the trials that have a loss."""
     done = [trial for trial in trials if trial.loss_nats is not None and np.isfinite(trial.loss_nats)]
     done.sort(key=canonical)
     levels = {key: place for place, key in enumerate(dict.fromkeys((trial.kind, trial.fidelity) for trial in done))}
@@ -58,17 +58,17 @@ def observe(space: RankSpace, trials: Sequence[RankTrial]) -> Observations:
 
 
 def canonical(trial: RankTrial) -> tuple[str, float, int, Ranks]:
-    """Returns the key by which :func:`observe` sorts trials."""
+    """Returns the sort key of :func:`observe` for a trial."""
     return trial.kind, trial.fidelity, trial.seed, trial.ranks
 
 
 def stacked(space: RankSpace, vectors: Sequence[Ranks]) -> NDArray[np.int64]:
-    """Returns (N, L) the places among the choices of the ranks of N vectors."""
+    """Returns the indices among the choices of the ranks of N vectors, (N, L)."""
     return np.array([choice_indices(space, ranks) for ranks in vectors], dtype=np.int64).reshape(len(vectors), len(space.slots))
 
 
 def group_means(values: NDArray[np.float64], group: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Returns (N,) the mean over the group of every entry."""
+    """Returns for every entry the mean over its group, (N,)."""
     if not len(values):
         return np.zeros(0)
     return (np.bincount(group, values) / np.maximum(np.bincount(group), 1))[group]

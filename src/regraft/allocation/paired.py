@@ -1,4 +1,4 @@
-"""Measured gains over uniform, each from the longest recovery that the vector and uniform had side by side."""
+"""Measured gains over uniform, from the longest recovery that both the vector and uniform had on the same seed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from regraft.plans import RankSpace, RankTrial
 
 
 def paired_gains(space: RankSpace, trials: Sequence[RankTrial]) -> dict[Ranks, float]:
-    """Returns, in nats, loss of uniform minus loss of the vector, in the order of measuring; elastic scores do not count.
+    """Returns each vector's gain in nats (loss of uniform minus loss of the vector), in the order of measuring, without elastic scores.
 
-    A vector that was measured on several seeds at its longest fidelity has the mean.
+    A vector that was measured on several seeds at its longest fidelity gets their mean.
     """
     uniform = space.uniform_ranks
     real = [trial for trial in trials if trial.kind == "recovery" and trial.loss_nats is not None]

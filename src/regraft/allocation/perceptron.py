@@ -1,13 +1,14 @@
-"""The paper's performance model (arXiv 2406.15734): a network of five layers from normalised ranks to the loss.
+"""The performance model of RankAdaptor (arXiv 2406.15734): a network of five layers from normalised ranks to the loss.
 
-Input, three hidden layers of 32 with ReLU, one output; mean squared error, Adam. Its three phases bear the paper's names:
-*initialisation* measures eight vectors drawn at random; *incremental learning* draws 64, measures the one that the network likes best and
-trains the network again, up to eight times; *convergence* ends that early, once predicted and measured loss are close. The answer is the
-best that was measured. It is here to be compared with: :class:`regraft.allocation.rankadaptor.RankAdaptor` is the default.
+The network has an input layer, three hidden layers of 32 units with ReLU, and one output; it is trained by Adam on the mean squared error.
+The three phases have the paper's names. *Initialisation* measures eight random vectors. *Incremental learning* draws 64 vectors, measures
+the one with the best prediction and trains the network again, up to eight times. *Convergence* ends that early when predicted and
+measured loss are close. The result is the best measured vector. The method is provided for comparison;
+:class:`regraft.allocation.rankadaptor.RankAdaptor` is the default.
 
-Where it departs: the budget is hard, in parameters (there: a set of ranks, no budget); the target is held-out loss (there: the score of
-a task), standardised, because Adam's steps have a scale; and uniform is one of the first eight. Layers that were not pruned keep the
-uniform rank, as there.
+Departures from the paper: the budget is a hard limit on parameters (paper: a set of ranks, no budget); the target is the held-out loss
+(paper: the score of a task), standardised because Adam's steps have a fixed scale; and uniform is one of the first eight vectors. As in
+the paper, layers that were not pruned keep the uniform rank.
 """
 
 # torch and NumPy's bridge to it are only partly typed: what they leave unknown is not ours to mend.
@@ -38,21 +39,21 @@ Phase = Literal["initialisation", "incremental learning", "convergence"]
 
 _HIDDEN = (32, 32, 32)
 _STEPS, _RATE = 400, 1e-2
-_NETWORK_SEED = 0  # of the first weights: the same in every refit, so that only the trials change the answer
+_NETWORK_SEED = 0  # seed of the initial weights, the same in every refit, so that only the trials change the result
 
 
 @final
 @dataclass(frozen=True)
 class PaperRankAdaptor:
-    """The learner with the paper's performance model.
+    """The learner with the performance model of the paper.
 
     Attributes:
-        initial: Vectors of the first phase, uniform among them.
-        candidates: Vectors drawn in each round of the second.
-        rounds: Most rounds of the second.
-        close_nats: Convergence: predicted and measured gain of the last proposal differ by less.
-        name: As on the command line.
-        learns_from_scores: As the contract says.
+        initial: Number of vectors in the first phase, uniform included.
+        candidates: Number of vectors drawn in each round of the second phase.
+        rounds: Largest number of rounds of the second phase.
+        close_nats: Convergence is reached when predicted and measured gain of the last proposal differ by less than this.
+        name: Name of the method on the command line.
+        learns_from_scores: False: the network uses no elastic scores.
     """
 
     initial: int = 8
@@ -63,11 +64,11 @@ class PaperRankAdaptor:
     learns_from_scores: bool = False
 
     def starting_from(self, prior: Prior) -> Learner:
-        """Refuses: a network on bare rank vectors says nothing of other models, whose layers are others."""
+        """Refuses every prior: a network on rank vectors alone cannot be transferred to a model with other layers."""
         refuse_prior(self.name)
 
     def phase(self, space: RankSpace, history: Sequence[RankTrial]) -> Phase:
-        """Returns which phase comes next."""
+        """Returns the phase that comes next."""
         measured = list(dict.fromkeys(trial.ranks for trial in history if trial.kind == "recovery"))
         if len(measured) < self.initial:
             return "initialisation"
@@ -89,7 +90,7 @@ class PaperRankAdaptor:
         generator: np.random.Generator,
         pending: Sequence[Ranks] = (),
     ) -> tuple[Proposal, ...]:
-        """Returns uniform and vectors at random in the first phase, the best of 64 predicted in the second, nothing in the third."""
+        """Returns uniform and random vectors in the first phase, the best predicted candidates in the second, nothing in the third."""
         taken = {trial.ranks for trial in history if trial.kind == "recovery"} | set(pending)
         phase = self.phase(space, history)
         if phase == "convergence":
@@ -104,7 +105,7 @@ class PaperRankAdaptor:
         return tuple(Proposal(drawn[place], phase) for place in order[:count])
 
     def predict(self, space: RankSpace, history: Sequence[RankTrial], ranks: Sequence[Ranks]) -> Prediction:
-        """Returns the network's predictions; it knows no uncertainty, so that the deviations are zero."""
+        """Returns the network's predictions; the deviations are zero, because the network gives no uncertainty."""
         gains = paired_gains(space, history)
         nothing = np.zeros(len(ranks))
         if len(gains) < 2 or not ranks:
@@ -118,7 +119,7 @@ class PaperRankAdaptor:
         return Prediction(predicted.astype(np.float64), nothing)
 
     def assess(self, space: RankSpace, history: Sequence[RankTrial]) -> CrossValidation | None:
-        """Returns the error of the network on rank vectors that it was not trained on."""
+        """Returns the cross-validated error of the network, on rank vectors that it was not trained on."""
 
         def predict(seen: Sequence[RankTrial], unseen: Sequence[RankTrial]) -> NDArray[np.float64]:
             return -self.predict(space, seen, [trial.ranks for trial in unseen]).gain_nats
@@ -127,16 +128,16 @@ class PaperRankAdaptor:
 
 
 def _drawn(space: RankSpace, count: int, generator: np.random.Generator) -> list[Ranks]:
-    """Returns vectors at random; slots that were not pruned keep the uniform rank."""
+    """Returns random vectors; slots that were not pruned keep the uniform rank."""
     allowed = choice_allowed(space)
     kept = plain(space, SHARE_PRUNED) == 0 if has_plain(space, SHARE_PRUNED) else np.zeros(len(space.slots), dtype=np.bool_)
     free = np.array([rank == space.uniform for rank in space.choices])[None, :] | ~kept[:, None]
-    # What is not free is worth less than anything else, yet stays possible: the budget is met in any case.
+    # Other ranks of fixed slots get a very low gain but remain possible, so that the budget can always be met.
     return [fill(space, np.where(free & allowed, generator.standard_normal(allowed.shape), -1e6)) for _ in range(count)]
 
 
 def _normalised(space: RankSpace, ranks: Sequence[Ranks]) -> Tensor:
-    """Returns (N, L) float64: the ranks as shares of the largest choice."""
+    """Returns the ranks as shares of the largest choice, (N, L) float64."""
     return torch.tensor(ranks, dtype=torch.float64) / space.choices[-1]
 
 
@@ -146,7 +147,7 @@ def _trained(inputs: Tensor, targets: Tensor) -> list[Tensor]:
     sizes = (inputs.shape[1], *_HIDDEN, 1)
     parameters: list[Tensor] = []
     for fan_in, fan_out in pairwise(sizes):
-        bound = fan_in**-0.5  # torch.nn.Linear's own start, from a generator of ours
+        bound = fan_in**-0.5  # the initialisation of torch.nn.Linear, but from our generator
         for shape in ((fan_out, fan_in), (fan_out,)):
             start = torch.empty(shape, dtype=torch.float64).uniform_(-bound, bound, generator=generator)
             parameters.append(start.requires_grad_())
@@ -160,7 +161,7 @@ def _trained(inputs: Tensor, targets: Tensor) -> list[Tensor]:
 
 
 def _forward(parameters: Sequence[Tensor], inputs: Tensor) -> Tensor:
-    """Returns (N,) outputs."""
+    """Returns the outputs of the network, (N,)."""
     hidden = inputs
     for weight, bias in zip(parameters[:-2:2], parameters[1:-2:2], strict=True):
         hidden = torch.relu(torch.nn.functional.linear(hidden, weight, bias))

@@ -1,6 +1,6 @@
-"""What a performance model believes before the first trial: by default little, after meta-training what past searches have in common.
+"""Prior of the performance model: weak by default, or learned from past searches.
 
-A prior is two files, ``prior.safetensors`` with the numbers and ``prior.json`` with their names and where they come from.
+A prior is stored as two files: ``prior.safetensors`` with the numbers, and ``prior.json`` with their names and origin.
 """
 
 # SciPy and safetensors carry few types: what they leave unknown is not ours to mend.
@@ -29,7 +29,7 @@ SHIPPED = Path(__file__).parent / "shipped"
 _NUMBERS, _NAMES = "prior.safetensors", "prior.json"
 
 BASE_NAMES = ("log_gain", "log_half_rank", "fidelity_exponent", "log_elastic_scale")
-"""Parameters that every slot shares, before the coefficients of the features; :mod:`regraft.allocation.concave` says what they do."""
+"""Parameters that all slots share, followed by the coefficients of the features; see :mod:`regraft.allocation.concave`."""
 
 _BASE_MEAN = (float(np.log(0.1)), float(np.log(8.0)), 0.3, 0.0)
 _BASE_DEVIATION = (1.5, 0.7, 0.3, 0.5)
@@ -38,15 +38,15 @@ _COEFFICIENT_DEVIATION = 0.4
 
 @dataclass(frozen=True, eq=False)
 class Prior:
-    """A Gaussian over the shared parameters of the performance model, and the sizes of what is particular to a slot.
+    """A Gaussian over the shared parameters of the performance model, with priors of the slots' spread and of the noise.
 
     Attributes:
-        features: Names of the features whose coefficients it knows.
-        mean: (4 + F,) of the shared parameters: those of ``BASE_NAMES``, then one coefficient for each feature.
-        covariance: (4 + F, 4 + F).
-        log_spread: Mean and standard deviation of the logarithm of tau, the spread over slots of what features do not explain.
+        features: Names of the features with a coefficient in this prior.
+        mean: (4 + F,) mean of the shared parameters: those of ``BASE_NAMES``, then one coefficient for each feature.
+        covariance: (4 + F, 4 + F) covariance of the shared parameters.
+        log_spread: Mean and standard deviation of log tau; tau is the spread of the slots' log amplitudes that features do not explain.
         log_noise: Mean and standard deviation of the logarithm of a trial's noise in nats.
-        made_from: How it was made: searches, errors, versions; empty for the default.
+        made_from: Origin of the prior: searches, errors, versions; empty for the default.
     """
 
     features: tuple[str, ...]
@@ -57,7 +57,7 @@ class Prior:
     made_from: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def over(self, features: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Returns mean (4 + F,) and covariance (4 + F, 4 + F) for these features; what is not known of one is the default."""
+        """Returns mean (4 + F,) and covariance (4 + F, 4 + F) for these features; features without a coefficient get the default."""
         base = len(BASE_NAMES)
         mean = np.zeros(base + len(features))
         covariance = np.diag(np.concatenate([np.zeros(base), np.full(len(features), _COEFFICIENT_DEVIATION**2)]))
@@ -68,12 +68,12 @@ class Prior:
         return mean, covariance
 
     def digest(self) -> str:
-        """Returns what tells these numbers from others, 16 hexadecimal digits."""
+        """Returns a hash of the numbers, 16 hexadecimal digits."""
         numbers = (self.mean, self.covariance, np.array(self.log_spread), np.array(self.log_noise))
         return hashlib.sha256(b"".join([repr(self.features).encode(), *(array.tobytes() for array in numbers)])).hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
-        """Writes the two files into a new folder.
+        """Writes the two files of the prior into a new folder.
 
         Raises:
             OutputError: The folder exists or cannot be written.
@@ -91,15 +91,15 @@ class Prior:
 
 
 def default_prior() -> Prior:
-    """Returns a prior that knows no feature: gains of about 0.1 nats in all, half of it at rank 8, give or take a factor of a few."""
+    """Returns a prior without features: a total gain of about 0.1 nats, half of it at rank 8, both uncertain by a factor of a few."""
     return Prior((), np.array(_BASE_MEAN), np.diag(np.square(_BASE_DEVIATION)))
 
 
 def load_prior(folder: Path) -> Prior:
-    """Reads the two files.
+    """Reads a prior from its two files.
 
     Raises:
-        PlanError: They are missing, damaged, or of another format.
+        PlanError: A file is missing, damaged, or of another format.
     """
     try:
         described = json.loads((folder / _NAMES).read_text(encoding="utf-8"))
@@ -121,5 +121,5 @@ def load_prior(folder: Path) -> Prior:
 
 @cache
 def shipped_prior() -> Prior:
-    """Returns the prior that the package ships, or the default where it ships none."""
+    """Returns the prior that comes with the package, or the default prior without one."""
     return load_prior(SHIPPED) if (SHIPPED / _NAMES).is_file() else default_prior()

@@ -1,4 +1,4 @@
-"""Ranks in proportion to the damage that pruning did to a slot."""
+"""Ranks in proportion to the damage of pruning."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from regraft.plans import RankSpace
 
 
 def proportional(space: RankSpace) -> Ranks:
-    """Returns ranks in proportion to the share pruned and to the importance removed, each against its mean over the slots.
+    """Returns ranks in proportion to the sum of the pruned share and the removed importance, each divided by its mean over the slots.
 
-    Where only one of the two is known it counts alone; where nothing was pruned every slot counts the same.
+    If only one of the two is known, it is used alone. If nothing was pruned, every slot has the same weight.
 
     Raises:
-        PlanError: Neither is known.
+        PlanError: Neither of the two is known.
     """
     known = [plain(space, name) for name in (SHARE_PRUNED, IMPORTANCE_REMOVED) if has_plain(space, name)]
     if not known:

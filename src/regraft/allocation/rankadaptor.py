@@ -1,12 +1,13 @@
-"""RankAdaptor (arXiv 2406.15734): ranks by a performance model that is refitted after every round of measurements.
+"""RankAdaptor (arXiv 2406.15734): ranks by a performance model that is re-fitted after every round of measurements.
 
-Ours, the default of the three phases there: *initialisation* measures uniform, what the closed forms say, and draws from the prior (which
-meta-training on past searches makes sharp); *incremental learning* refits the model of :mod:`regraft.allocation.concave` and proposes
-the vectors of largest expected improvement; *convergence* is the schedule's, which recovers the most promising for longer and longer.
+This is our variant, the default method. It has the paper's three phases. *Initialisation* measures uniform, the vectors of the closed
+forms, and draws from the prior (which meta-training on past searches makes sharp). *Incremental learning* re-fits the model of
+:mod:`regraft.allocation.concave` and proposes the vectors of largest expected improvement. *Convergence* is the work of the schedule,
+which recovers the most promising vectors for longer and longer.
 
-Departures: the budget is a hard limit on trainable parameters, not a sum of ranks; what is measured is held-out loss against uniform on
-the same batches, not a task's score; proposals are improved by local moves instead of taken from a random sample; and the answer is
-confirmed on fresh seeds (:mod:`regraft.allocation.confirm`).
+Departures from the paper: the budget is a hard limit on trainable parameters, not a sum of ranks; the measurement is the held-out loss
+compared with uniform on the same batches, not the score of a task; proposals are improved by local moves instead of taken from a random
+sample; and the result is confirmed on fresh seeds (:mod:`regraft.allocation.confirm`).
 """
 
 # SciPy and safetensors carry few types: what they leave unknown is not ours to mend.
@@ -35,10 +36,10 @@ from regraft.allocation.uniform import uniform
 from regraft.allocation.validation import cross_validate
 from regraft.plans import CrossValidation, RankSpace, RankTrial
 
-_DRAWS = 32  # posterior draws, each filled to its own best vector
-_BEST = 4  # how many of the pool are moved around
-_MOVES = 24  # sampled moves of each
-_ROUNDS = 3  # of moving
+_DRAWS = 32  # posterior draws, each giving its best vector
+_BEST = 4  # vectors of the pool that get local moves in a round
+_MOVES = 24  # sampled moves of each of these vectors
+_ROUNDS = 3  # rounds of local moves
 
 
 @final
@@ -47,9 +48,9 @@ class RankAdaptor:
     """The learner with the concave performance model.
 
     Attributes:
-        prior: What the model believes before the first trial; None: what the package ships.
-        name: As on the command line.
-        learns_from_scores: As the contract says.
+        prior: Prior of the performance model; None for the one that comes with the package.
+        name: Name of the method on the command line.
+        learns_from_scores: True: elastic scores are fitted together with recoveries.
     """
 
     prior: Prior | None = None
@@ -68,7 +69,7 @@ class RankAdaptor:
         generator: np.random.Generator,
         pending: Sequence[Ranks] = (),
     ) -> tuple[Proposal, ...]:
-        """Returns the closed forms' vectors first, then those of largest expected improvement, as the contract says."""
+        """Returns the vectors of the closed forms first, then those of largest expected improvement."""
         taken = {trial.ranks for trial in history if trial.kind == "recovery"} | set(pending)
         chosen = [proposal for proposal in first_vectors(space) if proposal.ranks not in taken][:count]
         if len(chosen) == count:
@@ -79,12 +80,12 @@ class RankAdaptor:
         return (*chosen, *(Proposal(ranks, "expected improvement") for ranks in found))
 
     def predict(self, space: RankSpace, history: Sequence[RankTrial], ranks: Sequence[Ranks]) -> Prediction:
-        """Returns mean and deviation of the posterior."""
+        """Returns means and standard deviations of the posterior gains."""
         mean, covariance = fit(space, history, self.beliefs).moments(ranks)
         return Prediction(mean, np.sqrt(np.maximum(np.diag(covariance), 0.0)))
 
     def assess(self, space: RankSpace, history: Sequence[RankTrial]) -> CrossValidation | None:
-        """Returns the error of the model on rank vectors that it was not fitted to."""
+        """Returns the cross-validated error of the model, on rank vectors that it was not fitted to."""
 
         def predict(seen: Sequence[RankTrial], unseen: Sequence[RankTrial]) -> NDArray[np.float64]:
             posterior = fit(space, seen, self.beliefs)
@@ -100,7 +101,7 @@ class RankAdaptor:
 
 
 def first_vectors(space: RankSpace) -> list[Proposal]:
-    """Returns the vectors of the closed forms whose features are known, uniform first, each vector once."""
+    """Returns the vectors of all closed forms whose features the slots have, uniform first, each vector once."""
     closed = [("uniform", uniform(space))]
     if has_plain(space, SHARE_PRUNED) or has_plain(space, IMPORTANCE_REMOVED):
         closed.append(("proportional", proportional(space)))
@@ -114,7 +115,7 @@ def first_vectors(space: RankSpace) -> list[Proposal]:
 
 
 class _Improvement:
-    """The search for vectors of large expected improvement over the best that was measured."""
+    """A search for vectors of large expected improvement over the best measured vector."""
 
     def __init__(self, learner: RankAdaptor, space: RankSpace, history: Sequence[RankTrial], generator: np.random.Generator) -> None:
         self.space, self.generator = space, generator
@@ -124,7 +125,7 @@ class _Improvement:
         self.best_gain = float(self.posterior.moments(measured)[0].max())
 
     def best(self, count: int, taken: set[Ranks]) -> list[Ranks]:
-        """Returns up to ``count`` vectors, the later ones as if the earlier had been measured as expected."""
+        """Returns up to ``count`` vectors, each chosen as if the previous ones had been measured with their expected gains."""
         pool = self._pool(taken)
         if not pool:
             return []
@@ -144,7 +145,7 @@ class _Improvement:
         return chosen
 
     def _pool(self, taken: set[Ranks]) -> list[Ranks]:
-        """Returns vectors worth comparing: the best of posterior draws and of the mode, and what moves make of the most promising."""
+        """Returns candidates: best vectors for the posterior mode and for posterior draws, measured ones, and local moves of the best."""
         drawn = [fill(self.space, table, rough=True) for table in self.posterior.draw_tables(self.generator, _DRAWS)]
         pool = dict.fromkeys(
             ranks for ranks in (fill(self.space, self.posterior.table()), *drawn, *self.measured) if self.space.holds(ranks)
@@ -164,7 +165,7 @@ class _Improvement:
 
 
 def expected_improvement(mean: NDArray[np.float64], variance: NDArray[np.float64], best: float) -> NDArray[np.float64]:
-    """Returns (N,) what is to be expected above ``best``, and nothing below it, of Gaussian gains (Jones et al. 1998, equation 15)."""
+    """Returns the expected improvement of Gaussian gains over ``best``, (N,) (Jones et al. 1998, equation 15)."""
     deviation = np.sqrt(np.maximum(variance, 0.0)) + 1e-12
     z = (mean - best) / deviation
     density = np.exp(-0.5 * z**2) / np.sqrt(2.0 * np.pi)

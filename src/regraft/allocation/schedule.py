@@ -1,13 +1,13 @@
-"""What a search measures next, and for how long: cheap short recoveries first, survivors get more.
+"""Schedule of a search: which vectors are measured next, and for how long. Short recoveries come first; the best vectors get longer ones.
 
-Successive halving (Jamieson and Talwalkar, AISTATS 2016) over the share of the training steps, with three departures. Survivors are
-chosen by what the allocator predicts from all trials of all levels, not by their last noisy measurement. Uniform always survives, so
-that every level has the partner of its paired comparisons. And where an elastic adapter is trained, it scores many vectors by a
-forward pass each before the first recovery.
+It is successive halving (Jamieson and Talwalkar, AISTATS 2016) over the share of the training steps, with three departures. Survivors are
+chosen by the allocator's predictions from all trials of all levels, not by their last noisy measurement. Uniform always survives, because
+every level needs it for paired comparisons. If an elastic adapter is trained, it scores many vectors by one forward pass each before the
+first recovery.
 
-Deciding is a pure function of the trials so far: :func:`next_request` is called, its request is measured and stored, and it is called
-again, until it has nothing more; :func:`winner` and :func:`finalists` then say which vectors to confirm. A search that was killed, in
-the middle of a request as well, goes on from the stored trials to the same end. Costs are in units of one full recovery.
+Each decision is a pure function of the trials so far. The caller measures and stores the request of :func:`next_request` and calls it
+again, until it returns None; then :func:`winner` and :func:`finalists` give the vectors to confirm. A search that was killed, also in the
+middle of a request, resumes from the stored trials and ends with the same result. Costs are in units of one full recovery.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from regraft.errors import InputError
 from regraft.plans import RankSpace, RankTrial
 
 MOST_FINALISTS = 2
-"""How many vectors :func:`finalists` names at most."""
+"""Largest number of vectors that :func:`finalists` returns."""
 
-_ELASTIC_AT_RANDOM = 0.75  # share of the elastic scores
+_ELASTIC_AT_RANDOM = 0.75  # share of random vectors among the elastic scores
 _ROUNDING = 1e-9
 
 
@@ -36,9 +36,9 @@ class Rung:
     """One level of real recoveries.
 
     Attributes:
-        fidelity: Share of a full recovery's steps, in (0, 1].
-        width: How many rank vectors are measured at it, uniform among them.
-        fresh: How many of them are new proposals, which start from nothing, in place of survivors of the rung before.
+        fidelity: Number of trained steps as a share of a full recovery's, in (0, 1].
+        width: Number of rank vectors that are measured at this level, uniform included.
+        fresh: Number of new proposals among them, in place of survivors of the previous rung.
     """
 
     fidelity: float
@@ -48,14 +48,14 @@ class Rung:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a search spends its cost.
+    """Plan for spending the cost of a search.
 
     Attributes:
-        rungs: With rising fidelity. The first is filled with proposals; the others with the survivors of the one before.
-        elastic: How many vectors an elastic adapter scores before the first recovery; 0: there is none.
-        batch: How many proposals are made between two refits of the performance model.
-        cost_limit: Nothing is asked for that would cost more than this in all.
-        continued: Whether a survivor goes on from where it stopped (and pays for the further steps alone) or starts again.
+        rungs: Levels of rising fidelity. The first is filled with proposals, each other one with survivors of the previous one.
+        elastic: Number of vectors that an elastic adapter scores before the first recovery; 0 for no elastic adapter.
+        batch: Number of proposals between two re-fits of the performance model.
+        cost_limit: Upper limit for the total cost.
+        continued: Whether a survivor continues its training (and only the further steps cost) or starts again.
     """
 
     rungs: tuple[Rung, ...] = (Rung(0.125, 12), Rung(0.25, 6), Rung(0.5, 3), Rung(1.0, 2))
@@ -75,13 +75,13 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Request:
-    """Rank vectors to measure side by side, on the same batches and from the same initial values.
+    """Rank vectors to measure together, on the same batches and from the same initial values.
 
     Attributes:
-        proposals: The vectors, each with where it comes from.
-        fidelity: Share of a full recovery's steps; 1 for elastic scores.
-        kind: A real recovery, or a forward pass of the elastic adapter.
-        cost: What it is expected to take, in units of one full recovery; nothing for elastic scores, whose cost only trials tell.
+        proposals: The vectors with their origins.
+        fidelity: Number of trained steps as a share of a full recovery's; 1 for elastic scores.
+        kind: Kind of the measurement: a real recovery, or a forward pass of the elastic adapter.
+        cost: Expected cost, in units of one full recovery; 0 for elastic scores, whose cost is only known from the trials.
     """
 
     proposals: tuple[Proposal, ...]
@@ -91,14 +91,14 @@ class Request:
 
 
 def next_request(space: RankSpace, history: Sequence[RankTrial], learner: Learner, schedule: Schedule, seed: int = 0) -> Request | None:
-    """Returns what to measure next, or None when the schedule is through or the cost is spent.
+    """Returns the next vectors to measure, or None when the schedule is finished or the cost is spent.
 
     Args:
-        space: Of the search.
-        history: Every trial so far, failed ones too, requests in their order; inside a request the order does not matter.
-        learner: Proposes and predicts.
-        schedule: How the cost is spent.
-        seed: Of the proposals.
+        space: Space of the search.
+        history: All trials so far, with failed ones, in the order of the requests; the order inside a request does not matter.
+        learner: Allocator that proposes and predicts.
+        schedule: Plan for spending the cost.
+        seed: Seed of the proposals.
     """
     left = schedule.cost_limit - sum(trial.cost for trial in history) + _ROUNDING
     if left <= 0:
@@ -121,10 +121,10 @@ def next_request(space: RankSpace, history: Sequence[RankTrial], learner: Learne
 
 
 def winner(space: RankSpace, history: Sequence[RankTrial], learner: Learner) -> Ranks:
-    """Returns the best of the vectors that were recovered for longest, by prediction from all trials; uniform where none beats it.
+    """Returns the vector with the best prediction among those recovered for longest; uniform if none is predicted to beat it.
 
     Raises:
-        InputError: Nothing was recovered.
+        InputError: Every recovery failed.
     """
     done = [trial for trial in history if trial.kind == "recovery" and trial.loss_nats is not None]
     if not done:
@@ -139,17 +139,17 @@ def winner(space: RankSpace, history: Sequence[RankTrial], learner: Learner) -> 
 def finalists(
     space: RankSpace, history: Sequence[RankTrial], learner: Learner, found: Ranks, closed_forms: Collection[Ranks]
 ) -> tuple[Ranks, ...]:
-    """Returns what is worth comparing with uniform on fresh seeds: what was found, and the best of the closed forms.
+    """Returns the vectors to compare with uniform on fresh seeds: the one found, and the best of the closed forms.
 
-    A closed form was not chosen for its measurements, so that luck has no part in it; and what one search takes for a difference of the
-    two is often noise. It is left out where it is expected to lose by more than the model's uncertainty.
+    A closed form was not chosen for its measurements, so that selection does not favour it; and the difference of the two in one search is
+    often noise. It is left out when it is predicted to lose by more than the model's uncertainty.
 
     Args:
-        space: Of the search.
-        history: Every trial.
-        learner: Predicts.
-        found: The :func:`winner`.
-        closed_forms: Vectors that closed forms had proposed, among those that were recovered.
+        space: Space of the search.
+        history: All trials.
+        learner: Allocator that predicts.
+        found: The result of :func:`winner`.
+        closed_forms: Vectors of closed forms that were recovered.
     """
     uniform = space.uniform_ranks
     others = sorted(set(closed_forms) - {uniform, found})
@@ -163,7 +163,7 @@ def finalists(
 
 
 def _elastic(space: RankSpace, scored: Sequence[RankTrial], learner: Learner, schedule: Schedule, seed: int) -> tuple[Proposal, ...]:
-    """Returns what is missing of the elastic scores: uniform and vectors at random, which tell of every slot, then proposals."""
+    """Returns the vectors still to be scored by the elastic adapter: uniform and random ones, which vary every slot, then proposals."""
     if not schedule.elastic:
         return ()
     uniform = space.uniform_ranks
@@ -186,9 +186,9 @@ def _round(
     width: int,
     seed: int,
 ) -> tuple[Proposal, ...]:
-    """Returns what is missing of the present round of proposals at one level; nothing when the level is full.
+    """Returns the vectors of the present round of proposals that are not measured yet; none when the level is full.
 
-    A round is proposed from whole rounds only, with random numbers of its own: half a round on disk does not change the other half.
+    A round is proposed from complete rounds only, with its own random numbers, so that a half-measured round does not change its rest.
     """
     rounds = len(level) // batch
     count = min(batch, width - rounds * batch)
@@ -220,7 +220,7 @@ def _promoted(space: RankSpace, below: Sequence[RankTrial], learner: Learner, sc
 
 
 def _affordable(missing: Sequence[Proposal], rung: Rung, below: Sequence[RankTrial], left: float, *, alone: bool) -> Request | None:
-    """Returns as many of the missing vectors as can be paid for, in their order; None where that leaves uniform without a partner."""
+    """Returns as many of the missing vectors as the cost limit allows, in order; None if only uniform would be left."""
     kept: list[Proposal] = []
     cost = 0.0
     for proposal in missing:

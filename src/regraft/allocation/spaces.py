@@ -1,4 +1,4 @@
-"""The rank vectors that a budget allows, and the plan that one of them is."""
+"""Construction of rank spaces from a budget, and of rank plans from rank vectors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from regraft.errors import InputError, PlanError
 from regraft.plans import RankPlan, RankSlot, RankSpace
 
 DEFAULT_CHOICES = (2, 4, 6, 8, 10, 12)
-"""The ranks of arXiv 2406.15734."""
+"""The rank choices of RankAdaptor (arXiv 2406.15734)."""
 
 
 def rank_space(
@@ -20,14 +20,14 @@ def rank_space(
     """Returns the space of a search.
 
     Args:
-        fingerprint: Of the model.
-        granularity: What a slot is.
-        slots: In the order of the model, with the shapes as they are now.
+        fingerprint: Fingerprint of the model.
+        granularity: Kind of a slot: a layer or a module.
+        slots: The slots, in the order of the model, with the shapes of the (pruned) model.
         choices: The ranks to choose from, in any order.
-        budget: ``"r=8"``: what rank 8 everywhere costs on these shapes; or a number of trainable parameters.
+        budget: ``"r=8"`` for the parameters of rank 8 in every slot; or a number of trainable parameters.
 
     Raises:
-        InputError: The budget, or a rank, cannot be; the message says what can.
+        InputError: The budget or a rank is out of range; the message gives the limits.
         PlanError: A slot has no modules, or the features of the slots differ.
     """
     ordered = tuple(sorted(set(choices)))
@@ -38,10 +38,10 @@ def rank_space(
 
 
 def rank_plan(space: RankSpace, ranks: Ranks, method: str, alpha_per_rank: float = 2.0) -> RankPlan:
-    """Returns a rank vector as a plan for the modules.
+    """Returns the rank plan of a rank vector.
 
     Raises:
-        PlanError: The vector is not of the space.
+        PlanError: The vector does not belong to the space.
     """
     if len(ranks) != len(space.slots) or not space.holds(ranks):
         raise PlanError(
@@ -76,7 +76,7 @@ def _check_choices(slots: Sequence[RankSlot], choices: tuple[int, ...]) -> None:
 
 
 def _budget(slots: Sequence[RankSlot], choices: tuple[int, ...], budget: str | int) -> tuple[int, int]:
-    """Returns the uniform rank and the limit in parameters."""
+    """Returns the uniform rank and the limit in trainable parameters."""
     per_rank = sum(slot.parameters_per_rank for slot in slots)
     smallest, largest = choices[0] * per_rank, sum(slot.parameters_per_rank * _most(slot, choices) for slot in slots)
     found = re.fullmatch(r"\s*(r\s*=\s*)?([0-9]+)\s*", str(budget))

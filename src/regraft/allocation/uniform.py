@@ -1,4 +1,4 @@
-"""The same rank everywhere: the baseline that every other allocation has to beat."""
+"""The same rank in every slot: the baseline that every other allocation has to beat."""
 
 from __future__ import annotations
 

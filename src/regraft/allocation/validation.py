@@ -1,4 +1,4 @@
-"""How well a performance model predicts rank vectors that it was not fitted to."""
+"""Cross-validation of performance models on rank vectors that they were not fitted to."""
 
 # SciPy and safetensors carry few types: what they leave unknown is not ours to mend.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -15,25 +15,25 @@ from regraft.allocation.observations import canonical, group_means, observe
 from regraft.plans import CrossValidation, RankSpace, RankTrial
 
 Predict = Callable[[Sequence[RankTrial], Sequence[RankTrial]], NDArray[np.float64]]
-"""Trials to fit to, and trials whose losses are to be predicted, to (N,) those in nats, up to an offset for each group."""
+"""A function of trials to fit and N trials to predict; it returns the predicted losses in nats, (N,), up to an offset for each group."""
 
 _FOLDS = 5
 _FEWEST = 6
 
 
 def cross_validate(space: RankSpace, trials: Sequence[RankTrial], predict: Predict) -> CrossValidation | None:
-    """Returns the error of predictions for real recoveries, leaving out a fifth of the rank vectors at a time.
+    """Returns the error of predictions for real recoveries, in five folds that each leave out a fifth of the rank vectors.
 
-    All trials of a left-out vector go with it, elastic scores too. Only differences inside a group (kind, fidelity and seed) count: the
-    means of the groups are taken out.
+    All trials of a left-out vector are left out, also elastic scores. Only differences within a group (kind, fidelity and seed) matter: the
+    means of the groups are subtracted.
 
     Args:
-        space: Of the search.
-        trials: All so far.
-        predict: Fits and predicts.
+        space: Space of the search.
+        trials: All trials so far.
+        predict: Function that fits a model and predicts.
 
     Returns:
-        The error, or None with fewer than six rank vectors to leave out.
+        The error, or None with fewer than six rank vectors.
     """
     real = [trial for trial in trials if trial.kind == "recovery" and trial.loss_nats is not None]
     real.sort(key=canonical)
@@ -42,7 +42,7 @@ def cross_validate(space: RankSpace, trials: Sequence[RankTrial], predict: Predi
         return None
     expected = np.zeros(len(real))
     for fold in range(_FOLDS):
-        left_out = set(vectors[fold::_FOLDS])  # neighbours in sorted order are alike: every fold takes each fifth of them
+        left_out = set(vectors[fold::_FOLDS])  # neighbours in sorted order are similar, so a fold takes every fifth one
         places = [place for place, trial in enumerate(real) if trial.ranks in left_out]
         seen = [trial for trial in trials if trial.ranks not in left_out]
         expected[places] = predict(seen, [real[place] for place in places])
@@ -51,7 +51,7 @@ def cross_validate(space: RankSpace, trials: Sequence[RankTrial], predict: Predi
 
 
 def errors(losses: NDArray[np.float64], expected: NDArray[np.float64], folds: int) -> CrossValidation:
-    """Returns the error of expected losses, both (N,) in nats and centred."""
+    """Returns the error of expected losses; losses and expectations are (N,), centred, in nats."""
     residual = losses - expected
     total = float((losses**2).sum())
     return CrossValidation(
@@ -64,7 +64,7 @@ def errors(losses: NDArray[np.float64], expected: NDArray[np.float64], folds: in
 
 
 def rank_correlation(left: NDArray[np.float64], right: NDArray[np.float64]) -> float:
-    """Returns Spearman's rank correlation; 0 where either is constant."""
+    """Returns Spearman's rank correlation; 0 when either array is constant."""
     ranks = [rankdata(values) - (len(values) + 1) / 2 for values in (left, right)]
     scale = float(np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
     return float(ranks[0] @ ranks[1]) / scale if scale > 0 else 0.0

@@ -1,4 +1,4 @@
-"""What AdaLoRA (arXiv 2303.10512) thinks of its singular triplets after a short training: the input of the allocator ``adalora``."""
+"""Importance of AdaLoRA's singular triplets (arXiv 2303.10512) after a short training: the input of the allocator ``adalora``."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ def triplet_importance(
     steps: int,
     seed: int,
 ) -> dict[str, tuple[float, ...]]:
-    """Trains an AdaLoRA of the largest rank for some steps and sums the importance of its triplets, largest first.
+    """Trains an AdaLoRA adapter of the largest rank for some steps and sums the importance of its triplets, largest first.
 
-    The importance is PEFT's, equations 8 to 10 of the paper: smoothed sensitivity times uncertainty, of the singular value and on
-    average of its two vectors. No triplet is pruned meanwhile.
+    The importance is computed by PEFT (equations 8 to 10 of the paper): smoothed sensitivity times uncertainty, of the singular value plus
+    the averages over its two vectors. No triplet is pruned during the training.
 
     Args:
-        model: Left as it was found.
-        tokenizer: Its own.
-        train: What a recovery trains on.
-        modules: That are adapted, by full name.
-        ranks: Ascending.
-        settings: Of the recovery: batch, window, learning rate.
-        steps: How many.
-        seed: Of first values, batches and dropout; the global generators stay untouched.
+        model: The model; it is restored at the end.
+        tokenizer: Tokenizer of the model.
+        train: Training data of the recovery.
+        modules: Full names of the adapted modules.
+        ranks: Rank choices, ascending.
+        settings: Settings of the recovery: batch, window, learning rate.
+        steps: Number of training steps.
+        seed: Seed of initial values, batches and dropout; the global generators are not changed.
 
     Returns:
-        One sum for each rank, by module; a matrix smaller than a rank has all of its triplets there.
+        Module name to one sum for each rank; if a matrix has fewer triplets than the rank, the sum is over all of them.
 
     Raises:
-        DataError: There is less text than one batch.
+        DataError: The text is shorter than one batch.
         TrainingError: The loss is not finite.
     """
     seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "--seq-len")
@@ -100,7 +100,7 @@ def _train(adapted: Any, rows: Ordered, settings: RecoverSettings, steps: int, p
 
 
 def _scores(adapted: Any, allocator: RankAllocator, module: str) -> Tensor:
-    """Returns the importance of one module's triplets, largest first, float64 (R,)."""
+    """Returns the importances of one module's triplets, largest first, float64 (R,)."""
     parts: Mapping[str, Tensor] = {part: allocator._element_score(f"{module}.lora_{part}.default").double() for part in ("A", "B", "E")}
     importance = parts["E"].flatten() + parts["A"].mean(dim=1) + parts["B"].mean(dim=0)
     return importance.sort(descending=True).values.cpu()

@@ -1,13 +1,12 @@
-"""Rank vectors measured by short recoveries that have everything but the ranks in common.
+"""Measurement of rank vectors by short recoveries that differ only in the ranks.
 
-Every candidate of a seed sees the same batches in the same order, starts from the leading rows of the same matrices
-(:mod:`regraft.adapters.nested_init`), drops the same inputs and is judged on the same held-out rows. Several train in one pass
-(:mod:`regraft.paired.side_by_side`).
+All candidates of a seed see the same batches in the same order, start from the leading rows of the same matrices
+(:mod:`regraft.adapters.nested_init`), have the same dropout and are evaluated on the same held-out rows. Several candidates train in one
+pass (:mod:`regraft.paired.side_by_side`).
 
-A fidelity below 1 is the beginning of the full recovery, on the learning rates of the full schedule, and not a shorter schedule of
-its own: only then is a survivor's further training a continuation, so that all levels together cost what the longest one costs, and
-only then is fidelity 1 the recovery that is wanted. The price is that short measurements are taken at a high learning rate; the noise
-which that brings is common to all candidates.
+A fidelity below 1 is the first part of the full recovery, with the learning rates of the full schedule, and not a shorter schedule. Only
+so can a survivor continue its training (all levels together cost as much as the longest one), and only so is fidelity 1 the intended
+recovery. The disadvantage is that short measurements are taken at a high learning rate; the noise of that is common to all candidates.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from regraft.plans import RankSpace, RankTrial
 from regraft.training.optimizer import make_optimizer
 
 PASS_VALUES = 1 << 17
-"""Residual values of one pass on a CPU: as many candidates share a pass as stay below. Beyond, the products leave the cache."""
+"""Largest number of hidden-state values in one pass on a CPU, which limits the candidates in a pass. Larger products exceed the cache."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +47,16 @@ class _Member:
 
 @final
 class Candidates:
-    """Measures rank vectors.
+    """Measurement of rank vectors by recoveries.
 
     Args:
         setup: The model and the data.
-        space: Of the rank vectors.
-        together: Candidates of one pass; None for what is fastest (on a CPU) or what fits (on a GPU).
-        folder: Where unfinished recoveries are kept, so that another process goes on from them; None keeps them in memory.
+        space: Space of the rank vectors.
+        together: Number of candidates in one pass; None for the fastest number (on a CPU) or as many as fit (on a GPU).
+        folder: Folder for unfinished recoveries, so that other processes can continue them; None keeps them in memory.
 
     Raises:
-        InputError: The settings name an adapter that cannot be trained side by side.
+        InputError: The settings name an adapter that cannot be trained with others in one pass.
     """
 
     def __init__(self, setup: PairedSetup, space: RankSpace, *, together: int | None = None, folder: Path | None = None) -> None:
@@ -68,22 +67,22 @@ class Candidates:
         check_adapter(setup.settings.adapter)
 
     def measure(self, ranks: Sequence[tuple[int, ...]], fidelity: float, seed: int) -> list[RankTrial]:
-        """Recovers every rank vector for a share of the steps, from where it stopped if it was measured for less before.
+        """Recovers every rank vector for a share of the steps, and continues recoveries that were measured for less before.
 
         Args:
-            ranks: Of the space.
-            fidelity: In (0, 1].
-            seed: Of batches, first values and dropout.
+            ranks: Rank vectors of the space.
+            fidelity: Number of steps as a share of a full recovery's, in (0, 1].
+            seed: Seed of batches, initial values and dropout.
 
         Returns:
-            One trial for each, in order. Its loss is the lowest that a recovery stopped here would have seen, the look before the first
-            step left out: where short trainings harm at first, candidates still differ. Its cost counts the steps and looks of this
-            call. A candidate whose loss stops being finite is a trial without one.
+            One trial for each vector, in order. Its loss is the lowest held-out loss that a recovery up to here would have measured,
+            without the one before the first step: so candidates differ even if a short training harms at first. Its cost counts the
+            steps and evaluations of this call. A candidate whose loss is not finite becomes a trial without a loss.
 
         Raises:
             InputError: The fidelity is out of range.
-            PlanError: A vector is not of the space.
-            DataError: There is less data than one batch.
+            PlanError: A vector does not belong to the space.
+            DataError: The data are fewer than one batch.
         """
         if not 0.0 < fidelity <= 1.0:
             raise InputError(f"fidelity {fidelity} is not in (0, 1]; it is the share of a full recovery's steps")
@@ -99,11 +98,11 @@ class Candidates:
         return [replace(trials[place], fidelity=fidelity) for place in range(len(members))]
 
     def change(self, ranks: tuple[int, ...], seed: int) -> dict[str, LowRank] | None:
-        """Returns what the recovery of a vector has made of every module so far, after its last step; None before its first.
+        """Returns the present weight change of every module in the recovery of a vector; None before its first measurement.
 
         Args:
-            ranks: The vector.
-            seed: Of the recovery.
+            ranks: The rank vector.
+            seed: Seed of the recovery.
         """
         progress = self._kept.get(self._key(ranks, seed))
         if progress is None:
@@ -126,7 +125,7 @@ class Candidates:
         return self.setup.key(seed, "candidate", named)
 
     def _parts(self, members: Sequence[_Member]) -> list[list[_Member]]:
-        """Divides candidates among passes."""
+        """Splits candidates into passes."""
         settings = self.setup.settings
         values = settings.batch * (settings.seq_len or 1) * self.setup.view.width
         fits = max(1, PASS_VALUES // values) if self.setup.device.type == "cpu" else len(members)
@@ -135,7 +134,7 @@ class Candidates:
         return [part for _ in range(0, len(members), size) if (part := list(islice(left, size)))]
 
     def _recovered(self, members: Sequence[_Member], start: int, until: int, seed: int) -> dict[int, RankTrial]:
-        """Trains candidates in one pass, fewer at a time where the GPU's memory does not hold them."""
+        """Trains candidates in one pass, or in smaller passes if the GPU's memory is too small."""
         try:
             return self._trained(members, start, until, seed)
         except torch.OutOfMemoryError:
@@ -146,7 +145,7 @@ class Candidates:
         return self._recovered(members[:half], start, until, seed) | self._recovered(members[half:], start, until, seed)
 
     def _trained(self, members: Sequence[_Member], start: int, until: int, seed: int) -> dict[int, RankTrial]:
-        """Trains candidates that stand at the same step, looks at them where a recovery would, and at the end."""
+        """Trains candidates that are at the same step; evaluates them at the steps of a recovery's evaluations and at the end."""
         setup, settings = self.setup, self.setup.settings
         trials: dict[int, RankTrial] = {}
         run = _Run(setup, members, start, seed)
@@ -181,7 +180,7 @@ class Candidates:
 
 @final
 class _Run:
-    """Candidates in one stack, with their optimizer."""
+    """The candidates of one pass, with their stacked factors and optimizer."""
 
     def __init__(self, setup: PairedSetup, members: Sequence[_Member], steps: int, seed: int) -> None:
         self.members = list(members)
@@ -198,7 +197,7 @@ class _Run:
                 self._stack.put(index, member.progress.tensors, self._optimizer, steps)
 
     def step(self, step: int) -> Tensor:
-        """Takes one optimizer step; returns the training losses, (K,) float64 in nats."""
+        """Makes one optimizer step; returns the training losses, (K,) float64 in nats."""
         setup, settings = self._setup, self._setup.settings
         torch.manual_seed(derived_seed(self._seed, "step", step))
         with adapted(self._sites, self._stack.factors.__getitem__, lambda: setup.dropout):
@@ -216,10 +215,10 @@ class _Run:
             return self._setup.held_out_loss(len(self.members))
 
     def taken(self, index: int) -> dict[str, Tensor]:
-        """Returns one candidate's tensors."""
+        """Returns the factors and optimizer moments of one candidate."""
         return self._stack.taken(index, self._optimizer)
 
     def without(self, kept: Sequence[int], steps: int) -> _Run:
-        """Returns the run of the candidates that are kept, as they stand after so many steps."""
+        """Returns a run of only the kept candidates, in their state after ``steps`` steps."""
         members = [replace(self.members[index], progress=Progress(steps, self.best[index], self.taken(index))) for index in kept]
         return _Run(self._setup, members, steps, self._seed)

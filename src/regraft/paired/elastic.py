@@ -1,12 +1,13 @@
-"""One adapter that is trained at many ranks at once, so that any rank vector is scored by a forward pass.
+"""Elastic adapter: one adapter trained at many ranks at once, so that a forward pass scores any rank vector.
 
-The adapter has the largest rank everywhere. Every step trains a few rank vectors side by side, each with the leading rows of A and
-columns of B that it has a claim to, so that the leading ones learn to do without the others [VAL22]. Which vectors: random ones that
-spend the budget, slot by slot independent, since only such vectors are scored afterwards; [YU19]'s sandwich, the smallest and the
-largest in every step, spends half of the passes outside the budget.
+The adapter has the largest rank in every slot. Every step trains a few rank vectors in one pass. Each vector uses the leading rows of A
+and columns of B, as many as its ranks, so that the leading ones learn to work without the others [VAL22]. The vectors are drawn at
+random within the budget, independently for each slot, because only such vectors are scored later. The sandwich rule of [YU19] (the
+smallest and the largest vector in every step) would spend half of the passes outside the budget.
 
-Scores are of one trained adapter: vectors differ by what they leave out, not by what they would have learnt. They rank vectors, they do
-not measure recoveries: :func:`agreement` says how well, and the finalists of a search are always recovered.
+All scores come from one trained adapter: vectors differ in the rows that they leave out, not in what separate trainings would have
+learned. Scores rank vectors but do not measure recoveries. :func:`agreement` measures how well they rank, and the finalists of a search
+are always recovered.
 
 References:
     [VAL22] Valipour and others, DyLoRA, arXiv 2210.07558, section 4. [YU19] Yu and Huang, arXiv 1903.05134, section 3.1.
@@ -37,17 +38,17 @@ from regraft.plans import RankSpace, RankTrial
 from regraft.training.optimizer import make_optimizer
 
 Ranks = tuple[int, ...]
-_ALPHA_PER_RANK = 2.0  # of every rank plan
+_ALPHA_PER_RANK = 2.0  # alpha per rank, as in every rank plan
 
 
 @dataclass(frozen=True)
 class ElasticSettings:
-    """How the elastic adapter is trained.
+    """Settings for training the elastic adapter.
 
     Attributes:
-        fidelity: Share of a full recovery's steps, on a schedule of its own: there is nothing to continue.
-        vectors: Rank vectors of one step.
-        sandwich: Whether two of them are the smallest and the largest vector.
+        fidelity: Number of steps as a share of a full recovery's, with a complete schedule, because the training is never continued.
+        vectors: Number of rank vectors in one step.
+        sandwich: Whether two of these vectors are the smallest and the largest one.
     """
 
     fidelity: float = 0.25
@@ -64,16 +65,16 @@ class ElasticSettings:
 
 @final
 class Elastic:
-    """Scores rank vectors by one adapter.
+    """Scoring of rank vectors by one elastic adapter.
 
     Args:
         setup: The model and the data.
-        space: Of the rank vectors.
-        settings: Of the training.
-        folder: Where the trained adapter is kept; None for memory.
+        space: Space of the rank vectors.
+        settings: Settings of the training.
+        folder: Folder for the trained adapter; None keeps it in memory.
 
     Raises:
-        InputError: The settings of the setup name an adapter that cannot be trained side by side.
+        InputError: The settings of the setup name an adapter that cannot be trained with others in one pass.
     """
 
     def __init__(
@@ -87,15 +88,15 @@ class Elastic:
         self._trained: tuple[int, _Nested] | None = None
 
     def measure(self, ranks: Sequence[Ranks], seed: int) -> list[RankTrial]:
-        """Scores rank vectors, after training the adapter where that has not been done.
+        """Scores rank vectors, after training the adapter if it is not trained yet.
 
         Args:
-            ranks: Of the space.
-            seed: Of batches, first values, dropout and the vectors that are trained.
+            ranks: Rank vectors of the space.
+            seed: Seed of batches, initial values, dropout and the trained vectors.
 
         Returns:
-            One trial for each, in order, of kind ``elastic``; the first carries the cost of training. A loss that is not finite is a
-            trial without one.
+            One trial of kind ``elastic`` for each vector, in order. The cost of the first includes the training. A loss that is not finite
+            gives a trial without a loss.
         """
         setup = self.setup
         with setup.ready(seed):
@@ -110,7 +111,7 @@ class Elastic:
         return trials
 
     def _adapter(self, seed: int) -> tuple[_Nested, float]:
-        """Returns the trained adapter of a seed, and what training it took just now."""
+        """Returns the trained adapter of a seed, and the cost of a training in this call."""
         if self._trained is not None and self._trained[0] == seed:
             return self._trained[1], 0.0
         setup, settings = self.setup, self.settings
@@ -143,7 +144,7 @@ class Elastic:
             optimizer.zero_grad()
 
     def _vectors(self, generator: np.random.Generator) -> list[Ranks]:
-        """Returns the vectors of one step."""
+        """Returns the rank vectors for one training step."""
         smallest = (self.space.choices[0],) * len(self.space.slots)
         largest = tuple(max(rank for rank in self.space.choices if rank <= slot.limit) for slot in self.space.slots)
         fixed = [smallest, largest] if self.settings.sandwich else []
@@ -167,7 +168,7 @@ def agreement(scored: Sequence[RankTrial], recovered: Sequence[RankTrial]) -> fl
 
 @final
 class _Nested:
-    """An adapter of the largest rank, of which a rank vector uses the leading part in every slot."""
+    """An adapter of the largest rank; a rank vector uses the leading part of it in every slot."""
 
     def __init__(self, setup: PairedSetup, space: RankSpace, seed: int) -> None:
         self._setup, self._seed = setup, seed
@@ -183,11 +184,11 @@ class _Nested:
 
     @property
     def parts(self) -> tuple[tuple[nn.Parameter, ...], tuple[nn.Parameter, ...]]:
-        """Every A, and every B."""
+        """All parameters A, and all parameters B."""
         return tuple(self._a.values()), tuple(self._b.values())
 
     def step(self, step: int, vectors: Sequence[Ranks]) -> None:
-        """Adds the gradients of some vectors at one step, their mean."""
+        """Computes the mean gradient over some vectors, for one step."""
         with adapted(self._sites, lambda name: self._factors(name, vectors), lambda: self._setup.dropout):
             self._setup.train_step(self._seed, step, len(vectors))
         for parameter in (*self.parts[0], *self.parts[1]):
@@ -216,7 +217,7 @@ class _Nested:
         return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts back what :meth:`taken` gave."""
+        """Restores the factors from the result of :meth:`taken`."""
         with torch.no_grad():
             for name in self._sites:
                 self._a[name].copy_(tensors[f"{name}.A"])

@@ -1,4 +1,4 @@
-"""Unfinished trainings of a rank search, kept so that more steps go on from them: in memory, or one safetensors file each."""
+"""Unfinished trainings of a rank search, stored in memory or in one safetensors file each, so that they can be continued."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from regraft.atomic import atomic_file
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training has come.
+    """State of an unfinished training.
 
     Attributes:
-        steps: Optimizer steps taken.
-        best_nats: Lowest held-out loss where a recovery looks: every ``eval_every`` steps and at the end.
-        tensors: What is trained and Adam's moments of it, by name, on the CPU.
+        steps: Number of optimizer steps made.
+        best_nats: Lowest held-out loss so far, over the evaluations of a recovery: every ``eval_every`` steps and at the end.
+        tensors: Trained tensors and their Adam moments, by name, on the CPU.
     """
 
     steps: int
@@ -31,10 +31,10 @@ class Progress:
 
 @final
 class Kept:
-    """Trainings by key.
+    """A store of unfinished trainings by key.
 
     Args:
-        folder: Of the files, so that other processes find them; None for memory.
+        folder: Folder of the files, which other processes can read; None for memory.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -42,7 +42,7 @@ class Kept:
         self._memory: dict[str, Progress] = {}
 
     def get(self, key: str) -> Progress | None:
-        """Returns what is kept; None also where a file is damaged, which only costs its steps again."""
+        """Returns the stored state or None; a damaged file also gives None, so that its steps are repeated."""
         if self._folder is None:
             return self._memory.get(key)
         try:
@@ -54,10 +54,10 @@ class Kept:
             return None
 
     def put(self, key: str, progress: Progress) -> None:
-        """Keeps a training in place of its earlier state; one that has come further stays.
+        """Stores a training's state, unless a state with as many or more steps is stored.
 
         Raises:
-            OutputError: It cannot be written.
+            OutputError: The file cannot be written.
         """
         before = self.get(key)
         if before is not None and before.steps >= progress.steps:

@@ -1,9 +1,10 @@
-"""What all measurements of a rank search share: the frozen model, the same batches, the same held-out rows, and the same target.
+"""Common setup of all measurements in a rank search: the frozen model, the batches, the held-out rows, and the target.
 
-Differences between rank vectors are far smaller than differences between draws of data and first values (the ranks explain nothing
-of 867 published scores that were drawn anew each time). With everything but the ranks in common, what is left is the ranks' effect.
+Differences between rank vectors are far smaller than differences between draws of data and initial values. (RankAdaptor, arXiv 2406.15734,
+published 867 scores that were each measured on a new draw; ranks explain nothing of them.) If only the ranks differ, the remaining
+difference is their effect.
 
-Legend of shapes: K adapters side by side, B rows of a batch, T tokens, V vocabulary, D residual channels.
+Legend of shapes: K adapters in one pass, B rows of a batch, T tokens, V vocabulary, D residual channels.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from regraft.training.precision import compute_dtype, trainable_weights
 Batch = Mapping[str, Tensor]
 
 CACHE_BYTES = 1 << 28
-"""Hidden states and teacher logits that are kept between passes; what is beyond is computed again."""
+"""Size of the cache for hidden states and teacher logits between passes; tensors that do not fit are computed again."""
 
 
 @final
@@ -44,24 +45,24 @@ class PairedSetup:
     """A frozen model with the batches of a recovery.
 
     Rows, their order, the training loss and the held-out rows are those of a recovery (:func:`regraft.training.recover.recover`) with
-    the same settings and seed. Early stopping has no part in it: candidates are compared after equal numbers of steps.
+    the same settings and seed. There is no early stopping: candidates are compared after equal numbers of steps.
 
     Args:
-        model: Of a known family, on the device where it trains.
-        tokenizer: The model's.
-        train: What a recovery trains on.
-        held_out: From elsewhere.
-        modules: Names of what adapters are put on: those of a rank space.
-        settings: Of a full recovery.
+        model: A model of a known family, on the device for training.
+        tokenizer: Tokenizer of the model.
+        train: Training data of the recovery.
+        held_out: Held-out data, disjoint from the training data.
+        modules: Names of the adapted modules of a rank space.
+        settings: Settings of a full recovery.
         teacher: The dense model, on the same device. The share ``settings.distill`` of the training loss is the divergence from it.
-        objective: What is measured on the held-out rows: the loss of the text, or the divergence from the teacher.
-        cache_bytes: See :data:`CACHE_BYTES`.
+        objective: Measure on the held-out rows: the loss of the text, or the divergence from the teacher.
+        cache_bytes: Size of the cache; see :data:`CACHE_BYTES`.
 
     Raises:
-        InputError: A module is not there, a window is longer than the model's context, a divergence is asked for without a teacher, or
-            hidden states are to be distilled, which is not done side by side.
+        InputError: The model lacks a module, a window is longer than the model's context, a divergence is requested without a teacher, or
+            the settings distil hidden states, which paired measurements do not support.
         ModelError: The teacher has another vocabulary.
-        DataError: There is nothing to hold out.
+        DataError: The held-out data have no token to predict.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class PairedSetup:
         """Returns the training rows of a seed, in their order.
 
         Raises:
-            DataError: There are fewer than one batch.
+            DataError: The rows are fewer than one batch.
         """
         if self._rows is None or self._rows[0] != seed:
             settings = self.settings
@@ -133,7 +134,7 @@ class PairedSetup:
         return [collate([rows[index] for index in range(first, first + size)], self._padding) for first in starts]
 
     def key(self, seed: int, *parts: object) -> str:
-        """Returns a name of everything that decides a training run on this setup, for what is kept of it."""
+        """Returns a hash of all inputs that decide a training on this setup, as the key of its stored state."""
         values = {
             "parts": parts,
             "seed": seed,
@@ -147,21 +148,21 @@ class PairedSetup:
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
     def cost(self, steps: int, looks: int, passes: int = 1) -> float:
-        """Returns what steps and looks take, in units of one full recovery: see :func:`cost_of`."""
+        """Returns the cost of steps and evaluations, in units of one full recovery: see :func:`cost_of`."""
         return cost_of(self.settings, self.held_out_rows, steps, looks, passes)
 
     def first_loss(self) -> float:
-        """Returns the held-out loss of the model as it is, in nats a token."""
+        """Returns the held-out loss of the model without adapters, in nats a token."""
         if self._first_loss is None:
             self._first_loss = float(self.held_out_loss(1))
         return self._first_loss
 
     def learning_rate(self, step: int, steps: int | None = None) -> float:
-        """Returns the share of the peak learning rate at a step, as transformers' schedules have it.
+        """Returns the learning rate at a step as a share of the peak, as in the schedules of transformers.
 
         Args:
-            step: From 0.
-            steps: Of the whole schedule; None for a full recovery's.
+            step: Index of the step, from 0.
+            steps: Number of steps of the schedule; None for that of a full recovery.
         """
         steps = steps or self.settings.steps
         warm = round(self.settings.warmup * steps)
@@ -172,10 +173,10 @@ class PairedSetup:
 
     @contextmanager
     def ready(self, seed: int) -> Iterator[None]:
-        """Freezes the model, in evaluation mode and in types that can be trained beside, and keeps random draws to itself.
+        """Freezes the model inside the block, in evaluation mode and in dtypes that adapters can train with, and isolates random draws.
 
-        The model's own dropout is off, unlike in a recovery: it would be drawn anew for every adapter of a pass. Adapters drop their
-        inputs as the settings say.
+        The model's own dropout is off, unlike in a recovery, because each adapter of a pass would get a different draw. The dropout of the
+        adapters' inputs follows the settings.
         """
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         was_training = self.model.training
@@ -189,12 +190,12 @@ class PairedSetup:
             self.model.train(was_training)
 
     def train_step(self, seed: int, step: int, copies: int) -> Tensor:
-        """Adds to the gradients of K adapters what one optimizer step needs, and returns their mean losses of a token.
+        """Computes the gradients of K adapters for one optimizer step, and returns their mean losses in nats a token.
 
         Args:
-            seed: Of the order of the rows.
-            step: From 0.
-            copies: K.
+            seed: Seed of the order of the rows.
+            step: Index of the step, from 0.
+            copies: Number of adapters, K.
 
         Returns:
             (K,) float64 on the CPU, in nats.
@@ -220,7 +221,7 @@ class PairedSetup:
         return total_K / self._held_out_tokens
 
     def _summed(self, batch: Batch, key: Hashable, copies: int, share: float, temperature: float) -> Tensor:
-        """Returns the loss of K repetitions of a batch, summed over its tokens, (K,) float32: a mix of the text's and the teacher's."""
+        """Returns the losses of K repetitions of a batch, summed over its tokens, (K,) float32: mixed from text loss and divergence."""
         logits = self.logits(batch, key, copies)
         total_K = torch.zeros(copies, device=self.device)
         if share < 1.0:
@@ -243,12 +244,12 @@ class PairedSetup:
     def logits(self, batch: Batch, key: Hashable, copies: int) -> Tensor:
         """Returns the logits of K repetitions of a batch, (K * B, T, V).
 
-        The layers below the first adapted one see every batch once: what leaves them is the same for all adapters and all steps.
+        The layers below the first adapted one run only once for each batch, because their output is the same for all adapters and steps.
 
         Args:
-            batch: ``input_ids`` and, where rows are padded, ``attention_mask``, both (B, T).
-            key: Under which its hidden states are kept.
-            copies: K.
+            batch: ``input_ids`` and, if rows are padded, ``attention_mask``, both (B, T).
+            key: Key of the batch's hidden states in the cache.
+            copies: Number of adapters, K.
         """
         inputs = {name: tensor.to(self.device) for name, tensor in batch.items() if name != "labels"}
         repeated = {name: tensor.repeat(copies, 1) for name, tensor in inputs.items()}
@@ -261,7 +262,7 @@ class PairedSetup:
 
     @torch.no_grad()
     def _below(self, inputs: Batch) -> Tensor:
-        """Returns what enters the first adapted layer, (B, T, D); nothing above that layer is computed."""
+        """Returns the input of the first adapted layer, (B, T, D), without computing that layer or later ones."""
         seen: list[Tensor] = []
 
         def stop(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -279,7 +280,7 @@ class PairedSetup:
 
     @contextmanager
     def _skipping(self, hidden: Tensor) -> Iterator[None]:
-        """Leaves out the layers below the first adapted one and hands that one what would have come out of them."""
+        """Skips the layers below the first adapted one inside the block, and uses the given hidden states as its input."""
 
         def instead(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return ((hidden, *arguments[1:]), named) if arguments else ((), named | {"hidden_states": hidden})
@@ -301,8 +302,8 @@ def summed_nats(logits: Tensor, labels_BT: Tensor, copies: int) -> Tensor:
 
     Args:
         logits: (K * B, T, V).
-        labels_BT: int64, -100 where nothing is predicted; the first token of a row never is.
-        copies: K.
+        labels_BT: int64, -100 for tokens that are not predicted; the first token of a row is never predicted.
+        copies: Number of repetitions, K.
     """
     targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED).to(logits.device)
     targets = targets_BT.reshape(-1).repeat(copies)
@@ -312,14 +313,14 @@ def summed_nats(logits: Tensor, labels_BT: Tensor, copies: int) -> Tensor:
 
 @final
 class _Cache:
-    """Tensors by key, the first that come, up to a number of bytes."""
+    """A cache of tensors by key, which accepts new ones up to a number of bytes."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._left_bytes = limit_bytes
         self._kept: dict[Hashable, Tensor] = {}
 
     def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """Returns the tensor of a key, made where it is not kept."""
+        """Returns the tensor of a key, and makes it if it is not in the cache."""
         if key in self._kept:
             return self._kept[key]
         tensor = make()
@@ -331,24 +332,24 @@ class _Cache:
 
 
 class _EnoughError(Exception):
-    """Ends a forward pass early."""
+    """Raised to end a forward pass early."""
 
 
 def _unchanged(*arguments: Any, **named: Any) -> Any:
-    """Stands in for a layer that is left out."""
+    """Returns the hidden states unchanged; replaces a skipped layer's forward."""
     return arguments[0] if arguments else named["hidden_states"]
 
 
 def cost_of(settings: RecoverSettings, held_out_rows: int, steps: int, looks: int, passes: int = 1) -> float:
-    """Returns what steps and looks take, in units of one full recovery: rows of a forward pass, a backward pass counted as two.
+    """Returns the cost of steps and evaluations, in units of one full recovery. A forward pass of a row costs 1, a backward pass 2.
 
     Args:
-        settings: Of a full recovery. It looks every ``eval_every`` steps and at the end; the look before the first step is the same for
-            all and is not counted.
-        held_out_rows: Of one look.
-        steps: Optimizer steps.
-        looks: Looks at the held-out rows.
-        passes: Forward passes of every batch of a step.
+        settings: Settings of a full recovery. It evaluates every ``eval_every`` steps and at the end; the evaluation before the first step
+            is common to all candidates and not counted.
+        held_out_rows: Number of rows of one evaluation.
+        steps: Number of optimizer steps.
+        looks: Number of evaluations on the held-out rows.
+        passes: Number of forward passes of every batch of a step.
     """
     row_passes = 3.0 * settings.batch * settings.accumulate
     full = settings.steps * row_passes + -(-settings.steps // settings.eval_every) * held_out_rows

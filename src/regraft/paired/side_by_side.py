@@ -1,7 +1,7 @@
-"""Several LoRA adapters on one frozen model in one pass: the rows of a batch are repeated, and each repetition has its own factors.
+"""Training of several LoRA adapters on one frozen model in one pass: each adapter has its own repetition of the batch's rows.
 
-A row's output depends on that row and its factors alone, so that the summed loss of all repetitions gives every adapter exactly the
-gradient that it would have by itself.
+A row's output depends only on that row and its adapter's factors. Therefore the summed loss of all repetitions gives every adapter exactly
+the gradient that it would have in a separate training.
 
 Legend of shapes: K adapters, B rows of a batch, T tokens, I input and O output features, R the largest rank of any of the K.
 """
@@ -26,14 +26,14 @@ SCALES: Mapping[str, Callable[[float, int], float]] = {
     "lora": lambda alpha, rank: alpha / rank,
     "rslora": lambda alpha, rank: alpha / rank**0.5,
 }
-"""How much an adapter multiplies ``B A`` by, for those that can be trained side by side."""
+"""Scale of ``B A`` as a function of alpha and rank, for the adapters that can be trained in one pass."""
 
 
 def check_adapter(adapter: str) -> None:
-    """Refuses adapters that cannot be trained side by side.
+    """Refuses an adapter that cannot be trained with others in one pass.
 
     Raises:
-        InputError: The message says which can.
+        InputError: The adapter is not supported; the message names those that are.
     """
     if adapter not in SCALES:
         raise InputError(f"ranks are compared with {' or '.join(SCALES)}, not with --adapter {adapter}; leave --adapter out")
@@ -46,7 +46,7 @@ class Factors:
     Attributes:
         a_KRI: LoRA's A.
         b_KOR: LoRA's B.
-        scale_K11: The scales.
+        scale_K11: Scale of each adapter.
     """
 
     a_KRI: Tensor
@@ -56,15 +56,15 @@ class Factors:
 
 @contextmanager
 def adapted(sites: Mapping[str, nn.Module], factors: Callable[[str], Factors], dropout: Callable[[], float]) -> Iterator[None]:
-    """Makes modules add the change of the adapters inside the block; the modules themselves are not touched.
+    """Adds the adapters' outputs to those of the modules inside the block; the modules' weights are not changed.
 
-    Batches inside hold K repetitions of B rows, one repetition after the other. All of them share one mask of dropout, which is the
-    one that PEFT draws for B rows.
+    Batches inside hold K repetitions of B rows, one repetition after the other. All repetitions share one dropout mask, which is the one
+    that PEFT draws for B rows.
 
     Args:
-        sites: The adapted modules by name.
-        factors: Returns the present factors of a module; asked for on every forward pass.
-        dropout: Returns the share of the inputs that is dropped at present.
+        sites: The adapted modules, by name.
+        factors: Returns the present factors of a module; called on every forward pass.
+        dropout: Returns the present dropout rate of the inputs.
     """
     before = {name: site.__dict__.get("forward") for name, site in sites.items()}
     try:
@@ -96,16 +96,16 @@ def _forward(
 
 @final
 class Stack:
-    """K adapters of different ranks, held in common tensors that are as wide as the largest rank.
+    """K adapters of different ranks in common tensors, which are as wide as the largest rank.
 
-    Smaller ranks are filled up with zeros in A and in B. Both stay zero by themselves: the gradient of a row of A is a multiple of
-    the column of B that it meets, and the other way round, and Adam leaves a parameter alone whose gradients were always zero.
+    Smaller ranks are padded with zeros in A and in B. Both paddings remain zero during training: the gradient of a row of A is a multiple
+    of its column of B and vice versa, and Adam does not change a parameter whose gradients are always zero.
 
     Args:
-        sites: The modules by name, all that any request names.
-        requests: One for each adapter, of one seed.
+        sites: All modules that a request names, by name.
+        requests: One request for each adapter, all with one seed.
         adapter: ``lora`` or ``rslora``.
-        device: Of the model.
+        device: Device of the model.
     """
 
     def __init__(self, sites: Mapping[str, nn.Module], requests: Sequence[AdapterRequest], adapter: str, device: torch.device) -> None:
@@ -128,16 +128,16 @@ class Stack:
 
     @property
     def first(self) -> list[nn.Parameter]:
-        """Every A."""
+        """All parameters A."""
         return [factor.a_KRI for factor in self.factors.values() if isinstance(factor.a_KRI, nn.Parameter)]
 
     @property
     def second(self) -> list[nn.Parameter]:
-        """Every B."""
+        """All parameters B."""
         return [factor.b_KOR for factor in self.factors.values() if isinstance(factor.b_KOR, nn.Parameter)]
 
     def taken(self, index: int, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """Returns copies, on the CPU and without the filling, of one adapter's factors and of Adam's moments of them, by name."""
+        """Returns CPU copies of one adapter's factors and of their Adam moments, by name, without the padding."""
         found: dict[str, Tensor] = {}
         for name, parameter, part in self._parts(index):
             moments = optimizer.state.get(parameter, {})
@@ -146,7 +146,7 @@ class Stack:
         return found
 
     def put(self, index: int, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, steps: int) -> None:
-        """Puts back what :meth:`taken` gave, after so many steps of the optimizer."""
+        """Restores the result of :meth:`taken`, as the state after ``steps`` optimizer steps."""
         for name, parameter, part in self._parts(index):
             if steps and not optimizer.state.get(parameter):
                 fresh: dict[str, Any] = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
@@ -158,7 +158,7 @@ class Stack:
                         optimizer.state[parameter][key][index][part].copy_(tensors[f"{name}.{key}"])
 
     def _parts(self, index: int) -> Iterator[tuple[str, Tensor, tuple[slice, slice]]]:
-        """Yields a name, the common parameter, and which part of the adapter's slice is its own."""
+        """Yields a name, the common parameter, and the slices of the adapter's own part without padding."""
         for name, factor in self.factors.items():
             rank = self.requests[index].ranks.get(name, 0)
             yield f"{name}.A", factor.a_KRI, (slice(rank), slice(None))
@@ -166,11 +166,11 @@ class Stack:
 
 
 def clip_each(parameters: Sequence[nn.Parameter], limit: float) -> None:
-    """Clips the gradient of every adapter of a stack to a norm of its own, as ``clip_grad_norm_`` does for one model.
+    """Clips the gradient of each adapter of a stack separately, as ``clip_grad_norm_`` does for one model.
 
     Args:
-        parameters: Each ``(K, ...)``.
-        limit: Largest norm.
+        parameters: The stacked parameters, each ``(K, ...)``.
+        limit: Largest norm of one adapter's gradient.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:

@@ -1,1 +1,1 @@
-"""Running a search: which measurement comes next, on whatever machine, with every one of them on disk before the next begins."""
+"""Execution of a rank search, on one or many machines, with every measurement stored before the next round begins."""

@@ -1,7 +1,7 @@
-"""What is measured, and by whom: values and protocols that a search is made of.
+"""Contracts of a search: the jobs to measure, and the protocols of measuring.
 
-A search never sees a model. It is given a :class:`MeasureSpec`, a small value that can be sent to another process or machine, and
-opens it where the measuring is done.
+A search never sees a model. It has a :class:`MeasureSpec`, a small value that can be sent to another process or machine, which opens it
+to measure.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ Key = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement to be made.
+    """One measurement to make.
 
     Attributes:
-        phase: Measurements of the search choose; those that confirm are made on data and seeds that the search has not seen.
-        round: Number of the request that it is part of.
-        index: Place in that request.
+        phase: ``search`` for choosing vectors; ``confirm`` for measurements on data and seeds that the search did not use.
+        round: Number of the request that the job belongs to.
+        index: Index of the job in that request.
         ranks: The rank vector.
-        fidelity: Share of a full recovery's steps, in (0, 1].
-        kind: A real recovery, or a forward pass of the elastic adapter.
-        seed: Of batches and initial values; jobs of one seed are paired.
-        origin: Why this vector, in a word or two.
+        fidelity: Number of trained steps as a share of a full recovery's, in (0, 1].
+        kind: Kind of the measurement: a real recovery, or a forward pass of the elastic adapter.
+        seed: Seed of batches and initial values; jobs with the same seed are paired.
+        origin: Reason for the vector, in a word or two.
     """
 
     phase: Phase
@@ -42,36 +42,36 @@ class Job:
 
     @property
     def key(self) -> Key:
-        """What tells it from every other job of its search."""
+        """Unique key of the job within its search."""
         return self.phase, self.round, self.index
 
     def failed(self, note: str) -> RankTrial:
-        """Returns the trial of a measurement that could not be made."""
+        """Returns a failed trial for this job."""
         return RankTrial(self.ranks, None, self.fidelity, 0.0, self.kind, self.seed, note)
 
 
 class Measure(Protocol):
-    """Measures rank vectors."""
+    """A function that measures rank vectors."""
 
     def __call__(self, jobs: Sequence[Job]) -> Sequence[RankTrial]:
-        """Returns one trial for each job, in order; a recovery that diverges is a trial without loss, with a note.
+        """Returns one trial for each job, in order. A recovery that diverges gives a trial without loss, with a note.
 
-        The jobs of one call have phase, fidelity, kind and seed in common.
+        All jobs of one call have the same phase, fidelity, kind and seed.
 
         Raises:
-            TrainingError: One of the candidates cannot be trained: it diverges, or does not fit into memory. The search goes on.
-            RegraftError: Something is wrong with all of them alike. The search stops.
+            TrainingError: A candidate diverges or does not fit into memory. The search continues.
+            RegraftError: An error that all candidates have in common, such as missing data. The search stops.
         """
         ...
 
 
 class MeasureSpec(Protocol):
-    """Everything that measuring needs, as a value that can be pickled between processes of one search."""
+    """A value that can be pickled between the processes of one search, and that opens everything needed for measuring."""
 
     def open(self, threads: int | None = None) -> Measure:
-        """Loads model and data; called once in every process that measures.
+        """Loads model and data; called once in every measuring process.
 
         Args:
-            threads: How many the process may use, because it shares the machine with others; None: as many as the libraries choose.
+            threads: Number of threads that the process may use on a shared machine; None leaves the choice to the libraries.
         """
         ...

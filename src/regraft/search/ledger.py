@@ -1,8 +1,8 @@
-"""The book of a search: which measurements are asked for, which are being made, and what came of them, one Optuna trial each.
+"""Ledger of a search: the posted jobs, who measures them, and the results, one Optuna trial each.
 
-Any number of processes and machines may write in one book. A job is posted as a waiting trial; whoever turns it to running, which the
-database lets one of them do, measures it and writes the result. Jobs of those that died are posted again. If two post the same job,
-the trial with the lower number counts.
+Any number of processes and machines may use one ledger. A job is posted as a waiting trial. A process claims it by setting it to running,
+which the database allows only once, measures it and writes the result. Jobs of dead processes are posted again. If two processes post the
+same job, the trial with the lower number is valid.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STOPPED = "whoever measured it died; it was asked for again"
 GIVEN_BACK = "given back unmeasured"
 TWICE = "asked for twice"
 _WRITE_AGAIN_SECONDS = (0.5, 2.0, 8.0)
-_SIGNING_SECONDS = 0.05  # longer than another takes from reading a trial to signing it
+_SIGNING_SECONDS = 0.05  # longer than another process needs from reading a trial to signing it
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class _Entry:
 
 
 class Ledger:
-    """The book of one search.
+    """The ledger of one search.
 
     Args:
-        study: Its Optuna study, in ``storage``.
-        storage: Where it is kept.
-        space: Of the search.
-        alone: Whether nobody else can be at work, because the search's folder is locked: then whatever is being measured was left
-            behind by a process that died.
+        study: The search's Optuna study, in ``storage``.
+        storage: Storage of the trials.
+        space: Space of the search.
+        alone: Whether this process has a lock on the search's folder. Then no other process is at work, and every running trial was left
+            by a dead process.
     """
 
     def __init__(self, study: optuna.Study, storage: Storage, space: RankSpace, *, alone: bool) -> None:
@@ -75,25 +75,25 @@ class Ledger:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Turns the errors of the database inside the block into one line each."""
+        """Turns errors of the database inside the block into a StorageError of one line."""
         with storage_errors(self._storage.shown):
             yield
 
     def results(self) -> list[tuple[Job, RankTrial]]:
-        """Returns everything that was measured, in the order in which it was asked for, whoever was first to finish."""
+        """Returns all measurements in the order of their jobs, whatever the order in which they finished."""
         done = [(entry.job, entry.result) for entry in self._valid().values() if entry.result is not None]
         return sorted(done, key=lambda pair: pair[0].key)
 
     def missing(self, jobs: Iterable[Job]) -> list[Job]:
-        """Returns the jobs that are not measured yet."""
+        """Returns the jobs without a result."""
         valid = self._valid()
         return [job for job in jobs if job.key not in valid or valid[job.key].result is None]
 
     def post(self, jobs: Sequence[Job]) -> None:
-        """Asks for jobs that nobody has asked for, or whose trial was lost.
+        """Posts those jobs that have no valid trial: new ones, and ones whose process died.
 
-        A job that kills one process after the other, on machines that share the book, is written down as failed. With one process at
-        work nobody is left to do so, and whoever begins it again decides.
+        A job that killed several processes is recorded as failed if other processes share the ledger. With a single process, the user
+        decides by starting the search again.
         """
         valid, deaths = self._valid(), self._deaths()
         for job in jobs:
@@ -110,7 +110,7 @@ class Ledger:
         self.study.add_trial(create_trial(state=state, params=params, distributions=self._distributions, user_attrs=given))
 
     def claim(self, jobs: Sequence[Job], count: int) -> list[Job]:
-        """Takes up to ``count`` waiting jobs, which nobody else is given then; the first of them first."""
+        """Claims up to ``count`` waiting jobs for this process, in order, so that no other process measures them."""
         wanted = {job.key for job in jobs}
         taken: list[Job] = []
         backend = self._storage.backend
@@ -129,9 +129,9 @@ class Ledger:
         return taken
 
     def _signed(self, entry: _Entry) -> bool:
-        """Signs a trial that was claimed, and returns whether the signature stays.
+        """Signs a claimed trial, and returns whether this process still owns it after a short wait.
 
-        SQLite locks no rows: two processes that read a trial as waiting at the same moment may both have claimed it.
+        SQLite has no row locks: two processes that read a trial as waiting at the same moment may both have claimed it.
         """
         self._storage.backend.set_trial_user_attr(entry.trial_id, "worker", self._me)
         if self._alone:
@@ -140,10 +140,10 @@ class Ledger:
         return any(now.trial_id == entry.trial_id and now.worker == self._me for now in self._entries())
 
     def record(self, job: Job, result: RankTrial) -> None:
-        """Writes a measurement down. When this returns it is on the disk.
+        """Stores a measurement. It is on disk when this returns.
 
-        A database that is away for a moment is tried again a few times. What somebody else has measured meanwhile, because this
-        process seemed dead, stays as they wrote it.
+        If the database is unreachable for a moment, the write is repeated a few times. If another process has meanwhile measured the job,
+        because this process seemed dead, that result is kept.
         """
         entry = self._valid().get(job.key)
         if entry is None or entry.state != TrialState.RUNNING:
@@ -164,7 +164,7 @@ class Ledger:
         backend = self._storage.backend
         backend.set_trial_user_attr(entry.trial_id, "cost", result.cost)
         backend.set_trial_user_attr(entry.trial_id, "note", result.note)
-        backend.set_trial_user_attr(entry.trial_id, "loss_nats", result.loss_nats)  # last: with it, the measurement is made
+        backend.set_trial_user_attr(entry.trial_id, "loss_nats", result.loss_nats)  # last, because it marks the result as complete
         self._finish(entry, result)
 
     def _finish(self, entry: _Entry, result: RankTrial) -> None:
@@ -174,7 +174,7 @@ class Ledger:
             self._storage.backend.set_trial_state_values(entry.trial_id, TrialState.COMPLETE, [result.loss_nats])
 
     def retire(self) -> None:
-        """Ends the trials of those that died, so that their jobs can be posted again; a result that was written already is kept."""
+        """Ends the trials of dead processes, so that their jobs can be posted again; results already written are kept."""
         for entry in self._entries():
             if entry.state != TrialState.RUNNING or entry.trial_id in self._mine:
                 continue
@@ -197,9 +197,9 @@ class Ledger:
 
     @contextmanager
     def alive(self) -> Iterator[None]:
-        """Says, inside the block and now and then, that the jobs that this process has claimed are being worked on.
+        """Sends heartbeats, inside the block, for the jobs that this process has claimed.
 
-        Whoever leaves the block gives back what it has not measured.
+        At the end of the block, claimed jobs without a result are given back.
         """
         stop = threading.Event()
         thread = threading.Thread(target=self._beat, args=(stop,), name="regraft-heartbeat", daemon=True)
@@ -219,13 +219,13 @@ class Ledger:
             with self._lock:
                 mine = sorted(self._mine)
             for trial_id in mine:
-                # A database that is away now may be back for the next beat; if it is not, the next write will say so.
+                # An unreachable database may be back at the next heartbeat; otherwise the next write raises the error.
                 with suppress(SQLAlchemyError, optuna.exceptions.StorageInternalError):
                     cast(BaseHeartbeat, backend).record_heartbeat(trial_id)
         backend.remove_session()
 
     def _release(self) -> None:
-        """Gives back what this process has claimed and not measured, for the others."""
+        """Gives back the jobs that this process has claimed and not measured, so that others can claim them."""
         with self._lock:
             mine = set(self._mine)
             self._mine.clear()
@@ -234,7 +234,7 @@ class Ledger:
                 self._quietly(lambda entry=entry: self._drop(entry, GIVEN_BACK))
 
     def _entries(self) -> list[_Entry]:
-        """Returns every trial of this search, in the order of their numbers."""
+        """Returns all trials of this search, in the order of their numbers."""
         found: list[_Entry] = []
         for trial in self.study.get_trials(deepcopy=False):
             job = job_of(trial, self.space)
@@ -255,7 +255,7 @@ class Ledger:
         return sorted(found, key=lambda entry: entry.number)
 
     def _valid(self) -> dict[Key, _Entry]:
-        """Returns the trial that counts for every job: of those that were not dropped, the first."""
+        """Returns the valid trial of every job: the first one that was not dropped."""
         valid: dict[Key, _Entry] = {}
         for entry in self._entries():
             if not entry.lost:
@@ -263,14 +263,14 @@ class Ledger:
         return valid
 
     def _deaths(self) -> Counter[Key]:
-        """Returns how often the process that measured a job died."""
+        """Returns for each job how often its measuring process died."""
         return Counter(entry.job.key for entry in self._entries() if entry.lost and entry.dropped not in (GIVEN_BACK, TWICE))
 
     def _is_dead(self, entry: _Entry) -> bool:
-        """Returns whether the process of this machine that has claimed a trial is gone; of other machines only heartbeats tell."""
+        """Returns whether a trial's process on this machine is dead. For other machines, missing heartbeats decide (see :meth:`retire`)."""
         if self._alone:
             return True
-        if not entry.worker:  # it died between claiming the trial and signing it, before its first heartbeat
+        if not entry.worker:  # the process claimed the trial but did not sign it; it may have died before its first heartbeat
             return time.time() - entry.started > self._storage.grace_seconds
         host, pid, created = entry.worker.split("/")
         if host != socket.gethostname():
@@ -281,7 +281,7 @@ class Ledger:
             return True
 
     def _quietly(self, write: Callable[[], Any]) -> Any:
-        """Writes to a trial, unless somebody else has finished it meanwhile."""
+        """Writes to a trial, unless another process has finished it meanwhile."""
         try:
             return write()
         except UpdateFinishedTrialError:

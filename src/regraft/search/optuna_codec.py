@@ -1,4 +1,4 @@
-"""What a measurement is in Optuna's words: parameters are ranks, user attributes hold the rest."""
+"""Conversion between jobs and Optuna trials: the ranks are the parameters, user attributes hold the rest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _JOB_FIELDS = ("phase", "round", "index", "fidelity", "kind", "seed", "origin")
 
 
 def distributions(space: RankSpace) -> dict[str, BaseDistribution]:
-    """Returns the parameters of a space in Optuna's words, one for each slot: integers with a step where the ranks have one."""
+    """Returns Optuna distributions for a space, one for each slot: integers with a step if the ranks are evenly spaced, else categories."""
     return {slot.name: _distribution([rank for rank in space.choices if rank <= slot.limit]) for slot in space.slots}
 
 
@@ -28,7 +28,7 @@ def _distribution(ranks: Sequence[int]) -> BaseDistribution:
 
 
 def job_of(trial: FrozenTrial, space: RankSpace) -> Job | None:
-    """Returns the job that a trial is of; None for a trial that somebody else has put into the study."""
+    """Returns the job of a trial; None for a trial that another program added to the study."""
     attributes = trial.user_attrs
     if not all(name in attributes for name in _JOB_FIELDS) or any(slot.name not in trial.params for slot in space.slots):
         return None
@@ -36,12 +36,12 @@ def job_of(trial: FrozenTrial, space: RankSpace) -> Job | None:
 
 
 def attributes_of(job: Job) -> dict[str, Any]:
-    """Returns what a trial's user attributes say of its job."""
+    """Returns the user attributes of a job's trial."""
     return {name: getattr(job, name) for name in _JOB_FIELDS}
 
 
 def result_of(trial: FrozenTrial, job: Job) -> RankTrial | None:
-    """Returns the measurement that a trial holds, or None while there is none."""
+    """Returns the measurement stored in a trial, or None without one."""
     attributes = trial.user_attrs
     if "loss_nats" not in attributes:
         return None
@@ -49,5 +49,5 @@ def result_of(trial: FrozenTrial, job: Job) -> RankTrial | None:
 
 
 def is_lost(trial: FrozenTrial) -> bool:
-    """Returns whether a trial ended without a measurement, because whoever made it died; its job is made again."""
+    """Returns whether a trial ended without a measurement, because its process died; its job is measured again."""
     return trial.state == TrialState.FAIL and "loss_nats" not in trial.user_attrs

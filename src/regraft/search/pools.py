@@ -1,7 +1,7 @@
-"""Who measures: this process, processes beside it, or the machines of a Ray cluster.
+"""Pools that measure jobs: in this process, or in several processes of this machine.
 
-A pool takes groups of jobs and gives back trials as they are finished, in any order. What becomes of a job whose process dies is the
-pool's business: it is measured again, a few times, and then given back as failed.
+A pool takes groups of jobs and returns trials when they are finished, in any order. If a process dies, the pool measures its jobs again,
+up to a number of attempts, and then returns them as failed. :mod:`regraft.search.ray_pool` is the pool for a Ray cluster.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from regraft.search.contract import Job, Measure, MeasureSpec
 
 MAX_ATTEMPTS = 3
 Group = Sequence[Job]
-"""Jobs that differ in their ranks alone."""
+"""Jobs that differ only in their ranks."""
 Finished = list[tuple[Job, RankTrial]]
 
 
 def measure_group(measure: Measure, jobs: Group) -> list[RankTrial]:
-    """Measures jobs; what goes wrong with a candidate becomes a failed trial of it, so that the search goes on.
+    """Measures jobs. A candidate that cannot be trained becomes a failed trial, so that the search continues.
 
     Raises:
-        RegraftError: Something is wrong with all candidates alike: the data, the model, the disk.
+        RegraftError: An error that all candidates have in common: in the data, the model or the disk.
     """
     try:
         trials = list(measure(jobs))
     except TrainingError as error:
-        if len(jobs) > 1:  # one of them is at fault: find out which
+        if len(jobs) > 1:  # at least one candidate is at fault: measure them one by one
             return [trial for job in jobs for trial in measure_group(measure, (job,))]
         return [jobs[0].failed(" ".join(str(error).split()))]
     assert [trial.ranks for trial in trials] == [job.ranks for job in jobs], "one trial for each job, in order"
@@ -44,29 +44,29 @@ def measure_group(measure: Measure, jobs: Group) -> list[RankTrial]:
 
 
 def died(jobs: Group, what: str) -> Finished:
-    """Returns failed trials for jobs whose process died too often."""
+    """Returns failed trials for jobs whose measuring process died too often."""
     return [(job, job.failed(f"{what} died {MAX_ATTEMPTS} times while measuring it (out of memory?)")) for job in jobs]
 
 
 class Pool(AbstractContextManager["Pool"], ABC):
-    """Whoever measures; leaving the block ends it."""
+    """A pool of measuring processes; use it as a context manager, whose end stops the processes."""
 
     size: int
 
     @abstractmethod
     def busy(self) -> int:
-        """Returns how many groups are being measured or wait for it."""
+        """Returns the number of groups that are being measured or are waiting."""
 
     @abstractmethod
     def start(self, jobs: Group) -> None:
-        """Takes a group of jobs that differ in their ranks alone."""
+        """Accepts a group of jobs that differ only in their ranks."""
 
     @abstractmethod
     def finished(self, timeout_seconds: float) -> Finished:
-        """Returns what is finished, as soon as anything is; nothing when the time is over.
+        """Waits until any job is finished and returns the finished jobs; returns none after the timeout.
 
         Raises:
-            RegraftError: Something is wrong with all candidates alike.
+            RegraftError: An error that all candidates have in common.
         """
 
     def __enter__(self) -> Self:
@@ -75,7 +75,7 @@ class Pool(AbstractContextManager["Pool"], ABC):
 
 @final
 class Inline(Pool):
-    """Measures in this process, one group after the other."""
+    """A pool that measures in this process, one group after the other."""
 
     size = 1
 
@@ -85,7 +85,7 @@ class Inline(Pool):
         self._waiting: list[Group] = []
 
     def busy(self) -> int:
-        """Returns how many groups wait."""
+        """Returns the number of waiting groups."""
         return len(self._waiting)
 
     def start(self, jobs: Group) -> None:
@@ -107,13 +107,13 @@ class Inline(Pool):
 
 @dataclass
 class _Worker:
-    """A process beside this one.
+    """A measuring process of this machine.
 
     Attributes:
-        process: Of the system.
-        pipe: Groups go out, trials or an error come back.
-        jobs: What it is measuring; empty when it is free.
-        attempts: How often that was begun.
+        process: The operating-system process.
+        pipe: Pipe for groups to the process, and for trials or an error back.
+        jobs: The group being measured; empty when the process is free.
+        attempts: Number of attempts at the group, this one included.
     """
 
     process: BaseProcess
@@ -124,11 +124,11 @@ class _Worker:
 
 @final
 class Processes(Pool):
-    """Measures in processes on this machine, which share its cores.
+    """A pool of processes on this machine, which share its cores.
 
     Args:
-        spec: Opened once in each process.
-        size: How many.
+        spec: Value that is opened once in each process.
+        size: Number of processes.
     """
 
     def __init__(self, spec: MeasureSpec, size: int) -> None:
@@ -138,7 +138,7 @@ class Processes(Pool):
         self._workers: list[_Worker] = []
 
     def busy(self) -> int:
-        """Returns how many groups are being measured or wait."""
+        """Returns the number of groups that are being measured or are waiting."""
         return len(self._waiting) + sum(bool(worker.jobs) for worker in self._workers)
 
     def start(self, jobs: Group) -> None:
@@ -147,7 +147,7 @@ class Processes(Pool):
         self._hand_out()
 
     def finished(self, timeout_seconds: float) -> Finished:
-        """Waits for the first process that is done or dead."""
+        """Waits for the first process that is finished or dead."""
         at_work: dict[Any, _Worker] = {worker.pipe: worker for worker in self._workers if worker.jobs}
         done: Finished = []
         for pipe in wait(list(at_work), timeout_seconds):
@@ -163,11 +163,11 @@ class Processes(Pool):
             free = free or self._begin()
             free.jobs, attempts = self._waiting.pop(0)
             free.attempts = attempts + 1
-            with suppress(OSError):  # it is dead; collecting will find out
+            with suppress(OSError):  # the process is dead, which _collect will notice
                 free.pipe.send(free.jobs)
 
     def _begin(self) -> _Worker:
-        # Spawned, not forked: threads of torch and of the heartbeat do not survive a fork.
+        # Processes are spawned, because the threads of torch and of the heartbeat do not survive a fork.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         threads = max(1, (os.cpu_count() or 1) // self.size)
@@ -182,7 +182,7 @@ class Processes(Pool):
         jobs, attempts = worker.jobs, worker.attempts
         try:
             answer: Any = worker.pipe.recv()
-        except (EOFError, OSError):  # the pipe closed: the process is gone
+        except (EOFError, OSError):  # the pipe is closed, so the process is dead
             self._workers.remove(worker)
             self._end(worker)
             if attempts >= MAX_ATTEMPTS:
@@ -207,7 +207,7 @@ class Processes(Pool):
 
 
 def _serve(pipe: Connection, spec: MeasureSpec, threads: int) -> None:
-    """Measures what comes through the pipe until it closes; runs in the process beside."""
+    """Measures groups from the pipe until it closes; runs in a process of the pool."""
     measure: Measure | None = None
     while True:
         try:
@@ -218,7 +218,7 @@ def _serve(pipe: Connection, spec: MeasureSpec, threads: int) -> None:
             measure = measure or spec.open(threads)
             answer: list[RankTrial] | RegraftError = measure_group(measure, jobs)
         except RegraftError as error:
-            # Some of our errors are built from more than their message, and would not come out of the pipe as they went in.
+            # Some of our errors have more arguments than their message, and cannot be unpickled.
             answer = InputError(str(error))
         except KeyboardInterrupt:
             return

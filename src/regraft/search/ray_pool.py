@@ -1,6 +1,6 @@
-"""Measuring on a Ray cluster: each group of candidates is a task, begun again elsewhere when the worker or its machine dies.
+"""Pool on a Ray cluster: each group of candidates is a task, which is repeated elsewhere if the worker or its machine dies.
 
-Every machine needs regraft, the model's folder and the data under the same paths. Only the process that runs the search writes into
+Every machine needs regraft, and the model's folder and the data under the same paths. Only the process that runs the search writes to
 the storage.
 """
 
@@ -22,17 +22,17 @@ _KNOCK_SECONDS = 5.0
 
 @final
 class RayPool(Pool):
-    """Measures on the machines of a Ray cluster.
+    """A pool of the machines of a Ray cluster.
 
     Args:
-        spec: Hashable; opened once in each worker of the cluster.
-        address: ``auto`` for the cluster that this machine is part of, or ``host:port``; ``local`` begins one on this machine.
-        cpus: That one task takes.
-        gpus: That one task takes.
+        spec: Hashable value that is opened once in each worker of the cluster.
+        address: ``auto`` for the cluster that this machine belongs to, or ``host:port``; ``local`` starts one on this machine.
+        cpus: Number of CPUs for one task.
+        gpus: Number of GPUs for one task.
 
     Raises:
         MissingDependencyError: Ray is not installed.
-        InputError: There is no such cluster.
+        InputError: No cluster answers at the address.
     """
 
     def __init__(self, spec: MeasureSpec, address: str, *, cpus: float = 1.0, gpus: float = 0.0) -> None:
@@ -60,15 +60,15 @@ class RayPool(Pool):
             ) from None
 
     def busy(self) -> int:
-        """Returns how many tasks are not finished."""
+        """Returns the number of unfinished tasks."""
         return len(self._running)
 
     def start(self, jobs: Group) -> None:
-        """Gives a group to the cluster."""
+        """Submits a group to the cluster."""
         self._running[self._task.remote(self._spec, jobs)] = jobs
 
     def finished(self, timeout_seconds: float) -> Finished:
-        """Waits for the first task that is done, or that Ray has given up."""
+        """Waits for the first task that is finished, or that Ray has given up."""
         ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=timeout_seconds) if self._running else ([], [])
         done: Finished = []
         for reference in ready:
@@ -76,7 +76,7 @@ class RayPool(Pool):
             try:
                 answer = self._ray.get(reference)
             except self._ray.exceptions.RayTaskError:
-                raise  # a defect of ours: its traceback is the remote one
+                raise  # an error in our own code, with the remote traceback
             except self._ray.exceptions.RayError:
                 done += died(jobs, "the Ray worker")
                 continue
@@ -94,10 +94,10 @@ class RayPool(Pool):
 
 
 def _knock(address: str) -> None:
-    """Looks whether anybody answers at ``host:port``: Ray itself would wait for minutes.
+    """Tries to connect to ``host:port``, because Ray itself would wait for minutes.
 
     Raises:
-        OSError: Nobody does.
+        OSError: No program answers there.
     """
     host, _, port = address.rpartition(":")
     if host and "//" not in address and port.isdecimal():
@@ -105,10 +105,10 @@ def _knock(address: str) -> None:
 
 
 def import_ray() -> Any:
-    """Returns the library.
+    """Returns the module ``ray``.
 
     Raises:
-        MissingDependencyError: It is not installed.
+        MissingDependencyError: Ray is not installed.
     """
     try:
         return importlib.import_module("ray")
@@ -119,7 +119,7 @@ def import_ray() -> Any:
 
 
 def _measure_remotely(spec: MeasureSpec, jobs: Group) -> list[RankTrial] | str:
-    """Runs in a worker of the cluster; returns the message of an error that all candidates have in common."""
+    """Measures a group in a worker of the cluster; returns the message of an error that all candidates have in common."""
     try:
         return measure_group(_opened(spec), jobs)
     except RegraftError as error:
@@ -128,5 +128,5 @@ def _measure_remotely(spec: MeasureSpec, jobs: Group) -> list[RankTrial] | str:
 
 @lru_cache(maxsize=2)
 def _opened(spec: MeasureSpec) -> Measure:
-    """Returns what a spec opens to, once in each worker process."""
+    """Opens a spec, once in each worker process."""
     return spec.open()

@@ -1,7 +1,7 @@
-"""Runs a search to its end: asks the sampler what is next, has it measured, and keeps every measurement before the next round.
+"""Loop of a search: the sampler gives the next jobs, a pool measures them, and every result is stored before the next round.
 
-The answer does not depend on how many processes measure, on who is first, or on how often the search was killed and resumed: what is
-asked for next follows from whole rounds alone.
+The result does not depend on the number of processes, on the order in which they finish, or on how often the search was killed and
+resumed, because the next jobs are computed from complete rounds only.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ Told = Callable[[Job, RankTrial], None]
 
 
 def open_ledger(storage: Storage, name: str, space: RankSpace, sampler: AllocatorSampler, identity: str, *, resume: bool) -> Ledger:
-    """Opens the book of a search, or begins it.
+    """Opens the ledger of a search, or creates it.
 
     Args:
-        storage: Where.
-        name: Of the study; one store holds many.
-        space: Of the search.
-        sampler: Decides what comes next; also that of the study.
-        identity: Whatever would change the result, as one line. A search goes on with the same only.
-        resume: Go on with a search of this name; without, there must be none with trials.
+        storage: Storage of the trials.
+        name: Name of the study; one storage may hold many studies.
+        space: Space of the search.
+        sampler: Sampler of the study, which decides the next jobs.
+        identity: All inputs that would change the result, as one line. A search can only be resumed with the same identity.
+        resume: Whether to continue a search of this name. If False, no search of this name may have trials.
 
     Raises:
-        StorageError: There is a search of this name and ``resume`` is off, or it was begun with something else.
+        StorageError: A search of this name exists and ``resume`` is False, or it was begun with another identity.
     """
     with storage_errors(storage.shown), quiet_optuna():
         study = together(
@@ -63,18 +63,18 @@ def open_ledger(storage: Storage, name: str, space: RankSpace, sampler: Allocato
 
 
 def search(ledger: Ledger, sampler: AllocatorSampler, pool: Pool, told: Told, at_once: int = 1) -> list[tuple[Job, RankTrial]]:
-    """Measures until the schedule is through; returns everything that was measured, in order.
+    """Measures until the schedule is finished; returns all measurements of the search, in order.
 
     Args:
-        ledger: The book.
-        sampler: Says what is next.
-        pool: Measures.
-        told: Called after each measurement that was made here, once it is on the disk.
-        at_once: How many candidates one process trains in one pass.
+        ledger: Ledger of the search.
+        sampler: Sampler that gives the next jobs.
+        pool: Pool that measures.
+        told: Called after each measurement of this process, once it is on disk.
+        at_once: Number of candidates that one process trains in one pass.
 
     Raises:
-        StorageError: The book cannot be read or written.
-        RegraftError: Something is wrong with all candidates alike.
+        StorageError: The ledger cannot be read or written.
+        RegraftError: An error that all candidates have in common.
     """
     with ledger.errors(), ledger.alive():
         while (jobs := sampler.plan(ledger.study)) is not None:
@@ -83,7 +83,7 @@ def search(ledger: Ledger, sampler: AllocatorSampler, pool: Pool, told: Told, at
 
 
 def measure_all(ledger: Ledger, jobs: Sequence[Job], pool: Pool, told: Told, at_once: int = 1) -> list[RankTrial]:
-    """Measures what of these jobs is not measured yet; returns the trials of all, in their order. Errors as :func:`search`."""
+    """Measures those of the jobs that have no result yet; returns the trials of all jobs, in order. Errors are as in :func:`search`."""
     with ledger.errors(), ledger.alive():
         _carry_out(ledger, jobs, pool, told, at_once)
         results = {job.key: trial for job, trial in ledger.results()}
@@ -91,7 +91,7 @@ def measure_all(ledger: Ledger, jobs: Sequence[Job], pool: Pool, told: Told, at_
 
 
 def _carry_out(ledger: Ledger, jobs: Sequence[Job], pool: Pool, told: Told, at_once: int) -> None:
-    """Has jobs measured, here or by others who share the book."""
+    """Waits until all jobs are measured, by this process or by others that share the ledger."""
     while True:
         ledger.retire()
         missing = ledger.missing(jobs)
@@ -107,11 +107,11 @@ def _carry_out(ledger: Ledger, jobs: Sequence[Job], pool: Pool, told: Told, at_o
                 ledger.record(job, trial)
                 told(job, trial)
         elif missing:
-            time.sleep(_POLL_SECONDS)  # the rest is being measured elsewhere
+            time.sleep(_POLL_SECONDS)  # other processes measure the remaining jobs
 
 
 def _wanted(missing: Sequence[Job], free: int, at_once: int) -> int:
-    """Returns how many jobs to claim: scores by the elastic adapter all together, since whoever makes them trains it first."""
+    """Returns how many jobs to claim. Elastic scores are claimed all together, because their process must train the adapter first."""
     return len(missing) if missing[0].kind == "elastic" else free * at_once
 
 

@@ -1,13 +1,13 @@
 """An allocation method as an Optuna sampler.
 
-Every trial of the study is one measurement: its parameters are the ranks, one for each slot, and its user attributes say for how much
-of a full recovery it is to be trained and where the vector comes from. So ``optuna-dashboard`` shows a search like any other study::
+Every trial of the study is one measurement. Its parameters are the ranks, one for each slot; its user attributes hold the fidelity and
+the origin of the vector. Therefore ``optuna-dashboard`` shows a search like any other study::
 
     sampler = AllocatorSampler(space, learner, schedule, seed=0)
     study = optuna.create_study(storage="sqlite:///search.db", sampler=sampler)
     study.optimize(sampler.objective(measure), callbacks=[sampler.stop_when_through])
 
-What :mod:`regraft.search.run` does with many processes is the same: it asks the sampler for the next jobs, and nothing else decides.
+:mod:`regraft.search.run` does the same with many processes: only the sampler decides the next jobs.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ _ROUND = "round:"
 
 @final
 class AllocatorSampler(BaseSampler):
-    """Samples the rank vectors that a learner proposes, for as long as its schedule says.
+    """A sampler of the rank vectors that a learner proposes, at the fidelities of a schedule.
 
-    It keeps nothing but its arguments: what comes next follows from the trials of the study. The jobs of a round are written into the
-    study before the first of them is measured, so that a search that was killed goes on with the same.
+    It has no state besides its arguments: the next jobs are computed from the trials of the study. The jobs of a round are written into
+    the study before the first of them is measured, so that a killed search continues with the same jobs.
 
     Args:
-        space: The rank vectors.
-        learner: Proposes and predicts.
-        schedule: What is measured for how long.
-        seed: Of the proposals.
-        measured_seed: Of batches and initial values, the same in every measurement of the search.
+        space: Space of the rank vectors.
+        learner: Allocator that proposes and predicts.
+        schedule: Plan of the fidelities and costs.
+        seed: Seed of the proposals.
+        measured_seed: Seed of batches and initial values, the same in every measurement of the search; None for ``seed``.
     """
 
     def __init__(self, space: RankSpace, learner: Learner, schedule: Schedule, seed: int, measured_seed: int | None = None) -> None:
@@ -54,7 +54,7 @@ class AllocatorSampler(BaseSampler):
         self._measured_seed = seed if measured_seed is None else measured_seed
 
     def plan(self, study: optuna.Study) -> tuple[Job, ...] | None:
-        """Returns the jobs of the round that is not finished, or of the next one; None when the search is through.
+        """Returns the jobs of the unfinished round, or else of the next round; None when the search is finished.
 
         Raises:
             StorageError: The study holds rounds that cannot be read.
@@ -80,7 +80,7 @@ class AllocatorSampler(BaseSampler):
         """Returns the jobs of every round so far, in order.
 
         Raises:
-            StorageError: They cannot be read.
+            StorageError: A round cannot be read.
         """
         written = study.user_attrs
         numbers = sorted(int(name.removeprefix(_ROUND)) for name in written if name.startswith(_ROUND))
@@ -95,10 +95,9 @@ class AllocatorSampler(BaseSampler):
         return distributions(self.space)
 
     def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
-        """Returns the ranks of the first job that nobody has; its other particulars become user attributes of the trial.
+        """Returns the ranks of the first job that is not taken; writes its other fields into the trial's user attributes.
 
-        Where every job of the round is being measured by somebody, or the search is through, the uniform vector is returned, whose
-        trial belongs to no round.
+        If all jobs of the round are taken, or the search is finished, it returns the uniform vector, whose trial belongs to no round.
         """
         taken = {job.key for other, job in self._jobs(study) if other.number != trial.number and not is_lost(other)}
         free = [job for job in self.plan(study) or () if job.key not in taken]
@@ -109,7 +108,7 @@ class AllocatorSampler(BaseSampler):
         return {slot.name: rank for slot, rank in zip(self.space.slots, free[0].ranks, strict=True)}
 
     def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
-        """Refuses parameters that are no slot of the space.
+        """Refuses a parameter that is not a slot of the space.
 
         Raises:
             ValueError: Always.
@@ -117,10 +116,10 @@ class AllocatorSampler(BaseSampler):
         raise ValueError(f"'{param_name}' is no slot of this search; its parameters are {', '.join(distributions(self.space))}")
 
     def objective(self, measure: Measure) -> Callable[[optuna.Trial], float]:
-        """Returns an objective for ``study.optimize``: measures one trial, writes down what it cost, and returns its loss.
+        """Returns an objective for ``study.optimize``, which measures one trial, stores its cost, and returns its loss.
 
         Args:
-            measure: Measures rank vectors. A recovery that fails prunes its trial.
+            measure: Function that measures rank vectors. A failed recovery prunes its trial.
         """
 
         def evaluate(trial: optuna.Trial) -> float:
@@ -142,7 +141,7 @@ class AllocatorSampler(BaseSampler):
         return evaluate
 
     def stop_when_through(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Stops ``study.optimize`` when there is nothing more to measure; for its ``callbacks``."""
+        """Stops ``study.optimize`` when the search is finished; pass it in ``callbacks``."""
         if self.plan(study) is None:
             study.stop()
 

@@ -1,7 +1,7 @@
-"""Where trials are kept: an SQLite file in the search's own folder, or a database by URL that many machines share.
+"""Storage of trials: an SQLite file in the search's folder, or a database given by URL that many machines share.
 
-Both are Optuna's ``RDBStorage``, so that ``optuna-dashboard`` reads them. SQLite commits are flushed to the disk, which is what "on
-disk before the next begins" rests on; PostgreSQL does the same.
+Both are an Optuna ``RDBStorage``, so that ``optuna-dashboard`` can read them. SQLite and PostgreSQL flush every commit to disk; the
+guarantee that a result is on disk before the next round begins depends on that.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Storage:
-    """An open store of trials.
+    """An open storage of trials.
 
     Attributes:
-        backend: Optuna's.
-        engine: SQLAlchemy's, whose connections are to be closed.
-        shown: Its name for messages, without a password.
-        shared: Whether other machines may use it at the same time.
-        heartbeat_seconds: How often whoever measures says that it is alive.
-        grace_seconds: After how long without such a sign its trials are measured by somebody else.
+        backend: The Optuna storage.
+        engine: The SQLAlchemy engine, whose connections must be closed.
+        shown: Name for messages, without a password.
+        shared: Whether other machines may use the storage at the same time.
+        heartbeat_seconds: Interval of the heartbeats of measuring processes.
+        grace_seconds: Time without a heartbeat after which a process counts as dead.
     """
 
     backend: BaseStorage
@@ -65,7 +65,7 @@ class Storage:
     grace_seconds: int
 
     def close(self) -> None:
-        """Closes the connections; needed again, they are opened again."""
+        """Closes the connections, which are opened again when needed."""
         self.backend.remove_session()
         self.engine.dispose()
 
@@ -73,18 +73,18 @@ class Storage:
 def open_storage(
     url: str | None, folder: Path, *, heartbeat_seconds: int = HEARTBEAT_SECONDS, grace_seconds: int = GRACE_SECONDS
 ) -> Storage:
-    """Opens the store of trials, and makes its tables where there are none.
+    """Opens a storage of trials, and creates its tables if they do not exist.
 
     Args:
-        url: A database, such as ``postgresql://user@host/name``; None for a file in the folder.
-        folder: The search's own.
-        heartbeat_seconds: How often whoever measures says that it is alive.
-        grace_seconds: After how long without such a sign its trials are measured by somebody else.
+        url: URL of a database, such as ``postgresql://user@host/name``; None for a file in the folder.
+        folder: Folder of the search.
+        heartbeat_seconds: Interval of the heartbeats of measuring processes.
+        grace_seconds: Time without a heartbeat after which a process counts as dead.
 
     Raises:
-        InputError: It is not a URL of a database.
+        InputError: The URL is not that of a known database.
         MissingDependencyError: The database's driver is not installed.
-        StorageError: The database is locked, corrupt or out of reach.
+        StorageError: The database is locked, corrupt or unreachable.
     """
     target = URL.create("sqlite", database=str(folder.absolute() / FILE)) if url is None else _database(url)
     shown = f"'{folder / FILE}'" if url is None else f"'{masked(url)}'"
@@ -112,7 +112,7 @@ def open_storage(
 
 
 def together(write: Callable[[], T]) -> T:
-    """Does what several processes may be doing at the same moment, such as making the same tables; whoever is second does it again."""
+    """Runs a write that other processes may attempt at the same moment, such as creating tables, and repeats it after a conflict."""
     for pause_seconds in _AGAIN_SECONDS:
         try:
             return write()
@@ -136,10 +136,10 @@ def masked(url: str) -> str:
 
 
 def _database(url: str) -> URL:
-    """Reads the URL of a database and chooses the driver that we bring.
+    """Parses the URL of a database and chooses the driver of our optional dependencies.
 
     Raises:
-        InputError: It is no such URL.
+        InputError: The URL is not that of a known database.
         MissingDependencyError: The driver is not installed.
     """
     example = "write it as postgresql://user@host/name or sqlite:///file.db"
@@ -159,11 +159,11 @@ def _database(url: str) -> URL:
 
 
 def _check_file(path: Path, shown: str) -> None:
-    """Refuses an SQLite file that cannot be one, with the reason that SQLite itself does not give.
+    """Refuses a path that cannot be an SQLite file, and gives the reason, which SQLite does not.
 
     Raises:
-        OutputError: Its folder does not exist.
-        StorageError: It is a folder, or not a database.
+        OutputError: The folder of the file does not exist.
+        StorageError: The path is a folder, or the file is unreadable or not a database.
     """
     if not path.parent.is_dir():
         raise OutputError(f"the folder of storage {shown} does not exist; make it first, or choose another --storage")
@@ -184,10 +184,10 @@ def _first_bytes(path: Path) -> bytes:
 
 @contextmanager
 def storage_errors(shown: str) -> Iterator[None]:
-    """Turns the errors of databases into one line each.
+    """Turns errors of the database inside the block into one line.
 
     Raises:
-        StorageError: Inside the block the store was locked, corrupt or out of reach.
+        StorageError: The storage was locked, corrupt or unreachable inside the block.
     """
     try:
         yield
@@ -196,7 +196,7 @@ def storage_errors(shown: str) -> Iterator[None]:
         if isinstance(error, StorageInternalError) and error.__cause__ is not None:
             cause = error.__cause__
         raise StorageError(_explained(cause, shown)) from error
-    except RuntimeError as error:  # Optuna's refusal of tables that another version of it has made
+    except RuntimeError as error:  # Optuna refuses tables that another version of it made
         if "optuna storage upgrade" not in str(error) and "version" not in str(error):
             raise
         raise StorageError(f"storage {shown} was made by another version of Optuna; run: optuna storage upgrade, or use another") from error
@@ -223,7 +223,7 @@ def _explained(error: BaseException, shown: str) -> str:
 
 @contextmanager
 def quiet_optuna() -> Iterator[None]:
-    """Keeps Optuna from telling of every study, and from warning of what it calls experimental: heartbeats, since its version 2.9."""
+    """Silences Optuna's messages about studies, and its warning that heartbeats (since its version 2.9) are experimental."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
