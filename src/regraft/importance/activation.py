@@ -129,11 +129,11 @@ def surgeon_units(evidence: Evidence) -> Mapping[str, Tensor]:
             # The channels of one unit need not be neighbours: a query head is taken from every key-value group.
             order = torch.tensor([index for unit in range(group.units) for index in member.indices(unit)], device=weight.device)
             second_II = moments.second_DD[order][:, order]
-            found[group.name] = _rising(group.units, *removal_order(weight_OI[:, order], second_II, member.width))
+            found[group.name] = rising(group.units, *removal_order(weight_OI[:, order], second_II, member.width))
     return found | _stream(evidence, lambda moments: moments.power_D, 2)
 
 
-def _rising(units: int, order: list[int], costs: list[float]) -> Tensor:
+def rising(units: int, order: list[int], costs: list[float]) -> Tensor:
     """Returns the cost of each unit's removal, made to rise strictly in the order of removal."""
     values = torch.zeros(units, dtype=torch.float64)
     highest = 0.0

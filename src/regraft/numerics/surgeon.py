@@ -1,13 +1,18 @@
-"""Removal order of a linear layer's blocks of input channels, when the other weights are re-fitted after every removal.
+"""The order in which blocks of input channels leave a linear layer when every removal is made good by least squares.
 
 Optimal Brain Surgeon for structures (Hassibi and Stork 1993; ZipLM, arXiv 2302.04089, algorithm 1): with ``C = E[x x']`` and
 ``P = (C + lambda I)^-1``, the least squared output error of removing the channels J, all other weights re-fitted, is
 
-    trace( W[:, J] P[J, J]^-1 W[:, J]' )
+    trace( P[J, J]^-1 A[J, J] ),    A = W' M W
 
-Each step removes the cheapest block, re-fits the weights, and removes the block's rows and columns from P by a Schur complement. All
-removals together cost O(width^3 + width^2 * out). An output metric M, such as the Fisher information of the layer's output, replaces
-the squared error by ``e' M e``; it changes the order, not the re-fit.
+for an output metric M: the identity for the plain squared error, or half the Fisher information of the layer's output, which makes the error
+the Kullback-Leibler divergence of the model's predictions to second order, in nats (LLM Surgeon, arXiv 2312.17244, section 3). The
+metric changes the order and the price, not the re-fit. The cheapest block goes, the weights are re-fitted, and with them A changes; P
+loses its rows and columns by a Schur complement; and so on.
+
+Single channels leave in panels, as in a blocked Cholesky factorization with pivots: within a panel only the columns that are asked for
+are brought up to date, from the panel's own vectors, and both matrices are updated once at its end, by matrix products, with what has left
+taken out of them. All removals together cost about two products of (width, width) matrices and the inverse.
 """
 
 from __future__ import annotations
@@ -17,18 +22,21 @@ from torch import Tensor
 
 from regraft.errors import InputError
 
+DAMPING = 1e-4
+_PANEL = 48
+
 
 def removal_order(
-    weight_OI: Tensor, second_II: Tensor, block: int = 1, damping: float = 1e-4, metric_OO: Tensor | None = None
+    weight_OI: Tensor, second_II: Tensor, block: int = 1, damping: float = DAMPING, metric_OO: Tensor | None = None
 ) -> tuple[list[int], list[float]]:
-    """Returns the blocks in the order of their removal, and the error that each removal adds.
+    """Returns the blocks in the order in which they leave, and the error that each removal adds.
 
     Args:
         weight_OI: Weights of the layer, (out, in).
-        second_II: Second moments of the layer's inputs, float64 (in, in).
-        block: Number of adjacent channels that are removed together; a divisor of the width.
+        second_II: Second moments of its inputs, float64 (in, in).
+        block: Adjacent channels that leave together; divides the width.
         damping: Ridge relative to the mean of the diagonal.
-        metric_OO: Symmetric positive semidefinite metric M of the output, (out, out); None for the identity.
+        metric_OO: Symmetric positive semidefinite metric of the output, (out, out); None for the identity.
 
     Raises:
         InputError: The block does not divide the width, or the moments are not finite.
@@ -36,56 +44,99 @@ def removal_order(
     width = second_II.shape[0]
     if block < 1 or width % block:
         raise InputError(f"blocks of {block} channels do not divide a width of {width}; use a divisor")
-    if not torch.isfinite(second_II).all():
-        raise InputError("activations on the calibration text are not finite; use --dtype float32 or other calibration text")
     weight = weight_OI.to(second_II)
-    if metric_OO is not None:
-        weight = _root(metric_OO.to(second_II)).T @ weight
-    # E|We|^2 depends on W only through W'W, which is the smaller matrix when there are more outputs than inputs.
-    if weight.shape[0] > width:
-        weight = _root(weight.T @ weight).T
+    squares_II = weight.T @ (weight if metric_OO is None else metric_OO.to(second_II) @ weight)
+    if not (torch.isfinite(second_II).all() and torch.isfinite(squares_II).all()):
+        raise InputError("activations on the calibration text are not finite; use --dtype float32 or other calibration text")
     ridge = damping * second_II.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     damped_II = second_II.clone()
     damped_II.diagonal().add_(ridge)
-    inverse = torch.linalg.inv(damped_II)
-    del damped_II
-    return _eliminate(weight.clone(), inverse.add_(inverse.T.clone()).mul_(0.5), block)
+    inverse_II = torch.linalg.inv(damped_II)
+    inverse_II = inverse_II.add_(inverse_II.T.clone()).mul_(0.5)
+    return _one_by_one(squares_II, inverse_II) if block == 1 else _blockwise(squares_II, inverse_II, block)
 
 
-def _eliminate(weight: Tensor, inverse: Tensor, block: int) -> tuple[list[int], list[float]]:
-    width = inverse.shape[0]
-    left = torch.ones(width // block, dtype=torch.bool, device=inverse.device)
+def _one_by_one(squares_II: Tensor, inverse_II: Tensor) -> tuple[list[int], list[float]]:
+    """Removes single channels, panel after panel, from ``A = W' M W`` and P."""
+    left = torch.arange(inverse_II.shape[0], device=inverse_II.device)
     order: list[int] = []
     costs: list[float] = []
-    for _ in range(width // block):
-        price = _prices(weight, inverse, block).masked_fill(~left, torch.inf)
-        unit = int(price.argmin())
-        channels = slice(unit * block, (unit + 1) * block)
-        solved = torch.linalg.solve(inverse[channels, channels], inverse[channels])
-        weight.addmm_(weight[:, channels].clone(), solved, alpha=-1.0)
-        inverse.addmm_(inverse[:, channels].clone(), solved, alpha=-1.0)
-        # These entries are zero in exact arithmetic. A pivot left by rounding would look cheap, or grow without bound.
-        weight[:, channels] = 0.0
-        inverse[channels, :] = 0.0
-        inverse[:, channels] = 0.0
-        inverse[channels, channels] = torch.eye(block, dtype=inverse.dtype, device=inverse.device)
-        left[unit] = False
-        order.append(unit)
-        costs.append(float(price[unit].clamp_min(0.0)))
+    while len(left):
+        gone, paid, squares_II, inverse_II = _panel(squares_II, inverse_II, min(_PANEL, len(left)))
+        order += left[gone].tolist()
+        costs += paid
+        stays = torch.ones(len(left), dtype=torch.bool, device=left.device)
+        stays[gone] = False
+        left = left[stays]
+        squares_II, inverse_II = squares_II[stays][:, stays], inverse_II[stays][:, stays]
     return order, costs
 
 
-def _prices(weight: Tensor, inverse: Tensor, block: int) -> Tensor:
-    """Returns the present cost of removing each block."""
-    if block == 1:
-        return weight.square().sum(dim=0) / inverse.diagonal()
-    units = inverse.shape[0] // block
-    squares = inverse.view(units, block, units, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    columns = weight.view(weight.shape[0], units, block).permute(1, 2, 0)
-    return (columns * torch.linalg.solve(squares, columns)).sum(dim=(1, 2))
+def _panel(squares_II: Tensor, inverse_II: Tensor, size: int) -> tuple[Tensor, list[float], Tensor, Tensor]:
+    """Removes ``size`` channels; returns their places, what each cost, and both matrices after them, rows of removed channels included.
+
+    In steps 0 to k, with ``l = P_j / sqrt(P_jj)`` the scaled column of what leaves and ``u`` its scaled weights: ``P - L L'`` and
+    ``W - U L'`` are what is left. ``H = W' M U`` and ``K = U' M U`` stand for U, which is never formed.
+    """
+    width = len(inverse_II)
+    l_IK, h_IK = inverse_II.new_zeros(width, size), inverse_II.new_zeros(width, size)
+    k_KK = inverse_II.new_zeros(size, size)
+    variances_I, norms_I = inverse_II.diagonal().clone(), squares_II.diagonal().clone()
+    gone: list[int] = []
+    costs: list[float] = []
+    removed = torch.zeros(width, dtype=torch.bool, device=inverse_II.device)
+    for step in range(size):
+        prices = (norms_I / variances_I).masked_fill_(removed, torch.inf)
+        unit = int(prices.argmin())
+        costs.append(max(0.0, float(prices[unit])))
+        gone.append(unit)
+        removed[unit] = True
+        before = slice(0, step)
+        own_K, root = l_IK[unit, before].clone(), variances_I[unit].sqrt()
+        l_I = inverse_II[:, unit].addmv(l_IK[:, before], own_K, alpha=-1.0).div_(root)
+        h_I = squares_II[:, unit].addmv(h_IK[:, before], own_K, alpha=-1.0).div_(root)
+        # What the columns before have taken from this one's products: (U'M u) of the steps so far, and (W - U L')' M u of all channels.
+        k_K = (h_IK[unit, before] - k_KK[before, before] @ own_K).div_(root)
+        own = (h_I[unit] - own_K @ k_K) / root
+        products_I = h_I.addmv(l_IK[:, before], k_K, alpha=-1.0)
+        norms_I.addcmul_(l_I, products_I, value=-2.0).addcmul_(l_I, l_I * own).clamp_min_(0.0)
+        variances_I.addcmul_(l_I, l_I, value=-1.0)
+        # A pivot that rounding left behind would look cheap or explode.
+        variances_I.clamp_min_(torch.finfo(torch.float64).tiny)
+        l_IK[:, step], h_IK[:, step] = l_I, h_I
+        k_KK[step, before] = k_K
+        k_KK[before, step] = k_K
+        k_KK[step, step] = own
+    cross_II = h_IK @ l_IK.T
+    squares_II = squares_II - cross_II - cross_II.T + l_IK @ k_KK @ l_IK.T
+    return torch.tensor(gone, device=inverse_II.device), costs, squares_II, inverse_II - l_IK @ l_IK.T
 
 
-def _root(matrix: Tensor) -> Tensor:
-    """Returns R with R R' equal to a symmetric positive semidefinite matrix."""
-    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.T))
-    return vectors * values.clamp_min(0.0).sqrt()
+def _blockwise(squares_II: Tensor, inverse_II: Tensor, block: int) -> tuple[list[int], list[float]]:
+    """Removes blocks of channels, one after another."""
+    left = list(range(inverse_II.shape[0] // block))
+    order: list[int] = []
+    costs: list[float] = []
+    while left:
+        prices = _prices(squares_II, inverse_II, block)
+        place = int(prices.argmin())
+        order.append(left.pop(place))
+        costs.append(float(prices[place].clamp_min(0.0)))
+        here = slice(place * block, (place + 1) * block)
+        solved_BI = torch.linalg.solve(inverse_II[here, here], inverse_II[here])
+        cross_II = squares_II[:, here] @ solved_BI
+        stays = torch.ones(len(inverse_II), dtype=torch.bool, device=inverse_II.device)
+        stays[here] = False
+        squares_II = (squares_II - cross_II - cross_II.T + solved_BI.T @ squares_II[here, here] @ solved_BI)[stays][:, stays]
+        inverse_II = (inverse_II - inverse_II[:, here] @ solved_BI)[stays][:, stays]
+    return order, costs
+
+
+def _prices(squares_II: Tensor, inverse_II: Tensor, block: int) -> Tensor:
+    """Returns what the removal of each block would cost now, ``trace(P_JJ^-1 A_JJ)``."""
+    units = len(inverse_II) // block
+
+    def squares(matrix_II: Tensor) -> Tensor:
+        return matrix_II.view(units, block, units, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+    return torch.linalg.solve(squares(inverse_II), squares(squares_II)).diagonal(dim1=1, dim2=2).sum(dim=1)
