@@ -72,6 +72,7 @@ class Criterion:
         reads: The fields of :class:`Evidence` that its scores depend on, besides the model, the groups and the windows. Scores are cached
             by their values. The criterion sees the defaults of all other fields (:meth:`seen`), so that a field that is missing here
             cannot give a wrong cache hit. Left out: all fields, which is always right.
+        in_nats: Whether the scores of a group, added up from the lowest, are what the predictions lose, in nats for each token.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Criterion:
     looks_at: LooksAt = "moments"
     scores: tuple[GroupKind, ...] = WIDTHS
     reads: frozenset[Readable] = EVERYTHING
+    in_nats: bool = False
 
     def seen(self, evidence: Evidence) -> Evidence:
         """Returns the evidence with its default in every field that this criterion does not read."""

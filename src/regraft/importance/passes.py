@@ -7,7 +7,7 @@ that is in memory and one that is read layer by layer from a file larger than me
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regraft.errors import InputError
+from regraft.importance.reader_moments import ReaderMoments, reader_moments
 from regraft.models.layerwise import Walk, WholeWalk
 from regraft.models.precision import float32_on_cpu
 from regraft.models.trainable import only_these_train
@@ -57,6 +58,18 @@ class Passes(ABC):
             squares: Whether the mean squares are wanted too.
         """
 
+    def reader_moments(self, names: Sequence[str], seed: int) -> Mapping[str, ReaderMoments]:
+        """Returns second moments of the inputs of projections, and of the gradients in their outputs, over the calibration windows.
+
+        Args:
+            names: Of projections that read heads or feed-forward channels.
+            seed: Of the tokens that are drawn from the model's predictions.
+
+        Raises:
+            InputError: The model is not in memory as a whole.
+        """
+        raise InputError("a criterion in nats runs the whole model back, which --memory leaves no room for; use --criterion surgeon")
+
 
 class WholeModel(Passes):
     """Evidence from a model that is in memory.
@@ -69,6 +82,7 @@ class WholeModel(Passes):
     def __init__(self, model: PreTrainedModel, windows_NT: Tensor | None) -> None:
         self._model = model
         self._windows = windows_NT
+        self._seen: dict[tuple[tuple[str, ...], int], Mapping[str, ReaderMoments]] = {}
 
     def weights(self, groups: Groups) -> Iterator[tuple[Group, ...]]:
         """Yields all groups at once."""
@@ -86,6 +100,15 @@ class WholeModel(Passes):
         parameters = {name: parameter for name, parameter in self._model.named_parameters() if name in names}
         first, second = mean_gradients(self._model, parameters, self._windows, squares=squares)
         yield Gradients(groups.groups, first, second)
+
+    def reader_moments(self, names: Sequence[str], seed: int) -> Mapping[str, ReaderMoments]:
+        """Returns what one pass tells, and remembers it for those who ask for the same."""
+        assert self._windows is not None
+        refuse_single_tokens(self._windows)
+        key = (tuple(names), seed)
+        if key not in self._seen:
+            self._seen[key] = reader_moments(self._model, names, self._windows, seed)
+        return self._seen[key]
 
 
 def refuse_single_tokens(windows_NT: Tensor) -> None:

@@ -41,6 +41,12 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.count + other.count, self.total_D + other.total_D, self.square_DD + other.square_DD)
 
+    def without(self, part: Moments) -> Moments:
+        """Returns the moments of what was seen apart from ``part``, or all of them where nothing else was seen."""
+        if part.count >= self.count:
+            return self
+        return Moments(self.count - part.count, self.total_D - part.total_D, self.square_DD - part.square_DD)
+
     @property
     def mean_D(self) -> Tensor:
         """Mean of the rows."""

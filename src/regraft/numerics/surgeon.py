@@ -5,8 +5,8 @@ Optimal Brain Surgeon for structures (Hassibi and Stork 1993; ZipLM, arXiv 2302.
 
     trace( P[J, J]^-1 A[J, J] ),    A = W' M W
 
-for an output metric M: the identity for the plain squared error, or half the Fisher information of the layer's output, which makes the error
-the Kullback-Leibler divergence of the model's predictions to second order, in nats (LLM Surgeon, arXiv 2312.17244, section 3). The
+for an output metric M: the identity for the plain squared error, or half the Fisher information of the layer's output, which makes the
+error the Kullback-Leibler divergence of the model's predictions to second order, in nats (LLM Surgeon, arXiv 2312.17244). The
 metric changes the order and the price, not the re-fit. The cheapest block goes, the weights are re-fitted, and with them A changes; P
 loses its rows and columns by a Schur complement; and so on.
 

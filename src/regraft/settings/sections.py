@@ -102,7 +102,7 @@ class PruneSettings(Settings):
     """What is cut and how it is chosen (LLM-Pruner, arXiv 2305.11627, and what came after it)."""
 
     ratio: Ratio = Field(default=0.2, description="share of ALL parameters to remove (of bytes or milliseconds: see budget)")
-    criterion: str = Field(default="surgeon", description="random, l1, l2, taylor, wanda, flap, energy or surgeon")
+    criterion: str = Field(default="surgeon", description="random, l1, l2, taylor, wanda, flap, energy, surgeon or surgeon_nats")
     order: Literal["first", "second", "mixed"] = Field(default="first", description="order of the Taylor criterion")
     granularity: Literal["element", "vector"] = Field(
         default="element", description="absolute value before (element) or after the sum (vector)"

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -29,6 +30,7 @@ from regraft.surgery.refit_layerwise import refit
 
 # Shares of a group that are kept where the damage is measured; between them the curve is interpolated.
 SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+FINE_STEPS = 32
 # More windows than this sharpen the curves less than they cost: every one is run for every size of every group.
 JUDGED_WINDOWS = 16
 FEWEST_TURNS, MOST_TURNS, SECONDS_OF_TIMING = 5, 200, 0.5  # how often, and for how long, sizes are timed
@@ -62,6 +64,104 @@ def measure_curves(
     with float32_on_cpu(view.model):
         damages = _damages(view, replace(groups, groups=tuple(wanted)), scores, windows_NT, say)
     values = {group.name: Curve(_sizes(group), damages[group.name], prices[group.name]) for group in wanted}
+    return _curves(view, groups, unit, values)
+
+
+def predict_curves(
+    view: ModelView,
+    groups: Groups,
+    scores: Scores,
+    windows_NT: Tensor,
+    *,
+    only: Sequence[str],
+    unit: CostUnit = "parameters",
+    say: Callable[[str], None] = lambda line: None,
+) -> Curves:
+    """Returns damage against size from scores in nats, which add up to it; what they cannot tell, whole parts and the stream, is measured.
+
+    Args:
+        view: The dense model; left as it is.
+        groups: Of that model.
+        scores: In nats for each token, rising in the order in which the units of a group leave.
+        windows_NT: Calibration tokens, int64 (windows, tokens), for what is measured.
+        only: Names of the groups.
+        unit: What sizes are counted in.
+        say: Called with one line for each layer that is measured.
+    """
+    wanted = [group for group in groups.groups if group.name in set(only)]
+    measured = [group.name for group in wanted if group.kind in WHOLE or group.kind == "residual"]
+    values: dict[str, Curve] = {}
+    if measured:
+        values |= measure_curves(view, groups, scores, windows_NT, only=measured, unit=unit, say=say).values
+    costs = _Costs(view, unit, windows_NT.shape[1])
+    for group in wanted:
+        if group.name not in values:
+            sizes = _sizes(group) if unit == "milliseconds" else _fine_sizes(group)
+            values[group.name] = Curve(sizes, _predicted(scores.values[group.name], sizes), costs.of(group, sizes))
+    return _curves(view, groups, unit, {group.name: values[group.name] for group in wanted})
+
+
+def rescale_curves(
+    view: ModelView,
+    groups: Groups,
+    scores: Scores,
+    windows_NT: Tensor,
+    curves: Curves,
+    kept: Mapping[str, int],
+    inputs: Mapping[str, Moments],
+    *,
+    say: Callable[[str], None] = lambda line: None,
+) -> Curves:
+    """Returns predicted curves times what measurements near the sizes that they led to say of them, group by group.
+
+    Each group is measured once, at the size that it was given; one that was left whole, where the first of it would go. A prediction to
+    second order has the right order of sizes and of groups of a kind, but is too low for large parts, such as one of three heads.
+
+    Args:
+        view: The dense model; left as it is.
+        groups: Of that model.
+        scores: That the curves were predicted from.
+        windows_NT: Tokens that measure, int64 (windows, tokens).
+        curves: Predicted.
+        kept: Units that stay of each group that they led to cut.
+        inputs: Moments of the inputs of the projections that read the groups, by module name, over calibration windows among which are
+            those that measure; these are left out of the fit.
+        say: Called with one line for each layer.
+    """
+    values = dict(curves.values)
+    with float32_on_cpu(view.model):
+        walk = Layerwise(view, windows_NT)
+        entering = [walk.first]
+        judged: dict[str, Moments] = {}
+        with watched_inputs({name: view.model.get_submodule(name) for name in inputs}, _adder(judged)):
+            for layer in range(len(view.layers)):
+                entering.append(walk.run(layer, entering[-1]))
+        dense = [functional.log_softmax(logits.float(), dim=-1) for logits in walk.logits(entering[-1])]
+        for layer in range(len(view.layers)):
+            for group in (group for group in groups.groups if group.layer == layer and group.name in values and group.kind not in WHOLE):
+                curve, own = values[group.name], scores.values[group.name]
+                size = kept.get(group.name, group.units)
+                if size == group.units:
+                    size = curve.kept[-2] if len(curve.kept) > 1 else size
+                promised = _predicted(own, [size])[0]
+                if size == group.units or promised <= 0:
+                    continue
+                reader = _reader(group).parameter.rpartition(".")[0]
+                seen = inputs[reader].without(judged[reader])
+                found = _divergence(view, walk, layer, entering[layer], dense, group, own, size, seen)
+                factor = max(0.0, found) / promised
+                values[group.name] = replace(curve, damage_nats=tuple(factor * damage for damage in curve.damage_nats))
+            say(f"measured the damage near the chosen widths of layer {layer + 1} of {len(view.layers)}")
+    return replace(curves, values=values)
+
+
+def _predicted(scores: Sequence[float], sizes: Sequence[int]) -> tuple[float, ...]:
+    """Returns what the units that are gone at each size cost together, the cheapest first."""
+    together = [0.0, *accumulate(sorted(scores))]
+    return tuple(together[len(scores) - size] for size in sizes)
+
+
+def _curves(view: ModelView, groups: Groups, unit: CostUnit, values: dict[str, Curve]) -> Curves:
     fixed = 0.0
     if unit != "milliseconds":
         per_parameter = 1 if unit == "parameters" else view.model.dtype.itemsize
@@ -125,6 +225,11 @@ def _sizes(group: Group) -> tuple[int, ...]:
     if group.kind in WHOLE:
         return (0, 1)
     return tuple(sorted({*(max(1, round(share * group.units)) for share in SHARES), group.units}))
+
+
+def _fine_sizes(group: Group) -> tuple[int, ...]:
+    """Returns the sizes at which a group's damage is predicted, which costs nothing, ascending, the whole group last."""
+    return tuple(sorted({max(1, round(step * group.units / FINE_STEPS)) for step in range(1, FINE_STEPS + 1)}))
 
 
 def _adder(moments: dict[str, Moments]) -> Callable[[str, Tensor], None]:

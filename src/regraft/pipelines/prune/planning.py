@@ -13,7 +13,8 @@ from regraft.data.tokens import calibration_windows, window_tokens
 from regraft.errors import InputError, PlanError
 from regraft.groups.traced import Traced
 from regraft.importance import CRITERIA, Evidence, score
-from regraft.importance.passes import Passes
+from regraft.importance.passes import Passes, WholeModel
+from regraft.importance.two_sided import readers
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.view import ModelView
 from regraft.pipelines.prune.removal_record import removed_by, renumbered, together
@@ -23,13 +24,15 @@ from regraft.selection import SELECTORS, Budget, select
 from regraft.selection.budget import check_possible
 from regraft.settings import CALIBRATION_TOKENS, PruneSettings, Target
 from regraft.surgery.cut import layers_after
-from regraft.surgery.damage_curves import measure_curves
+from regraft.surgery.damage_curves import measure_curves, predict_curves, rescale_curves
 from regraft.surgery.refit_predictions import refitting_bytes
 
 Say = Callable[[str], None]
 Reconstruct = Literal["divergence", "least_squares", "mean"]
 # Re-fitting to the dense model's predictions is the default up to here, which is about half a billion parameters.
 MOST_REFITTING_BYTES = 8_000_000_000
+# Windows that measure the damage near the chosen widths: every one is run once for each group.
+NEAR_WINDOWS = 4
 # Where the word on the command line is not that of the groups.
 KIND_OF: dict[Target, GroupKind] = {
     "heads": "heads",
@@ -266,10 +269,14 @@ class Planning:
             InputError: The budget cannot be met.
         """
         check_possible(groups, replace(budget, align=1) if self.settings.align == "auto" else budget)
+        passes = passes or WholeModel(view.model, self.windows)
         scores = self._scores(view, groups, passes)
         if SELECTORS.get(self.way.select).needs_curves:
             budget = replace(budget, curves=self._curves(view, groups, scores, budget))
         plan = select(self.way.select, groups, scores, budget, auto_align=self.settings.align == "auto")
+        if budget.curves is not None and CRITERIA.get(self.settings.criterion).in_nats:
+            curves = self._rescaled(view, groups, scores, budget.curves, plan, passes)
+            plan = select(self.way.select, groups, scores, replace(budget, curves=curves), auto_align=self.settings.align == "auto")
         return replace(plan, removed=removed_by(groups, scores, plan.cuts))
 
     def made_with(self) -> dict[str, Any]:
@@ -314,12 +321,24 @@ class Planning:
         names = [group.name for group in budget.prunable(groups)]
 
         def measure() -> Curves:
-            return measure_curves(view, groups, scores, windows, only=names, unit=settings.budget, say=self.say)
+            curves = predict_curves if CRITERIA.get(settings.criterion).in_nats else measure_curves
+            return curves(view, groups, scores, windows, only=names, unit=settings.budget, say=self.say)
 
         if settings.cache is None or settings.budget == "milliseconds":  # times are of the machine and of the moment
             return measure()
         made_from = self._made_from(view, groups) | {"scores": checksum_of(scores), "groups": names, "unit": settings.budget}
         return ScoreCache(settings.cache).get(Curves, made_from, measure, self.say)
+
+    def _rescaled(self, view: ModelView, groups: Groups, scores: Scores, curves: Curves, plan: PrunePlan, passes: Passes) -> Curves:
+        """Returns predicted curves, set right near the sizes that they led to."""
+        assert self.windows is not None
+        units = [group for group in groups.groups if group.kind not in WHOLE and group.kind != "residual"]
+        if not units:
+            return curves
+        kept = {entry.group: len(entry.kept) for entry in plan.cuts}
+        inputs = {name: seen.inputs for name, seen in passes.reader_moments(readers(units), self.seed).items()}
+        judged = self.windows[-min(NEAR_WINDOWS, len(self.windows)) :]
+        return rescale_curves(view, groups, scores, judged, curves, kept, inputs, say=self.say)
 
     def _made_from(self, view: ModelView, groups: Groups) -> dict[str, Any]:
         """Returns what scores and curves depend on alike."""
