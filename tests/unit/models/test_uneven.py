@@ -133,7 +133,7 @@ def test_importing_regraft_is_light():
 
 
 def test_waiting_for_auto_config_leaves_one_finder_at_most():
-    before = list(sys.meta_path)
     register_on_import()
+    waiting = list(sys.meta_path)
     register_on_import()
-    assert sys.meta_path == before  # the Auto classes are imported already, so there is nothing to wait for
+    assert sys.meta_path == waiting

@@ -7,17 +7,17 @@ registered when AutoConfig is asked for one, and the model classes before the fi
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Container, Sequence
+import importlib
+from collections.abc import Container
 from functools import cache
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from regraft.models.late_imports import after_import
+
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
+PEFT_TABLES = "peft.utils.constants"
 PREFIX = "regraft_"
 CODE_FILES = ("configuration_regraft.py", "factored_regraft.py", "modeling_regraft.py")
 
@@ -44,11 +44,9 @@ def own_config(model_type: str) -> Any:
 
 
 def register_on_import() -> None:
-    """Does what :func:`register` does, as soon as the Auto classes are asked for one of our models; costs nothing until then."""
-    if AUTO_CONFIG in sys.modules:
-        _defer(sys.modules[AUTO_CONFIG])
-    elif not any(isinstance(finder, _AfterAutoConfig) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterAutoConfig())
+    """Does what :func:`register` does as soon as the Auto classes or PEFT are imported; costs nothing until then."""
+    after_import(AUTO_CONFIG, _defer)
+    after_import(PEFT_TABLES, _teach_peft)
 
 
 @cache
@@ -98,34 +96,8 @@ def _defer(module: ModuleType) -> None:
         mapping._extra_content = _Pending(mapping._extra_content, mapping._mapping)
 
 
-class _AfterAutoConfig(MetaPathFinder):
-    """Waits for the module of AutoConfig to be imported by whomever."""
-
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Finds the module as everybody else would, and adds what comes after it."""
-        if fullname != AUTO_CONFIG:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _ThenDefer(spec.loader)
-        return spec
-
-
-class _ThenDefer(Loader):
-    """A module's own loader, with our arrangement behind it."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Creates the module as its own loader does."""
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Runs the module, puts its own loader back and arranges the registration."""
-        self.loader.exec_module(module)
-        if module.__spec__ is not None:
-            module.__spec__.loader = self.loader
-        module.__loader__ = self.loader
-        _defer(module)
+def _teach_peft(module: ModuleType) -> None:
+    """Gives our model types the default target modules of their families in every table of PEFT, so that ``LoraConfig(r=4)`` works."""
+    for name, table in vars(module).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_TARGET_MODULES_MAPPING"):
+            table.update({f"{PREFIX}{family}": targets for family, targets in list(table.items()) if not family.startswith(PREFIX)})
