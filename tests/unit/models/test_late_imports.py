@@ -45,8 +45,8 @@ CODE = """
 import torch
 from regraft.models.uneven import modeling_regraft, own_config
 config_class = own_config("llama")
-config = config_class(vocab_size=31, hidden_size=20, intermediate_size=24, num_hidden_layers=2, num_attention_heads=5, num_key_value_heads=5,
-    head_dim=4, per_layer_config={{"1": {{"intermediate_size": 16}}}})
+config = config_class(vocab_size=31, hidden_size=20, intermediate_size=24, num_hidden_layers=2, num_attention_heads=5,
+    num_key_value_heads=5, head_dim=4, per_layer_config={{"1": {{"intermediate_size": 16}}}})
 _, causal = modeling_regraft.model_classes(config_class)
 from peft import LoraConfig, get_peft_model
 model = get_peft_model(causal(config), LoraConfig(r=4))
