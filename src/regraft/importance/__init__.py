@@ -1,4 +1,4 @@
-"""How much each prunable unit matters."""
+"""Importance criteria: scores of prunable units."""
 
 from regraft.importance import activation, depth, magnitude, random, taylor, two_sided
 from regraft.importance.criteria import CRITERIA, Criterion, Evidence, score

@@ -1,16 +1,16 @@
-"""Scores from activations on calibration text, one layer at a time; no gradients.
+"""Scores from activations on calibration text, one layer at a time, without gradients.
 
 * ``wanda``: ``|w| * ||x||`` summed over a unit's weights, each with the norm of its own input channel (Wanda, arXiv 2306.11695,
-  made structural). ``reduce=last`` keeps the reading projection alone, the variant that FLAP's authors call Wanda-sp.
-* ``flap``: fluctuation ``Var(x_j) * ||W[:, j]||^2`` of the reading projection (FLAP, arXiv 2312.11983, equation 5): what is lost
-  when a channel is replaced by its mean.
-* ``energy``: ``E[x_j^2] * ||W[:, j]||^2``: what a channel adds to the output of the reading projection, alone.
-* ``surgeon``: what the output of the reading projection loses when a unit goes *and the others are re-fitted*
-  (:mod:`regraft.numerics.surgeon`). The greedy order decides which units stay; the score is the error that the removal adds.
+  made structural). ``reduce=last`` uses only the reading projection, the variant that FLAP's authors call Wanda-sp.
+* ``flap``: fluctuation ``Var(x_j) * ||W[:, j]||^2`` of the reading projection (FLAP, arXiv 2312.11983, equation 5): the squared output
+  error when a channel is replaced by its mean.
+* ``energy``: ``E[x_j^2] * ||W[:, j]||^2``, the squared contribution of a single channel to the output of the reading projection.
+* ``surgeon``: the squared output error of the reading projection when a unit is removed *and the others are re-fitted*
+  (:mod:`regraft.numerics.surgeon`). Units are ranked in the greedy order of removal; the score is the error that each removal adds.
 
-Channels of the residual stream have many readers, whose scores are added up (:mod:`regraft.importance.residual`).
+The scores of a channel of the residual stream are summed over its many readers (:mod:`regraft.importance.residual`).
 
-The reading projection of a group is the member on whose input side the units lie: the down and the output projection.
+The reading projection of a group is the member that has the units on its input side: the down or the output projection.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def reading(group: Group) -> Member:
 
 
 def input_moments(evidence: Evidence, *, readers_only: bool, full: bool) -> Iterator[tuple[tuple[Group, ...], dict[str, Watched]]]:
-    """Yields, layer by layer, its groups and the moments of the inputs of their projections, by module name.
+    """Yields for each layer its groups, and the input moments of their projections by module name.
 
     Args:
-        evidence: With calibration windows.
-        readers_only: Only the projections that read a group's channels.
-        full: Whole second moments, O(width^2), instead of their diagonal.
+        evidence: Evidence with calibration windows.
+        readers_only: Whether only projections that read a group's channels are included.
+        full: Whether to collect full second moments, O(width^2), instead of their diagonal.
     """
     walk = evidence.how().walk()
     for layer in walk.layers():
@@ -68,7 +68,7 @@ def _modules(view: ModelView, groups: tuple[Group, ...], readers_only: bool) -> 
 
 
 def wanda_units(evidence: Evidence) -> Mapping[str, Tensor]:
-    """Returns the scores of ``wanda``; biases count with an input of one."""
+    """Returns the scores of ``wanda``; a bias counts as a weight with input one."""
     parameters = dict(evidence.model.named_parameters())
     found: dict[str, Tensor] = {}
     for groups, seen in input_moments(evidence, readers_only=False, full=False):
@@ -92,12 +92,12 @@ def _stream(evidence: Evidence, channel_score: Callable[[ChannelMoments], Tensor
 
 
 def _input_axis(member: Member) -> int:
-    """Returns the axis of a matrix along which its inputs lie: GPT-2 stores (in, out)."""
+    """Returns the input axis of a matrix; GPT-2 stores matrices as (in, out)."""
     return member.axis if member.side == "in" else 1 - member.axis
 
 
 def reader_units(channel_score: Callable[[ChannelMoments], Tensor]) -> Callable[[Evidence], Mapping[str, Tensor]]:
-    """Returns a scorer by a number for each channel times the squared norm of its column in the reading projection."""
+    """Returns a scorer: a channel's score times the squared norm of its column in the reading projection."""
 
     def units(evidence: Evidence) -> Mapping[str, Tensor]:
         parameters = dict(evidence.model.named_parameters())
@@ -116,7 +116,7 @@ def reader_units(channel_score: Callable[[ChannelMoments], Tensor]) -> Callable[
 
 
 def surgeon_units(evidence: Evidence) -> Mapping[str, Tensor]:
-    """Returns the scores of ``surgeon``: rising in the order in which units leave."""
+    """Returns the scores of ``surgeon``, which rise in the order of removal."""
     parameters = dict(evidence.model.named_parameters())
     found: dict[str, Tensor] = {}
     for groups, seen in input_moments(evidence, readers_only=True, full=True):
@@ -126,7 +126,7 @@ def surgeon_units(evidence: Evidence) -> Mapping[str, Tensor]:
             assert isinstance(moments, Moments)
             weight = parameters[member.parameter].detach()
             weight_OI = weight if member.axis == 1 else weight.T
-            # The channels of one unit need not be neighbours: a query head is taken from every key-value group.
+            # The channels of one unit need not be adjacent: a unit of query heads has one head in every key-value group.
             order = torch.tensor([index for unit in range(group.units) for index in member.indices(unit)], device=weight.device)
             second_II = moments.second_DD[order][:, order]
             found[group.name] = rising(group.units, *removal_order(weight_OI[:, order], second_II, member.width))

@@ -1,4 +1,4 @@
-"""The contract of a criterion, and the one way in which the scores of coupled weights become the score of a unit."""
+"""The contract of a criterion, and the common reduction of weights' saliencies to scores of units."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ Readable = Literal["seed", "order", "granularity", "reduce", "consecutive"]
 EVERYTHING: frozenset[Readable] = frozenset({"seed", "order", "granularity", "reduce", "consecutive"})
 WIDTHS: tuple[GroupKind, ...] = ("heads", "query_heads", "ffn", "residual")
 Saliency = Callable[[str], Tensor]
-"""Parameter name to a tensor of the parameter's shape: how much each weight matters, signed."""
+"""A function from a parameter name to the signed saliency of each weight, in the parameter's shape."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a criterion may look at.
+    """Inputs of a criterion.
 
     Attributes:
-        model: In evaluation mode; left as it was found, gradients included.
-        groups: What is scored.
-        windows: Calibration text, int64 (samples, tokens); None for criteria that need none.
-        seed: For criteria that draw.
-        order: Of the Taylor expansion.
-        granularity: Absolute value per weight, or per row or column after the sum.
-        reduce: How the members of a group are combined.
-        consecutive: How many layers in a row are to go, for criteria that compare runs of layers.
-        passes: Where weights, inputs and gradients come from; None: from the model, which is in memory.
+        model: The model in evaluation mode; criteria restore it, gradients included.
+        groups: The groups to score.
+        windows: Calibration text, int64 (samples, tokens); None for criteria without text.
+        seed: Seed for criteria with random draws.
+        order: Order of the Taylor expansion.
+        granularity: Position of the absolute value: on each weight, or on the sum over a row or column.
+        reduce: Method of combining the members of a group.
+        consecutive: Number of consecutive layers to remove, for criteria that compare runs of layers.
+        passes: Source of weights, inputs and gradients; None for the model in memory.
     """
 
     model: PreTrainedModel
@@ -54,16 +54,16 @@ class Evidence:
     passes: Passes | None = None
 
     def how(self) -> Passes:
-        """Returns where weights, inputs and gradients come from."""
+        """Returns the source of weights, inputs and gradients."""
         return self.passes or WholeModel(self.model, self.windows)
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A named way to score units.
+    """A named method of scoring units.
 
     Attributes:
-        name: As on the command line.
+        name: Name on the command line.
         needs_text: Whether calibration windows are required.
         units: Evidence to one float64 tensor of shape (units,) for each group name.
         looks_at: What decides how much memory a layer takes: its weights, or with them a number for each input channel, whole
@@ -89,7 +89,7 @@ class Criterion:
         return replace(whole, **self.key(evidence))
 
     def key(self, evidence: Evidence) -> dict[str, Any]:
-        """Returns the values of the fields that this criterion reads, as plain JSON types: the part of a cache key that is its own."""
+        """Returns the values of the fields that this criterion reads, as plain JSON types, for the key of the score cache."""
         values = {
             "seed": evidence.seed,
             "order": evidence.order,
@@ -104,14 +104,14 @@ CRITERIA: Registry[Criterion] = Registry("criterion", group="regraft.criteria")
 
 
 def score(criterion: str, evidence: Evidence) -> Scores:
-    """Scores every unit of every group. What runs text through a model on a CPU computes in float32, whatever the weights are stored in.
+    """Scores every unit of every group. On a CPU, passes of text are computed in float32 for weights of any dtype.
 
     Args:
-        criterion: A registered name.
+        criterion: Name of a registered criterion.
         evidence: The model, its groups and the calibration text.
 
     Raises:
-        InputError: The criterion is unknown, or needs text and got none.
+        InputError: The criterion is unknown, does not score a group's kind, or needs text and got none.
         PlanError: A score is not finite.
     """
     chosen = CRITERIA.get(criterion)
@@ -131,17 +131,17 @@ def score(criterion: str, evidence: Evidence) -> Scores:
 
 
 def reduce_saliency(group: Group, saliency: Saliency, granularity: Granularity, how: Reduction) -> Tensor:
-    """Returns the scores of a group's units from the saliency of single weights.
+    """Reduces the saliencies of single weights to the scores of a group's units.
 
-    Element: the absolute values of all weights of a unit are summed, member by member. Vector: the saliency is first summed
-    along each row (output side) or column (input side), the bias with its row, then made absolute, then summed over the unit's
-    rows or columns. The members' scores are combined last (LLM-Pruner, arXiv 2305.11627, section 3.2, equations 5 and 6).
+    Granularity ``element``: the absolute values of all weights of a unit are summed for each member. Granularity ``vector``: the saliency
+    is first summed along each row (output side, with the bias) or column (input side), and the absolute values of these sums are summed
+    over the unit's rows or columns. Last, the members' scores are combined (LLM-Pruner, arXiv 2305.11627, section 3.2, equations 5, 6).
 
     Args:
         group: The coupled axes.
         saliency: Signed saliency of each weight.
-        granularity: Where the absolute value is taken.
-        how: How members combine: ``last`` takes the last projection that reads the channels.
+        granularity: Position of the absolute value.
+        how: Method of combining members; ``last`` takes the last projection that reads the channels.
 
     Returns:
         float64 (units,).

@@ -1,13 +1,13 @@
-"""Scores of what goes whole: layers, and the attention or the feed-forward network of a layer alone.
+"""Scores of whole layers, and of the attention or the feed-forward network of a layer.
 
-All of them compare what runs through the stream with a part and without it, on calibration windows.
+All criteria compare hidden states of the residual stream with and without a part, on calibration windows.
 
-* ``block_influence``: one minus the cosine between what leaves the part with it and without it; for a layer that is between its input
-  and its output (ShortGPT, arXiv 2403.03853, equation 1), a mean over tokens. One pass, layer after layer, tells it.
-* ``angular``: the angle, over pi, between what enters a run of consecutive layers and what leaves it (arXiv 2403.17887, section 3.2),
-  as long as the run that is to go; a layer has the score of the best run that it is in, so that the lowest ones are neighbours. Parts
-  of layers are compared one at a time.
-* ``removal``: the Kullback-Leibler divergence of the predictions from those of the whole model when this part alone is missing.
+* ``block_influence``: one minus the cosine between a layer's output with and without the part, as a mean over tokens. For a whole layer
+  this compares its input and its output (ShortGPT, arXiv 2403.03853, equation 1). A single pass through the layers gives all scores.
+* ``angular``: the angle, divided by pi, between the input and the output of a run of consecutive layers (arXiv 2403.17887, section 3.2).
+  The run is as long as the number of layers to remove. A layer gets the score of the best run that contains it, so that the lowest
+  layers are neighbours. Parts of layers are compared one at a time.
+* ``removal``: the Kullback-Leibler divergence of the predictions from those of the complete model when only this part is missing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from regraft.models.view import ModelView
 from regraft.plans import WHOLE, Group
 
 Compare = Callable[[Tensor, Tensor], Tensor]
-"""Two streams (batch, tokens, hidden) to a number for each token (batch, tokens)."""
+"""A function from two hidden states (batch, tokens, hidden) to one number for each token (batch, tokens)."""
 
 
 def _cosine(first: Tensor, second: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def _mean(compare: Compare, first: list[Tensor], second: list[Tensor]) -> float:
 
 
 def _states(walk: Layerwise) -> list[list[Tensor]]:
-    """Returns what enters each layer, and what leaves the last."""
+    """Returns the input of each layer, and the output of the last."""
     states = [walk.first]
     for layer in range(len(walk.view.layers)):
         states.append(walk.run(layer, states[-1]))
@@ -57,7 +57,7 @@ def _states(walk: Layerwise) -> list[list[Tensor]]:
 
 
 def _without(walk: Layerwise, group: Group, entering: list[Tensor]) -> list[Tensor]:
-    """Returns what leaves a layer that lacks the group: what entered it, or what the rest of it makes of that."""
+    """Returns the output of a layer without the group: its input if the layer is removed, else the output of the other part."""
     assert group.layer is not None
     return entering if group.kind == "layer" else walk.run(group.layer, entering, silenced(walk.view, group))
 
@@ -143,10 +143,10 @@ def divergence_without(walk: Layerwise, group: Group, states: list[list[Tensor]]
     """Returns the mean divergence per token, in nats, of a model that lacks one group.
 
     Args:
-        walk: Of the whole model.
+        walk: Walk through the complete model.
         group: A layer or a part of one.
-        states: What enters each layer of the whole model.
-        dense: Its log-probabilities, (batch, tokens, vocabulary) for each batch.
+        states: Input of each layer of the complete model.
+        dense: Log-probabilities of the complete model, (batch, tokens, vocabulary) for each batch.
     """
     assert group.layer is not None
     hidden = _without(walk, group, states[group.layer])

@@ -1,4 +1,4 @@
-"""How much of a weight's gradient its best low-rank approximations hold: what a few ranks can learn in the first step."""
+"""Energy of the best low-rank approximations of a weight's gradient: the part that a few ranks can learn in the first step."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def gradient_energy(
 ) -> dict[str, tuple[float, ...]]:
     r"""Returns, for each weight and rank r, the energy :math:`\sum_{i \le r} \sigma_i(G)^2` of the loss's mean gradient G.
 
-    A gradient step along the best rank-r approximation of G lowers the loss by that times the learning rate, to first order.
+    A gradient step along the best rank-r approximation of G lowers the loss by this energy times the learning rate, to first order.
 
     Args:
-        model: Left as it was found.
+        model: The model; it is restored at the end.
         weights: Matrices by name, parameters of the model.
         windows_NT: Tokens, int64 (windows, tokens).
-        ranks: Ascending; beyond the sides of a matrix they hold all of its energy.
-        generator: On the CPU; for matrices that are too large to be decomposed whole.
+        ranks: Ranks, ascending; a rank above the sides of a matrix gives all of its energy.
+        generator: A generator on the CPU, for the randomised decomposition of large matrices.
 
     Returns:
-        One number for each rank, by the name of the weight, in nats squared over the squared unit of the weights.
+        Name of the weight to one number for each rank, in nats squared over the squared unit of the weights.
     """
     gradients, _ = mean_gradients(model, weights, windows_NT, squares=False)
     return {name: _energies(gradient, ranks, generator) for name, gradient in gradients.items()}

@@ -1,6 +1,6 @@
-"""How much of the variance of a module's inputs their leading directions explain: what EVA (arXiv 2410.07170) shares ranks by.
+"""Variance of a module's inputs that their leading directions explain, by which EVA (arXiv 2410.07170) distributes ranks.
 
-The directions are PEFT's, by its incremental principal components, so that what they explain is what its EVA sees.
+The directions come from PEFT's incremental principal component analysis, so that the values are those of PEFT's EVA.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def explained_variance(
     """Returns, for each module and rank r, the share of the variance of its inputs that r directions explain.
 
     Args:
-        model: In evaluation mode.
-        modules: By name; those that read the same tensor share one decomposition.
+        model: The model in evaluation mode.
+        modules: Modules by name; modules that read the same tensor share one decomposition.
         windows_NT: Tokens, int64 (windows, tokens).
-        ranks: Ascending.
-        batch: Windows of one forward pass; each has to hold as many tokens as the largest rank.
+        ranks: Ranks, ascending.
+        batch: Number of windows in one forward pass; a pass needs at least as many tokens as the largest rank.
 
     Returns:
-        One share for each rank, by module.
+        Module name to one share for each rank.
     """
     found: dict[str, IncrementalPCA] = {}
     source: dict[str, str] = {}
@@ -44,14 +44,14 @@ def explained_variance(
 
 
 def _inputs(model: PreTrainedModel, modules: Mapping[str, nn.Module], ids: Tensor) -> dict[str, tuple[str, Tensor]]:
-    """Returns, for each module, the first module that read the same tensor in this pass, and that tensor."""
+    """Returns, for each module, its input tensor and the name of the first module that read the same tensor in this pass."""
     seen: dict[str, tuple[str, Tensor]] = {}
     first: dict[int, str] = {}
 
     def reading(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def keep(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
             tensor: Tensor = arguments[0]
-            # Kept tensors stay alive until the pass is over, so that no two of them have the same id.
+            # The tensors are referenced until the end of the pass, so that no two of them have the same id.
             seen[name] = (first.setdefault(id(tensor), name), tensor)
 
         return keep

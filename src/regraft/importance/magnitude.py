@@ -1,4 +1,4 @@
-"""Magnitude scores: the sum of ``|w|`` (``l1``) or ``w**2`` (``l2``) over a unit's weights. They collapse without recovery."""
+"""Magnitude scores: the sum of ``|w|`` (``l1``) or ``w**2`` (``l2``) over a unit's weights. Without recovery they give very poor models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from regraft.importance.criteria import CRITERIA, Criterion, Evidence, reduce_sa
 
 
 def magnitude_units(power: int) -> Callable[[Evidence], Mapping[str, Tensor]]:
-    """Returns a scorer by ``sum(|w|**power)``. There is no sign to cancel, so granularity makes no difference."""
+    """Returns a scorer by ``sum(|w|**power)``. Granularity has no effect, because all terms are positive."""
 
     def units(evidence: Evidence) -> Mapping[str, Tensor]:
         parameters = dict(evidence.model.named_parameters())

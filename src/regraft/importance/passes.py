@@ -1,7 +1,7 @@
-"""How a criterion comes by what it looks at: weights, inputs and gradients, whether or not the model is in memory as a whole.
+"""Access of a criterion to weights, inputs and gradients, for a model in memory or one that is read layer by layer.
 
-A criterion asks for them some groups at a time, and takes no more than it was given last. So the same few lines score a model
-that is in memory and one that is read layer by layer from a file larger than memory (:mod:`regraft.streaming`).
+A criterion gets them for some groups at a time, and uses only those of the last step. So the same few lines score a model in memory and a
+model that is read layer by layer from a file larger than memory (:mod:`regraft.streaming`).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from regraft.plans import Group, Groups
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of the mean language-modelling loss over calibration windows, of the members of some groups.
+    """Gradients of the mean language-modelling loss over calibration windows, for the members of some groups.
 
     Attributes:
-        groups: Whose members they are of.
+        groups: The groups whose members have gradients here.
         first: Parameter name to the mean gradient, float32, of the parameter's shape.
-        second: Parameter name to the mean over windows of the squared gradient; empty where it was not asked for.
+        second: Parameter name to the mean over windows of the squared gradient; empty if it was not requested.
     """
 
     groups: tuple[Group, ...]
@@ -39,11 +39,11 @@ class Gradients:
 
 
 class Passes(ABC):
-    """Where a criterion gets its evidence from."""
+    """A source of evidence for criteria."""
 
     @abstractmethod
     def weights(self, groups: Groups) -> Iterator[tuple[Group, ...]]:
-        """Yields all groups, some at a time; their members have their values until the next ones are asked for."""
+        """Yields all groups, some at a time. The weights of their members are valid until the next step."""
 
     @abstractmethod
     def walk(self) -> Walk:
@@ -51,11 +51,11 @@ class Passes(ABC):
 
     @abstractmethod
     def gradients(self, groups: Groups, *, squares: bool) -> Iterator[Gradients]:
-        """Yields the gradients of all groups, some at a time, in any order; weights have their values as in :meth:`weights`.
+        """Yields the gradients of all groups, some at a time, in any order. Weights are valid as in :meth:`weights`.
 
         Args:
-            groups: Of the model.
-            squares: Whether the mean squares are wanted too.
+            groups: Groups of the model.
+            squares: Whether to compute the mean squares too.
         """
 
     def reader_moments(self, names: Sequence[str], seed: int) -> Mapping[str, ReaderMoments]:
@@ -72,11 +72,11 @@ class Passes(ABC):
 
 
 class WholeModel(Passes):
-    """Evidence from a model that is in memory.
+    """Evidence from a model in memory.
 
     Args:
-        model: Left as it was found.
-        windows_NT: Calibration tokens, int64 (windows, tokens), or None where only weights are looked at.
+        model: The model; it is restored after each pass.
+        windows_NT: Calibration tokens, int64 (windows, tokens), or None when only weights are needed.
     """
 
     def __init__(self, model: PreTrainedModel, windows_NT: Tensor | None) -> None:
@@ -94,7 +94,7 @@ class WholeModel(Passes):
         return WholeWalk(ModelView(self._model), self._windows)
 
     def gradients(self, groups: Groups, *, squares: bool) -> Iterator[Gradients]:
-        """Yields all gradients at once. Memory: one gradient, and one square where it is wanted."""
+        """Yields all gradients at once. The memory is that of one gradient, and with ``squares`` of a second one."""
         assert self._windows is not None
         names = {member.parameter for group in groups.groups for member in group.members}
         parameters = {name: parameter for name, parameter in self._model.named_parameters() if name in names}
@@ -112,10 +112,10 @@ class WholeModel(Passes):
 
 
 def refuse_single_tokens(windows_NT: Tensor) -> None:
-    """Refuses windows without a loss.
+    """Refuses windows of a single token, which have no loss.
 
     Raises:
-        InputError: They are of one token.
+        InputError: The windows have a single token.
     """
     if windows_NT.shape[1] < 2:
         raise InputError("windows of 1 token leave nothing to predict; use a --seq-len of at least 2")
@@ -124,12 +124,12 @@ def refuse_single_tokens(windows_NT: Tensor) -> None:
 def mean_gradients(
     model: PreTrainedModel, parameters: Mapping[str, Tensor], windows: Tensor, *, squares: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns the mean gradient of the language-modelling loss and, if asked, its mean square over windows, in float32.
+    """Returns the mean gradient of the language-modelling loss and, with ``squares``, its mean square over windows, in float32.
 
-    On a CPU it is computed in float32 as well, whatever the weights are stored in.
+    On a CPU the passes are computed in float32 as well, for weights of any dtype.
 
     Raises:
-        InputError: Windows of one token.
+        InputError: The windows have a single token.
     """
     refuse_single_tokens(windows)
     first = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}

@@ -1,6 +1,6 @@
-"""Scores of the channels of the residual stream from activations: what everything that reads a channel would lose, added up.
+"""Scores of the channels of the residual stream from activations: the losses of all matrices that read a channel, summed.
 
-Nothing is re-fitted when the stream becomes narrower, so that ``surgeon``, which counts on re-fitting, is ``energy`` here.
+Nothing is re-fitted when the stream becomes narrower. Therefore ``surgeon``, which assumes re-fitting, uses the scores of ``energy`` here.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from regraft.models.layerwise import watched_inputs
 from regraft.numerics.moments import ChannelMoments
 from regraft.plans import Group
 
-WINDOWS = 8  # of one forward pass
+WINDOWS = 8  # windows of one forward pass
 
 
 def reading_matrices(evidence: Evidence, group: Group) -> Iterator[tuple[Tensor, int, ChannelMoments]]:
-    """Yields every matrix that reads the stream, the axis of its inputs, and the moments of these inputs.
+    """Yields every matrix that reads the residual stream, its input axis, and the moments of its inputs.
 
     Args:
-        evidence: With calibration windows.
-        group: The residual width.
+        evidence: Evidence with calibration windows.
+        group: The group of the residual width.
     """
     model, windows = evidence.model, evidence.windows
     assert windows is not None
@@ -43,7 +43,7 @@ def reading_matrices(evidence: Evidence, group: Group) -> Iterator[tuple[Tensor,
 
 
 def _readers(model: nn.Module, group: Group) -> dict[str, int]:
-    """Returns the modules that read the stream, a head that is tied to the embedding too, and the axis of their inputs."""
+    """Returns the modules that read the residual stream, including a head tied to the embedding, with their input axes."""
     axes = {member.parameter: (member.axis, member.side) for member in group.members}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Taylor scores: what the loss would change by if a weight were zero (LLM-Pruner, arXiv 2305.11627, section 3.2).
+"""Taylor scores: the approximate change of the loss if a weight were zero (LLM-Pruner, arXiv 2305.11627, section 3.2).
 
 With ``g`` the gradient of the mean language-modelling loss and ``H`` the diagonal empirical Fisher, the mean over calibration
 windows of the squared gradient, the saliency of a weight is
@@ -7,8 +7,8 @@ windows of the squared gradient, the saliency of a weight is
 * second order: ``w**2 H``
 * mixed: ``w g - w**2 H / 2``
 
-We depart from the released code in two ways: scores go to the key-value head that the query heads really belong to, and the
-squared gradients are taken per window, before they are averaged (the code's second term comes out near 1e-10).
+We depart from the released code in two ways. Scores go to the key-value head that the query heads belong to. Gradients are squared for
+each window before they are averaged (in the released code the second term is about 1e-10).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from regraft.importance.passes import Gradients
 
 
 def taylor_units(evidence: Evidence) -> Mapping[str, Tensor]:
-    """Returns the Taylor scores of all units. Memory: one gradient, and one square where the order asks for it."""
+    """Returns the Taylor scores of all units. The memory is that of one gradient, and of a second one unless the order is first."""
     parameters = dict(evidence.model.named_parameters())
 
     def saliency(name: str, seen: Gradients) -> Tensor:

@@ -1,4 +1,4 @@
-"""How many units stay in each layer, and which."""
+"""Selection of the units to keep in each layer."""
 
 from regraft.selection import global_threshold, knapsack, uniform
 from regraft.selection.budget import SELECTORS, Budget, Selector, select

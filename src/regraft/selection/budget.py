@@ -1,4 +1,4 @@
-"""The contract of a selector: groups, scores and a budget of parameters to the units that stay."""
+"""The contract of a selector: from groups, scores and a budget of parameters to the units to keep."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from regraft.groups.parameter_count import Ledger
 from regraft.plans import WHOLE, Curves, Cut, Group, GroupKind, Groups, PrunePlan, Scores, Shape
 from regraft.registry import Registry
 
-# Tried from the left where the user leaves the alignment to us: the widest that meets the target within _CLOSE_ENOUGH.
+# Alignments for ``auto``, tried from the left: the first, and so the widest, that meets the target within _CLOSE_ENOUGH is taken.
 AUTO_ALIGNMENTS = (16, 8, 4, 2, 1)
 _CLOSE_ENOUGH = 0.0025
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much to remove, and from where.
+    """The amount to remove, and the groups to remove it from.
 
     Attributes:
-        ratio: Share of all parameters of the model.
-        shape: ``uniform`` asks for the same widths in every layer.
-        layers: Indices of the layers that may be cut, ascending; the width of the stream belongs to all of them.
+        ratio: Share of all parameters of the model to remove.
+        shape: ``uniform`` for the same widths in every layer.
+        layers: Indices of the layers that may be cut, ascending; the residual width belongs to all layers.
         targets: Kinds of groups that may be cut.
-        align: Widths that are cut, of feed-forward networks and of the stream, become multiples of this. Heads stay whole and need no
-            alignment.
-        curves: Measured damage against size, for the selectors that want it. Their unit is what the ratio is a share of.
+        align: Number of which the cut widths of feed-forward networks and of the residual stream become multiples. Heads are always
+            complete and need no alignment.
+        curves: Measured damage against size, for the selectors that need it. The ratio is a share of the total in their unit.
     """
 
     ratio: float
@@ -45,28 +45,28 @@ class Budget:
         return self.align if group.kind in ("ffn", "residual") else 1
 
     def floor(self, group: Group) -> int:
-        """Returns the fewest units that a group may keep: one aligned step, or all of a group that is smaller; none of what goes whole."""
+        """Returns the fewest units that a group may keep: one aligned step (at most all units), or 0 for a layer or part."""
         return 0 if group.kind in WHOLE else min(self.step(group), group.units)
 
     def floors(self, groups: Groups) -> dict[str, int]:
-        """Returns the fewest units that every group may keep, where one layer has to stay."""
+        """Returns the fewest units that every group may keep; at least one layer of the model is kept."""
         found = {group.name: self.floor(group) for group in self.prunable(groups)}
         layers = [name for name in found if groups.named()[name].kind == "layer"]
         return found | ({layers[0]: 1} if len(layers) == groups.layers else {})
 
 
 Kept = Mapping[str, int]
-"""Group name to the number of units that stay."""
+"""Group name to the number of kept units."""
 
 
 @dataclass(frozen=True)
 class Selector:
-    """A named way to choose widths.
+    """A named method of choosing widths.
 
     Attributes:
-        name: As on the command line.
+        name: Name on the command line.
         needs_curves: Whether ``Budget.curves`` must be given.
-        choose: Groups, scores and budget to the number of units that stay.
+        choose: Function from groups, scores and budget to the numbers of kept units.
     """
 
     name: str
@@ -78,18 +78,18 @@ SELECTORS: Registry[Selector] = Registry("selector", group="regraft.selectors")
 
 
 def select(name: str, groups: Groups, scores: Scores, budget: Budget, *, auto_align: bool = False) -> PrunePlan:
-    """Chooses the units that stay: the selector decides how many, the scores decide which.
+    """Chooses the units to keep: the selector decides how many, the scores decide which.
 
     Args:
-        name: A registered selector.
-        groups: Of the model.
-        scores: Of the same model.
-        budget: How much to remove.
+        name: Name of a registered selector.
+        groups: Groups of the model.
+        scores: Scores of the same model.
+        budget: The amount to remove.
         auto_align: Replace ``budget.align`` by the widest of 16, 8, 4, 2 and 1 that meets the target.
 
     Raises:
-        InputError: The budget cannot be met; the message says what can.
-        PlanError: The scores are of another model.
+        InputError: The budget cannot be met; the message gives the limit.
+        PlanError: The scores belong to another model.
     """
     if scores.fingerprint != groups.fingerprint:
         raise PlanError(f"the scores are of model {scores.fingerprint}, not of {groups.fingerprint}; score this model again")
@@ -102,7 +102,7 @@ def select(name: str, groups: Groups, scores: Scores, budget: Budget, *, auto_al
         try:
             check_possible(groups, aligned)
             plans.append(_plan(name, groups, scores, aligned, selector.choose(groups, scores, aligned)))
-        except InputError as error:  # with a narrower alignment it may be possible
+        except InputError as error:  # a narrower alignment may still be possible
             refused = error
             continue
         counted = budget.curves is None or budget.curves.unit != "milliseconds"
@@ -118,7 +118,7 @@ def check_possible(groups: Groups, budget: Budget) -> None:
     """Refuses a ratio that would leave a layer empty.
 
     Raises:
-        InputError: With the largest ratio that is possible.
+        InputError: The ratio is too large; the message gives the largest possible one.
     """
     prunable = budget.prunable(groups)
     if not prunable:
@@ -159,7 +159,7 @@ def _plan(name: str, groups: Groups, scores: Scores, budget: Budget, kept: Kept)
 
 
 def _without_nested(groups: Groups, kept: Kept) -> dict[str, int]:
-    """Leaves out what is decided for groups that go with their layer, or with the part that they are of."""
+    """Drops the decisions for groups inside a removed layer or a removed part."""
     named = groups.named()
     gone = {(named[name].kind, named[name].layer) for name, count in kept.items() if not count}
 
@@ -171,7 +171,7 @@ def _without_nested(groups: Groups, kept: Kept) -> dict[str, int]:
 
 
 def best_units(scores: tuple[float, ...], count: int) -> tuple[int, ...]:
-    """Returns the ``count`` units with the highest scores, ascending; of equals the earlier ones stay.
+    """Returns the ``count`` units with the highest scores, ascending; among equal scores the earlier units are kept.
 
     >>> best_units((0.1, 3.0, 2.0, 3.0), 2)
     (1, 3)

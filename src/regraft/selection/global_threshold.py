@@ -1,10 +1,10 @@
-"""One threshold for the whole model: the units that matter least for each parameter that they cost go first.
+"""One threshold for the model: units with the lowest score per parameter are removed first.
 
-Units leave in blocks that keep the widths aligned. A block that would overshoot the target is passed over for a smaller one, so
-that the target is met within one aligned step of one layer.
+Units are removed in blocks that keep the widths aligned. A block that would overshoot the target is skipped for a smaller one, so that
+the target is met within one aligned step of one layer.
 
-Layers that go whole, and parts of them, are ranked by other scores than units are: they lose the share that everything would lose
-evenly, and the threshold chooses among the units of what is left.
+Scores of layers and parts of layers cannot be compared with scores of units. Therefore layers and parts lose the even share of the
+target first, and the threshold chooses among the units of the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from regraft.selection.uniform import alike, even_share, uniform, whole_cuts
 
 @dataclass(frozen=True)
 class _Block:
-    """Units that leave together: one aligned step of one group, or of every group of a kind where layers stay alike."""
+    """Units that are removed together: one aligned step of one group, or of every group of a kind for the shape ``uniform``."""
 
     lane: tuple[Group, ...]
     units: int
@@ -28,12 +28,12 @@ class _Block:
 
 
 def global_threshold(groups: Groups, scores: Scores, budget: Budget) -> Kept:
-    """Returns how many units stay when the cheapest blocks leave first.
+    """Returns how many units each group keeps when the cheapest blocks are removed first.
 
-    Where all layers are to stay alike, a block is one step of all of them, and the threshold weighs kinds against one another.
+    For the shape ``uniform`` a block is one step of all layers, and the threshold only weighs kinds of groups against each other.
 
     Raises:
-        InputError: Layers that differ already are to end alike.
+        InputError: The shape is ``uniform`` but the layers already have different sizes.
     """
     prunable = budget.prunable(groups)
     wide = [group for group in prunable if group.kind not in WHOLE]
@@ -49,7 +49,7 @@ def global_threshold(groups: Groups, scores: Scores, budget: Budget) -> Kept:
     closed: set[tuple[str, ...]] = set()
     smallest = min((block.parameters for block in blocks), default=0)
     for block in sorted(blocks, key=lambda block: block.score_per_parameter):
-        # A large block (a head) that overshoots leaves the rest of the way to the small ones.
+        # A large block (a head) that would overshoot is skipped; small blocks close the rest of the gap.
         lane = tuple(group.name for group in block.lane)
         cost = 0.0 if lane in closed else _cost(ledger, kept, lane, block.units)
         if not cost or cost - missing > 0.5 * smallest:
@@ -61,7 +61,7 @@ def global_threshold(groups: Groups, scores: Scores, budget: Budget) -> Kept:
 
 
 def _cost(ledger: Ledger, kept: Kept, lane: tuple[str, ...], units: int) -> float:
-    """Returns how many parameters go when every group of a lane loses so many units."""
+    """Returns how many parameters are lost when every group of a lane loses ``units`` units."""
     if len(lane) == 1:
         return ledger.lost(lane[0], kept, kept[lane[0]] - units)
     total, after = 0.0, dict(kept)
@@ -72,7 +72,7 @@ def _cost(ledger: Ledger, kept: Kept, lane: tuple[str, ...], units: int) -> floa
 
 
 def _blocks(lane: tuple[Group, ...], scores: Scores, budget: Budget) -> list[_Block]:
-    """Returns the blocks of a lane in the order in which they must leave; the last aligned step stays."""
+    """Returns the blocks of a lane in the order of removal; the last aligned step is always kept."""
     first = lane[0]
     ascending = [sorted(scores.values[group.name]) for group in lane]
     parameters = sum(group.unit_parameters for group in lane)

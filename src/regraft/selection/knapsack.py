@@ -1,10 +1,10 @@
 """Widths by measured damage: the exact minimum of the summed damage under one budget, by dynamic programming.
 
-Every group comes with a curve of damage against size (:class:`regraft.plans.Curve`), measured with this group alone cut. Between
-measured sizes the curve is interpolated linearly, below the smallest it goes on as it ended, and it is made to rise as units go. The sum
-over groups is minimised over all choices of aligned sizes whose cost meets the budget: a multiple-choice knapsack, solved exactly on a
-grid of costs. The additive model is the one approximation; it is why the curves are of the divergence to the dense model, which adds up
-better than losses do.
+Every group has a curve of damage against size (:class:`regraft.plans.Curve`), measured with only this group cut. The curve is
+interpolated linearly between measured sizes, extrapolated linearly below the smallest one, and made to rise as units are removed. The
+sum over groups is minimised over all choices of aligned sizes whose cost meets the budget: a multiple-choice knapsack, solved exactly on
+a grid of costs. The only approximation is that damages add up. Therefore the damage is the divergence from the dense model, which is
+closer to additive than a loss.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from regraft.selection.uniform import alike
 
 @dataclass(frozen=True)
 class _Options:
-    """The sizes that one group may have: units kept, cost removed and damage of each."""
+    """The allowed sizes of one group: kept units, removed cost and damage of each."""
 
     group: Group
     kept: tuple[int, ...]
@@ -38,17 +38,17 @@ class _Options:
 
 
 def knapsack(groups: Groups, scores: Scores, budget: Budget) -> Kept:
-    """Returns how many units of each group stay, with the least summed damage of all choices that meet the budget.
+    """Returns how many units each group keeps, with the least summed damage of all choices that meet the budget.
 
     Raises:
-        PlanError: There are no curves for these groups.
+        PlanError: The budget has no curves for these groups.
         InputError: The budget cannot be met.
     """
     curves = budget.curves
     if curves is None or curves.fingerprint != groups.fingerprint:
         raise PlanError("selection 'knapsack' needs curves of damage measured on this model; measure them first")
     prunable = budget.prunable(groups)
-    depth = {group.kind for group in prunable} == {"layer"}  # whole layers alone leave alike what was alike
+    depth = {group.kind for group in prunable} == {"layer"}  # removing only whole layers keeps equal layers equal
     if overlap(prunable) or (budget.shape == "uniform" and not depth and any(group.kind in WHOLE for group in prunable)):
         _refuse_overlapping(curves, budget)
         return (same_everywhere if budget.shape == "uniform" else nested)(groups, curves.values, budget)
@@ -73,7 +73,7 @@ def _refuse_overlapping(curves: Curves, budget: Budget) -> None:
 
 
 def _options(group: Group, curve: Curve, budget: Budget) -> _Options:
-    """Returns the aligned sizes of a group, ascending, the whole group last."""
+    """Returns the aligned sizes of a group, ascending, with the full size last."""
     step, floor = budget.step(group), budget.floor(group)
     kept = sorted({*range(floor, group.units, step), group.units})
     damage, cost = at_sizes(curve, kept)
@@ -81,13 +81,13 @@ def _options(group: Group, curve: Curve, budget: Budget) -> _Options:
 
 
 def _solve(options: Sequence[_Options], target: float) -> dict[str, int]:
-    """Takes one size of every group."""
+    """Chooses one size for every group."""
     chosen = solve([[[Table(option.removed, option.damage)]] for option in options], target)
     return {option.group.name: option.kept[rows[0]] for option, (_, rows) in zip(options, chosen, strict=True)}
 
 
 def _same_everywhere(options: Sequence[_Options], target: float) -> dict[str, int]:
-    """Returns one size for all groups of a kind: the least damage among the choices nearest to the target."""
+    """Returns one size for all groups of each kind: the least damage among the choices close to the target."""
     by_name = {option.group.name: option for option in options}
     kinds = {lane[0].kind: [by_name[group.name] for group in lane] for lane in alike([option.group for option in options])}
     found: list[tuple[float, float, dict[str, int]]] = []

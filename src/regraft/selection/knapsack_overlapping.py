@@ -1,8 +1,8 @@
-"""The knapsack where cuts overlap: heads and query heads, parts and whole layers, all of them inside a stream of some width.
+"""Knapsack for overlapping cuts: heads and query heads, parts and whole layers, and the width of the residual stream.
 
-Within a layer every size of the attention goes with every size of the feed-forward network, or the layer goes. The width of the stream
-changes what everything else costs: each of a row of widths is tried, and the rest is solved exactly for it, with costs counted by the
-:class:`regraft.groups.parameter_count.Ledger`. Damages add up, as ever.
+Within a layer, the choices are all pairs of an attention size and a feed-forward size, and the removal of the layer. The width of the
+stream changes all other costs. Therefore several widths are tried, and for each of them the rest is solved exactly, with costs counted by
+:class:`regraft.groups.parameter_count.Ledger`. As in :mod:`regraft.selection.knapsack`, damages are assumed to add up.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from regraft.selection.sizes import Choice, best_of, damage_at, sizes_of, widths
 
 @dataclass(frozen=True)
 class _Rows:
-    """The choices of one table, by the units that stay."""
+    """The choices of one table, each with its numbers of kept units."""
 
     kept: tuple[dict[str, int], ...]
     table: Table
 
 
 def nested(groups: Groups, curves: Mapping[str, Curve], budget: Budget) -> Kept:
-    """Returns how many units of each group stay.
+    """Returns how many units each group keeps.
 
     Args:
-        groups: Of the model.
-        curves: Damage against size of every group that may be cut; one without units is what it does to remove it.
-        budget: How many parameters to remove.
+        groups: Groups of the model.
+        curves: Damage against size for every group that may be cut; size 0 is the removal of a layer or part.
+        budget: The amount to remove.
 
     Raises:
-        InputError: Nothing comes near the target.
+        InputError: No choice is close to the target.
     """
     prunable = budget.prunable(groups)
     ledger = Ledger(groups, [group.name for group in prunable])
@@ -66,7 +66,7 @@ def _inside(
     budget: Budget,
     target: float,
 ) -> Choice:
-    """Solves everything within the layers for one width of the stream."""
+    """Chooses the sizes of all groups within the layers, for one width of the stream."""
     by_layer: dict[int | None, list[Group]] = {}
     for group in inner:
         by_layer.setdefault(group.layer, []).append(group)
@@ -85,7 +85,7 @@ def _inside(
 def _alternatives(
     here: Sequence[Group], base: dict[str, int], ledger: Ledger, curves: Mapping[str, Curve], budget: Budget, *, spare: Group | None
 ) -> list[list[_Rows]]:
-    """Returns what can be done to one layer: sizes for its parts, or that it goes, unless it is to be spared."""
+    """Returns the alternatives for one layer: sizes of its parts, or its removal unless it is the spared layer."""
     kinds = {group.kind: group for group in here}
     parts: list[_Rows] = []
     for sizes, whole in ((("heads", "query_heads"), "attention"), (("ffn",), "mlp")):

@@ -1,8 +1,8 @@
-"""The knapsack for layers that are to stay alike, where cuts overlap or whole layers go.
+"""Knapsack for the shape ``uniform`` with overlapping cuts or removed layers.
 
-Every kind has one size everywhere, so that there are few choices: they are tried one by one. The kind with the smallest units, the
-feed-forward width where it is a target, closes the gap to the target in each. Of those that meet it the one with the least summed damage
-is taken; damages add up, as in :mod:`regraft.selection.knapsack_overlapping`.
+Every kind has one size in all layers, so that the choices are few and can be tried one by one. In each, the kind with the smallest units
+(the feed-forward width, if it is a target) closes the gap to the target. The result is the choice with the least summed damage among
+those that meet the target; damages are assumed to add up, as in :mod:`regraft.selection.knapsack`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from regraft.selection.uniform import FINEST_FIRST, alike
 
 
 def same_everywhere(groups: Groups, curves: Mapping[str, Curve], budget: Budget) -> Kept:
-    """Returns how many units of each group stay, the same of every kind in all layers that stay.
+    """Returns how many units each group keeps; the number is the same for all groups of a kind in the kept layers.
 
     Args:
-        groups: Of the model.
-        curves: Damage against size of every group that may be cut.
-        budget: How many parameters to remove.
+        groups: Groups of the model.
+        curves: Damage against size for every group that may be cut.
+        budget: The amount to remove.
 
     Raises:
-        InputError: Layers that differ already are to end alike.
+        InputError: The layers already have different sizes.
     """
     prunable = budget.prunable(groups)
     ledger = Ledger(groups, [group.name for group in prunable])
@@ -44,7 +44,7 @@ def same_everywhere(groups: Groups, curves: Mapping[str, Curve], budget: Budget)
 
 
 def _depths(layers: Sequence[Group], curves: Mapping[str, Curve], total: int) -> list[dict[str, int]]:
-    """Returns what goes when no layer goes, or the one that does the least harm, or the two, and so on; one stays in any case."""
+    """Returns the removals of no layer, of the least harmful layer, of the two least harmful ones, and so on; one layer is kept."""
     ranked = sorted(layers, key=lambda group: curves[group.name].damage_nats[0])
     return [{group.name: 0 for group in ranked[:count]} for count in range(min(len(layers), total - 1) + 1)]
 
@@ -55,7 +55,7 @@ def _sizes(lane: tuple[Group, ...], budget: Budget) -> list[dict[str, int]]:
 
 
 def _closings(lane: tuple[Group, ...] | None, base: Kept, ledger: Ledger, budget: Budget, goal: float) -> Iterator[dict[str, int]]:
-    """Yields the sizes of the closing kind on both sides of the goal, and the largest that still counts as meeting it."""
+    """Yields the sizes of the closing kind just above and just below the goal, and the largest size that still meets it."""
     if lane is None:
         yield {}
         return

@@ -1,4 +1,4 @@
-"""What knapsacks share: the sizes that a group may have, the damage at each, and which of several answers is the best."""
+"""Common parts of the knapsacks: the allowed sizes of a group, the damage at each size, and the comparison of solutions."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 from regraft.plans import Curve, Group
 from regraft.selection.budget import Budget
 
-# Widths of the stream that are tried beside other cuts; what they leave open the others close.
+# Number of stream widths that are tried together with other cuts, which then close the gap to the target.
 MOST_WIDTHS = 17
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An answer.
+    """A candidate solution.
 
     Attributes:
-        kept: Units that stay, by group.
-        missed: By how many parameters it misses the target.
+        kept: Group name to number of kept units.
+        missed: Number of parameters by which the target is missed.
         damage: Sum of the groups' damages, in nats.
     """
 
@@ -31,18 +31,18 @@ class Choice:
 
 
 def best_of(found: Sequence[Choice], smallest: float) -> Choice:
-    """Returns the least damage among what meets the target within half of the smallest step; where nothing does, what comes nearest."""
+    """Returns the choice of least damage within half a smallest step of the target, or else the choice nearest to the target."""
     near = [choice for choice in found if choice.missed <= 0.5 * smallest]
     return min(near, key=lambda choice: choice.damage) if near else min(found, key=lambda choice: choice.missed)
 
 
 def sizes_of(group: Group, budget: Budget) -> list[int]:
-    """Returns the numbers of units that a group may keep, ascending; the whole group last."""
+    """Returns the numbers of units that a group may keep, ascending, with the full number last."""
     return sorted({*range(budget.floor(group), group.units, budget.step(group)), group.units})
 
 
 def widths_of(stream: Group, budget: Budget, *, alone: bool) -> list[int]:
-    """Returns the widths of the stream that are tried: all where nothing else is cut, a spread of them beside other cuts."""
+    """Returns the stream widths to try: all if nothing else is cut, otherwise at most ``MOST_WIDTHS`` evenly spaced ones."""
     sizes = sizes_of(stream, budget)
     if alone or len(sizes) <= MOST_WIDTHS:
         return sizes
@@ -51,14 +51,15 @@ def widths_of(stream: Group, budget: Budget, *, alone: bool) -> list[int]:
 
 
 def damage_at(curve: Curve, kept: int) -> float:
-    """Returns the damage at a size: between measured sizes by a line, and never less for fewer units."""
+    """Returns the damage at one size; see :func:`at_sizes`."""
     return float(at_sizes(curve, [kept])[0][0])
 
 
 def at_sizes(curve: Curve, kept: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Returns damage and cost at each of some sizes: between measured ones by a line, below the smallest along the line that ends there.
+    """Returns damage and cost at given sizes.
 
-    Damage never falls where units go.
+    Values between measured sizes are interpolated linearly. Below the smallest measured size, the line through the two smallest ones is
+    continued. Damage never falls when more units are removed.
     """
     sizes, cost = np.asarray(curve.kept, dtype=np.float64), np.asarray(curve.cost, dtype=np.float64)
     damage = np.maximum.accumulate(np.asarray(curve.damage_nats, dtype=np.float64)[::-1])[::-1]

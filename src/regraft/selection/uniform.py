@@ -1,8 +1,8 @@
-"""The same share of every kind: LLM-Pruner's block-wise mode, met exactly instead of "ratio 0.25 removes 20 %".
+"""The same share of every kind of group: LLM-Pruner's block-wise mode, but with the ratio met exactly.
 
-Heads, whole layers and aligned widths of the stream come in large units, so they are cut down to the nearest count that does not exceed
-the share, and the kind with the smallest units, the feed-forward width where it is a target, closes the gap to the target. Where it
-cannot, one more of the others goes: in all layers where they have to stay alike, else in one layer after another until it can.
+Heads, whole layers and aligned widths of the stream have large units. They lose the largest count that does not exceed the share. The
+kind with the smallest units (the feed-forward width, if it is a target) then closes the gap to the target. If it cannot, the other kinds
+lose one more unit: in all layers at once for the shape ``uniform``, otherwise in one layer after another until the gap can be closed.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from regraft.groups.parameter_count import Ledger
 from regraft.plans import WHOLE, Group, GroupKind, Groups, Scores
 from regraft.selection.budget import SELECTORS, Budget, Kept, Selector
 
-# From the smallest units to the largest: the first that is a target closes the gap.
+# Kinds from the smallest units to the largest; the first kind that is a target closes the gap.
 FINEST_FIRST: tuple[GroupKind, ...] = ("ffn", "residual", "query_heads", "heads", "mlp", "attention", "layer")
 
 
 def uniform(groups: Groups, scores: Scores, budget: Budget) -> Kept:
-    """Returns how many units stay under one share for all groups of a kind.
+    """Returns how many units each group keeps, with one share for all groups of a kind.
 
-    The total is met within half an aligned step of all groups of the kind that closes the gap. Scores decide which layers, and which
-    parts of layers, go whole.
+    The target is met within half an aligned step of all groups of the closing kind. Scores decide which layers and which parts of layers
+    are removed.
     """
     prunable = budget.prunable(groups)
     ledger = Ledger(groups, [group.name for group in prunable])
@@ -54,7 +54,7 @@ def uniform(groups: Groups, scores: Scores, budget: Budget) -> Kept:
 def _one_after_another(
     before: dict[str, int], after: dict[str, int], coarse: Sequence[Group], scores: Scores, budget: Budget
 ) -> Iterator[dict[str, int]]:
-    """Yields the way from one choice to the next: kind by kind where layers stay alike, else group by group, the least score first."""
+    """Yields the steps from one choice to the next: kind by kind for the shape ``uniform``, else group by group, lowest score first."""
     changed = [group for group in coarse if before.get(group.name, group.units) != after.get(group.name, group.units)]
     changed.sort(key=lambda group: (FINEST_FIRST.index(group.kind), _next_score(group, before, scores)))
     steps = list(alike(changed)) if budget.shape == "uniform" else [(group,) for group in changed]
@@ -65,29 +65,29 @@ def _one_after_another(
 
 
 def _next_score(group: Group, kept: Kept, scores: Scores) -> float:
-    """Returns the score of the unit of a group that would go next."""
+    """Returns the score of the unit of a group that would be removed next."""
     units = kept.get(group.name, group.units)
     return sorted(scores.values[group.name])[min(group.units - units, group.units - 1)]
 
 
 def even_share(ledger: Ledger, prunable: Sequence[Group], wanted: float) -> float:
-    """Returns the share of every kind that has to go so that ``wanted`` parameters are left, counted with parts of units."""
+    """Returns the share to remove from every kind so that ``wanted`` parameters are left, counting fractions of units."""
     low, high = _bisect(lambda share: ledger.left({group.name: group.units * (1.0 - share) for group in prunable}) >= wanted)
     return 0.5 * (low + high)
 
 
 def whole_cuts(groups: Groups, prunable: Sequence[Group], scores: Scores, share: float, extra: int = 0) -> dict[str, int]:
-    """Returns which layers and parts of layers go whole: of each kind the share with the lowest scores, rounded down.
+    """Returns the layers and parts of layers to remove: of each kind the share with the lowest scores, rounded down.
 
     Args:
-        groups: Of the model; one layer of it stays in any case.
+        groups: Groups of the model; one layer is always kept.
         prunable: Groups of any kinds that may be cut.
-        scores: Of these groups.
-        share: Of each kind.
-        extra: So many more of each kind.
+        scores: Scores of these groups.
+        share: Share to remove of each kind.
+        extra: Number to remove of each kind beyond the share.
 
     Returns:
-        Group name to zero, for those that go.
+        Name of each removed group to zero.
     """
     found: dict[str, int] = {}
     gone: set[int | None] = set()
@@ -102,10 +102,10 @@ def whole_cuts(groups: Groups, prunable: Sequence[Group], scores: Scores, share:
 
 
 def alike(groups: Sequence[Group]) -> list[tuple[Group, ...]]:
-    """Returns the groups of each kind together, for layers that are to stay alike.
+    """Returns the groups of each kind as one tuple, for the shape ``uniform``.
 
     Raises:
-        InputError: Those of a kind differ in size.
+        InputError: The groups of a kind differ in size.
     """
     kinds: dict[GroupKind, list[Group]] = {}
     for group in groups:
@@ -126,7 +126,7 @@ def _reduced(group: Group, share: float, extra: int, budget: Budget) -> int:
 def _closed(
     groups: Groups, fine: Sequence[Group], kept: Kept, scores: Scores, budget: Budget, missed: Callable[[Kept], float]
 ) -> dict[str, int]:
-    """Returns counts for the groups of one kind that come nearest to the target beside what is decided already."""
+    """Returns the counts for the groups of one kind that come nearest to the target, given the counts of the other kinds."""
     if fine[0].kind in WHOLE:
         options = [whole_cuts(groups, fine, scores, 0.0, count) for count in range(len(fine) + 1)]
         return min(options, key=lambda option: abs(missed({**kept, **option})))
@@ -139,7 +139,7 @@ def _closed(
 
 
 def _aligned(group: Group, count: float, budget: Budget) -> int:
-    """Rounds a count to the alignment, between one step and the whole group; the whole group need not be aligned."""
+    """Rounds a count to the alignment, between one step and the full group; the full size need not be aligned."""
     step = budget.step(group)
     if count >= group.units - 0.5 * (group.units - (group.units - 1) // step * step):
         return group.units
@@ -147,7 +147,7 @@ def _aligned(group: Group, count: float, budget: Budget) -> int:
 
 
 def _bisect(below: Callable[[float], bool]) -> tuple[float, float]:
-    """Returns the two shares between which ``below`` turns false."""
+    """Returns two shares, very close together, between which ``below`` becomes false."""
     low, high = 0.0, 1.0
     if below(high):
         return high, high
