@@ -1,1 +1,1 @@
-"""The only code that changes a model."""
+"""Changes to models: cutting, re-fitting, adapters and factored layers. No other package changes a model."""

@@ -1,4 +1,4 @@
-"""A module with changes beside it: what injection puts in its place, and merging takes away again."""
+"""The wrapper that injection puts around an adapted module, and that merging removes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from regraft.errors import InputError
 
 @final
 class Adapted(nn.Module):
-    """A linear map, a Conv1D or an embedding with any number of changes, each switched on with a weight of its own.
+    """A linear map, a Conv1D or an embedding with any number of adapters, each with its own weight in the sum.
 
     Args:
-        base: The module, whose own parameters stay as they are.
+        base: The adapted module, whose own parameters are not changed.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -30,43 +30,43 @@ class Adapted(nn.Module):
 
     @property
     def weight(self) -> nn.Parameter:
-        """The weight of the module inside, which models look at for its dtype and for tied heads."""
+        """Weight of the adapted module, which models read for its dtype and for tied heads."""
         return cast(nn.Parameter, self.base.weight)
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """The bias of the module inside."""
+        """Bias of the adapted module, or None."""
         return cast("nn.Parameter | None", getattr(self.base, "bias", None))
 
     @property
     def in_features(self) -> int:
-        """Input features of the linear map."""
+        """Number of input features of the linear map."""
         return shape_of(self.base)[1]
 
     @property
     def out_features(self) -> int:
-        """Output features of the linear map."""
+        """Number of output features of the linear map."""
         return shape_of(self.base)[0]
 
     def add(self, name: str, delta: Delta) -> None:
-        """Puts a change beside the others and switches it on."""
+        """Adds an adapter and switches it on."""
         self.deltas[name] = delta
         self.shares[name] = 1.0
 
     def drop(self, name: str) -> None:
-        """Takes a change away, if it is there."""
+        """Removes an adapter, if there is one of this name."""
         if name in self.deltas:
             del self.deltas[name]
         self.shares.pop(name, None)
 
     def active(self) -> Iterator[tuple[Delta, float]]:
-        """Yields the changes that are on, with their weights."""
+        """Yields the adapters that are on, with their weights in the sum."""
         for name, share in self.shares.items():
             if share != 0.0:
                 yield cast(Delta, self.deltas[name]), share
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the module's output plus the weighted changes, in the output's dtype.
+        """Returns the module's output plus the weighted sum of the adapters' outputs, in the output's dtype.
 
         Args:
             x: ``(..., in)``, or token ids for an embedding.
@@ -80,27 +80,27 @@ class Adapted(nn.Module):
         return result
 
     def _as_looked_up(self, change: Tensor) -> Tensor:
-        """Returns a change on the scale of the module's output: Gemma's embedding multiplies what it looks up."""
+        """Returns an adapter's output on the scale of the module's: Gemma's embedding multiplies its output by a constant."""
         scale = getattr(self.base, "embed_scale", None) if isinstance(self.base, nn.Embedding) else None
         return change if scale is None else change * scale
 
     def _input(self, x: Tensor, delta: Delta) -> Tensor:
-        """Returns the inputs of a change: in float32 as its parameters are, unless autocast sees to that, and with dropout."""
+        """Returns the input of an adapter: with dropout, and in float32 like its parameters unless autocast is on."""
         wide = x if torch.is_autocast_enabled(x.device.type) else x.float()
         return dropout(wide, delta.spec.dropout) if self.training and delta.spec.dropout else wide
 
     def change(self) -> Tensor:
-        """Returns the sum of all changes that are on, ``(out, in)`` float32."""
+        """Returns the weighted sum of the weight changes of all adapters that are on, ``(out, in)`` float32."""
         total = torch.zeros(shape_of(self.base), dtype=torch.float32, device=weight_of(self.base).device)
         for delta, share in self.active():
             total += share * delta.delta_weight()
         return total
 
     def merged(self) -> nn.Module:
-        """Adds the changes to the weight, in float32, and returns the module inside.
+        """Adds the weight changes to the weight, computing in float32, and returns the plain module.
 
         Raises:
-            InputError: The weight is not of a floating dtype.
+            InputError: The weight has no floating dtype.
         """
         weight = weight_of(self.base)
         if not weight.is_floating_point():
@@ -111,12 +111,12 @@ class Adapted(nn.Module):
 
 
 def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
-    """Returns every module with changes by its full name in the plain model."""
+    """Returns every adapted module by its full name in the plain model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
 
 
 def wrap(model: nn.Module, name: str) -> Adapted:
-    """Returns the place for changes of a module, making it where there is none yet."""
+    """Returns the wrapper of a module, and makes one if there is none yet."""
     module = model.get_submodule(name)
     if isinstance(module, Adapted):
         return module
@@ -127,16 +127,16 @@ def wrap(model: nn.Module, name: str) -> Adapted:
 
 
 def unwrap(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a plain module back in its place."""
+    """Replaces a wrapper by the plain module."""
     _put(model, name, module)
 
 
 def activate(model: nn.Module, shares: Mapping[str, float]) -> None:
-    """Switches adapters on with the given weights, and all others off.
+    """Switches the named adapters on with the given weights, and all others off.
 
     Args:
-        model: With adapters side by side.
-        shares: Name of an adapter to its weight.
+        model: A model with one or several adapters.
+        shares: Name of an adapter to its weight in the sum.
 
     Raises:
         InputError: The model has no adapter of such a name.
@@ -151,10 +151,10 @@ def activate(model: nn.Module, shares: Mapping[str, float]) -> None:
 
 
 def untie(model: nn.Module, module: nn.Module) -> bool:
-    """Gives a module a weight of its own where it shares it with another, so that a change of one is no change of both.
+    """Gives a module its own copy of a weight that it shares with another module, so that a change affects only one of them.
 
     Returns:
-        Whether it was shared.
+        Whether the weight was shared.
     """
     weight = weight_of(module)
     sharing = [other for other in model.modules() if other is not module and other._parameters.get("weight") is weight]

@@ -1,8 +1,8 @@
-"""The compact master of an adapter: what cannot be made again, as safetensors and JSON.
+"""Files of an adapter of regraft (the *compact master*): only tensors that cannot be recomputed, as safetensors and JSON.
 
-``adapter.json`` names the method, its options, the base model with its fingerprint, and what every module was asked for;
-``adapter.safetensors`` holds the tensors. The names differ from PEFT's on purpose: a stock PEFT finds no adapter in such a folder
-and says so, where it would silently drop tensors that it does not know. ``regraft export`` writes what PEFT reads.
+``adapter.json`` holds the method, its options, the base model with its fingerprint, and the rank, alpha, dropout and seed of every module;
+``adapter.safetensors`` holds the tensors. The file names differ from PEFT's on purpose: PEFT reports that such a folder has no adapter,
+whereas with its own names it would silently drop tensors that it does not know. ``regraft export`` writes adapters for PEFT.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _HEAD, _BETWEEN = "head", "::"
 
 @dataclass(frozen=True)
 class Master:
-    """An adapter as it is written.
+    """An adapter to be written.
 
     Attributes:
-        method: Name in the registry.
-        base: The model it belongs to, as its users name it.
-        base_fingerprint: Of that model.
-        deltas: Changes by module.
-        head: Trained parameters of a model for labels.
-        classes: Their names where there is a head; none for regression.
+        method: Name of the method in the registry.
+        base: Base model, as its users name it.
+        base_fingerprint: Fingerprint of the base model.
+        deltas: Module name to its adapter.
+        head: Trained parameters of a classification or regression head; empty without one.
+        classes: Names of the classes of the head; empty for regression.
     """
 
     method: str
@@ -53,17 +53,17 @@ class Master:
 
 @dataclass(frozen=True)
 class Stored:
-    """An adapter as it is read.
+    """An adapter as read from its files.
 
     Attributes:
-        method: Name in the registry.
-        base: The model it belongs to.
-        base_fingerprint: Of that model.
-        options: Of the method, plain.
-        modules: Rank, alpha, dropout and seed of every module.
-        tensors: Of every module.
-        head: Of the head of a model for labels; empty for other models.
-        classes: Names of the labels' classes; none for regression.
+        method: Name of the method in the registry.
+        base: Base model, as its users name it.
+        base_fingerprint: Fingerprint of the base model.
+        options: Options of the method, as plain JSON types.
+        modules: Module name to rank, alpha, dropout and seed.
+        tensors: Module name to the stored tensors.
+        head: Parameters of a classification or regression head; empty without one.
+        classes: Names of the classes of the head; empty for regression.
     """
 
     method: str
@@ -77,7 +77,7 @@ class Stored:
 
 
 def write_master(folder: Path, master: Master) -> None:
-    """Writes the two files into an empty folder; the same bytes for the same values."""
+    """Writes the two files into an empty folder; equal adapters give equal bytes."""
     tensors = {
         f"{name}{_BETWEEN}{key}": value.detach().to("cpu").contiguous()
         for name, delta in master.deltas.items()
@@ -110,7 +110,7 @@ def read_master(folder: Path) -> Stored:
     """Reads a compact master.
 
     Raises:
-        ModelError: It is missing, damaged, or of a later version.
+        ModelError: A file is missing, damaged, or of a later version.
     """
     path = folder / DESCRIPTION
     try:
@@ -141,9 +141,9 @@ def read_master(folder: Path) -> Stored:
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """Returns a hash of the names, shapes and sampled values of a model without its adapters and its classification head.
+    """Returns a hash of the names, shapes and sampled values of a model, without its adapters and its classification head.
 
-    Values are compared in bfloat16: a model that is loaded in another number type is the same base.
+    Values are hashed in bfloat16, so that a model loaded in another dtype counts as the same base.
     """
     heads = {name for name, _ in head_parameters(model)}
     entries: list[tuple[str, tuple[int, ...], torch.dtype, Tensor]] = []

@@ -1,4 +1,4 @@
-"""Puts an adapter on a model, folds it in, saves it and loads it: the same steps for every adapter."""
+"""Injection, merging, saving and loading of adapters: the same steps for every kind of adapter."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from regraft.surgery.targets import find_targets
 
 @dataclass(frozen=True)
 class Injected:
-    """A model with an adapter on it.
+    """A model with an injected adapter.
 
     Attributes:
-        module: What is trained: it takes the inputs of the model and gives its outputs.
-        model: The model inside, whose own weights are frozen.
-        adapter: How to take the adapter off again.
-        was_trainable: Names of the model's parameters that required gradients before.
+        module: The module to train, with the inputs and outputs of the model.
+        model: The model itself, whose own weights are frozen.
+        adapter: The adapter, which can merge, save or remove itself.
+        was_trainable: Names of the model's parameters that required gradients before the injection.
     """
 
     module: nn.Module
@@ -38,7 +38,7 @@ class Injected:
 
     @property
     def trainable_parameters(self) -> int:
-        """How many numbers are trained."""
+        """Number of trainable parameters."""
         return sum(parameter.numel() for parameter in self.module.parameters() if parameter.requires_grad)
 
 
@@ -52,20 +52,20 @@ def inject(
     name: str = "default",
     beside: Injected | None = None,
 ) -> Injected:
-    """Puts the adapter that the settings name on the modules that they name, in place, and freezes the rest.
+    """Injects the adapter that the settings name into its target modules, in place, and freezes all other weights.
 
     Args:
-        model: Layers may differ in size or lack parts.
-        settings: Which adapter, its rank, alpha, dropout, options and targets.
-        ranks: A rank for each module, or None for the same everywhere.
-        seed: Of the initial values; the global generators are not touched.
-        evidence: Training batches, which some adapters start from.
-        name: Of the adapter among several of ours on one model; see :func:`activate`.
-        beside: The adapter that the model carries already.
+        model: The model; its layers may differ in size or lack parts.
+        settings: Adapter, rank, alpha, dropout, options and targets.
+        ranks: A rank for each module, or None for the rank of the settings everywhere.
+        seed: Seed of the initial values; the global generators are not changed.
+        evidence: Training batches, which some adapters are initialised from.
+        name: Name of the adapter, for several adapters of regraft on one model; see :func:`regraft.surgery.adapted.activate`.
+        beside: The adapter that the model has already, or None.
 
     Raises:
         InputError: The adapter is not known, a rank or a target does not fit, or evidence is missing.
-        PlanError: The plan does not fit the model. The model is unchanged then.
+        PlanError: The plan does not fit the model; then the model is unchanged.
     """
     adapter = whole(ADAPTERS.get(settings.adapter), name)
     if beside is not None and not (isinstance(adapter, PerModule) and isinstance(beside.adapter, PerModule)):
@@ -85,28 +85,28 @@ def inject(
 
 
 def whole(entry: Adapter | Method, name: str = "default") -> Adapter:
-    """Returns an adapter for whole models of what the registry holds."""
+    """Returns the model-level adapter of a registry entry."""
     return PerModule(entry, name) if isinstance(entry, Method) else entry
 
 
 def finish(injected: Injected) -> None:
-    """Makes the adapter what is kept after training: trimmed or quantised, where its options say so."""
+    """Brings the adapter into its final form after training: trimmed or quantised, if its options say so."""
     injected.adapter.finish(injected.module)
 
 
 def factors(injected: Injected) -> dict[str, LowRank]:
-    """Returns the change of every module with respect to the original weights as two factors.
+    """Returns the weight change of every module, relative to the original weights, as two factors.
 
     Raises:
-        InputError: The adapter has no such form; the message offers the merge.
+        InputError: The adapter cannot be written as two factors; the message suggests merging.
     """
     return injected.adapter.factors(injected.module)
 
 
 def merge(injected: Injected) -> PreTrainedModel:
-    """Folds the adapter into the weights and returns the plain model, its parameters as trainable as they were before.
+    """Merges the adapter into the weights and returns the plain model, with ``requires_grad`` as before the injection.
 
-    Of adapters side by side all that are switched on are folded in, each with its weight.
+    If the model has several adapters, all that are on are merged, each with its weight in the sum.
     """
     model = injected.adapter.merge(injected.module)
     for name, parameter in model.named_parameters():
@@ -115,24 +115,24 @@ def merge(injected: Injected) -> PreTrainedModel:
 
 
 def save_adapter(injected: Injected, folder: Path, base: str) -> None:
-    """Writes the adapter alone.
+    """Writes the adapter without the model.
 
     Args:
         injected: The model with its adapter.
         folder: An empty folder.
-        base: The model that the adapter belongs to, as its users name it.
+        base: Base model, as its users name it.
     """
     injected.adapter.save(injected.module, folder, base)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, *, name: str = "default", beside: Injected | None = None) -> Injected:
-    """Puts an adapter of ours that was saved on its base model, in place.
+    """Injects a saved adapter of regraft into its base model, in place.
 
     Args:
-        model: The base.
-        folder: A compact master.
-        name: Of the adapter among several.
-        beside: The adapter that the model carries already.
+        model: The base model.
+        folder: Folder with the adapter's files.
+        name: Name of the adapter among several on one model.
+        beside: The adapter that the model has already, or None.
 
     Raises:
         ModelError: The adapter is damaged, or was saved for another base.
@@ -156,10 +156,10 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, name: str = "default",
 
 
 def _restored(method: Method, name: str, stored: Stored, model: PreTrainedModel, folder: Path) -> Delta:
-    """Makes one change again from the file.
+    """Restores the adapter of one module from the file.
 
     Raises:
-        ModelError: What is stored does not fit.
+        ModelError: The stored tensors do not fit the module.
     """
     try:
         module = find_targets(model, (name,))[name]
@@ -177,10 +177,10 @@ def _restored(method: Method, name: str, stored: Stored, model: PreTrainedModel,
 
 
 def _put_head(model: nn.Module, stored: Stored, folder: Path) -> None:
-    """Puts a head that was trained beside the adapter in place.
+    """Loads the head that was trained together with the adapter.
 
     Raises:
-        ModelError: The file has none, or one of other sizes.
+        ModelError: The file has no head, or one of other sizes.
     """
     for name, parameter in head_parameters(model):
         if name not in stored.head or stored.head[name].shape != parameter.shape:

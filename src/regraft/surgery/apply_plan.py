@@ -1,4 +1,4 @@
-"""Carry out a plan with re-fitting: first what changes the stream that every projection sees, then what projections read."""
+"""Pruning with re-fitting: first the cuts that change the inputs of all projections, then the cuts within layers."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from regraft.plans import WHOLE, Cut, Group, GroupKind, Groups, PrunePlan
 from regraft.surgery.cut import cut, layers_after
 from regraft.surgery.refit_layerwise import Method, compensate
 
-# Their channels have one reader, which can be re-fitted.
+# Kinds of groups whose channels have a single reading projection, which can be re-fitted.
 REFITTED: tuple[GroupKind, ...] = ("heads", "query_heads", "ffn")
 
 
 def apply_plan(view: ModelView, groups: Groups, plan: PrunePlan, windows_NT: Tensor, method: Method) -> PreTrainedModel:
     """Returns the pruned model, re-fitted on calibration text.
 
-    Layers, parts of layers and the width of the stream are cut first: what is left of the model is what the re-fitted projections
-    see, and their outputs in it are what they are fitted to.
+    Layers, parts of layers and the width of the stream are cut first. The projections are then re-fitted inside the remaining model: to
+    its inputs, and to the outputs that they have in it.
 
     Args:
-        view: The model before; left as it is.
-        groups: Of that model.
-        plan: What stays.
+        view: The model before pruning; it is not changed.
+        groups: Groups of the model.
+        plan: The units to keep.
         windows_NT: Calibration tokens, int64 (windows, tokens).
-        method: How reading projections are re-fitted.
+        method: Method of re-fitting the reading projections.
     """
     named = groups.named()
     wide = tuple(entry for entry in plan.cuts if named[entry.group].kind not in REFITTED)
@@ -47,7 +47,7 @@ def apply_plan(view: ModelView, groups: Groups, plan: PrunePlan, windows_NT: Ten
 
 
 def split_by_part(groups: Groups, cuts: Sequence[Cut]) -> tuple[tuple[Group, ...], tuple[Cut, ...]]:
-    """Returns the layers and parts of layers that go whole, and the cuts within what is left."""
+    """Returns the removed layers and parts of layers, and the cuts within the remaining ones."""
     named = groups.named()
     gone = tuple(named[entry.group] for entry in cuts if named[entry.group].kind in WHOLE and not entry.kept)
     lost = {(group.kind, group.layer) for group in gone}
@@ -60,13 +60,13 @@ def split_by_part(groups: Groups, cuts: Sequence[Cut]) -> tuple[tuple[Group, ...
 
 
 def renamed(groups: Groups, cuts: Sequence[Cut], found: Groups, layers: Sequence[int]) -> tuple[Cut, ...]:
-    """Returns cuts within layers by the names that the groups have once layers are gone; those of groups that are gone are left out.
+    """Renames cuts within layers after layers were removed; cuts of removed groups are dropped.
 
     Args:
-        groups: Before.
-        cuts: Of them.
-        found: After.
-        layers: The indices, before, of the layers that stay.
+        groups: Groups before the removal.
+        cuts: Cuts by the old names.
+        found: Groups after the removal.
+        layers: Old indices of the kept layers.
     """
     place = {old: new for new, old in enumerate(layers)}
     named, there = groups.named(), found.named()

@@ -1,4 +1,4 @@
-"""Cut a model to a plan: index every coupled axis by the units that stay, drop what goes whole, and make up for it in the norms."""
+"""Cutting of a model by a plan: index every coupled axis by the kept units, drop removed layers and parts, and correct the norms."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from regraft.surgery.rescale import config_changes, rescaled
 
 
 def cut(model: PreTrainedModel, groups: Groups, plan: PrunePlan, changed: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
-    """Returns the pruned model; removing a unit gives what zeroing it would give.
+    """Returns the pruned model, which computes the same as the model with the removed units set to zero.
 
     Args:
-        model: The model that the groups were found in; it shares every tensor that is not cut with the result.
-        groups: Of that model.
-        plan: What stays.
-        changed: Parameters to take in place of the model's own, at full size: what :func:`regraft.surgery.refit_layerwise` gives.
+        model: The model that the groups were found in; the result shares every tensor that is not cut with it.
+        groups: Groups of the model.
+        plan: The units to keep.
+        changed: Parameters that replace the model's own, at full size: the result of :mod:`regraft.surgery.refit_layerwise`.
 
     Raises:
-        PlanError: The plan is of another model, or names a group or a unit that this model has not.
+        PlanError: The plan belongs to another model, or names a group or a unit that this model lacks.
     """
     check_plan(groups, plan)
     view = ModelView(model)
@@ -47,11 +47,11 @@ def cut(model: PreTrainedModel, groups: Groups, plan: PrunePlan, changed: Mappin
 
 
 def check_plan(groups: Groups, plan: PrunePlan) -> None:
-    """Refuses a plan that does not fit.
+    """Refuses a plan that does not fit the groups of a model.
 
     Raises:
-        PlanError: The fingerprint differs, a group or unit does not exist or is named twice, or a group would be left empty that
-            has to keep a unit; so has the model to keep a layer.
+        PlanError: The fingerprint differs; a group or unit does not exist or is named twice; a group of heads or channels would become
+            empty; or the model would lose all layers.
     """
     if plan.fingerprint != groups.fingerprint:
         raise PlanError(f"the plan is for model {plan.fingerprint}, this is model {groups.fingerprint}; plan this model again")
@@ -75,10 +75,10 @@ def check_plan(groups: Groups, plan: PrunePlan) -> None:
 
 
 def check_counts(groups: Groups, plan: PrunePlan) -> None:
-    """Refuses a plan whose numbers of parameters are not those of its cuts.
+    """Refuses a plan whose numbers of parameters do not match its cuts.
 
     Raises:
-        PlanError: With what they are.
+        PlanError: The numbers differ; the message gives the right ones.
     """
     left = parameters_after(groups.shapes, groups, plan.cuts)
     if (plan.parameters_before, plan.parameters_after) != (groups.parameters, left):
@@ -89,12 +89,12 @@ def check_counts(groups: Groups, plan: PrunePlan) -> None:
 
 
 def cut_state(state: Mapping[str, Tensor], groups: Groups, cuts: tuple[Cut, ...]) -> dict[str, Tensor]:
-    """Returns a state dict in which the removed units are gone; tensors that are not cut are shared.
+    """Returns a state dict without the removed units; tensors that are not cut are shared.
 
     Args:
-        state: Parameter name to tensor, at least of the members of the groups that are cut.
-        groups: Of the model.
-        cuts: What stays.
+        state: Parameter name to tensor, for at least all members of the cut groups.
+        groups: Groups of the model.
+        cuts: The units to keep.
     """
     gone = removed_parameters(groups, cuts)
     result = {name: tensor for name, tensor in state.items() if name not in gone}
@@ -109,14 +109,14 @@ def cut_state(state: Mapping[str, Tensor], groups: Groups, cuts: tuple[Cut, ...]
 
 
 def changed_state(state: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns a state dict with changed tensors in place, in the dtype that they had."""
+    """Returns a state dict with the changed tensors in place of the old ones, in the dtypes of these."""
     return {name: changed[name].to(tensor.dtype) if name in changed else tensor for name, tensor in state.items()}
 
 
 def removed_indices(groups: Groups, cuts: tuple[Cut, ...]) -> dict[tuple[str, int], set[int]]:
-    """Returns the indices that go, for each parameter and axis; fused projections collect those of all their members.
+    """Returns the removed indices for each (parameter, axis); fused projections collect those of all their members.
 
-    Parameters that go whole are not among them: see :func:`removed_parameters`.
+    Parameters of removed layers and parts are not included: see :func:`removed_parameters`.
     """
     named = groups.named()
     removed: defaultdict[tuple[str, int], set[int]] = defaultdict(set)
@@ -132,26 +132,26 @@ def removed_indices(groups: Groups, cuts: tuple[Cut, ...]) -> dict[tuple[str, in
 
 
 def removed_parameters(groups: Groups, cuts: tuple[Cut, ...]) -> set[str]:
-    """Returns the names of the parameters that go whole, with a layer or a part of one."""
+    """Returns the names of all parameters of removed layers and parts."""
     named = groups.named()
     gone = [named[entry.group] for entry in cuts if named[entry.group].kind in WHOLE and not entry.kept]
     return {member.parameter for group in gone for member in group.members}
 
 
 def layers_after(groups: Groups, cuts: tuple[Cut, ...]) -> tuple[int, ...]:
-    """Returns the indices of the layers that stay."""
+    """Returns the indices of the kept layers."""
     named = groups.named()
     gone = {named[entry.group].layer for entry in cuts if named[entry.group].kind == "layer" and not entry.kept}
     return tuple(layer for layer in range(groups.layers) if layer not in gone)
 
 
 def parameters_after(shapes: Mapping[str, Sequence[int]], groups: Groups, cuts: tuple[Cut, ...]) -> int:
-    """Returns how many parameters are left, exactly, also where cuts overlap (a head inside a narrower stream).
+    """Returns the exact number of remaining parameters, also where cuts overlap (a head inside a narrower stream).
 
     Args:
-        shapes: Of every parameter, tied ones once.
-        groups: Of the model.
-        cuts: What stays.
+        shapes: Parameter name to shape, tied ones once.
+        groups: Groups of the model.
+        cuts: The units to keep.
     """
     gone = removed_parameters(groups, cuts)
     left = {name: list(shape) for name, shape in shapes.items() if name not in gone}
@@ -162,12 +162,12 @@ def parameters_after(shapes: Mapping[str, Sequence[int]], groups: Groups, cuts: 
 
 
 def renumbered(state: Mapping[str, Tensor], prefix: str, layers: Sequence[int]) -> dict[str, Tensor]:
-    """Returns a state dict with the layers that stay numbered from zero.
+    """Returns a state dict with the kept layers renumbered from zero.
 
     Args:
         state: Parameter name to tensor.
         prefix: Module name of the list of layers.
-        layers: Which stay, ascending.
+        layers: Indices of the kept layers, ascending.
     """
     return {new: state[name] for new, name in renumbered_names(state, prefix, layers).items()}
 
@@ -187,7 +187,7 @@ def renumbered_names(names: Iterable[str], prefix: str, layers: Sequence[int]) -
 
 
 def sizes_after(view: ModelView, groups: Groups, cuts: tuple[Cut, ...]) -> list[LayerSizes]:
-    """Returns the sizes of every layer once the cuts are made; of layers that go as well."""
+    """Returns the sizes of every layer after the cuts, including layers that are removed."""
     kept = {(groups.named()[entry.group].kind, groups.named()[entry.group].layer): entry.kept for entry in cuts}
     found: list[LayerSizes] = []
     for layer in range(len(view.layers)):
@@ -205,7 +205,7 @@ def sizes_after(view: ModelView, groups: Groups, cuts: tuple[Cut, ...]) -> list[
 
 
 def _without_doubles(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Returns a state dict with tied parameters once, by the name that groups know them by."""
+    """Returns a state dict with each tied parameter once, under the name that groups use."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     every = dict(model.named_parameters(remove_duplicate=False))
     return {name: tensor for name, tensor in model.state_dict().items() if name not in every or names[id(every[name])] == name}

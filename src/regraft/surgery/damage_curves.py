@@ -1,8 +1,8 @@
-"""Measure what cutting one group alone does to a model: the curves that the knapsack chooses from.
+"""Measurement of the damage of cutting one group alone: the curves for the knapsack selector.
 
-For each group and each of a few sizes, the layer is replaced by a copy in which the removed units are gone and the reading projection is
-re-fitted, and the divergence of the model's predictions from the dense ones is measured on calibration windows that the fit did not
-see. Only the layers above are run again.
+For each group and each of a few sizes, the layer is replaced by a copy without the removed units and with its reading projection
+re-fitted. Then the divergence of the model's predictions from the dense ones is measured on calibration windows that the fit did not
+use. Only this layer and the later ones are run again.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from regraft.plans import WHOLE, Curve, Curves, Cut, Group, Groups, Member, Prun
 from regraft.surgery.cut import cut
 from regraft.surgery.refit_layerwise import refit
 
-# Shares of a group that are kept where the damage is measured; between them the curve is interpolated.
+# Kept shares of a group at which the damage is measured; the curve is interpolated between them.
 SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 FINE_STEPS = 32
-# More windows than this sharpen the curves less than they cost: every one is run for every size of every group.
+# Limit for the measuring windows. Each window is run for every size of every group, and more of them improve the curves too little.
 JUDGED_WINDOWS = 16
 FEWEST_TURNS, MOST_TURNS, SECONDS_OF_TIMING = 5, 200, 0.5  # how often, and for how long, sizes are timed
 CostUnit = Literal["parameters", "bytes", "milliseconds"]
@@ -50,17 +50,17 @@ def measure_curves(
     """Returns damage against size for the groups that may be cut.
 
     Args:
-        view: The dense model; left as it is.
-        groups: Of that model.
-        scores: Which units stay at each size.
+        view: The dense model; it is not changed.
+        groups: Groups of the model.
+        scores: Scores that decide which units are kept at each size.
         windows_NT: Calibration tokens, int64 (windows, tokens): a quarter of them, from one to 16, measures; the rest fits.
         only: Names of the groups to measure.
-        unit: What sizes are counted in; milliseconds are measured here and now, on the device of the model.
+        unit: Unit of the costs; milliseconds are measured during this call, on the device of the model.
         say: Called with one line for each layer.
     """
     wanted = [group for group in groups.groups if group.name in set(only)]
     costs = _Costs(view, unit, windows_NT.shape[1])
-    prices = {group.name: costs.of(group, _sizes(group)) for group in wanted}  # of the weights as they are stored
+    prices = {group.name: costs.of(group, _sizes(group)) for group in wanted}  # for the weights in their stored dtype
     with float32_on_cpu(view.model):
         damages = _damages(view, replace(groups, groups=tuple(wanted)), scores, windows_NT, say)
     values = {group.name: Curve(_sizes(group), damages[group.name], prices[group.name]) for group in wanted}
@@ -172,7 +172,7 @@ def _curves(view: ModelView, groups: Groups, unit: CostUnit, values: dict[str, C
 def _damages(
     view: ModelView, groups: Groups, scores: Scores, windows_NT: Tensor, say: Callable[[str], None]
 ) -> dict[str, tuple[float, ...]]:
-    """Returns, for each group, the divergence at each of its sizes."""
+    """Returns for each group the divergence at each of its sizes."""
     judged = max(1, min(JUDGED_WINDOWS, windows_NT.shape[0] // 4))
     fitted = windows_NT[:-judged] if windows_NT.shape[0] > 1 else windows_NT
     fit_walk, judge_walk = Layerwise(view, fitted), Layerwise(view, windows_NT[-judged:])
@@ -208,7 +208,7 @@ def _damages(
 def _stream_damage(
     view: ModelView, groups: Groups, scores: Scores, group: Group, walk: Layerwise, dense: list[Tensor]
 ) -> tuple[float, ...]:
-    """Returns the damage of the residual width, from models that are really cut: memory for one of them beside the dense one."""
+    """Returns the damage of residual widths, from cut models; this needs memory for one of them in addition to the dense model."""
     damage: list[float] = []
     for size in _sizes(group)[:-1]:
         ranked = sorted(range(group.units), key=lambda channel: (-scores.values[group.name][channel], channel))
@@ -221,7 +221,7 @@ def _stream_damage(
 
 
 def _sizes(group: Group) -> tuple[int, ...]:
-    """Returns the sizes at which a group is measured, ascending, the whole group last."""
+    """Returns the sizes at which a group is measured, ascending, with the full size last."""
     if group.kind in WHOLE:
         return (0, 1)
     return tuple(sorted({*(max(1, round(share * group.units)) for share in SHARES), group.units}))
@@ -275,12 +275,12 @@ def _divergence(
 
 
 class _Costs:
-    """What groups cost at each size.
+    """Costs of groups at each size.
 
     Args:
         view: The model.
-        unit: What is counted.
-        tokens: How many go through a projection at once, for milliseconds.
+        unit: Unit of the costs.
+        tokens: Number of tokens in one call of a projection, for milliseconds.
     """
 
     def __init__(self, view: ModelView, unit: CostUnit, tokens: int) -> None:
@@ -291,7 +291,7 @@ class _Costs:
         self._timed: dict[tuple[object, ...], tuple[float, ...]] = {}
 
     def of(self, group: Group, sizes: Sequence[int]) -> tuple[float, ...]:
-        """Returns what a group costs at each size; groups of the same matrices are timed once."""
+        """Returns the cost of a group at each size; groups with equal shapes are timed once."""
         if self._unit != "milliseconds":
             each = group.unit_parameters * (1 if self._unit == "parameters" else self._view.model.dtype.itemsize)
             return tuple(float(size * each) for size in sizes)
@@ -307,7 +307,7 @@ class _Costs:
 def _milliseconds(parameters: Mapping[str, Tensor], group: Group, sizes: Sequence[int], tokens: int) -> tuple[float, ...]:
     """Returns the time of a group's projections at each size over ``tokens`` tokens.
 
-    Sizes take turns, and of each the shortest time counts: whatever else runs on the machine only ever adds to it.
+    Sizes are timed in turns, and the shortest time of each counts, because other load on the machine can only add to it.
     """
     work: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for size in sizes:
@@ -331,7 +331,7 @@ def _milliseconds(parameters: Mapping[str, Tensor], group: Group, sizes: Sequenc
         if turn >= FEWEST_TURNS and time.perf_counter() - started > SECONDS_OF_TIMING:
             break
     times = [shortest[size] for size in sizes]
-    return tuple(max(times[: index + 1]) for index in range(len(times)))  # a larger size never counts as faster
+    return tuple(max(times[: index + 1]) for index in range(len(times)))  # a larger size must not count as faster
 
 
 def _synchronize(tensor: Tensor) -> None:

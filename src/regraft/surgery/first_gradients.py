@@ -1,7 +1,8 @@
-"""Mean gradients of the training loss with respect to whole weights, a few modules at a time.
+"""Mean gradients of the training loss with respect to weights, a few modules at a time.
 
-A large model's gradients would take as much memory as the model. So modules are taken in the order of the model, as many as
-:data:`AT_ONCE_BYTES` of float32 gradients hold, at least one; for every such part the batches pass through the model again.
+All gradients of a large model would take as much memory as the model. Therefore the modules are split, in the order of the model, into
+parts whose float32 gradients fit into :data:`AT_ONCE_BYTES` (at least one module each), and the batches pass through the model once for
+every part.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ AT_ONCE_BYTES = 512 * 2**20
 def first_gradients(
     model: nn.Module, modules: Mapping[str, nn.Module], evidence: Evidence, batches: int, at_once_bytes: int = AT_ONCE_BYTES
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields the mean gradient of every module's weight, ``(out, in)`` float32, without dropout; the model is left as it was found.
+    """Yields the mean gradient of every module's weight, ``(out, in)`` float32, without dropout; the model is restored at the end.
 
-    An embedding's is that of its lookups alone, also where a head shares its table.
+    The gradient of an embedding comes only from its look-ups, also when a head shares its table.
 
     Args:
-        model: Takes the batches.
-        modules: By full name, in the order of the model.
-        evidence: Batches and loss.
-        batches: How many batches the mean is over.
-        at_once_bytes: Most memory of the gradients that are summed at once.
+        model: The model that takes the batches.
+        modules: Modules by full name, in the order of the model.
+        evidence: Training batches and the loss.
+        batches: Number of batches in the mean.
+        at_once_bytes: Largest memory of the gradients of one part.
 
     Raises:
         InputError: A gradient is not finite, or zero.
@@ -67,7 +68,7 @@ def _parts(modules: Mapping[str, nn.Module], at_once_bytes: int) -> Iterator[lis
 def _add_gradients(
     model: nn.Module, part: Mapping[str, nn.Module], evidence: Evidence, batch: Mapping[str, Tensor], sums: Mapping[str, Tensor]
 ) -> None:
-    """Adds one batch's gradients to the sums: of weights directly, of embeddings through what they look up."""
+    """Adds one batch's gradients to the sums; those of embeddings come from the gradients of their look-ups."""
     looked_up: dict[str, list[tuple[Tensor, Tensor]]] = {}
     tables = {name: module for name, module in part.items() if isinstance(module, nn.Embedding)}
     weights = {name: weight_of(module) for name, module in part.items() if name not in tables}
@@ -90,7 +91,7 @@ def _add_gradients(
 
 
 def _keep(kept: list[tuple[Tensor, Tensor]]) -> Any:
-    """Returns a hook that keeps ids and lookups, and makes the lookups leaves of the graph."""
+    """Returns a hook that records ids and look-ups, and makes the look-ups leaves of the graph."""
 
     def hook(module: nn.Module, arguments: Sequence[Tensor], output: Tensor) -> Tensor:
         leaf = output.detach().requires_grad_()
@@ -102,7 +103,7 @@ def _keep(kept: list[tuple[Tensor, Tensor]]) -> Any:
 
 @contextmanager
 def _only_these_train(model: nn.Module, part: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Asks for the gradients of these weights alone, in evaluation mode, and puts everything back afterwards."""
+    """Enables the gradients of only these weights, in evaluation mode, inside the block; restores both at the end."""
     wanted = {id(weight_of(module)) for module in part.values() if not isinstance(module, nn.Embedding)}
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]

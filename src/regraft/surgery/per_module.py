@@ -1,4 +1,4 @@
-"""Makes a whole model's adapter of any method: injection, freezing, merging, saving, once for all of them."""
+"""The model-level adapter of a per-module method: injection, freezing, merging and saving, once for all methods."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ HEAD_RATE = 1e-3
 @final
 @dataclass(frozen=True)
 class PerModule:
-    """An adapter of one method on a whole model.
+    """An adapter of one method for a whole model.
 
     Attributes:
-        method: Makes the changes.
-        name: Of this adapter beside others on the same model.
+        method: Method that makes the adapter of each module.
+        name: Name of this adapter among several on one model.
     """
 
     method: Method
@@ -48,16 +48,16 @@ class PerModule:
 
     @property
     def options(self) -> type[Settings]:
-        """The class of the method's settings."""
+        """Class of the method's options."""
         return self.method.options
 
     @property
     def defaults(self) -> Defaults:
-        """What the method trains with."""
+        """Training defaults of the method."""
         return self.method.defaults
 
     def attach(self, model: PreTrainedModel, request: AdapterRequest, evidence: Evidence | None) -> nn.Module:
-        """Puts a change beside every module that has a rank; the model itself is what is trained."""
+        """Injects an adapter into every module that has a rank; returns the model, which is trained directly."""
         modules = {name: _plain(model, name) for name in request.ranks}
         specs = make_specs(modules, request)
         for name, spec in specs.items():
@@ -70,7 +70,7 @@ class PerModule:
         return model
 
     def put(self, model: nn.Module, deltas: Mapping[str, Delta]) -> None:
-        """Puts changes on a model, and freezes everything else but a head for classification."""
+        """Adds module adapters to a model, and freezes all other parameters except a classification head."""
         model.requires_grad_(False)
         for name, delta in deltas.items():
             place = wrap(model, name)
@@ -81,7 +81,7 @@ class PerModule:
     def _given(
         self, model: PreTrainedModel, modules: Mapping[str, nn.Module], request: AdapterRequest, evidence: Evidence | None
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yields what the method makes each change from."""
+        """Yields for each module the weight or gradient that the method initialises its adapter from."""
         batches = self.method.gradient_batches(request.options)
         if not batches:
             yield from ((name, oriented(module, weight_of(module)).detach()) for name, module in modules.items())
@@ -91,12 +91,12 @@ class PerModule:
         yield from first_gradients(model, modules, evidence, batches)
 
     def deltas(self, adapted: nn.Module) -> dict[str, Delta]:
-        """Returns this adapter's changes by module."""
+        """Returns the adapter of each module."""
         places = adapted_modules(adapted)
         return {name: cast(Delta, place.deltas[self.name]) for name, place in places.items() if self.name in place.deltas}
 
     def parameter_groups(self, adapted: nn.Module, lr: float | None) -> tuple[ParameterGroup, ...]:
-        """Returns the changes' parameters by rate, and a head's at the rate asked for or its own."""
+        """Returns the parameters in groups of one learning rate; a head has the given rate or its own default."""
         rates: list[tuple[nn.Parameter, float]] = []
         for delta in self.deltas(adapted).values():
             wanted = delta.rates(lr, self.defaults.lr)
@@ -105,20 +105,20 @@ class PerModule:
         return groups_by_rate(rates, self.defaults.eps)
 
     def after_step(self, adapted: nn.Module, step: int) -> None:
-        """Does nothing: no method changes its form while it is trained."""
+        """Does nothing, because no per-module method changes its form during training."""
 
     def penalty(self, adapted: nn.Module) -> None:
-        """Returns nothing: all methods train on the loss alone."""
+        """Returns None, because per-module methods add no penalty to the loss."""
 
     def state(self, adapted: nn.Module) -> dict[str, Tensor]:
-        """Returns nothing: all that a method learns is in its parameters."""
+        """Returns no state, because per-module methods have only parameters."""
         return {}
 
     def put_state(self, adapted: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """Does nothing."""
+        """Does nothing, because per-module methods have no state."""
 
     def finish(self, adapted: nn.Module) -> None:
-        """Makes every change what is kept: trimmed, quantised, as its options say."""
+        """Brings the adapter of every module into its final form: trimmed or quantised, as its options say."""
         deltas = self.deltas(adapted)
         tolerance = self.method.trim_tolerance(next(iter(deltas.values())).spec.options) if deltas else 0.0
         if tolerance > 0:
@@ -127,17 +127,17 @@ class PerModule:
             cast(Adapted, adapted.get_submodule(name)).deltas[self.name] = delta.finished()
 
     def trim(self, adapted: nn.Module, tolerance: float) -> dict[str, int]:
-        """Cuts every change to its numerical rank; changes of rank 0 are taken away.
+        """Truncates the adapter of every module to its numerical rank; adapters of rank 0 are removed.
 
-        The output of a module changes by at most ``tolerance * largest * |x|``, where largest is the largest singular value of all
-        changes.
+        The output of a module changes by at most ``tolerance * largest * |x|``, where largest is the largest singular value of the
+        weight changes of all modules.
 
         Args:
-            adapted: The model.
-            tolerance: Singular values up to this share of the largest of all changes are cut.
+            adapted: The model with the adapter.
+            tolerance: Singular values up to this share of the largest one are removed.
 
         Returns:
-            The rank of every change that there was.
+            Module name to its new rank, with 0 for removed adapters.
         """
         threshold = tolerance * max(max(values, default=0.0) for values in self.spectra(adapted).values())
         ranks: dict[str, int] = {}
@@ -154,7 +154,7 @@ class PerModule:
         return ranks
 
     def spectra(self, adapted: nn.Module) -> dict[str, tuple[float, ...]]:
-        """Returns the singular values of every change, descending, without forming it; of changes of small rank only."""
+        """Returns the singular values of every weight change, descending, computed from its factors (for methods of low rank)."""
         found: dict[str, tuple[float, ...]] = {}
         for name, delta in self.deltas(adapted).items():
             factors = delta.factored()
@@ -163,13 +163,13 @@ class PerModule:
         return found
 
     def factors(self, adapted: nn.Module) -> dict[str, LowRank]:
-        """Returns every change as two factors."""
+        """Returns the weight change of every module as two factors."""
         return {name: delta.low_rank() for name, delta in self.deltas(adapted).items()}
 
     def merge(self, adapted: nn.Module) -> PreTrainedModel:
-        """Folds all changes that are on into their weights, and takes all away.
+        """Merges all adapters that are on into the weights, and removes all adapters.
 
-        A weight that two modules share, an embedding and its head, is doubled first where only one of them was adapted.
+        If an embedding and its head share a weight and only one of them was adapted, that one gets its own copy first.
         """
         model = cast(PreTrainedModel, adapted)
         for name, place in adapted_modules(model).items():
@@ -179,7 +179,7 @@ class PerModule:
         return model
 
     def save(self, adapted: nn.Module, folder: Path, base: str) -> None:
-        """Writes the compact master: only what cannot be made again; see :mod:`regraft.surgery.adapter_files`."""
+        """Writes the adapter's files; see :mod:`regraft.surgery.adapter_files`."""
         deltas = self.deltas(adapted)
         head = {name: parameter.detach() for name, parameter in head_parameters(adapted)}
         classes = classes_of(cast(PreTrainedModel, adapted)) if head else ()

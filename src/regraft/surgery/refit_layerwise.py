@@ -1,10 +1,10 @@
-"""Re-fit the projections that read pruned channels, layer after layer, so that each sees the pruned ones below.
+"""Re-fitting of the projections that read pruned channels, layer after layer, on the outputs of the pruned layers below.
 
-For every cut group the reading projection (down or output) gets the weights that reproduce its old output from the channels that stay, on
-calibration text that has gone through the layers already pruned (:mod:`regraft.numerics.reconstruction`). Where the projection has
-a bias, the fit is affine; without one, nothing is added that the saved format could not hold.
+For every cut group, the reading projection (down or output) gets the weights that best reproduce its old output from the kept channels, on
+calibration text that went through the layers already pruned (:mod:`regraft.numerics.reconstruction`). The fit is affine if the projection
+has a bias, and linear otherwise, so that the saved format does not change.
 
-Only the calibration's hidden states and one matrix of second moments are in memory at a time, never the activations.
+At any time, only the hidden states of the calibration text and one matrix of second moments are in memory, never all activations.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ Method = Literal["least_squares", "mean"]
 
 
 def compensate(view: ModelView, groups: Groups, cuts: tuple[Cut, ...], windows_NT: Tensor, method: Method) -> dict[str, Tensor]:
-    """Returns new tensors for the reading projections of the cut groups, still at full width.
+    """Returns new tensors for the reading projections of the cut groups, at full width.
 
-    Columns of removed channels are zero in them; :func:`regraft.surgery.cut.cut` takes them as ``changed``.
+    Their columns of removed channels are zero; :func:`regraft.surgery.cut.cut` takes the tensors as ``changed``.
 
     Args:
-        view: The model before the cut; left as it is.
-        groups: Of that model.
-        cuts: What stays of heads, query heads and feed-forward networks; everything else is cut before.
-        windows_NT: Calibration tokens, int64 (windows, tokens); at least one in eight windows judges the damping.
-        method: ``least_squares``; or ``mean``, which folds the mean of the removed channels into the bias, where there is one.
+        view: The model before the cut; it is not changed.
+        groups: Groups of the model.
+        cuts: Cuts of heads, query heads and feed-forward channels; all other cuts are made before.
+        windows_NT: Calibration tokens, int64 (windows, tokens); at least one in eight windows is held out to choose the damping.
+        method: ``least_squares``; or ``mean``, which adds the mean contribution of the removed channels to the bias, if there is one.
     """
     stored = view.model.dtype
     with float32_on_cpu(view.model):
@@ -44,7 +44,7 @@ def compensate(view: ModelView, groups: Groups, cuts: tuple[Cut, ...], windows_N
 
 
 def refitted(walk: Walk, groups: Groups, cuts: tuple[Cut, ...], method: Method) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Yields each layer with the new tensors of its reading projections, as :func:`compensate` returns them for all at once."""
+    """Yields each layer with the new tensors of its reading projections; :func:`compensate` returns those of all layers."""
     named = groups.named()
     axes = {reader.parameter: reader.axis for reader in (_reader(named[entry.group]) for entry in cuts)}
     for layer in walk.layers():
@@ -73,16 +73,16 @@ def refit(
     method: Method,
     damping: float | None = None,
 ) -> None:
-    """Changes a projection in place so that only ``channels`` of its input count.
+    """Re-fits a projection in place so that it uses only ``channels`` of its input.
 
     Args:
-        projection: With ``weight`` and perhaps ``bias``.
-        axis: Of the weight along which the inputs lie.
-        fit: Moments of its inputs.
-        judge: Moments of its inputs on other text, by which the damping is chosen.
-        channels: Input channels that stay, int64, ascending.
+        projection: The projection, with ``weight`` and perhaps ``bias``.
+        axis: Input axis of the weight.
+        fit: Moments of the projection's inputs.
+        judge: Moments of the projection's inputs on held-out text, for choosing the damping.
+        channels: Kept input channels, int64, ascending.
         method: See :func:`compensate`.
-        damping: Fixed, instead of chosen by ``judge``.
+        damping: A fixed damping; None chooses it by ``judge``.
     """
     parameters = dict(projection.named_parameters(recurse=False))
     weight, bias = parameters["weight"], parameters.get("bias")
@@ -104,7 +104,7 @@ def refit(
 
 
 def _seen(moments: Moments, centred: bool) -> Moments:
-    """Returns the moments as they are, or about their mean where a bias takes care of that."""
+    """Returns the moments unchanged or, if a bias absorbs the mean, centred."""
     if not centred:
         return moments
     about_mean_DD = torch.addr(moments.square_DD, moments.mean_D, moments.mean_D, alpha=-moments.count)
@@ -112,7 +112,7 @@ def _seen(moments: Moments, centred: bool) -> Moments:
 
 
 def _moments(walk: Walk, layer: int, module: nn.Module, projection: nn.Module) -> tuple[Moments, Moments]:
-    """Returns the moments of a projection's inputs on most windows of each batch, and on the rest of them."""
+    """Returns the moments of a projection's inputs on most windows of each batch, and on its last windows (about one in eight)."""
     seen: list[Moments] = []
 
     def see(_name: str, rows_BTI: Tensor) -> None:
@@ -134,7 +134,7 @@ def _reader(group: Group) -> Member:
 
 
 def _by_reader(here: Sequence[tuple[Group, Sequence[int]]]) -> dict[str, list[int]]:
-    """Returns the channels that stay of each reading projection; heads and query heads have one in common."""
+    """Returns the kept channels of each reading projection; heads and query heads share one projection."""
     found: dict[str, set[int]] = {}
     for group, kept in here:
         reader = _reader(group)
@@ -144,6 +144,6 @@ def _by_reader(here: Sequence[tuple[Group, Sequence[int]]]) -> dict[str, list[in
 
 
 def _depth(module: nn.Module, reader: str, prefix: str) -> int:
-    """Returns where in a layer a projection stands, so that attention is re-fitted before what reads its output."""
+    """Returns the position of a projection in its layer, so that attention is re-fitted before later projections."""
     name = reader.removeprefix(prefix).rpartition(".")[0]
     return [found for found, _ in module.named_modules()].index(name)

@@ -1,14 +1,14 @@
-"""Re-fit what reads the pruned channels once more, together, to the predictions of the dense model.
+"""Second re-fitting of the projections that read pruned channels, all together, to the predictions of the dense model.
 
-Least squares layer by layer (:mod:`regraft.surgery.refit_layerwise`) makes good the output of each projection by itself. What counts is how
-far the predictions of the whole model have moved: the Kullback-Leibler divergence from the dense model's. From where least squares ends, a
-few steps along the natural gradient (:mod:`regraft.numerics.natural_gradient`) lessen that, in all reading projections at once, those of
-layers that were not cut included.
+Least squares, layer by layer (:mod:`regraft.surgery.refit_layerwise`), restores the output of each projection separately. The goal,
+however, is a small change of the model's predictions: the Kullback-Leibler divergence from the dense model. After least squares, a few
+steps along the natural gradient (:mod:`regraft.numerics.natural_gradient`) reduce this divergence, in all reading projections at once,
+including those of layers that were not cut.
 
-It is a fit to the calibration windows like the one before, not a training: no labels are read, there is no learning rate and no state. Each
-step takes one pass of the two models, forwards and, through the pruned one, back; its length is halved until windows which the gradients
-have not seen get better, and where none does, it ends. Memory, beside both models: a gradient and two matrices of second moments for each
-reading projection.
+This is a fit to the calibration windows, not a training: there are no labels, no learning rate and no optimizer state. Each step takes one
+forward pass of both models and one backward pass of the pruned one. The step length is halved until the divergence falls on windows that
+the gradients did not use; if no length helps, the fit ends. In addition to both models it needs memory for a gradient and two matrices of
+second moments for each reading projection.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from regraft.numerics.moments import Moments
 from regraft.numerics.natural_gradient import natural_gradient
 
 STEPS = 4
-# More windows than this judge a step no better than they cost: every length that is tried runs them all.
+# Limit for the held-out windows. Every step length that is tried runs all of them, and more windows improve the choice too little.
 JUDGED_WINDOWS = 16
 _BATCH_WINDOWS = 8
 _HALVINGS = 8
@@ -42,18 +42,18 @@ def refit_to_predictions(
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[float]:
-    """Changes the reading projections of a pruned model in place.
+    """Re-fits the reading projections of a pruned model in place.
 
     Args:
-        pruned: After the cut.
-        dense: The model before the cut; left as it is.
-        windows_NT: Calibration tokens, int64 (windows, tokens); a quarter of them, from one to 16, judges.
-        steps: At most so many.
-        seed: Of the tokens drawn from the pruned model's predictions, which the Fisher information is estimated with.
+        pruned: The pruned model.
+        dense: The model before the cut; it is not changed.
+        windows_NT: Calibration tokens, int64 (windows, tokens); a quarter of them, 1 to 16, is held out.
+        steps: Largest number of steps.
+        seed: Seed of the tokens drawn from the pruned model's predictions, which estimate the Fisher information.
         say: Called with one line for each step.
 
     Returns:
-        The divergence per token on the windows that judge, in nats: before, and after each step that was taken.
+        Divergence on the held-out windows, in nats a token: before the first step, and after each step.
 
     Raises:
         InputError: A gradient is not finite.
@@ -64,7 +64,7 @@ def refit_to_predictions(
     readers = reading_projections(pruned)
     transposed = pruned.family.transposed
     generator = torch.Generator(pruned.model.device).manual_seed(seed)
-    for reader in readers.values():  # what was not cut may be the dense model's own tensor
+    for reader in readers.values():  # a weight that was not cut may be shared with the dense model
         reader.register_parameter("weight", nn.Parameter(_weight(reader).detach().clone()))
     stored = {name: _weight(reader).dtype for name, reader in readers.items()}
     curvature: Mapping[str, Moments] | None = None
@@ -94,10 +94,10 @@ def refit_to_predictions(
 
 
 def refitting_bytes(view: ModelView) -> int:
-    """Returns what :func:`refit_to_predictions` needs beside both models.
+    """Returns the memory that :func:`refit_to_predictions` needs in addition to both models.
 
-    For each reading projection: the second moments of its inputs and of the gradients in its outputs, a gradient and a direction, all in
-    float64, and two copies of the weight.
+    For each reading projection these are the second moments of its inputs and of the gradients with respect to its outputs, a gradient and
+    a direction, all in float64, and two copies of the weight.
     """
     total = 0
     for reader in reading_projections(view).values():
@@ -127,12 +127,12 @@ def _search(
     before: float,
     transposed: bool,
 ) -> tuple[float | None, float]:
-    """Goes as far along the directions as lessens the divergence: halves the length while that helps.
+    """Searches the step length along the directions by halving, while that reduces the divergence.
 
-    Every place that is judged is one that can be saved: weights are rounded to the types that they are ``stored`` in.
+    Weights are rounded to their ``stored`` dtypes before each evaluation, so that the evaluated model is the one that is saved.
 
     Returns:
-        The length, or None where none helps and the weights are as they were, and the divergence there.
+        The length and its divergence. The length is None, and the weights are unchanged, if no length helps.
     """
     starts = {name: _weight(reader).detach().clone() for name, reader in readers.items()}
 
@@ -161,9 +161,10 @@ def _gather(
     batches: Sequence[Tensor],
     generator: torch.Generator | None,
 ) -> tuple[dict[str, Tensor], dict[str, Moments], dict[str, Moments]]:
-    """Returns, by projection: the gradient of the mean divergence, float64 (of the weight's shape), and the moments of its inputs.
+    """Returns for each projection the gradient of the mean divergence, float64 of the weight's shape, and the moments of its inputs.
 
-    With a generator also the moments of the gradients in its outputs of the log-likelihood of tokens drawn from the model's predictions.
+    With a generator it also returns moments of the gradients with respect to its outputs, for the log-likelihood of tokens drawn from the
+    model's predictions.
     """
     gradients: dict[str, Tensor] = {}
     inputs: dict[str, Moments] = {}
@@ -199,7 +200,7 @@ def _gather(
 
 
 def _add_drawn(drawn: dict[str, Moments], outputs: Mapping[str, Tensor], now_BTV: Tensor, generator: torch.Generator) -> None:
-    """Draws a token from every prediction and adds the gradients of their log-likelihoods in the outputs, a row for each token."""
+    """Draws a token from every prediction; adds the gradients of the log-likelihood with respect to the outputs, a row for each token."""
     rows_NV = now_BTV.flatten(0, 1)
     tokens_N1 = torch.multinomial(rows_NV.detach().exp(), 1, generator=generator)
     for (name, output), gradient in zip(
@@ -213,7 +214,7 @@ def _weight(reader: nn.Module) -> nn.Parameter:
 
 
 def _log_probabilities(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
-    """Returns float32 (batch, tokens, vocabulary)."""
+    """Returns the log-probabilities of all tokens, float32 (batch, tokens, vocabulary)."""
     return functional.log_softmax(model(input_ids=ids_BT, use_cache=False).logits.float(), dim=-1)
 
 

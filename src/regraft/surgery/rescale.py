@@ -1,13 +1,13 @@
-"""Make up for what the norms lose with the channels that are cut, so that removing equals zeroing.
+"""Correction of the norms after a cut, so that removing channels equals setting them to zero.
 
-An RMS norm divides by sqrt(mean(x²) + ε). With n of N channels left the mean runs over fewer numbers: where the removed ones were
-zero it grows by N/n. Multiplying the weight by sqrt(N/n) and ε by N/n undoes this exactly. ε is one number for all norms of a
-model, so it is multiplied where the residual width is cut; norms inside the attention that use the same ε, but lose no channels,
-have what they read multiplied by sqrt(N/n) instead, which changes their result by nothing. Where heads are cut under a norm that
-runs over all of them (OLMo 2), what it reads is multiplied by sqrt(n/N) and its weight by sqrt(N/n), and ε stays.
+An RMS norm divides by sqrt(mean(x²) + ε). With n of N channels left, the mean is over fewer numbers: if the removed ones were zero, it
+grows by N/n. Multiplying the weight by sqrt(N/n) and ε by N/n compensates this exactly. ε is one number for all norms of a model, so it is
+multiplied when the residual width is cut. Norms inside the attention use the same ε but lose no channels; their inputs are multiplied by
+sqrt(N/n) instead, which compensates the change of ε exactly. If heads are cut under a norm over all heads (OLMo 2), its input is
+multiplied by sqrt(n/N) and its weight by sqrt(N/n), and ε does not change.
 
-A layer norm subtracts the mean as well, which no scaling can undo: our own classes go on counting the removed channels
-(``norm_width`` in the config).
+A layer norm also subtracts the mean, which no scaling can compensate: our own classes still count the removed channels (``norm_width``
+in the config).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from regraft.plans import Cut, Groups
 
 
 def rescaled(state: Mapping[str, Tensor], groups: Groups, cuts: tuple[Cut, ...], family: Family, *, tied: bool) -> dict[str, Tensor]:
-    """Returns a state dict whose norms, and what feeds them, make up for the channels that are gone.
+    """Returns a state dict whose norms, and the projections before them, are corrected for the removed channels.
 
     Args:
-        state: After the cut, at its new sizes; parameters that are not there are passed over.
-        groups: Of the model before.
-        cuts: What stays.
-        family: Of the model.
+        state: State dict after the cut; parameters that are absent from it are skipped.
+        groups: Groups of the model before the cut.
+        cuts: The units to keep.
+        family: Family of the model.
         tied: Whether the output projection is the token embedding.
     """
     result = dict(state)
@@ -47,7 +47,7 @@ def rescaled(state: Mapping[str, Tensor], groups: Groups, cuts: tuple[Cut, ...],
 
 
 def config_changes(groups: Groups, cuts: tuple[Cut, ...], family: Family, config: Any) -> dict[str, Any]:
-    """Returns what the norms of the residual stream need in the config once its width is cut."""
+    """Returns the changes of the config that the norms of the residual stream need after its width is cut."""
     named = groups.named()
     for entry in cuts:
         group = named[entry.group]
@@ -63,11 +63,11 @@ def _for_the_stream(state: dict[str, Tensor], members: list[str], ratio: float, 
     embedding, final = f"{family.embedding}.weight", f"{family.final_norm}.weight"
     for name in members:
         is_norm = name.endswith(".weight") and name in state and state[name].dim() == 1
-        # A tied head multiplies by the scaled embedding once more, which the last norm takes back.
+        # A tied head multiplies by the scaled embedding once more, which the last norm compensates.
         if is_norm and not (name == final and tied and family.scaled_embedding):
             state[name] = _times(state[name], factor, family.norm_offset)
     if family.scaled_embedding:
-        # It is multiplied by the square root of the hidden size, which has become smaller.
+        # The embedding is multiplied by the square root of the hidden size, which has become smaller.
         state[embedding] = _times(state[embedding], factor)
     for norm, projection in family.head_norms.items():
         for name in list(state):
@@ -91,5 +91,5 @@ def _scale_projection(state: dict[str, Tensor], name: str, factor: float) -> Non
 
 
 def _times(tensor: Tensor, factor: float, offset: float = 0.0) -> Tensor:
-    """Multiplies what a tensor stands for, ``offset + tensor``, in float64."""
+    """Multiplies the effective value ``offset + tensor`` by a factor, in float64, and returns the new tensor."""
     return ((tensor.double() + offset) * factor - offset).to(tensor.dtype)

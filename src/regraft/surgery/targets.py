@@ -1,4 +1,4 @@
-"""Which modules of a model are adapted: every projection of every layer, or what patterns name."""
+"""Target modules of adapters: every projection of every layer, or the modules that patterns name."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from regraft.surgery.adapted import Adapted
 
 
 def find_targets(model: PreTrainedModel, patterns: Iterable[str] = ()) -> dict[str, nn.Module]:
-    """Returns the modules to adapt by full name, in the order of the model.
+    """Returns the modules to adapt, by full name, in the order of the model.
 
     Args:
-        model: With or without adapters; of one with them, the modules inside.
-        patterns: Full names, ends of names (``q_proj``, ``mlp.up_proj``) or globs of either (``*.layers.0.*``, ``*_proj``). None:
-            every projection of every layer, which leaves embeddings and heads out.
+        model: A model with or without adapters; for adapted modules, the plain modules inside are returned.
+        patterns: Full names, ends of names (``q_proj``, ``mlp.up_proj``) or globs of either (``*.layers.0.*``, ``*_proj``). Empty for
+            every projection of every layer, without embeddings and heads.
 
     Raises:
-        InputError: A pattern matches nothing; the message says what there is.
+        InputError: A pattern matches no module; the message lists the modules.
     """
     sites = _sites(model)
     wanted = list(patterns)
@@ -48,7 +48,7 @@ def describe_targets(modules: Mapping[str, nn.Module]) -> str:
 
 
 def _sites(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns everything that can be adapted; of a module with changes the one inside, under the plain model's name."""
+    """Returns all modules that can be adapted, by their names in the plain model; wrappers are replaced by the modules inside."""
     found: dict[str, nn.Module] = {}
     inside: set[int] = set()
     for name, module in model.named_modules():
@@ -61,7 +61,7 @@ def _sites(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _in_a_layer(model: nn.Module, name: str) -> bool:
-    """Returns whether a module stands in a list of layers."""
+    """Returns whether a module is inside a list of layers."""
     parts = name.split(".")
     return any(isinstance(model.get_submodule(".".join(parts[:depth])), nn.ModuleList) for depth in range(1, len(parts)))
 
