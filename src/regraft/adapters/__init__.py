@@ -1,4 +1,4 @@
-"""What can be trained beside frozen weights: one file an adapter, found by name in :data:`ADAPTERS`."""
+"""Adapters: small trainable changes of frozen weights, one file each, registered by name in :data:`ADAPTERS`."""
 
 from regraft.adapters import deep_lora, lora_xs, mora, nola, peft_kinds
 from regraft.adapters.contract import (

@@ -1,13 +1,13 @@
-"""What an adapter is to the rest of the house.
+"""The contract of an adapter.
 
 There are two kinds, found by name in :data:`ADAPTERS`:
 
-- a :class:`Method` is ours: it knows one linear map at a time and makes its change, a :class:`Delta`. Injection, freezing, merging,
-  saving and loading of all methods exist once, in :mod:`regraft.surgery`.
-- an :class:`Adapter` is a library's: it attaches itself to a whole model, merges and saves. PEFT's are
-  (:mod:`regraft.adapters.peft_backed`), and :mod:`regraft.surgery.per_module` makes one of any method.
+- a :class:`Method` works on one linear map at a time and makes a :class:`Delta`, a trainable change of its weight. Injection, freezing,
+  merging, saving and loading are written once for all methods, in :mod:`regraft.surgery`.
+- an :class:`Adapter` works on a whole model: it attaches itself, merges and saves. PEFT's adapters are of this kind
+  (:mod:`regraft.adapters.peft_backed`), and :mod:`regraft.surgery.per_module` makes an adapter from any method.
 
-Which module gets which rank is decided here for both (:func:`make_request`).
+For both kinds, :func:`make_request` decides the rank of each module.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Defaults:
-    """What an adapter trains with where nothing is asked for.
+    """Default training settings of an adapter.
 
     Attributes:
         lr: Peak learning rate.
-        alpha_per_rank: LoRA's alpha is this times the rank; None for an adapter that has no such scale.
-        dropout: Share of the adapter's inputs that is dropped while training.
-        eps: What Adam adds to the root of the second moment; None for torch's own.
+        alpha_per_rank: LoRA's alpha is this times the rank; None for an adapter without such a scale.
+        dropout: Dropout rate of the adapter's inputs in training.
+        eps: Number that Adam adds to the root of the second moment; None for torch's default.
     """
 
     lr: float = 1e-3
@@ -51,15 +51,15 @@ class Defaults:
 
 @dataclass(frozen=True)
 class AdapterRequest:
-    """What is asked of an adapter.
+    """The rank, alpha and other settings with which an adapter is made.
 
     Attributes:
-        ranks: Rank of every adapted module by its full name, in the order of the model.
-        alphas: LoRA's alpha of the same modules: the change is ``alpha / rank`` times the product of the factors.
-        dropout: Share of the adapter's inputs that is dropped while training.
-        seed: Of the adapter's initial values.
-        options: The adapter's own section of settings.
-        steps: Optimizer steps that will be trained; 0 where that is not known.
+        ranks: Full name of every adapted module to its rank, in the order of the model.
+        alphas: LoRA's alpha of the same modules: the weight change is ``alpha / rank`` times the product of the factors.
+        dropout: Dropout rate of the adapter's inputs in training.
+        seed: Seed of the adapter's initial values.
+        options: Options of this kind of adapter.
+        steps: Number of optimizer steps of the training; 0 if it is not known.
     """
 
     ranks: Mapping[str, int]
@@ -71,17 +71,17 @@ class AdapterRequest:
 
 
 def output_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Returns the loss that a model of transformers computes from the labels of a batch."""
+    """Returns the loss that a transformers model computes from the labels of a batch."""
     return model(**batch).loss
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the first values of some adapters are computed from.
+    """Training batches from which some adapters compute their initial values.
 
     Attributes:
-        batches: Returns so many training batches on the model's device, always the same ones.
-        loss: What is trained on.
+        batches: Function from a number of batches to that many training batches on the model's device, always the same ones.
+        loss: The training loss of a batch.
     """
 
     batches: Callable[[int], Sequence[Batch]]
@@ -90,7 +90,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class LowRank:
-    """A change of a weight as a plain LoRA without a scale: ``left @ right``.
+    """A weight change as two factors, a plain LoRA without a scale: ``left @ right``.
 
     Attributes:
         left: ``(out, r)`` float32, LoRA's B.
@@ -106,9 +106,9 @@ class ParameterGroup:
     """Parameters that share a learning rate.
 
     Attributes:
-        parameters: They require gradients.
-        lr: Peak learning rate; the schedule multiplies it.
-        eps: Of Adam; None for PyTorch's 1e-8.
+        parameters: The parameters, which require gradients.
+        lr: Peak learning rate, which the schedule multiplies.
+        eps: Epsilon of Adam; None for PyTorch's 1e-8.
     """
 
     parameters: tuple[nn.Parameter, ...]
@@ -118,17 +118,17 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class Spec:
-    """One change of one linear map.
+    """Specification of the adapter of one linear map.
 
     Attributes:
-        name: Of the module.
-        rows: Output features of the map.
-        columns: Input features.
-        rank: As asked; what it means is the method's matter.
+        name: Name of the module.
+        rows: Number of output features of the map.
+        columns: Number of input features of the map.
+        rank: The requested rank; its meaning depends on the method.
         alpha: LoRA's alpha.
-        dropout: Share of the inputs that is dropped while training.
-        seed: Of the first values, this module's own.
-        options: The method's section of settings.
+        dropout: Dropout rate of the inputs in training.
+        seed: Seed of the initial values, different for each module.
+        options: Options of the method.
     """
 
     name: str
@@ -142,24 +142,24 @@ class Spec:
 
     @property
     def scale(self) -> float:
-        """LoRA's scale, alpha over rank."""
+        """Scale of LoRA, alpha divided by the rank."""
         return self.alpha / self.rank
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, columns)."""
+        """Shape of the weight, (rows, columns)."""
         return self.rows, self.columns
 
     def generator(self) -> torch.Generator:
-        """Returns a new generator of this module's seed, on the CPU, so that first values are the same on every device."""
+        """Returns a new CPU generator with this module's seed, so that initial values are the same on every device."""
         return torch.Generator().manual_seed(self.seed)
 
 
 class Delta(nn.Module, ABC):
-    """A trainable change of one linear map W ``(out, in)``. Parameters are float32, whatever W is.
+    """A trainable change of one linear map W ``(out, in)``. Its parameters are float32 for every dtype of W.
 
     Args:
-        spec: What it is of.
+        spec: Specification of the map and the adapter.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -172,7 +172,7 @@ class Delta(nn.Module, ABC):
 
     @abstractmethod
     def lookup(self, ids: Tensor) -> Tensor:
-        """Returns the change for one-hot inputs: ``(..., out)`` for the places of the ones, int64 ``(...)``."""
+        """Returns the change of the output, ``(..., out)``, for one-hot inputs given by the indices of the ones, int64 ``(...)``."""
 
     @abstractmethod
     def delta_weight(self) -> Tensor:
@@ -180,54 +180,54 @@ class Delta(nn.Module, ABC):
 
     @abstractmethod
     def low_rank(self) -> LowRank:
-        """Returns the change as two factors, exactly.
+        """Returns the weight change as two exact factors.
 
         Raises:
-            InputError: It has no small rank; the message says what to do instead.
+            InputError: The change has no low rank; the message gives the alternative.
         """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns :meth:`delta`."""
+        """Returns the change of the output; see :meth:`delta`."""
         return self.delta(x)
 
     def stored(self) -> dict[str, Tensor]:
-        """Returns what a file must hold to make this change again, by name: all parameters, unless a method needs less or more."""
+        """Returns the tensors to store, by name: all parameters, unless the method needs fewer or more to restore the change."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
     def rates(self, lr: float | None, default: float) -> dict[str, float]:
         """Returns the peak learning rate of every parameter by name.
 
         Args:
-            lr: What the user asked for, or None.
-            default: The method's, for None.
+            lr: The user's learning rate, or None.
+            default: The method's learning rate, used if ``lr`` is None.
         """
         rate = lr if lr is not None else default
         return {name: rate for name, _ in self.named_parameters()}
 
     def factored(self) -> LowRank:
-        """Returns the change as two factors of any rank, to look at its spectrum."""
+        """Returns the weight change as two factors of any rank, for computing its spectrum."""
         return self.low_rank()
 
     def finished(self) -> Delta:
-        """Returns the change as it is kept after training: itself, unless a method makes it smaller."""
+        """Returns the final form of the change after training: itself, unless the method compresses it."""
         return self
 
     def truncated(self, threshold: float) -> Delta | None:
-        """Returns the change without its singular values up to ``threshold``, or None where nothing is left.
+        """Returns the change without its singular values up to ``threshold``, or None if none is left.
 
         Raises:
-            InputError: The method's changes cannot be cut.
+            InputError: The method does not support this.
         """
         raise InputError(f"the change of '{self.spec.name}' cannot be trimmed; only deep_lora's can")
 
 
 class Method(ABC):
-    """A kind of change, made for one linear map at a time.
+    """A kind of adapter that is made for one linear map at a time.
 
     Attributes:
-        name: In the registry and in saved files.
-        options: The class of its settings.
-        defaults: What it trains with.
+        name: Name in the registry and in saved files.
+        options: Class of the method's options.
+        defaults: Default training settings.
     """
 
     name: ClassVar[str]
@@ -236,124 +236,124 @@ class Method(ABC):
 
     @abstractmethod
     def check(self, spec: Spec) -> None:
-        """Refuses what does not fit the map.
+        """Refuses a specification that does not fit the map.
 
         Raises:
-            InputError: The message gives the value, the limit and the remedy.
+            InputError: A value is out of range; the message gives the value, the limit and the remedy.
         """
 
     @abstractmethod
     def count(self, spec: Spec) -> int:
-        """Returns how many numbers will be trained."""
+        """Returns the number of trainable parameters."""
 
     @abstractmethod
     def make(self, spec: Spec, given: Tensor) -> Delta:
-        """Makes a change with its first values, on the CPU or on ``given``'s device.
+        """Makes a change with its initial values, on the CPU or on the device of ``given``.
 
         Args:
-            spec: Checked.
-            given: The weight ``(out, in)``, or the mean first gradient with respect to it where batches were asked for.
+            spec: A checked specification.
+            given: The weight ``(out, in)``; if :meth:`gradient_batches` is above 0, the mean first gradient with respect to it.
         """
 
     @abstractmethod
     def restore(self, spec: Spec, tensors: Mapping[str, Tensor], weight: Tensor) -> Delta:
-        """Makes a change from what :meth:`Delta.stored` gave.
+        """Makes a change from the result of :meth:`Delta.stored`.
 
         Args:
-            spec: As it was saved.
-            tensors: By name.
+            spec: The saved specification.
+            tensors: The stored tensors, by name.
             weight: W, ``(out, in)``.
 
         Raises:
-            InputError: They do not fit.
+            InputError: The tensors do not fit.
         """
 
     def gradient_batches(self, options: Settings) -> int:
-        """Returns how many training batches the first gradient is the mean of; 0 where :meth:`make` is given the weight."""
+        """Returns the number of training batches for the mean first gradient; 0 if :meth:`make` needs the weight instead."""
         return 0
 
     def trim_tolerance(self, options: Settings) -> float:
-        """Returns the share of the largest singular value of all changes below which they are cut after training; 0: nowhere."""
+        """Returns the share of the largest singular value of all changes below which singular values are removed after training, or 0."""
         return 0.0
 
 
 class Adapter(Protocol):
-    """One kind of adapter on a whole model. What ``attach`` returns is what the others are given back."""
+    """A kind of adapter for a whole model. The other methods take the module that ``attach`` returned."""
 
     @property
     def options(self) -> type[Settings]:
-        """The class of its settings."""
+        """Class of the adapter's options."""
         ...
 
     @property
     def defaults(self) -> Defaults:
-        """What it trains with."""
+        """Default training settings."""
         ...
 
     def attach(self, model: PreTrainedModel, request: AdapterRequest, evidence: Evidence | None) -> nn.Module:
-        """Puts the adapter on a model, in place, with only its own parameters trainable.
+        """Attaches the adapter to a model, in place, with only its own parameters trainable.
 
-        The output is unchanged at first, or all but. Must not touch the global random generators: initial values follow from
-        ``request.seed``.
+        At first the model's output is unchanged, or nearly so. Initial values depend on ``request.seed`` only; the global random
+        generators must not be changed.
 
         Raises:
-            InputError: It does not fit, or evidence is needed and there is none. The model is unchanged then.
+            InputError: The adapter does not fit, or needs evidence and got none; then the model is unchanged.
         """
         ...
 
     def after_step(self, adapted: nn.Module, step: int) -> None:
-        """Is called after optimizer step ``step`` (from 1), before the gradients are cleared."""
+        """Updates the adapter after optimizer step ``step`` (from 1), before the gradients are cleared."""
         ...
 
     def penalty(self, adapted: nn.Module) -> Tensor | None:
-        """Returns what is added to the mean loss of every step, a scalar with gradients, or None for nothing."""
+        """Returns a scalar with gradients to add to the mean loss of every step, or None."""
         ...
 
     def state(self, adapted: nn.Module) -> dict[str, Tensor]:
-        """Returns what :meth:`after_step` keeps beside the parameters, by name, so that a run that was stopped goes on with it."""
+        """Returns the state of :meth:`after_step` other than parameters, by name, for resuming a stopped run."""
         ...
 
     def put_state(self, adapted: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """Puts back what :meth:`state` returned."""
+        """Restores the result of :meth:`state`."""
         ...
 
     def finish(self, adapted: nn.Module) -> None:
-        """Is called once after training: makes the adapter what is kept."""
+        """Brings the adapter into its final form; called once after training."""
         ...
 
     def factors(self, adapted: nn.Module) -> dict[str, LowRank]:
-        """Returns the change of every module with respect to the original weights as two factors, by full name.
+        """Returns the change of every module's original weight as two factors, by full name.
 
         Raises:
-            InputError: The adapter has no such form; the message offers the merge.
+            InputError: The adapter cannot be written as two factors; the message suggests merging.
         """
         ...
 
     def merge(self, adapted: nn.Module) -> PreTrainedModel:
-        """Folds the adapter into the weights, computed in float32 or better, and returns the model without it."""
+        """Merges the adapter into the weights, in float32 or better, and returns the model without it."""
         ...
 
     def save(self, adapted: nn.Module, folder: Path, base: str) -> None:
-        """Writes the adapter alone, as safetensors and JSON, the same bytes for the same values.
+        """Writes the adapter without the model, as safetensors and JSON; equal adapters give equal bytes.
 
         Args:
-            adapted: What ``attach`` returned.
+            adapted: The result of ``attach``.
             folder: An empty folder.
-            base: The model that the adapter belongs to, as its users name it.
+            base: Base model, as its users name it.
         """
         ...
 
 
 @runtime_checkable
 class Grouped(Protocol):
-    """An adapter whose parameters do not all train at the same learning rate."""
+    """An adapter whose parameters have different learning rates."""
 
     def parameter_groups(self, adapted: nn.Module, lr: float | None) -> Sequence[ParameterGroup]:
         """Returns all trained parameters, each in one group.
 
         Args:
-            adapted: What ``attach`` returned.
-            lr: The learning rate that was asked for; None for the adapter's own.
+            adapted: The result of ``attach``.
+            lr: The user's learning rate; None for the adapter's default.
         """
         ...
 
@@ -362,7 +362,7 @@ ADAPTERS: Registry[Adapter | Method] = Registry("adapter", group="regraft.adapte
 
 
 def adapter_options(settings: RecoverSettings) -> Settings:
-    """Returns the checked options of the adapter that the settings name.
+    """Returns the checked options of the settings' adapter.
 
     Raises:
         InputError: The adapter is not known.
@@ -373,18 +373,18 @@ def adapter_options(settings: RecoverSettings) -> Settings:
 
 
 def make_request(modules: Mapping[str, nn.Module], settings: RecoverSettings, ranks: RankPlan | None, seed: int) -> AdapterRequest:
-    """Decides rank and alpha of every module: the plan's where there is one, else the same rank everywhere.
+    """Decides rank and alpha of every module: from the plan if there is one, else the same rank everywhere.
 
     Args:
         modules: The modules that can be adapted, by full name.
         settings: Adapter, rank, alpha and dropout.
-        ranks: A rank for each module; modules it does not name, or names with rank 0, get no adapter.
-        seed: Of the initial values.
+        ranks: A rank for each module; modules without a rank, or with rank 0, get no adapter. None for the rank of the settings.
+        seed: Seed of the initial values.
 
     Raises:
-        InputError: A rank exceeds what its module can hold, or the adapter has no alpha and one was given.
+        InputError: A rank exceeds the limit of its module, or alpha was given for an adapter without one.
         ConfigError: An option of the adapter is wrong.
-        PlanError: The plan names a module that the model does not have, a negative rank, or no module at all.
+        PlanError: The plan names a module that the model lacks, a negative rank, or no module at all.
     """
     defaults, options = ADAPTERS.get(settings.adapter).defaults, adapter_options(settings)
     if settings.alpha is not None and defaults.alpha_per_rank is None:
@@ -405,7 +405,7 @@ def make_request(modules: Mapping[str, nn.Module], settings: RecoverSettings, ra
 
 
 def make_specs(modules: Mapping[str, nn.Module], request: AdapterRequest) -> dict[str, Spec]:
-    """Returns what is asked of every module, each with a seed of its own."""
+    """Returns the specification of every module's adapter, each with its own seed."""
     specs: dict[str, Spec] = {}
     for name, rank in request.ranks.items():
         rows, columns = shape_of(modules[name])
@@ -415,7 +415,7 @@ def make_specs(modules: Mapping[str, nn.Module], request: AdapterRequest) -> dic
 
 
 def groups_by_rate(rates: Iterable[tuple[nn.Parameter, float]], eps: float | None) -> tuple[ParameterGroup, ...]:
-    """Gathers parameters of equal rate, groups in the order in which their rates first come."""
+    """Groups parameters by learning rate, in the order in which the rates first occur."""
     found: dict[float, list[nn.Parameter]] = {}
     for parameter, rate in rates:
         found.setdefault(rate, []).append(parameter)

@@ -1,15 +1,15 @@
-"""Deep LoRA: the change of a weight is a deep linear factorization, trained whole, narrow or compressed.
+"""Deep LoRA: the weight change is a deep linear factorization, trained at full width, at narrow width or compressed.
 
-Deep overparameterised training finds changes of low rank by itself, and all that it learns stays in a subspace that the first
-gradient shows. So the change is
+Training of a deep overparameterised factorization finds changes of low rank by itself, and all learning remains in a subspace that the
+first gradient determines. So the change is
 
     compressed   dW = left W_L ... W_1 right^T,  W_l (r, r) from eps I, left (out, r) and right (in, r) orthonormal at first
     narrow       dW = W_L ... W_1,               W_l of width r, semi-orthogonal times eps
     full         dW = W_L ... W_1,               W_l of width min(out, in)
 
-Where we depart from the paper: left and right come from a randomised SVD of the mean gradient with respect to W over a few batches
-(:func:`regraft.numerics.frames.compact_frames`), which costs O(out in r) instead of decompositions of d x d factors, and is an
-instance of the paper's construction for one random choice of the first factors.
+We depart from the paper in one point: left and right come from a randomised SVD of the mean gradient with respect to W over a few batches
+(:func:`regraft.numerics.frames.compact_frames`). This costs O(out in r) instead of decompositions of d x d factors, and is an instance of
+the paper's construction for one random choice of the first factors.
 
 References:
     [YAR24] Yaras, Wang, Balzano, Qu, "Compressible Dynamics in Deep Overparameterized Low-Rank Learning & Adaptation", ICML 2024,
@@ -35,8 +35,8 @@ from regraft.numerics.frames import Frames, compact_frames
 from regraft.numerics.svd import factored_triplets, randomized_triplets
 from regraft.settings import Positive, Settings
 
-ITERATIONS = 3  # of the subspace: first gradients have spectra that fall fast
-FULL_RATE = 1e-4  # of the full width in [YAR24]
+ITERATIONS = 3  # subspace iterations; few are enough, because the spectra of first gradients fall fast
+FULL_RATE = 1e-4  # learning rate of the full width in [YAR24]
 
 
 class DeepLoraOptions(Settings):
@@ -54,10 +54,10 @@ class DeepLoraOptions(Settings):
 
 @final
 class CompressedDelta(Delta):
-    """``left W_L ... W_1 right^T``.
+    """The compressed form ``left W_L ... W_1 right^T``.
 
     Args:
-        spec: ``rank`` is the width r of the inner factors.
+        spec: Specification, whose ``rank`` is the width r of the inner factors.
         left: ``(out, r)``.
         right: ``(in, r)``.
         core: W_1 to W_L, each ``(r, r)``.
@@ -73,11 +73,11 @@ class CompressedDelta(Delta):
                 self.register_buffer(name, _owned(factor).detach())
 
     def _inner(self) -> Tensor:
-        """Returns W_L ... W_1 in float32, also under autocast: it starts at eps^L, which float16 does not hold."""
+        """Returns W_L ... W_1 in float32, also under autocast, because float16 cannot represent the start eps^L."""
         return _product(tuple(self.core))
 
     def _reader(self) -> Tensor:
-        """Returns core right^T, ``(r, in)``: LoRA's A. Two products with the inputs then do, as in LoRA."""
+        """Returns core right^T, ``(r, in)``, which is LoRA's A, so that two products with the inputs are enough."""
         return self._inner() @ cast(Tensor, self.right).T
 
     def delta(self, x: Tensor) -> Tensor:
@@ -85,11 +85,11 @@ class CompressedDelta(Delta):
         return linear(linear(x, self._reader()), cast(Tensor, self.left))
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """Returns left core times rows of right."""
+        """Returns left core times the rows of right at the ids."""
         return linear(linear(embedding(ids, cast(Tensor, self.right)), self._inner()), cast(Tensor, self.left))
 
     def delta_weight(self) -> Tensor:
-        """Returns left core right^T."""
+        """Returns the weight change left core right^T."""
         return cast(Tensor, self.left) @ self._reader()
 
     def low_rank(self) -> LowRank:
@@ -97,26 +97,26 @@ class CompressedDelta(Delta):
         return LowRank(cast(Tensor, self.left).detach(), self._reader().detach())
 
     def stored(self) -> dict[str, Tensor]:
-        """Returns all factors: the outer ones come from a gradient that is not there again."""
+        """Returns all factors, because the gradient that gave the outer ones is not available later."""
         outer = {"left": cast(Tensor, self.left).detach(), "right": cast(Tensor, self.right).detach()}
         return outer | {f"core.{index}": factor.detach() for index, factor in enumerate(self.core)}
 
     def rates(self, lr: float | None, default: float) -> dict[str, float]:
-        """Returns the core's rate and gamma times it for the outer factors; see :func:`scaled_rate`."""
+        """Returns the rate of the core, and gamma times this rate for the outer factors; see :func:`scaled_rate`."""
         core = lr if lr is not None else scaled_rate(default, self.spec.shape, (self.spec.rank, self.spec.rank))
         return {name: core if name.startswith("core") else self.spec.options.gamma * core for name, _ in self.named_parameters()}
 
     def truncated(self, threshold: float) -> Delta | None:
-        """Returns the same form at the numerical rank: ``U_k (S_k^(1/L))^L V_k^T``."""
+        """Returns the compressed form at the numerical rank: ``U_k (S_k^(1/L))^L V_k^T``."""
         return _truncated(self.spec, self.low_rank(), len(self.core), threshold)
 
 
 @final
 class ChainDelta(Delta):
-    """``W_L ... W_1`` of full or narrow width.
+    """The full or narrow form ``W_L ... W_1``.
 
     Args:
-        spec: What it is of.
+        spec: Specification of the map and the adapter.
         factors: W_1 ``(w, in)`` to W_L ``(out, w)``.
     """
 
@@ -133,11 +133,11 @@ class ChainDelta(Delta):
         return linear(linear(x, self.factors[0]), self._upper())
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """Returns W_L ... W_2 times columns of W_1."""
+        """Returns W_L ... W_2 times the columns of W_1 at the ids."""
         return linear(embedding(ids, self.factors[0].T), self._upper())
 
     def delta_weight(self) -> Tensor:
-        """Returns W_L ... W_1."""
+        """Returns the weight change W_L ... W_1."""
         return self._upper() @ self.factors[0]
 
     def low_rank(self) -> LowRank:
@@ -150,14 +150,14 @@ class ChainDelta(Delta):
         return self.factored()
 
     def rates(self, lr: float | None, default: float) -> dict[str, float]:
-        """Returns each factor's own rate; see :func:`scaled_rate`."""
+        """Returns the rate of each factor; see :func:`scaled_rate`."""
         return {
             name: lr if lr is not None else scaled_rate(default, self.spec.shape, (factor.shape[0], factor.shape[1]))
             for name, factor in self.named_parameters()
         }
 
     def factored(self) -> LowRank:
-        """Returns W_L ... W_2 and W_1."""
+        """Returns the factors W_L ... W_2 and W_1."""
         return LowRank(self._upper().detach(), self.factors[0].detach())
 
     def truncated(self, threshold: float) -> Delta | None:
@@ -166,25 +166,25 @@ class ChainDelta(Delta):
 
 
 def scaled_rate(full: float, change: tuple[int, int], factor: tuple[int, int]) -> float:
-    """Returns the rate that moves a small factor as far as the full width's factor moves at ``full``.
+    """Returns the learning rate at which a small factor moves as far as a full-width factor at the rate ``full``.
 
-    Adam moves every entry by about its rate, so a p x q factor by about ``rate * sqrt(p q)`` in the spectral norm. The full width's is
-    d x d; equal motion asks for ``full * d / sqrt(p q)``: d / r for the r x r factors of the compressed form, which is the factor that
-    [YAR24] use (1e-2 against 1e-4 at d = 768, r = 8). For an m x n change d is sqrt(m n).
+    Adam moves every entry by about the rate, and so a p x q factor by about ``rate * sqrt(p q)`` in the spectral norm. The full-width
+    factor is d x d, so that equal motion needs ``full * d / sqrt(p q)``. For the r x r factors of the compressed form that is a factor
+    d / r, as in [YAR24] (1e-2 against 1e-4 at d = 768, r = 8). For an m x n change d is sqrt(m n).
     """
     return full * math.sqrt(change[0] * change[1]) / math.sqrt(factor[0] * factor[1])
 
 
 @final
 class DeepLora(Method):
-    """Makes Deep LoRA's changes."""
+    """The method Deep LoRA."""
 
     name = "deep_lora"
     options = DeepLoraOptions
     defaults = Defaults(lr=FULL_RATE, alpha_per_rank=None, dropout=0.0, eps=1e-6)
 
     def check(self, spec: Spec) -> None:
-        """Refuses an odd rank, or one above the smaller side, in the compressed form: r is twice that of the gradient."""
+        """Refuses an odd rank in the compressed form, because r is twice the rank of the gradient."""
         if spec.options.form == "compressed" and spec.rank % 2:
             near = f"{spec.rank - 1} or {spec.rank + 1}" if spec.rank > 1 else "2"
             raise InputError(f"rank {spec.rank} of '{spec.name}' is odd; compressed deep_lora takes even ranks: use {near}")
@@ -195,11 +195,11 @@ class DeepLora(Method):
         return chosen.batches if chosen.form == "compressed" else 0
 
     def trim_tolerance(self, options: Settings) -> float:
-        """Returns what the options say."""
+        """Returns the tolerance of the options."""
         return cast(DeepLoraOptions, options).trim
 
     def count(self, spec: Spec) -> int:
-        """Returns L r^2, and r (out + in) for outer factors that train; or the sizes of the chain."""
+        """Returns L r^2, plus r (out + in) if the outer factors train; for other forms, the sizes of the chain."""
         depth, (rows, columns) = spec.options.depth, spec.shape
         width = min(spec.shape) if spec.options.form == "full" else spec.rank
         if spec.options.form == "compressed":
@@ -218,7 +218,7 @@ class DeepLora(Method):
         return CompressedDelta(spec, frames.left, frames.right, [core] * options.depth)
 
     def restore(self, spec: Spec, tensors: Mapping[str, Tensor], weight: Tensor) -> Delta:
-        """Makes a change from its factors."""
+        """Makes a change from its stored factors."""
         if "left" not in tensors:
             return ChainDelta(spec, [tensors[f"factors.{index}"] for index in range(len(tensors))])
         return CompressedDelta(spec, tensors["left"], tensors["right"], [tensors[f"core.{index}"] for index in range(len(tensors) - 2)])
@@ -231,12 +231,12 @@ def first_frames(gradient: Tensor, rank: int, generator: torch.Generator) -> Fra
 
 
 def _owned(factor: Tensor) -> nn.Parameter:
-    """Returns a parameter with memory of its own: equal first factors must not stay one."""
+    """Returns a parameter with its own memory, so that equal initial factors are separate tensors."""
     return nn.Parameter(factor.detach().to(torch.float32, copy=True).contiguous())
 
 
 def _product(factors: Sequence[Tensor]) -> Tensor:
-    """Returns the product of factors, first one first, without autocast; to switch it off where it is on costs time in every step."""
+    """Returns the product of the factors without autocast, which is only switched off if it is on, because that costs time."""
     kind = factors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return product(factors)

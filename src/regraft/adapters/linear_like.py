@@ -1,7 +1,7 @@
-"""The modules an adapter can be put on, all seen as one linear map ``y = W x`` with W ``(out, in)``.
+"""Modules that can be adapted, treated alike as linear maps ``y = W x`` with W ``(out, in)``.
 
-``nn.Linear`` stores W, GPT-2's ``Conv1D`` its transpose, and an embedding is the map of one-hot inputs: its table is ``(in, out)``
-with a row for every token.
+``nn.Linear`` stores W, and GPT-2's ``Conv1D`` its transpose. An embedding is a map of one-hot inputs: its table is ``(in, out)``, with a
+row for every token.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ SITES = (nn.Linear, Conv1D, nn.Embedding)
 
 
 def is_site(module: nn.Module) -> bool:
-    """Returns whether an adapter can be put on a module."""
+    """Returns whether a module can be adapted."""
     return isinstance(module, SITES)
 
 
 def oriented(module: nn.Module, stored: Tensor) -> Tensor:
-    """Turns a tensor of the shape of a module's weight to ``(out, in)``, or one of that shape back; a view."""
+    """Returns a view as ``(out, in)`` of a tensor in the layout of the module's weight, or the reverse."""
     return stored if isinstance(module, nn.Linear) else stored.T
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """Returns the weight of a site as it is stored."""
+    """Returns the weight of a module in its stored layout."""
     return cast(Tensor, module.weight)
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
-    """Returns ``(out, in)`` of a site."""
+    """Returns ``(out, in)`` of a module."""
     rows, columns = oriented(module, weight_of(module)).shape
     return rows, columns

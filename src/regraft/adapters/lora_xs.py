@@ -1,10 +1,10 @@
-"""LoRA-XS: a small square matrix between the leading singular vectors of the weight.
+"""LoRA-XS: a small trainable square matrix between the leading singular vectors of the weight.
 
     dW = alpha/r U_r R S_r V_r^T,   R (r, r) from N(0, 1e-5), everything else frozen
 
-Only R is saved; U_r, S_r and V_r are computed again from the weight. A decomposition that is computed again may turn signs, or turn
-vectors of close singular values into each other, and a stored R would mean something else. So signs are canonical
-(:func:`regraft.numerics.svd.canonical_signs`), and the file holds a checksum: the frames seen through a fixed random vector.
+Only R is saved; U_r, S_r and V_r are recomputed from the weight. A recomputed decomposition may have other signs, or other vectors for
+close singular values, and then the stored R would give another change. Therefore signs are canonical
+(:func:`regraft.numerics.svd.canonical_signs`), and the file has a checksum: the products of the frames with fixed random vectors.
 
 References:
     [BAL24] Balazy, Banaei, Aberer, Tabor, "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters",
@@ -26,23 +26,23 @@ from regraft.numerics.counter import random_uniform
 from regraft.numerics.svd import Triplets, randomized_triplets, top_triplets
 from regraft.settings import Settings
 
-FIRST_SCALE = 1e-5  # standard deviation of R at first
-EXACT_UP_TO = 1024  # smaller side of a weight that is decomposed exactly
+FIRST_SCALE = 1e-5  # standard deviation of the initial R
+EXACT_UP_TO = 1024  # largest smaller side of a weight that is decomposed exactly
 ITERATIONS = 8
-TOLERANCE = 1e-3  # of the checksum, over its size: rounding moves it by less, a turned sign by far more
+TOLERANCE = 1e-3  # relative tolerance of the checksum: rounding changes it by less, a flipped sign by far more
 _PROBE, _SKETCH = 1, 2
 
 
 class LoraXsOptions(Settings):
-    """LoRA-XS has no settings of its own."""
+    """Options of LoRA-XS: none."""
 
 
 @final
 class LoraXsDelta(Delta):
-    """``scale * left R right``.
+    """The weight change ``scale * left R right``.
 
     Args:
-        spec: What it is of.
+        spec: Specification of the map and the adapter.
         left: U_r, ``(out, r)``.
         right: S_r V_r^T, ``(r, in)``.
         core: R, ``(r, r)``.
@@ -63,15 +63,15 @@ class LoraXsDelta(Delta):
         return linear(linear(x, cast(Tensor, self.right)), self._writer())
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """Returns scale left R times columns of right."""
+        """Returns scale left R times the columns of right at the ids."""
         return linear(embedding(ids, cast(Tensor, self.right).T), self._writer())
 
     def delta_weight(self) -> Tensor:
-        """Returns scale left R right."""
+        """Returns the weight change scale left R right."""
         return self._writer() @ cast(Tensor, self.right)
 
     def low_rank(self) -> LowRank:
-        """Returns scale left R and right."""
+        """Returns the factors scale left R and right."""
         return LowRank(self._writer().detach(), cast(Tensor, self.right))
 
     def stored(self) -> dict[str, Tensor]:
@@ -84,42 +84,42 @@ def frames_of(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     wide = weight.double()
     if min(weight.shape) <= EXACT_UP_TO:
         found: Triplets = top_triplets(wide, rank)
-    else:  # the same sketch every time: what is computed again is the same
+    else:  # a fixed sketch, so that the recomputed result is the same
         found = randomized_triplets(wide, rank, torch.Generator().manual_seed(_SKETCH), iterations=ITERATIONS)
     return found.left, found.values.unsqueeze(1) * found.right.T
 
 
 def checksum(left: Tensor, right: Tensor) -> Tensor:
-    """Returns what tells two decompositions apart: ``left^T p`` and ``right q`` for fixed random p and q, float32 ``(2, r)``."""
+    """Returns a checksum of a decomposition: ``left^T p`` and ``right q`` for fixed random p and q, float32 ``(2, r)``."""
     sums = [left.T.cpu() @ random_uniform(_PROBE, 0, left.shape[0]), right.cpu() @ random_uniform(_PROBE, 0, right.shape[1])]
     return torch.stack(sums)
 
 
 @final
 class LoraXs(Method):
-    """Makes LoRA-XS's changes."""
+    """The method LoRA-XS."""
 
     name = "lora_xs"
     options = LoraXsOptions
     defaults = Defaults(lr=4e-3, alpha_per_rank=1.0, dropout=0.0)
 
     def check(self, spec: Spec) -> None:
-        """Takes every rank up to the smaller side."""
+        """Accepts every rank up to the smaller side."""
 
     def count(self, spec: Spec) -> int:
-        """Returns r^2, whatever the width."""
+        """Returns r^2, for every width."""
         return spec.rank**2
 
     def make(self, spec: Spec, given: Tensor) -> Delta:
-        """Decomposes the weight."""
+        """Makes a change from the decomposition of the weight."""
         core = FIRST_SCALE * torch.randn(spec.rank, spec.rank, generator=spec.generator())
         return LoraXsDelta(spec, *frames_of(given, spec.rank), core.to(given.device))
 
     def restore(self, spec: Spec, tensors: Mapping[str, Tensor], weight: Tensor) -> Delta:
-        """Decomposes the weight again and compares.
+        """Decomposes the weight again and compares the checksum.
 
         Raises:
-            InputError: The decomposition is another one, so R would mean something else.
+            InputError: The decomposition differs, so that R would give another change.
         """
         delta = LoraXsDelta(spec, *frames_of(weight, spec.rank), tensors["core"].to(weight.device))
         seen, kept = checksum(cast(Tensor, delta.left), cast(Tensor, delta.right)), tensors["checksum"]

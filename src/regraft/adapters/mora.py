@@ -1,14 +1,14 @@
-"""MoRA: one square matrix of the size that LoRA's two factors take, between fixed ways to shorten inputs and to lengthen outputs.
+"""MoRA: one square matrix with as many parameters as LoRA's two factors, between a fixed compression of inputs and expansion of outputs.
 
     dW x = expand(M compress(x)),   M (s, s) from zero, s = floor(sqrt((out + in) r))
 
-sharing    (type 1)  compress sums the inputs i = j mod s; expand repeats the s outputs. dW has rank s at most.
-rotation   (type 6)  the input's chunks of s are rotated by angles that grow with their number, as in RoPE, and each passes through M:
+sharing    (type 1)  compress sums the inputs i = j mod s; expand repeats the s outputs. dW has at most rank s.
+rotation   (type 6)  chunks of s inputs are rotated by angles that grow with the chunk number, as in RoPE, and each passes through M.
                      dW can have full rank.
 
-Where we depart in rotation: with more input than output chunks the released code cuts the surplus off, so that most inputs of a down
-projection have no influence. Here the rotated chunks n, n + k, n + 2 k, ... are summed into output chunk n of k. Where inputs
-do not fill the last chunk it is filled with zeros, not with the first inputs once more.
+We depart from the released code in rotation. With more input than output chunks, that code drops the surplus, so that most inputs of a
+down projection have no influence; here the rotated chunks n, n + k, n + 2 k, ... are summed into output chunk n of k. An incomplete last
+chunk is padded with zeros, not with the first inputs again.
 
 References:
     [JIA24] Jiang, Huang, Luo, et al., "MoRA: High-Rank Updating for Parameter-Efficient Fine-Tuning", arXiv 2405.12130, section 4.
@@ -39,17 +39,17 @@ class MoraOptions(Settings):
 
 
 def side(spec: Spec) -> int:
-    """Returns s, the side of M; even for rotation, which turns pairs."""
+    """Returns s, the side of M; it is even for rotation, which rotates pairs."""
     size = math.isqrt((spec.rows + spec.columns) * spec.rank)
     return size - size % 2 if spec.options.form == "rotation" else size
 
 
 @final
 class SharingDelta(Delta):
-    """Type 1.
+    """The weight change of MoRA's sharing form (type 1).
 
     Args:
-        spec: What it is of.
+        spec: Specification of the map and the adapter.
         matrix: M, ``(s, s)``.
     """
 
@@ -58,36 +58,36 @@ class SharingDelta(Delta):
         self.matrix = nn.Parameter(matrix.float())
 
     def _outputs(self) -> Tensor:
-        """Returns for every output its row of M, int64 ``(out,)``."""
+        """Returns the row of M for every output, int64 ``(out,)``."""
         return torch.arange(self.spec.rows, device=self.matrix.device) % len(self.matrix)
 
     def delta(self, x: Tensor) -> Tensor:
-        """Returns M times the sums, repeated."""
+        """Returns M times the summed inputs, repeated to all outputs."""
         size = len(self.matrix)
         short = pad(x, (0, -self.spec.columns % size)).unflatten(-1, (-1, size)).sum(dim=-2)
         return linear(short, self.matrix)[..., self._outputs()]
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """Returns columns of M, repeated."""
+        """Returns the columns of M for the ids, repeated to all outputs."""
         return embedding(ids % len(self.matrix), self.matrix.T)[..., self._outputs()]
 
     def delta_weight(self) -> Tensor:
-        """Returns M, repeated along both sides."""
+        """Returns the weight change: M repeated along both sides."""
         inputs = torch.arange(self.spec.columns, device=self.matrix.device) % len(self.matrix)
         return self.matrix[self._outputs()][:, inputs]
 
     def low_rank(self) -> LowRank:
-        """Returns the repeated rows of M and the matrix of zeros and ones that sums."""
+        """Returns the factors: the repeated rows of M, and the matrix of zeros and ones that sums inputs."""
         inputs = torch.arange(self.spec.columns, device=self.matrix.device) % len(self.matrix)
         return LowRank(self.matrix.detach()[self._outputs()], one_hot(inputs, len(self.matrix)).T.float())
 
 
 @final
 class RotationDelta(Delta):
-    """Type 6, mended.
+    """The weight change of MoRA's rotation form (type 6), with the departures described above.
 
     Args:
-        spec: What it is of.
+        spec: Specification of the map and the adapter.
         matrix: M, ``(s, s)``.
     """
 
@@ -107,7 +107,7 @@ class RotationDelta(Delta):
         return chunks * cos + torch.cat([-second, first], dim=-1) * sin
 
     def delta(self, x: Tensor) -> Tensor:
-        """Returns the rotated chunks, summed into as many as there are outputs for, times M."""
+        """Returns M times the rotated chunks, which are summed into at most as many chunks as there are output chunks."""
         size = len(self.matrix)
         chunks = pad(x, (0, -self.spec.columns % size)).unflatten(-1, (-1, size))
         turned = self._turned(chunks, cast(Tensor, self.cos), cast(Tensor, self.sin))
@@ -117,13 +117,13 @@ class RotationDelta(Delta):
         return self._written(linear(turned, self.matrix))
 
     def _written(self, chunks: Tensor) -> Tensor:
-        """Returns outputs ``(..., out)`` of chunks ``(..., n, s)``, repeated where they are too few."""
+        """Returns outputs ``(..., out)`` from chunks ``(..., n, s)``, which are repeated if they are too few."""
         repeats = math.ceil(self.chunks_out / chunks.shape[-2])
         repeated = torch.cat([chunks] * repeats, dim=-2) if repeats > 1 else chunks
         return repeated.flatten(-2)[..., : self.spec.rows]
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """Returns the change for one-hot inputs: one rotated column of M, at the place of its chunk."""
+        """Returns the change for one-hot inputs: a rotated column of M, at the position of its chunk."""
         size = len(self.matrix)
         chunk, place = ids // size, ids % size
         unit = one_hot(place, size).to(self.matrix.dtype)
@@ -133,11 +133,11 @@ class RotationDelta(Delta):
         return self._written(where.unsqueeze(-1) * column.unsqueeze(-2))
 
     def delta_weight(self) -> Tensor:
-        """Returns the change of the identity."""
+        """Returns the weight change, computed from the identity as input."""
         return self.delta(torch.eye(self.spec.columns, device=self.matrix.device)).T
 
     def low_rank(self) -> LowRank:
-        """Refuses: the change has full rank."""
+        """Raises an error, because the change has full rank."""
         raise InputError(
             f"mora's rotation has full rank in '{self.spec.name}' and is no plain LoRA; fold it into the weights instead, with: "
             "regraft export ADAPTER --to merged, or train with --adapter-options form=sharing"
@@ -146,14 +146,14 @@ class RotationDelta(Delta):
 
 @final
 class Mora(Method):
-    """Makes MoRA's changes."""
+    """The method MoRA."""
 
     name = "mora"
     options = MoraOptions
     defaults = Defaults(lr=3e-4, alpha_per_rank=None, dropout=0.05)
 
     def check(self, spec: Spec) -> None:
-        """Refuses an M larger than the weight, or of no pair."""
+        """Refuses a matrix M that is larger than the weight, or smaller than 2 x 2."""
         size, limit = side(spec), min(spec.shape)
         if size > limit:
             most = limit**2 // (spec.rows + spec.columns)
@@ -173,7 +173,7 @@ class Mora(Method):
         return self._of(spec, torch.zeros(side(spec), side(spec), device=given.device))
 
     def restore(self, spec: Spec, tensors: Mapping[str, Tensor], weight: Tensor) -> Delta:
-        """Makes a change from M."""
+        """Makes a change from the stored M."""
         return self._of(spec, tensors["matrix"])
 
     def _of(self, spec: Spec, matrix: Tensor) -> Delta:

@@ -1,8 +1,8 @@
-"""First values of LoRA that do not depend on the rank: the same module and seed give the leading rows of one matrix at every rank.
+"""Nested initial values of LoRA: for one module and seed, the A of every rank is the leading rows of one matrix.
 
-Two rank plans of one seed then start from the same values as far as both go, and so do their recoveries: what differs afterwards is
-the ranks' doing, not the draw's. The distribution is that of [HU21] as PEFT and its authors draw it, since the bound of Kaiming's
-uniform distribution with a = sqrt(5) depends on the width of the input alone.
+Recoveries of two rank plans with one seed then start from the same values in their common rows, so that the difference of their results is
+due to the ranks and not to the draw. The distribution is that of [HU21] and PEFT, because the bound of Kaiming's uniform distribution with
+a = sqrt(5) depends only on the input width.
 
 References:
     [HU21] LoRA, arXiv 2106.09685, section 4.1.
@@ -25,10 +25,10 @@ def first_rows(name: str, rank: int, columns: int, seed: int) -> Tensor:
     """Returns LoRA's A of one module, ``(rank, columns)`` float32, uniform in ``±1/sqrt(columns)``.
 
     Args:
-        name: Of the module.
-        rank: How many rows; fewer of them are the leading rows of more.
-        columns: Input features.
-        seed: Of the adapter.
+        name: Name of the module.
+        rank: Number of rows.
+        columns: Number of input features.
+        seed: Seed of the adapter.
     """
     generator = torch.Generator().manual_seed(derived_seed(seed, "rows", name))
     bound = 1.0 / math.sqrt(columns)
@@ -36,7 +36,7 @@ def first_rows(name: str, rank: int, columns: int, seed: int) -> Tensor:
 
 
 def shared_start(model: PeftModel, request: AdapterRequest, evidence: Evidence | None) -> None:
-    """Gives every linear layer of PEFT's LoRA those rows; an adapted embedding keeps PEFT's start, where B is what is drawn."""
+    """Sets A of every linear layer of PEFT's LoRA to :func:`first_rows`; an embedding keeps PEFT's start, which draws B."""
     for name, layer in layers_of(model):
         if NAME in layer.lora_A:
             weight: Tensor = layer.lora_A[NAME].weight

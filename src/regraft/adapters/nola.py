@@ -1,12 +1,12 @@
-"""NOLA: both factors of LoRA are mixtures of random matrices that are never kept.
+"""NOLA: both factors of LoRA are linear combinations of random matrices that are never stored.
 
     A = A_0 + 1/sqrt(k) sum_i a_i A_i,   B = 1/sqrt(k) sum_j b_j B_j,   dW = alpha/r B A
 
-A_i ``(r, in)`` and B_j ``(out, r)`` are uniform in [-1, 1], A_0 is Kaiming uniform, all functions of a seed
-(:mod:`regraft.numerics.counter`): they are made in chunks when they are needed, in the forward pass and again in the backward pass,
-the same on every device. Only the 2 k coefficients train, and they and the seed are all that is saved.
+A_i ``(r, in)`` and B_j ``(out, r)`` are uniform in [-1, 1] and A_0 is Kaiming uniform. All are functions of a seed
+(:mod:`regraft.numerics.counter`): they are made in chunks when needed, in the forward pass and again in the backward pass, with equal
+values on every device. Only the 2 k coefficients are trained; only they and the seed are saved.
 
-Without A_0 nothing would train: from a = b = 0 the gradients of both are zero.
+Without A_0 nothing would train, because at a = b = 0 both gradients are zero.
 
 References:
     [KOO24] Koohpayegani, Navaneet, Nooralinejad, Kolouri, Pirsiavash, "NOLA: Compressing LoRA using Linear Combination of Random
@@ -30,7 +30,7 @@ from regraft.errors import InputError
 from regraft.numerics.counter import MOST, random_uniform
 from regraft.settings import Settings
 
-CPU_CHUNK, GPU_CHUNK = 2**18, 2**22  # random numbers at once: what a core's cache holds; what fills a GPU
+CPU_CHUNK, GPU_CHUNK = 2**18, 2**22  # random numbers made at once: as many as fit a core's cache, and enough to use a GPU fully
 BLOCK = 64  # coefficients that share a scale when they are quantised
 
 
@@ -43,12 +43,12 @@ class NolaOptions(Settings):
 
 @final
 class NolaDelta(Delta):
-    """``scale * mix(b) (A_0 + mix(a))``.
+    """The weight change ``scale * mix(b) (A_0 + mix(a))``.
 
     Args:
-        spec: What it is of; its seed makes the bases.
-        a: ``(k,)``, of A's bases.
-        b: ``(k,)``, of B's.
+        spec: Specification of the map and the adapter; its seed makes the bases.
+        a: Coefficients of A's bases, ``(k,)``.
+        b: Coefficients of B's bases, ``(k,)``.
     """
 
     def __init__(self, spec: Spec, a: Tensor, b: Tensor) -> None:
@@ -72,20 +72,20 @@ class NolaDelta(Delta):
         return linear(linear(x, self.right()), self.left())
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """Returns alpha/r B times columns of A."""
+        """Returns alpha/r B times the columns of A at the ids."""
         return linear(embedding(ids, self.right().T), self.left())
 
     def delta_weight(self) -> Tensor:
-        """Returns alpha/r B A."""
+        """Returns the weight change alpha/r B A."""
         return self.left() @ self.right()
 
     def low_rank(self) -> LowRank:
-        """Returns both factors."""
+        """Returns the factors alpha/r B and A."""
         with torch.no_grad():
             return LowRank(self.left(), self.right())
 
     def stored(self) -> dict[str, Tensor]:
-        """Returns the coefficients, or their 4-bit codes with a scale for each block."""
+        """Returns the coefficients, or their 4-bit codes with one scale for each block."""
         if self.spec.options.bits == "32":
             return {"a": self.a.detach(), "b": self.b.detach()}
         found: dict[str, Tensor] = {}
@@ -94,7 +94,7 @@ class NolaDelta(Delta):
         return found
 
     def finished(self) -> Delta:
-        """Returns itself with the coefficients that will be saved."""
+        """Returns itself, with coefficients rounded to the values that are saved."""
         if self.spec.options.bits == "4":
             with torch.no_grad():
                 for name in ("a", "b"):
@@ -104,18 +104,18 @@ class NolaDelta(Delta):
 
 
 def _mixture(coefficients: Tensor, key: int, shape: tuple[int, int]) -> Tensor:
-    """Returns 1/sqrt(k) times the mixture of k random matrices of a shape."""
+    """Returns 1/sqrt(k) times the linear combination of k random matrices of a shape."""
     mixed = cast(Tensor, _Mixture.apply(coefficients, key, shape[0] * shape[1]))
     return mixed.view(shape) / math.sqrt(len(coefficients))
 
 
 @final
 class _Mixture(torch.autograd.Function):
-    """``size`` numbers, the j-th ``sum_i c_i u(j k + i)``; the random numbers u are made again in the backward pass."""
+    """A vector of ``size`` numbers, the j-th ``sum_i c_i u(j k + i)``; the backward pass makes the random numbers u again."""
 
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, key: int, size: int) -> Tensor:
-        """Mixes, a chunk of outputs at a time."""
+        """Returns the linear combination, computed in chunks of outputs."""
         ctx.key, ctx.bases = key, len(coefficients)
         mixed = torch.empty(size, dtype=torch.float32, device=coefficients.device)
         for start, basis in _chunks(key, ctx.bases, size, coefficients.device):
@@ -141,15 +141,15 @@ def _chunks(key: int, bases: int, size: int, device: torch.device) -> Any:
 
 
 def quantised(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounds numbers to 4 bits, -8 to 7 times the scale of their block of 64, so that the largest in magnitude is exact.
+    """Rounds numbers to 4 bits: -8 to 7 times the scale of their block of 64. The number of largest magnitude is exact.
 
-    Quantising what was dequantised gives the same codes and scales: the largest is -8 scales, whose eighth is the scale again.
+    Quantising dequantised numbers gives the same codes and scales, because the number of largest magnitude is -8 times the scale.
 
     Args:
         values: float32 ``(n,)``.
 
     Returns:
-        Codes, uint8, two to a byte; scales, float32, one for each block.
+        Codes, uint8, two in each byte; scales, float32, one for each block.
     """
     blocks = torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
     largest = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True))
@@ -160,28 +160,28 @@ def quantised(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantised(codes: Tensor, scales: Tensor, count: int) -> Tensor:
-    """Returns the numbers that codes stand for, float32 ``(count,)``."""
+    """Returns the numbers of codes and scales, float32 ``(count,)``."""
     pairs = torch.stack([codes & 15, codes >> 4], dim=1).view(-1, BLOCK)
     return ((pairs.to(torch.float32) - 8) * scales.view(-1, 1)).view(-1)[:count]
 
 
 @final
 class Nola(Method):
-    """Makes NOLA's changes."""
+    """The method NOLA."""
 
     name = "nola"
     options = NolaOptions
     defaults = Defaults(lr=5e-3, alpha_per_rank=1.0, dropout=0.0)
 
     def check(self, spec: Spec) -> None:
-        """Refuses bases of more numbers than a key has."""
+        """Refuses bases with more random numbers than one key gives."""
         needed = spec.options.bases * spec.rank * max(spec.shape)
         if needed > MOST:
             limit = MOST // (spec.rank * max(spec.shape))
             raise InputError(f"{spec.options.bases} bases of rank {spec.rank} for '{spec.name}' are too many numbers; use at most {limit}")
 
     def count(self, spec: Spec) -> int:
-        """Returns 2 k, whatever the rank and the width."""
+        """Returns 2 k, for every rank and width."""
         return 2 * spec.options.bases
 
     def make(self, spec: Spec, given: Tensor) -> Delta:
@@ -190,7 +190,7 @@ class Nola(Method):
         return NolaDelta(spec, zeros, zeros.clone())
 
     def restore(self, spec: Spec, tensors: Mapping[str, Tensor], weight: Tensor) -> Delta:
-        """Makes a change from its coefficients or their codes."""
+        """Makes a change from its stored coefficients or their codes."""
         if spec.options.bits == "4":
             count = spec.options.bases
             a, b = (dequantised(tensors[f"{name}.codes"], tensors[f"{name}.scales"], count) for name in ("a", "b"))

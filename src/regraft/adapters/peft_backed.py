@@ -1,4 +1,4 @@
-"""Adapters that PEFT has, by a function that makes their PEFT config."""
+"""Adapters of the PEFT library, each defined by a function that makes its PEFT config."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from regraft.adapters.seeding import isolated
 from regraft.errors import InputError
 from regraft.settings import Settings
 
-NAME = "default"  # of PEFT's adapter inside its model
+NAME = "default"  # name of the adapter inside the PeftModel
 ORTHOGONAL = 0.5  # weight of AdaLoRA's penalty, PEFT's default
-_SENSITIVITY, _RANKS, _BETWEEN = ("ipt", "exp_avg_ipt", "exp_avg_unc"), "ranks", "::"  # of AdaLoRA's state, as PEFT calls it
-_FIRST = "regraft_first"  # buffers with the first factors of an adapter whose start is taken out of the weights
+_SENSITIVITY, _RANKS, _BETWEEN = ("ipt", "exp_avg_ipt", "exp_avg_unc"), "ranks", "::"  # PEFT's names for AdaLoRA's state
+_FIRST = "regraft_first"  # prefix of buffers with the initial factors of an adapter whose start is subtracted from the weights
 
 FirstValues = Callable[[PeftModel, AdapterRequest, Evidence | None], None]
 
 
 def _nothing(model: PeftModel, request: AdapterRequest, evidence: Evidence | None) -> None:
-    """Leaves the first values as PEFT made them."""
+    """Keeps the initial values of PEFT."""
 
 
 @final
@@ -41,11 +41,11 @@ class PeftAdapter:
     """An adapter that PEFT builds, merges and saves.
 
     Attributes:
-        config: Makes the PEFT config from what is asked and from the model.
-        first: Sets first values that PEFT does not.
-        moves_weights: Whether the start of the adapter is taken out of the weights. Such an adapter is wrong beside the original
-            weights, so its start is remembered and what is saved is the difference: a plain LoRA of twice the rank.
-        whole: Why it cannot be written as a plain LoRA, or empty.
+        config: Makes the PEFT config from the request and the model.
+        first: Sets initial values that PEFT does not set.
+        moves_weights: Whether the adapter's start is subtracted from the weights. Such an adapter does not fit the original weights.
+            Therefore its start is stored, and the difference from it is saved: a plain LoRA of twice the rank.
+        whole: The reason why it cannot be written as a plain LoRA, or empty.
     """
 
     config: Callable[[AdapterRequest, PreTrainedModel], PeftConfig]
@@ -58,7 +58,7 @@ class PeftAdapter:
     def attach(self, model: PreTrainedModel, request: AdapterRequest, evidence: Evidence | None) -> nn.Module:
         """Returns a ``PeftModel`` around the model; see :class:`~regraft.adapters.contract.Adapter`."""
         with isolated(request.seed), warnings.catch_warnings():
-            # PEFT 0.21 asks for a property that transformers 5.23 renamed, and says what it sets for Conv1D by itself.
+            # PEFT 0.21 reads a property that transformers 5.23 renamed, and reports its own setting for Conv1D.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             warnings.filterwarnings("ignore", message="lora with eva initialization")
@@ -83,15 +83,15 @@ class PeftAdapter:
             return adapted
 
     def after_step(self, adapted: nn.Module, step: int) -> None:
-        """Lets AdaLoRA move its budget."""
+        """Lets AdaLoRA update its rank budget; other adapters do nothing."""
         base = cast(PeftModel, adapted).base_model
         if isinstance(base, AdaLoraModel):
             base.update_and_allocate(step)
 
     def penalty(self, adapted: nn.Module) -> Tensor | None:
-        """Returns how far AdaLoRA's factors are from orthogonal (arXiv 2303.10512, equation 4), as PEFT weighs it; None of the others.
+        """Returns AdaLoRA's orthogonality penalty (arXiv 2303.10512, equation 4) with PEFT's weight; None for other adapters.
 
-        PEFT adds it to every loss that the model returns: to a held-out one as well, and as often as a step has forward passes.
+        PEFT itself would add it to every loss of the model: also to held-out losses, and once for every forward pass of a step.
         """
         if not isinstance(cast(PeftModel, adapted).base_model, AdaLoraModel):
             return None
@@ -102,7 +102,7 @@ class PeftAdapter:
         return ORTHOGONAL * torch.stack([torch.linalg.matrix_norm(one - torch.eye(len(one)).to(one)) for one in products]).mean()
 
     def state(self, adapted: nn.Module) -> dict[str, Tensor]:
-        """Returns how sensitive the loss is to each of AdaLoRA's entries, and which ranks it has pruned; nothing of the others."""
+        """Returns AdaLoRA's sensitivities and the pattern of its pruned ranks; empty for other adapters."""
         base = cast(PeftModel, adapted).base_model
         if not isinstance(base, AdaLoraModel):
             return {}
@@ -111,7 +111,7 @@ class PeftAdapter:
         return found | {f"{_RANKS}{_BETWEEN}{name}": torch.tensor(value) for name, value in kept.items()}
 
     def put_state(self, adapted: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """Puts back what AdaLoRA knew."""
+        """Restores AdaLoRA's sensitivities and rank pattern."""
         base = cast(PeftModel, adapted).base_model
         if not isinstance(base, AdaLoraModel):
             return
@@ -125,26 +125,26 @@ class PeftAdapter:
         _config_of(base).rank_pattern = {name: value.tolist() for name, value in parts[_RANKS].items()}
 
     def finish(self, adapted: nn.Module) -> None:
-        """Has AdaLoRA keep the ranks that the weights have which are kept: these may be of a step before the last ranks were pruned."""
+        """Sets AdaLoRA's rank pattern to the ranks of the kept weights, which may be from a step before the last pruning of ranks."""
         base = cast(PeftModel, adapted).base_model
         if isinstance(base, AdaLoraModel):
             ranks = {f"{name}.lora_E.{NAME}": layer.lora_E[NAME] for name, layer in layers_of(cast(PeftModel, adapted))}
             _config_of(base).rank_pattern = {name: (value != 0).flatten().tolist() for name, value in ranks.items()}
 
     def factors(self, adapted: nn.Module) -> dict[str, LowRank]:
-        """Returns B and A of every module, its scale in B, with respect to the original weights."""
+        """Returns B and A of every module for its original weight, with the scale in B."""
         if self.whole:
             raise InputError(f"{self.whole}; fold it into the weights instead, with: regraft export ADAPTER --to merged")
         return {name: _low_rank(layer) for name, layer in layers_of(cast(PeftModel, adapted))}
 
     def merge(self, adapted: nn.Module) -> PreTrainedModel:
-        """Folds the factors into each weight in float32 and casts back, one module at a time."""
+        """Merges the factors into the weights in float32 and casts back, one module at a time."""
         return merge_stock(cast(PeftModel, adapted))
 
     def save(self, adapted: nn.Module, folder: Path, base: str) -> None:
-        """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` as stock PEFT reads them.
+        """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's format.
 
-        An adapter whose start was taken out of the weights is written as a plain LoRA for the original weights.
+        An adapter whose start was subtracted from the weights is written as a plain LoRA for the original weights.
         """
         peft_model = cast(PeftModel, adapted)
         if self.moves_weights:
@@ -154,21 +154,21 @@ class PeftAdapter:
             write_plain_lora(self.factors(adapted), modules, names, folder, base, str(task) if task else None, head)
             return
         peft_model.peft_config[NAME].base_model_name_or_path = base
-        # "auto" would ask the hub for the base model's vocabulary; an adapted embedding is saved as its two factors.
+        # "auto" would query the hub for the base model's vocabulary. An adapted embedding is saved as its two factors.
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*invalid shape")  # AdaLoRA leaves some modules no rank at all, and may
+            warnings.filterwarnings("ignore", message=".*invalid shape")  # AdaLoRA may give some modules rank 0
             peft_model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
         tidy_config(folder / CONFIG)
 
 
 def _config_of(base: AdaLoraModel) -> AdaLoraConfig:
-    """Returns AdaLoRA's config, whose pattern of ranks, which of them are left by the name of each E, changes as it trains."""
+    """Returns AdaLoRA's config. Its ``rank_pattern``, the kept ranks by the name of each E, changes during training."""
     return cast(AdaLoraConfig, base.peft_config[NAME])
 
 
 def layers_of(adapted: PeftModel) -> Iterator[tuple[str, Any]]:
-    """Yields PEFT's layers by the name of the module inside each."""
+    """Yields PEFT's layers with the names of their modules."""
     for name, module in cast(nn.Module, adapted.base_model.model).named_modules():
         if isinstance(module, BaseTunerLayer):
             yield name, module
@@ -181,7 +181,7 @@ def module_names(adapted: PeftModel) -> tuple[str, ...]:
 
 
 def trained_whole(adapted: PeftModel) -> dict[str, Tensor]:
-    """Returns the parameters of the layers that PEFT trains beside its factors, by their names in the plain model."""
+    """Returns the parameters of the modules that PEFT trains completely (``modules_to_save``), by their names in the plain model."""
     found: dict[str, Tensor] = {}
     for name, module in cast(nn.Module, adapted.base_model.model).named_modules():
         if isinstance(module, ModulesToSaveWrapper):
@@ -191,12 +191,12 @@ def trained_whole(adapted: PeftModel) -> dict[str, Tensor]:
 
 
 def _weights(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Tensor]:
-    """Returns copies of weights, so that what is folded out of them can be put back exactly."""
+    """Returns copies of weights, so that they can be restored exactly."""
     return {name: weight_of(model.get_submodule(name)).detach().clone() for name in names}
 
 
 def factors_of(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
-    """Returns LoRA's A ``(r, in)`` and B ``(out, r)`` of a layer of PEFT, as they are trained."""
+    """Returns the trained parameters A ``(r, in)`` and B ``(out, r)`` of a PEFT layer."""
     if NAME in layer.lora_embedding_A:
         return layer.lora_embedding_A[NAME], layer.lora_embedding_B[NAME]
     first, second = layer.lora_A[NAME], layer.lora_B[NAME]
@@ -204,11 +204,11 @@ def factors_of(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def merge_stock(adapted: PeftModel) -> PreTrainedModel:
-    """Folds an adapter of PEFT into each weight in float32 and casts back, one module at a time."""
+    """Merges a PEFT adapter into the weights in float32 and casts back, one module at a time."""
     for _, layer in layers_of(adapted):
         weight = weight_of(layer.get_base_layer())
         dtype = weight.dtype
-        # PEFT adds in the dtype of the weight; in bfloat16 the sum would be rounded twice.
+        # PEFT adds in the dtype of the weight, so that in bfloat16 the sum would be rounded twice.
         weight.data = weight.data.to(torch.float32)
         layer.merge()
         weight.data = weight.data.to(dtype)
@@ -216,10 +216,10 @@ def merge_stock(adapted: PeftModel) -> PreTrainedModel:
 
 
 def stock_factors(adapted: PeftModel) -> dict[str, LowRank]:
-    """Returns the factors of an adapter that PEFT loaded, its scale in the left ones.
+    """Returns the factors of an adapter that PEFT loaded, with the scale in the left ones.
 
     Raises:
-        InputError: It is no plain LoRA, or its start was taken out of the weights and it was not converted when it was saved.
+        InputError: It is no plain LoRA, or its start was subtracted from the weights and it was saved without conversion.
     """
     config = adapted.peft_config[NAME]
     if not isinstance(config, LoraConfig):
@@ -237,7 +237,7 @@ def stock_factors(adapted: PeftModel) -> dict[str, LowRank]:
 
 
 def _move_start(layer: Any, weight: Tensor) -> None:
-    """Takes the start of an adapter out of the original weight, W - s B A, and remembers it in buffers that are not saved."""
+    """Subtracts the adapter's start from the original weight, W - s B A, and stores it in buffers that are not saved."""
     start = LowRank(*(factor.clone() for factor in (_scaled(layer).left, _scaled(layer).right)))
     base = layer.get_base_layer()
     moved = weight.to(torch.float32) - oriented(base, start.left @ start.right)
@@ -247,17 +247,17 @@ def _move_start(layer: Any, weight: Tensor) -> None:
 
 
 def _scaled(layer: Any) -> LowRank:
-    """Returns what PEFT adds to the base of a layer as two factors, the scale in the left one."""
+    """Returns the weight change of a PEFT layer as two factors, with the scale in the left one."""
     first, second = (factor.detach().to(torch.float32) for factor in factors_of(layer))
     scale = float(layer.scaling[NAME])
-    if isinstance(layer, AdaLoraLayer):  # B (E * A), over the number of ranks, which PEFT keeps away from zero
+    if isinstance(layer, AdaLoraLayer):  # B (E * A), divided by the number of ranks plus 1e-5, as in PEFT
         first = first * layer.lora_E[NAME].detach()
         scale /= float(layer.ranknum[NAME].detach()) + 1e-5
     return LowRank(scale * second, first)
 
 
 def _low_rank(layer: Any) -> LowRank:
-    """Returns the change of the original weight; of a weight that was moved, B A - B0 A0 as factors of twice the rank."""
+    """Returns the change of the original weight; if the start B0 A0 was subtracted, B A - B0 A0 as factors of twice the rank."""
     now = _scaled(layer)
     left, right = (getattr(layer, f"{_FIRST}_{side}", None) for side in ("left", "right"))
     if left is None or right is None:

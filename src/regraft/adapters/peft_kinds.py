@@ -1,4 +1,4 @@
-"""LoRA and its kin, as PEFT has them: what each asks of PEFT, and what it mends.
+"""LoRA and its variants in PEFT: their configs and initial values.
 
 References:
     [HU21] LoRA, arXiv 2106.09685. [KAL23] rsLoRA, arXiv 2312.03732. [LIU24] DoRA, arXiv 2402.09353.
@@ -30,14 +30,14 @@ from regraft.settings import Positive, Settings
 
 
 def lora_config(request: AdapterRequest, model: PreTrainedModel, **switches: Any) -> LoraConfig:
-    """[HU21]: ``W + alpha/r * B A``, B ``(out, r)`` from zero, A ``(r, in)`` Kaiming uniform.
+    """Returns the config of LoRA [HU21]: ``W + alpha/r * B A``, B ``(out, r)`` from zero, A ``(r, in)`` Kaiming uniform.
 
-    The most common rank and alpha are the config's, the others its patterns, so that a uniform plan needs no pattern.
+    The most common rank and alpha are set in the config and the others in its patterns, so that a uniform plan needs no pattern.
 
     Args:
-        request: What is asked.
-        model: That will be adapted.
-        switches: Further fields of PEFT's config, which name the relative.
+        request: Ranks, alphas and options.
+        model: The model to adapt.
+        switches: Further fields of PEFT's config, which select the variant.
     """
     rank = Counter(request.ranks.values()).most_common(1)[0][0]
     alpha = Counter(request.alphas.values()).most_common(1)[0][0]
@@ -57,15 +57,15 @@ def lora_config(request: AdapterRequest, model: PreTrainedModel, **switches: Any
 
 
 def _whole(alpha: float) -> float | int:
-    """Writes a whole alpha as an integer, which is what readers of the config expect."""
+    """Returns a whole-numbered alpha as an integer, as readers of the config expect."""
     return int(alpha) if alpha == int(alpha) else alpha
 
 
 def olora_start(model: PeftModel, request: AdapterRequest, evidence: Evidence | None) -> None:
-    """[BUY24], algorithm 1: W = Q R without pivots, B = the first r columns of Q, A = the first r rows of R.
+    """Sets the start of OLoRA ([BUY24], algorithm 1): W = Q R without pivots, B = the first r columns of Q, A = the first r rows of R.
 
-    Those r columns depend on the first r columns of W alone, and R's rows are Q_r^T W: no whole decomposition is needed. PEFT's own
-    start computes it whole, in the weight's own orientation, and fails on Conv1D.
+    These r columns depend only on the first r columns of W, and the rows of R are Q_r^T W, so that no full decomposition is needed. PEFT's
+    own start computes the full decomposition, in the stored layout of the weight, and fails on Conv1D.
     """
     for _, layer in layers_of(model):
         base = layer.get_base_layer()
@@ -77,21 +77,21 @@ def olora_start(model: PeftModel, request: AdapterRequest, evidence: Evidence | 
 
 
 class EvaOptions(Settings):
-    """Settings of EVA."""
+    """Options of EVA."""
 
     batches: Positive = Field(default=4, description="training batches whose activations are decomposed")
 
 
 def eva_start(model: PeftModel, request: AdapterRequest, evidence: Evidence | None) -> None:
-    """[PAI24]: A = the leading right singular vectors of the inputs, computed by PEFT; ranks stay as they were asked for.
+    """Sets the start of EVA [PAI24]: A = the leading right singular vectors of the inputs, computed by PEFT. Ranks are not redistributed.
 
     Raises:
-        InputError: There are no batches, or fewer tokens in one than the rank.
+        InputError: There are no batches, or a batch has fewer tokens than the rank.
     """
     options = cast(EvaOptions, request.options)
     if evidence is None:
         raise InputError("adapter 'eva' starts from the inputs of training batches, and none were given; train it with regraft recover")
-    # PEFT leaves out positions without a label, which labels of whole rows do not tell.
+    # PEFT leaves out positions without a label; labels of whole rows say nothing about positions, so they are dropped here.
     batches = [
         {name: part for name, part in batch.items() if name != "labels" or part.shape == batch["input_ids"].shape}
         for batch in evidence.batches(options.batches)
@@ -104,7 +104,7 @@ def eva_start(model: PeftModel, request: AdapterRequest, evidence: Evidence | No
 
 
 class AdaLoraOptions(Settings):
-    """Settings of AdaLoRA, as in the paper: a start above the budget, then ranks are pruned to it."""
+    """Options of AdaLoRA, as in the paper: training starts above the rank budget, and ranks are pruned down to it."""
 
     init_factor: float = Field(default=1.5, ge=1.0, le=8.0, description="first rank over the rank that is asked for")
     warm: float = Field(default=0.1, ge=0.0, lt=0.5, description="share of the steps before ranks are pruned")
@@ -113,10 +113,10 @@ class AdaLoraOptions(Settings):
 
 
 def adalora_config(request: AdapterRequest, model: PreTrainedModel) -> AdaLoraConfig:
-    """[ZHA23]: ``W + alpha/r * B diag(E) A``, entries of E zeroed by sensitivity until the mean rank is the one asked for.
+    """Returns the config of AdaLoRA [ZHA23]: ``W + alpha/r * B diag(E) A``; entries of E are zeroed down to the requested mean rank.
 
     Raises:
-        InputError: Ranks differ from module to module, which AdaLoRA finds by itself, or the steps are not known.
+        InputError: The request has different ranks, which AdaLoRA would find itself, or no number of steps.
     """
     options = cast(AdaLoraOptions, request.options)
     ranks = sorted(set(request.ranks.values()))
@@ -134,7 +134,7 @@ def adalora_config(request: AdapterRequest, model: PreTrainedModel) -> AdaLoraCo
         tfinal=settled,
         deltaT=options.every,
         total_step=steps,
-        orth_reg_weight=0.0,  # the trainer adds the penalty, once a step
+        orth_reg_weight=0.0,  # the trainer adds the penalty once for each step
         lora_alpha=cast(int, _whole(next(iter(request.alphas.values())))),
         lora_dropout=request.dropout,
         target_modules=target_names(request.ranks, [name for name, _ in model.named_modules()]),
@@ -149,10 +149,10 @@ DORA_IS_NO_LORA = "adapter 'dora' normalises every row of the weight, which no p
 
 
 def eva_config(request: AdapterRequest, model: PreTrainedModel) -> LoraConfig:
-    """LoRA that awaits its first values.
+    """Returns the config of EVA: a LoRA whose initial values are set by :func:`eva_start`.
 
     Raises:
-        InputError: An embedding is among the modules, whose inputs are no vectors.
+        InputError: An embedding is among the modules; its inputs are not vectors.
     """
     for name in request.ranks:
         if isinstance(model.get_submodule(name), nn.Embedding):

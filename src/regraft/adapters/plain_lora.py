@@ -1,8 +1,8 @@
-"""A plain LoRA in the form that every runtime reads: one rank, alpha equal to it, nothing else.
+"""A plain LoRA in the form that every runtime reads: one rank, with alpha equal to it.
 
-Servers are stricter than PEFT: one applies a single alpha / r to all modules and ignores ``rank_pattern`` and ``alpha_pattern``,
-another reads only ``lora_A`` and ``lora_B``. So smaller ranks are padded with zeros to the largest, alpha is the rank, the scale is
-inside B, and there is no bias, no pattern, no rsLoRA.
+Inference servers read less than PEFT: one applies a single alpha / r to all modules and ignores ``rank_pattern`` and ``alpha_pattern``;
+another reads only ``lora_A`` and ``lora_B``. Therefore smaller ranks are padded with zeros to the largest, alpha equals the rank, the
+scale is multiplied into B, and there is no bias, no pattern and no rsLoRA.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ def write_plain_lora(
     """Writes factors as a PEFT adapter.
 
     Args:
-        factors: Of every module by full name; at least one.
-        modules: The same names to the plain modules.
-        names: Of all modules of the model.
+        factors: Factors of every adapted module by full name; at least one.
+        modules: The plain modules by the same names.
+        names: Names of all modules of the model.
         folder: An empty folder.
-        base: The model that the adapter belongs to.
-        task_type: As PEFT names it.
-        head: Parameters of layers that were trained whole, of a model for labels.
+        base: Base model, as its users name it.
+        task_type: PEFT's name of the task.
+        head: Parameters of a classification or regression head that was trained completely.
 
     Returns:
-        The rank.
+        The rank of the adapter.
     """
     head = head or {}
     rank = max(factor.right.shape[0] for factor in factors.values())
@@ -82,7 +82,7 @@ def write_plain_lora(
 
 
 def tidy_config(path: Path) -> None:
-    """Sorts the config of a PEFT adapter: PEFT writes sets in the order of the process's hash seed."""
+    """Sorts the config of a PEFT adapter, because PEFT writes sets in an order that depends on the process's hash seed."""
     values = {key: _ordered(value) for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -93,14 +93,14 @@ def _ordered(value: object) -> object:
 
 
 def task_type_of(model: PreTrainedModel) -> str | None:
-    """Returns what PEFT calls the task of a model, or None."""
+    """Returns PEFT's name for the task of a model, or None."""
     if type(model).__name__.endswith("ForSequenceClassification"):
         return "SEQ_CLS"
     return "CAUSAL_LM" if model.can_generate() else None
 
 
 def saved_whole(model: PreTrainedModel) -> list[str] | None:
-    """Returns the modules that PEFT is to train and to save whole: those of a head for labels; None of other models."""
+    """Returns the modules that PEFT trains and saves completely: those of a classification head; None for other models."""
     return head_modules(name for name, _ in head_parameters(model)) or None
 
 

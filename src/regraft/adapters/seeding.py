@@ -1,6 +1,6 @@
-"""Keeps libraries that draw from the global random generators from changing them for everyone else.
+"""Isolation of the global random generators, and seeds derived from other seeds.
 
-PEFT initialises with the global generator and the Hugging Face ``Trainer`` seeds all of them; both run inside :func:`isolated`.
+PEFT draws initial values from the global generator, and the Hugging Face ``Trainer`` seeds all of them. Both run inside :func:`isolated`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 
 @contextmanager
 def isolated(seed: int) -> Iterator[None]:
-    """Seeds Python, NumPy and PyTorch (CPU and CUDA) inside the block and puts all of them back afterwards."""
+    """Seeds Python, NumPy and PyTorch (CPU and CUDA) inside the block, and restores all of them at the end."""
     python_state = random.getstate()
-    numpy_state = np.random.get_state()  # noqa: NPY002  (what the libraries inside draw from is the global generator)
+    numpy_state = np.random.get_state()  # noqa: NPY002  (the libraries inside draw from the global generator)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
             random.seed(seed)
@@ -31,7 +31,7 @@ def isolated(seed: int) -> Iterator[None]:
 
 
 def derived_seed(seed: int, *parts: object) -> int:
-    """Returns a seed in ``[0, 2**63)`` that depends on all of its arguments and on nothing else.
+    """Returns a seed in ``[0, 2**63)`` that depends only on its arguments, and on all of them.
 
     >>> derived_seed(0, "order", 1) == derived_seed(0, "order", 1) != derived_seed(0, "order", 2)
     True

@@ -1,1 +1,1 @@
-"""Win quality back by training: the Hugging Face Trainer with checkpoints that survive a kill."""
+"""Recovery of a pruned model by training: the Hugging Face Trainer with checkpoints that survive a kill."""

@@ -1,4 +1,4 @@
-"""Training and held-out batches: what is in them, and an order that follows from a seed."""
+"""Training and held-out batches: their rows, and the order of the rows by a seed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from regraft.data.tokens import encode_documents, pack
 from regraft.errors import DataError, InputError
 from regraft.settings import RecoverSettings
 
-# Rows are made for this many times the wanted ones, so that those that are drawn come from many documents.
+# Number of rows that are made, as a multiple of the wanted ones, so that the drawn rows come from many documents.
 _POOL = 4
 _DOCUMENTS_AT_ONCE = 32
 _RECORDS_OF_A_ROW = 8
@@ -32,9 +32,9 @@ class Example:
 
     Attributes:
         input_ids: ``(tokens,)`` int64.
-        labels: ``(tokens,)`` int64: the same, with -100 where nothing is to be learned.
-        position_ids: ``(tokens,)`` int64 where several records share the row: each counts from 0, and attention ends where one does.
-        token_type_ids: ``(tokens,)`` int64 where an encoder tells the two texts of a row apart; the label is then one number.
+        labels: ``(tokens,)`` int64: the ids, with -100 for tokens without loss.
+        position_ids: ``(tokens,)`` int64 if several records share the row: each counts from 0, and attention does not cross records.
+        token_type_ids: ``(tokens,)`` int64 if an encoder marks the two texts of a row; the label is then one number.
     """
 
     input_ids: Tensor
@@ -45,13 +45,13 @@ class Example:
 
 @dataclass(frozen=True)
 class RecordFormat:
-    """How records become rows.
+    """Conversion of records to rows.
 
     Attributes:
         prompt: The format of the prompt.
-        truncation: What becomes of a record that is longer than a row.
-        packing: Put several records into one row (:func:`pack_records`).
-        report: Called with what became of the records.
+        truncation: Treatment of a record that is longer than a row.
+        packing: Whether several records share a row (:func:`pack_records`).
+        report: Called with the numbers of used, truncated and dropped records.
     """
 
     prompt: PromptFormat = "auto"
@@ -69,24 +69,24 @@ def make_examples(
     seed: int,
     records: RecordFormat = RecordFormat(),
 ) -> list[Example]:
-    """Makes rows of a corpus, no more of them than are of use.
+    """Makes the rows of a corpus, only as many as are useful.
 
-    Text becomes blocks of exactly ``seq_len`` tokens, documents one after the other with EOS between them; a text shorter than
-    one block becomes one shorter row. Instruction records become one row each, cut to ``seq_len``, learned on the assistant's tokens only;
-    records whose answers are cut away are left out.
+    Text becomes blocks of exactly ``seq_len`` tokens, from documents one after the other with EOS between them; a text shorter than one
+    block becomes one shorter row. Each instruction record becomes one row, cut to ``seq_len``, with loss on the assistant's tokens only;
+    records whose answers are cut off are left out.
 
     Args:
         corpus: Text or records.
-        tokenizer: The model's.
+        tokenizer: Tokenizer of the model.
         seq_len: Longest row in tokens.
-        wanted: How many rows will be looked at. Of a corpus with many more, documents or records are drawn until a few times as
-            many are made, so that a short run does not wait for the tokens of a long text.
-        seed: Of that draw.
-        records: How records become rows; text is always packed.
+        wanted: Number of rows that will be used. From a much larger corpus, documents or records are drawn until a few times as many rows
+            are made, so that a short run need not tokenise a long text.
+        seed: Seed of that draw.
+        records: Conversion of records to rows; text is always packed.
 
     Raises:
-        DataError: Nothing to learn is left.
-        InputError: A row is too short for anything to be predicted.
+        DataError: No token with a loss is left.
+        InputError: Rows of this length have no token to predict.
     """
     if seq_len < 2:
         raise InputError(f"--seq-len {seq_len} leaves no token to predict; use at least 2")
@@ -114,15 +114,15 @@ def make_examples(
 
 
 def pack_records(examples: Sequence[Example], seq_len: int) -> list[Example]:
-    """Puts short rows into rows of at most ``seq_len`` tokens, each with positions of its own and blind to its neighbours.
+    """Packs short rows into rows of at most ``seq_len`` tokens, each with its own positions and no attention to its neighbours.
 
-    Best fit in the given order: a row goes where the least room is left for it. Nothing is cut and nothing repeated. Positions that
-    start again at 0 tell transformers where attention ends (its masks and its flash attention read them); that a model does so is
-    looked at by :func:`regraft.training.batches.is_blind_to_neighbours`. The first token of a row has no label, so that no record
-    predicts the next one's start.
+    It is best fit in the given order: a row goes into the fullest packed row that still has room. Nothing is cut or repeated. Positions
+    that start again at 0 mark the limits of attention for transformers (its masks and its flash attention read them);
+    :func:`regraft.training.batches.is_blind_to_neighbours` checks that a model respects them. The first token of each record has no label,
+    so that no record predicts the start of the next one.
 
     Args:
-        examples: Of at most ``seq_len`` tokens each.
+        examples: Rows of at most ``seq_len`` tokens each.
         seq_len: Longest row in tokens.
     """
     bins: list[list[Example]] = []
@@ -147,22 +147,22 @@ def _joined(members: Sequence[Example]) -> Example:
 
 
 def spread(examples: Sequence[Example], count: int) -> list[Example]:
-    """Returns at most ``count`` examples, evenly spread, always the same ones."""
+    """Returns at most ``count`` evenly spaced examples, always the same ones."""
     if len(examples) <= count:
         return list(examples)
     return [examples[index * len(examples) // count] for index in range(count)]
 
 
 def collate(examples: Sequence[Example], padding: int) -> dict[str, Tensor]:
-    """Pads rows on the right to the longest.
+    """Joins rows into a batch, padded on the right to the longest row.
 
     Args:
         examples: The rows.
-        padding: Token that fills up; its label is -100 and its attention 0.
+        padding: Token for the padding, which has label -100 and attention 0.
 
     Returns:
-        ``input_ids``, ``labels`` and, where rows were padded, ``attention_mask``, each ``(rows, tokens)`` int64. Packed rows have
-        ``position_ids`` in place of a mask: the padding counts from 0 as one more record, which no label looks at.
+        ``input_ids``, ``labels`` and, if rows were padded, ``attention_mask``, each ``(rows, tokens)`` int64. Packed rows have
+        ``position_ids`` in place of a mask: the padding counts from 0 like one more record, and has no labels.
     """
     longest = max(len(example.input_ids) for example in examples)
     if any(example.position_ids is not None for example in examples):
@@ -198,12 +198,12 @@ def _collate_packed(examples: Sequence[Example], longest: int, padding: int) -> 
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the token that fills up rows; masked everywhere, so any will do where the tokenizer has none."""
+    """Returns the padding token of rows; padding is always masked, so that any token serves if the tokenizer has none."""
     return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(token, int)), 0)
 
 
 def shuffled(count: int, wanted: int, seed: int) -> list[int]:
-    """Returns ``wanted`` indices below ``count``: one permutation after another, each from its own seed."""
+    """Returns ``wanted`` indices below ``count``: consecutive random permutations, each from its own seed."""
     order: list[int] = []
     epoch = 0
     while len(order) < wanted:
@@ -215,17 +215,17 @@ def shuffled(count: int, wanted: int, seed: int) -> list[int]:
 
 @final
 class Ordered(Dataset[Example]):
-    """Examples in the order in which they are trained on, repeated as often as the steps need.
+    """Examples in the order of training, repeated as often as the steps need.
 
     Args:
         examples: The rows.
         settings: Steps, batch and accumulation.
-        seed: Of the order.
-        name: Of the data, for the message.
-        processes: How many train together, each on batches of its own: every step is of as many rows more.
+        seed: Seed of the order.
+        name: Name of the data, for the error message.
+        processes: Number of processes that train together. Each has its own batches, so that a step has this many times as many rows.
 
     Raises:
-        DataError: There are fewer rows than one batch.
+        DataError: The rows are fewer than one batch.
     """
 
     def __init__(self, examples: Sequence[Example], settings: RecoverSettings, seed: int, name: str, processes: int = 1) -> None:
@@ -239,7 +239,7 @@ class Ordered(Dataset[Example]):
         self.order = shuffled(len(examples), settings.steps * settings.accumulate * settings.batch * processes, seed)
 
     def wanted(self) -> list[Example]:
-        """Returns all rows in the order in which they are trained on; most come more than once where the data are few."""
+        """Returns all rows in the order of training; with few data, rows occur several times."""
         return [self.examples[index] for index in self.order]
 
     def __len__(self) -> int:
@@ -261,9 +261,9 @@ def digest(examples: Sequence[Example]) -> str:
 
 
 def is_blind_to_neighbours(model: PreTrainedModel) -> bool:
-    """Returns whether a model reads two records in one row, told apart by their positions alone, as it reads each by itself.
+    """Returns whether a model gives two records in one row, separated only by their positions, the same outputs as separate rows.
 
-    It is tried, on eight tokens: models differ in whether they take positions and whether their attention mask is made from them.
+    This is tested on eight tokens, because models differ in whether they accept positions and derive the attention mask from them.
     """
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False

@@ -1,4 +1,4 @@
-"""What happens beside the optimizer steps: dropout's seed, the log, the best tensors, checkpoints, a progress bar."""
+"""Trainer callbacks: seeds of dropout, loss log, best tensors, checkpoints and progress bar."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class LogRow:
     """One line of the loss log.
 
     Attributes:
-        step: Optimizer steps taken.
-        lr: Learning rate of that step; None before the first.
-        train_loss_nats: Mean training loss of the steps since the row before; None before the first.
-        held_out_loss_nats: Mean held-out loss of a token; None where it was not measured.
-        seconds: Wall-clock time since the run began, interruptions left out.
+        step: Number of optimizer steps made.
+        lr: Learning rate of that step; None before the first step.
+        train_loss_nats: Mean training loss of the steps since the previous row; None before the first step.
+        held_out_loss_nats: Mean held-out loss of a token; None if it was not measured.
+        seconds: Wall-clock time since the run began, without interruptions.
     """
 
     step: int
@@ -53,7 +53,7 @@ class LogRow:
 
 
 def log_csv(rows: Iterable[LogRow]) -> str:
-    """Writes a loss log as CSV, without the wall-clock times, so that the same run is the same bytes."""
+    """Returns a loss log as CSV, without the wall-clock times, so that equal runs give equal bytes."""
     names = [field.name for field in fields(LogRow) if field.name != "seconds"]
     stream = io.StringIO()
     writer = csv.DictWriter(stream, names, extrasaction="ignore", lineterminator="\n")
@@ -64,11 +64,11 @@ def log_csv(rows: Iterable[LogRow]) -> str:
 
 @final
 class Pace(TrainerCallback):
-    """Says when to log and evaluate, and seeds dropout by the step, so that no generator's state has to be kept.
+    """Callback that decides when to log and evaluate, and seeds dropout by the step, so that no generator state is stored.
 
     Args:
-        eval_every: Optimizer steps between two looks at the held-out loss; the last step is always looked at.
-        seed: Of the run.
+        eval_every: Number of optimizer steps between two evaluations; the last step is always evaluated.
+        seed: Seed of the run.
     """
 
     def __init__(self, eval_every: int, seed: int) -> None:
@@ -76,12 +76,12 @@ class Pace(TrainerCallback):
         self._seed = seed
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Seeds what the step draws; processes draw differently, since their rows differ."""
+        """Seeds the draws of the step; each process has its own seed."""
         other = (process_index(),) if process_index() else ()
         torch.manual_seed(derived_seed(self._seed, "step", state.global_step, *other))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Asks for a row of the log and for the held-out loss."""
+        """Requests a row of the log and the held-out loss, when they are due."""
         looks = state.global_step % self._eval_every == 0 or state.global_step >= state.max_steps
         control.should_evaluate = looks
         control.should_log = looks or state.global_step % LOG_EVERY_STEPS == 0
@@ -89,14 +89,14 @@ class Pace(TrainerCallback):
 
 @final
 class Keeper(TrainerCallback):
-    """Keeps the log, the best tensors and the checkpoints, and puts everything back when a run is resumed.
+    """Callback that keeps the log, the best tensors and the checkpoints, and restores them when a run is resumed.
 
     Args:
         work: Folder of the checkpoints.
         injected: The model with its adapter.
-        identity: What the run is of; a checkpoint carries it.
-        resumed: The checkpoint to go on from, or None.
-        patience: Looks in a row without a lower held-out loss after which training stops; None for no end.
+        identity: Inputs that identify the run; each checkpoint stores them.
+        resumed: The checkpoint to resume from, or None.
+        patience: Number of consecutive evaluations without a lower held-out loss after which training stops; None for never.
     """
 
     def __init__(
@@ -117,24 +117,24 @@ class Keeper(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Wall-clock time of training so far, over all its sittings."""
+        """Wall-clock time of training so far, summed over interrupted runs."""
         return self._seconds_before + time.monotonic() - self._began
 
     @property
     def first_loss_nats(self) -> float:
-        """Held-out loss before the first step."""
+        """Held-out loss before the first step, in nats a token."""
         first = self.rows[0].held_out_loss_nats
         assert first is not None
         return first
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether the last looks, as many as there is patience for, found nothing better."""
+        """Whether the last ``patience`` evaluations found no lower loss."""
         return self._is_over(self.rows, self.best_step)
 
     @property
     def resumes_what_has_stopped(self) -> bool:
-        """Whether the checkpoint to go on from is of a run whose patience was out: nothing is left to train."""
+        """Whether the checkpoint to resume from belongs to a run that had already stopped by its patience."""
         if self._resumed is None:
             return False
         progress = self._resumed.progress
@@ -145,14 +145,14 @@ class Keeper(TrainerCallback):
         return self._patience is not None and sum(step > best_step for step in looks) >= self._patience
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Puts weights, optimizer, schedule and log back."""
+        """Restores weights, optimizer, schedule and log."""
         if self._resumed is not None:
             put_optimizer_state(kwargs["optimizer"], self._resumed.optimizer)
             kwargs["lr_scheduler"].load_state_dict(self._resumed.progress["schedule"])
         self.begin(kwargs["model"])
 
     def begin(self, module: nn.Module) -> None:
-        """Takes the module that is trained, and puts its weights and the log back where a run is resumed."""
+        """Sets the trained module, and restores its weights and the log when a run is resumed."""
         self._module = module
         if self._resumed is None:
             return
@@ -173,7 +173,7 @@ class Keeper(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds to the log. Training and held-out loss of one step come one after the other and share a row."""
+        """Adds losses to the log; training and held-out loss of one step arrive separately and share a row."""
         logs = logs or {}
         if "loss" not in logs and "eval_loss" not in logs:
             return
@@ -194,7 +194,7 @@ class Keeper(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Keeps the tensors if they are the best, writes a checkpoint, and stops when patience is out."""
+        """Keeps the tensors if they are the best, writes a checkpoint, and stops training when patience is exhausted."""
         assert metrics is not None
         model = kwargs["model"]
         tensors = trained_tensors(model)
@@ -218,22 +218,22 @@ class Keeper(TrainerCallback):
             control.should_training_stop = True
 
     def where_the_best_is(self) -> str:
-        """Returns the end of a message that says where the best weights so far were kept, if they were."""
+        """Returns the end of an error message with the location of the best weights so far, or an empty string without any."""
         kept = checkpoints(self._work)
         return f"; the best weights so far (step {self.best_step}) are in '{kept[-1]}'" if kept else ""
 
     def put_best(self) -> None:
-        """Puts the best tensors into the model."""
+        """Copies the best tensors into the model."""
         assert self._module is not None
         put_tensors(self._module, self.best)
 
 
 @final
 class Bar(TrainerCallback):
-    """A progress bar with the losses and the time that is left, on the standard error; silent where that is no terminal.
+    """Callback for a progress bar with losses and remaining time, on the standard error; silent if that is no terminal.
 
     Args:
-        quiet: Show nothing.
+        quiet: Whether to show nothing.
     """
 
     def __init__(self, quiet: bool) -> None:
@@ -254,7 +254,7 @@ class Bar(TrainerCallback):
         self._task = self._progress.add_task("training", total=None, losses="")
 
     def asking(self, done: int, rows: int) -> None:
-        """Shows how many rows a teacher has been asked about."""
+        """Shows the number of rows that the teacher has processed."""
         self._progress.start()
         self._progress.update(self._task, completed=done, total=rows, losses="asking the teacher")
 
@@ -264,7 +264,7 @@ class Bar(TrainerCallback):
         self._progress.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Moves it."""
+        """Advances the bar."""
         self._progress.update(self._task, completed=state.global_step)
 
     def on_log(
@@ -282,13 +282,13 @@ class Bar(TrainerCallback):
         self._progress.update(self._task, losses=text)
 
     def close(self) -> None:
-        """Takes it away."""
+        """Removes the bar."""
         self._progress.stop()
 
 
 @final
 class AfterStep(TrainerCallback):
-    """Calls the adapter after each optimizer step, while the gradients are still there.
+    """Callback that calls the adapter after each optimizer step, before the gradients are cleared.
 
     Args:
         injected: The model with its adapter.
@@ -298,5 +298,5 @@ class AfterStep(TrainerCallback):
         self._injected = injected
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Passes the number of the step on, from 1."""
+        """Calls the adapter with the number of the step, from 1."""
         self._injected.adapter.after_step(self._injected.module, state.global_step + 1)

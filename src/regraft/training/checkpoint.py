@@ -1,7 +1,7 @@
-"""Checkpoints of a training run: whole or absent, safetensors and JSON only.
+"""Checkpoints of a training run, in safetensors and JSON; each is either complete or absent.
 
 A checkpoint is a folder ``checkpoint-STEP`` with the trained tensors, the best tensors so far, the optimizer's tensors, and two
-JSON files. Nothing of the random generators is stored: data order and dropout follow from the seed and the step.
+JSON files. No state of random generators is stored, because the data order and dropout depend only on the seed and the step.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from regraft.errors import TrainingError
 from regraft.training.distributed import put_whole, whole
 
 TRAINER_STATE = "trainer_state.json"
-"""Where the Trainer looks for its own state when it resumes."""
+"""Name of the file from which the Trainer restores its own state."""
 
 Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that a training run needs to go on as if nothing had happened.
+    """State of a training run, complete enough to resume it with identical results.
 
     Attributes:
-        step: Optimizer steps taken.
+        step: Number of optimizer steps made.
         trained: The trained parameters by name, after that step.
-        best: The same at the step with the lowest held-out loss so far.
+        best: The trained parameters at the step with the lowest held-out loss so far.
         optimizer: The state dict of the optimizer.
-        progress: JSON values: the schedule, the log, the best step, and what the run is of.
-        adapter: What the adapter keeps beside its parameters.
+        progress: JSON values: the schedule, the log, the best step, and the identity of the run.
+        adapter: State of the adapter other than parameters.
     """
 
     step: int
@@ -52,15 +52,15 @@ class Checkpoint:
 
 
 def write_checkpoint(work: Path, checkpoint: Checkpoint, save_trainer_state: Callable[[str], None]) -> Path:
-    """Writes a checkpoint and then removes the ones before it.
+    """Writes a checkpoint and then removes the earlier ones.
 
     Args:
         work: Folder of all checkpoints of one run.
-        checkpoint: What to write.
-        save_trainer_state: Writes the Trainer's state to the path that it is given.
+        checkpoint: The checkpoint to write.
+        save_trainer_state: Writes the Trainer's state to a given path.
 
     Raises:
-        OutputError: It cannot be written, as on a full disk; the checkpoint before is untouched.
+        OutputError: The checkpoint cannot be written, for example on a full disk; the previous one is kept.
     """
     path = work / f"checkpoint-{checkpoint.step}"
     groups = checkpoint.optimizer["param_groups"]
@@ -82,7 +82,7 @@ def write_checkpoint(work: Path, checkpoint: Checkpoint, save_trainer_state: Cal
 
 
 def checkpoints(work: Path) -> list[Path]:
-    """Returns the whole checkpoints of a run, the latest last."""
+    """Returns the complete checkpoints of a run, the latest last."""
     found = [entry for entry in work.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", entry.name)]
     return sorted(found, key=lambda entry: int(entry.name.rpartition("-")[2]))
 
@@ -91,7 +91,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Reads a checkpoint.
 
     Raises:
-        TrainingError: It is damaged.
+        TrainingError: The checkpoint is damaged.
     """
     try:
         progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
@@ -116,7 +116,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def trained_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Returns a copy on the CPU of every parameter that is trained, by name, in one piece; all processes must ask together."""
+    """Returns a CPU copy of every trained parameter by name, gathered from shards; all processes must call this together."""
     return {
         name: whole(parameter.detach()).to("cpu", copy=True).contiguous()
         for name, parameter in model.named_parameters()
@@ -138,7 +138,7 @@ def put_tensors(model: torch.nn.Module, tensors: Tensors) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Returns the state dict of an optimizer with every tensor in one piece; all processes must ask together."""
+    """Returns the state dict of an optimizer with tensors gathered from shards; all processes must call this together."""
     state: dict[str, Any] = optimizer.state_dict()
     pieces = {
         index: {name: whole(value.detach()).to("cpu", copy=True) for name, value in entry.items()}
@@ -148,7 +148,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def put_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Puts a state from :func:`optimizer_state` back, cut into the shards of the parameters it belongs to."""
+    """Restores a state from :func:`optimizer_state`, split into the shards of its parameters."""
     parameters: list[Tensor] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     pieces = {index: {name: _like(parameters[index], value) for name, value in entry.items()} for index, entry in state["state"].items()}
     optimizer.load_state_dict({"state": pieces, "param_groups": state["param_groups"]})

@@ -1,10 +1,10 @@
-"""Distillation: a pruned model learns from the model that it was cut from (Hinton et al., arXiv 1503.02531).
+"""Distillation: a pruned model learns from the dense model (Hinton et al., arXiv 1503.02531).
 
     loss = (1 - a) * task + a * T² KL(teacher_T || student_T) + h * distance of hidden states
 
-summed over predicted tokens. The divergence is to the teacher's whole distribution, or to its likeliest tokens from
-:mod:`regraft.training.teacher_cache`. Only the last hidden states of the two models exist for all positions; logits are made,
-compared and dropped piece by piece (:func:`regraft.training.losses.in_pieces`).
+summed over predicted tokens. The divergence uses the teacher's full distribution, or its likeliest tokens from
+:mod:`regraft.training.teacher_cache`. Only the last hidden states of the two models are in memory for all positions; logits are computed,
+compared and freed piece by piece (:func:`regraft.training.losses.in_pieces`).
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from regraft.errors import ModelError
 from regraft.settings import RecoverSettings
 from regraft.training.losses import divergence, divergence_of_top, in_pieces, predicting
 
-# Logits of one piece: 16 MiB of float32 stay in a CPU's caches and make matrix products large enough for a GPU.
+# Number of logits in one piece: small enough for a CPU's caches (16 MiB of float32), large enough for efficient products on a GPU.
 _PIECE_VALUES = {"cpu": 1 << 22, "cuda": 1 << 25}
 _PROBE_TOKENS = 4
 _RIDGE = 1e-4
 
 TEACHER_LOG_P, TEACHER_TOKENS = "teacher_log_p", "teacher_tokens"
-"""Names under which a batch carries a cached teacher: (N, K) each, rows in the order of the batch's predicting positions."""
+"""Names of a cached teacher's tensors in a batch: (N, K) each, with rows in the order of the batch's predicting positions."""
 
 
 @dataclass
 class Teacher:
-    """A model to learn from.
+    """The model that a student learns from.
 
     Attributes:
-        model: In evaluation mode, on the student's device.
-        name: As its user names it.
-        tokenizer: None where the folder has none.
-        fingerprint: Of the model.
+        model: The model in evaluation mode, on the student's device; None once released.
+        name: Name of the teacher, as its user gave it.
+        tokenizer: Tokenizer of the teacher; None if its folder has none.
+        fingerprint: Fingerprint of the teacher.
     """
 
     model: PreTrainedModel | None = field(repr=False)
@@ -55,15 +55,15 @@ class Teacher:
         return self.model
 
     def release(self) -> None:
-        """Lets go of the model, once all that is needed of it is on disk."""
+        """Frees the model, once all its needed outputs are on disk."""
         self.model = None
 
 
 def check_vocabulary(teacher: Teacher, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a teacher whose tokens are not the student's.
+    """Refuses a teacher whose vocabulary differs from the student's.
 
     Raises:
-        ModelError: The numbers of tokens differ, or ids stand for other tokens.
+        ModelError: The numbers of tokens differ, or an id stands for different tokens.
     """
     theirs, ours = vocabulary_of(teacher.present()), vocabulary_of(model)
     remedy = "give a teacher with the student's tokenizer, such as the model that it was pruned from"
@@ -79,22 +79,22 @@ def check_vocabulary(teacher: Teacher, model: PreTrainedModel, tokenizer: PreTra
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """Returns how many logits a model gives for each position."""
+    """Returns the number of logits of a model for each position."""
     head = model.get_output_embeddings() or model.get_input_embeddings()
     return cast(Tensor, head.weight).shape[0]
 
 
 @final
 class Readout:
-    """The last hidden states of a model, and how logits are read from them.
+    """Access to the last hidden states of a model, and computation of logits from them.
 
-    Where the model's logits are its frozen output matrix times the output of its decoder (which is looked at, not assumed: Gemma 2
-    squashes its logits, Granite scales them), a forward pass makes the logits of one position only and the rest are made piece by
-    piece. Elsewhere the "hidden states" are the logits themselves.
+    If the model's logits are its frozen output matrix times the output of its decoder, a forward pass computes the logits of one position
+    only, and the others are computed piece by piece. This is tested, because some models change their logits (Gemma 2 caps them, Granite
+    scales them). For these models the "hidden states" are the logits themselves.
 
     Args:
-        model: The model inside whatever wraps it; the wrapper is what :meth:`__call__` is given.
-        autocast: Type of the matrix products outside the model's own forward pass; float32 for none.
+        model: The plain model; :meth:`__call__` takes the module that wraps it.
+        autocast: Dtype of matrix products outside the model's own forward pass; float32 for no autocast.
     """
 
     def __init__(self, model: PreTrainedModel, autocast: torch.dtype) -> None:
@@ -108,12 +108,12 @@ class Readout:
         """Runs a forward pass.
 
         Args:
-            module: The model, or what wraps it.
-            inputs: Without labels.
-            layers: Whether the hidden states of all layers are wanted.
+            module: The model, or the module that wraps it.
+            inputs: Inputs of the model, without labels.
+            layers: Whether to return the hidden states of all layers.
 
         Returns:
-            What :meth:`logits` reads, (B, L, D) or (B, L, V), and the output of every layer, (B, L, D) each, or nothing.
+            The input of :meth:`logits`, (B, L, D) or (B, L, V), and the output of every layer, (B, L, D) each, or an empty tuple.
         """
         asked: dict[str, Any] = {"use_cache": False, "output_hidden_states": layers}
         if not self.fused:
@@ -126,7 +126,7 @@ class Readout:
         return last, tuple(output.hidden_states[1:]) if layers else ()
 
     def logits(self, last: Tensor) -> Tensor:
-        """Returns the logits of some positions, float32 (…, V)."""
+        """Returns the logits of given positions, float32 (…, V)."""
         if not self.fused:
             return last.float()
         kind = last.device.type
@@ -135,7 +135,7 @@ class Readout:
 
     def _head(self, last: Tensor) -> Tensor:
         head: Any = self._model.get_output_embeddings()
-        # The parameters, not the module: nothing that wraps the module may count this as another forward pass.
+        # The parameters are used directly, so that wrappers of the module do not count this as another forward pass.
         return F.linear(last if self._autocast != torch.float32 else last.to(head.weight.dtype), head.weight, head.bias)
 
     @contextmanager
@@ -169,15 +169,15 @@ class Readout:
 
 @final
 class Distillation:
-    """The loss of a batch, summed over its predicted tokens.
+    """Distillation loss of a batch, summed over its predicted tokens.
 
     Args:
-        student: The model inside its adapter, frozen but for the adapter.
-        teacher: The teacher's model, or None where batches carry its likeliest tokens.
-        settings: Shares and temperature.
-        compute: Type of the matrix products.
-        projections: For each pair of layers, a map (teacher's D, student's D) of the teacher's hidden states; empty where the widths
-            are equal.
+        student: The model with its adapter, all other weights frozen.
+        teacher: The teacher's model, or None if batches hold its likeliest tokens.
+        settings: Shares of the losses and temperature.
+        compute: Dtype of matrix products.
+        projections: For each pair of layers, a map (teacher's D, student's D) of the teacher's hidden states; empty if the widths are
+            equal.
     """
 
     def __init__(
@@ -196,11 +196,11 @@ class Distillation:
         self._projections = tuple(projections)
 
     def __call__(self, module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Returns the summed loss of a batch, float32, with its gradient ready.
+        """Returns the summed loss of a batch, float32, with its gradients.
 
         Args:
-            module: What is trained, wrapped as it may be.
-            batch: ``input_ids`` and ``labels``, ``attention_mask`` or ``position_ids`` where rows need them, and a cached teacher.
+            module: The trained module, perhaps wrapped.
+            batch: ``input_ids``, ``labels``, if needed ``attention_mask`` or ``position_ids``, and perhaps a cached teacher's tensors.
         """
         settings = self._settings
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
@@ -240,7 +240,7 @@ class Distillation:
             return self._teacher(self._teacher_model, inputs, layers=layers)
 
     def _distance(self, hidden: Sequence[Tensor], taught: Sequence[Tensor], chosen_BL: Tensor) -> Tensor:
-        """Returns the summed squared distance of hidden states, relative to the teacher's mean square, averaged over layers."""
+        """Returns the squared distance of hidden states over the teacher's mean square, summed over tokens, averaged over layers."""
         total = hidden[0].new_zeros((), dtype=torch.float32)
         for index, (ours, theirs) in enumerate(layer_pairs(len(hidden), len(taught))):
             target_ND = taught[theirs][chosen_BL].float()
@@ -252,7 +252,7 @@ class Distillation:
 
 
 def layer_pairs(ours: int, theirs: int) -> list[tuple[int, int]]:
-    """Returns for each layer of the student the layer of the teacher at the same relative depth; the last ones are paired.
+    """Returns for each layer of the student the teacher's layer at the same relative depth; the last layers form a pair.
 
     >>> layer_pairs(3, 6)
     [(0, 1), (1, 3), (2, 5)]
@@ -267,19 +267,19 @@ def _width_of(model: PreTrainedModel) -> int:
 def fit_projections(
     student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], compute: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """Returns what maps the teacher's hidden states to the student's width, where the widths differ: nothing where they do not.
+    """Returns maps of the teacher's hidden states to the student's width, or none if the widths are equal.
 
-    For each pair of layers the ridge regression of the untrained student's hidden states on the teacher's, over some batches, in
-    float64. It is fixed from then on: a map that trains along could bend the target to the student.
+    The map of each pair of layers is the ridge regression of the untrained student's hidden states on the teacher's, over some batches, in
+    float64. It is not trained, because a trained map could adapt the target to the student.
 
     Args:
-        student: Before training.
-        teacher: In evaluation mode.
-        batches: As for :class:`Distillation`; all positions that predict count.
-        compute: Type of the matrix products.
+        student: The student before training.
+        teacher: The teacher in evaluation mode.
+        batches: Batches as for :class:`Distillation`; all predicting positions are used.
+        compute: Dtype of matrix products.
 
     Returns:
-        Float32, (teacher's D, student's D), one for each pair of :func:`layer_pairs`.
+        One map for each pair of :func:`layer_pairs`, float32 (teacher's D, student's D).
     """
     if _width_of(student) == _width_of(teacher):
         return ()

@@ -1,7 +1,7 @@
-"""Training in several processes, on one machine or many: who writes, who waits, and tensors that lie in shards.
+"""Training in several processes, on one or many machines: roles of the processes, and sharded tensors.
 
-Processes are started by ``accelerate launch``, ``torchrun`` or ``mpirun``, which tell each who it is in the environment. All of them
-read the same files: the work folder must be on a file system that they share.
+Processes are started by ``accelerate launch``, ``torchrun`` or ``mpirun``, which set the rank of each in its environment. All processes
+read the same files, so that the work folder must be on a shared file system.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def join_processes(device: torch.device) -> None:
     """Joins the other processes, if the launcher started any.
 
     Args:
-        device: Where the model trains; a CPU uses gloo.
+        device: Device of the training; a CPU uses gloo.
 
     Raises:
-        InputError: The processes do not find one another, or the launcher was to start several and started one.
+        InputError: The processes cannot connect, or the launcher was told to start several and started one.
     """
     if dist.is_initialized():
         return
@@ -44,10 +44,10 @@ def join_processes(device: torch.device) -> None:
 
 
 def _check_alone() -> None:
-    """Refuses to be the one process that accelerate's launcher starts on CPUs, in silence, when it is asked for more without MPI.
+    """Refuses to run as the single process that accelerate's launcher silently starts on CPUs without MPI, when told to start several.
 
     Raises:
-        InputError: It is.
+        InputError: This is such a process.
     """
     announced = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
     if announced and not any(name in os.environ for name in _COUNTS):
@@ -58,7 +58,7 @@ def _check_alone() -> None:
 
 
 def local_device(name: str) -> str:
-    """Returns the device of this process where its launcher gave it one of several GPUs, else what was asked for.
+    """Returns the device of this process: the GPU that its launcher assigned, or else the requested device.
 
     >>> local_device("cpu")
     'cpu'
@@ -67,28 +67,28 @@ def local_device(name: str) -> str:
 
 
 def process_count() -> int:
-    """Returns how many processes train together."""
+    """Returns the number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def process_index() -> int:
-    """Returns which of them this is; 0 is the one that writes."""
+    """Returns the rank of this process; rank 0 writes the files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_main() -> bool:
-    """Returns whether this process is the one that writes."""
+    """Returns whether this process writes the files."""
     return process_index() == 0
 
 
 def wait_for_all() -> None:
-    """Returns when every process has come here."""
+    """Waits until every process has reached this call."""
     if process_count() > 1:
         dist.barrier()
 
 
 def sum_over_processes(values: Iterable[float], device: torch.device) -> list[float]:
-    """Returns the sums of some numbers over all processes, the same on each, added in float64."""
+    """Returns the sums of numbers over all processes, equal on each, computed in float64."""
     numbers = torch.tensor(list(values), dtype=torch.float64, device=device)
     if process_count() > 1:
         dist.all_reduce(numbers)
@@ -101,12 +101,12 @@ def any_process(condition: bool, device: torch.device) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Returns a tensor in one piece; all processes must ask for the same ones in the same order."""
+    """Returns a tensor gathered from its shards; all processes must gather the same tensors in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def put_whole(target: Tensor, value: Tensor) -> None:
-    """Copies a tensor in one piece into one that may lie in shards."""
+    """Copies a full tensor into one that may be sharded."""
     with torch.no_grad():
         if isinstance(target, DTensor):
             moved = value.to(target.device, target.dtype)
@@ -116,14 +116,14 @@ def put_whole(target: Tensor, value: Tensor) -> None:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Returns whether parameters of a module lie in shards (FSDP2)."""
+    """Returns whether parameters of a module are sharded (FSDP2)."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def skeleton_of(module: nn.Module) -> nn.Module:
-    """Returns a copy of a module with its own buffers and with parameters that take no memory, for :func:`filled`.
+    """Returns a copy of a module with its own buffers and with parameters without memory, for :func:`filled`.
 
-    Sharding a model changes its classes and its parameters for good; what trains afterwards can be put into the copy.
+    Sharding permanently changes a model's classes and parameters; the trained parameters can be put into the copy.
     """
     memo: dict[int, nn.Parameter] = {
         id(parameter): nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad) for parameter in module.parameters()
@@ -132,7 +132,7 @@ def skeleton_of(module: nn.Module) -> nn.Module:
 
 
 def filled(skeleton: nn.Module, sharded: nn.Module) -> nn.Module:
-    """Puts the parameters of a sharded module, in one piece and on the CPU, into its copy from :func:`skeleton_of`."""
+    """Copies the gathered parameters of a sharded module, on the CPU, into its copy from :func:`skeleton_of`."""
     values = {name: whole(parameter.detach()).cpu() for name, parameter in sharded.named_parameters()}
     skeleton.load_state_dict(values, strict=False, assign=True)
     for name, parameter in skeleton.named_parameters():

@@ -1,8 +1,8 @@
-"""Frozen weights in four bits while an adapter trains beside them (QLoRA, Dettmers et al., arXiv 2305.14314, section 3).
+"""Frozen weights in four bits during the training of an adapter (QLoRA, Dettmers et al., arXiv 2305.14314, section 3).
 
-The linear maps of the layers are held as NF4 with their scales quantised once more, by bitsandbytes. As they were, they wait on the CPU and
-come back afterwards: what the adapter is folded into, and what is saved, has lost nothing. That is our departure from QLoRA, which
-goes on with the quantised base; the price is that the adapter has learnt beside slightly other weights than it ends up beside.
+The linear maps of the layers are quantised by bitsandbytes to NF4 with double quantisation. The original weights wait on the CPU and are
+restored at the end, so that merging and saving use the exact weights. This departs from QLoRA, which keeps the quantised base; the
+disadvantage is that the adapter was trained with slightly different weights.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from transformers import PreTrainedModel
 from regraft.errors import InputError, MissingDependencyError
 
 _EXTRA = "bnb"
-_SHARDS = "ACCELERATE_USE_FSDP"  # how its launcher asks for FSDP
+_SHARDS = "ACCELERATE_USE_FSDP"  # environment variable by which accelerate's launcher requests FSDP
 
 
 def import_bitsandbytes() -> Any:
-    """Returns the library.
+    """Returns the module ``bitsandbytes``.
 
     Raises:
-        MissingDependencyError: It is not installed.
+        MissingDependencyError: bitsandbytes is not installed.
     """
     try:
         return importlib.import_module("bitsandbytes")
@@ -36,11 +36,11 @@ def import_bitsandbytes() -> Any:
 
 
 def check_four_bits(model: PreTrainedModel, compute: torch.dtype) -> None:
-    """Refuses what :func:`in_four_bits` cannot do, before anything is changed.
+    """Checks that :func:`in_four_bits` can work, before anything is changed.
 
     Raises:
         MissingDependencyError: bitsandbytes is not installed.
-        InputError: It does not work on this device, the model has nothing that it can hold, or the weights are to lie in shards.
+        InputError: bitsandbytes does not work on this device, the model has no linear maps to quantise, or FSDP is requested.
     """
     library = import_bitsandbytes()
     if os.environ.get(_SHARDS, "false") == "true":
@@ -58,11 +58,11 @@ def check_four_bits(model: PreTrainedModel, compute: torch.dtype) -> None:
 
 @contextmanager
 def in_four_bits(model: PreTrainedModel, compute: torch.dtype) -> Iterator[None]:
-    """Holds the frozen linear maps of a model in four bits inside the block, all but the one that makes the logits.
+    """Holds the frozen linear maps of a model, except the output projection, in four bits inside the block.
 
     Args:
-        model: With an adapter inside, whose own parameters stay as they are.
-        compute: Type of the matrix products.
+        model: A model with an adapter, whose parameters are not quantised.
+        compute: Dtype of matrix products.
     """
     library, device = import_bitsandbytes(), model.device
     frozen = {name: module for name, module in _linear_maps(model).items() if not module.weight.requires_grad}
@@ -82,7 +82,7 @@ def _linear_maps(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 
 def _quantised(library: Any, module: nn.Linear, compute: torch.dtype) -> nn.Module:
-    """Returns a linear map of bitsandbytes with the same weight, NF4 in blocks of 64, and the same bias."""
+    """Returns a bitsandbytes linear map with the same bias, and with the weight as NF4 in blocks of 64."""
     shape = (module.in_features, module.out_features)
     how = {"quant_type": "nf4", "compress_statistics": True}
     made = library.nn.Linear4bit(*shape, bias=False, compute_dtype=compute, device="meta", **how)

@@ -1,4 +1,4 @@
-"""Rows of text with one label each: batches, the loss that is trained on, and what is reported of the held-out rows.
+"""Rows of text with one label each: batches, training loss, and measures on held-out rows.
 
 Legend of shapes: B rows, T tokens of the longest row, C classes (1 for regression).
 """
@@ -15,22 +15,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from regraft.data.labelled import Labelled
 from regraft.training.batches import Example, padding_token
 
-AT_ONCE = 32  # rows that are judged together
+AT_ONCE = 32  # rows that are evaluated together
 
 Progress = Callable[[int, int], None]
-"""Called with how much is done, and how much there is."""
+"""Called with the number of finished rows and the number of all rows."""
 
 
 def labelled_examples(rows: Labelled, tokenizer: PreTrainedTokenizerBase, most_tokens: int) -> list[Example]:
-    """Encodes rows as the tokenizer joins one text or two, cut to so many tokens, the longer text first.
+    """Encodes rows of one or two texts by the tokenizer, truncated to a number of tokens, the longer text first.
 
     Args:
         rows: Texts and labels.
-        tokenizer: Of the model.
-        most_tokens: Longest row.
+        tokenizer: Tokenizer of the model.
+        most_tokens: Longest row in tokens.
 
     Returns:
-        Labels are scalars: int64 classes, or float32 numbers.
+        Examples whose labels are scalars: int64 classes, or float32 numbers.
     """
     first, second = [texts[0] for texts in rows.texts], [texts[1] for texts in rows.texts if len(texts) == 2]
     encoded = tokenizer(first, second or None, truncation=True, max_length=most_tokens)
@@ -43,10 +43,10 @@ def labelled_examples(rows: Labelled, tokenizer: PreTrainedTokenizerBase, most_t
 
 
 def collate_labelled(examples: Sequence[Example], padding: int) -> dict[str, Tensor]:
-    """Pads rows on the right to the longest.
+    """Joins rows into a batch, padded on the right to the longest row.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and, where an encoder has them, ``token_type_ids``, each (B, T) int64; ``labels`` (B,).
+        ``input_ids``, ``attention_mask`` and, if the encoder uses them, ``token_type_ids``, each (B, T) int64; ``labels`` (B,).
     """
     longest = max(len(example.input_ids) for example in examples)
     batch = {
@@ -75,7 +75,7 @@ def summed_label_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def summed_labelled(model: nn.Module, batches: Iterable[dict[str, Tensor]], device: torch.device) -> tuple[float, int]:
-    """Returns the loss over all batches, without dropout and without gradients, and the number of rows; the mode is put back."""
+    """Returns the loss summed over all batches, without dropout and gradients, and the number of rows; the model's mode is restored."""
     total, rows = 0.0, 0
     was_training = model.training
     model.eval()
@@ -93,17 +93,18 @@ def summed_labelled(model: nn.Module, batches: Iterable[dict[str, Tensor]], devi
 def judged(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Labelled, most_tokens: int, progress: Progress | None = None
 ) -> dict[str, float]:
-    """Returns what is usually reported of a model for labels.
+    """Returns the usual measures of a classification or regression model.
 
     Args:
-        model: In evaluation mode, or with an adapter on it.
-        tokenizer: The model's.
-        rows: Held out.
-        most_tokens: Longest row.
-        progress: Told of the rows that are done, and of all there are.
+        model: The model in evaluation mode, perhaps with an adapter.
+        tokenizer: Tokenizer of the model.
+        rows: Held-out rows.
+        most_tokens: Longest row in tokens.
+        progress: Called with the number of finished rows and of all rows.
 
     Returns:
-        ``accuracy`` and ``macro_f1`` of classes, or ``pearson``, ``spearman`` and ``rmse`` of numbers; NaN where all are equal.
+        ``accuracy`` and ``macro_f1`` for classes; ``pearson``, ``spearman`` and ``rmse`` for numbers, with NaN correlation if all numbers
+        are equal.
     """
     examples = labelled_examples(rows, tokenizer, most_tokens)
     found: list[Tensor] = []
@@ -126,7 +127,7 @@ def judged(
 
 
 def macro_f1(chosen: Tensor, labels: Tensor) -> float:
-    """Returns the mean over the classes that there are of F1, 2 tp / (2 tp + fp + fn); int64 ``(n,)`` both."""
+    """Returns the mean F1 = 2 tp / (2 tp + fp + fn) over the classes that occur; both tensors are int64 ``(n,)``."""
     scores: list[float] = []
     for name in torch.cat([chosen, labels]).unique().tolist():
         both, either = int(((chosen == name) & (labels == name)).sum()), int((chosen == name).sum() + (labels == name).sum())
@@ -135,14 +136,14 @@ def macro_f1(chosen: Tensor, labels: Tensor) -> float:
 
 
 def correlation(first: Tensor, second: Tensor) -> float:
-    """Returns Pearson's correlation of two vectors, float64 ``(n,)``; NaN where one of them is constant."""
+    """Returns Pearson's correlation of two vectors, float64 ``(n,)``; NaN if one of them is constant."""
     first, second = first - first.mean(), second - second.mean()
     size = float(first.norm() * second.norm())
     return float(first @ second) / size if size > 0 else float("nan")
 
 
 def ranked(values: Tensor) -> Tensor:
-    """Returns ranks from 1, equal values sharing the mean of theirs: Spearman's correlation is Pearson's of them."""
+    """Returns ranks from 1, with mean ranks for equal values. Pearson's correlation of ranks is Spearman's correlation."""
     _, places, counts = torch.unique(values, return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     return (last - (counts - 1) / 2)[places]

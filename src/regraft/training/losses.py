@@ -1,4 +1,4 @@
-"""Losses of a causal language model: over fixed batches, against a teacher, and in pieces that need little memory.
+"""Losses of a causal language model: over fixed batches, against a teacher, and in pieces that save memory.
 
 Legend of shapes: B rows, L tokens of a row, N positions that predict a token, D residual channels, V vocabulary, K tokens kept of a
 teacher's distribution.
@@ -17,27 +17,27 @@ from regraft.data.instructions import IGNORED
 
 
 def predicted_tokens(labels: Tensor) -> int:
-    """Returns how many tokens of a batch are predicted: those with a label that are not first in their row.
+    """Returns the number of predicted tokens of a batch: those with a label that are not first in their row.
 
     Args:
-        labels: ``(batch, tokens)`` int64, ``-100`` where nothing is predicted.
+        labels: ``(batch, tokens)`` int64, ``-100`` for tokens that are not predicted.
     """
     return int((labels[:, 1:] != IGNORED).sum())
 
 
 def predicting(labels: Tensor) -> Tensor:
-    """Returns which positions predict a token that counts: bool ``(batch, tokens)``, never the last of a row."""
+    """Returns a mask of the positions that predict a token with a label: bool ``(batch, tokens)``, never the last of a row."""
     return F.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)
 
 
 def summed_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]], device: torch.device) -> tuple[float, int]:
-    """Returns the negative log-likelihood of all predicted tokens in nats, without dropout and without gradients, and their number.
+    """Returns the summed negative log-likelihood of all predicted tokens in nats, without dropout and gradients, and their number.
 
     Args:
-        model: Takes ``input_ids`` and ``attention_mask`` and returns an output with ``logits``; its mode (training or not) is put
-            back afterwards. A loss of its own would hold more than the likelihood where AdaLoRA or experts add to it.
-        batches: Each with at least one predicted token.
-        device: Where the model is.
+        model: A model with inputs ``input_ids`` and ``attention_mask`` and output ``logits``; its mode is restored at the end. The
+            model's own loss is not used, because AdaLoRA and mixtures of experts add terms to it.
+        batches: Batches with at least one predicted token each.
+        device: Device of the model.
     """
     total_nats, tokens = 0.0, 0
     was_training = model.training
@@ -57,9 +57,9 @@ def summed_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]], device: 
 
 
 def mean_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]], device: torch.device) -> float:
-    """Returns the mean negative log-likelihood of a predicted token in nats, see :func:`summed_loss`.
+    """Returns the mean negative log-likelihood of a predicted token in nats; see :func:`summed_loss`.
 
-    Batches of unequal numbers of predicted tokens weigh by that number, unlike a mean of the means of batches.
+    Batches are weighted by their numbers of predicted tokens, unlike in a mean of batch means.
     """
     total_nats, tokens = summed_loss(model, batches, device)
     return total_nats / tokens
@@ -68,8 +68,8 @@ def mean_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]], device: to
 def divergence(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
     """Returns the summed KL divergence from teacher to student at a temperature, times the temperature squared, in nats.
 
-    Knowledge distillation (Hinton et al., arXiv 1503.02531, section 2.1): the gradient of a softened divergence falls with 1/T², and
-    the factor T² keeps its share in a mix with the task loss.
+    This is the loss of knowledge distillation (Hinton et al., arXiv 1503.02531, section 2.1). The gradient of a softened divergence falls
+    with 1/T²; the factor T² keeps its share in a sum with the task loss.
 
     Args:
         student_NV: Logits, float32 or better.
@@ -82,16 +82,16 @@ def divergence(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Te
 
 
 def divergence_of_top(student_NV: Tensor, log_p_NK: Tensor, tokens_NK: Tensor, temperature: float) -> Tensor:
-    """Returns the same as :func:`divergence` for a teacher of which only its K likeliest tokens are known.
+    """Returns the divergence as :func:`divergence` does, for a teacher of which only the K likeliest tokens are known.
 
-    What the teacher gives to all other tokens is one outcome of its own, and so is what the student gives to them: the divergence
-    between the two distributions over K + 1 outcomes. Nothing is renormalised, so that a student which puts its mass outside the K is
-    told so; merging outcomes only lowers a divergence (the log-sum inequality), and with K = V it is exact.
+    All other tokens together count as one outcome, for the teacher and for the student: it is the divergence between two distributions over
+    K + 1 outcomes. Nothing is renormalised, so that probability of the student outside the K tokens is penalised. Merging outcomes can only
+    lower a divergence (log-sum inequality); with K = V the result is exact.
 
     Args:
         student_NV: Logits, float32 or better.
         log_p_NK: Log-probabilities of the teacher at this temperature, normalised over all V tokens.
-        tokens_NK: Which tokens they are of, int64, each at most once in a row.
+        tokens_NK: The teacher's K tokens, int64, each at most once in a row.
         temperature: T.
     """
     scaled_NV = student_NV / temperature
@@ -107,7 +107,7 @@ def divergence_of_top(student_NV: Tensor, log_p_NK: Tensor, tokens_NK: Tensor, t
 
 
 class _InPieces(torch.autograd.Function):
-    """Sums a loss over pieces of its input; each piece's gradient is taken at once, so that no piece outlives the next."""
+    """A sum of a loss over pieces of its input; each piece's gradient is computed at once, so that only one piece is in memory."""
 
     @staticmethod
     def forward(ctx: Any, input_ND: Tensor, loss_of: Callable[[Tensor, slice], Tensor], rows: int) -> Tensor:
@@ -131,14 +131,14 @@ class _InPieces(torch.autograd.Function):
 
 
 def in_pieces(input_ND: Tensor, loss_of: Callable[[Tensor, slice], Tensor], rows: int) -> Tensor:
-    """Returns the sum of a loss over pieces of at most ``rows`` rows, float32, never holding more than one piece's intermediate values.
+    """Returns the sum of a loss over pieces of at most ``rows`` rows, float32, with the intermediate values of one piece in memory.
 
-    With hidden states as the input and a head inside the loss, the logits of all positions never exist at once. The gradient reaches
-    the input only: what the loss closes over, such as a frozen head, gets none.
+    With hidden states as the input and a head inside the loss, the logits of all positions never exist at once. Only the input gets a
+    gradient; other tensors that the loss uses, such as a frozen head, get none.
 
     Args:
         input_ND: Hidden states, or logits.
-        loss_of: Given some rows and which they are, returns the sum of their losses.
-        rows: Of a piece.
+        loss_of: Function from some rows and their slice to the sum of their losses.
+        rows: Number of rows in a piece.
     """
     return _InPieces.apply(input_ND, loss_of, rows)  # pyright: ignore[reportReturnType]

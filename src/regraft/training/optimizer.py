@@ -1,4 +1,4 @@
-"""Which parameters the optimizer trains at which learning rate."""
+"""The optimizer, and its groups of parameters by learning rate."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _LORA_B = ("lora_B", "lora_embedding_B")
 
 
 def parameter_groups(injected: Injected, settings: RecoverSettings) -> list[ParameterGroup]:
-    """Returns the groups of an adapter: its own, or those of LoRA+, or one.
+    """Returns the parameter groups of an adapter: its own groups, those of LoRA+, or a single group.
 
-    LoRA+ (arXiv 2402.12354, section 4): B trains at ``lr_ratio`` times the learning rate of A.
+    In LoRA+ (arXiv 2402.12354, section 4), B has ``lr_ratio`` times the learning rate of A.
 
     Raises:
-        InputError: LoRA+ was asked of an adapter without a matrix B, or of one that has groups of its own.
+        InputError: LoRA+ was requested for an adapter without a matrix B, or for one with its own groups.
     """
     trained = {name: parameter for name, parameter in injected.module.named_parameters() if parameter.requires_grad}
     if isinstance(injected.adapter, Grouped):
@@ -39,7 +39,7 @@ def parameter_groups(injected: Injected, settings: RecoverSettings) -> list[Para
 
 
 def make_optimizer(groups: Sequence[ParameterGroup]) -> torch.optim.AdamW:
-    """Returns AdamW without weight decay, betas 0.9 and 0.999: what the Trainer makes, with our groups."""
+    """Returns AdamW without weight decay and with betas 0.9 and 0.999, like the Trainer's, with these groups."""
     entries = [
         {"params": list(group.parameters), "lr": group.lr, **({"eps": group.eps} if group.eps is not None else {})} for group in groups
     ]

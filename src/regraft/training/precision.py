@@ -1,4 +1,4 @@
-"""Which number types train: bfloat16 autocast where the GPU has it, float32 elsewhere, float16 never."""
+"""Dtypes of training: bfloat16 autocast on GPUs that support it, else float32; never float16."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """Returns the type of the matrix products of a forward pass.
+    """Returns the dtype of the matrix products of a forward pass.
 
-    ``auto`` is bfloat16 on a GPU that has it and float32 elsewhere: on most CPUs bfloat16 is emulated and slower. float16 is no
-    choice: its range overflows in the gradients of Llama-2 (LLM-Pruner, issues 13 and 81).
+    ``auto`` is bfloat16 on a GPU that supports it and float32 elsewhere, because on most CPUs bfloat16 is emulated and slower. float16 is
+    not offered, because gradients of Llama-2 exceed its range (LLM-Pruner, issues 13 and 81).
 
     Raises:
-        InputError: bfloat16 was asked of a GPU that lacks it.
+        InputError: bfloat16 was requested on a GPU that lacks it.
     """
     capable = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bfloat16":
@@ -33,10 +33,10 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def trainable_weights(model: nn.Module, compute: torch.dtype) -> Iterator[None]:
-    """Holds the weights in a type that can be trained beside and gives each its own type back afterwards.
+    """Holds the weights inside the block in dtypes that an adapter can train with, and restores their own dtypes at the end.
 
-    float16 weights become float32; bfloat16 weights stay where the products are bfloat16 and become float32 otherwise. Only
-    parameters change: buffers such as rotary frequencies keep their float32.
+    float16 weights become float32. bfloat16 weights become float32 unless the products are bfloat16. Only parameters change: buffers such
+    as rotary frequencies remain float32.
     """
     before = [(parameter, parameter.dtype) for parameter in model.parameters()]
     widened = {torch.float16} if compute == torch.bfloat16 else {torch.float16, torch.bfloat16}

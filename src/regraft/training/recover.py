@@ -1,8 +1,8 @@
-"""Recovery: train a LoRA beside a pruned model's frozen weights (LLM-Pruner, arXiv 2305.11627, section 3.3).
+"""Recovery: training of an adapter on the frozen weights of a pruned model (LLM-Pruner, arXiv 2305.11627, section 3.3).
 
-Language modelling on text or instruction tuning on records, with the Hugging Face Trainer. The seed alone decides the order of
-the data, the adapter's first values and dropout, so that a run that was killed and resumed ends with the same bytes as one that
-was not, on the same machine.
+The task is language modelling on text or instruction tuning on records, with the Hugging Face Trainer. The seed alone decides the order
+of the data, the adapter's initial values and dropout. So, on the same machine, a run that was killed and resumed ends with the same bytes
+as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -49,26 +49,26 @@ from regraft.training.precision import compute_dtype, trainable_weights
 from regraft.training.teacher_cache import TeacherCache
 from regraft.training.trainer import LABELS, TOKENS, Reading, RecoveryTrainer, training_arguments
 
-# Of the first training rows, where a teacher of another width is mapped to the student's.
+# Number of training batches for fitting the maps from a teacher's hidden states to the width of the student's.
 _PROJECTION_BATCHES = 4
 _TENSORBOARD_FOLDER = "TENSORBOARD_LOGGING_DIR"
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """What recovery gave.
+    """Result of a recovery.
 
     Attributes:
-        model: The recovered model: without adapter when it was merged, else with the adapter inside.
+        model: The recovered model: without adapter if it was merged, else with it.
         injected: The model with its adapter, for saving it; None when it was merged.
         log: The loss log, from step 0.
-        best_step: The step whose weights were kept: the one with the lowest held-out loss; 0 when training never lowered it.
-        best_loss: Held-out loss there, in nats a token.
+        best_step: The step with the lowest held-out loss, whose weights were kept; 0 if training never lowered the loss.
+        best_loss: Held-out loss at the best step, in nats a token.
         first_loss: Held-out loss before the first step.
-        trainable_parameters: How many numbers were trained.
-        ranks: The rank plan that was followed, or None.
-        seconds: Wall-clock time of training, over all its sittings.
-        peak_memory_bytes: Of the GPU, or of this process.
+        trainable_parameters: Number of trained parameters.
+        ranks: The rank plan that was used, or None.
+        seconds: Wall-clock time of training, summed over interrupted runs.
+        peak_memory_bytes: Peak memory of the GPU, or of this process.
     """
 
     model: nn.Module
@@ -97,29 +97,29 @@ def recover(
 ) -> Recovered:
     """Trains an adapter on a model, in place, and keeps the weights with the lowest held-out loss.
 
-    Where a launcher started several processes, all of them call this with the same arguments, and each trains on batches of its own:
-    a step is of ``processes`` times as many rows. The first process alone writes.
+    If a launcher started several processes, all of them call this function with the same arguments, and each trains on its own batches: a
+    step has ``processes`` times as many rows. Only the first process writes files.
 
     Args:
         model: Of a known family, or with a head for labels, on the device where it trains. Weights in float16 are held in float32
             while training, bfloat16 ones too unless the products are bfloat16; afterwards each has its own type again.
-        tokenizer: The model's.
-        train: Text (packed into windows), instruction records (padded or packed, learned on the response), or texts with labels.
-        held_out: From elsewhere; its loss chooses the best checkpoint. Distillation has no part in it.
-        settings: Everything that can be set.
-        seed: Of the data's order, the adapter's first values and dropout. The global generators stay untouched.
-        work: Folder of the checkpoints; it stays, for the caller to remove once the result is safe.
-        resume: Go on from the last checkpoint in ``work``; with none there, begin.
-        teacher: The model to learn from; None for the task alone. Released once its answers are in ``settings.teacher_cache``.
+        tokenizer: Tokenizer of the model.
+        train: Text (packed into windows), instruction records (padded or packed, with loss on the response), or labelled texts.
+        held_out: Held-out data, disjoint from the training data; their loss, without distillation, chooses the best checkpoint.
+        settings: Settings of the recovery.
+        seed: Seed of the data order, the adapter's initial values and dropout. The global generators are not changed.
+        work: Folder of the checkpoints, which the caller removes once the result is saved.
+        resume: Whether to continue from the last checkpoint in ``work``, if there is one.
+        teacher: The model to learn from; None for the task loss alone. It is freed once its outputs are in ``settings.teacher_cache``.
 
     Raises:
         InputError: A setting does not fit the model: rank, window, tracker, device.
-        MissingDependencyError: Weights in 4 bits were asked for, and bitsandbytes is not installed.
+        MissingDependencyError: Weights in 4 bits were requested, and bitsandbytes is not installed.
         ModelError: The teacher has another vocabulary.
-        DataError: There is less data than one batch.
+        DataError: The data are fewer than one batch.
         PlanError: The rank plan does not fit the model.
-        TrainingError: The loss became NaN or infinite, or the checkpoints are of another run. The checkpoints stay.
-        OutputError: A checkpoint cannot be written. The ones before stay.
+        TrainingError: The loss became NaN or infinite, or the checkpoints belong to another run. The checkpoints are kept.
+        OutputError: A checkpoint cannot be written. Earlier ones are kept.
     """
     join_processes(model.device)
     device = _training_device(model)
@@ -181,11 +181,11 @@ def recover(
 
 
 def read_ranks(ranks: Path | RankPlan | None) -> RankPlan | None:
-    """Returns the rank plan that the settings give, read from its file where they name one.
+    """Returns the rank plan of the settings, read from its file if they name one.
 
     Raises:
-        InputError: There is no such file.
-        PlanError: It holds no rank plan.
+        InputError: The file cannot be read.
+        PlanError: The file holds no rank plan.
     """
     if not isinstance(ranks, Path):
         return ranks
@@ -201,7 +201,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """Refuses trackers that the Trainer does not know or that are not installed.
 
     Raises:
-        InputError: The message says what is known, or what to install.
+        InputError: A tracker is unknown or not installed; the message gives the known ones or the package to install.
     """
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
@@ -240,7 +240,7 @@ def _train(trainer: RecoveryTrainer, keeper: Keeper, bar: Bar, injected: Injecte
 def _filled_cache(
     teacher: Teacher | None, rows: Ordered, settings: RecoverSettings, padding: int, compute: torch.dtype, bar: Bar
 ) -> TeacherCache | None:
-    """Asks the teacher about all rows that are not on disk yet and lets go of it, where its answers are to be kept."""
+    """Fills the teacher's cache on disk and frees the teacher; returns None if no cache is used."""
     if teacher is None or settings.teacher_cache is None or settings.distill == 0.0:
         return None
     if settings.distill_hidden:
@@ -254,7 +254,7 @@ def _filled_cache(
 def _distillation(
     teacher: Teacher | None, injected: Injected, evidence: Evidence, settings: RecoverSettings, compute: torch.dtype
 ) -> Distillation | None:
-    """Returns the loss with a teacher, or None where there is none or nothing is asked of it."""
+    """Returns the distillation loss, or None without a teacher or with shares of zero."""
     if teacher is None or (settings.distill == 0.0 and settings.distill_hidden == 0.0):
         return None
     projections: tuple[Tensor, ...] = ()
@@ -266,7 +266,7 @@ def _distillation(
 
 @contextmanager
 def _taught_in(teacher: Teacher | None, compute: torch.dtype) -> Iterator[None]:
-    """Holds a teacher's weights in the type that it computes in, as long as it runs along."""
+    """Holds the teacher's weights in the dtype of its computations inside the block."""
     if teacher is None:
         yield
         return
@@ -275,7 +275,7 @@ def _taught_in(teacher: Teacher | None, compute: torch.dtype) -> Iterator[None]:
 
 
 def _groups_or_nothing(injected: Injected, settings: RecoverSettings) -> list[ParameterGroup]:
-    """Returns the parameter groups, or takes the adapter off again where they cannot be made."""
+    """Returns the parameter groups; removes the adapter if they cannot be made."""
     try:
         return parameter_groups(injected, settings)
     except InputError:
@@ -294,7 +294,7 @@ def _training_rows(corpus: Corpus | Labelled, tokenizer: PreTrainedTokenizerBase
 
 
 def _held_out_rows(corpus: Corpus | Labelled, tokenizer: PreTrainedTokenizerBase, settings: RecoverSettings) -> list[Example]:
-    """Draws with a fixed seed: runs of several seeds are judged on the same rows. Rows with labels are short, and all are looked at."""
+    """Returns the held-out rows, drawn with a fixed seed, so that runs of all seeds use the same rows. Labelled rows are all used."""
     wanted = settings.held_out_windows
     if isinstance(corpus, Labelled):
         return labelled_examples(corpus, tokenizer, settings.seq_len or TRAINING_TOKENS)
@@ -305,7 +305,7 @@ def _training_device(model: PreTrainedModel) -> torch.device:
     """Returns the device of the model, if the Trainer can use it.
 
     Raises:
-        InputError: It is a GPU other than the first (of several processes: than the process's own), which is the one the Trainer takes.
+        InputError: The model is on another GPU than the one that the Trainer uses (the first, or the one assigned to this process).
     """
     device = model.device
     if device.type == "cuda" and device.index not in (None, int(os.environ.get("LOCAL_RANK", "0"))):
@@ -317,7 +317,7 @@ def _training_device(model: PreTrainedModel) -> torch.device:
 
 
 def _evidence(rows: Ordered, settings: RecoverSettings, padding: int, device: torch.device, reading: Reading) -> Evidence:
-    """Returns the rows of the first steps in all passes and processes, which the first values of some adapters are computed from."""
+    """Returns the batches of the first training steps, over all passes and processes, for adapters that start from data."""
     batch, passes = settings.batch, settings.accumulate * process_count()
 
     def batches(count: int) -> list[dict[str, Tensor]]:
@@ -331,7 +331,7 @@ def _evidence(rows: Ordered, settings: RecoverSettings, padding: int, device: to
 def _identity(
     model: PreTrainedModel, settings: RecoverSettings, ranks: RankPlan | None, seed: int, teacher: Teacher | None
 ) -> dict[str, str]:
-    """Returns what a run is of, apart from its data: whatever would change its result."""
+    """Returns the inputs that would change the result of a run, other than its data."""
     return {
         "model": fingerprint(model),
         "seed": str(seed),
@@ -344,10 +344,10 @@ def _identity(
 
 
 def _last_checkpoint(work: Path, identity: Mapping[str, str]) -> Checkpoint | None:
-    """Reads the last checkpoint, if there is one and it is of the same run.
+    """Returns the last checkpoint of this run, or None without one.
 
     Raises:
-        TrainingError: It is damaged, or of another run.
+        TrainingError: The checkpoint is damaged, or belongs to another run.
     """
     found = checkpoints(work)
     if not found:
@@ -372,9 +372,9 @@ def _make_folder(work: Path) -> None:
 
 @contextmanager
 def _as_it_was(model: PreTrainedModel, work: Path) -> Iterator[None]:
-    """Puts back what the Trainer changes beside the weights, and gives TensorBoard a folder that outlives the checkpoints.
+    """Restores the settings that the Trainer changes, and gives TensorBoard a folder that is not removed with the checkpoints.
 
-    The Trainer sets the config's ``use_cache``, which would be saved with the model, and the verbosity of transformers.
+    The Trainer changes the config's ``use_cache``, which would be saved with the model, and the verbosity of transformers.
     """
     verbosity, use_cache = transformers_logging.get_verbosity(), getattr(model.config, "use_cache", None)
     chosen = os.environ.get(_TENSORBOARD_FOLDER)

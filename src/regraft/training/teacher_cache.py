@@ -1,12 +1,12 @@
-"""What a teacher says about the rows of a training run, on disk: the log-probabilities of its K likeliest tokens at each position.
+"""Cache of a teacher's outputs on disk: the log-probabilities of its K likeliest tokens at each position of the training rows.
 
-    FOLDER/FINGERPRINT/teacher.json                     what was asked of which teacher, for people
+    FOLDER/FINGERPRINT/teacher.json                     teacher, temperature, K and dtype, for people
     FOLDER/FINGERPRINT/rows-DIGEST.safetensors          for each row KEY: KEY.log_p float32 (n, K), KEY.tokens int32 (n, K)
 
-n counts the positions of the row that predict a token. A row is found by a hash of its contents, so that runs with other seeds,
-learning rates or students share what they have in common; the folder's name is a hash of teacher, temperature, K and number type.
-Every file is whole or absent, so that a run that was stopped goes on with the rows that are missing. What the K tokens leave over is
-one outcome together (:func:`regraft.training.losses.divergence_of_top`).
+n is the number of positions of the row that predict a token. KEY is a hash of the row's contents, so that runs with other seeds, learning
+rates or students share their common rows; the folder's name is a hash of teacher, temperature, K and dtype. Every file is either complete
+or absent, so that a stopped run continues with the missing rows. All tokens besides the K count as one outcome
+(:func:`regraft.training.losses.divergence_of_top`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _BLOCK_VALUES = 1 << 24
 
 
 def key_of(example: Example) -> str:
-    """Returns a hash of what a teacher is asked about a row: its tokens, which of them count, and their positions."""
+    """Returns a hash of a row: its tokens, its predicting positions, and its position ids."""
     found = hashlib.sha256(example.input_ids.numpy().tobytes())
     found.update(predicting(example.labels[None]).numpy().tobytes())
     if example.position_ids is not None:
@@ -45,13 +45,13 @@ def key_of(example: Example) -> str:
 
 @final
 class TeacherCache:
-    """A folder of rows.
+    """A folder with a teacher's outputs for rows.
 
     Args:
-        folder: Shared by all runs and all processes.
-        teacher: Not released yet.
-        settings: Temperature and K, which is at most the teacher's vocabulary.
-        compute: Type of the matrix products.
+        folder: Folder that all runs and processes share.
+        teacher: The teacher, not yet released.
+        settings: Temperature and K; K is limited to the teacher's vocabulary.
+        compute: Dtype of matrix products.
     """
 
     def __init__(self, folder: Path, teacher: Teacher, settings: RecoverSettings, compute: torch.dtype) -> None:
@@ -66,23 +66,23 @@ class TeacherCache:
         self._places: dict[str, Path] = {}
 
     def fill(self, teacher: Teacher, rows: Sequence[Example], batch: int, padding: int, say: Callable[[int, int], None]) -> None:
-        """Asks the teacher about all rows that are not there yet; several processes share them out.
+        """Computes the teacher's outputs for all missing rows; several processes share the work.
 
         Args:
-            teacher: Not released yet, its weights in a type that it can compute in.
-            rows: In the order in which they are wanted; a row may come more than once.
-            batch: Rows of one forward pass.
-            padding: Token that fills up shorter rows.
-            say: Told how many rows are done, and of how many.
+            teacher: The teacher, not yet released, with weights in a dtype that it can compute in.
+            rows: Rows in the order of training, perhaps with repetitions.
+            batch: Number of rows in one forward pass.
+            padding: Padding token of shorter rows.
+            say: Called with the number of finished rows and of all rows.
 
         Raises:
-            OutputError: A file cannot be written. What is there stays good.
+            OutputError: A file cannot be written; existing files remain valid.
             DataError: A file is damaged.
         """
         self._look()
         wanted = {key_of(row): row for row in rows}
         missing = [key for key in wanted if key not in self._places]
-        wait_for_all()  # before any process adds to what the others look at
+        wait_for_all()  # no process may add files while others still list them
         if missing:
             write_text(self.folder / "teacher.json", json.dumps(self._facts, indent=1) + "\n")
         mine = [missing[start : start + _ROWS_OF_A_FILE] for start in range(0, len(missing), _ROWS_OF_A_FILE)]
@@ -101,10 +101,10 @@ class TeacherCache:
         self._look()
 
     def of(self, examples: Iterable[Example]) -> dict[str, Tensor]:
-        """Returns what a batch of rows carries: log-probabilities float32 and tokens int32, (N, K) each, row after row.
+        """Returns the cached tensors of a batch: log-probabilities float32 and tokens int32, (N, K) each, row after row.
 
         Raises:
-            DataError: A file is damaged or gone.
+            DataError: A file is damaged or missing.
         """
         found = [self._read(key_of(example)) for example in examples]
         return {TEACHER_LOG_P: torch.cat([log_p for log_p, _ in found]), TEACHER_TOKENS: torch.cat([tokens for _, tokens in found])}
@@ -128,7 +128,7 @@ class TeacherCache:
         return found
 
     def _look(self) -> None:
-        """Learns which rows are in which file."""
+        """Reads the names of the rows in every file."""
         for path in sorted(self.folder.glob("rows-*.safetensors")):
             with _opened(path) as stored:
                 self._places |= {name.removesuffix(".log_p"): path for name in stored.keys() if name.endswith(".log_p")}  # noqa: SIM118

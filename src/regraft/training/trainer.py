@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer with four things of our own: an exact held-out loss, a halt on NaN, distillation, and our checkpoints."""
+"""The Hugging Face Trainer with an exact held-out loss, a stop on NaN, distillation, and our own checkpoints."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _CHECKPOINTING: dict[str, Any] = {"activation_checkpointing": True, "activation_
 
 Batch = dict[str, Tensor]
 Objective = Callable[[nn.Module, Batch], Tensor]
-"""The loss of a batch, summed over everything that is predicted."""
+"""A function from a module and a batch to the loss, summed over all predictions."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows become batches, and what is made of them.
+    """Treatment of one kind of rows: their batches and losses.
 
     Attributes:
-        collate: Joins rows, given the token that fills up shorter ones.
-        summed: The held-out loss of batches and how many predictions it is over.
-        objective: What is trained on; None for the model's own loss.
+        collate: Function from rows and the padding token to a batch.
+        summed: Function from a model and batches to the summed held-out loss and the number of predictions.
+        objective: The training loss; None for the model's own loss.
     """
 
     collate: Callable[[Sequence[Example], int], Batch]
@@ -51,13 +51,13 @@ LABELS = Reading(collate_labelled, summed_labelled, summed_label_loss)
 def training_arguments(
     settings: RecoverSettings, work: Path, seed: int, device: torch.device, compute: torch.dtype, *, evaluate_first: bool
 ) -> TrainingArguments:
-    """Writes the settings in the Trainer's words. Checkpoints and the choice of the best one are ours, so both are off here."""
+    """Returns the settings as Trainer arguments, without the Trainer's checkpoints and its choice of the best one, which we replace."""
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch,
         gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.lr or 1e-3,  # of no effect: the groups of the optimizer have their own
+        learning_rate=settings.lr or 1e-3,  # has no effect, because the optimizer's groups have their own rates
         lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
         warmup_steps=round(settings.warmup * settings.steps),
         weight_decay=0.0,
@@ -65,11 +65,11 @@ def training_arguments(
         optim="adamw_torch",
         bf16=compute == torch.bfloat16,
         use_cpu=device.type == "cpu",
-        # Every adapter's parameters take part in every step, so that no process has to look for those that do not.
+        # All parameters of an adapter are used in every step, so that no process has to search for unused ones.
         ddp_find_unused_parameters=False,
         ddp_backend="gloo" if device.type == "cpu" and process_count() > 1 else None,
-        seed=seed % 2**32,  # the Trainer also seeds NumPy, which takes no more
-        # The examples are ordered already, so that resuming only has to skip.
+        seed=seed % 2**32,  # the Trainer also seeds NumPy, whose seeds have 32 bits
+        # The examples are already in order, so that resuming only skips some.
         train_sampling_strategy="sequential",
         dataloader_num_workers=0,
         dataloader_pin_memory=device.type == "cuda",
@@ -85,29 +85,29 @@ def training_arguments(
         log_level="error",
         **(_CHECKPOINTING if settings.gradient_checkpointing else {}),
     )
-    # Whatever the environment says (accelerate's launcher can ask for float16), the type is the one that was decided.
+    # The chosen dtype takes precedence over the environment (accelerate's launcher can request float16).
     arguments.mixed_precision = "bf16" if arguments.bf16 else "no"
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # otherwise the Trainer would spread each batch over all GPUs with DataParallel
+        arguments._n_gpu = 1  # otherwise the Trainer would distribute each batch over all GPUs with DataParallel
     return arguments
 
 
 @final
 class RecoveryTrainer(Trainer):
-    """Trains an adapter.
+    """The trainer of an adapter.
 
     Args:
         module: The model with its adapter.
-        arguments: From :func:`training_arguments`.
-        train: The rows in their order.
+        arguments: The result of :func:`training_arguments`.
+        train: The training rows in order.
         held_out: The rows whose loss chooses the best checkpoint.
-        padding: Token that fills up shorter rows.
+        padding: Padding token of shorter rows.
         groups: All trained parameters with their learning rates.
-        callbacks: Ours, after the Trainer's own.
-        objective: The loss where there is a teacher; None for that of the reading.
-        cache: Where the teacher's likeliest tokens are, unless it runs along.
-        reading: How rows are read.
-        penalty: Gives what is added to the mean loss of a step, or None.
+        callbacks: Our callbacks, called after the Trainer's own.
+        objective: The distillation loss; None for the objective of the reading.
+        cache: Cache of the teacher's outputs; None if there is no teacher or it runs during training.
+        reading: Treatment of the rows.
+        penalty: Returns a term to add to the mean loss of a step, or None.
     """
 
     def __init__(
@@ -137,18 +137,18 @@ class RecoveryTrainer(Trainer):
         self._objective = objective or reading.objective
         self._penalty = penalty
         if self._objective is not None:
-            self.model_accepts_loss_kwargs = True  # our loss is told how much all passes of a step predict
+            self.model_accepts_loss_kwargs = True  # our loss needs the number of predictions in all passes of a step
         rows = arguments.per_device_train_batch_size
         self._held_out = [reading.collate(held_out[start : start + rows], padding) for start in range(0, len(held_out), rows)]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Makes the optimizer of our groups, once."""
+        """Makes the optimizer with our groups, once."""
         if self.optimizer is None:
             self.optimizer = make_optimizer(self._groups)
         return self.optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Takes one forward and backward pass.
+        """Makes one forward and backward pass.
 
         Raises:
             TrainingError: The loss is not finite.
@@ -167,19 +167,19 @@ class RecoveryTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Returns the loss of one forward pass, a part of the mean over all tokens that the step predicts in all processes."""
+        """Returns the loss of one forward pass, as a part of the mean over all predicted tokens of the step in all processes."""
         assert not return_outputs
         if self._objective is None:
             loss = cast(Tensor, super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch))
         else:
             assert num_items_in_batch is not None
-            # The gradients of all processes are averaged, and the sum of their losses is wanted.
+            # The gradients of all processes are averaged, but the gradient of the sum of their losses is needed.
             loss = self._objective(model, inputs) / num_items_in_batch * process_count()
         penalty = self._penalty()  # its gradients are averaged over processes too, and summed over the passes of a step
         return loss if penalty is None else loss + penalty / self.args.gradient_accumulation_steps
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Measures the loss on the held-out rows, every predicted token counted once.
+        """Measures the mean loss over all predicted tokens of the held-out rows.
 
         Raises:
             TrainingError: The loss is not finite.
@@ -203,12 +203,12 @@ class RecoveryTrainer(Trainer):
         assert self.model is not None
         mine = self._held_out[process_index() :: process_count()]
         if is_sharded(self.model) and len(mine) < -(-len(self._held_out) // process_count()):
-            self._summed(self.model, self._held_out[:1], self.args.device)  # shards are gathered by all processes or by none
+            self._summed(self.model, self._held_out[:1], self.args.device)  # all processes must gather the shards equally often
         total, count = sum_over_processes(self._summed(self.model, mine, self.args.device), self.args.device)
         return total / count
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Leaves the weights to the keeper of our checkpoints, which puts them in place when training begins."""
+        """Does nothing, because the :class:`~regraft.training.callbacks.Keeper` restores the weights when training begins."""
 
 
 def _collate_taught(examples: Sequence[Example], padding: int, cache: TeacherCache) -> dict[str, Tensor]:
