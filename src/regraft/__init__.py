@@ -2,7 +2,7 @@
 
 >>> import regraft
 >>> print(*sorted(regraft.__all__))
-CompressedMatrixCompletion allocate_ranks complete_ratings evaluate evaluate_labels export inspect load prune recover run save
+CompressedMatrixCompletion allocate_ranks complete_ratings compress evaluate evaluate_labels export inspect load prune recover run save
 
 ``import regraft`` is light: it makes the Auto classes of transformers know our unevenly pruned models as soon as they are used, and
 the functions below import what they need when they are first asked for.
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from regraft.completion.estimator import CompressedMatrixCompletion as CompressedMatrixCompletion
     from regraft.models.load import load as load
     from regraft.models.save import save as save
+    from regraft.pipelines.compress.compress import compress as compress
     from regraft.pipelines.evaluate import evaluate_model as evaluate
     from regraft.pipelines.evaluate_labels import evaluate_labels as evaluate_labels
     from regraft.pipelines.export import export
@@ -33,6 +34,7 @@ __all__ = [
     "CompressedMatrixCompletion",
     "allocate_ranks",
     "complete_ratings",
+    "compress",
     "evaluate",
     "evaluate_labels",
     "export",
@@ -48,6 +50,7 @@ _PUBLIC = {
     "CompressedMatrixCompletion": ("regraft.completion.estimator", "CompressedMatrixCompletion"),
     "allocate_ranks": ("regraft.pipelines.ranks.allocate", "allocate_ranks"),
     "complete_ratings": ("regraft.completion.complete", "complete_ratings"),
+    "compress": ("regraft.pipelines.compress.compress", "compress"),
     "evaluate": ("regraft.pipelines.evaluate", "evaluate_model"),
     "evaluate_labels": ("regraft.pipelines.evaluate_labels", "evaluate_labels"),
     "export": ("regraft.pipelines.export", "export"),

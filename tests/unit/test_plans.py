@@ -17,6 +17,10 @@ from regraft.plans import (
     Curve,
     Curves,
     Cut,
+    FactorPlan,
+    FactorSite,
+    FactorSpace,
+    Factoring,
     Finalist,
     Group,
     GroupKind,
@@ -76,6 +80,32 @@ PRUNE_PLANS = st.builds(
     st.dictionaries(NAMES, JSON, max_size=2),
     st.dictionaries(NAMES, REMOVED, max_size=2),
 )
+FACTORINGS = st.builds(Factoring, NAMES, COUNTS, st.booleans())
+LAYOUTS = st.sampled_from(["plain", "pifa"])
+FACTOR_PLANS = st.builds(
+    FactorPlan,
+    NAMES,
+    NAMES,
+    NAMES,
+    LAYOUTS,
+    NUMBERS,
+    COUNTS,
+    COUNTS,
+    st.lists(FACTORINGS, max_size=3).map(tuple),
+    st.none() | NUMBERS,
+    st.dictionaries(NAMES, JSON, max_size=2),
+)
+FACTOR_SITES = st.builds(
+    FactorSite,
+    NAMES,
+    COUNTS,
+    NAMES,
+    COUNTS,
+    COUNTS,
+    COUNTS,
+    st.lists(COUNTS, max_size=4).map(tuple),
+    st.lists(NUMBERS, max_size=4).map(tuple),
+)
 RANK_PLANS = st.builds(RankPlan, NAMES, NAMES, st.dictionaries(NAMES, COUNTS, max_size=3), NUMBERS, COUNTS)
 LOSSES = st.builds(LossReport, NUMBERS, NUMBERS, NUMBERS, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, st.booleans(), NAMES, NAMES)
 SIZES = st.builds(SizeReport, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS)
@@ -121,6 +151,19 @@ ANY_PLAN = st.one_of(
     ),
     CURVES,
     st.builds(Curves, NAMES, st.sampled_from(["parameters", "bytes", "milliseconds"]), NUMBERS, st.dictionaries(NAMES, CURVES, max_size=2)),
+    FACTORINGS,
+    FACTOR_PLANS,
+    FACTOR_SITES,
+    st.builds(
+        FactorSpace,
+        NAMES,
+        NAMES,
+        st.sampled_from(["nats", "share"]),
+        LAYOUTS,
+        COUNTS,
+        COUNTS,
+        st.lists(FACTOR_SITES, max_size=2).map(tuple),
+    ),
     MEMBERS,
     GROUPS,
     CUTS,
@@ -152,12 +195,14 @@ ANY_PLAN = st.one_of(
         st.dictionaries(NAMES, JSON, max_size=2),
         st.dictionaries(NAMES, NAMES, max_size=2),
         st.lists(st.dictionaries(NAMES, JSON, max_size=2), max_size=2).map(tuple),
+        st.none() | FACTOR_PLANS,
     ),
 )
 
 COVERED = (
     *(Member, Group, Groups, Scores, Curve, Curves, Cut, Removed, PrunePlan, RankPlan),
     *(RankSlot, RankSpace, RankTrial, PastSearch, CrossValidation, Finalist, Confirmation, RankSearch),
+    *(Factoring, FactorPlan, FactorSite, FactorSpace),
     *(LossReport, SizeReport, SpeedReport, Measurement, Provenance),
 )
 

@@ -25,6 +25,7 @@ from regraft.errors import RegraftError
 COMMANDS = {
     "run": "Run a recipe: prune, recover and measure a model, in one folder.",
     "prune": "Remove heads, feed-forward channels, and with --targets more, until a share of all parameters is gone.",
+    "compress": "Replace linear layers by two thin ones, the rank of each chosen under one budget: a smaller file, faster where measured.",
     "recover": "Train a small adapter on a pruned model and fold it in: text or instructions, best checkpoint by held-out loss.",
     "evaluate": "Measure a model: loss, perplexity, bits per byte, size and, if asked, speed; of one for labels, accuracy or correlation.",
     "export": "Write a model or an adapter for another program, and prove that it computes the same there.",

@@ -1,7 +1,7 @@
 """Low-rank compression: linear layers as two thin ones, the rank of each chosen under one budget of stored parameters."""
 
 from regraft.compression import asvd, bolaco, fisher, svd, svd_llm
-from regraft.compression.choices import RANK_CHOICES, settle
+from regraft.compression.choices import RANK_CHOICES, rank_at_share, settle
 from regraft.compression.contract import COMPRESSORS, Compressor, Evidence
 from regraft.compression.decompose import Decomposed, decompose
 from regraft.compression.gather import gather
@@ -21,6 +21,7 @@ __all__ = [
     "factor_space",
     "fisher",
     "gather",
+    "rank_at_share",
     "settle",
     "svd",
     "svd_llm",

@@ -47,13 +47,13 @@ def by_type(space: FactorSpace) -> tuple[int, ...]:
     shares = [(step + 1) / SHARES for step in range(SHARES)]
     stages: list[Table] = []
     for kind in kinds:
-        rows = [[_rank_at(space, space.sites[index], share) for index in members[kind]] for share in shares]
+        rows = [[rank_at_share(space, space.sites[index], share) for index in members[kind]] for share in shares]
         stages.append(_table([space.sites[index] for index in members[kind]], rows, space))
     chosen = solve([[[table]] for table in stages], float(space.dense - space.budget), at_least=True)
     ranks = [0] * len(space.sites)
     for kind, (_, (row,)) in zip(kinds, chosen, strict=True):
         for index in members[kind]:
-            ranks[index] = _rank_at(space, space.sites[index], shares[row])
+            ranks[index] = rank_at_share(space, space.sites[index], shares[row])
     return settle(space, ranks)
 
 
@@ -136,10 +136,10 @@ def _table(sites: Sequence[FactorSite], rows: Sequence[Sequence[int]], space: Fa
 
 
 def _at_share(space: FactorSpace, share: float) -> list[int]:
-    return [_rank_at(space, site, share) for site in space.sites]
+    return [rank_at_share(space, site, share) for site in space.sites]
 
 
-def _rank_at(space: FactorSpace, site: FactorSite, share: float) -> int:
+def rank_at_share(space: FactorSpace, site: FactorSite, share: float) -> int:
     """Returns the largest rank of a site that stores at most a share of its dense size, or its smallest rank."""
     if share >= 1.0:
         return site.full_rank

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from regraft.plans.factors import FactorPlan
 from regraft.plans.prune import PrunePlan
 from regraft.plans.ranks import RankPlan
 
@@ -25,6 +26,7 @@ class Provenance:
         settings: Other settings of the stage.
         files: SHA-256 of every weight file, by name; checked when the folder is loaded.
         parents: The provenance of the earlier folders, oldest first.
+        factors: The factor plan, when layers were factored.
     """
 
     command: str
@@ -37,3 +39,4 @@ class Provenance:
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     files: Mapping[str, str] = field(default_factory=dict[str, str])
     parents: tuple[dict[str, Any], ...] = ()
+    factors: FactorPlan | None = None

@@ -4,6 +4,7 @@ Sections hold the settings; :mod:`regraft.settings.problems` says in plain words
 package by name.
 """
 
+from regraft.settings.compression import CompressSettings
 from regraft.settings.problems import checked, problems_of
 from regraft.settings.sections import (
     CALIBRATION_TOKENS,
@@ -26,6 +27,7 @@ __all__ = [
     "CALIBRATION_TOKENS",
     "TRAINING_TOKENS",
     "AllocateSettings",
+    "CompressSettings",
     "EvaluateSettings",
     "LabelSettings",
     "LoadSettings",

@@ -1,0 +1,100 @@
+"""``regraft compress``: linear layers as two thin ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from regraft.atomic import json_with, reserved_file, write_text
+from regraft.cli.options import DryRunOption, ModelArgument, SeedOption, command_line, with_settings
+from regraft.errors import InputError, PlanError
+from regraft.pipelines.compress import CompressResult
+from regraft.pipelines.compress import compress as compress_model
+from regraft.plans import FactorPlan, from_json, to_json
+from regraft.settings import CompressSettings, LoadSettings
+
+
+@with_settings
+def compress(
+    model: ModelArgument,
+    compress: CompressSettings,
+    load: LoadSettings,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="folder to write; must not exist")] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="take the ranks of this plan, of this model or one of the same shape")
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the plan and what was measured to this file")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a search of ranks that was stopped")] = False,
+    dry_run: DryRunOption = False,
+    seed: SeedOption = 0,
+) -> None:
+    """Replace linear layers by two thin ones, the rank of each chosen under one budget: a smaller file, faster where measured."""
+    if output is None and not dry_run:
+        raise InputError("--output is missing; say where the compressed model goes, or look first with --dry-run")
+    given = None if plan is None else _read_plan(plan)
+    console = Console()
+    with ExitStack() as stack:
+        stack.enter_context(reserved_file(json, json_with("factorings", "parameters_after")))
+        status = stack.enter_context(console.status("compressing"))
+        result = compress_model(
+            model,
+            output,
+            compress,
+            load=load,
+            seed=seed,
+            plan=given,
+            dry_run=dry_run,
+            resume=resume,
+            command=command_line(),
+            say=status.update,
+        )
+        if json is not None:
+            write_text(json, to_json(result.as_dict()) + "\n")
+    _show(console, result)
+    console.print("dry run: nothing was written" if dry_run else f"saved to {output}", soft_wrap=True)
+
+
+def _read_plan(path: Path) -> FactorPlan:
+    """Reads a plan, or what ``--json`` wrote.
+
+    Raises:
+        PlanError: It cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"the plan '{path}' cannot be read ({error}); give the file that --json wrote") from None
+    return from_json(FactorPlan, text)
+
+
+def _show(console: Console, result: CompressResult) -> None:
+    plan = result.plan
+    table = Table(title=f"{plan.method}; ranks by {plan.choice}, {plan.layout} layout")
+    for heading in ("projection", "factored", "ranks"):
+        table.add_column(heading, justify="left" if heading == "projection" else "right")
+    ranks: dict[str, list[int]] = {}
+    for entry in plan.factorings:
+        ranks.setdefault(entry.module.rpartition(".")[2], []).append(entry.rank)
+    counts = Counter({kind: len(found) for kind, found in ranks.items()})
+    for kind, found in ranks.items():
+        spread = str(found[0]) if len(set(found)) == 1 else f"{min(found)} to {max(found)}"
+        table.add_row(kind, str(counts[kind]), spread)
+    console.print(table)
+    console.print(
+        f"stored parameters {plan.parameters_before:,} -> {plan.parameters_after:,}: {plan.achieved:.2%} removed "
+        f"(asked for: {plan.ratio:.2%})",
+        soft_wrap=True,
+    )
+    if plan.predicted_nats is not None:
+        console.print(f"predicted divergence from the dense model: {plan.predicted_nats:.4f} nats per token")
+    if result.test is not None:
+        before, after = result.test
+        console.print(f"test text '{before.text}': {before.loss_nats:.4f} -> {after.loss_nats:.4f} nats per token", soft_wrap=True)
+    for note in result.notes:
+        console.print(note, soft_wrap=True)

@@ -1,0 +1,5 @@
+"""Compress a model by low rank: decompose, choose ranks, factor, save."""
+
+from regraft.pipelines.compress.compress import CompressResult, compress
+
+__all__ = ["CompressResult", "compress"]

@@ -1,0 +1,44 @@
+"""What a compressed model's folder says of itself: how it came to be, and the same in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from regraft.models.card import model_card
+from regraft.models.load import Loaded
+from regraft.models.provenance import parents_of, versions
+from regraft.plans import FactorPlan, Provenance
+from regraft.settings import CompressSettings
+
+
+def record_of(loaded: Loaded, plan: FactorPlan, settings: CompressSettings, *, seed: int, command: str) -> Provenance:
+    """Returns how a compressed model came to be, without the checksums of its files."""
+    return Provenance(
+        command=command,
+        source=loaded.source,
+        source_fingerprint=loaded.fingerprint,
+        seed=seed,
+        versions=versions(),
+        factors=plan,
+        settings={"compress": settings.decisive()},
+        parents=parents_of(loaded.provenance),
+    )
+
+
+def card_of(record: Provenance, *, dense: bool) -> str:
+    """Returns the start of a compressed model's card."""
+    return model_card(record, facts(record.factors, dense=dense) if record.factors is not None else {})
+
+
+def facts(plan: FactorPlan, *, dense: bool) -> dict[str, Any]:
+    """Returns what a reader of a model card wants to know of a plan, in words."""
+    found = {
+        "stored parameters before": f"{plan.parameters_before:,}",
+        "stored parameters after": f"{plan.parameters_after:,}",
+        "share removed": f"{plan.achieved:.2%} of all stored parameters (asked for: {plan.ratio:.2%})",
+        "method": f"{plan.method}, ranks by {plan.choice}, {plan.layout} layout, {len(plan.factorings)} layers factored",
+        "speed": "a smaller file; faster only where measured",
+    }
+    if dense:
+        found["stored parameters after"] = f"{plan.parameters_before:,} and new biases: written dense for runtimes that know no factors"
+    return found

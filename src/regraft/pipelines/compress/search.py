@@ -1,0 +1,191 @@
+"""Ranks by Bayesian optimisation of what the compressed model does on text: Bolaco's search, on the search of adapter ranks.
+
+A slot is a kind of projection, queries and keys together, in one group of layers; what is searched is the share of its dense size that it
+keeps, in per cent, so that every vector of the space meets the budget and no other is ever measured (arXiv 2405.10616, section 3.2).
+100 per cent leaves a layer dense. Values stay dense, as in the paper, unless the budget leaves no other way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from regraft.allocation import ALLOCATORS, ClosedForm, Rung, Schedule, winner
+from regraft.compression import rank_at_share, settle
+from regraft.errors import InputError
+from regraft.models.precision import float32_on_cpu
+from regraft.plans import FactorSite, FactorSpace, RankSlot, RankSpace, RankTrial
+from regraft.search.contract import Job
+from regraft.search.pools import Inline
+from regraft.search.run import open_ledger, search
+from regraft.search.sampler import AllocatorSampler
+from regraft.search.storage import open_storage
+from regraft.surgery.trial_ranks import TrialModel
+
+LEAST_PERCENT, STEP_PERCENT = 20, 2
+TIED = {"k_proj": "q_proj"}
+UNTOUCHED = ("v_proj",)
+
+
+@final
+@dataclass(frozen=True)
+class Objective:
+    """Measures rank vectors of one model by perplexity and divergence on text.
+
+    Attributes:
+        trial: A copy of the model that ranks are put into.
+        space: Of the ranks.
+        slots: Of the search.
+        windows_NT: Text that the vectors are judged on, int64 (windows, tokens); never test text.
+        aims: Log-probabilities of the dense model, one tensor for each window.
+        kl_weight: Of the divergence beside the perplexity.
+    """
+
+    trial: TrialModel
+    space: FactorSpace
+    slots: RankSpace
+    windows_NT: Tensor
+    aims: tuple[Tensor, ...]
+    kl_weight: float
+
+    def open(self, threads: int | None = None) -> Objective:
+        """Returns itself: everything is here."""
+        return self
+
+    @torch.no_grad()
+    def __call__(self, jobs: Sequence[Job]) -> Sequence[RankTrial]:
+        """Returns one trial for each job: perplexity plus the weighted divergence per token from the dense model."""
+        return [RankTrial(job.ranks, self.of(job.ranks), job.fidelity, 1.0, job.kind, job.seed) for job in jobs]
+
+    def of(self, percents: Sequence[int]) -> float:
+        """Returns the objective of a vector of shares."""
+        self.trial.set(factored_ranks(self.space, self.slots, percents))
+        nats = divergence = 0.0
+        with float32_on_cpu(self.trial.model):
+            for window, aim in zip(self.windows_NT, self.aims, strict=True):
+                ids = window.unsqueeze(0).to(self.trial.model.device)
+                now = functional.log_softmax(self.trial.model(input_ids=ids, use_cache=False).logits.float(), dim=-1)
+                nats -= float(now[0, :-1].gather(1, ids[0, 1:, None]).sum())
+                divergence += float(functional.kl_div(now, aim, reduction="sum", log_target=True))
+        count, width = self.windows_NT.shape
+        return math.exp(min(nats / (count * (width - 1)), 100.0)) + self.kl_weight * divergence / (count * width)
+
+
+def searched_ranks(
+    trial: TrialModel,
+    space: FactorSpace,
+    windows_NT: Tensor,
+    *,
+    trials: int,
+    layer_groups: int,
+    kl_weight: float,
+    identity: Mapping[str, object],
+    folder: Path,
+    seed: int,
+    resume: bool,
+    say: Callable[[str], None],
+) -> tuple[int, ...]:
+    """Returns the rank vector with the least objective of those that were measured, what is left of the budget spent.
+
+    Args:
+        trial: A copy of the model that ranks are put into; whole.
+        space: Of the ranks.
+        windows_NT: Text that the vectors are judged on.
+        trials: Vectors to measure; the uniform one is the first.
+        layer_groups: Groups of adjacent layers with shares of their own.
+        kl_weight: Of the divergence beside the perplexity.
+        identity: Whatever would change the result.
+        folder: Where the trials are kept.
+        seed: Of the proposals.
+        resume: Go on with what was measured before.
+        say: Told of every trial.
+
+    Raises:
+        InputError: No share meets the budget.
+        StorageError: There are trials and ``resume`` is off, or they are of another search.
+    """
+    slots = slots_of(space, layer_groups)
+    learner = ALLOCATORS.get("bayes")
+    assert not isinstance(learner, ClosedForm)
+    schedule = Schedule(rungs=(Rung(1.0, max(2, trials)),), elastic=0, batch=2, cost_limit=float(max(2, trials)))
+    sampler = AllocatorSampler(slots, learner, schedule, seed)
+    with torch.no_grad(), float32_on_cpu(trial.model):
+        device = trial.model.device
+        logits = (trial.model(input_ids=window.unsqueeze(0).to(device), use_cache=False).logits for window in windows_NT)
+        aims = tuple(functional.log_softmax(one.float(), dim=-1) for one in logits)
+    objective = Objective(trial, space, slots, windows_NT, aims, kl_weight)
+
+    def told(job: Job, result: RankTrial) -> None:
+        say(f"{job.origin}: keeps {' '.join(f'{percent} %' for percent in job.ranks)}, objective {result.loss_nats:.4f}")
+
+    storage = open_storage(None, folder)
+    try:
+        mark = json.dumps(dict(identity), sort_keys=True)
+        name = f"compress-{hashlib.sha256(mark.encode()).hexdigest()[:12]}"
+        ledger = open_ledger(storage, name, slots, sampler, mark, resume=resume)
+        with Inline(objective) as pool:
+            results = [result for _, result in search(ledger, sampler, pool, told)]
+    finally:
+        storage.close()
+    best = winner(slots, results, learner)
+    ranks = factored_ranks(space, slots, best)
+    return settle(space, [ranks.get(site.name, site.full_rank) for site in space.sites])
+
+
+def slots_of(space: FactorSpace, layer_groups: int) -> RankSpace:
+    """Returns the shares that are searched, in per cent: one for each kind of projection in each group of layers.
+
+    Raises:
+        InputError: Even the smallest shares store more than the budget.
+    """
+    touched = [site for site in space.sites if site.kind not in UNTOUCHED]
+    free = space.budget - sum(site.rows * site.columns for site in space.sites if site.kind in UNTOUCHED)
+    if free < sum(_least(site) for site in touched):
+        touched, free = list(space.sites), space.budget
+    layers = 1 + max(site.layer for site in space.sites)
+    groups = min(layer_groups, layers)
+    members: dict[str, list[FactorSite]] = {}
+    for site in touched:
+        part = site.layer * groups // layers
+        name = TIED.get(site.kind, site.kind) if groups == 1 else f"{TIED.get(site.kind, site.kind)}.{part}"
+        members.setdefault(name, []).append(site)
+    cost = {name: sum(_percent(site) for site in sites) for name, sites in members.items()}
+    uniform = free // sum(cost.values())
+    choices = tuple(range(LEAST_PERCENT, 100 + STEP_PERCENT, STEP_PERCENT))
+    if uniform < choices[0]:
+        raise InputError(
+            f"the budget leaves {uniform} % of the layers, and ranks bayes keeps at least {choices[0]} % of each; lower ratio, or use "
+            "ranks knapsack"
+        )
+    slots = tuple(
+        RankSlot(name, tuple(site.name for site in sites), min(site.layer for site in sites), cost[name], 100)
+        for name, sites in members.items()
+    )
+    even = max(choice for choice in choices if choice <= uniform)
+    return RankSpace(space.fingerprint, "module", slots, choices, free, even)
+
+
+def factored_ranks(space: FactorSpace, slots: RankSpace, percents: Sequence[int]) -> dict[str, int]:
+    """Returns the rank of every layer that a vector of shares does not leave dense."""
+    share = {name: percent / 100.0 for slot, percent in zip(slots.slots, percents, strict=True) for name in slot.modules}
+    ranks = {site.name: rank_at_share(space, site, share[site.name]) for site in space.sites if site.name in share}
+    full = {site.name: site.full_rank for site in space.sites}
+    return {name: rank for name, rank in ranks.items() if rank < full[name]}
+
+
+def _percent(site: FactorSite) -> int:
+    """Returns the parameters of one per cent of a layer, rounded up, so that the budget holds."""
+    return -(-site.rows * site.columns // 100)
+
+
+def _least(site: FactorSite) -> int:
+    return LEAST_PERCENT * _percent(site)

@@ -1,0 +1,45 @@
+"""Settings of low-rank compression."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from regraft.settings.sections import NO_EFFECT, Positive, Ratio, Settings
+
+
+class CompressSettings(Settings):
+    """How linear layers become two thin ones, and at which ranks."""
+
+    ratio: Ratio = Field(default=0.2, description="share of ALL stored parameters to remove, embeddings counted")
+    method: str = Field(default="fisher", description="fisher, bolaco, svd_llm, asvd or svd")
+    ranks: Literal["auto", "uniform", "type", "closed", "knapsack", "bayes"] = Field(
+        default="auto", description="how ranks are chosen; auto: knapsack for fisher, whose prices compare between layers, else uniform"
+    )
+    prices: Literal["predicted", "measured"] = Field(
+        default="predicted",
+        description="what type, closed and knapsack go by: the method's own prices, or these corrected by the divergence that is measured "
+        "with one layer factored at a time",
+    )
+    layout: Literal["plain", "pifa"] = Field(default="plain", description="how factors are stored; pifa: by pivot rows, in fewer numbers")
+    align: Positive | Literal["auto"] = Field(default="auto", description="ranks are multiples of this; auto: 8, less in small layers")
+    targets: tuple[str, ...] = Field(default=(), description="names of projections that may be factored, such as q_proj; default: all")
+    dense: bool = Field(default=False, description="write the product of the factors as a dense matrix, for runtimes that know no factors")
+    calibration: Path | None = Field(default=None, description="text to calibrate on; default: the built-in text")
+    samples: Positive = Field(default=128, description="calibration windows")
+    seq_len: Positive | None = Field(default=None, description="tokens of a calibration window; default: 128 or the model's limit")
+    validation: Path | None = Field(
+        default=None, description="text that a search of ranks is judged on; default: part of the calibration text"
+    )
+    test: Path | None = Field(
+        default=None,
+        description="text to measure before and after; never the one that anything was chosen by",
+        json_schema_extra=NO_EFFECT,
+    )
+    trials: Positive = Field(default=50, description="rank vectors that --ranks bayes measures")
+    layer_groups: Positive = Field(default=1, description="groups of layers with ranks of their own in --ranks bayes: 1 or 4 in the paper")
+    kl_weight: float = Field(
+        default=1e-3, ge=0.0, allow_inf_nan=False, description="of the divergence beside the perplexity in the objective of --ranks bayes"
+    )

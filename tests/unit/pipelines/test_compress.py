@@ -1,0 +1,197 @@
+"""``compress`` as a pipeline: budgets, plans that move, searches that go on, texts that may not be used, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+
+from regraft.cli.app import run
+from regraft.compression import COMPRESSORS
+from regraft.data.text import read_corpus
+from regraft.errors import InputError, ModelError, PlanError, StorageError
+from regraft.models.provenance import read_provenance
+from regraft.models.view import ModelView, parameter_count
+from regraft.pipelines.compress import CompressResult, compress
+from regraft.plans import FactorPlan, from_json, to_json
+from regraft.settings import CompressSettings
+
+Compress = Callable[..., CompressResult]
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> dict[str, Path]:
+    """Three texts of letters, none of which holds a document of another."""
+    generator = torch.Generator().manual_seed(4)
+    found: dict[str, Path] = {}
+    for name in ("calibration", "validation", "test"):
+        letters = torch.randint(97, 123, (12, 300), generator=generator).tolist()
+        found[name] = tmp_path / f"{name}.txt"
+        found[name].write_text("\n<|endoftext|>\n".join("".join(map(chr, row)) for row in letters), encoding="utf-8")
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_tiny, tokenizer) -> Path:
+    make_tiny().save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+@pytest.fixture
+def quickly(make_tiny, tokenizer, texts: dict[str, Path]) -> Compress:
+    """Returns ``quickly(**settings)``: compresses the tiny model in memory."""
+
+    def call(model: PreTrainedModel | None = None, *, output: Path | None = None, seed: int = 0, **rest: Any) -> CompressResult:
+        given = {key: rest.pop(key) for key in ("plan", "dry_run", "resume") if key in rest}
+        settings = CompressSettings(**({"calibration": texts["calibration"], "samples": 24, "seq_len": 24} | rest))
+        return compress(model or make_tiny(), output, settings, tokenizer=tokenizer, seed=seed, **given)
+
+    return call
+
+
+@pytest.mark.parametrize("method", ["svd", "asvd", "svd_llm", "bolaco", "fisher"])
+@pytest.mark.parametrize("layout", ["plain", "pifa"])
+def test_every_method_meets_the_budget(quickly: Compress, make_tiny, method: str, layout: str) -> None:
+    dense = make_tiny()
+    result = quickly(dense, method=method, layout=layout, ratio=0.25)
+    assert result.model is not None
+    before, after = parameter_count(dense), parameter_count(result.model)
+    assert (before, after) == (result.plan.parameters_before, result.plan.parameters_after)
+    assert before - after >= 0.25 * before
+    assert result.plan.achieved < 0.3
+    assert (result.plan.predicted_nats is not None) == (method == "fisher")
+
+
+def test_the_same_seed_makes_the_same_bytes(quickly: Compress, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        quickly(output=tmp_path / name)
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+
+
+def test_a_plan_is_replayed_and_moves_to_a_model_of_the_same_shape(quickly: Compress, make_tiny) -> None:
+    first = quickly()
+    plan = from_json(FactorPlan, to_json(first.plan))
+    again = quickly(plan=plan)
+    assert first.model is not None
+    assert again.model is not None
+    for (name, one), (_, other) in zip(first.model.named_parameters(), again.model.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    sibling = make_tiny()
+    with torch.no_grad():
+        for parameter in sibling.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape))
+    moved = quickly(sibling, plan=plan)
+    assert moved.plan.ranks() == plan.ranks()
+    assert moved.plan.fingerprint != plan.fingerprint
+    with pytest.raises(PlanError, match="make one for this model"):
+        quickly(make_tiny(intermediate_size=56), plan=plan)
+
+
+def test_measured_prices_are_divergences(quickly: Compress, make_tiny) -> None:
+    """The summed prices of a plan that truncates a single layer are the divergence of that model, up to the text it is measured on."""
+    result = quickly(prices="measured", targets=("down_proj",), ratio=0.05)
+    assert "measured prices" in result.plan.choice
+    assert result.plan.predicted_nats is not None
+    assert result.model is not None
+    ids = torch.randint(3, 60, (16, 24))
+    with torch.no_grad():
+        old, new = (model(ids).logits.log_softmax(-1) for model in (make_tiny(), result.model))
+    divergence = float((old.exp() * (old - new)).sum(-1).mean())
+    assert 0.2 < result.plan.predicted_nats / divergence < 5.0
+
+
+def test_a_search_keeps_the_budget_and_goes_on(quickly: Compress, texts: dict[str, Path], tmp_path: Path) -> None:
+    few: dict[str, Any] = {"ranks": "bayes", "trials": 4, "method": "bolaco", "validation": texts["validation"], "output": tmp_path / "out"}
+    with pytest.raises(InputError, match="cannot be met"):
+        quickly(**few | {"ratio": 0.9, "output": None})
+    first = quickly(**few)
+    assert first.plan.choice == "bayes"
+    assert first.plan.parameters_before - first.plan.parameters_after >= 0.2 * first.plan.parameters_before
+    assert not any(entry.module.endswith("v_proj") for entry in first.plan.factorings)
+    assert (tmp_path / "out.search" / "search.db").is_file()
+    with pytest.raises(StorageError, match="--resume"):
+        quickly(**few | {"dry_run": True})
+    again = quickly(**few | {"dry_run": True, "resume": True})
+    assert again.plan == first.plan
+
+
+def test_dense_writes_the_stock_class(quickly: Compress, tmp_path: Path) -> None:
+    factored, dense = quickly(method="svd_llm"), quickly(method="svd_llm", dense=True, output=tmp_path / "out")
+    assert type(dense.model) is LlamaForCausalLM
+    ids = torch.randint(3, 60, (2, 12))
+    assert factored.model is not None
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, factored.model(ids).logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["calibration", "validation"])
+def test_nothing_is_chosen_by_the_test_text(quickly: Compress, texts: dict[str, Path], tmp_path: Path, name: str) -> None:
+    texts["test"].write_text(texts[name].read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(InputError, match=f"the {name} text .* holds documents of the test text"):
+        quickly(ranks="bayes", validation=texts["validation"], test=texts["test"])
+    built_in = tmp_path / "held_out.txt"
+    built_in.write_text(read_corpus(None, "test").documents[0], encoding="utf-8")
+    with pytest.raises(InputError, match="holds documents of the test text"):
+        quickly(**{"ranks": "bayes", "validation": texts["validation"], name: built_in})
+
+
+def test_the_test_text_is_measured_before_and_after(quickly: Compress, texts: dict[str, Path]) -> None:
+    result = quickly(test=texts["test"], ratio=0.4)
+    assert result.test is not None
+    assert result.test[1].loss_nats != result.test[0].loss_nats
+    assert result.as_dict()["test"]["after"]["loss_nats"] == result.test[1].loss_nats
+
+
+def test_bad_input_is_one_line(quickly: Compress, make_tiny, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"unknown compression method 'fischer'.*did you mean 'fisher'"):
+        quickly(method="fischer")
+    with pytest.raises(InputError, match=r"ratio 0.95 cannot be met by any rank.*at most 0\.\d+"):
+        quickly(ratio=0.95)
+    with pytest.raises(InputError, match="target 'up' is no projection of this model"):
+        quickly(targets=("up",))
+    with pytest.raises(InputError, match=r"calibration tokens cannot tell \d+ directions"):
+        quickly(samples=1, seq_len=4)
+    broken = make_tiny()
+    with torch.no_grad():
+        broken.get_parameter("model.layers.1.input_layernorm.weight").fill_(torch.inf)
+    with pytest.raises(InputError, match=r"inputs of 'model.layers.1.self_attn.q_proj' hold NaN or infinity in batch 1 "):
+        quickly(broken)
+    done = compress(folder, tmp_path / "out", CompressSettings(method="svd"))
+    assert done.model is not None
+    with pytest.raises(ModelError, match="is factored already"):
+        compress(tmp_path / "out", None, CompressSettings(method="svd"))
+    plan = done.plan
+    high = FactorPlan(**(plan.__dict__ | {"factorings": (plan.factorings[0].__class__(plan.factorings[0].module, 99, False),)}))
+    with pytest.raises(PlanError, match=r"rank 99 of 'model.*' \(\d+ x \d+\) is not from 1 to"):
+        compress(folder, None, CompressSettings(), plan=high)
+
+
+def test_the_command(folder: Path, texts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["compress", str(folder), "--calibration", str(texts["calibration"]), "--samples", "24", "--seq-len", "24"]
+    assert run([*common, "--ratio", "0.3", "-o", str(tmp_path / "out"), "--json", str(tmp_path / "plan.json")]) == 0
+    assert "removed (asked for: 30.00%)" in capsys.readouterr().out
+    record = read_provenance(tmp_path / "out")
+    assert record is not None
+    assert record.factors is not None
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["parameters_after"] == record.factors.parameters_after
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "a smaller file; faster only where measured" in card
+    assert run([*common, "--plan", str(tmp_path / "plan.json"), "-o", str(tmp_path / "again")]) == 0
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert {name: module.rank for name, module in ModelView(again).factored().items()} == record.factors.ranks()
+    capsys.readouterr()
+    assert run([*common, "-o", str(tmp_path / "out")]) == 2
+    assert run(common) == 2
+    assert "--output is missing" in capsys.readouterr().err
+    assert run([*common, "--method", "magic", "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    assert all(name in error for name in COMPRESSORS)
