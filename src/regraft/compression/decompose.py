@@ -11,6 +11,7 @@ from regraft.compression.contract import Compressor, Evidence
 from regraft.compression.space import Priced
 from regraft.numerics.truncation import Truncation
 from regraft.plans import FactorLayout
+from regraft.progress import Say, say_nothing
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def decompose(
     layout: FactorLayout,
     layer_of: Callable[[str], int],
     has_bias: Callable[[str], bool],
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = say_nothing,
 ) -> list[Decomposed]:
     """Decomposes one layer after the other; of each, moments are forgotten and factors kept.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from regraft.errors import DataError, InputError
+from regraft.errors import DataError, InputError, MissingDependencyError
 
 HUB = "hf:"
 PARQUET = ".parquet"
@@ -32,7 +32,8 @@ def dataset_rows(source: Path | str) -> Iterator[tuple[str, Any]]:
 
     Raises:
         DataError: The source cannot be read, or holds several splits and none is named ``train``.
-        InputError: ``datasets`` is not installed, or the name is malformed.
+        InputError: The name is malformed.
+        MissingDependencyError: ``datasets`` is not installed.
     """
     datasets = _package()
     path = Path(source)
@@ -69,7 +70,7 @@ def _package() -> Any:
     try:
         import datasets
     except ImportError:
-        raise InputError("Parquet files and data sets of the hub need the package datasets; pip install 'regraft[data]'") from None
+        raise MissingDependencyError("datasets", "data") from None
     return datasets
 
 

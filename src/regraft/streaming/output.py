@@ -28,6 +28,7 @@ from regraft.models.uneven import code_paths, register
 from regraft.models.view import LayerSizes
 from regraft.models.weights import INDEX, SINGLE, stored_tensors
 from regraft.plans import WHOLE, Groups, Provenance, PrunePlan, from_json, to_dict
+from regraft.progress import Say, Step, say_nothing
 from regraft.streaming.checkpoint import Checkpoint
 from regraft.streaming.skeleton import Skeleton
 from regraft.streaming.writer import Shard, ShardWriter
@@ -157,7 +158,7 @@ class PrunedWriter:
         sizes = sizes_after(skeleton.view, groups, plan.cuts)
         self.sizes: list[LayerSizes] = [sizes[layer] for layer in self._layers]
 
-    def write(self, progress: Progress, refit: Refit | None, say: Callable[[str], None] = lambda line: None) -> None:
+    def write(self, progress: Progress, refit: Refit | None, say: Say = say_nothing) -> None:
         """Writes every shard that is not finished.
 
         Args:
@@ -176,7 +177,7 @@ class PrunedWriter:
             source = Checkpoint(progress.folder, [progress.folder / name for name in sorted(written)])
             refitted = refit(finished, lambda layer, module: self._restore(source, layer, module))
         for number, shard in enumerate(self.shards[done:], start=done + 1):
-            say(f"writing shard {number} of {len(self.shards)}")
+            say(Step("writing shards", number, len(self.shards)))
             with ShardWriter(progress.folder, shard) as writer:
                 for layer, shapes in self._parts:
                     if holder[next(iter(shapes))] == shard.name:

@@ -20,6 +20,7 @@ from regraft.models.layerwise import Layerwise, Walk, emptied
 from regraft.models.precision import round_weights
 from regraft.models.view import ModelView
 from regraft.plans import Group, Groups
+from regraft.progress import Say, Step, say_nothing
 from regraft.streaming.head import loss_gradient
 from regraft.streaming.hidden import HiddenStates
 from regraft.streaming.skeleton import Skeleton
@@ -60,7 +61,7 @@ class StreamedPasses(Passes):
         windows_NT: Tensor | None,
         hidden: Callable[[], HiddenStates],
         limits: Limits,
-        say: Callable[[str], None] = lambda line: None,
+        say: Say = say_nothing,
     ) -> None:
         self._skeleton = skeleton
         self._windows = windows_NT
@@ -72,7 +73,7 @@ class StreamedPasses(Passes):
         """Yields the groups of one layer after another, with the layer's weights in memory."""
         for layer, here in self._by_layer(groups):
             with self._skeleton.layer(layer):
-                self._say(f"scoring layer {layer + 1} of {groups.layers}")
+                self._say(Step("scoring layers", layer + 1, groups.layers))
                 yield here
 
     def walk(self) -> StreamedWalk:
@@ -99,7 +100,7 @@ class StreamedPasses(Passes):
             backward = _Backward(self._skeleton, self._windows, hidden, layers, self._limits.backward_windows)
             for layer, here in reversed(list(self._by_layer(groups))):
                 with self._skeleton.layer(layer) as module:
-                    self._say(f"going back through layer {layer + 1} of {layers}")
+                    self._say(Step("going back through layers", layers - layer, layers))
                     names = {member.parameter for group in here for member in group.members}
                     first, second = backward.through(layer, module, names, squares=squares)
                     yield Gradients(here, first, second)
@@ -130,7 +131,7 @@ class StreamedWalk(Walk):
         skeleton: Skeleton,
         windows_NT: Tensor,
         hidden: Callable[[], HiddenStates],
-        say: Callable[[str], None] = lambda line: None,
+        say: Say = say_nothing,
         *,
         finished: Callable[[int, nn.Module], None] | None = None,
         start: int = 0,
@@ -160,7 +161,7 @@ class StreamedWalk(Walk):
                 if layer in self._passed:
                     continue
                 with self._skeleton.layer(layer) as module, ExitStack() as silence:
-                    self._say(f"reading layer {layer + 1} of {count}")
+                    self._say(Step("reading layers", layer + 1, count))
                     for group in self._silent:
                         if group.layer == layer:
                             silence.enter_context(emptied(self.view, group))

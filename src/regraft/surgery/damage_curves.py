@@ -25,6 +25,7 @@ from regraft.models.precision import float32_on_cpu
 from regraft.models.view import ModelView
 from regraft.numerics.moments import Moments
 from regraft.plans import WHOLE, Curve, Curves, Cut, Group, Groups, Member, PrunePlan, Scores
+from regraft.progress import Say, Step, say_nothing
 from regraft.surgery.cut import cut
 from regraft.surgery.refit_layerwise import refit
 
@@ -45,7 +46,7 @@ def measure_curves(
     *,
     only: Sequence[str],
     unit: CostUnit = "parameters",
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = say_nothing,
 ) -> Curves:
     """Returns damage against size for the groups that may be cut.
 
@@ -75,7 +76,7 @@ def predict_curves(
     *,
     only: Sequence[str],
     unit: CostUnit = "parameters",
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = say_nothing,
 ) -> Curves:
     """Returns damage against size from scores in nats, which add up to it; what they cannot tell, whole parts and the stream, is measured.
 
@@ -110,7 +111,7 @@ def rescale_curves(
     kept: Mapping[str, int],
     inputs: Mapping[str, Moments],
     *,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = say_nothing,
 ) -> Curves:
     """Returns predicted curves times what measurements near the sizes that they led to say of them, group by group.
 
@@ -151,7 +152,7 @@ def rescale_curves(
                 found = _divergence(view, walk, layer, entering[layer], dense, group, own, size, seen)
                 factor = max(0.0, found) / promised
                 values[group.name] = replace(curve, damage_nats=tuple(factor * damage for damage in curve.damage_nats))
-            say(f"measured the damage near the chosen widths of layer {layer + 1} of {len(view.layers)}")
+            say(Step("measuring the damage near the chosen widths of layers", layer + 1, len(view.layers)))
     return replace(curves, values=values)
 
 
@@ -197,7 +198,7 @@ def _damages(
             ]
             found[group.name] = (*damage, 0.0)
         if here:
-            say(f"measured the damage of cutting layer {layer + 1} of {len(view.layers)}")
+            say(Step("measuring the damage of cutting layers", layer + 1, len(view.layers)))
     for group in groups.of("residual"):
         found[group.name] = _stream_damage(view, groups, scores, group, judge_walk, dense)
         say("measured the damage of a narrower stream")

@@ -25,6 +25,7 @@ from regraft.models.trainable import only_these_train
 from regraft.models.view import ModelView
 from regraft.numerics.moments import Moments
 from regraft.numerics.natural_gradient import natural_gradient
+from regraft.progress import Say, Step, say_nothing
 
 STEPS = 4
 # Limit for the held-out windows. Every step length that is tried runs all of them, and more windows improve the choice too little.
@@ -40,7 +41,7 @@ def refit_to_predictions(
     *,
     steps: int = STEPS,
     seed: int = 0,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = say_nothing,
 ) -> list[float]:
     """Re-fits the reading projections of a pruned model in place.
 
@@ -89,7 +90,7 @@ def refit_to_predictions(
                 break
             found.append(reached)
             length = 2.0 * taken
-            say(f"re-fitted to the dense model's predictions, step {step + 1}: {reached:.4f} nats of divergence, before {found[0]:.4f}")
+            say(Step(f"re-fitting to the dense model's predictions, divergence {found[0]:.4f} -> {reached:.4f} nats", step + 1, steps))
     return found
 
 

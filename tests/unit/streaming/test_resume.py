@@ -65,7 +65,7 @@ def ends_with_the_same_bytes(make_folder, settings, tmp_path, monkeypatch, shard
     count = len(list((tmp_path / "through").glob("*.safetensors")))
     assert count >= 4
     with pytest.raises(Killed):
-        prune(folder, tmp_path / "out", asked, command="same", say=killed_while(f"writing shard {shard} of {count}"))
+        prune(folder, tmp_path / "out", asked, command="same", say=killed_while(f"writing shards: {shard} of {count}"))
     partial = tmp_path / ".out.regraft" / "new"
     assert not (tmp_path / "out").exists()
     assert len(json.loads((partial / "progress.json").read_text())["shards"]) == shard - 1
@@ -75,7 +75,7 @@ def ends_with_the_same_bytes(make_folder, settings, tmp_path, monkeypatch, shard
     prune(folder, tmp_path / "out", asked, command="same", say=lines.append)
     assert not partial.parent.exists()
     assert files_of(tmp_path / "out") == files_of(tmp_path / "through")
-    assert not any(f"writing shard {number} of" in line for line in lines for number in range(1, shard))
+    assert not any(f"writing shards: {number} of" in line for line in lines for number in range(1, shard))
     return done.plan
 
 
@@ -84,7 +84,7 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_again(make_folder, settings,
     asked = settings(memory=PLENTY)
     prune(folder, tmp_path / "through", asked, command="same")
     with pytest.raises(Killed):
-        prune(folder, tmp_path / "out", asked, command="same", say=killed_while("writing shard 4"))
+        prune(folder, tmp_path / "out", asked, command="same", say=killed_while("writing shards: 4"))
     damaged = next((tmp_path / ".out.regraft" / "new").glob("model-00002*"))
     raw = bytearray(damaged.read_bytes())
     raw[-3] ^= 1
@@ -97,7 +97,7 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_again(make_folder, settings,
 def test_a_run_that_is_asked_for_something_else_starts_anew(make_folder, settings, tmp_path, change):
     folder = make_folder("llama")
     with pytest.raises(Killed):
-        prune(folder, tmp_path / "out", settings(memory=PLENTY), command="same", say=killed_while("writing shard 3"))
+        prune(folder, tmp_path / "out", settings(memory=PLENTY), command="same", say=killed_while("writing shards: 3"))
     prune(folder, tmp_path / "through", settings(memory=PLENTY, **change), command="same")
     prune(folder, tmp_path / "out", settings(memory=PLENTY, **change), command="same")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "through")
@@ -106,7 +106,7 @@ def test_a_run_that_is_asked_for_something_else_starts_anew(make_folder, setting
 def test_another_model_starts_anew(make_folder, settings, tmp_path):
     folder, other = make_folder("llama"), make_folder("llama", tie_word_embeddings=True)
     with pytest.raises(Killed):
-        prune(folder, tmp_path / "out", settings(memory=PLENTY), command="same", say=killed_while("writing shard 3"))
+        prune(folder, tmp_path / "out", settings(memory=PLENTY), command="same", say=killed_while("writing shards: 3"))
     prune(other, tmp_path / "out", settings(memory=PLENTY), command="same")
     load(tmp_path / "out")
 

@@ -1,0 +1,36 @@
+"""Progress of a long stage, as lines: what is done now and, where it is counted, how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class Step(str):
+    """A line of progress that knows its count, so that whoever shows it can draw a bar and foresee the end.
+
+    Args:
+        doing: What is done, such as ``measuring the damage of layers``.
+        done: How many are finished.
+        total: How many there are.
+
+    >>> str(Step("scoring layers", 3, 12))
+    'scoring layers: 3 of 12'
+    """
+
+    doing: str
+    done: int
+    total: int
+
+    def __new__(cls, doing: str, done: int, total: int) -> Step:
+        """Makes the line of a count."""
+        line = super().__new__(cls, f"{doing}: {done} of {total}")
+        line.doing, line.done, line.total = doing, done, total
+        return line
+
+
+Say = Callable[[str], None]
+"""Called with one line, often a :class:`Step`, whenever a stage gets on."""
+
+
+def say_nothing(line: str) -> None:
+    """Shows no progress."""
