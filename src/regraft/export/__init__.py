@@ -1,6 +1,6 @@
 """Ways out: adapters and models in the forms that other programs read, found by name in :data:`EXPORTERS`."""
 
-from regraft.export import gguf, peft_lora
+from regraft.export import gguf, hf, hf_uniform, nemotron_nas, ollama, peft_lora
 from regraft.export.contract import EXPORTERS, AdapterFormat, Exportable, Exporter, ModelFormat, Parity, Written
 from regraft.export.settings import ExportSettings
 
@@ -14,5 +14,9 @@ __all__ = [
     "Parity",
     "Written",
     "gguf",
+    "hf",
+    "hf_uniform",
+    "nemotron_nas",
+    "ollama",
     "peft_lora",
 ]

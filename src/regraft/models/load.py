@@ -21,6 +21,7 @@ from regraft.models.checks import (
     check_layer_count,
     check_loading_report,
 )
+from regraft.models.gguf_folder import is_gguf, unpacked
 from regraft.models.provenance import read_provenance
 from regraft.models.quiet import in_one_line, quiet
 from regraft.models.tokenizer import load_tokenizer
@@ -60,7 +61,7 @@ def load(source: str | Path, settings: LoadSettings | None = None) -> Loaded:
     """Loads a model and checks that it is whole.
 
     Args:
-        source: A folder, which never touches the network; ``seedling``, the model in the package; or a hub id.
+        source: A folder or a GGUF file, which never touch the network; ``seedling``, the model in the package; or a hub id.
         settings: Number type, device, and whether code from the folder may run.
 
     Raises:
@@ -111,7 +112,7 @@ def require_tokenizer(loaded: Loaded) -> PreTrainedTokenizerBase:
 
 
 def locate(source: str | Path, *, trust_remote_code: bool = False) -> Path:
-    """Returns the folder of a model; a hub id is downloaded to the cache of Hugging Face first.
+    """Returns the folder of a model; a hub id is downloaded to the cache of Hugging Face first, a GGUF file unpacked to ours.
 
     Raises:
         ModelError: There is no such folder, and no such model on the hub or no way to reach it.
@@ -120,8 +121,10 @@ def locate(source: str | Path, *, trust_remote_code: bool = False) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
+    if is_gguf(folder):
+        return unpacked(folder)
     if folder.is_file():
-        raise ModelError(f"'{name}' is a file; give the folder that holds config.json and the weights")
+        raise ModelError(f"'{name}' is a file; give the folder that holds config.json and the weights, or a .gguf file")
     if name == SEEDLING:
         return seedling.path()
     beside = len(folder.parts) > 1 and folder.parent.is_dir()

@@ -106,7 +106,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
             f"to safetensors: {CONVERT}"
         )
     if any(folder.glob("*.gguf")):
-        raise ModelError(f"'{folder}' has its weights as GGUF; give the folder of the Hugging Face model that it was made from")
+        raise ModelError(f"'{folder}' has its weights as GGUF; give that file itself")
     raise ModelError(f"'{folder}' has no {SINGLE} and no {INDEX}; give a folder with safetensors weights")
 
 

@@ -10,50 +10,19 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from regraft.errors import InputError
+from regraft.models.gguf_tokenizer import RULES, TokenType, splitter
 from regraft.models.tokenizer import PROBE
 
 NO_HOME = "GGUF holds byte-level BPE and SentencePiece tokenizers; export --to hf"
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 SPACE = "\u2581"
 UNREACHABLE = -1e6  # score of a piece that no merge makes
-
-_CONTRACTIONS = r"'s|'t|'re|'ve|'m|'ll|'d"
-_TAIL = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2 = rf"{_CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)"
-_ANY_CASE = rf"(?i:{_CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
-_MIXED = r"[^\r\n\p{L}\p{N}]?"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-# Rules that are applied one after the other, by the name that llama.cpp has for them; the first that fits is taken.
-RULES: Mapping[str, tuple[str, ...]] = {
-    "gpt-2": (_GPT2 + r"|\s+",),
-    "smollm": (r"\p{N}", _GPT2 + r"|\s+"),
-    "llama-bpe": (rf"{_ANY_CASE}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_TAIL}",),
-    "qwen2": (rf"{_ANY_CASE}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_TAIL}",),
-    "qwen35": (rf"(?i:{_CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_TAIL}",),
-    "tekken": (rf"{_MIXED}{_UPPER}*{_LOWER}+|{_MIXED}{_UPPER}+{_LOWER}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}",),
-    "gpt-4o": (
-        rf"{_MIXED}{_UPPER}*{_LOWER}+(?i:{_CONTRACTIONS})?|{_MIXED}{_UPPER}+{_LOWER}*(?i:{_CONTRACTIONS})?"
-        rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}",
-    ),
-}
-
-
-class TokenType(IntEnum):
-    """What a token is, as GGUF numbers it."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
 
 
 @dataclass(frozen=True)
@@ -225,8 +194,6 @@ def _rule(core: Tokenizer) -> str:
     text = core.normalizer.normalize_str(PROBE) if core.normalizer is not None else PROBE
     wanted = core.pre_tokenizer.pre_tokenize_str(text)
     for name, patterns in RULES.items():
-        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
-        rule = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        if rule.pre_tokenize_str(text) == wanted:
+        if splitter(patterns).pre_tokenize_str(text) == wanted:
             return name
     raise InputError(f"the tokenizer splits text by a rule that llama.cpp has no name for (known: {', '.join(RULES)}); export --to hf")

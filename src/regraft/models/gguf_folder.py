@@ -1,0 +1,157 @@
+"""A GGUF file as a model folder: weights dequantised by transformers' own reader, tokenizer and chat template taken from the file.
+
+The folder lies in a cache, one for each content of a file, so that everything that reads model folders reads GGUF files, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from contextlib import redirect_stderr
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
+
+from regraft.atomic import atomic_folder, sha256_of
+from regraft.errors import MissingDependencyError, ModelError
+from regraft.models.family import families, family_of
+from regraft.models.gguf_header import FLOATS, GgufHeader, read_gguf_header
+from regraft.models.gguf_tokenizer import byte_level
+from regraft.models.provenance import FILE, provenance_text, versions
+from regraft.models.quiet import in_one_line, quiet
+from regraft.models.weights import weight_files
+from regraft.plans import Provenance
+
+CACHE = "REGRAFT_CACHE"
+SUFFIX = ".gguf"
+# Architectures whose name is not that of the family; all others are looked for as they are.
+NAMES = {"gemma3": "gemma3_text"}
+_LAYER = re.compile(r"blk\.(\d+)\.")
+
+
+def is_gguf(path: Path) -> bool:
+    """Returns whether a path is that of a GGUF file, by its name or its first bytes."""
+    if not path.is_file():
+        return False
+    if path.suffix.lower() == SUFFIX:
+        return True
+    with path.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
+
+
+def unpacked(path: Path) -> Path:
+    """Returns the folder of a GGUF file, which is made when it is first asked for.
+
+    Weights become float32, but for files of one 16-bit type, which keep it. ``regraft.json`` in the folder says from which types they were
+    dequantised.
+
+    Raises:
+        ModelError: The file is damaged, or of an architecture that is not known.
+        MissingDependencyError: gguf-py is not installed.
+    """
+    header = read_gguf_header(path)
+    _check(path, header)
+    status = path.stat()
+    key = hashlib.sha256(f"1 {path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "regraft") / "gguf" / f"{path.stem}-{key}"
+    if not (folder / FILE).is_file():
+        _unpack(path, header, folder)
+    return folder
+
+
+def _check(path: Path, header: GgufHeader) -> None:
+    """Refuses what the reader would make a wrong model of, or a model that does not fit the file.
+
+    Raises:
+        ModelError: The architecture is not known, or the sizes that the keys claim are not those of the tensors.
+    """
+    architecture = NAMES.get(header.architecture, header.architecture)
+    try:
+        family_of(architecture)
+    except ModelError:
+        known = ", ".join(sorted(families()))
+        raise ModelError(
+            f"'{path}' is of the GGUF architecture '{header.architecture}', which is not read (known: {known}); "
+            "give the Hugging Face folder that it was made from"
+        ) from None
+    embedding = header.tensors.get("token_embd.weight")
+    layers = max((int(match[1]) for name in header.tensors if (match := _LAYER.match(name))), default=-1) + 1
+    said = {key: header.metadata.get(f"{header.architecture}.{key}") for key in ("block_count", "embedding_length")}
+    if embedding is None or len(embedding.shape) != 2:
+        raise ModelError(f"'{path}' has no token_embd.weight; give a GGUF file of a language model")
+    if said["block_count"] != layers or said["embedding_length"] != embedding.shape[1]:
+        raise ModelError(
+            f"'{path}' says {said['block_count']} layers of width {said['embedding_length']}, its tensors are of {layers} layers of width "
+            f"{embedding.shape[1]}; copy or download it again"
+        )
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    if tokens != embedding.shape[0]:
+        raise ModelError(f"'{path}' has {tokens} tokens for {embedding.shape[0]} rows of the embedding; copy or download it again")
+
+
+def _unpack(path: Path, header: GgufHeader, folder: Path) -> None:
+    try:
+        gguf = import_module("gguf")  # transformers' reader needs it, too
+    except ImportError:
+        raise MissingDependencyError("gguf", "gguf") from None
+    matrices = {tensor.kind for tensor in header.tensors.values() if len(tensor.shape) > 1}
+    dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(next(iter(matrices)), torch.float32) if len(matrices) == 1 else torch.float32
+    auto, tokenizers = (AutoModelForCausalLM, AutoTokenizer)
+    arguments: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    try:
+        # The reader shows progress whatever transformers is told.
+        with quiet(), open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+            config: Any = AutoConfig.from_pretrained(str(path.parent), **arguments)
+            head_dim = header.metadata.get(f"{header.architecture}.attention.key_length")
+            if head_dim and hasattr(config, "head_dim"):  # for some families the reader leaves it at the class's default
+                config.head_dim = int(head_dim)
+            loaded: Any = auto.from_pretrained(
+                str(path.parent),
+                config=config,
+                dtype=dtype,
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+                **arguments,
+            )
+            model, report = loaded
+            tokenizer = _tokenizer(path, gguf) or tokenizers.from_pretrained(str(path.parent), **arguments)
+    except Exception as error:  # the reader trusts its input: whatever it stumbles on
+        raise ModelError(
+            f"'{path}' cannot be read as '{header.architecture}': {in_one_line(error)}; give the Hugging Face folder it was made from"
+        ) from error
+    for names in (report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"]):
+        if names:
+            raise ModelError(f"'{path}' does not hold what its keys ask for: '{min(names, key=str)}'; copy or download it again")
+    kinds = header.kinds()
+    with atomic_folder(folder) as partial:
+        with quiet():
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+        provenance = Provenance(
+            command=f"read {path.name}",
+            source=str(path),
+            source_fingerprint="",
+            seed=0,
+            versions=versions(),
+            settings={"dequantised from": {kind: count for kind, count in kinds.items() if kind not in FLOATS}, "stored as": kinds},
+            files={file.name: sha256_of(file) for file in weight_files(partial)},
+        )
+        (partial / FILE).write_text(provenance_text(provenance), encoding="utf-8")
+
+
+def _tokenizer(path: Path, gguf: Any) -> PreTrainedTokenizerBase | None:
+    """Returns a byte-level tokenizer as the file has it; None for other kinds, which transformers reads.
+
+    transformers adds tokens that a file has not got, and knows few rules for splitting text.
+    """
+    fields = gguf.GGUFReader(path).fields
+
+    def value(key: str) -> Any:
+        field = fields.get(f"tokenizer.{key}")
+        return None if field is None else field.contents()
+
+    return byte_level(value)

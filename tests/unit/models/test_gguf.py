@@ -1,0 +1,144 @@
+"""GGUF files are read as models, and hostile or damaged ones refused in one line by arithmetic on the bytes that are there."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gguf_toys import as_loaded, byte_level_tokenizer, spaced_tokenizer, toy
+from regraft.cli.app import run
+from regraft.errors import ModelError
+from regraft.export import ExportSettings
+from regraft.models.gguf_folder import CACHE
+from regraft.models.gguf_header import TYPES, read_gguf_header
+from regraft.models.load import load
+from regraft.pipelines.export import export
+
+gguf = pytest.importorskip("gguf")
+
+TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+
+
+def written(folder: Path, quantize: str = "F32", family: str = "llama", spaced: bool = False) -> Path:
+    tokenizer = spaced_tokenizer() if spaced else byte_level_tokenizer(TEMPLATE)
+    export(as_loaded(toy(family), tokenizer), folder, "gguf", settings=ExportSettings(quantize=quantize), check=None)
+    return folder / "model.gguf"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_file_is_read_as_the_model_it_was_made_from(tmp_path: Path, family: str) -> None:
+    model = toy(family)
+    loaded = load(written(tmp_path / "out", family=family))
+    ids = torch.arange(30)[None] + 5
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert loaded.tokenizer is not None
+    text = "the thing in the morning,  and 12 more\n\tthings <s>"
+    assert loaded.tokenizer(text).input_ids == byte_level_tokenizer()(text).input_ids
+    assert loaded.tokenizer.chat_template == TEMPLATE
+
+
+def test_the_record_says_from_what_was_dequantised(tmp_path: Path) -> None:
+    loaded = load(written(tmp_path / "out", "Q8_0"))
+    assert loaded.provenance is not None
+    assert loaded.provenance.settings["dequantised from"]["Q8_0"] > 0
+    assert loaded.model.dtype == torch.float32
+    assert loaded.source.endswith("model.gguf")
+
+
+def test_a_file_is_pruned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path / "out")
+    assert run(["prune", str(file), "--criterion", "l2", "--reconstruct", "none", "--output", str(tmp_path / "pruned")]) == 0, (
+        capsys.readouterr().err
+    )
+    assert load(tmp_path / "pruned").provenance.parents[0]["settings"]["stored as"]  # type: ignore[union-attr]
+
+
+def at(place: int, form: str, value: int) -> Callable[[bytearray], None]:
+    return lambda raw: struct.pack_into(form, raw, place, value)
+
+
+def before(marker: bytes, form: str, value: int, back: int) -> Callable[[bytearray], None]:
+    """Writes a number so many bytes after the start of a marker (before it where negative)."""
+    return lambda raw: struct.pack_into(form, raw, raw.index(marker) + back, value)
+
+
+HOSTILE: dict[str, Callable[[bytearray], None]] = {
+    "2**63 tensors": at(8, "<Q", 2**63),
+    "2**63 keys": at(16, "<Q", 2**63),
+    "one key too many": at(16, "<Q", 10_000),
+    "a key of 2**63 bytes": at(24, "<Q", 2**63),
+    "version 1": at(4, "<I", 1),
+    "big-endian": at(4, "<I", 3 << 24),
+    "a name of 2**62 bytes": before(b"token_embd.weight", "<Q", 2**62, -8),
+    "2**32 - 1 dimensions": before(b"token_embd.weight", "<I", 2**32 - 1, 17),
+    "no dimension": before(b"token_embd.weight", "<I", 0, 17),
+    "2**63 rows": before(b"token_embd.weight", "<Q", 2**63, 29),
+    "a shape that overflows 64 bits": before(b"token_embd.weight", "<Q", 2**58, 21),
+    "an unknown type": before(b"token_embd.weight", "<I", 999, 37),
+    "an offset beyond the end": before(b"token_embd.weight", "<Q", 2**40, 41),
+    "over another tensor": before(b"blk.0.attn_norm.weight", "<Q", 0, 22 + 4 + 8 + 4),
+    "2**60 tokens": before(b"tokenizer.ggml.tokens", "<Q", 2**60, 21 + 4 + 4),
+    "a list of lists": before(b"tokenizer.ggml.tokens", "<I", 9, 21 + 4),
+    "a value of no type": before(b"tokenizer.ggml.tokens", "<I", 77, 21),
+    "a million layers": before(b"llama.block_count", "<I", 10**6, 17 + 4),
+    "a width of 2**32 - 1": before(b"llama.embedding_length", "<I", 2**32 - 1, 22 + 4),
+    "a feed-forward width of 2**31": before(b"llama.feed_forward_length", "<I", 2**31, 25 + 4),
+    "no head": before(b"llama.attention.head_count", "<I", 0, 26 + 4),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return written(tmp_path_factory.mktemp("whole") / "out").read_bytes()
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_refused(tmp_path: Path, whole: bytes, name: str) -> None:
+    raw = bytearray(whole)
+    HOSTILE[name](raw)
+    file = tmp_path / "hostile.gguf"
+    file.write_bytes(raw)
+    with pytest.raises(ModelError) as caught:
+        load(file)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "cache" / "gguf").exists() or not list((tmp_path / "cache" / "gguf").iterdir())
+
+
+@pytest.mark.parametrize("length", [0, 3, 8, 23, 100, 5000, -1, -10_000])
+def test_a_truncated_file_is_refused(tmp_path: Path, whole: bytes, length: int) -> None:
+    file = tmp_path / "short.gguf"
+    file.write_bytes(whole[:length])
+    with pytest.raises(ModelError, match=r"copy or download it again|not a GGUF"):
+        load(file)
+
+
+def test_an_architecture_that_is_not_known_is_refused(tmp_path: Path, whole: bytes) -> None:
+    file = tmp_path / "other.gguf"
+    file.write_bytes(whole.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0mamba"))
+    with pytest.raises(ModelError, match="'mamba'"):
+        load(file)
+
+
+def test_sizes_of_types_are_those_of_the_format() -> None:
+    for number, (name, block, size) in TYPES.items():
+        theirs = gguf.GGMLQuantizationType(number)
+        assert (theirs.name, gguf.GGML_QUANT_SIZES[theirs]) == (name, (block, size))
+
+
+def test_the_header_agrees_with_gguf_py(tmp_path: Path) -> None:
+    file = written(tmp_path / "out", "Q8_0")
+    theirs = gguf.GGUFReader(file)
+    ours = read_gguf_header(file)
+    assert {t.name: (t.tensor_type.name, int(t.data_offset), int(t.n_bytes)) for t in theirs.tensors} == {
+        name: (tensor.kind, tensor.start, tensor.size) for name, tensor in ours.tensors.items()
+    }
