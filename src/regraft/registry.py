@@ -7,12 +7,45 @@ decorator on import; other packages declare an entry point in the group ``regraf
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from pydantic import AfterValidator
 
 from regraft.errors import InputError, did_you_mean
 
 T = TypeVar("T")
+
+
+# Where the built-ins of a kind register: imported when somebody asks for the names of that kind and has not imported it.
+_HOMES = {
+    "criterion": "regraft.importance",
+    "selector": "regraft.selection",
+    "allocator": "regraft.allocation",
+    "adapter": "regraft.adapters",
+}
+_ALL: dict[str, Registry[Any]] = {}
+
+
+def registry_of(kind: str) -> Registry[Any]:
+    """Returns the registry of a kind with its built-ins in it.
+
+    >>> "taylor" in registry_of("criterion")
+    True
+    """
+    import_module(_HOMES[kind])
+    return _ALL[kind]
+
+
+def known_name(kind: str) -> AfterValidator:
+    """Returns a check for a settings field that holds a registered name."""
+
+    def check(value: str) -> str:
+        registry_of(kind).get(value)
+        return value
+
+    return AfterValidator(check)
 
 
 class Registry(Generic[T]):
@@ -37,6 +70,7 @@ class Registry(Generic[T]):
         self.group = group
         self._values: dict[str, T] = {}
         self._outside_loaded = False
+        _ALL[kind] = self
 
     def add(self, name: str, value: T) -> T:
         """Registers ``value`` under ``name``.

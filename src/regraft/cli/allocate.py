@@ -63,7 +63,7 @@ def allocate(
         resume=resume,
         say=lambda line: console.print(line, style="dim", markup=False, soft_wrap=True),
     )
-    show(console, found)
+    show(console, found.search)
     console.print(f"plan written to {output}; everything else is in {output.with_suffix('.search')}", soft_wrap=True, markup=False)
 
 

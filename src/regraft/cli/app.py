@@ -19,6 +19,7 @@ import typer.core
 import typer.main
 from rich.console import Console
 
+from regraft.cli.words import as_options
 from regraft.errors import RegraftError
 
 # One entry for each file in this folder that holds a command: the first line of its help. A test compares the two.
@@ -104,7 +105,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         code = typer.main.get_command(build()).main(args=list(arguments) or ["--help"], prog_name="regraft", standalone_mode=False)
     except RegraftError as error:
-        say_error(error)
+        # A recipe has keys and no options: there a setting keeps its name.
+        say_error(str(error) if list(arguments[:1]) == ["run"] else as_options(str(error)))
         return 2
     except _USAGE_ERRORS as error:
         message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]

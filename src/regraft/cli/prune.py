@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from regraft.cli.options import DryRunOption, ModelArgument, SeedOption, command_line, with_settings
+from regraft.cli.words import as_options
 from regraft.errors import InputError
 from regraft.pipelines.prune.plan_files import plan_path, read_plan, reserved_plan, write_plan
 from regraft.pipelines.prune.planning import Say
@@ -50,7 +51,7 @@ def prune(
             write_plan(result.plan, output)
     show_plan(console, result.groups, result.plan)
     for note in result.notes:
-        console.print(note, soft_wrap=True)
+        console.print(as_options(note), soft_wrap=True, markup=False)
     if dry_run:
         console.print("dry run: nothing was written")
     elif plan_only and output is not None:

@@ -7,7 +7,6 @@ transformers has a class for sequence classification of.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,11 +17,12 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as ARCHITECTURES
 
-from regraft.atomic import atomic_folder, sha256_of
+from regraft.atomic import atomic_folder
 from regraft.errors import ModelError
 from regraft.models.checks import check_checksums, check_finite
-from regraft.models.load import Loaded, checkpoint_as, device_named, locate, read_config
-from regraft.models.provenance import FILE, provenance_text, read_provenance
+from regraft.models.folder import write_folder
+from regraft.models.load import Loaded, checkpoint_as, device_named, locate_by, read_config
+from regraft.models.provenance import read_provenance
 from regraft.models.quiet import quiet
 from regraft.models.tokenizer import load_tokenizer
 from regraft.models.view import fingerprint
@@ -55,7 +55,7 @@ def load_classifier(source: str | Path, classes: Sequence[str], settings: LoadSe
     """
     settings = settings or LoadSettings()
     device = device_named(settings.device)
-    folder = locate(source, trust_remote_code=settings.trust_remote_code)
+    folder = locate_by(source, settings)
     config = _config(folder, classes, settings)
     tensors, provenance = stored_tensors(folder), read_provenance(folder)
     check_checksums(folder, provenance)
@@ -84,7 +84,7 @@ def load_trained_classifier(source: str | Path, settings: LoadSettings | None = 
         InputError: The device does not exist.
     """
     settings = settings or LoadSettings()
-    folder = locate(source, trust_remote_code=settings.trust_remote_code)
+    folder = locate_by(source, settings)
     config = _config(folder, None, settings)
     loaded = load_classifier(source, classes_in(config), settings)
     if getattr(loaded.model, _NEW):
@@ -203,10 +203,7 @@ def save_classifier(
                 tokenizer.save_pretrained(partial)
         for file in weight_files(partial):
             file.chmod((partial / "config.json").stat().st_mode)
-        written = dataclasses.replace(provenance, files={file.name: sha256_of(file) for file in weight_files(partial)})
-        (partial / FILE).write_text(provenance_text(written), encoding="utf-8")
-        (partial / "README.md").write_text(card.rstrip() + "\n\n" + how, encoding="utf-8")
-    return written
+        return write_folder(partial, provenance, card.rstrip() + "\n\n" + how)
 
 
 def _config(folder: Path, classes: Sequence[str] | None, settings: LoadSettings) -> PreTrainedConfig:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft import seedling
@@ -35,6 +35,7 @@ SEEDLING = "seedling"
 # What is fetched from the hub: nothing in subfolders, no pickles, no second copy of the weights in the maker's own format.
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 UNWANTED = ("*/*", "consolidated*")
+_DEVICES = "cpu, cuda, cuda:N, mps or auto"
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
@@ -70,11 +71,11 @@ def load(source: str | Path, settings: LoadSettings | None = None) -> Loaded:
     """
     settings = settings or LoadSettings()
     device = device_named(settings.device)
-    folder = locate(source, trust_remote_code=settings.trust_remote_code)
+    folder = locate_by(source, settings)
     name = str(source)
     tensors, provenance = check_folder(folder)
     dtype = weights_dtype(tensors) if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    model = _load_model(folder, dtype, trust_remote_code=settings.trust_remote_code)
+    model = _load_model(folder, dtype, settings)
     check_finite(model, name)
     ModelView(model)  # refuses a model that is not built as its family is
     embedding: Any = model.get_input_embeddings()
@@ -107,12 +108,24 @@ def require_tokenizer(loaded: Loaded) -> PreTrainedTokenizerBase:
         ModelError: The folder has none.
     """
     if loaded.tokenizer is None:
-        raise ModelError(f"'{loaded.source}' has no tokenizer; copy the model's tokenizer.json and tokenizer_config.json into it")
+        files = "tokenizer.json and tokenizer_config.json"
+        raise ModelError(f"'{loaded.source}' has no tokenizer; copy the model's {files} into it, or in Python give `tokenizer`")
     return loaded.tokenizer
 
 
-def locate(source: str | Path, *, trust_remote_code: bool = False) -> Path:
+def locate_by(source: str | Path, settings: LoadSettings) -> Path:
+    """Returns the folder of a model, as :func:`locate` does, by what the settings say of the hub."""
+    return locate(source, trust_remote_code=settings.trust_remote_code, revision=settings.revision, token=settings.token)
+
+
+def locate(source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None, token: str | None = None) -> Path:
     """Returns the folder of a model; a hub id is downloaded to the cache of Hugging Face first, a GGUF file unpacked to ours.
+
+    Args:
+        source: A folder, ``seedling``, or a hub id.
+        trust_remote_code: Whether the code that a model brings is downloaded too.
+        revision: Branch, tag or commit of a hub id; None for its main branch.
+        token: Of the hub; None for the one of ``hf auth login``.
 
     Raises:
         ModelError: There is no such folder, and no such model on the hub or no way to reach it.
@@ -134,9 +147,11 @@ def locate(source: str | Path, *, trust_remote_code: bool = False) -> Path:
     nowhere = f"'{name}' is not a folder here"
     remedy = f"check the name, or give the folder of a model or '{SEEDLING}'{did_you_mean(name, [SEEDLING])}"
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=list(UNWANTED)))
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=wanted, ignore_patterns=list(UNWANTED)))
     except GatedRepoError:
         raise ModelError(f"'{name}' is gated on the hub; accept its terms on its page and log in with: hf auth login") from None
+    except RevisionNotFoundError:
+        raise ModelError(f"'{name}' has no `revision={revision}` on the hub; give a branch, a tag or a commit of it") from None
     except (RepositoryNotFoundError, HFValidationError):
         raise ModelError(f"{nowhere}, and the hub has no model of this name; {remedy}") from None
     except Exception as error:  # the hub's client lets many kinds through: sockets, proxies, certificates, its own
@@ -159,7 +174,13 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
 
 
 def checkpoint_as(
-    auto: Any, folder: Path, config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool
+    auto: Any,
+    folder: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    *,
+    trust_remote_code: bool,
+    attn_implementation: str | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Returns the model that one of transformers' Auto classes makes of a folder, from safetensors alone, and its report of keys.
 
@@ -175,6 +196,7 @@ def checkpoint_as(
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
@@ -182,9 +204,12 @@ def checkpoint_as(
         raise ModelError(f"'{folder}' cannot be loaded: {in_one_line(error)}; check its config.json") from error
 
 
-def _load_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
-    config = read_config(folder, trust_remote_code=trust_remote_code)
-    loaded: Any = checkpoint_as(AutoModelForCausalLM, folder, config, dtype, trust_remote_code=trust_remote_code)
+def _load_model(folder: Path, dtype: torch.dtype, settings: LoadSettings) -> PreTrainedModel:
+    trusted = settings.trust_remote_code
+    config = read_config(folder, trust_remote_code=trusted)
+    loaded: Any = checkpoint_as(
+        AutoModelForCausalLM, folder, config, dtype, trust_remote_code=trusted, attn_implementation=settings.attn_implementation
+    )
     model, report = loaded
     check_loading_report(folder, report)
     if model.config.tie_word_embeddings and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
@@ -193,19 +218,38 @@ def _load_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) ->
 
 
 def device_named(name: str) -> torch.device:
-    """Returns a device.
+    """Returns a device; ``auto`` is the first that is here of a CUDA GPU, Apple's (MPS) and the CPU.
 
     Raises:
         InputError: It is not known, or not here.
     """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"device '{name}' is not known; use cpu, cuda or cuda:N") from None
+        raise InputError(f"device '{name}' is not known; use {_DEVICES}") from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             raise InputError(f"device '{name}' is not here ({count} CUDA devices); use cpu" + (" or cuda" if count else ""))
-    elif device.type != "cpu":
-        raise InputError(f"device '{name}' is not supported; use cpu, cuda or cuda:N")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"device '{name}' is not here; use cpu")
+    elif device.type not in ("cpu", "mps"):
+        raise InputError(f"device '{name}' is not supported; use {_DEVICES}")
     return device
+
+
+def with_float64(settings: LoadSettings) -> LoadSettings:
+    """Returns the settings with a device that computes in float64, as pruning does; Apple's GPU does not, and ``auto`` passes it over.
+
+    Raises:
+        InputError: That GPU was asked for.
+    """
+    if device_named(settings.device).type != "mps":
+        return settings
+    if settings.device == "auto":
+        return settings.model_copy(update={"device": "cpu"})
+    raise InputError(f"pruning computes in float64, which `device={settings.device}` does not know; use `device=cpu`")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from regraft.atomic import atomic_folder, sha256_of
+from regraft.atomic import atomic_folder
 from regraft.errors import OutputError
 from regraft.models.build import conform
 from regraft.models.card import loading_section, sizes_section
-from regraft.models.provenance import FILE, provenance_text
+from regraft.models.folder import write_folder
 from regraft.models.quiet import quiet
 from regraft.models.view import LayerSizes, ModelView
 from regraft.models.weights import stored_tensors, weight_files
@@ -62,26 +61,21 @@ def save(
         _read_back(model, partial)
         for file in weight_files(partial):  # safetensors makes files that only their owner can read
             file.chmod((partial / "config.json").stat().st_mode)
-        written = dataclasses.replace(provenance, files={file.name: sha256_of(file) for file in weight_files(partial)})
-        describe(partial, type(model), sizes, written, card)
-    return written
+        return write_folder(partial, provenance, whole_card(card, type(model), sizes))
 
 
-def describe(folder: Path, model_class: type[PreTrainedModel], sizes: Sequence[LayerSizes], provenance: Provenance, card: str) -> None:
-    """Writes the record and the card of a model folder.
+def whole_card(card: str, model_class: type[PreTrainedModel], sizes: Sequence[LayerSizes]) -> str:
+    """Returns the card of a model folder: its start, the sizes of the layers, and how to load the model.
 
     Args:
-        folder: With everything else in it.
+        card: The start.
         model_class: Of the model that loading the folder gives.
         sizes: Of its layers.
-        provenance: Complete, with the checksums of the weight files.
-        card: Start of the model card; the sizes and how to load the model are added.
     """
     config_class: Any = model_class.config_class
     uneven = str(config_class.model_type).startswith("regraft_")
     sections = (card.rstrip(), sizes_section(sizes), loading_section(model_class.__name__, uneven=uneven))
-    (folder / FILE).write_text(provenance_text(provenance), encoding="utf-8")
-    (folder / "README.md").write_text("\n\n".join(section.rstrip() for section in sections) + "\n", encoding="utf-8")
+    return "\n\n".join(section.rstrip() for section in sections) + "\n"
 
 
 def mend_generation_config(model: PreTrainedModel) -> None:

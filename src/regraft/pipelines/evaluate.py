@@ -2,171 +2,95 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftModel, get_peft_model_state_dict
-from transformers import PreTrainedModel
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from regraft.data.text import read_corpus
-from regraft.errors import InputError, ModelError
+from regraft.errors import InputError
 from regraft.evaluation.harness import measure
+from regraft.evaluation.inference import evaluating
 from regraft.evaluation.loss import Progress
-from regraft.models.checks import check_finite
-from regraft.models.classifier import HEADS, is_classifier, is_classifier_folder, load_classifier, named_classes
-from regraft.models.load import Loaded, locate, require_tokenizer
+from regraft.models.classifier import is_classifier, is_classifier_folder
+from regraft.models.live import ModelLike, check_object, fitting_tokenizer, lineage
+from regraft.models.load import Loaded, locate_by, require_tokenizer
 from regraft.models.load import load as load_model
-from regraft.models.quiet import quiet
-from regraft.models.view import fingerprint
-from regraft.models.weights import StoredTensor, read_header
+from regraft.pipelines.texts import Texts, in_memory, path_in, read, text_for
 from regraft.plans import Measurement
-from regraft.settings import EvaluateSettings, LoadSettings
-from regraft.surgery.adapter_files import is_master, read_master
-from regraft.surgery.adapters import Injected, load_adapter
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # what PEFT puts before the names of the base's own tensors
+from regraft.settings import EvaluateSettings, LoadSettings, takes_settings, with_keywords
+from regraft.surgery.adapter_folder import is_adapter, load_adapted
 
 
+@takes_settings(EvaluateSettings, LoadSettings)
 def evaluate_model(
-    source: str | Path,
+    model: ModelLike | PeftModel,
     settings: EvaluateSettings | None = None,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    text: Texts | None = None,
     load: LoadSettings | None = None,
     seed: int = 0,
+    label: str | None = None,
+    folder: Path | None = None,
     progress: Progress | None = None,
+    **keywords: Any,
 ) -> Measurement:
     """Measures a model by the same harness as every other.
 
     Args:
-        source: A model folder, a hub id, ``seedling``, or the folder of a PEFT adapter, whose base is loaded with it.
+        model: A ``PreTrainedModel`` or ``PeftModel`` in memory; or a model folder, a hub id, ``seedling``, or the folder of an adapter,
+            whose base is loaded with it.
         settings: The text and how it is read.
-        load: How the model is loaded.
+        tokenizer: Of a model in memory.
+        text: Held-out text: a file, texts, or a data set with a column ``text``.
+        load: How a folder or hub id is loaded.
         seed: Of the random prompt that speed is measured with.
+        label: What the measurement is called; default: the source.
+        folder: Where the files of a model in memory are, for their size; None where it was never saved.
         progress: Told of the tokens that are done, and of all there are.
+        **keywords: Single settings by name, such as ``window=512``; they count before those in ``settings`` and ``load``.
 
     Returns:
-        Loss, size and, with ``settings.speed``, speed; labelled with the source.
+        Loss, size and, with ``speed``, speed.
 
     Raises:
         RegraftError: Anything that the user can mend, in one line.
     """
-    settings = settings or EvaluateSettings()
-    if is_classifier_folder(Path(source)):
-        raise _for_labels(source)
-    corpus = read_corpus(settings.text, "test")
-    if is_adapter(source):
-        loaded, folder = load_adapted(Path(source), load or LoadSettings()), Path(source)
-    else:
-        loaded = load_model(source, load or LoadSettings())
-        folder = locate(source)
+    chosen, load = with_keywords("regraft.evaluate", keywords, settings or EvaluateSettings(), load or LoadSettings())
+    if text is not None:
+        chosen = chosen.model_copy(update={"text": path_in(text)})
+    given = in_memory(text) if in_memory(text) is not None else chosen.text
+    if isinstance(model, str | Path) and is_classifier_folder(Path(model)):
+        raise _for_labels(model)
+    corpus = read(given, "test", "text") if given is not None else None  # a file that is wrong is told before a model is loaded
+    loaded, own_folder = _taken(model, tokenizer, load)
     if is_classifier(loaded.model):
-        raise _for_labels(source)
-    tokenizer = require_tokenizer(loaded)
-    return measure(str(source), loaded.model, tokenizer, corpus, settings, folder, seed=seed, progress=progress)
+        raise _for_labels(loaded.source)
+    if corpus is None:
+        corpus = text_for(loaded, None, "test", "text")
+    name = label if label is not None else (str(model) if isinstance(model, str | Path) else loaded.source)
+    with evaluating(loaded.model):
+        where = folder if folder is not None else own_folder
+        return measure(name, loaded.model, require_tokenizer(loaded), corpus, chosen, where, seed=seed, progress=progress)
+
+
+def _taken(model: ModelLike | PeftModel, tokenizer: PreTrainedTokenizerBase | None, load: LoadSettings) -> tuple[Loaded, Path | None]:
+    """Returns the model to measure and the folder of its files."""
+    if isinstance(model, Loaded):
+        return model, None
+    if isinstance(model, str | Path):
+        if is_adapter(model):
+            return load_adapted(Path(model), load), Path(model)
+        loaded = load_model(model, load)
+        return loaded, locate_by(model, load)
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(model, PeftModel):
+        check_object(plain)
+    base = cast(PreTrainedModel, plain)
+    found = lineage(base)
+    return Loaded(cast(PreTrainedModel, model), fitting_tokenizer(tokenizer, base), found.source, "", found.provenance), None
 
 
 def _for_labels(source: str | Path) -> InputError:
-    return InputError(f"'{source}' is for labels, not for language; measure it on rows with labels: --data FILE.csv")
-
-
-def is_adapter(source: str | Path) -> bool:
-    """Returns whether a source is the folder of an adapter, ours or PEFT's, without its model."""
-    folder = Path(source)
-    return ((folder / ADAPTER_CONFIG).is_file() or is_master(folder)) and not (folder / "config.json").is_file()
-
-
-def load_adapted(folder: Path, settings: LoadSettings) -> Loaded:
-    """Loads the base of an adapter and puts the adapter on it; weights are kept apart, as they were trained.
-
-    Args:
-        folder: An adapter of ours, or one of PEFT with ``adapter_config.json`` and ``adapter_model.safetensors``. A base with a
-            relative path is looked for from here, then from the adapter's folder.
-        settings: How the base is loaded.
-
-    Returns:
-        The base's tokenizer and provenance; ``model`` is the ``PeftModel``, in evaluation mode.
-
-    Raises:
-        ModelError: The adapter or its base is missing, damaged or a pickle, or they do not fit: a tensor lacks or is left over.
-    """
-    if is_master(folder):
-        loaded, injected = load_master(folder, settings)
-        return replace(loaded, source=str(folder), fingerprint=fingerprint(injected.model))
-    base = base_of(folder)
-    weights = folder / ADAPTER_WEIGHTS
-    if not weights.is_file():
-        raise ModelError(f"'{folder}' has no {ADAPTER_WEIGHTS}; save the adapter as safetensors (pickles are not read)")
-    header = read_header(weights)
-    stored, labels = set(header), _labels_of(header)
-    try:
-        loaded = load_classifier(base, named_classes(folder, labels), settings) if labels else load_model(base, settings)
-    except InputError as error:
-        raise ModelError(f"the base model of the adapter '{folder}': {error}") from None
-    own = {f"{_PREFIX}{name}" for name in loaded.model.state_dict()}
-    adapted = _attached(loaded.model, folder)
-    # PEFT at most warns where the two differ: the one would stay as at the start of training, the other be left out.
-    with quiet():
-        wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    for names, problem in ((wanted - stored, "it lacks"), (stored - wanted - own, "the base has no place for")):
-        if names:
-            raise ModelError(f"the adapter '{folder}' does not fit its base '{base}': {problem} '{min(names)}'; give its own base")
-    check_finite(adapted, str(folder))
-    return replace(loaded, model=adapted, source=str(folder), fingerprint=fingerprint(adapted))
-
-
-def load_master(folder: Path, settings: LoadSettings) -> tuple[Loaded, Injected]:
-    """Loads the base of an adapter of ours and puts the adapter on it.
-
-    Raises:
-        ModelError: The adapter or its base is missing or damaged, or it was saved for another base.
-    """
-    stored = read_master(folder)
-    base = _found_from(folder, stored.base)
-    try:
-        loaded = load_classifier(base, stored.classes, settings) if stored.head else load_model(base, settings)
-    except InputError as error:
-        raise ModelError(f"the base model of the adapter '{folder}': {error}") from None
-    injected = load_adapter(loaded.model, folder)
-    loaded.model.eval()
-    return loaded, injected
-
-
-def base_of(folder: Path) -> str:
-    """Returns the base model that an adapter of PEFT names."""
-    path = folder / ADAPTER_CONFIG
-    try:
-        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        base = None
-    if not isinstance(base, str) or not base:
-        raise ModelError(f"'{path}' names no base model; set base_model_name_or_path to the folder or hub id of the model")
-    return _found_from(folder, base)
-
-
-def _found_from(folder: Path, base: str) -> str:
-    """Returns a base that is named by a path relative to here or to its adapter."""
-    beside = folder / base
-    return str(beside) if not Path(base).is_dir() and beside.is_dir() else base
-
-
-def _labels_of(header: Mapping[str, StoredTensor]) -> int:
-    """Returns how many outputs the head has that an adapter of PEFT brings for a model for labels; 0 where it brings none."""
-    heads = [name for name in header if name.removeprefix(_PREFIX).split(".")[0] in HEADS and name.endswith(".weight")]
-    last = max(heads, key=lambda name: (f"{_PREFIX}pre_" not in name, name), default="")
-    return header[last].shape[0] if last else 0
-
-
-def _attached(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Puts an adapter on its base."""
-    try:
-        with quiet():
-            adapted: Any = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
-    except Exception as error:  # whatever PEFT raises on a config or on weights that do not fit
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"the adapter '{folder}' does not fit its base: {first[:200].rstrip('.:')}; train it again") from error
-    return cast(PreTrainedModel, adapted.eval())
+    return InputError(f"'{source}' is for labels, not for language; measure it on rows with labels: `data`")

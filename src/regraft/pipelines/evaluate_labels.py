@@ -14,8 +14,8 @@ from regraft.errors import InputError
 from regraft.models.classifier import classes_of, is_classifier, load_trained_classifier, row_limit
 from regraft.models.load import require_tokenizer
 from regraft.models.view import parameter_count
-from regraft.pipelines.evaluate import is_adapter, load_adapted
 from regraft.settings import TRAINING_TOKENS, LabelSettings, LoadSettings
+from regraft.surgery.adapter_folder import is_adapter, load_adapted
 from regraft.training.labelled import Progress, judged
 
 

@@ -11,21 +11,22 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from regraft.adapters.peft_backed import layers_of, merge_stock, module_names, stock_factors, trained_whole
-from regraft.atomic import atomic_folder, reserved, sha256_of
+from regraft.atomic import atomic_folder, reserved
 from regraft.errors import InputError, ModelError
 from regraft.export import EXPORTERS, AdapterFormat, Exportable, ExportSettings, ModelFormat, Parity
 from regraft.models.card import model_card
 from regraft.models.classifier import classes_of, head_parameters, is_classifier, save_classifier
+from regraft.models.folder import write_folder
 from regraft.models.load import Loaded
 from regraft.models.load import load as load_model
-from regraft.models.provenance import FILE, parents_of, provenance_text, versions
+from regraft.models.provenance import parents_of, versions
 from regraft.models.save import save
-from regraft.pipelines.evaluate import base_of, is_adapter, load_adapted, load_master
 from regraft.pipelines.export_model import export_loaded
 from regraft.plans import Provenance
 from regraft.settings import LoadSettings
 from regraft.surgery.adapted import adapted_modules
 from regraft.surgery.adapter_files import is_master, read_master
+from regraft.surgery.adapter_folder import base_of, is_adapter, load_adapted, load_master
 from regraft.surgery.adapters import factors, merge
 
 MERGED = "merged"  # a format of its own: no adapter any more, so that every method has it
@@ -133,10 +134,9 @@ def _factored(folder: Path, output: Path, form: AdapterFormat, to: str, settings
             seed=0,
             versions=versions(),
             settings={"to": to, **({"classes": list(classes_of(adapter.model))} if is_classifier(adapter.model) else {})},
-            files={file.name: sha256_of(file) for file in sorted(partial.glob("*.safetensors"))},
             parents=parents_of(loaded.provenance),
         )
-        (partial / FILE).write_text(provenance_text(provenance), encoding="utf-8")
+        write_folder(partial, provenance, None)
     rank = max(factor.right.shape[0] for factor in adapter.factors.values())
     return ExportResult(words, len(adapter.factors), rank)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import tempfile
@@ -11,29 +12,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import PreTrainedModel
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.adapters.contract import adapter_options
-from regraft.atomic import atomic_folder, refuse_existing, sha256_of
+from regraft.atomic import atomic_folder, refuse_existing
 from regraft.claims import WORK, claimed, remove, work_folder
 from regraft.data.labelled import Labelled, read_labelled, split_labelled
-from regraft.data.text import Corpus, read_corpus, split_corpus
+from regraft.data.text import BUILT_IN, Corpus, split_corpus
 from regraft.data.tokens import window_tokens
 from regraft.errors import InputError, OutputError
 from regraft.models.card import model_card
 from regraft.models.classifier import classes_of, is_classifier, load_classifier, row_limit, save_classifier
+from regraft.models.folder import write_folder
+from regraft.models.live import ModelLike, fitting_tokenizer, lineage, take
 from regraft.models.load import SEEDLING, Loaded, locate, require_tokenizer
 from regraft.models.load import load as load_model
-from regraft.models.provenance import FILE, parents_of, provenance_text, versions
+from regraft.models.provenance import parents_of, versions
 from regraft.models.save import save
+from regraft.models.view import fingerprint
+from regraft.pipelines.results import Saving
+from regraft.pipelines.texts import Texts, described, in_memory, path_in, read, text_for
 from regraft.plans import Provenance
-from regraft.settings import TRAINING_TOKENS, LoadSettings, RecoverSettings
+from regraft.settings import TRAINING_TOKENS, LoadSettings, RecoverSettings, takes_settings, with_keywords
 from regraft.surgery.adapter_files import is_master
-from regraft.surgery.adapters import save_adapter
+from regraft.surgery.adapters import Injected, adapter_config, continued, save_adapter
+from regraft.training.batches import in_steps
 from regraft.training.callbacks import log_csv
 from regraft.training.checkpoint import checkpoints
 from regraft.training.distill import Teacher
-from regraft.training.distributed import is_main, local_device, wait_for_all
+from regraft.training.distributed import is_main, join_processes, local_device, wait_for_all
 from regraft.training.four_bit import import_bitsandbytes
 from regraft.training.labelled import judged
 from regraft.training.recover import Recovered, check_trackers, read_ranks, recover
@@ -44,13 +52,15 @@ DENSE = "dense"
 UNITS = {"language": "nats a token", "classification": "nats a row", "regression": "squared error a row"}
 
 
-@dataclass(frozen=True)
-class RecoverResult:
+@dataclass(frozen=True, repr=False)
+class RecoverResult(Saving):
     """What recovering a model gave.
 
     Attributes:
         recovered: The model, its loss log and figures.
         loaded: Tokenizer, source and fingerprint of the model it was made from.
+        settings: Of the recovery, with the steps that it took.
+        record: How the result came to be, without the checksums of files.
         provenance: As it was written; None when nothing was saved.
         judged: Of a task with labels: accuracy and macro F1, or Pearson's and Spearman's correlation and the root of the mean squared
             error, on the held-out rows. They chose the best checkpoint, so keep rows of your own for the last word.
@@ -58,19 +68,62 @@ class RecoverResult:
 
     recovered: Recovered
     loaded: Loaded
+    settings: RecoverSettings
+    record: Provenance
     provenance: Provenance | None
     judged: Mapping[str, float] = field(default_factory=dict[str, float])
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The recovered model: plain where the adapter was folded in, else with the adapter on it."""
+        return cast(PreTrainedModel, self.recovered.model)
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, which recovery leaves as it is."""
+        return self.loaded.tokenizer
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What a reader wants to know of the recovery, in words."""
+        return facts(self.recovered, self.settings, self.record)
+
+    def __repr__(self) -> str:
+        """Returns the held-out loss before and after, in one line."""
+        done = self.recovered
+        return f"RecoverResult(held-out loss {done.first_loss:.4f} -> {done.best_loss:.4f}, {type(self.model).__name__})"
+
+    def save_pretrained(self, folder: str | Path, *, replace: bool = False) -> Provenance:
+        """Saves the model, or its adapter, with its card, its loss log and how it came to be.
+
+        Args:
+            folder: A new or empty folder: of a model where the adapter was folded in, else of an adapter.
+            replace: Whether a folder that we wrote is replaced.
+
+        Returns:
+            The record as it was written.
+
+        Raises:
+            OutputError: It cannot be written; what was there before is untouched.
+        """
+        return _save(self.recovered, self.loaded, Path(folder), self.settings, self.record, replace=replace)
+
+
+@takes_settings(RecoverSettings, LoadSettings)
 def recover_model(
-    source: str | Path,
+    model: ModelLike | PeftModel,
     output: str | Path | None = None,
     settings: RecoverSettings | None = None,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: Texts | None = None,
     load: LoadSettings | None = None,
     seed: int = 0,
+    in_place: bool = False,
     resume: bool = False,
+    work: Path | None = None,
     command: str = "regraft.recover",
+    **keywords: Any,
 ) -> RecoverResult:
     """Trains an adapter on a model and saves the result.
 
@@ -78,38 +131,136 @@ def recover_model(
     them, all train and the first saves.
 
     Args:
-        source: A folder, a hub id, or ``seedling``.
-        output: A model folder when the adapter is folded in, else a PEFT adapter folder; None keeps the result in memory.
+        model: A ``PreTrainedModel`` in memory, which is left as it is; a ``PeftModel``, whose LoRA is trained on; or a folder, a hub id, or
+            ``seedling``.
+        output: A model folder when the adapter is folded in, else a PEFT adapter folder; None writes nothing.
         settings: Data, adapter and training.
-        load: How the model is loaded.
+        tokenizer: Of a model in memory.
+        data: Text, instruction records or chats to train on: a file, texts, or a data set.
+        load: How a folder or hub id is loaded.
         seed: Of everything random.
+        in_place: Whether a model in memory is itself trained, which saves the memory of a copy.
         resume: Go on from the checkpoints of a run that was stopped; with none there, begin.
+        work: Where checkpoints are kept in the place of a folder beside the output; it stays, for the caller to remove.
         command: How this was called, for the folder's record.
+        **keywords: Single settings by name, such as ``rank=8``; they count before those in ``settings`` and ``load``.
 
     Raises:
         OutputError: The output exists, or checkpoints of an unfinished run are there and ``resume`` is off.
         RegraftError: Anything else that the user can mend, in one line.
     """
-    settings, load = settings or RecoverSettings(), load or LoadSettings()
+    chosen, load = with_keywords(command, keywords, settings or RecoverSettings(), load or LoadSettings())
     load = load.model_copy(update={"device": local_device(load.device)})
+    if data is not None:
+        chosen = chosen.model_copy(update={"data": path_in(data)})
+    given = in_memory(data) if in_memory(data) is not None else chosen.data
     output = Path(output) if output is not None else None
-    _check_early(settings)
-    with _work_folder(output, resume=resume) as work:
-        corpora = training_rows(settings, seed)
-        held_out = corpora[1]
-        labelled = isinstance(held_out, Labelled)
-        loaded = load_classifier(source, held_out.classes, load, seed=seed) if labelled else load_model(source, load)
-        tokenizer = require_tokenizer(loaded)
-        teacher = load_teacher(settings, load, loaded.provenance.source if loaded.provenance else None)
-        recovered = recover(loaded.model, tokenizer, *corpora, settings, seed=seed, work=work, resume=resume, teacher=teacher)
-        provenance = None
+    _check_early(chosen)
+    with _work_folder(output, work, resume=resume) as kept:
+        corpora = training_rows(chosen, seed, given) if given is not None or chosen.task != "language" else None
+        loaded, injected = _student(model, tokenizer, corpora, chosen, load, seed=seed, in_place=in_place)
+        if corpora is None:
+            corpora = built_in_rows(loaded)
+        if injected is not None:
+            chosen = _continuing(chosen, injected)
+        if chosen.epochs is not None:
+            join_processes(loaded.model.device)  # a step is of rows of all processes
+        chosen = in_steps(chosen, corpora[0], require_tokenizer(loaded), loaded.model, seed)
+        teacher = load_teacher(chosen, load, loaded.provenance.source if loaded.provenance else None)
+        done = recover(
+            loaded.model,
+            require_tokenizer(loaded),
+            *corpora,
+            chosen,
+            seed=seed,
+            work=kept,
+            resume=resume,
+            teacher=teacher,
+            injected=injected,
+        )
+        result = _result(done, loaded, chosen, corpora, in_memory(data) is not None, seed=seed, command=command)
         if output is not None and is_main():
-            provenance = save_recovered(recovered, loaded, output, settings, seed=seed, command=command)
-        found: dict[str, float] = {}
-        if labelled:
-            most_tokens = window_tokens(settings.seq_len, TRAINING_TOKENS, loaded.model.config, "--seq-len", row_limit(loaded.model))
-            found = judged(cast(PreTrainedModel, recovered.model), tokenizer, held_out, most_tokens)
-    return RecoverResult(recovered, loaded, provenance, found)
+            result = dataclasses.replace(result, provenance=result.save_pretrained(output))
+    return result
+
+
+def _student(
+    model: ModelLike | PeftModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    corpora: tuple[Corpus, Corpus] | tuple[Labelled, Labelled] | None,
+    settings: RecoverSettings,
+    load: LoadSettings,
+    *,
+    seed: int,
+    in_place: bool,
+) -> tuple[Loaded, Injected | None]:
+    """Returns the model that is trained, and the adapter that it carries already."""
+    labelled = corpora[1] if corpora is not None and isinstance(corpora[1], Labelled) else None
+    if isinstance(model, str | Path):
+        if in_place:
+            raise InputError("`in_place` is for a model in memory; leave it out for a folder, and say with `output` where the result goes")
+        if labelled is not None:
+            return load_classifier(model, labelled.classes, load, seed=seed), None
+        return take(model, tokenizer, load), None
+    if labelled is not None:
+        raise InputError(f"`task={settings.task}` makes a head for labels as it loads a model; give a folder or a hub id")
+    if isinstance(model, Loaded):
+        return model, None
+    if isinstance(model, PeftModel):
+        injected = continued(model if in_place else copy.deepcopy(model))
+        found = lineage(injected.model)
+        fitting = fitting_tokenizer(tokenizer, injected.model)
+        return Loaded(injected.model, fitting, found.source, fingerprint(injected.model), found.provenance), injected
+    loaded = take(model, tokenizer)
+    return (loaded if in_place else dataclasses.replace(loaded, model=copy.deepcopy(loaded.model))), None
+
+
+def _continuing(settings: RecoverSettings, injected: Injected) -> RecoverSettings:
+    """Returns the settings of training an adapter further: its own rank, alpha and dropout, and kept beside the weights unless asked.
+
+    Raises:
+        InputError: They say something of the adapter, which is there already.
+    """
+    of_the_adapter = {"adapter", "rank", "alpha", "ranks", "targets", "dropout", "adapter_options", "load_in_4bit"}
+    said = sorted(of_the_adapter & settings.model_fields_set)
+    if said:
+        raise InputError(f"`{said[0]}` is that of the adapter which the model carries; leave it out, or give the model without an adapter")
+    own = adapter_config(injected)
+    merge = settings.merge and "merge" in settings.model_fields_set
+    dropout = float(own.lora_dropout)
+    return settings.model_copy(update={"rank": own.r, "alpha": float(own.lora_alpha), "dropout": dropout, "merge": merge})
+
+
+def _result(
+    done: Recovered,
+    loaded: Loaded,
+    settings: RecoverSettings,
+    corpora: tuple[Corpus, Corpus] | tuple[Labelled, Labelled],
+    given: bool,
+    *,
+    seed: int,
+    command: str,
+) -> RecoverResult:
+    """Returns the result with its record, and what was found on held-out rows with labels."""
+    model = cast(PreTrainedModel, done.model) if done.injected is None else done.injected.model
+    classes = {"classes": list(classes_of(model))} if is_classifier(model) else {}
+    train, held_out = corpora
+    in_memory_data = {"data": described(train)} if given and isinstance(train, Corpus) else {}
+    record = Provenance(
+        command=command,
+        source=loaded.source,
+        source_fingerprint=loaded.fingerprint,
+        seed=seed,
+        versions=versions(),
+        ranks=done.ranks,
+        settings={"recover": settings.model_dump(mode="json"), **classes, **in_memory_data},
+        parents=parents_of(loaded.provenance),
+    )
+    found: dict[str, float] = {}
+    if isinstance(held_out, Labelled):
+        most_tokens = window_tokens(settings.seq_len, TRAINING_TOKENS, loaded.model.config, "`seq_len`", row_limit(loaded.model))
+        found = judged(cast(PreTrainedModel, done.model), require_tokenizer(loaded), held_out, most_tokens)
+    return RecoverResult(done, loaded, settings, record, None, found)
 
 
 def load_teacher(settings: RecoverSettings, load: LoadSettings, pruned_from: str | None) -> Teacher | None:
@@ -127,13 +278,13 @@ def load_teacher(settings: RecoverSettings, load: LoadSettings, pruned_from: str
     if settings.teacher is None:
         return None
     if settings.teacher == DENSE and pruned_from is None:
-        raise InputError("--teacher dense: the model's folder does not say what it was pruned from; name the teacher itself")
+        raise InputError("`teacher=dense`: the model's folder does not say what it was pruned from; name the teacher itself")
     name = pruned_from if settings.teacher == DENSE and pruned_from is not None else settings.teacher
     loaded = load_model(name, load)
     return Teacher(loaded.model, name, loaded.tokenizer, loaded.fingerprint)
 
 
-def training_rows(settings: RecoverSettings, seed: int) -> tuple[Corpus, Corpus] | tuple[Labelled, Labelled]:
+def training_rows(settings: RecoverSettings, seed: int, given: Texts | None) -> tuple[Corpus, Corpus] | tuple[Labelled, Labelled]:
     """Reads what is trained on and what is held out, of any task.
 
     Raises:
@@ -141,88 +292,60 @@ def training_rows(settings: RecoverSettings, seed: int) -> tuple[Corpus, Corpus]
         InputError: A task with labels has no data, or is asked for what only language has.
     """
     if settings.task == "language":
-        return training_corpora(settings, seed)
+        assert given is not None
+        return split_corpus(read(given, "train", "data"), settings.held_out, seed)
     if settings.data is None:
-        raise InputError(f"--task {settings.task} needs texts with labels; give them with --data FILE.csv")
+        raise InputError(f"`task={settings.task}` needs texts with labels; give the file with `data`")
     if settings.teacher is not None or settings.packing:
-        raise InputError(f"--task {settings.task} knows neither --teacher nor --packing; leave them out")
+        raise InputError(f"`task={settings.task}` knows neither `teacher` nor `packing`; leave them out")
     rows = read_labelled(settings.data, settings.task, settings.text_columns, settings.label_column)
     return split_labelled(rows, settings.held_out, seed)
 
 
-def training_corpora(settings: RecoverSettings, seed: int) -> tuple[Corpus, Corpus]:
-    """Reads what is trained on and what is held out: of a file a share, of the built-in text its own splits.
+def training_corpora(settings: RecoverSettings, seed: int, loaded: Loaded) -> tuple[Corpus, Corpus]:
+    """Reads text to train on and text that is held out: of a file a share, of the text that comes with seedling its own splits.
 
     Raises:
-        DataError: The file cannot be used.
+        DataError: The file cannot be used, or there is none and the model is not seedling or made from it.
         InputError: The task has labels.
     """
     if settings.task != "language":
-        raise InputError(f"task {settings.task} has labels, which recipes and rank searches do not learn; use: regraft recover")
+        raise InputError(f"`task={settings.task}` has labels, which searches for ranks do not learn; use: regraft recover")
     if settings.data is None:
-        return read_corpus(None, "train"), read_corpus(None, "validation")
-    return split_corpus(read_corpus(settings.data, "train"), settings.held_out, seed)
+        return built_in_rows(loaded)
+    return split_corpus(read(settings.data, "train", "data"), settings.held_out, seed)
 
 
-def save_recovered(
-    recovered: Recovered,
-    loaded: Loaded,
-    output: Path,
-    settings: RecoverSettings,
-    *,
-    seed: int,
-    command: str,
-    replace: bool = False,
-) -> Provenance:
-    """Saves a recovered model, or its adapter, with its card, its loss log and how it came to be.
-
-    Args:
-        recovered: From :func:`regraft.training.recover.recover`.
-        loaded: The model that was trained.
-        output: Where to: a model folder when the adapter was folded in, else a PEFT adapter folder.
-        settings: Of the recovery.
-        seed: Of the recovery.
-        command: How it was called.
-        replace: Whether an existing folder is replaced.
-
-    Returns:
-        The provenance as it was written.
+def built_in_rows(loaded: Loaded) -> tuple[Corpus, Corpus]:
+    """Returns the text that comes with seedling, to train on and to hold out.
 
     Raises:
-        OutputError: It cannot be written; what was there before is untouched.
+        DataError: The model is not seedling or made from it.
     """
+    return text_for(loaded, None, "train", "data"), text_for(loaded, None, "validation", "data")
+
+
+def _save(
+    recovered: Recovered, loaded: Loaded, output: Path, settings: RecoverSettings, record: Provenance, *, replace: bool
+) -> Provenance:
+    """Writes a model folder where the adapter was folded in, else the folder of an adapter."""
     model = cast(PreTrainedModel, recovered.model) if recovered.injected is None else recovered.injected.model
-    classes = {"classes": list(classes_of(model))} if is_classifier(model) else {}
-    provenance = Provenance(
-        command=command,
-        source=loaded.source,
-        source_fingerprint=loaded.fingerprint,
-        seed=seed,
-        versions=versions(),
-        ranks=recovered.ranks,
-        settings={"recover": settings.model_dump(mode="json"), **classes},
-        parents=parents_of(loaded.provenance),
-    )
-    card = model_card(provenance, facts(recovered, settings))
+    card = model_card(record, facts(recovered, settings, record))
     with atomic_folder(output, replace=replace) as partial:
         if recovered.injected is None:
             keep = save_classifier if is_classifier(model) else save
-            written = keep(model, loaded.tokenizer, partial, provenance, card)
+            written = keep(model, loaded.tokenizer, partial, record, card)
         else:
             base = str(locate(SEEDLING)) if loaded.source == SEEDLING else loaded.source
             save_adapter(recovered.injected, partial, base)
-            files = {file.name: sha256_of(file) for file in sorted(partial.glob("*.safetensors"))}
-            written = dataclasses.replace(provenance, files=files)
-            (partial / FILE).write_text(provenance_text(written), encoding="utf-8")
-            (partial / "README.md").write_text(
-                _adapter_card(card, base, own=is_master(partial), model_class=_auto_class(model)), encoding="utf-8"
-            )
+            card = _adapter_card(card, base, own=is_master(partial), model_class=_auto_class(model))
+            written = write_folder(partial, record, card)
         (partial / LOSS_LOG).write_text(log_csv(recovered.log), encoding="utf-8")
         (partial / TIMINGS).write_text(_timings(recovered), encoding="utf-8")
     return written
 
 
-def facts(recovered: Recovered, settings: RecoverSettings) -> dict[str, Any]:
+def facts(recovered: Recovered, settings: RecoverSettings, record: Provenance) -> dict[str, Any]:
     """Returns what a reader of a model card wants to know of a recovery, in words."""
     ranks = f"rank {settings.rank}" if recovered.ranks is None else f"ranks by {recovered.ranks.method}"
     taught = f", taught by {settings.teacher} ({settings.distill:g} of the loss)" if settings.teacher else ""
@@ -230,7 +353,7 @@ def facts(recovered: Recovered, settings: RecoverSettings) -> dict[str, Any]:
     return {
         "recovered with": f"{settings.adapter}, {ranks}, {state}{taught}",
         "trained parameters": f"{recovered.trainable_parameters:,}",
-        "data": str(settings.data) if settings.data else "the built-in text",
+        "data": str(settings.data) if settings.data else "texts in memory" if "data" in record.settings else BUILT_IN,
         "steps": f"{settings.steps} of {settings.batch * settings.accumulate} windows of up to {settings.seq_len or TRAINING_TOKENS}",
         "held-out loss": f"{recovered.first_loss:.4f} to {recovered.best_loss:.4f} {UNITS[settings.task]} (step {recovered.best_step})",
     }
@@ -278,12 +401,15 @@ def _check_early(settings: RecoverSettings) -> None:
 
 
 @contextmanager
-def _work_folder(output: Path | None, *, resume: bool) -> Iterator[Path]:
+def _work_folder(output: Path | None, work: Path | None, *, resume: bool) -> Iterator[Path]:
     """Gives the folder of the checkpoints; it stays only when the block fails after a checkpoint was written.
 
     Raises:
         OutputError: The output exists, or an unfinished run is there and ``resume`` is off.
     """
+    if work is not None:
+        yield work
+        return
     if output is None:
         with tempfile.TemporaryDirectory(prefix="regraft-") as folder:
             yield Path(folder) / "work"
@@ -294,7 +420,9 @@ def _work_folder(output: Path | None, *, resume: bool) -> Iterator[Path]:
         unfinished = checkpoints(work)
         if unfinished and not resume:
             step = unfinished[-1].name.rpartition("-")[2]
-            raise OutputError(f"a run to '{output}' was stopped after step {step}; go on with --resume, or remove '{aside}' to begin anew")
+            raise OutputError(
+                f"a run to '{output}' was stopped after step {step}; go on with `resume=True`, or remove '{aside}' to begin anew"
+            )
         try:
             yield work
         except BaseException:

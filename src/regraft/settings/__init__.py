@@ -5,9 +5,11 @@ package by name.
 """
 
 from regraft.settings.compression import CompressSettings
+from regraft.settings.keywords import takes_settings, with_keywords
 from regraft.settings.problems import checked, problems_of
 from regraft.settings.sections import (
     CALIBRATION_TOKENS,
+    EVERY_PROJECTION,
     TRAINING_TOKENS,
     AllocateSettings,
     EvaluateSettings,
@@ -25,6 +27,7 @@ from regraft.settings.sections import (
 
 __all__ = [
     "CALIBRATION_TOKENS",
+    "EVERY_PROJECTION",
     "TRAINING_TOKENS",
     "AllocateSettings",
     "CompressSettings",
@@ -41,4 +44,6 @@ __all__ = [
     "checked",
     "option_values",
     "problems_of",
+    "takes_settings",
+    "with_keywords",
 ]

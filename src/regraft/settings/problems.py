@@ -62,7 +62,10 @@ def _line(where: str, problems: Sequence[dict[str, Any]], kind: type[BaseModel])
         return f"{where}: required, but not given"
     got = f"(got {reprlib.repr(first['input'])})"
     if first["type"] == "value_error":
-        return f"{where}: {first['msg'].removeprefix('Value error, ')} {got}"
+        message = first["msg"].removeprefix("Value error, ")
+        if not first["loc"] or not where or isinstance(first["input"], Mapping):  # of a whole section
+            return f"{where}: {message}" if where else message
+        return f"{where}: {message}" if f"'{first['input']}'" in message else f"{where}: {message} {got}"
     limits = _limits(kind, where) if first["type"] in _OUT_OF_RANGE else ""
     wanted = [limits] if limits else [_wanted(problem) for problem in problems]
     choices = re.findall(r"'([^']*)'", " ".join(str(problem.get("ctx", {}).get("expected", "")) for problem in problems))

@@ -8,12 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.config import JsonDict
 
+from regraft.errors import ConfigError
 from regraft.plans import RankPlan, Shape
+from regraft.registry import known_name
+from regraft.settings.problems import problems_of
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Reduction = Literal["sum", "mean", "max", "product", "last"]
@@ -41,6 +44,21 @@ def bytes_in(amount: Any) -> int:
     if isinstance(amount, bool) or count < 1:
         raise ValueError(f"'{amount}' is not an amount of memory; write it as 6GB, 512MB or 4GiB")
     return count
+
+
+def type_name(value: Any) -> Any:
+    """Returns the name of a number type, as text or as torch has it: ``torch.bfloat16`` is ``bfloat16``."""
+    return str(value).removeprefix("torch.")
+
+
+EVERY_PROJECTION = "all-linear"  # PEFT's word for what is adapted by default
+
+
+def in_a_list(value: Any) -> Any:
+    """Returns a list of one for a single text; ``all-linear`` is an empty list."""
+    if value in (EVERY_PROJECTION, (EVERY_PROJECTION,), [EVERY_PROJECTION]):
+        return ()
+    return (value,) if isinstance(value, str) else value
 
 
 Memory = Annotated[int, BeforeValidator(bytes_in)]
@@ -78,6 +96,38 @@ class Settings(BaseModel):
     """Base of all sections: frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    # Words that PEFT and transformers have for a setting, each with the name that it has here; taken wherever settings are given.
+    aliases: ClassVar[Mapping[str, str]] = {}
+
+    if not TYPE_CHECKING:  # the signature that type checkers see is that of the fields
+
+        def __init__(self, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise ConfigError(type(self).__name__, problems_of(error, type(self))) from None
+
+        # pydantic calls this as its own __init__ only when asked to make one section; nested sections are checked as data.
+        __init__.__pydantic_base_init__ = True
+
+    @classmethod
+    def words(cls) -> dict[str, str]:
+        """Returns every word for a setting with the setting's name: the names themselves, and what other libraries call them."""
+        return {name: name for name in cls.model_fields} | dict(cls.aliases)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_their_names(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        named: dict[str, Any] = {}
+        words: dict[str, str] = {}
+        for word, value in values.items():
+            name = cls.aliases.get(word, word)
+            if name in named:
+                raise ValueError(f"{words[name]} and {word} are one setting; give one of the two")
+            named[name], words[name] = value, word
+        return named
 
     def decisive(self, *, varied: Iterable[str] = ()) -> dict[str, Any]:
         """Returns, as plain JSON types, the values that decide the result: all fields but those declared otherwise.
@@ -93,16 +143,37 @@ class Settings(BaseModel):
 class LoadSettings(Settings):
     """How a model is loaded."""
 
-    dtype: Dtype = Field(default="auto", description="number type of the weights; auto keeps what the file has")
-    device: str = Field(default="cpu", description="cpu, cuda or cuda:N")
+    aliases: ClassVar[Mapping[str, str]] = {"torch_dtype": "dtype", "device_map": "device"}
+
+    dtype: Annotated[Dtype, BeforeValidator(type_name)] = Field(
+        default="auto", description="number type of the weights; auto keeps what the file has"
+    )
+    device: Annotated[str, BeforeValidator(str)] = Field(
+        default="auto", description="cpu, cuda, cuda:N or mps; auto: the first that is here of cuda, mps and cpu"
+    )
     trust_remote_code: bool = Field(default=False, description="run the Python code that a model folder brings")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub id; default: its main branch")
+    token: str | None = Field(
+        default=None,
+        description="of the hub, for gated and private models; default: the one of hf auth login",
+        json_schema_extra=NO_EFFECT,
+        exclude=True,
+        repr=False,
+    )
+    attn_implementation: str | None = Field(
+        default=None, description="kernel of the attention, as in transformers: eager, sdpa, ...; default: the best that is here"
+    )
 
 
 class PruneSettings(Settings):
     """What is cut and how it is chosen (LLM-Pruner, arXiv 2305.11627, and what came after it)."""
 
+    aliases: ClassVar[Mapping[str, str]] = {"max_length": "seq_len"}
+
     ratio: Ratio = Field(default=0.2, description="share of ALL parameters to remove (of bytes or milliseconds: see budget)")
-    criterion: str = Field(default="surgeon", description="random, l1, l2, taylor, wanda, flap, energy, surgeon or surgeon_nats")
+    criterion: Annotated[str, known_name("criterion")] = Field(
+        default="surgeon", validate_default=False, description="random, l1, l2, taylor, wanda, flap, energy, surgeon or surgeon_nats"
+    )
     order: Literal["first", "second", "mixed"] = Field(default="first", description="order of the Taylor criterion")
     granularity: Literal["element", "vector"] = Field(
         default="element", description="absolute value before (element) or after the sum (vector)"
@@ -131,7 +202,10 @@ class PruneSettings(Settings):
     align: Positive | Literal["auto"] = Field(
         default="auto", description="widths are multiples of this; auto: 16, less where 16 misses the target"
     )
-    calibration: Path | None = Field(default=None, description="text to calibrate on; default: the built-in text")
+    calibration: Path | None = Field(
+        default=None,
+        description="text like that which the model is to work on; only seedling and what was made from it have text of their own",
+    )
     samples: Positive = Field(default=128, description="calibration windows")
     seq_len: Positive | None = Field(default=None, description="tokens of a calibration window; default: 128 or the model's limit")
     memory: Memory | None = Field(
@@ -154,8 +228,28 @@ class PruneSettings(Settings):
 class RecoverSettings(Settings):
     """How quality is won back: LoRA through PEFT with the Hugging Face Trainer."""
 
+    aliases: ClassVar[Mapping[str, str]] = {
+        "r": "rank",
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+        "target_modules": "targets",
+        "max_steps": "steps",
+        "num_train_epochs": "epochs",
+        "per_device_train_batch_size": "batch",
+        "gradient_accumulation_steps": "accumulate",
+        "learning_rate": "lr",
+        "loraplus_lr_ratio": "lr_ratio",
+        "lr_scheduler_type": "schedule",
+        "warmup_ratio": "warmup",
+        "eval_steps": "eval_every",
+        "early_stopping_patience": "patience",
+        "max_length": "seq_len",
+    }
+
     data: Path | None = Field(
-        default=None, description="text or instruction records to train on; default: the built-in text", json_schema_extra=BY_CONTENT
+        default=None,
+        description="text or instruction records to train on; only seedling and what was made from it have text of their own",
+        json_schema_extra=BY_CONTENT,
     )
     task: Literal["language", "classification", "regression"] = Field(
         default="language",
@@ -165,8 +259,9 @@ class RecoverSettings(Settings):
         default=(), description="of data with labels: one column or two; default: usual names, such as sentence1,sentence2"
     )
     label_column: str | None = Field(default=None, description="of data with labels; default: label or score")
-    adapter: str = Field(
+    adapter: Annotated[str, known_name("adapter")] = Field(
         default="lora",
+        validate_default=False,
         description="lora, rslora, dora, olora, pissa, eva, adalora, deep_lora, nola, lora_xs or mora",
     )
     rank: Positive = Field(default=8, description="rank of the adapter")
@@ -174,7 +269,7 @@ class RecoverSettings(Settings):
     ranks: Path | RankPlan | None = Field(
         default=None, description="a rank plan (JSON) with a rank for each module, instead of --rank", json_schema_extra=BY_CONTENT
     )
-    targets: tuple[str, ...] = Field(
+    targets: Annotated[tuple[str, ...], BeforeValidator(in_a_list)] = Field(
         default=(), description="what is adapted, such as q_proj or layers.0.*; default: every projection of every layer"
     )
     adapter_options: Options = Field(default=(), description="the adapter's own settings as NAME=VALUE; see docs/adapters.md")
@@ -206,6 +301,7 @@ class RecoverSettings(Settings):
         default=1.0, description="learning rate of LoRA's B over that of A (LoRA+); 1: the same"
     )
     steps: Positive = Field(default=200, description="optimizer steps")
+    epochs: Rate | None = Field(default=None, description="passes over the data, in the place of steps; default: as many as the steps make")
     batch: Positive = Field(default=8, description="windows of one forward pass")
     accumulate: Positive = Field(default=1, description="forward passes of one optimizer step")
     seq_len: Positive | None = Field(default=None, description="tokens of a training window; default: 256 or the model's limit")
@@ -251,8 +347,9 @@ class RecoverSettings(Settings):
 class AllocateSettings(Settings):
     """How a rank is found for every layer (RankAdaptor, arXiv 2406.15734, made to hold what it says)."""
 
-    method: str = Field(
+    method: Annotated[str, known_name("allocator")] = Field(
         default="rankadaptor",
+        validate_default=False,
         description="uniform, proportional, gradient, eva, adalora, bayes, bayes-tpe, rankadaptor or rankadaptor-paper",
     )
     budget: str = Field(default="r=8", description="most trainable parameters: a number, or r=RANK for what that rank costs everywhere")
@@ -305,7 +402,9 @@ class AllocateSettings(Settings):
 class EvaluateSettings(Settings):
     """What is measured, and on what."""
 
-    text: Path | None = Field(default=None, description="held-out text; default: the built-in test split")
+    aliases: ClassVar[Mapping[str, str]] = {"max_length": "window"}
+
+    text: Path | None = Field(default=None, description="held-out text; only seedling and what was made from it have text of their own")
     window: Positive | None = Field(default=None, description="tokens of context; default: 512 or the model's limit")
     stride: Positive | None = Field(default=None, description="tokens between the starts of two windows; default: half the window")
     max_tokens: Positive | None = Field(default=None, description="stop after this many tokens; default: the whole text")

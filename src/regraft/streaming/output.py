@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -22,8 +21,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from regraft.atomic import atomic_folder, sha256_of, write_text
 from regraft.errors import ModelError, OutputError, PlanError
 from regraft.models.build import config_for
+from regraft.models.folder import write_folder
 from regraft.models.quiet import quiet
-from regraft.models.save import describe, mend_generation_config
+from regraft.models.save import mend_generation_config, whole_card
 from regraft.models.uneven import code_paths, register
 from regraft.models.view import LayerSizes
 from regraft.models.weights import INDEX, SINGLE, stored_tensors
@@ -210,9 +210,7 @@ class PrunedWriter:
             for name, shape in shard.shapes.items():
                 if name not in stored or stored[name].shape != shape:
                     raise OutputError(f"'{name}' was not written as it was meant; start again on another disk")
-        written = replace(provenance, files=progress.end())
-        describe(folder, model_class, self.sizes, written, card(written))
-        return written
+        return write_folder(folder, provenance, whole_card(card(provenance), model_class, self.sizes), progress.end())
 
     def _write_config(self, folder: Path) -> type[PreTrainedModel]:
         """Writes the config, the generation config, and our modelling code if the model needs it; returns the model's class."""

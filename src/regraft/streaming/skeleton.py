@@ -26,7 +26,7 @@ from regraft.groups.discover import USUAL, look_for
 from regraft.groups.traced import Traced
 from regraft.models.checks import check_loading_report, check_values
 from regraft.models.family import Family, family_of
-from regraft.models.load import Loaded, check_folder, device_named, locate, read_config
+from regraft.models.load import Loaded, check_folder, device_named, locate_by, read_config
 from regraft.models.quiet import in_one_line, quiet
 from regraft.models.tokenizer import load_tokenizer
 from regraft.models.view import SAMPLED, ModelView, fingerprint_of, sample_step
@@ -182,7 +182,7 @@ def open_skeleton(source: str | Path, settings: LoadSettings | None = None) -> S
     """
     settings = settings or LoadSettings()
     device = device_named(settings.device)
-    folder = locate(source, trust_remote_code=settings.trust_remote_code)
+    folder = locate_by(source, settings)
     tensors, provenance = check_folder(folder)
     dtype = weights_dtype(tensors) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     checkpoint = Checkpoint(folder)

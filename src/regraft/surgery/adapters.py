@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+from peft import AdaLoraConfig, LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from regraft.adapters import ADAPTERS, Adapter, Delta, Evidence, LowRank, Method, Spec, make_request
 from regraft.adapters.linear_like import oriented, shape_of, weight_of
+from regraft.adapters.peft_backed import NAME, PeftAdapter
 from regraft.errors import InputError, ModelError, PlanError
 from regraft.models.classifier import head_parameters
 from regraft.plans import RankPlan
@@ -82,6 +85,34 @@ def inject(
             "it was made for a model of other sizes: make it again"
         )
     return injected
+
+
+def continued(adapted: PeftModel) -> Injected:
+    """Takes a model with a LoRA of PEFT on it, so that training goes on from there: the adapter learns, everything else is frozen.
+
+    Args:
+        adapted: Changed in place: what requires gradients.
+
+    Raises:
+        InputError: It carries several adapters, one of another name, or one that is no LoRA.
+    """
+    names = list(adapted.peft_config)
+    if names != [NAME]:
+        raise InputError(f"the model carries the adapters {', '.join(names)}; training goes on with one, called '{NAME}'")
+    config = adapted.peft_config[NAME]
+    if not isinstance(config, LoraConfig) or isinstance(config, AdaLoraConfig):
+        raise InputError(f"training does not go on with an adapter of type {config.peft_type}; fold it in with merge_and_unload()")
+    adapter = ADAPTERS.get("lora")
+    assert isinstance(adapter, PeftAdapter)
+    model = cast(PreTrainedModel, adapted.get_base_model())
+    adapted.requires_grad_(False)
+    adapted.set_adapter(NAME)
+    return Injected(adapted, model, adapter, frozenset())
+
+
+def adapter_config(injected: Injected) -> LoraConfig:
+    """Returns PEFT's config of an adapter that training goes on with."""
+    return cast(LoraConfig, cast(PeftModel, injected.module).peft_config[NAME])
 
 
 def whole(entry: Adapter | Method, name: str = "default") -> Adapter:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Sequence
+import math
+import sys
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -16,9 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from regraft.adapters.seeding import derived_seed
 from regraft.data.instructions import IGNORED, PromptFormat, RecordCounts, Truncation, encode_records
 from regraft.data.text import Corpus
-from regraft.data.tokens import encode_documents, pack
+from regraft.data.tokens import encode_documents, pack, window_tokens
 from regraft.errors import DataError, InputError
-from regraft.settings import RecoverSettings
+from regraft.settings import TRAINING_TOKENS, RecoverSettings
+from regraft.training.distributed import process_count
 
 # Number of rows that are made, as a multiple of the wanted ones, so that the drawn rows come from many documents.
 _POOL = 4
@@ -111,6 +114,28 @@ def make_examples(
     separator = tokenizer.eos_token_id if isinstance(tokenizer.eos_token_id, int) else None
     available = tokens if separator is not None else sum(map(len, documents))
     return [Example(block, block) for block in pack(documents, min(seq_len, available), separator)]
+
+
+def in_steps(
+    settings: RecoverSettings, train: Corpus | Sized, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, seed: int
+) -> RecoverSettings:
+    """Returns settings that count steps, where the user counted passes over the data: as many steps as these take, rounded up.
+
+    Args:
+        settings: With or without ``epochs``.
+        train: What is trained on; of texts with labels, each is one row.
+        tokenizer: The model's.
+        model: For its context.
+        seed: Of the draw of documents.
+    """
+    if settings.epochs is None:
+        return settings
+    rows = len(train)
+    if isinstance(train, Corpus):
+        seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "`seq_len`")
+        rows = len(make_examples(train, tokenizer, seq_len, wanted=sys.maxsize, seed=seed, records=RecordFormat(packing=settings.packing)))
+    steps = math.ceil(settings.epochs * rows / (settings.batch * settings.accumulate * process_count()))
+    return settings.model_copy(update={"steps": max(1, steps), "epochs": None})
 
 
 def pack_records(examples: Sequence[Example], seq_len: int) -> list[Example]:

@@ -63,7 +63,8 @@ def local_device(name: str) -> str:
     >>> local_device("cpu")
     'cpu'
     """
-    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
+    wanted = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return f"cuda:{os.environ['LOCAL_RANK']}" if wanted and "LOCAL_RANK" in os.environ else name
 
 
 def process_count() -> int:

@@ -94,6 +94,7 @@ def recover(
     work: Path,
     resume: bool = False,
     teacher: Teacher | None = None,
+    injected: Injected | None = None,
 ) -> Recovered:
     """Trains an adapter on a model, in place, and keeps the weights with the lowest held-out loss.
 
@@ -111,6 +112,7 @@ def recover(
         work: Folder of the checkpoints, which the caller removes once the result is saved.
         resume: Whether to continue from the last checkpoint in ``work``, if there is one.
         teacher: The model to learn from; None for the task loss alone. It is freed once its outputs are in ``settings.teacher_cache``.
+        injected: The model with an adapter whose training is continued; None to put the settings' adapter on the model.
 
     Raises:
         InputError: A setting does not fit the model: rank, window, tracker, device.
@@ -140,7 +142,7 @@ def recover(
     resumed = _last_checkpoint(work, identity) if resume else None
     padding = padding_token(tokenizer)
     evidence = _evidence(rows, settings, padding, device, reading)
-    injected = inject(model, settings, ranks, seed, evidence)
+    injected = injected if injected is not None else inject(model, settings, ranks, seed, evidence)
     groups = _groups_or_nothing(injected, settings)
     _make_folder(work)
     keeper, bar = Keeper(work, injected, identity, resumed, settings.patience), Bar(settings.quiet)

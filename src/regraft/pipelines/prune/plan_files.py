@@ -67,7 +67,7 @@ def read_plan(path: Path) -> PrunePlan:
         text = found.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise PlanError(f"no plan can be read from '{found}': {reason}; write one with --plan-only") from None
+        raise PlanError(f"no plan can be read from '{found}': {reason}; write one with `plan_only`") from None
     try:
         if _is_record(text):
             return _plan_of(from_json(Provenance, text), found)
@@ -114,6 +114,7 @@ def settings_of(plan: PrunePlan, given: PruneSettings) -> tuple[PruneSettings, i
         if name in BESIDE:
             values[name] = wanted if wanted is not None else values[name]
         elif wanted not in (default, values[name]):
-            option = f"--{name.replace('_', '-')} {wanted}"
-            raise InputError(f"{option} does nothing beside --plan, which was made with {values[name]}; leave it out, or plan anew")
+            raise InputError(
+                f"`{name}={wanted}` does nothing beside `plan`, which was made with {values[name]}; leave it out, or plan anew"
+            )
     return PruneSettings.model_validate(values), seed

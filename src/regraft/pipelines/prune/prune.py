@@ -7,56 +7,64 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.atomic import reserved
+from regraft.data.text import Corpus
 from regraft.errors import InputError
 from regraft.groups.discover import discover, look_for
-from regraft.models.load import Loaded
-from regraft.models.load import load as load_model
+from regraft.models.live import ModelLike, become, own_tensors, resting, take
+from regraft.models.load import Loaded, with_float64
 from regraft.models.save import save
 from regraft.models.view import ModelView
 from regraft.pipelines.prune.plan_files import settings_of
-from regraft.pipelines.prune.planning import (
-    Planning,
-    Say,
-    Way,
+from regraft.pipelines.prune.planning import Planning, Say, check_text, composed, draw_windows
+from regraft.pipelines.prune.record import card_of, record_of
+from regraft.pipelines.prune.resolved import (
+    ResolvedPrune,
     budget_of,
-    calibration,
-    check_text,
-    composed,
     kinds_wanted,
     layers_in,
     left_out,
-    reconstruct_of,
     resolve,
+    resolve_replay,
 )
-from regraft.pipelines.prune.record import card_of, facts, record_of
-from regraft.pipelines.prune.streamed import Request, prune_streamed
+from regraft.pipelines.prune.streamed import StreamedPrune, prune_streamed
+from regraft.pipelines.results import Saving
+from regraft.pipelines.texts import Texts, described, in_memory, path_in, text_for
 from regraft.plans import Groups, Provenance, PrunePlan, to_dict
-from regraft.settings import LoadSettings, PruneSettings
+from regraft.settings import LoadSettings, PruneSettings, takes_settings, with_keywords
 from regraft.surgery.apply_plan import apply_plan
 from regraft.surgery.cut import check_counts, check_plan, cut, layers_after
 from regraft.surgery.refit_predictions import refit_to_predictions
 
-__all__ = [
-    "PruneResult",
-    "cut_to_plan",
-    "facts",
-    "kinds_wanted",
-    "layers_in",
-    "plan_dict",
-    "plan_pruning",
-    "plan_summary",
-    "prune",
-    "replay",
-    "resolve",
-    "save_pruned",
-]
-
 
 @dataclass(frozen=True)
-class PruneResult:
+class PruneReport:
+    """What a plan takes from a model.
+
+    Attributes:
+        parameters_before: Of the whole model.
+        parameters_after: Of the whole model.
+        rows: One for each group: its name, kind, units before and units after.
+        notes: What the user should know, a line each.
+    """
+
+    parameters_before: int
+    parameters_after: int
+    rows: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Returns the sizes before and after, layers that are alike in one line, and the notes."""
+        removed = 1.0 - self.parameters_after / self.parameters_before
+        lines = [f"parameters {self.parameters_before:,} -> {self.parameters_after:,}: {removed:.2%} removed"]
+        lines += [f"{names}: {before} -> {after} units" for names, before, after in collapsed(self.rows)]
+        return "\n".join([*lines, *self.notes])
+
+
+@dataclass(frozen=True, repr=False)
+class PruneResult(Saving):
     """What pruning gave.
 
     Attributes:
@@ -64,140 +72,258 @@ class PruneResult:
         model: The pruned model; None after a dry run, and where a bound of memory kept it on disk.
         loaded: The model before, with its tokenizer and source; without its weights under a bound of memory.
         groups: Of the model before: what could be cut.
+        resolved: How it was pruned, with every "auto" decided.
         notes: What the user should know, a line each.
+        provenance: How the pruned model came to be, without the checksums of files.
     """
 
     plan: PrunePlan
     model: PreTrainedModel | None
     loaded: Loaded
     groups: Groups
-    notes: tuple[str, ...] = ()
+    resolved: ResolvedPrune
+    notes: tuple[str, ...]
+    provenance: Provenance
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, which pruning leaves as it is."""
+        return self.loaded.tokenizer
+
+    @property
+    def report(self) -> PruneReport:
+        """The sizes before and after."""
+        rows = tuple(plan_summary(self.groups, self.plan))
+        return PruneReport(self.plan.parameters_before, self.plan.parameters_after, rows, self.notes)
+
+    def __repr__(self) -> str:
+        """Returns the parameters and what holds the model, in one line."""
+        plan, kind = self.plan, type(self.model).__name__ if self.model is not None else "no model in memory"
+        return f"PruneResult({plan.parameters_before:,} -> {plan.parameters_after:,} parameters, {kind})"
+
+    def save_pretrained(self, folder: str | Path, *, replace: bool = False) -> Provenance:
+        """Saves the pruned model with its tokenizer, its plan, its card and how it came to be.
+
+        Args:
+            folder: A new or empty folder.
+            replace: Whether a folder that we wrote is replaced.
+
+        Returns:
+            The record as it was written.
+
+        Raises:
+            InputError: There is no model in memory.
+            OutputError: The folder exists or cannot be written.
+        """
+        if self.model is None:
+            raise InputError(
+                "there is no pruned model in memory, so that nothing can be saved; prune without `dry_run` and without `memory`"
+            )
+        return save(self.model, self.loaded.tokenizer, folder, self.provenance, card_of(self.provenance), replace=replace)
 
 
+@takes_settings(PruneSettings, LoadSettings)
 def prune(
-    source: str | Path,
+    model: ModelLike,
     output: str | Path | None = None,
     settings: PruneSettings | None = None,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: Texts | None = None,
     load: LoadSettings | None = None,
     seed: int = 0,
+    in_place: bool = False,
     dry_run: bool = False,
     command: str = "regraft.prune",
     say: Say = lambda line: None,
+    **keywords: Any,
 ) -> PruneResult:
     """Prunes a model to a share of all its parameters.
 
     Args:
-        source: A folder, a hub id, or ``seedling``.
-        output: Where the pruned model is saved; None keeps it in memory.
+        model: A ``PreTrainedModel`` in memory, which is left as it is; or a folder, a hub id, or ``seedling``.
+        output: Where the pruned model is saved; None writes nothing.
         settings: What is cut and how it is chosen. With ``memory`` the model is read, pruned and written layer by layer.
-        load: How the model is loaded.
+        tokenizer: Of a model in memory.
+        calibration: Text like that which the model is to work on: a file, texts, or a data set with a column ``text``.
+        load: How a folder or hub id is loaded.
         seed: Of the calibration windows and of random scores.
+        in_place: Whether a model in memory becomes the pruned one.
         dry_run: Plan only: nothing is cut and nothing is written.
         command: How this was called, for the folder's record.
         say: Called with one line now and then, for the impatient.
+        **keywords: Single settings by name, such as ``ratio=0.2``; they count before those in ``settings`` and ``load``.
 
     Raises:
         RegraftError: Anything that the user can mend, in one line.
     """
-    settings = settings or PruneSettings()
-    request = Request(source, _path(output), settings, resolve(settings), load or LoadSettings(), seed, None, command, say)
-    return _carry_out(request, dry_run=dry_run)
+    chosen, load = with_keywords(command, keywords, settings or PruneSettings(), load or LoadSettings())
+    chosen, texts = _with_text(chosen, calibration)
+    return _carry_out(_Order(model, tokenizer, texts, _path(output), chosen, load, seed, in_place, dry_run, None, command, say))
 
 
+@takes_settings(PruneSettings, LoadSettings)
 def replay(
-    source: str | Path,
+    model: ModelLike,
     plan: PrunePlan,
     output: str | Path | None = None,
     settings: PruneSettings | None = None,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: Texts | None = None,
     load: LoadSettings | None = None,
     seed: int = 0,
+    in_place: bool = False,
     dry_run: bool = False,
     command: str = "regraft.replay",
     say: Say = lambda line: None,
+    **keywords: Any,
 ) -> PruneResult:
     """Prunes a model to a plan that was made before; the weights are those of the run that the plan is of, byte by byte.
 
     Args:
-        source: The model that the plan was made for.
+        model: The model that the plan was made for.
         plan: What stays. It brings the settings and the seed that it was made with.
-        output: Where the pruned model is saved; None keeps it in memory.
+        output: Where the pruned model is saved; None writes nothing.
         settings: Memory, cache and where the calibration text lies now; everything else for plans that bring no settings.
-        load: How the model is loaded.
+        tokenizer: Of a model in memory.
+        calibration: The text that the plan was made with, where it lies elsewhere now.
+        load: How a folder or hub id is loaded.
         seed: For plans that bring none.
+        in_place: Whether a model in memory becomes the pruned one.
         dry_run: Look only: nothing is cut and nothing is written.
         command: How this was called, for the folder's record.
         say: Called with one line now and then.
+        **keywords: Single settings by name.
 
     Raises:
         RegraftError: Anything that the user can mend, in one line: the plan is of another model, or the calibration text is another.
     """
-    own, own_seed = settings_of(plan, settings or PruneSettings())
-    # Nothing is chosen any more, but how the projections are re-fitted.
-    way = replace(resolve(own.model_copy(update={"memory": None})), reconstruct=reconstruct_of(own))
+    chosen, load = with_keywords(command, keywords, settings or PruneSettings(), load or LoadSettings())
+    own, own_seed = settings_of(plan, chosen)
     if own_seed is not None and seed not in (0, own_seed):
-        raise InputError(f"--seed {seed} does nothing beside --plan, which was made with {own_seed}; leave it out, or plan anew")
+        raise InputError(f"`seed={seed}` does nothing beside `plan`, which was made with {own_seed}; leave it out, or plan anew")
     seed = seed if own_seed is None else own_seed
-    request = Request(source, _path(output), own, way, load or LoadSettings(), seed, plan, command, say)
-    return _carry_out(request, dry_run=dry_run)
+    own, texts = _with_text(own, calibration)
+    return _carry_out(_Order(model, tokenizer, texts, _path(output), own, load, seed, in_place, dry_run, plan, command, say))
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What a call asks for; the fields are the parameters of :func:`prune` and :func:`replay`."""
+
+    model: ModelLike
+    tokenizer: PreTrainedTokenizerBase | None
+    calibration: Texts | None
+    output: Path | None
+    settings: PruneSettings
+    load: LoadSettings
+    seed: int
+    in_place: bool
+    dry_run: bool
+    plan: PrunePlan | None
+    command: str
+    say: Say
+
+    def resolved(self, view: ModelView | None = None) -> ResolvedPrune:
+        return (resolve if self.plan is None else resolve_replay)(self.settings, view, self.seed)
+
+    def text(self, loaded: Loaded) -> Corpus:
+        given = self.calibration if self.calibration is not None else self.settings.calibration
+        return text_for(loaded, given, "validation", "calibration")
+
+
+def _with_text(settings: PruneSettings, calibration: Texts | None) -> tuple[PruneSettings, Texts | None]:
+    """Puts a file of text into the settings; text in memory stays beside them."""
+    if calibration is None:
+        return settings, None
+    return settings.model_copy(update={"calibration": path_in(calibration)}), in_memory(calibration)
 
 
 def _path(output: str | Path | None) -> Path | None:
     return None if output is None else Path(output)
 
 
-def _carry_out(request: Request, *, dry_run: bool) -> PruneResult:
-    with reserved(None if dry_run else request.output):
-        if request.settings.memory is None:
-            return _carry_out_in_memory(request, dry_run=dry_run)
-        if request.output is None and not dry_run:
-            raise InputError("--memory keeps the pruned model on disk; say where with --output")
-        done = prune_streamed(replace(_decided(request), output=None if dry_run else request.output))
-        return PruneResult(done.plan, None, done.loaded, done.groups, done.notes)
+def _carry_out(order: _Order) -> PruneResult:
+    with reserved(None if order.dry_run else order.output):
+        resolved = order.resolved()  # what cannot be is refused before a model is loaded
+        order = replace(order, load=with_float64(order.load))
+        if order.settings.memory is not None:
+            return _streamed(order, resolved)
+        if isinstance(order.model, str | Path):
+            if order.in_place:
+                raise InputError(
+                    "`in_place` is for a model in memory; leave it out for a folder, and say with `output` where the result goes"
+                )
+            return _in_memory(order, take(order.model, order.tokenizer, order.load), live=False)
+        loaded = take(order.model, order.tokenizer)
+        with resting(loaded.model):
+            return _in_memory(order, loaded, live=not isinstance(order.model, Loaded))
 
 
-def _carry_out_in_memory(request: Request, *, dry_run: bool) -> PruneResult:
-    settings, output, say = request.settings, request.output, request.say
-    loaded = load_model(request.source, request.load)
-    if request.plan is None:
-        request = replace(request, way=resolve(settings, ModelView(loaded.model)))
-    settings = _decided(request).settings
-    found = look_for(loaded.model, kinds_wanted(settings, request.plan))
+def _streamed(order: _Order, resolved: ResolvedPrune) -> PruneResult:
+    """Prunes a checkpoint under a bound of memory."""
+    if not isinstance(order.model, str | Path):
+        raise InputError("`memory` is for models that are not loaded yet; give a folder or a hub id, or leave it out")
+    if order.output is None and not order.dry_run:
+        raise InputError("`memory` keeps the pruned model on disk; say where with `output`")
+    output = None if order.dry_run else order.output
+    done = prune_streamed(StreamedPrune(order.model, output, resolved, order.load, order.text, order.plan, order.command, order.say))
+    record = record_of(done.loaded, done.plan, resolved, command=order.command)
+    return PruneResult(done.plan, None, done.loaded, done.groups, resolved, done.notes, record)
+
+
+def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
+    """Prunes a model that can be run as a whole."""
+    model = loaded.model
+    found = look_for(model, kinds_wanted(order.settings, order.plan))
     groups = found.groups
-    plan = request.plan or plan_pruning(loaded, groups, settings, request.seed, say)
-    check_plan(groups, plan)
-    check_counts(groups, plan)
-    notes = (*request.way.notes, *left_out(settings, found)) if request.plan is None else ()
-    if dry_run:
-        return PruneResult(plan, None, loaded, groups, notes)
-    model = cut_to_plan(loaded, groups, plan, settings, request.seed, say)
-    if output is not None:
-        save_pruned(model, loaded, plan, output, settings, seed=request.seed, command=request.command)
-    return PruneResult(plan, model, loaded, groups, notes)
+    resolved = order.resolved(ModelView(model))
+    if order.plan is not None:
+        check_plan(groups, order.plan)
+        check_counts(groups, order.plan)
+    else:
+        budget_of(groups, resolved.settings)  # before any text is read
+    corpus = order.text(loaded) if resolved.needs_text else None
+    windows = draw_windows(loaded, corpus, resolved) if corpus is not None else None
+    plan = order.plan if order.plan is not None else plan_pruning(model, groups, resolved, windows, say=order.say)
+    check_text(plan, windows)
+    notes = (*resolved.notes, *left_out(resolved.settings, found)) if order.plan is None else ()
+    record = record_of(loaded, plan, resolved, command=order.command)
+    if corpus is not None and order.calibration is not None:
+        record = replace(record, settings={**record.settings, "calibration": described(corpus)})
+    if order.dry_run:
+        return PruneResult(plan, None, loaded, groups, resolved, notes, record)
+    pruned = cut_to_plan(model, groups, plan, resolved, windows, say=order.say)
+    if live:
+        own_tensors(pruned, model)
+    result = PruneResult(plan, pruned, loaded, groups, resolved, notes, record)
+    if order.output is not None:
+        result.save_pretrained(order.output)
+    return replace(result, model=become(model, pruned)) if live and order.in_place else result
 
 
-def _decided(request: Request) -> Request:
-    """Writes into the settings how it is re-fitted: "auto" depends on --memory and on the model, a record is replayed elsewhere."""
-    return replace(request, settings=request.settings.model_copy(update={"reconstruct": request.way.reconstruct or "none"}))
-
-
-def plan_pruning(loaded: Loaded, groups: Groups, settings: PruneSettings, seed: int, say: Say = lambda line: None) -> PrunePlan:
-    """Scores the groups of a loaded model and chooses what stays; the model is left as it is.
+def plan_pruning(
+    model: PreTrainedModel, groups: Groups, resolved: ResolvedPrune, windows: Tensor | None, *, say: Say = lambda line: None
+) -> PrunePlan:
+    """Scores the groups of a model and chooses what stays; the model is left as it is.
 
     With several rounds each one scores and cuts what the rounds before have left, towards an equal share of what remains to go.
 
+    Args:
+        model: In evaluation mode.
+        groups: Of that model.
+        resolved: How it is pruned.
+        windows: Calibration tokens, int64 (windows, tokens), from :func:`draw_windows`; None where nothing needs text.
+        say: Called with one line now and then.
+
     Raises:
-        InputError: A name is unknown or the ratio cannot be met.
-        DataError: The calibration text cannot be used.
+        InputError: The ratio cannot be met.
     """
-    way = resolve(settings, ModelView(loaded.model))
-    if settings.memory is not None:
-        raise InputError("--memory is for models that are not loaded; leave it out here")
+    settings = resolved.settings
+    planning = Planning(resolved, windows, say)
     budget = budget_of(groups, settings)
-    windows = calibration(loaded, settings, seed) if way.needs_text else None
-    planning = Planning(settings, way, windows, seed, say)
-    view, current, plan = ModelView(loaded.model), groups, None
+    view, current, plan = ModelView(model), groups, None
     for step in range(1, settings.rounds + 1):
         done = plan.achieved if plan is not None else 0.0
         wanted = done + (settings.ratio - done) / (settings.rounds - step + 1)
@@ -205,55 +331,46 @@ def plan_pruning(loaded: Loaded, groups: Groups, settings: PruneSettings, seed: 
         found = planning.once(view, current, replace(budget, ratio=share))
         plan = found if plan is None else composed(groups, plan, found)
         if step < settings.rounds:
-            model = _cut(ModelView(loaded.model), groups, plan, windows, way)
-            view = ModelView(model)
-            current = discover(view, kinds_wanted(settings))
+            view = ModelView(_cut(model, groups, plan, resolved, windows))
+            current = discover(view, resolved.kinds)
             stay = enumerate(layers_after(groups, plan.cuts))
             budget = replace(budget, layers=tuple(new for new, old in stay if old in layers_in(settings.layers, groups.layers)))
     assert plan is not None
-    return replace(plan, ratio=settings.ratio, made_with=planning.made_with())
+    return replace(plan, ratio=settings.ratio, made_with=planning.made_with(plan))
 
 
 def cut_to_plan(
-    loaded: Loaded, groups: Groups, plan: PrunePlan, settings: PruneSettings, seed: int, say: Say = lambda line: None
+    model: PreTrainedModel,
+    groups: Groups,
+    plan: PrunePlan,
+    resolved: ResolvedPrune,
+    windows: Tensor | None,
+    *,
+    say: Say = lambda line: None,
 ) -> PreTrainedModel:
     """Returns the pruned model: what reads the pruned channels is re-fitted, then everything is cut.
 
-    Raises:
-        PlanError: The plan does not fit the model, or was made with other calibration text than the settings name.
+    Args:
+        model: In evaluation mode; it is left as it is, and shares what was not cut with the result.
+        groups: Of that model.
+        plan: What stays.
+        resolved: How projections are re-fitted.
+        windows: Calibration tokens, int64 (windows, tokens); None where nothing is re-fitted.
+        say: Called with one line now and then.
     """
-    check_plan(groups, plan)
-    way = resolve(settings, ModelView(loaded.model))
-    windows = calibration(loaded, settings, seed) if way.reconstruct is not None else None
-    check_text(plan, windows)
-    model = _cut(ModelView(loaded.model), groups, plan, windows, way)
-    if way.reconstruct == "divergence":
+    pruned = _cut(model, groups, plan, resolved, windows)
+    if resolved.refit == "divergence":
         assert windows is not None
-        refit_to_predictions(ModelView(model), loaded.model, windows, seed=seed, say=say)
-    return model
+        refit_to_predictions(ModelView(pruned), model, windows, seed=resolved.seed, say=say)
+    return pruned
 
 
-def _cut(view: ModelView, groups: Groups, plan: PrunePlan, windows: Tensor | None, way: Way) -> PreTrainedModel:
-    if way.reconstruct is None:
-        return cut(view.model, groups, plan)
+def _cut(model: PreTrainedModel, groups: Groups, plan: PrunePlan, resolved: ResolvedPrune, windows: Tensor | None) -> PreTrainedModel:
+    if resolved.refit is None:
+        return cut(model, groups, plan)
     assert windows is not None
-    return apply_plan(view, groups, plan, windows, "least_squares" if way.reconstruct == "divergence" else way.reconstruct)
-
-
-def save_pruned(
-    model: PreTrainedModel,
-    loaded: Loaded,
-    plan: PrunePlan,
-    output: Path,
-    settings: PruneSettings,
-    *,
-    seed: int,
-    command: str,
-    replace: bool = False,
-) -> Provenance:
-    """Saves a pruned model with its plan, its card and how it came to be."""
-    record = record_of(loaded, plan, settings, seed=seed, command=command)
-    return save(model, loaded.tokenizer, output, record, card_of(record), replace=replace)
+    method = "mean" if resolved.refit == "mean" else "least_squares"  # from where least squares ends it goes on to the predictions
+    return apply_plan(ModelView(model), groups, plan, windows, method)
 
 
 def plan_summary(groups: Groups, plan: PrunePlan) -> list[dict[str, Any]]:
@@ -263,6 +380,31 @@ def plan_summary(groups: Groups, plan: PrunePlan) -> list[dict[str, Any]]:
         {"group": group.name, "kind": group.kind, "before": group.units, "after": kept.get(group.name, group.units)}
         for group in groups.groups
     ]
+
+
+def collapsed(rows: tuple[dict[str, Any], ...] | list[dict[str, Any]]) -> list[tuple[str, int, int]]:
+    """Returns the rows of a plan's summary with neighbouring layers of equal sizes in one: names, units before, units after.
+
+    >>> row = {"kind": "ffn", "before": 64, "after": 48}
+    >>> collapsed([row | {"group": "layers.0.ffn"}, row | {"group": "layers.1.ffn"}, row | {"group": "layers.2.ffn", "after": 32}])
+    [('layers.0-1.ffn', 64, 48), ('layers.2.ffn', 64, 32)]
+    """
+    runs: list[tuple[str, int, int, str, int, int]] = []  # kind, first layer, last layer, rest of the name, before, after
+    whole: list[tuple[str, int, int]] = []
+    for row in sorted(rows, key=lambda row: row["kind"]):
+        head, _, rest = row["group"].partition(".")
+        number, _, rest = rest.partition(".")
+        if head != "layers" or not number.isdigit():
+            whole.append((row["group"], row["before"], row["after"]))
+            continue
+        layer = int(number)
+        last = runs[-1] if runs else None
+        if last is not None and (last[0], last[2] + 1, *last[3:]) == (row["kind"], layer, rest, row["before"], row["after"]):
+            runs[-1] = (last[0], last[1], layer, *last[3:])
+        else:
+            runs.append((row["kind"], layer, layer, rest, row["before"], row["after"]))
+    named = [(f"layers.{first}{f'-{last}' if last > first else ''}.{rest}", before, after) for _, first, last, rest, before, after in runs]
+    return [*named, *whole]
 
 
 def plan_dict(plan: PrunePlan) -> dict[str, Any]:

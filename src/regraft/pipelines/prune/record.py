@@ -7,28 +7,27 @@ from typing import Any
 from regraft.models.card import model_card
 from regraft.models.load import Loaded
 from regraft.models.provenance import parents_of, versions
+from regraft.pipelines.prune.resolved import ResolvedPrune
 from regraft.plans import Provenance, PrunePlan
-from regraft.settings import PruneSettings
 
 
-def record_of(loaded: Loaded, plan: PrunePlan, settings: PruneSettings, *, seed: int, command: str) -> Provenance:
+def record_of(loaded: Loaded, plan: PrunePlan, resolved: ResolvedPrune, *, command: str) -> Provenance:
     """Returns how a pruned model came to be, without the checksums of its files.
 
     Args:
         loaded: The model before.
         plan: What stays.
-        settings: What was asked for.
-        seed: Of the calibration windows and of random scores.
+        resolved: How it was pruned.
         command: The command or call that made it.
     """
     return Provenance(
         command=command,
         source=loaded.source,
         source_fingerprint=loaded.fingerprint,
-        seed=seed,
+        seed=resolved.seed,
         versions=versions(),
         plan=plan,
-        settings={"prune": settings.decisive()},
+        settings={"prune": resolved.record(plan)},
         parents=parents_of(loaded.provenance),
     )
 

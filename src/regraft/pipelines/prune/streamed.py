@@ -10,15 +10,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from regraft.data.text import Corpus
 from regraft.importance import CRITERIA
 from regraft.models.load import Loaded
 from regraft.models.provenance import versions
-from regraft.pipelines.prune.planning import Planning, Say, Way, budget_of, calibration, check_text, kinds_wanted, left_out
+from regraft.pipelines.prune.planning import Planning, Say, check_text, draw_windows
 from regraft.pipelines.prune.record import card_of, record_of
+from regraft.pipelines.prune.resolved import ResolvedPrune, budget_of, kinds_wanted, left_out
 from regraft.pipelines.prune.score_cache import checksum_of
 from regraft.plans import Groups, PrunePlan, to_dict
 from regraft.selection.budget import check_possible
-from regraft.settings import LoadSettings, PruneSettings
+from regraft.settings import LoadSettings
 from regraft.streaming.hidden import HiddenStates, InMemory, OnDisk, room_for
 from regraft.streaming.memory import Room, Task, find_room, in_words
 from regraft.streaming.output import PrunedWriter, Refit, resumable
@@ -32,16 +34,15 @@ HIDDEN = "hidden.bin"
 
 
 @dataclass(frozen=True)
-class Request:
+class StreamedPrune:
     """What to do with a checkpoint.
 
     Attributes:
         source: A folder, a hub id, or ``seedling``.
         output: Where the pruned model goes; None to plan only.
-        settings: What is cut and how it is chosen; with a bound of memory.
-        way: What "auto" means in them.
+        resolved: How it is pruned, with a bound of memory.
         load: How the model is loaded.
-        seed: Of the calibration windows and of random scores.
+        text: Returns the calibration text of the loaded model.
         plan: To be replayed; None to make one.
         command: How this was called, for the folder's record.
         say: Called with one line now and then.
@@ -49,10 +50,9 @@ class Request:
 
     source: str | Path
     output: Path | None
-    settings: PruneSettings
-    way: Way
+    resolved: ResolvedPrune
     load: LoadSettings
-    seed: int
+    text: Callable[[Loaded], Corpus]
     plan: PrunePlan | None
     command: str
     say: Say
@@ -75,7 +75,7 @@ class Streamed:
     notes: tuple[str, ...]
 
 
-def prune_streamed(request: Request) -> Streamed:
+def prune_streamed(request: StreamedPrune) -> Streamed:
     """Prunes a checkpoint without ever having it in memory as a whole.
 
     Raises:
@@ -84,17 +84,17 @@ def prune_streamed(request: Request) -> Streamed:
         PlanError: The plan to be replayed is of another model.
         OutputError: The output cannot be written; finished shards stay for the next attempt.
     """
+    resolved = request.resolved
     skeleton = open_skeleton(request.source, request.load)
-    found = skeleton.look_for(kinds_wanted(request.settings, request.plan))
+    found = skeleton.look_for(kinds_wanted(resolved.settings, request.plan))
     groups = found.groups
     refuse_beyond_layers(skeleton.view.family, groups)
     if request.plan is not None:
         check_plan(groups, request.plan)
         check_counts(groups, request.plan)
     else:
-        check_possible(groups, budget_of(groups, request.settings))
-    wanted = request.way.needs_text if request.plan is None else request.way.reconstruct is not None
-    windows = calibration(skeleton.loaded, request.settings, request.seed) if wanted else None
+        check_possible(groups, budget_of(groups, resolved.settings))
+    windows = draw_windows(skeleton.loaded, request.text(skeleton.loaded), resolved) if resolved.needs_text else None
     if request.plan is not None:
         check_text(request.plan, windows)
     job = _Job(request, skeleton, groups, windows)
@@ -103,25 +103,25 @@ def prune_streamed(request: Request) -> Streamed:
             plan = request.plan or job.plan(Path(work))
     else:
         plan = job.write(request.output)
-    notes = left_out(request.settings, found) if request.plan is None else ()
+    notes = left_out(resolved.settings, found) if request.plan is None else ()
     return Streamed(plan, skeleton.loaded, groups, (*job.notes(), *notes))
 
 
 class _Job:
     """One run over one checkpoint."""
 
-    def __init__(self, request: Request, skeleton: Skeleton, groups: Groups, windows: Tensor | None) -> None:
+    def __init__(self, request: StreamedPrune, skeleton: Skeleton, groups: Groups, windows: Tensor | None) -> None:
         self._request = request
         self._skeleton = skeleton
         self._groups = groups
         self._windows = windows
-        settings = request.settings
+        settings = request.resolved.settings
         assert settings.memory is not None
         criterion = CRITERIA.get(settings.criterion)
         task = Task(
             looks_at=criterion.looks_at if request.plan is None else None,
             squares=criterion.looks_at == "gradients" and settings.order != "first",
-            refits=request.way.reconstruct is not None and request.output is not None,
+            refits=request.resolved.refit is not None and request.output is not None,
             windows=0 if windows is None else windows.shape[0],
             tokens=0 if windows is None else windows.shape[1],
         )
@@ -129,10 +129,10 @@ class _Job:
 
     def notes(self) -> tuple[str, ...]:
         """Returns what the user should know."""
-        room, found = self._room, list(self._request.way.notes if self._request.plan is None else ())
+        room, found = self._room, list(self._request.resolved.notes)
         if not room.fits:
             found.append(
-                f"--memory {in_words(room.bound_bytes)} bounds weights and states ({in_words(room.working_bytes)}); the program itself "
+                f"`memory={in_words(room.bound_bytes)}` bounds weights and states ({in_words(room.working_bytes)}); the program itself "
                 f"takes {in_words(room.program_bytes)} beside them"
             )
         if self._windows is not None and not room.hidden_in_memory:
@@ -146,10 +146,11 @@ class _Job:
             work: A folder for hidden states.
         """
         request = self._request
-        planning = Planning(request.settings, request.way, self._windows, request.seed, request.say)
+        settings = request.resolved.settings
+        planning = Planning(request.resolved, self._windows, request.say)
         passes = StreamedPasses(self._skeleton, self._windows, self._hidden(work), self._room.limits, request.say)
-        plan = planning.once(self._skeleton.view, self._groups, budget_of(self._groups, request.settings), passes)
-        return replace(plan, ratio=request.settings.ratio, made_with=planning.made_with())
+        plan = planning.once(self._skeleton.view, self._groups, budget_of(self._groups, settings), passes)
+        return replace(plan, ratio=settings.ratio, made_with=planning.made_with(plan))
 
     def write(self, output: Path) -> PrunePlan:
         """Plans, unless an interrupted run or the user has, and writes the pruned checkpoint."""
@@ -162,16 +163,16 @@ class _Job:
             progress.decided(plan)
             writer = PrunedWriter(self._skeleton, self._groups, plan)
             writer.write(progress, self._refit(plan, progress.folder), request.say)
-            record = record_of(self._skeleton.loaded, plan, request.settings, seed=request.seed, command=request.command)
+            record = record_of(self._skeleton.loaded, plan, request.resolved, command=request.command)
             writer.finish(progress, record, card_of)
         return plan
 
     def _refit(self, plan: PrunePlan, work: Path) -> Refit | None:
-        method, windows = self._request.way.reconstruct, self._windows
+        method, windows = self._request.resolved.refit, self._windows
         if method is None:
             return None
         assert windows is not None
-        assert method != "divergence", "takes the whole model; refused before"
+        assert method in ("least_squares", "mean"), "the other takes the whole model; refused before"
 
         gone, narrow = split_by_part(self._groups, plan.cuts)
         say = self._request.say
@@ -202,8 +203,8 @@ class _Job:
         request, skeleton = self._request, self._skeleton
         return {
             "fingerprint": self._groups.fingerprint,
-            "settings": request.settings.decisive(),
-            "seed": request.seed,
+            "settings": request.resolved.record(),
+            "seed": request.resolved.seed,
             "windows_sha256": checksum_of(self._windows),
             "plan": None if request.plan is None else to_dict(request.plan),
             "dtype": str(skeleton.dtype),

@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from regraft.adapters.seeding import derived_seed
 from regraft.allocation import (
@@ -24,29 +28,35 @@ from regraft.allocation import (
     rank_space,
     winner,
 )
-from regraft.atomic import json_with, reserved_file, sha256_of, write_text
+from regraft.atomic import atomic_folder, json_with, reserved_file, sha256_of, write_text
 from regraft.data.tokens import window_tokens
 from regraft.errors import InputError
-from regraft.models.load import Loaded
-from regraft.models.load import load as load_model
+from regraft.models.card import model_card
+from regraft.models.folder import write_folder
+from regraft.models.live import ModelLike, take
+from regraft.models.load import Loaded, device_named, require_tokenizer
+from regraft.models.provenance import parents_of, versions
+from regraft.models.save import save
 from regraft.models.view import ModelView
 from regraft.paired.elastic import agreement
 from regraft.paired.side_by_side import check_adapter
 from regraft.pipelines.ranks.cost import SHORTEST, confirming_cost, learns_from_scores, schedule_of
-from regraft.pipelines.ranks.files import past_search, texts_of
+from regraft.pipelines.ranks.files import REPORT, past_search, texts_of
 from regraft.pipelines.ranks.layer_features import bare_slots, measured_slots
 from regraft.pipelines.ranks.measuring import Measuring, candidates_at_once, placed
 from regraft.pipelines.ranks.start import decisive, started
 from regraft.pipelines.recover import training_corpora
+from regraft.pipelines.results import Saving
 from regraft.pipelines.run.folder import open_run
-from regraft.plans import Confirmation, RankSearch, RankSpace, RankTrial, from_json, to_json
+from regraft.pipelines.texts import Texts, in_memory, path_in, read
+from regraft.plans import Confirmation, Provenance, RankPlan, RankSearch, RankSpace, RankTrial, from_json, to_json
 from regraft.search.contract import Job
 from regraft.search.pools import Inline, Pool, Processes
 from regraft.search.ray_pool import RayPool, import_ray
 from regraft.search.run import measure_all, open_ledger, search
 from regraft.search.sampler import AllocatorSampler
 from regraft.search.storage import open_storage
-from regraft.settings import TRAINING_TOKENS, AllocateSettings, LoadSettings, RecoverSettings
+from regraft.settings import TRAINING_TOKENS, AllocateSettings, LoadSettings, RecoverSettings, takes_settings, with_keywords
 
 Say = Callable[[str], None]
 
@@ -56,68 +66,175 @@ _FEW_STEPS = 20  # with fewer, gains of ranks do not show yet
 _CHOSEN_BY_THE_SEARCH = ("rank", "alpha", "patience")
 
 
+@dataclass(frozen=True, repr=False)
+class RankResult(Saving):
+    """What a search for ranks gave.
+
+    Attributes:
+        search: What was measured, found and confirmed.
+        loaded: The model.
+        identity: Whatever would change the result, as plain JSON types.
+    """
+
+    search: RankSearch
+    loaded: Loaded
+    identity: Mapping[str, Any]
+
+    @property
+    def plan(self) -> RankPlan:
+        """A rank for every module, for ``recover(ranks=...)``."""
+        return self.search.plan
+
+    @property
+    def report(self) -> str:
+        """How the ranks were found, in Markdown."""
+        return self.files()[REPORT]
+
+    def __repr__(self) -> str:
+        """Returns the method and the verdict, in one line."""
+        return f"RankResult({self.plan.method}: {self.search.verdict})"
+
+    def files(self) -> dict[str, str]:
+        """Returns the texts that tell of the search, by file name."""
+        return texts_of(self.search, self.loaded, self.identity)
+
+    def save_pretrained(self, folder: str | Path, *, replace: bool = False) -> Provenance:
+        """Saves the plan, the report, every trial, and what PEFT needs of the plan.
+
+        Raises:
+            OutputError: The folder exists or cannot be written.
+        """
+        record = Provenance(
+            command="regraft.allocate_ranks",
+            source=self.loaded.source,
+            source_fingerprint=self.loaded.fingerprint,
+            seed=int(self.identity["seed"]),
+            versions=versions(),
+            ranks=self.plan,
+            settings={"allocate": self.identity["allocate"], "recover": self.identity["recover"]},
+            parents=parents_of(self.loaded.provenance),
+        )
+        with atomic_folder(Path(folder), replace=replace) as partial:
+            for name, text in self.files().items():
+                write_text(partial / name, text)
+            return write_folder(partial, record, self.report)
+
+
+@takes_settings(AllocateSettings, RecoverSettings, LoadSettings)
 def allocate_ranks(
-    source: str | Path,
-    output: str | Path,
+    model: ModelLike,
+    output: str | Path | None = None,
     settings: AllocateSettings | None = None,
     recover: RecoverSettings | None = None,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: Texts | None = None,
     load: LoadSettings | None = None,
     seed: int = 0,
     resume: bool = False,
+    work: Path | None = None,
     say: Say = lambda line: None,
-) -> RankSearch:
+    **keywords: Any,
+) -> RankResult:
     """Finds ranks and writes the plan.
 
     Beside ``plan.json`` a folder ``plan.search`` holds the report, every trial, what is known of the slots, and the store of the search
     where no other is named. Several calls with one shared storage, on one machine or on many, share one search.
 
     Args:
-        source: A pruned model: a folder, a hub id, or ``seedling``.
-        output: File of the plan, ``.json``.
+        model: A pruned model: a ``PreTrainedModel`` in memory, which is left as it is; or a folder, a hub id, or ``seedling``.
+        output: File of the plan, ``.json``; None writes nothing.
         settings: Method, budget and how the search is run.
         recover: Of the recovery that the ranks are for: data, steps, learning rate, teacher.
-        load: How the model is loaded.
+        tokenizer: Of a model in memory.
+        data: What the recovery is to learn: a file, texts, or a data set.
+        load: How a folder or hub id is loaded.
         seed: Of everything random.
         resume: Go on with a search that was stopped; with none there, begin.
+        work: Where the search is kept without an output; it stays, and a search that was stopped goes on there.
         say: Called with one line for each thing a user wants to know.
+        **keywords: Single settings by name, of the search or of the recovery.
 
     Raises:
         OutputError: The plan or its folder exists, or cannot be written.
         StorageError: The storage is locked, corrupt or out of reach.
         RegraftError: Anything else that the user can mend, in one line.
     """
-    settings, recover, load = settings or AllocateSettings(), recover or RecoverSettings(), load or LoadSettings()
+    given = (settings or AllocateSettings(), recover or RecoverSettings(), load or LoadSettings())
+    settings, recover, load = with_keywords("regraft.allocate_ranks", keywords, *given)
+    if data is not None:
+        recover = recover.model_copy(update={"data": path_in(data)})
     check_settings(settings, recover)
+    order = _Order(model, tokenizer, in_memory(data), settings, recover, load, seed, resume, say)
+    if output is None:
+        with nullcontext(work) if work is not None else TemporaryDirectory(prefix="regraft-") as kept:
+            request = order.request(Path(kept))
+            write_space(request, Path(kept))
+            return request.result(find_ranks(request, Path(kept), Path(kept), resume=True))
     output = Path(output)
     if output.suffix != ".json":
-        raise InputError(f"--output '{output}' is not the name of a JSON file; write it as {output}.json")
+        raise InputError(f"`output={output}` is not the name of a JSON file; write it as {output}.json")
     with reserved_file(output, json_with("ranks", "alpha_per_rank") if resume else lambda content: False):
-        return _allocated(source, output, settings, recover, load, seed=seed, resume=resume, say=say)
+        return _allocated(order, output)
 
 
-def _allocated(
-    source: str | Path,
-    output: Path,
-    settings: AllocateSettings,
-    recover: RecoverSettings,
-    load: LoadSettings,
-    *,
-    seed: int,
-    resume: bool,
-    say: Say,
-) -> RankSearch:
-    if settings.storage is not None:
-        open_storage(settings.storage, output.parent).close()  # what is wrong with it is told before anything is computed
-    loaded = load_model(source, load)
-    request = Request(loaded, str(source), settings, recover, load, seed, say)
-    with open_run(output.with_suffix(".search"), request.identity(), resume=resume, say=say) as folder:
-        slots = folder.stage("slots", request.identity(), lambda partial: write_space(request, partial))
-        found = find_ranks(request, slots, folder.path, resume=resume)
-        for name, text in texts_of(found, request.loaded, request.identity()).items():
-            folder.write(name, text)
-        write_text(output, to_json(found.plan) + "\n")
-    return found
+@dataclass(frozen=True)
+class _Order:
+    """What a call asks for; the fields are parameters of :func:`allocate_ranks`."""
+
+    model: ModelLike
+    tokenizer: PreTrainedTokenizerBase | None
+    texts: Texts | None
+    settings: AllocateSettings
+    recover: RecoverSettings
+    load: LoadSettings
+    seed: int
+    resume: bool
+    say: Say
+
+    def request(self, beside: Path) -> Request:
+        """Loads the model; puts what is in memory into a folder, since whoever measures may be another process."""
+        loaded = take(self.model, self.tokenizer, self.load)
+        recover = self.recover
+        if self.texts is not None:
+            recover = recover.model_copy(update={"data": _written(self.texts, beside)})
+        return Request(loaded, self._source(loaded, beside), self.settings, recover, self.load, self.seed, self.say)
+
+    def _source(self, loaded: Loaded, beside: Path) -> str:
+        if isinstance(self.model, str | Path | Loaded):
+            return loaded.source
+        folder = beside / "model"
+        record = Provenance("regraft.allocate_ranks", loaded.source, loaded.fingerprint, self.seed, versions())
+        record = replace(record, parents=parents_of(loaded.provenance))
+        save(loaded.model, require_tokenizer(loaded), folder, record, model_card(record), replace=True)
+        return str(folder)
+
+
+def _written(texts: Texts, folder: Path) -> Path:
+    """Writes text that was given in memory into a file."""
+    corpus = read(texts, "train", "data")
+    rows: list[dict[str, Any]] = [{"text": text} for text in corpus.documents]
+    for record in corpus.records:
+        plain = {"instruction": record.instruction, "input": record.input, "output": record.output}
+        rows.append({"messages": record.messages()} if record.system or record.history else plain)
+    path = folder / "data.jsonl"
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def _allocated(order: _Order, output: Path) -> RankResult:
+    """Finds ranks, with everything that is measured in a folder beside the plan."""
+    if order.settings.storage is not None:
+        open_storage(order.settings.storage, output.parent).close()  # what is wrong with it is told before anything is computed
+    with TemporaryDirectory(prefix="regraft-") as aside:
+        request = order.request(Path(aside))
+        with open_run(output.with_suffix(".search"), request.identity(), resume=order.resume, say=order.say) as folder:
+            slots = folder.stage("slots", request.identity(), lambda partial: write_space(request, partial))
+            result = request.result(find_ranks(request, slots, folder.path, resume=order.resume))
+            for name, text in result.files().items():
+                folder.write(name, text)
+            write_text(output, to_json(result.plan) + "\n")
+    return result
 
 
 def check_settings(settings: AllocateSettings, recover: RecoverSettings) -> None:
@@ -128,6 +245,8 @@ def check_settings(settings: AllocateSettings, recover: RecoverSettings) -> None
         MissingDependencyError: Ray was asked for and is not installed.
     """
     check_adapter(recover.adapter)
+    if recover.epochs is not None:
+        raise InputError("`epochs` is for recoveries; a search for ranks counts in `steps`: give these")
     schedule_of(settings, recover)
     if isinstance(started(settings), ClosedForm) and settings.store is not None:
         raise InputError(f"--store keeps searches, and the method {settings.method} makes none; leave it out")
@@ -165,6 +284,10 @@ class Request:
     seed: int
     say: Say
 
+    def result(self, found: RankSearch) -> RankResult:
+        """Returns what was found, with what it was found for."""
+        return RankResult(found, self.loaded, self.identity())
+
     def identity(self) -> dict[str, Any]:
         """Returns whatever would change the result, as plain JSON types."""
         return {
@@ -188,8 +311,8 @@ def write_space(request: Request, folder: Path) -> None:
         DataError: There is too little text.
     """
     settings = request.settings
-    window_tokens(request.recover.seq_len, TRAINING_TOKENS, request.loaded.model.config, "--seq-len")
-    train, _ = training_corpora(request.recover, request.seed)
+    window_tokens(request.recover.seq_len, TRAINING_TOKENS, request.loaded.model.config, "`seq_len`")
+    train, _ = training_corpora(request.recover, request.seed, request.loaded)
     bare = bare_slots(ModelView(request.loaded.model), settings.granularity)
     # Before anything is measured, so that what cannot be is told at once.
     rank_space(request.loaded.fingerprint, settings.granularity, [slot.plain() for slot in bare], settings.ranks, settings.budget)
@@ -297,7 +420,7 @@ def _agreement(trials: Sequence[RankTrial]) -> float | None:
 def _pool(request: Request, spec: Measuring) -> Pool:
     settings = request.settings
     if settings.ray is not None:
-        return RayPool(spec, settings.ray, gpus=1.0 if request.load.device.startswith("cuda") else 0.0)
+        return RayPool(spec, settings.ray, gpus=1.0 if device_named(request.load.device).type == "cuda" else 0.0)
     return Processes(spec, settings.workers) if settings.workers > 1 else Inline(spec)
 
 

@@ -114,7 +114,7 @@ class OpenMeasure:
         space = from_json(RankSpace, spec.space)
         loaded = load(spec.source, spec.load)
         teacher = load_teacher(spec.recover, spec.load, loaded.provenance.source if loaded.provenance else None)
-        train, held_out = training_corpora(spec.recover, spec.seed)
+        train, held_out = training_corpora(spec.recover, spec.seed, loaded)
         modules = [module for slot in space.slots for module in slot.modules]
         tokenizer = require_tokenizer(loaded)
         parts = held_out_parts(held_out)

@@ -15,11 +15,11 @@ from typing import Annotated, Any, get_origin
 from pydantic import Field, ValidationError
 
 from regraft.errors import ConfigError, InputError, RegraftError, did_you_mean
-from regraft.importance import CRITERIA
-from regraft.pipelines.prune.prune import resolve
+from regraft.pipelines.prune.resolved import resolve
 from regraft.pipelines.ranks.allocate import check_settings
 from regraft.pipelines.run.strict_yaml import YamlText, read_value, read_yaml, write_yaml
 from regraft.settings import (
+    EVERY_PROJECTION,
     AllocateSettings,
     EvaluateSettings,
     LoadSettings,
@@ -182,12 +182,12 @@ def _listed(section: type[Settings], values: Any) -> Any:
     """Lets ``targets: ffn`` and ``targets: heads,ffn`` stand for lists, as on the command line."""
     if not isinstance(values, Mapping):
         return values
-    return {
-        key: tuple(part.strip() for part in value.split(",") if part.strip())
-        if isinstance(value, str) and key in section.model_fields and get_origin(section.model_fields[key].annotation) is tuple
-        else value
-        for key, value in values.items()
-    }
+    lists = {word for word, name in section.words().items() if get_origin(section.model_fields[name].annotation) is tuple}
+
+    def listed(text: str) -> Any:
+        return text if text == EVERY_PROJECTION else tuple(part.strip() for part in text.split(",") if part.strip())
+
+    return {key: listed(value) if isinstance(value, str) and key in lists else value for key, value in values.items()}
 
 
 def _sound_sections(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,6 +214,8 @@ def _contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
         yield from _prune_contradictions(prune)
     if recover is not None and recover.data is not None:
         yield from _no_file("recover.data", recover.data)
+    if recover is not None and recover.task != "language":
+        yield f"recover.task: {recover.task} has labels, which a run does not measure; use: regraft recover"
     if sections.get("allocate") is not None:
         yield from _allocate_contradictions(sections["allocate"], recover)
     if evaluate is not None:
@@ -237,15 +239,10 @@ def _prune_contradictions(prune: PruneSettings) -> Iterator[str]:
             "prune.memory: a run loads the whole model to measure it, so that no bound can hold; leave it out, or prune by itself with "
             "regraft prune --memory"
         )
-    try:
-        CRITERIA.get(prune.criterion)
-    except RegraftError as error:
-        yield f"prune.criterion: {error}"
+    if prune.targets:
+        yield from _unresolved(prune)
     else:
-        if prune.targets:
-            yield from _unresolved(prune)
-        else:
-            yield "prune.targets: names nothing to prune; use heads, ffn or others"
+        yield "prune.targets: names nothing to prune; use heads, ffn or others"
     if prune.calibration is not None:
         yield from _no_file("prune.calibration", prune.calibration)
 

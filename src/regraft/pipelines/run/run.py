@@ -10,18 +10,19 @@ from typing import Any
 
 from regraft.adapters import ADAPTERS
 from regraft.atomic import refuse_existing, sha256_of
-from regraft.data.text import read_corpus
 from regraft.data.tokens import window_tokens
 from regraft.errors import ConfigError, RegraftError
 from regraft.evaluation.loss import window_and_stride
 from regraft.evaluation.size import measure_size
 from regraft.groups.discover import USUAL, discover
-from regraft.models.load import Loaded, load, locate, require_tokenizer
+from regraft.models.load import Loaded, load, locate_by, require_tokenizer
 from regraft.models.view import ModelView
-from regraft.pipelines.prune.prune import kinds_wanted, layers_in, plan_pruning
+from regraft.pipelines.prune.prune import prune
+from regraft.pipelines.prune.resolved import kinds_wanted, layers_in, resolve
 from regraft.pipelines.run.folder import Say, open_run
 from regraft.pipelines.run.recipe import Recipe, find_recipe, read_recipe
 from regraft.pipelines.run.stages import Stages, files_of
+from regraft.pipelines.texts import text_for
 from regraft.plans import Groups, Measurement, PrunePlan, SizeReport
 from regraft.report.summary import RunReport
 from regraft.settings import CALIBRATION_TOKENS, TRAINING_TOKENS
@@ -91,11 +92,11 @@ def run(
     check_fit(recipe, dense, file.name)
     groups = discover(dense.model, kinds_wanted(recipe.prune) if recipe.prune is not None else USUAL)
     if dry_run:
-        return _dry_run(recipe, dense, groups, progress)
+        return _dry_run(recipe, dense, groups, progress, say)
     asked = file.name if file.suffix and str(source) != name else name
     command = shlex.join(["regraft", "run", asked, *overrides])
     with open_run(path, _identity(recipe, dense), resume=resume, say=say) as folder:
-        plan, report = Stages(folder, recipe, dense, groups, command, name, progress).make_all()
+        plan, report = Stages(folder, recipe, dense, groups, command, name, progress, say).make_all()
     sizes = {entry.label: entry.size for entry in report.measurements}
     return RunResult(path, recipe, groups, plan, sizes, report)
 
@@ -123,16 +124,19 @@ def _checks(recipe: Recipe, dense: Loaded) -> Iterator[tuple[str, Callable[[], o
     if prune is not None:
         layers = len(ModelView(dense.model).layers)
         yield "prune.layers", lambda: layers_in(prune.layers, layers)
-        yield "prune.seq_len", lambda: window_tokens(prune.seq_len, CALIBRATION_TOKENS, config, "seq_len")
-        yield "prune.calibration", lambda: read_corpus(prune.calibration, "validation") if prune.calibration else None
+        yield "prune.seq_len", lambda: window_tokens(prune.seq_len, CALIBRATION_TOKENS, config, "`seq_len`")
+        yield (
+            "prune.calibration",
+            lambda: text_for(dense, prune.calibration, "validation", "calibration") if resolve(prune).needs_text else None,
+        )
     if settings is not None:
         yield "recover.adapter", lambda: ADAPTERS.get(settings.adapter)
         yield "recover.report_to", lambda: check_trackers(settings.report_to)
         yield "recover.ranks", lambda: read_ranks(settings.ranks)
-        yield "recover.seq_len", lambda: window_tokens(settings.seq_len, TRAINING_TOKENS, config, "seq_len")
-        yield "recover.data", lambda: read_corpus(settings.data, "train") if settings.data else None
+        yield "recover.seq_len", lambda: window_tokens(settings.seq_len, TRAINING_TOKENS, config, "`seq_len`")
+        yield "recover.data", lambda: text_for(dense, settings.data, "train", "data")
     yield "evaluate.window", lambda: window_and_stride(dense.model, recipe.evaluate)
-    yield "evaluate.text", lambda: read_corpus(recipe.evaluate.text, "test") if recipe.evaluate.text else None
+    yield "evaluate.text", lambda: text_for(dense, recipe.evaluate.text, "test", "text")
 
 
 def _identity(recipe: Recipe, dense: Loaded) -> dict[str, Any]:
@@ -144,11 +148,14 @@ def _identity(recipe: Recipe, dense: Loaded) -> dict[str, Any]:
     }
 
 
-def _dry_run(recipe: Recipe, dense: Loaded, groups: Groups, progress: Say) -> RunResult:
+def _dry_run(recipe: Recipe, dense: Loaded, groups: Groups, progress: Say, say: Say) -> RunResult:
     context, _ = window_and_stride(dense.model, recipe.evaluate)
-    sizes = {"dense": measure_size(dense.model, locate(recipe.model), context)}
+    sizes = {"dense": measure_size(dense.model, locate_by(recipe.model, recipe.load), context)}
     if recipe.prune is None:
         return RunResult(None, recipe, groups, None, sizes, None)
-    plan = plan_pruning(dense, groups, recipe.prune, recipe.seed, progress)
+    result = prune(dense, None, recipe.prune, seed=recipe.seed, dry_run=True, say=progress)
+    for note in result.notes:
+        say(note)
+    plan = result.plan
     sizes["pruned"] = measure_size(cut(dense.model, groups, plan), None, context)
     return RunResult(None, recipe, groups, plan, sizes, None)

@@ -17,24 +17,23 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from regraft.atomic import sha256_of, write_text
-from regraft.data.text import read_corpus
-from regraft.evaluation.harness import flat, measure
+from regraft.evaluation.harness import flat
 from regraft.evaluation.sample import continue_text
 from regraft.evaluation.speed import compare_speed
-from regraft.models.load import Loaded, load, locate, require_tokenizer
+from regraft.models.load import Loaded, load, locate_by, require_tokenizer
 from regraft.models.provenance import versions
-from regraft.pipelines.evaluate import is_adapter, load_adapted
-from regraft.pipelines.prune.prune import cut_to_plan, plan_pruning, plan_summary, save_pruned
-from regraft.pipelines.ranks.allocate import Request, find_ranks, write_space
-from regraft.pipelines.ranks.files import RANKS, SEARCH, texts_of
+from regraft.pipelines.evaluate import evaluate_model
+from regraft.pipelines.prune.prune import plan_summary, prune
+from regraft.pipelines.ranks.allocate import allocate_ranks
+from regraft.pipelines.ranks.files import RANKS, SEARCH
 from regraft.pipelines.ranks.start import decisive
-from regraft.pipelines.recover import LOSS_LOG, load_teacher, save_recovered, training_corpora
+from regraft.pipelines.recover import LOSS_LOG, recover_model
 from regraft.pipelines.run.folder import TIMINGS, RunFolder, Say
 from regraft.pipelines.run.recipe import Recipe, to_yaml
 from regraft.plans import Groups, Measurement, PrunePlan, RankPlan, RankSearch, SpeedReport, from_json, to_dict, to_json
 from regraft.report.page import to_html, to_markdown
 from regraft.report.summary import CurvePoint, RunReport, Width, won_back
-from regraft.training.recover import recover
+from regraft.surgery.adapter_folder import is_adapter, load_adapted
 
 PLAN, RECOVERY, MEASUREMENT, SAMPLE = "plan.json", "recovery.json", "measurement.json", "sample.txt"
 SCORES = "scores"  # a folder for --cache: another ratio can start from there
@@ -61,9 +60,12 @@ class Stages:
         command: How the run was called, without what differs between equal runs.
         name: Of the run.
         progress: Called with what is being done just now.
+        say: Called with one line for each thing a user wants to know.
     """
 
-    def __init__(self, folder: RunFolder, recipe: Recipe, dense: Loaded, groups: Groups, command: str, name: str, progress: Say) -> None:
+    def __init__(
+        self, folder: RunFolder, recipe: Recipe, dense: Loaded, groups: Groups, command: str, name: str, progress: Say, say: Say
+    ) -> None:
         self._folder = folder
         self._recipe = recipe
         self._dense: Loaded | None = dense
@@ -71,6 +73,7 @@ class Stages:
         self._command = command
         self._name = name
         self._progress = progress
+        self._say = say
         self._source = {"model": recipe.model, "fingerprint": dense.fingerprint}
         self._load = {"load": recipe.load.model_dump(mode="json")}
 
@@ -106,10 +109,11 @@ class Stages:
             dense = self._dense
             assert dense is not None
             kept = settings if settings.cache is not None else settings.model_copy(update={"cache": self._folder.path / SCORES})
-            plan = plan_pruning(dense, self._groups, kept, seed, self._progress)
-            model = cut_to_plan(dense, self._groups, plan, settings, seed, self._progress)
-            save_pruned(model, dense, plan, folder, settings, seed=seed, command=self._command, replace=True)
-            write_text(folder / PLAN, to_json(plan) + "\n")
+            result = prune(dense, None, kept, seed=seed, command=self._command, say=self._progress)
+            for note in result.notes:
+                self._say(note)
+            result.save_pretrained(folder, replace=True)
+            write_text(folder / PLAN, to_json(result.plan) + "\n")
 
         inputs = self._inputs(self._recipe.model, prune=settings.model_dump(mode="json"), seed=seed)
         return self._folder.stage("prune", inputs, make, folder=name)
@@ -122,10 +126,11 @@ class Stages:
 
         def make(folder: Path) -> None:
             loaded = load(source, self._recipe.load)
-            request = Request(loaded, str(source), settings, recover_settings, self._recipe.load, seed, self._progress)
-            write_space(request, folder)
-            found = find_ranks(request, folder, self._folder.work("allocate"), resume=True)
-            for name, text in texts_of(found, loaded, request.identity()).items():
+            work = self._folder.work("allocate")
+            result = allocate_ranks(
+                loaded, None, settings, recover_settings, load=self._recipe.load, seed=seed, work=work, say=self._progress
+            )
+            for name, text in result.files().items():
                 write_text(folder / name, text)
 
         recovery = recover_settings.model_dump(mode="json")
@@ -146,11 +151,9 @@ class Stages:
             named = f"../{pruned.name}" if isinstance(pruned, Path) else self._recipe.model
             loaded = replace(load(source, self._recipe.load), source=named)
             work = self._folder.work("recover")
-            tokenizer = require_tokenizer(loaded)
-            teacher = load_teacher(settings, self._recipe.load, self._recipe.model)
-            corpora = training_corpora(settings, seed)
-            done = recover(loaded.model, tokenizer, *corpora, settings, seed=seed, work=work, resume=True, teacher=teacher)
-            save_recovered(done, loaded, folder, settings, seed=seed, command=self._command, replace=True)
+            result = recover_model(loaded, None, settings, load=self._recipe.load, seed=seed, resume=True, work=work, command=self._command)
+            result.save_pretrained(folder, replace=True)
+            done = result.recovered
             facts = {"best_step": done.best_step, "best_loss_nats": done.best_loss, "first_loss_nats": done.first_loss}
             write_text(folder / RECOVERY, _json(facts | {"trainable_parameters": done.trainable_parameters}))
 
@@ -164,9 +167,8 @@ class Stages:
 
         def make(folder: Path) -> None:
             loaded, tokenizer = self._loaded(source)
-            corpus = read_corpus(recipe.evaluate.text, "test")
             settings = recipe.evaluate.model_copy(update={"speed": False})
-            measurement = measure(label, loaded.model, tokenizer, corpus, settings, locate(source), seed=recipe.seed)
+            measurement = evaluate_model(loaded, settings, seed=recipe.seed, label=label, folder=locate_by(source, recipe.load))
             write_text(folder / MEASUREMENT, to_json(measurement) + "\n")
             if recipe.sample is not None:
                 write_text(folder / SAMPLE, continue_text(loaded.model, tokenizer, recipe.sample))

@@ -1,0 +1,167 @@
+"""A model object that the user holds, taken as it is: checked like one that is loaded, and never changed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from regraft.errors import ModelError
+from regraft.models.checks import check_finite
+from regraft.models.classifier import is_classifier
+from regraft.models.load import Loaded, load
+from regraft.models.provenance import read_provenance
+from regraft.models.tokenizer import largest_id
+from regraft.models.view import ModelView, fingerprint
+from regraft.plans import Provenance
+from regraft.settings import LoadSettings
+
+ModelLike = PreTrainedModel | Loaded | str | Path
+"""What every call takes for a model: an object in memory, or a folder, a hub id, or ``seedling``."""
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where a model object came from, as far as its config says.
+
+    Attributes:
+        source: Its ``name_or_path``, or the name of its class.
+        provenance: The record in that folder, where regraft made it.
+    """
+
+    source: str
+    provenance: Provenance | None
+
+
+def take(model: ModelLike, tokenizer: PreTrainedTokenizerBase | None = None, load_settings: LoadSettings | None = None) -> Loaded:
+    """Returns a model to work on, from whatever the user gave.
+
+    Args:
+        model: An object in memory, which is checked and left as it is; what was loaded before; or what :func:`load` takes.
+        tokenizer: Of an object in memory; in the place of its own for a folder.
+        load_settings: How a folder or a hub id is loaded.
+
+    Raises:
+        ModelError: It cannot be loaded, or such an object cannot be worked on: see :func:`held`.
+    """
+    if isinstance(model, Loaded):
+        return model
+    if isinstance(model, str | Path):
+        loaded = load(model, load_settings)
+        return loaded if tokenizer is None else Loaded(loaded.model, fitting_tokenizer(tokenizer, loaded.model), *_rest(loaded))
+    return held(model, tokenizer)
+
+
+def held(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Loaded:
+    """Checks a causal language model in memory.
+
+    Args:
+        model: Of a family that can be pruned, in floating-point numbers, on one device, without an adapter.
+        tokenizer: Of that model; None where nothing needs one.
+
+    Raises:
+        ModelError: It is something else, or its tokenizer does not fit.
+    """
+    check_object(model)
+    if is_classifier(model):
+        raise ModelError(f"{type(model).__name__} is a model for labels; give one for causal language modelling")
+    ModelView(model)  # refuses a family that is not known, and a model that is not built as its family is
+    found = lineage(model)
+    check_finite(model, found.source)
+    return Loaded(model, fitting_tokenizer(tokenizer, model), found.source, fingerprint(model), found.provenance)
+
+
+def check_object(model: Any) -> None:
+    """Refuses what is not a plain model of transformers in memory.
+
+    Raises:
+        ModelError: The message says what it is and what to give.
+    """
+    name = type(model).__name__
+    if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"{name} carries an adapter of PEFT; fold it in with merge_and_unload() or take it off with unload(), and give that"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"a {name} is not a model; give a PreTrainedModel of transformers, a folder, or a hub id")
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise ModelError(f"{name} is quantized; load it again without a quantization_config")
+    odd = next((key for key, parameter in model.named_parameters() if not parameter.is_floating_point()), None)
+    if odd is not None:
+        raise ModelError(f"{name} holds '{odd}' in {model.get_parameter(odd).dtype}; give a model in float32, bfloat16 or float16")
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if "meta" in devices or len(devices) != 1:
+        where = ", ".join(devices) or "no device"
+        raise ModelError(f"{name} lies on {where}; load it whole on one device: device_map=None or one device")
+
+
+def lineage(model: PreTrainedModel) -> Lineage:
+    """Returns where a model object came from, as far as its config says."""
+    source = str(model.name_or_path or "")
+    folder = Path(source)
+    provenance = read_provenance(folder) if source and folder.is_dir() else None
+    return Lineage(source or type(model).__name__, provenance)
+
+
+@contextmanager
+def resting(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode, and afterwards each of its modules into the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def own_tensors(model: nn.Module, other: nn.Module) -> None:
+    """Gives a model copies of what it shares with another, so that changing one leaves the other; tied tensors stay tied."""
+    shared = {tensor.data_ptr() for tensor in (*other.parameters(), *other.buffers())}
+    with torch.no_grad():
+        for parameter in model.parameters():  # each tied one once
+            if parameter.data_ptr() in shared:
+                parameter.data = parameter.data.clone()
+        for module in model.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if buffer.data_ptr() in shared:
+                    module._buffers[name] = buffer.clone()
+
+
+def become(model: PreTrainedModel, other: PreTrainedModel) -> PreTrainedModel:
+    """Makes one model object the other: its class, config and weights. Whoever holds the object holds the other model then."""
+    model.__class__ = other.__class__
+    model.__dict__.clear()
+    model.__dict__.update(other.__dict__)
+    return model
+
+
+def fitting_tokenizer(tokenizer: Any, model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """Returns a tokenizer that was given for a model, or None.
+
+    Raises:
+        ModelError: It is no tokenizer, or has ids that the embedding has no row for.
+    """
+    if tokenizer is None:
+        return None
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ModelError(f"`tokenizer` is a {type(tokenizer).__name__}; give the model's own, from AutoTokenizer.from_pretrained")
+    embedding: Any = model.get_input_embeddings()
+    rows = int(embedding.weight.shape[0])
+    if largest_id(tokenizer) >= rows:
+        raise ModelError(
+            f"the tokenizer has ids up to {largest_id(tokenizer)}, the embedding of {type(model).__name__} has {rows} rows; "
+            "give the tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
+def _rest(loaded: Loaded) -> tuple[str, str, Provenance | None]:
+    return loaded.source, loaded.fingerprint, loaded.provenance

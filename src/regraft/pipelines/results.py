@@ -1,0 +1,49 @@
+"""What the results of all stages can do: save themselves into a folder, or to the hub."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import HfApi
+
+from regraft.errors import OutputError
+from regraft.models.quiet import in_one_line
+from regraft.plans import Provenance
+
+
+class Saving(ABC):
+    """A result that holds a model or an adapter."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path, *, replace: bool = False) -> Provenance:
+        """Saves everything that belongs to the result into a new or empty folder, and returns the record as it was written."""
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None) -> str:
+        """Saves the result to a repository on the Hugging Face hub, which is made where it is not there.
+
+        Args:
+            repo_id: Such as ``name/model``.
+            private: Whether a new repository is; None: as the hub has it set for its owner.
+            token: Of the hub; None: the one of ``hf auth login``.
+            revision: Branch to commit to; None: the main branch.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            OutputError: The hub cannot be reached, or refuses.
+        """
+        api = HfApi(token=token)
+        with TemporaryDirectory(prefix="regraft-") as work:
+            folder = Path(work) / "result"
+            self.save_pretrained(folder)
+            try:
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Upload by regraft")
+            except Exception as error:  # the hub's client lets many kinds through: sockets, certificates, its own
+                raise OutputError(
+                    f"'{repo_id}' cannot be written to the hub: {in_one_line(error)}; check the name, and log in with: hf auth login"
+                ) from None
+        return str(commit)

@@ -1,0 +1,87 @@
+"""The text that a stage reads: a file, texts or records in memory, a data set with a text column, or the one that comes with seedling."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from regraft import seedling
+from regraft.data.text import Corpus, Split, corpus_of, read_corpus
+from regraft.errors import DataError
+from regraft.models.load import SEEDLING, Loaded
+from regraft.models.provenance import read_provenance
+from regraft.plans import Provenance
+
+Texts = str | Path | Iterable[str] | Iterable[Mapping[str, Any]]
+"""What every call takes for text: a file, or texts, or records as files hold them; a ``datasets.Dataset`` is the last of these."""
+
+
+def text_for(loaded: Loaded, given: Texts | None, split: Split, setting: str) -> Corpus:
+    """Returns the text that a stage reads.
+
+    Args:
+        loaded: The model that it is for.
+        given: What the user gave; None for the text that comes with seedling.
+        split: Of that text.
+        setting: What the user calls it, such as ``calibration``.
+
+    Raises:
+        DataError: Nothing was given, and the model is not seedling or made from it; or what was given cannot be used.
+    """
+    if given is not None:
+        return read(given, split, setting)
+    if not made_from_seedling(loaded.source, loaded.provenance):
+        raise DataError(
+            f"`{setting}` is missing: only {SEEDLING} has text of its own, not '{loaded.source}'; give text like that which it is to "
+            "work on: a file (.txt, .jsonl, .json, .csv, .tsv), or in Python texts or a data set"
+        )
+    return read_corpus(None, split)
+
+
+def read(given: Texts, split: Split, setting: str) -> Corpus:
+    """Returns a file's text, or what was given in memory.
+
+    Raises:
+        DataError: It cannot be used: a mapping of splits, a data set without a text column, nothing at all, another type.
+    """
+    if isinstance(given, str | Path):
+        return read_corpus(given, split)
+    if isinstance(given, Mapping):
+        known = ", ".join(map(repr, list(given)[:4]))
+        raise DataError(f"`{setting}` is a {type(given).__name__} of {known}; give one part of it, such as `{setting}`['train']")
+    if not isinstance(given, Iterable):
+        raise DataError(f"`{setting}` is a {type(given).__name__}; give a file, texts, or a data set with a column 'text'")
+    rows = ((f"row {number}", {"text": value} if isinstance(value, str) else value) for number, value in enumerate(given, 1))
+    return corpus_of(setting, rows)
+
+
+def path_in(given: Texts | None) -> Path | None:
+    """Returns the file that was given, for the settings; None for nothing and for what is in memory."""
+    return Path(given) if isinstance(given, str | Path) else None
+
+
+def in_memory(given: Texts | None) -> Texts | None:
+    """Returns what was given where it is no file, so that it can be read more than once."""
+    if given is None or isinstance(given, str | Path):
+        return None
+    return cast(Texts, list(given)) if isinstance(given, Iterator) else given
+
+
+def described(corpus: Corpus) -> dict[str, Any]:
+    """Returns what a record says of text that was given in memory: how much it was, and its SHA-256."""
+    digest = hashlib.sha256()
+    for part in (*corpus.documents, *("\0".join(record.texts) for record in corpus.records)):
+        digest.update(part.encode() + b"\0")
+    return {"documents": len(corpus), "bytes": corpus.n_bytes, "sha256": digest.hexdigest()}
+
+
+def made_from_seedling(source: str, provenance: Provenance | None) -> bool:
+    """Returns whether a model is the embedded one, or was made from it, as far as its records say."""
+    first = source
+    if provenance is None and Path(source).is_dir():
+        provenance = read_provenance(Path(source))  # of an adapter; of a model it is the one that was given
+    if provenance is not None:
+        first = str(provenance.parents[0]["source"]) if provenance.parents else provenance.source
+    return first == SEEDLING or (Path(first).is_dir() and Path(first).resolve() == seedling.path().resolve())

@@ -1,0 +1,80 @@
+"""Settings as plain keywords of a call: sorted into their sections, checked, and shown in the call's signature."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, overload
+
+from pydantic import ValidationError
+
+from regraft.errors import ConfigError, did_you_mean
+from regraft.settings.problems import problems_of
+from regraft.settings.sections import Settings
+
+A = TypeVar("A", bound=Settings)
+B = TypeVar("B", bound=Settings)
+C = TypeVar("C", bound=Settings)
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@overload
+def with_keywords(call: str, keywords: Mapping[str, Any], first: A, second: B, /) -> tuple[A, B]: ...
+@overload
+def with_keywords(call: str, keywords: Mapping[str, Any], first: A, second: B, third: C, /) -> tuple[A, B, C]: ...
+def with_keywords(call: str, keywords: Mapping[str, Any], /, *sections: Settings) -> tuple[Settings, ...]:
+    """Returns sections with the values that keywords give: each belongs to the first section that has a setting of that name.
+
+    Args:
+        call: Name of the function, for messages.
+        keywords: Names of settings, or the words that PEFT and transformers have for them, to values.
+        sections: What holds where no keyword says otherwise.
+
+    Raises:
+        ConfigError: A keyword is not known or a value cannot be; everything is listed, unknown names with a suggestion.
+    """
+    values: dict[int, dict[str, Any]] = {index: {} for index in range(len(sections))}
+    problems: list[str] = []
+    for name, value in keywords.items():
+        owner = next((index for index, section in enumerate(sections) if name in section.words()), None)
+        if owner is None:
+            known = [word for section in sections for word in section.words()]
+            fields = [word for section in sections for word in type(section).model_fields]
+            problems.append(f"{name}: unknown keyword{did_you_mean(name, known) or '; known: ' + ', '.join(dict.fromkeys(fields))}")
+        else:
+            values[owner][name] = value
+    built: list[Settings] = []
+    for index, section in enumerate(sections):
+        try:
+            built.append(_changed(section, values[index]))
+        except ValidationError as error:
+            problems += problems_of(error, type(section))
+    if problems:
+        raise ConfigError(call, problems)
+    return tuple(built)
+
+
+def _changed(section: Settings, values: Mapping[str, Any]) -> Settings:
+    if not values:
+        return section
+    spoken_of = {section.words()[name] for name in values}
+    kept = {name: getattr(section, name) for name in section.model_fields_set if name not in spoken_of}
+    return type(section).model_validate(kept | dict(values))
+
+
+def takes_settings(*kinds: type[Settings]) -> Callable[[F], F]:
+    """Shows the settings among the parameters of a function that takes them as ``**keywords``, for ``help`` and completion."""
+
+    def shown(function: F) -> F:
+        signature = inspect.signature(function)
+        own = [parameter for parameter in signature.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+        taken = {parameter.name for parameter in own}
+        fields = {name: field for kind in reversed(kinds) for name, field in kind.model_fields.items() if name not in taken}
+        more = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.annotation)
+            for name, field in fields.items()
+        ]
+        function.__signature__ = signature.replace(parameters=[*own, *more])  # pyright: ignore[reportFunctionMemberAccess]
+        return function
+
+    return shown
