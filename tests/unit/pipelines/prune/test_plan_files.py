@@ -15,7 +15,7 @@ from folders import provenance, tiny_tokenizer
 from regraft.cli.app import run
 from regraft.errors import InputError, OutputError, PlanError
 from regraft.models.save import save
-from regraft.pipelines.prune import planning
+from regraft.pipelines.prune import resolved
 from regraft.pipelines.prune.plan_files import plan_path, read_plan, write_plan
 from regraft.pipelines.prune.prune import prune, replay
 from regraft.plans import Cut, PrunePlan, from_json
@@ -76,7 +76,7 @@ def test_streamed_and_in_memory_replay_one_another(folder, tmp_path):
 def test_a_fit_to_the_whole_model_is_not_replayed_layer_by_layer(folder, tmp_path):
     plan = prune(folder, None, settings(folder), dry_run=True).plan
     assert plan.made_with["settings"]["reconstruct"] == "divergence"
-    with pytest.raises(InputError, match=r"reconstruct divergence runs the whole model .* use --reconstruct least_squares"):
+    with pytest.raises(InputError, match=r"`reconstruct=divergence` runs the whole model .* use `reconstruct=least_squares`"):
         replay(folder, plan, tmp_path / "out", PruneSettings(memory="2GB"))
     assert not (tmp_path / "out").exists()
 
@@ -178,10 +178,10 @@ def test_the_record_of_a_model_that_was_not_pruned_is_no_plan(folder, tmp_path, 
 
 
 def test_a_large_model_is_not_re_fitted_to_its_predictions_unless_it_is_asked_for(folder, monkeypatch):
-    monkeypatch.setattr(planning, "MOST_REFITTING_BYTES", 1000)
+    monkeypatch.setattr(resolved, "MOST_REFITTING_BYTES", 1000)
     large = prune(folder, None, settings(folder), dry_run=True)
     assert large.plan.made_with["settings"]["reconstruct"] == "least_squares"
-    assert any("takes 0 GB more (--reconstruct divergence)" in note for note in large.notes)
+    assert any("takes 0 GB more (`reconstruct=divergence`)" in note for note in large.notes)
     asked = prune(folder, None, settings(folder, reconstruct="divergence"), dry_run=True)
     assert asked.plan.made_with["settings"]["reconstruct"] == "divergence"
     assert not asked.notes

@@ -124,17 +124,17 @@ def test_everything_wrong_is_listed_at_once_with_lines(write) -> None:
         "override 'model.x=3'",
         "override 'seed=[1'",
         "prune.ratio (line 4)",  # out of range
+        "prune.criterion (line 6)",
         "prune.ration (line 5)",
         "sample.tokens (line 13)",
         "prun (line 2)",
         "prune.layers (line 8)",
-        "prune.criterion (line 6)",
         "prune.calibration (line 10)",
         "evaluate.stride (line 12)",
     ]
-    assert "did you mean 'ratio'?" in found[6]
-    assert "did you mean 'prune'?" in found[8]
-    assert "did you mean 'taylor'?" in found[10]
+    assert "did you mean 'taylor'?" in found[6]
+    assert "did you mean 'ratio'?" in found[7]
+    assert "did you mean 'prune'?" in found[9]
 
 
 def test_the_model_is_needed(write) -> None:
@@ -149,7 +149,7 @@ def test_the_model_is_needed(write) -> None:
         ("prune: {shape: uniform, layers: '::2'}", "spares layers"),
         ("prune: {targets: []}", "names nothing to prune"),
         ("prune: {criterion: tailor}", "unknown criterion 'tailor'; known: "),
-        ("prune: {budget: bytes, select: global}", "prune.select (line 2): --budget bytes is only known to the knapsack"),
+        ("prune: {budget: bytes, select: global}", "prune.select (line 2): `budget=bytes` is only known to the knapsack"),
         ("evaluate: {window: 4, stride: 5}", "evaluate.stride (line 2): 5 exceeds evaluate.window 4"),
         ("evaluate: {text: no.txt}", "no file at 'no.txt'"),
         ("recover: {data: no.txt}", "recover.data (line 2): no file at 'no.txt'"),

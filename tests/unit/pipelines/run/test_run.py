@@ -203,10 +203,10 @@ def test_another_model_is_another_run(tmp_path: Path, recipe: Callable[..., Path
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"prune": {"layers": "7:"}}, "prune.layers: --layers 7: names no layer of this model's 3"),
-        ({"prune": {"seq_len": 1000}}, "prune.seq_len: seq_len 1000 exceeds the model's context of 64 tokens"),
-        ({"recover": {"seq_len": 65}}, "recover.seq_len: seq_len 65 exceeds the model's context"),
-        ({"recover": {"adapter": "lroa"}}, "recover.adapter: unknown adapter 'lroa'; known: "),
+        ({"prune": {"layers": "7:"}}, "prune.layers: `layers=7:` names no layer of this model's 3"),
+        ({"prune": {"seq_len": 1000}}, "prune.seq_len: `seq_len` 1000 exceeds the model's context of 64 tokens"),
+        ({"recover": {"seq_len": 65}}, "recover.seq_len: `seq_len` 65 exceeds the model's context"),
+        ({"recover": {"adapter": "lroa"}}, "unknown adapter 'lroa'; known: "),
         ({"recover": {"report_to": ["wandbb"]}}, "recover.report_to: unknown tracker 'wandbb'"),
         ({"evaluate": {"window": 65, "stride": 1}}, "evaluate.window: --window 65 exceeds the model's context of 64"),
         ({"prune": {"ratio": 0.999}}, "0.999"),
@@ -247,13 +247,13 @@ def test_bad_text_is_found_before_anything_is_written(tmp_path: Path, recipe: Ca
 
 
 def test_everything_that_does_not_fit_is_listed_at_once(tmp_path: Path, recipe: Callable[..., Path]) -> None:
-    path = recipe(prune={"layers": "9:", "seq_len": 65}, recover={"adapter": "x"}, evaluate={"window": 100})
+    path = recipe(prune={"layers": "9:", "seq_len": 65}, recover={"seq_len": 66}, evaluate={"window": 100})
     with pytest.raises(ConfigError) as caught:
         run(path, tmp_path / "run")
     assert [problem.partition(":")[0] for problem in caught.value.problems] == [
         "prune.layers",
         "prune.seq_len",
-        "recover.adapter",
+        "recover.seq_len",
         "evaluate.window",
     ]
 
