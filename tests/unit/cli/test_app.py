@@ -14,7 +14,7 @@ from regraft.cli import app
 from regraft.errors import ConfigError, InputError
 
 FOLDER = Path(app.__file__).parent
-NOT_COMMANDS = {"__init__", "app", "options"}
+NOT_COMMANDS = {"__init__", "app", "options", "words"}
 
 
 def python(code: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

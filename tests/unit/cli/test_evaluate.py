@@ -35,7 +35,7 @@ def test_options_become_settings(calls: list, capsys: pytest.CaptureFixture[str]
     line = "evaluate some/folder --text t.txt --window 64 --stride 16 --max-tokens 9 --bos false --speed --dtype bfloat16 --seed 5"
     assert app.run(shlex.split(line)) == 0
     ((model, settings, load, seed),) = calls
-    assert (model, load.dtype, load.device, seed) == ("some/folder", "bfloat16", "cpu", 5)
+    assert (model, load.dtype, load.device, seed) == ("some/folder", "bfloat16", "auto", 5)
     assert settings.model_dump() == {
         "text": Path("t.txt"), "window": 64, "stride": 16, "max_tokens": 9, "bos": False, "speed": True
     }  # fmt: skip

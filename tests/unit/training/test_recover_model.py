@@ -183,7 +183,7 @@ def test_a_full_disk_while_saving_keeps_the_checkpoints(
             recover_model(folder, tmp_path / "out", settings())
     assert not (tmp_path / "out").exists()
     assert names(tmp_path / ".out.regraft" / "work") == ["checkpoint-20"]
-    with pytest.raises(OutputError, match=r"stopped after step 20; go on with --resume, or remove '.*\.out\.regraft'"):
+    with pytest.raises(OutputError, match=r"stopped after step 20; go on with `resume=True`, or remove '.*\.out\.regraft'"):
         recover_model(folder, tmp_path / "out", settings())
     recover_model(folder, tmp_path / "out", settings(), resume=True)
     assert not (tmp_path / ".out.regraft").exists()
