@@ -1,1 +1,1 @@
-"""The command line: one file a command, each a few lines around a function of :mod:`regraft.pipelines`."""
+"""The command line: one file for each command, which calls a function of :mod:`regraft.pipelines`."""

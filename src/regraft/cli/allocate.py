@@ -1,4 +1,4 @@
-"""``regraft allocate``: a rank for every layer."""
+"""``regraft allocate``: search a LoRA rank for every layer."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ RECOVERY = Only(
 @with_settings
 def allocate(
     model: ModelArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="the plan to write, such as plan.json")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="rank plan to write, such as plan.json")],
     allocate: AllocateSettings,
     recover: Annotated[RecoverSettings, RECOVERY],
     load: LoadSettings,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with a search that was stopped, or join one in a shared storage")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="resume a stopped search, or join one in a shared storage")] = False,
     seed: SeedOption = 0,
 ) -> None:
     """Find a LoRA rank for every layer of a pruned model, under one budget of trainable parameters."""
@@ -68,7 +68,7 @@ def allocate(
 
 
 def show(console: Console, found: RankSearch) -> None:
-    """Prints the ranks and how they were found."""
+    """Prints the ranks, the figures of the search and the verdict."""
     table = Table("", "rank", "found")
     for slot, ranks in zip(found.space.slots, found.found, strict=True):
         table.add_row(slot.name, str(found.plan.ranks[slot.modules[0]]), str(ranks))

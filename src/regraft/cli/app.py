@@ -1,9 +1,9 @@
-"""The command ``regraft``: finds the command's file, runs it, and turns errors into exit codes.
+"""The program ``regraft``: imports the file of a command, runs it, and turns errors into exit codes.
 
-Exit codes: 0 done; 2 something that the user can mend, said in one line on the standard error; 130 interrupted. Anything else is
-a defect and keeps its traceback.
+Exit codes: 0 success; 2 an error that the user can correct, with one line on the standard error; 130 interrupted. Any other error is
+a defect of the program and shows its traceback.
 
-Commands are imported when they are called, so that ``--help`` and ``--version`` answer at once: most commands need torch.
+Commands are imported only when they are called, so that ``--help`` and ``--version`` are fast: most commands need torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.console import Console
 from regraft.cli.words import as_options
 from regraft.errors import RegraftError
 
-# One entry for each file in this folder that holds a command: the first line of its help. A test compares the two.
+# The first line of the help of each command in this folder. A test compares this table with the commands.
 COMMANDS = {
     "run": "Run a recipe: prune, recover and measure a model, in one folder.",
     "prune": "Remove heads, feed-forward channels, and with --targets more, until a share of all parameters is gone.",
@@ -39,12 +39,12 @@ COMMANDS = {
 
 INTERRUPTED = 130
 
-# The base of everything that is wrong with a command line; typer exports only its child.
+# Base class of all errors in a command line; typer exports only its subclass.
 _USAGE_ERRORS: tuple[type[Exception], ...] = typer.BadParameter.__bases__
 
 
 class LazyGroup(typer.core.TyperGroup):
-    """A group that lists its commands without importing them and imports the one that is called."""
+    """A group that lists its commands without importing them, and imports only the command that is called."""
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> tuple[str | None, Any, list[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the name, the command and the rest of the arguments."""
@@ -73,7 +73,7 @@ def _root(
 
 
 def _elsewhere() -> None:
-    """Stands in the list of commands; :class:`LazyGroup` runs the real one."""
+    """Placeholder for a command in the list of commands; :class:`LazyGroup` runs the real command."""
     raise AssertionError("a command was called without being imported")
 
 
@@ -87,7 +87,7 @@ def build() -> typer.Typer:
 
 
 def say_error(error: RegraftError | str) -> None:
-    """Prints ``error: …`` on the standard error, never wrapped; red where that is a terminal and colour is wanted."""
+    """Prints ``error: …`` on the standard error without wrapping; in red on a terminal with colours."""
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     console.print("error:", style="bold red", end=" ")
     console.print(str(error))
@@ -97,7 +97,7 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command line.
 
     Args:
-        arguments: Without the name of the program; none shows the help.
+        arguments: Arguments without the name of the program; without any, the help is shown.
 
     Returns:
         The exit code.

@@ -35,29 +35,38 @@ LABELS = {
 
 def complete(
     ratings: Annotated[
-        Path, typer.Argument(metavar="RATINGS.csv", help="lines of user, item, rating (MovieLens style)", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="RATINGS.csv", help="CSV file with user, item and rating on each line (MovieLens style)", show_default=False
+        ),
     ],
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="folder for the predictions; must not exist")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="folder for the predictions, which must not exist")
+    ] = None,
     rank: Annotated[str, typer.Option("--rank", metavar="N|auto", help="rank of the completion; auto: by held-out error")] = "10",
-    depth: Annotated[int, typer.Option("--depth", metavar="N", help="inner factors of the compressed factorization")] = 3,
-    held_out: Annotated[
-        float, typer.Option("--held-out", metavar="X", help="share of the ratings kept apart to measure the error on")
-    ] = 0.1,
+    depth: Annotated[int, typer.Option("--depth", metavar="N", help="number of inner factors of the compressed factorization")] = 3,
+    held_out: Annotated[float, typer.Option("--held-out", metavar="X", help="share of the ratings held out for measuring the error")] = 0.1,
     threshold: Annotated[
         str,
-        typer.Option("--threshold", metavar="X|auto", help="share of the top singular value to cut from the spectrum; 0: exact data"),
+        typer.Option("--threshold", metavar="X|auto", help="threshold for the singular values, as a share of the top one; 0: exact data"),
     ] = "auto",
-    gamma: Annotated[float, typer.Option("--gamma", metavar="X", help="rate of the outer factors at threshold 0")] = 0.01,
-    biases: Annotated[bool, typer.Option("--biases/--no-biases", help="remove the mean and the biases of users and items first")] = True,
+    gamma: Annotated[
+        float, typer.Option("--gamma", metavar="X", help="learning rate of the outer factors relative to the inner ones, at threshold 0")
+    ] = 0.01,
+    biases: Annotated[
+        bool, typer.Option("--biases/--no-biases", help="remove the mean and the biases of users and items before the fit")
+    ] = True,
     duplicates: Annotated[
-        str, typer.Option("--duplicates", metavar="[refuse|mean|last]", help="when a user rated an item more than once")
+        str, typer.Option("--duplicates", metavar="[refuse|mean|last]", help="treatment of items that a user rated more than once")
     ] = "refuse",
-    pairs: Annotated[Path | None, typer.Option("--pairs", metavar="FILE", help="users and items to predict, written to pairs.csv")] = None,
-    recommend: Annotated[int, typer.Option("--recommend", metavar="N", help="best unrated items of every user to write; 0: none")] = 10,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N")] = "cpu",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="write the figures here as JSON; - for the screen")
+    pairs: Annotated[
+        Path | None, typer.Option("--pairs", metavar="FILE", help="file of users and items to predict; predictions go to pairs.csv")
     ] = None,
+    recommend: Annotated[
+        int, typer.Option("--recommend", metavar="N", help="number of unrated items to recommend to every user; 0: none")
+    ] = 10,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N")] = "cpu",
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="file for the figures as JSON; - for the screen")] = None,
     seed: SeedOption = 0,
 ) -> None:
     """Complete a table of ratings by a compressed deep factorization; report held-out errors beside four baselines."""
@@ -103,7 +112,7 @@ def _number(text: str, option: str, kind: Callable[[str], N]) -> N:
 
 @contextmanager
 def _bar() -> Iterator[Told]:
-    """Shows what is being done, on the standard error and only where that is a terminal; gone afterwards."""
+    """Shows the current step in a progress bar, on the standard error and only if that is a terminal; removes it at the end."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -112,7 +121,7 @@ def _bar() -> Iterator[Told]:
 
 
 def _show(console: Console, report: CompletionReport) -> None:
-    """Prints the errors of ours and of the baselines, and what they were measured on."""
+    """Prints the errors of our completion and of the baselines, and the conditions of the measurement."""
     table = Table(title=f"{report.ratings}: {report.held_out:,} held-out ratings")
     table.add_column("method")
     table.add_column("RMSE", justify="right")

@@ -1,4 +1,4 @@
-"""``regraft doctor``: what is installed, what is missing, and how to get it."""
+"""``regraft doctor``: check the installation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON inst
 
 
 def _show(console: Console, title: str, findings: Sequence[Finding]) -> None:
-    """Prints one line for each finding, never wrapped, so that remedies can be copied."""
+    """Prints one line for each finding, without wrapping, so that remedies can be copied."""
     console.print(title, style="bold")
     width = max(len(finding.name) for finding in findings)
     for finding in findings:

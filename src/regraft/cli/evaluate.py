@@ -32,7 +32,7 @@ def evaluate(
     labels: LabelSettings,
     load: LoadSettings,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="write the figures here as flat JSON; - for the screen")
+        Path | None, typer.Option("--json", metavar="FILE", help="file for the figures as flat JSON; - for the screen")
     ] = None,
     seed: SeedOption = 0,
 ) -> None:
@@ -61,7 +61,7 @@ def evaluate(
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """Shows how far the pass over the text is, on the standard error and only where that is a terminal; gone afterwards."""
+    """Shows a progress bar of the measurement, on the standard error and only if that is a terminal; removes it at the end."""
     console = Console(stderr=True)
     with rich.progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("measuring", total=None)
@@ -69,7 +69,7 @@ def progress_bar() -> Iterator[Callable[[int, int], None]]:
 
 
 def show_figures(console: Console, label: str, lines: Iterable[tuple[str, str]]) -> None:
-    """Prints figures with everything that is needed to repeat them."""
+    """Prints a table of figures."""
     table = Table(title=label, show_header=False)
     table.add_column("what")
     table.add_column("value", justify="right", overflow="fold")
@@ -79,7 +79,7 @@ def show_figures(console: Console, label: str, lines: Iterable[tuple[str, str]])
 
 
 def label_rows(report: LabelReport) -> list[tuple[str, str]]:
-    """Returns what a model for labels reaches as pairs of words and formatted figures."""
+    """Returns the figures of a classification or regression model as pairs of words and formatted values."""
     return [
         *((name.replace("_", " "), f"{value:.4f}") for name, value in report.figures.items()),
         ("data", f"{report.data} ({report.rows:,} rows of up to {report.window_tokens} tokens)"),
@@ -89,7 +89,7 @@ def label_rows(report: LabelReport) -> list[tuple[str, str]]:
 
 
 def rows(measurement: Measurement) -> list[tuple[str, str]]:
-    """Returns a measurement as pairs of words and formatted figures with their units."""
+    """Returns a measurement as pairs of words and formatted values with units."""
     loss, size, speed = measurement.loss, measurement.size, measurement.speed
     found = [
         ("loss", f"{loss.loss_nats:.4f} nats/token"),

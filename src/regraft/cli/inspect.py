@@ -1,4 +1,4 @@
-"""``regraft inspect``: what a model is made of."""
+"""``regraft inspect``: show the structure and sizes of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``regraft meta``: learn from past searches for ranks."""
+"""``regraft meta``: learn a prior from past rank searches."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ ACTIONS = ("train",)
 
 
 def meta(
-    action: Annotated[str, typer.Argument(metavar="train", help="what to do: train a prior", show_default=False)],
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="folder of past searches, one JSON file each", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="folder for the prior; must not exist")] = Path("prior"),
+    action: Annotated[str, typer.Argument(metavar="train", help="action: train a prior", show_default=False)],
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="folder of past rank searches, one JSON file each", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="folder for the prior, which must not exist")] = Path(
+        "prior"
+    ),
 ) -> None:
     """Train the start of the next search for ranks on past ones.
 
@@ -37,7 +39,7 @@ def meta(
 
 
 def _show(console: Console, training: Training) -> None:
-    """Prints the errors on searches left out, and what was learned."""
+    """Prints the errors on left-out searches, and the learned parameters."""
     table = Table(title=f"{training.searches} searches, each predicted before its first trial")
     for name in ("start", "rank correlation", "R2", "RMSE in nats"):
         table.add_column(name, justify="left" if name == "start" else "right")

@@ -1,6 +1,6 @@
-"""Command-line options, made from the sections of :mod:`regraft.settings` so that names, defaults and help are written once.
+"""Command-line options, generated from the sections of :mod:`regraft.settings`, so that names, defaults and help are written once.
 
-A command names a section as a parameter, and the decorator puts the section's fields in its place::
+A command has a section as a parameter, and the decorator replaces it by the section's fields::
 
     @with_settings
     def prune(model: ModelArgument, output: OutputOption, prune: PruneSettings, load: LoadSettings, seed: SeedOption = 0) -> None:
@@ -9,9 +9,8 @@ A command names a section as a parameter, and the decorator puts the section's f
     app.command()(prune)     # --ratio --criterion … --seq-len … --trust-remote-code/--no-trust-remote-code
 
 ``seq_len`` becomes ``--seq-len``; a bool becomes ``--merge/--no-merge``, or ``--speed`` alone when it is off by default; a tuple
-is repeatable and takes commas, ``--targets heads,ffn``. What is not given keeps the section's default. The command is called
-with the sections built and checked; everything that is wrong, in all sections, is one :class:`~regraft.errors.ConfigError` that
-names the options.
+is repeatable and takes commas, ``--targets heads,ffn``. Options that are not given keep the section's defaults. The command gets the
+sections built and checked; all problems, of all sections, are in one :class:`~regraft.errors.ConfigError` that names the options.
 """
 
 from __future__ import annotations
@@ -36,20 +35,20 @@ from regraft.settings import Settings, problems_of
 SOURCE = "command line"
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a model folder, a hub id, or: seedling", show_default=False)]
-OutputOption = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="folder to write; must not exist")]
-SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="seed of everything that is random", min=0, max=2**32 - 1)]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="print the plan and the sizes before and after; write nothing")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="folder to write, which must not exist")]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="seed of all random draws", min=0, max=2**32 - 1)]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="print the plan and the sizes before and after, and write nothing")]
 
 
 @dataclass(frozen=True)
 class Only:
-    """Beside a section, in ``Annotated``: the command has options for these of its fields; the others keep their defaults."""
+    """Annotation of a section: the command has options only for these fields; the others keep their defaults."""
 
     fields: tuple[str, ...]
 
 
 def command_line() -> str:
-    """Returns the command as the user typed it, for the provenance of what it makes."""
+    """Returns the command as the user typed it, for the provenance of its results."""
     return shlex.join(["regraft", *sys.argv[1:]])
 
 
@@ -63,7 +62,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         A function for ``typer.Typer.command``: the same name and help, with the sections' options at the end.
 
     Raises:
-        ConfigError: When the command is called and values are wrong; all of them are listed.
+        ConfigError: Raised when the command is called with wrong values; all of them are listed.
     """
     hints = get_type_hints(command, include_extras=True)
     own: list[inspect.Parameter] = []
@@ -111,13 +110,13 @@ def _build(sections: dict[str, type[Settings]], wanted: dict[str, tuple[str, ...
 
 
 def _as_option(problem: str) -> str:
-    """Writes the field at the start of a problem as the option that the user typed."""
+    """Replaces the field name at the start of a problem by the name of its option."""
     field, colon, rest = problem.partition(":")
     return f"{_flag(field.split('.')[0])}{colon}{rest}"
 
 
 def _plain(value: Any) -> Any:
-    """Splits ``heads,ffn`` of repeatable options; leaves everything else as typed, for the section to read."""
+    """Splits values such as ``heads,ffn`` of repeatable options; all other values remain text, which the section parses."""
     if isinstance(value, list | tuple):
         return tuple(part.strip() for text in value for part in str(text).split(",") if part.strip())
     return value
@@ -128,7 +127,7 @@ def _flag(name: str) -> str:
 
 
 def _parameter(name: str, field: FieldInfo, section: type[Settings]) -> inspect.Parameter:
-    """Makes the option of one field. Values stay text: the section reads them, so that all problems are found together."""
+    """Makes the option of one field. Values remain text, which the section parses, so that all problems are found together."""
     flag, default = _flag(name), field.default
     kind: Any
     if field.annotation is bool:
@@ -152,7 +151,7 @@ def _panel(section: type[Settings]) -> str:
 
 
 def _metavar(annotation: Any) -> str:
-    """Returns what stands for the value in the help: the choices, N, X, FILE or TEXT."""
+    """Returns the placeholder of the value in the help: the choices, N, X, FILE or TEXT."""
     if get_origin(annotation) is Literal:
         return "[" + "|".join(str(choice) for choice in get_args(annotation)) + "]"
     if get_origin(annotation) is tuple:

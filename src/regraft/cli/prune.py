@@ -25,13 +25,13 @@ def prune(
     model: ModelArgument,
     prune: PruneSettings,
     load: LoadSettings,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="folder to write; must not exist")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="folder to write, which must not exist")] = None,
     dry_run: DryRunOption = False,
     plan_only: Annotated[
-        bool, typer.Option("--plan-only", help="write the plan alone: to --output if that ends in .json, else to plan.json in that folder")
+        bool, typer.Option("--plan-only", help="write only the plan: to --output if that ends in .json, else to plan.json in that folder")
     ] = False,
     plan: Annotated[
-        Path | None, typer.Option("--plan", metavar="FILE", help="prune to this plan; it brings its settings and its seed")
+        Path | None, typer.Option("--plan", metavar="FILE", help="prune by this plan, with the settings and the seed stored in it")
     ] = None,
     seed: SeedOption = 0,
 ) -> None:
@@ -61,7 +61,7 @@ def prune(
 
 
 class Common(TypedDict):
-    """What a plan that is made and a plan that is replayed are both told."""
+    """Common arguments for making a plan and for replaying one."""
 
     load: LoadSettings
     seed: int
@@ -70,7 +70,7 @@ class Common(TypedDict):
 
 
 def show_plan(console: Console, groups: Groups, plan: PrunePlan) -> None:
-    """Prints what a plan removes, layer by layer, and the sizes before and after."""
+    """Prints the cuts of a plan, group by group, and the sizes before and after."""
     table = Table(title=f"{plan.criterion}; selection {plan.selection}, {plan.shape}, aligned to {plan.align}")
     for heading in ("group", "units before", "units after"):
         table.add_column(heading, justify="left" if heading == "group" else "right")

@@ -1,4 +1,4 @@
-"""``regraft recover``: win back what pruning cost."""
+"""``regraft recover``: recover the quality of a pruned model by training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def recover(
     output: OutputOption,
     recover: RecoverSettings,
     load: LoadSettings,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoints of a run that was stopped")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="resume a stopped run from its checkpoints")] = False,
     seed: SeedOption = 0,
 ) -> None:
     """Train a small adapter on a pruned model and fold it in: text or instructions, best checkpoint by held-out loss."""
@@ -37,7 +37,7 @@ def recover(
 
 
 def recorded(command: str) -> str:
-    """Returns a command without ``--resume``: what it makes is the same with and without.
+    """Returns a command without ``--resume``, which does not change the result.
 
     >>> recorded("regraft recover pruned --output out --resume --steps 9")
     'regraft recover pruned --output out --steps 9'
@@ -46,7 +46,7 @@ def recorded(command: str) -> str:
 
 
 def show(console: Console, recovered: Recovered, unit: str, judged: Mapping[str, float]) -> None:
-    """Prints what recovery did: losses in their unit, and what else was found on held-out rows with labels."""
+    """Prints the losses of a recovery in their unit, and the measures on held-out labelled rows."""
     table = Table(show_header=False)
     table.add_column(justify="left")
     table.add_column(justify="right")

@@ -1,4 +1,4 @@
-"""``regraft run``: a recipe from beginning to end."""
+"""``regraft run``: run all stages of a recipe."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from regraft.report.summary import caption, scaled, speed_note, won_back
 def run(
     recipe: Annotated[
         str,
-        typer.Argument(metavar="RECIPE", help="a YAML file, or the name of a recipe that comes with regraft", show_default=False),
+        typer.Argument(metavar="RECIPE", help="recipe: a YAML file, or the name of a recipe that comes with regraft", show_default=False),
     ] = "",
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="changes to the recipe: prune.ratio=0.3", show_default=False)
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="changes to the recipe, such as prune.ratio=0.3", show_default=False)
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="the run folder; default: runs/ and the recipe's name")
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="folder of the run; default: runs/ and the recipe's name")
     ] = None,
     dry_run: DryRunOption = False,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped, from its last finished stage")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="resume a stopped run after its last finished stage")] = False,
     show_list: Annotated[bool, typer.Option("--list", help="list the recipes that come with regraft")] = False,
 ) -> None:
     """Run a recipe: prune, recover and measure a model, in one folder."""

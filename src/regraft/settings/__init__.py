@@ -1,7 +1,7 @@
-"""What a user can set, with defaults and limits, once for recipes, the command line and the Python API.
+"""Settings of all stages, with defaults and limits, defined once for recipes, the command line and the Python API.
 
-Sections hold the settings; :mod:`regraft.settings.problems` says in plain words what is wrong with given ones. Other rooms import from this
-package by name.
+Each section holds the settings of one stage; :mod:`regraft.settings.problems` describes wrong values in plain words. Other packages import
+the names from this package.
 """
 
 from regraft.settings.compression import CompressSettings

@@ -1,4 +1,4 @@
-"""Problems with settings, in plain words: one line for each value at fault, where pydantic speaks of types and locations."""
+"""Problems with settings in plain words: one line for each wrong value, instead of pydantic's types and locations."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def checked(kind: type[S], values: Mapping[str, Any], source: str) -> S:
 
     Args:
         kind: The section's class.
-        values: What the user gave.
-        source: Where it came from, for the message.
+        values: Values from the user.
+        source: Origin of the values, for the message.
 
     Raises:
-        ConfigError: Something is wrong; all problems are listed, unknown keys with a suggestion.
+        ConfigError: At least one value is wrong; all problems are listed, unknown keys with a suggestion.
     """
     try:
         return kind.model_validate(dict(values))
@@ -32,7 +32,7 @@ def checked(kind: type[S], values: Mapping[str, Any], source: str) -> S:
 
 
 def problems_of(error: ValidationError, kind: type[BaseModel]) -> list[str]:
-    """Returns one line for each value at fault: where, what it should be, what it is, and a suggestion for a misspelt name."""
+    """Returns one line for each wrong value: its name, the allowed values, the given value, and a suggestion for a misspelt name."""
     found: dict[str, list[dict[str, Any]]] = {}
     for problem in error.errors(include_url=False):
         found.setdefault(_where(problem["loc"], kind), []).append(dict(problem))
@@ -40,7 +40,7 @@ def problems_of(error: ValidationError, kind: type[BaseModel]) -> list[str]:
 
 
 def _where(location: Sequence[str | int], kind: type[BaseModel]) -> str:
-    """Returns the dotted name of a value, without the names that pydantic gives to the choices of a union."""
+    """Returns the dotted name of a value, without pydantic's names for the members of a union."""
     parts: list[str] = []
     section: type[BaseModel] | None = kind
     for part in location:
@@ -86,14 +86,14 @@ _PLAIN_WORDS = {
 
 
 def _wanted(problem: dict[str, Any]) -> str:
-    """Returns what a value should be, in plain words where pydantic speaks of types."""
+    """Returns the expected kind of a value in plain words."""
     kind: str = problem["type"]
     plain = _PLAIN_WORDS.get(kind) or _PLAIN_WORDS.get(kind.partition("_")[0])
     return plain or problem["msg"].removeprefix("Input should be ")
 
 
 def _limits(kind: type[BaseModel], where: str) -> str:
-    """Returns the limits of a number, all of them, such as "above 0.0 and below 1.0"."""
+    """Returns all limits of a number, such as "above 0.0 and below 1.0"."""
     *sections, name = where.split(".")
     field = _section_at(kind, sections).model_fields.get(name)
     words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}

@@ -1,4 +1,4 @@
-"""What a user can set, with defaults and limits, once for recipes, the command line and the Python API.
+"""Sections of settings, with defaults and limits, defined once for recipes, the command line and the Python API.
 
 Each class is one section of a recipe. Unknown keys are refused and every problem of a section is found at once.
 """
@@ -23,7 +23,7 @@ Reduction = Literal["sum", "mean", "max", "product", "last"]
 Target = Literal["heads", "ffn", "query_heads", "residual", "layers", "attention", "mlp"]
 Positive = Annotated[int, Field(gt=0)]
 
-# Windows where nothing is asked for; shorter where the model's context is.
+# Default lengths of windows in tokens; shorter if the model's context is shorter.
 CALIBRATION_TOKENS = 128
 TRAINING_TOKENS = 256
 
@@ -31,10 +31,10 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 
 
 def bytes_in(amount: Any) -> int:
-    """Returns the bytes of an amount of memory.
+    """Returns an amount of memory in bytes.
 
     Raises:
-        ValueError: It is not one.
+        ValueError: The text is not an amount of memory.
 
     >>> bytes_in("6GB"), bytes_in("1.5 GiB"), bytes_in(1000)
     (6000000000, 1610612736, 1000)
@@ -67,7 +67,7 @@ Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
 def options_in(given: Any) -> Any:
-    """Returns ``NAME=VALUE`` texts of a mapping, as recipes give it; leaves a list as it is.
+    """Returns a mapping, as in recipes, as ``NAME=VALUE`` texts; a list is returned unchanged.
 
     >>> options_in({"gamma": 0.01, "depth": 3})
     ('gamma=0.01', 'depth=3')
@@ -76,7 +76,7 @@ def options_in(given: Any) -> Any:
 
 
 def option_values(options: Iterable[str]) -> dict[str, str]:
-    """Returns ``NAME=VALUE`` texts as a mapping; the last of a name counts.
+    """Returns ``NAME=VALUE`` texts as a mapping; the last value of a name counts.
 
     >>> option_values(("gamma=0.01", "depth=3"))
     {'gamma': '0.01', 'depth': '3'}
@@ -87,13 +87,13 @@ def option_values(options: Iterable[str]) -> dict[str, str]:
 Options = Annotated[tuple[str, ...], BeforeValidator(options_in)]
 
 
-# Declared on a field (``json_schema_extra``). A field without either decides the result by its value.
+# Declarations on a field (``json_schema_extra``). The value of a field without a declaration affects the result.
 NO_EFFECT: JsonDict = {"affects_result": False}
-BY_CONTENT: JsonDict = {"affects_result": "by content"}  # a key of the result holds a digest of what the field points to instead
+BY_CONTENT: JsonDict = {"affects_result": "by content"}  # keys of results use a digest of the contents that the field points to
 
 
 class Settings(BaseModel):
-    """Base of all sections: frozen, unknown keys refused."""
+    """Base class of all sections: frozen, and refusing unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
     # Words that PEFT and transformers have for a setting, each with the name that it has here; taken wherever settings are given.
@@ -130,10 +130,10 @@ class Settings(BaseModel):
         return named
 
     def decisive(self, *, varied: Iterable[str] = ()) -> dict[str, Any]:
-        """Returns, as plain JSON types, the values that decide the result: all fields but those declared otherwise.
+        """Returns the values that affect the result, as plain JSON types: all fields except those declared otherwise.
 
         Args:
-            varied: Fields that the caller chooses itself, whatever the settings say.
+            varied: Fields that the caller sets itself, independently of the settings.
         """
         declared = {name: field.json_schema_extra for name, field in type(self).model_fields.items()}
         others = {name for name, extra in declared.items() if extra in (NO_EFFECT, BY_CONTENT)}
@@ -141,7 +141,7 @@ class Settings(BaseModel):
 
 
 class LoadSettings(Settings):
-    """How a model is loaded."""
+    """Settings for loading a model."""
 
     aliases: ClassVar[Mapping[str, str]] = {"torch_dtype": "dtype", "device_map": "device"}
 
@@ -166,7 +166,7 @@ class LoadSettings(Settings):
 
 
 class PruneSettings(Settings):
-    """What is cut and how it is chosen (LLM-Pruner, arXiv 2305.11627, and what came after it)."""
+    """Settings of pruning (LLM-Pruner, arXiv 2305.11627, and later methods)."""
 
     aliases: ClassVar[Mapping[str, str]] = {"max_length": "seq_len"}
 
@@ -176,31 +176,36 @@ class PruneSettings(Settings):
     )
     order: Literal["first", "second", "mixed"] = Field(default="first", description="order of the Taylor criterion")
     granularity: Literal["element", "vector"] = Field(
-        default="element", description="absolute value before (element) or after the sum (vector)"
+        default="element", description="for criterion taylor, absolute value before (element) or after (vector) summing over a row"
     )
-    reduce: Reduction = Field(default="sum", description="how the scores of coupled weights become one")
-    shape: Shape = Field(default="per-layer", description="uniform: the same width in every layer, loads in stock classes")
+    reduce: Reduction = Field(default="sum", description="how the scores of coupled weights are combined")
+    shape: Shape = Field(default="per-layer", description="widths of layers; uniform: equal in all layers, loads in stock classes")
     select: Literal["auto", "uniform", "global", "knapsack"] = Field(
-        default="auto", description="how widths are chosen; auto: knapsack, or uniform without text or with --memory"
+        default="auto", description="method of choosing widths; auto: knapsack, or uniform without text or with --memory"
     )
     reconstruct: Literal["auto", "divergence", "least_squares", "mean", "none"] = Field(
         default="auto",
-        description="re-fit what reads the pruned channels; divergence: least squares, then to the dense model's predictions; "
-        "auto: divergence, or least_squares with --memory and for large models, or none for criteria without text",
+        description="re-fitting of the layers that read pruned channels; divergence: least squares, then a fit to the dense model's "
+        "predictions; auto: divergence, or least_squares with --memory and for large models, or none for criteria without text",
     )
-    budget: Literal["parameters", "bytes", "milliseconds"] = Field(default="parameters", description="what the ratio is a share of")
-    rounds: Positive = Field(default=1, description="prune in this many steps, with scores taken anew")
+    budget: Literal["parameters", "bytes", "milliseconds"] = Field(default="parameters", description="quantity that --ratio is a share of")
+    rounds: Positive = Field(default=1, description="number of pruning steps, with new scores for each")
     layers: str = Field(default=":", description="range of layers to prune, as a Python slice: 1:-1 spares the first and the last")
     targets: tuple[Target, ...] = Field(
         default=("heads", "ffn"),
-        description="what is pruned, together: heads (by KV group), ffn, query_heads (evenly within KV groups), residual (the width of the "
-        "stream), layers, attention or mlp (of a layer alone)",
+        description="parts to prune: heads (KV heads with their query heads), ffn (feed-forward channels), query_heads (equally many in "
+        "each KV group), residual (width of the residual stream), layers, attention or mlp (in single layers)",
     )
     depth: Literal["auto", "block_influence", "angular", "removal"] = Field(
-        default="auto", description="how layers, attention and mlp are ranked; auto: removal, the damage that is measured without them"
+        default="auto", description="ranking of layers, attention and mlp for removal; auto: removal, the measured damage without the part"
     )
     align: Positive | Literal["auto"] = Field(
-        default="auto", description="widths are multiples of this; auto: 16, less where 16 misses the target"
+        default="auto", description="number of which all widths are multiples; auto: 16, or less if 16 misses the target"
+    )
+    calibration: Path | None = Field(default=None, description="calibration text; default: the built-in text")
+    samples: Positive = Field(default=128, description="number of calibration windows")
+    seq_len: Positive | None = Field(
+        default=None, description="length of a calibration window in tokens; default: 128 or the model's limit"
     )
     calibration: Path | None = Field(
         default=None,
@@ -210,11 +215,11 @@ class PruneSettings(Settings):
     seq_len: Positive | None = Field(default=None, description="tokens of a calibration window; default: 128 or the model's limit")
     memory: Memory | None = Field(
         default=None,
-        description="most memory, such as 6GB: the model is read layer by layer; default: loaded whole",
+        description="memory limit, such as 6GB: the model is read layer by layer; default: the full model is loaded",
         json_schema_extra=NO_EFFECT,
     )
     cache: Path | None = Field(
-        default=None, description="folder that keeps scores, so that another ratio needs no new calibration", json_schema_extra=NO_EFFECT
+        default=None, description="folder that stores scores, so that another ratio needs no new calibration", json_schema_extra=NO_EFFECT
     )
 
     @field_validator("layers")
@@ -226,7 +231,7 @@ class PruneSettings(Settings):
 
 
 class RecoverSettings(Settings):
-    """How quality is won back: LoRA through PEFT with the Hugging Face Trainer."""
+    """Settings of recovery: training of an adapter with the Hugging Face Trainer."""
 
     aliases: ClassVar[Mapping[str, str]] = {
         "r": "rank",
@@ -253,10 +258,10 @@ class RecoverSettings(Settings):
     )
     task: Literal["language", "classification", "regression"] = Field(
         default="language",
-        description="language, or labels: an encoder or decoder learns the classes or numbers of --data (csv, tsv, json, jsonl)",
+        description="language modelling, or training of an encoder or decoder on classes or numbers in --data (csv, tsv, json, jsonl)",
     )
     text_columns: tuple[str, ...] = Field(
-        default=(), description="of data with labels: one column or two; default: usual names, such as sentence1,sentence2"
+        default=(), description="one or two text columns of labelled data; default: usual names, such as sentence1,sentence2"
     )
     label_column: str | None = Field(default=None, description="of data with labels; default: label or score")
     adapter: Annotated[str, known_name("adapter")] = Field(
@@ -265,40 +270,42 @@ class RecoverSettings(Settings):
         description="lora, rslora, dora, olora, pissa, eva, adalora, deep_lora, nola, lora_xs or mora",
     )
     rank: Positive = Field(default=8, description="rank of the adapter")
-    alpha: Rate | None = Field(default=None, description="LoRA alpha; default: the adapter's own (lora: twice the rank)")
+    alpha: Rate | None = Field(default=None, description="LoRA's alpha; default: depends on the adapter (lora: twice the rank)")
     ranks: Path | RankPlan | None = Field(
-        default=None, description="a rank plan (JSON) with a rank for each module, instead of --rank", json_schema_extra=BY_CONTENT
+        default=None, description="rank plan (JSON) with a rank for each module, instead of --rank", json_schema_extra=BY_CONTENT
     )
     targets: Annotated[tuple[str, ...], BeforeValidator(in_a_list)] = Field(
         default=(), description="what is adapted, such as q_proj or layers.0.*; default: every projection of every layer"
     )
-    adapter_options: Options = Field(default=(), description="the adapter's own settings as NAME=VALUE; see docs/adapters.md")
+    adapter_options: Options = Field(default=(), description="options of the adapter as NAME=VALUE; see docs/adapters.md")
     teacher: str | None = Field(
         default=None,
-        description="model to learn from: a folder, a hub id, seedling, or: dense, the one that was pruned; default: none",
+        description="teacher for distillation: a folder, a hub id, seedling, or dense (the model before pruning); default: none",
         json_schema_extra=BY_CONTENT,
     )
     distill: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        default=0.5, description="with a teacher, how much of the loss is divergence from it: 0 none, 1 all"
+        default=0.5, description="with --teacher, share of the divergence from it in the loss: 0 none, 1 all"
     )
-    temperature: Rate = Field(default=1.0, description="of that divergence; above 1 the teacher's rarer tokens count more")
+    temperature: Rate = Field(default=1.0, description="temperature of distillation; above 1 the teacher's less likely tokens count more")
     distill_hidden: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(
-        default=0.0, description="weight of the distance between the hidden states of teacher and student"
+        default=0.0, description="weight of the distance between the hidden states of teacher and student in the loss"
     )
     teacher_cache: Path | None = Field(
         default=None,
-        description="folder that keeps the teacher's likeliest tokens, shared between runs; default: the teacher runs along",
+        description="folder that stores the teacher's likeliest tokens, for several runs; default: the teacher runs in every step",
         json_schema_extra=NO_EFFECT,
     )
-    teacher_top_k: Positive = Field(default=64, description="how many of them for each position; the others are one outcome together")
+    teacher_top_k: Positive = Field(
+        default=64, description="with --teacher-cache, number of the teacher's likeliest tokens to store for each position"
+    )
     dropout: float | None = Field(
-        default=None, ge=0.0, lt=1.0, description="dropout inside the adapter; default: the adapter's own (lora: 0.05)"
+        default=None, ge=0.0, lt=1.0, description="dropout of the adapter's inputs; default: depends on the adapter (lora: 0.05)"
     )
     lr: float | None = Field(
-        default=None, gt=0.0, allow_inf_nan=False, description="peak learning rate; default: the adapter's own (lora: 1e-3)"
+        default=None, gt=0.0, allow_inf_nan=False, description="peak learning rate; default: depends on the adapter (lora: 1e-3)"
     )
     lr_ratio: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = Field(
-        default=1.0, description="learning rate of LoRA's B over that of A (LoRA+); 1: the same"
+        default=1.0, description="ratio of the learning rates of LoRA's B and A (LoRA+); 1: equal rates"
     )
     steps: Positive = Field(default=200, description="optimizer steps")
     epochs: Rate | None = Field(default=None, description="passes over the data, in the place of steps; default: as many as the steps make")
@@ -311,21 +318,25 @@ class RecoverSettings(Settings):
     max_grad_norm: Rate = Field(default=1.0, description="gradients are clipped to this norm")
     eval_every: Positive = Field(default=50, description="steps between two looks at the held-out loss")
     patience: Positive | None = Field(
-        default=None, description="stop after this many looks in a row without a lower held-out loss; default: never"
+        default=None, description="stop after this many measurements in a row without a lower held-out loss; default: never"
     )
     held_out: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
-        default=0.05, description="share of the data kept for choosing the best checkpoint", json_schema_extra=BY_CONTENT
+        default=0.05, description="share of the data held out from training, for choosing the best checkpoint", json_schema_extra=BY_CONTENT
     )
-    held_out_windows: Positive = Field(default=64, description="held-out windows of one look, spread evenly over the held-out data")
+    held_out_windows: Positive = Field(
+        default=64, description="number of windows for the held-out loss, evenly spaced in the held-out data"
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="number type of the products; auto: bfloat16 on a GPU that has it, else float32"
+        default="auto", description="dtype of the matrix products; auto: bfloat16 on a GPU that supports it, else float32"
     )
-    load_in_4bit: bool = Field(default=False, description="hold the frozen weights in 4 bits (NF4) while training; needs bitsandbytes")
-    gradient_checkpointing: bool = Field(default=False, description="keep no activations inside layers; slower, in less memory")
+    load_in_4bit: bool = Field(default=False, description="hold the frozen weights in 4 bits (NF4) during training; needs bitsandbytes")
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass: less memory, but slower")
     merge: bool = Field(
-        default=True, description="fold the adapter into the weights; otherwise it is kept beside them", json_schema_extra=NO_EFFECT
+        default=True, description="merge the adapter into the weights; otherwise save the adapter alone", json_schema_extra=NO_EFFECT
     )
-    report_to: tuple[str, ...] = Field(default=(), description="trackers, as in the Hugging Face Trainer", json_schema_extra=NO_EFFECT)
+    report_to: tuple[str, ...] = Field(
+        default=(), description="experiment trackers, with their names in the Hugging Face Trainer", json_schema_extra=NO_EFFECT
+    )
     quiet: bool = Field(default=False, description="show no progress bar", json_schema_extra=NO_EFFECT)
 
     @field_validator("adapter_options")
@@ -345,51 +356,55 @@ class RecoverSettings(Settings):
 
 
 class AllocateSettings(Settings):
-    """How a rank is found for every layer (RankAdaptor, arXiv 2406.15734, made to hold what it says)."""
+    """Settings of the rank search (RankAdaptor, arXiv 2406.15734, with a hard budget and a confirmation)."""
 
     method: Annotated[str, known_name("allocator")] = Field(
         default="rankadaptor",
         validate_default=False,
         description="uniform, proportional, gradient, eva, adalora, bayes, bayes-tpe, rankadaptor or rankadaptor-paper",
     )
-    budget: str = Field(default="r=8", description="most trainable parameters: a number, or r=RANK for what that rank costs everywhere")
-    granularity: Literal["layer", "module"] = Field(default="layer", description="what gets a rank of its own")
-    ranks: tuple[Positive, ...] = Field(default=(2, 4, 6, 8, 10, 12), description="the ranks to choose from")
-    trials: Annotated[int, Field(ge=2)] = Field(default=8, description="rank vectors of the first, shortest recoveries")
+    budget: str = Field(
+        default="r=8", description="largest number of trainable parameters: a number, or r=RANK for that rank in every layer"
+    )
+    granularity: Literal["layer", "module"] = Field(default="layer", description="unit that gets its own rank")
+    ranks: tuple[Positive, ...] = Field(default=(2, 4, 6, 8, 10, 12), description="ranks to choose from")
+    trials: Annotated[int, Field(ge=2)] = Field(default=8, description="number of rank vectors in the first, shortest recoveries")
     cost: Rate | Literal["auto"] = Field(
         default="auto",
-        description="most that search and confirmation may cost, in full recoveries; auto: 4, or more where --trials need it",
+        description="largest cost of search and confirmation, in full recoveries; auto: 4, or more if --trials needs it",
     )
     elastic: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
-        default="auto", description="rank vectors scored beforehand by one adapter of nested ranks; auto: as many as --cost has room for"
+        default="auto", description="number of rank vectors to score by one elastic adapter first; auto: as many as --cost allows"
     )
     confirm_seeds: Annotated[int, Field(ge=0)] = Field(
-        default=5, description="fresh seeds on which the result and the best closed form meet uniform ranks; 0: it is taken as found"
+        default=5, description="number of fresh seeds for confirming the found ranks against uniform ranks; 0: no confirmation"
     )
     confirm_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        default=0.125, description="share of a full recovery's steps in that comparison"
+        default=0.125, description="length of the confirming recoveries, as a share of a full recovery's steps"
     )
     prior: Literal["shipped", "none"] | Path = Field(
         default="shipped",
-        description="what past searches taught: a folder that regraft meta train wrote, or none",
+        description="start learned from past searches: shipped, none, or a folder written by regraft meta train",
         json_schema_extra=BY_CONTENT,
     )
     store: Path | None = Field(
-        default=None, description="folder that keeps this search, beside others, for regraft meta train", json_schema_extra=NO_EFFECT
+        default=None,
+        description="folder of past searches that this search is added to, for regraft meta train",
+        json_schema_extra=NO_EFFECT,
     )
-    samples: Positive = Field(default=16, description="windows of text for gradients and inputs, which say what layers need")
+    samples: Positive = Field(default=16, description="number of text windows for measuring gradients and inputs of the layers")
     adalora_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        default=0.25, description="share of a full recovery's steps that the method adalora trains for"
+        default=0.25, description="training length of method adalora, as a share of a full recovery's steps"
     )
-    workers: Positive = Field(default=1, description="processes that measure on this machine", json_schema_extra=NO_EFFECT)
+    workers: Positive = Field(default=1, description="number of measuring processes on this machine", json_schema_extra=NO_EFFECT)
     storage: str | None = Field(
         default=None,
-        description="database that machines share, such as postgresql://user@host/name; default: a file beside the plan",
+        description="database for several machines, such as postgresql://user@host/name; default: a file next to the plan",
         json_schema_extra=NO_EFFECT,
     )
     ray: str | None = Field(
         default=None,
-        description="Ray cluster to measure on: auto, local or host:port; default: this machine alone",
+        description="Ray cluster for measuring: auto, local or host:port; default: only this machine",
         json_schema_extra=NO_EFFECT,
     )
 
@@ -400,7 +415,7 @@ class AllocateSettings(Settings):
 
 
 class EvaluateSettings(Settings):
-    """What is measured, and on what."""
+    """Settings of a measurement of a language model."""
 
     aliases: ClassVar[Mapping[str, str]] = {"max_length": "window"}
 
@@ -413,18 +428,18 @@ class EvaluateSettings(Settings):
 
 
 class LabelSettings(Settings):
-    """What a model for labels is measured on."""
+    """Settings of a measurement of a classification or regression model."""
 
-    data: Path | None = Field(default=None, description="of a model for classes or numbers: rows with labels (csv, tsv, json, jsonl)")
+    data: Path | None = Field(default=None, description="labelled rows (csv, tsv, json, jsonl), for a classification or regression model")
     text_columns: tuple[str, ...] = Field(
-        default=(), description="of data with labels: one column or two; default: usual names, such as sentence1,sentence2"
+        default=(), description="one or two text columns of labelled data; default: usual names, such as sentence1,sentence2"
     )
-    label_column: str | None = Field(default=None, description="of data with labels; default: label or score")
+    label_column: str | None = Field(default=None, description="label column of labelled data; default: label or score")
     seq_len: Positive | None = Field(default=None, description="longest row in tokens; default: 256 or the model's limit")
 
 
 class SampleSettings(Settings):
-    """A sample of text from each model, greedy."""
+    """Settings of the greedy text sample of each model."""
 
-    prompt: str = Field(default="", description="what the model continues; empty: from the BOS token")
-    tokens: Positive = Field(default=48, description="how many tokens are generated")
+    prompt: str = Field(default="", description="prompt that the model continues; empty: the BOS token")
+    tokens: Positive = Field(default=48, description="number of tokens to generate")
