@@ -86,6 +86,9 @@ def _show(console: Console, result: CompressResult) -> None:
         spread = str(found[0]) if len(set(found)) == 1 else f"{min(found)} to {max(found)}"
         table.add_row(kind, str(counts[kind]), spread)
     console.print(table)
+    if result.pruned is not None:
+        pruned = result.pruned
+        console.print(f"channels first: parameters {pruned.parameters_before:,} -> {pruned.parameters_after:,}", soft_wrap=True)
     console.print(
         f"stored parameters {plan.parameters_before:,} -> {plan.parameters_after:,}: {plan.achieved:.2%} removed "
         f"(asked for: {plan.ratio:.2%})",

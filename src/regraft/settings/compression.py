@@ -26,6 +26,9 @@ class CompressSettings(Settings):
     layout: Literal["plain", "pifa"] = Field(default="plain", description="how factors are stored; pifa: by pivot rows, in fewer numbers")
     align: Positive | Literal["auto"] = Field(default="auto", description="ranks are multiples of this; auto: 8, less in small layers")
     targets: tuple[str, ...] = Field(default=(), description="names of projections that may be factored, such as q_proj; default: all")
+    mix: bool = Field(
+        default=False, description="heads and feed-forward networks lose channels instead, where that costs fewer nats than ranks do"
+    )
     dense: bool = Field(default=False, description="write the product of the factors as a dense matrix, for runtimes that know no factors")
     calibration: Path | None = Field(default=None, description="text to calibrate on; default: the built-in text")
     samples: Positive = Field(default=128, description="calibration windows")

@@ -2,46 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.atomic import refuse_existing
-from regraft.compression import (
-    COMPRESSORS,
-    RANK_CHOICES,
-    Compressor,
-    Decomposed,
-    decompose,
-    factor_plan,
-    factor_space,
-    gather,
-    with_damage,
-)
-from regraft.data.text import Corpus, read_corpus
-from regraft.data.tokens import calibration_windows, texts_of, window_tokens
-from regraft.errors import InputError, PlanError, did_you_mean
+from regraft.compression import COMPRESSORS, RANK_CHOICES, Compressor, Decomposed, factor_plan, with_damage
+from regraft.data.text import Corpus
+from regraft.errors import InputError, PlanError
 from regraft.evaluation.loss import evaluate_loss
+from regraft.groups.discover import discover
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.load import load as load_model
 from regraft.models.save import save
 from regraft.models.view import ModelView, fingerprint, parameter_count, refuse_factored
+from regraft.pipelines.compress.mix import mixed, pruned_for
+from regraft.pipelines.compress.prepare import Texts, decomposed, needs_judging, projections_of, read_texts, space_of
 from regraft.pipelines.compress.record import card_of, record_of
 from regraft.pipelines.compress.search import searched_ranks
 from regraft.pipelines.prune.score_cache import checksum_of
-from regraft.plans import FactorPlan, FactorSpace, LossReport, to_dict
-from regraft.settings import CALIBRATION_TOKENS, CompressSettings, LoadSettings
+from regraft.plans import FactorPlan, FactorSpace, LossReport, PrunePlan, to_dict
+from regraft.settings import CompressSettings, LoadSettings
 from regraft.surgery.factorize import check_factor_plan, densified, factorize
 from regraft.surgery.trial_ranks import TrialModel, measured_damage
 
 Say = Callable[[str], None]
 IN_MEMORY = "a model in memory"
-_JUDGED = 4  # one window in so many judges ranks, where no text of its own does
 
 
 @dataclass(frozen=True)
@@ -55,6 +46,7 @@ class CompressResult:
         space: The ranks that were chosen among, with their prices; None for a plan that was given.
         notes: What the user should know, a line each.
         test: Loss on the test text before and after, where one was given.
+        pruned: The channels that went first, where channels and ranks were mixed; the plan is of the model after that.
     """
 
     plan: FactorPlan
@@ -63,6 +55,7 @@ class CompressResult:
     space: FactorSpace | None = None
     notes: tuple[str, ...] = ()
     test: tuple[LossReport, LossReport] | None = None
+    pruned: PrunePlan | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the plan and what was measured as plain JSON types."""
@@ -70,16 +63,6 @@ class CompressResult:
         if self.test is not None:
             found["test"] = {"before": to_dict(self.test[0]), "after": to_dict(self.test[1])}
         return found
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """Calibration windows, windows that judge ranks, and the test text."""
-
-    fitted: Tensor | None
-    judging: Tensor | None
-    test: Corpus | None
-    notes: tuple[str, ...] = field(default=())
 
 
 def compress(
@@ -118,56 +101,74 @@ def compress(
     target = None if output is None else Path(output)
     if target is not None and not dry_run:
         refuse_existing(target)
+    _refuse_clashes(settings, plan)
     compressor = COMPRESSORS.get(settings.method if plan is None else plan.method)
     loaded = _loaded(source, tokenizer, load or LoadSettings())
     refuse_factored(loaded.model, f"'{loaded.source}'")
     view = ModelView(loaded.model)
     projections = projections_of(view, settings.targets)
-    texts = _read(loaded, settings, compressor, seed, judging=plan is None and _judges(settings))
-    found = _decomposed(view, projections, compressor, settings, texts.fitted, seed, say)
+    texts = read_texts(loaded, settings, compressor, seed, judging=plan is None and needs_judging(settings))
+    found = decomposed(view, projections, compressor, settings, texts.fitted, seed, say)
     space: FactorSpace | None = None
-    if plan is None:
-        space = _space(loaded, found, compressor, settings)
+    start, pruning = loaded, None
+    if settings.mix:
+        plan, space, start, found, pruning = _mixed(loaded, found, compressor, texts, settings, seed, say)
+    elif plan is None:
+        space = space_of(loaded, found, compressor, settings, settings.ratio)
         plan = _choose(loaded, found, space, texts, settings, seed, target, resume=resume, say=say)
     else:
         plan = _moved(loaded, plan)
     _refuse_short_text(plan, found)
-    notes = texts.notes
     if dry_run:
-        return CompressResult(plan, None, loaded, space, notes)
-    by_name = {one.priced.name: one for one in found}
-    factors = {entry.module: by_name[entry.module].truncation.at(entry.rank) for entry in plan.factorings}
-    model = factorize(loaded.model, plan, factors)
+        return CompressResult(plan, None, loaded, space, texts.notes, None, pruning)
+    model = _factored(start.model, plan, found)
     if settings.dense:
         model = densified(model)
     test = _tested(loaded, model, texts.test)
     if target is not None:
-        record = record_of(loaded, plan, settings, seed=seed, command=command)
+        record = record_of(loaded, plan, settings, seed=seed, command=command, pruning=pruning)
         save(model, loaded.tokenizer, target, record, card_of(record, dense=settings.dense))
-    return CompressResult(plan, model, loaded, space, notes, test)
+    return CompressResult(plan, model, loaded, space, texts.notes, test, pruning)
 
 
-def projections_of(view: ModelView, targets: tuple[str, ...] = ()) -> dict[str, nn.Module]:
-    """Returns the linear layers of the decoder by full name, in the order of the model.
+def _factored(model: PreTrainedModel, plan: FactorPlan, found: list[Decomposed]) -> PreTrainedModel:
+    """Returns the model with the layers of a plan factored; itself where there are none."""
+    if not plan.factorings:
+        return model
+    by_name = {one.priced.name: one for one in found}
+    return factorize(model, plan, {entry.module: by_name[entry.module].truncation.at(entry.rank) for entry in plan.factorings})
 
-    Args:
-        view: The model.
-        targets: Last parts of names; none for all.
 
-    Raises:
-        InputError: A target names none.
+def _mixed(
+    loaded: Loaded, found: list[Decomposed], compressor: Compressor, texts: Texts, settings: CompressSettings, seed: int, say: Say
+) -> tuple[FactorPlan, FactorSpace, Loaded, list[Decomposed], PrunePlan | None]:
+    """Chooses what loses channels and what loses ranks, and cuts the channels.
+
+    Returns:
+        The plan of the ranks and the choices it is from, the model that it is of, its decompositions, and the plan of the channels.
     """
-    found = {
-        f"{view.layer_name(layer)}.{name}": module
-        for layer in range(len(view.layers))
-        for name in view.linear_names()
-        if (module := view.module(layer, name)) is not None
-    }
-    known = tuple(dict.fromkeys(name.rpartition(".")[2] for name in found))
-    for target in targets:
-        if target not in known:
-            raise InputError(f"target '{target}' is no projection of this model; it has {', '.join(known)}{did_you_mean(target, known)}")
-    return {name: module for name, module in found.items() if not targets or name.rpartition(".")[2] in targets}
+    assert texts.judging is not None
+    truncations = {one.priced.name: one.truncation for one in found}
+    # The budget is met by both together: ranks alone may not be able to.
+    whole = space_of(loaded, found, compressor, settings, 0.0)
+    priced = with_damage(whole, measured_damage(loaded.model, whole, truncations, texts.judging))
+    groups = discover(loaded.model)
+    choice = mixed(loaded, groups, priced, settings, seed, say)
+    start = loaded if choice.plan is None else pruned_for(loaded, groups, choice.plan, settings, seed, say)
+    start = replace(start, fingerprint=fingerprint(start.model))
+    count, most = parameter_count(start.model), math.floor((1.0 - settings.ratio) * parameter_count(loaded.model))
+    made_with: dict[str, Any] = {"settings": settings.decisive(), "seed": seed, "windows_sha256": checksum_of(texts.fitted)}
+    if count <= most or not choice.factored:
+        empty = FactorPlan(start.fingerprint, compressor.name, "mix", settings.layout, settings.ratio, count, count, (), None, made_with)
+        return empty, priced, start, [], choice.plan
+    view = ModelView(start.model)
+    chosen = {name: module for name, module in projections_of(view).items() if name in choice.factored}
+    again = decomposed(view, chosen, compressor, settings, texts.fitted, seed, say)
+    space = space_of(start, again, compressor, settings, (count - most) / count)
+    ranks = RANK_CHOICES.get("knapsack")(space)
+    biases = {one.priced.name: one.has_bias or one.truncation.mean_I is not None for one in again}
+    plan = replace(factor_plan(space, ranks, "mix", settings.ratio, biases), made_with=made_with)
+    return plan, space, start, again, choice.plan
 
 
 def _loaded(source: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, load: LoadSettings) -> Loaded:
@@ -176,90 +177,11 @@ def _loaded(source: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizer
     return load_model(source, load)
 
 
-def _judges(settings: CompressSettings) -> bool:
-    return settings.ranks == "bayes" or settings.prices == "measured"
-
-
-def _read(loaded: Loaded, settings: CompressSettings, compressor: Compressor, seed: int, *, judging: bool) -> _Texts:
-    """Reads the texts that are needed, and refuses to choose by the one that tests.
-
-    Raises:
-        InputError: A text that fits or judges is the test text.
-    """
-    test = None if settings.test is None else read_corpus(settings.test, "test")
-    fits = compressor.looks_at != "weights"
-    fitted = read_corpus(settings.calibration, "validation") if fits or (judging and settings.validation is None) else None
-    judges = read_corpus(settings.validation, "validation") if judging and settings.validation is not None else None
-    for name, corpus in (("calibration", fitted), ("validation", judges)):
-        _refuse_test_text(name, corpus, test)
-    if fitted is None and judges is None:
-        return _Texts(None, None, test)
-    tokens = window_tokens(settings.seq_len, CALIBRATION_TOKENS, loaded.model.config, "seq_len")
-
-    def windows(corpus: Corpus) -> Tensor:
-        return calibration_windows(corpus, require_tokenizer(loaded), settings.samples, tokens, seed)
-
-    drawn = None if fitted is None else windows(fitted)
-    if not judging or judges is not None:
-        return _Texts(drawn, None if judges is None else windows(judges), test)
-    assert drawn is not None
-    judged = max(1, len(drawn) // _JUDGED)
-    note = f"ranks were judged on {judged} of the {len(drawn)} calibration windows, which no factor was fitted to"
-    return _Texts(drawn[:-judged] if len(drawn) > 1 else drawn, drawn[-judged:], test, (note,))
-
-
-def _refuse_test_text(name: str, corpus: Corpus | None, test: Corpus | None) -> None:
-    """Refuses a text that has a document of the test text, or of the built-in test split."""
-    if corpus is None:
-        return
-    own = {text.strip() for text in texts_of(corpus)}
-    for held in (test, read_corpus(None, "test")):
-        if held is not None and any(text.strip() in own for text in texts_of(held)):
-            raise InputError(
-                f"the {name} text '{corpus.name}' holds documents of the test text '{held.name}'; what is chosen by the text that tests it "
-                "is not tested: give another text"
-            )
-
-
-def _decomposed(
-    view: ModelView,
-    projections: Mapping[str, nn.Module],
-    compressor: Compressor,
-    settings: CompressSettings,
-    windows: Tensor | None,
-    seed: int,
-    say: Say,
-) -> list[Decomposed]:
-    evidence = gather(view.model, projections, windows, compressor.looks_at, transposed=view.family.transposed, seed=seed)
-    start = f"{view.family.layers}."
-    return decompose(
-        evidence,
-        compressor,
-        settings.layout,
-        lambda name: int(name.removeprefix(start).partition(".")[0]),
-        lambda name: projections[name]._parameters.get("bias") is not None,
-        say,
-    )
-
-
-def _space(loaded: Loaded, found: list[Decomposed], compressor: Compressor, settings: CompressSettings) -> FactorSpace:
-    return factor_space(
-        [one.priced for one in found],
-        fingerprint=loaded.fingerprint,
-        method=compressor.name,
-        unit="nats" if compressor.unit == "nats" else "share",
-        layout=settings.layout,
-        parameters=parameter_count(loaded.model),
-        ratio=settings.ratio,
-        align=settings.align if isinstance(settings.align, int) else None,
-    )
-
-
 def _choose(
     loaded: Loaded,
     found: list[Decomposed],
     space: FactorSpace,
-    texts: _Texts,
+    texts: Texts,
     settings: CompressSettings,
     seed: int,
     target: Path | None,
@@ -305,6 +227,18 @@ def _choose(
     biases = {one.priced.name: one.has_bias or one.truncation.mean_I is not None for one in found}
     name = f"{choice} ({settings.prices} prices)" if settings.prices == "measured" else choice
     return replace(factor_plan(space, ranks, name, settings.ratio, biases), made_with=made_with)
+
+
+def _refuse_clashes(settings: CompressSettings, plan: FactorPlan | None) -> None:
+    """Refuses settings that leave nothing for one another to choose.
+
+    Raises:
+        InputError: Two of them choose the same.
+    """
+    if settings.mix and plan is not None:
+        raise InputError("mix chooses channels and ranks anew, and a plan brings ranks; use one of the two")
+    if settings.mix and settings.ranks not in ("auto", "knapsack"):
+        raise InputError(f"mix is a knapsack of channels and ranks, and ranks {settings.ranks} is another choice; use ranks auto")
 
 
 def _moved(loaded: Loaded, plan: FactorPlan) -> FactorPlan:

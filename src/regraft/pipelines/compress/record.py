@@ -7,18 +7,21 @@ from typing import Any
 from regraft.models.card import model_card
 from regraft.models.load import Loaded
 from regraft.models.provenance import parents_of, versions
-from regraft.plans import FactorPlan, Provenance
+from regraft.plans import FactorPlan, Provenance, PrunePlan
 from regraft.settings import CompressSettings
 
 
-def record_of(loaded: Loaded, plan: FactorPlan, settings: CompressSettings, *, seed: int, command: str) -> Provenance:
-    """Returns how a compressed model came to be, without the checksums of its files."""
+def record_of(
+    loaded: Loaded, plan: FactorPlan, settings: CompressSettings, *, seed: int, command: str, pruning: PrunePlan | None = None
+) -> Provenance:
+    """Returns how a compressed model came to be, without the checksums of its files; ``pruning`` are the channels that went first."""
     return Provenance(
         command=command,
         source=loaded.source,
         source_fingerprint=loaded.fingerprint,
         seed=seed,
         versions=versions(),
+        plan=pruning,
         factors=plan,
         settings={"compress": settings.decisive()},
         parents=parents_of(loaded.provenance),
@@ -27,7 +30,10 @@ def record_of(loaded: Loaded, plan: FactorPlan, settings: CompressSettings, *, s
 
 def card_of(record: Provenance, *, dense: bool) -> str:
     """Returns the start of a compressed model's card."""
-    return model_card(record, facts(record.factors, dense=dense) if record.factors is not None else {})
+    rows = facts(record.factors, dense=dense) if record.factors is not None else {}
+    if record.plan is not None:
+        rows = {"channels removed first": f"{record.plan.achieved:.2%} of all parameters, {record.plan.criterion}", **rows}
+    return model_card(record, rows)
 
 
 def facts(plan: FactorPlan, *, dense: bool) -> dict[str, Any]:

@@ -1,0 +1,141 @@
+"""What compression needs before it chooses: the texts, the projections, their decompositions, and the ranks with their prices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from regraft.compression import Compressor, Decomposed, decompose, factor_space, gather
+from regraft.data.text import Corpus, read_corpus
+from regraft.data.tokens import calibration_windows, window_tokens
+from regraft.errors import InputError, did_you_mean
+from regraft.models.load import Loaded, require_tokenizer
+from regraft.models.view import ModelView, parameter_count
+from regraft.plans import FactorSpace
+from regraft.settings import CALIBRATION_TOKENS, CompressSettings
+
+Say = Callable[[str], None]
+_JUDGED = 4  # one window in so many judges ranks, where no text of its own does
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Calibration windows, windows that judge ranks, and the test text."""
+
+    fitted: Tensor | None
+    judging: Tensor | None
+    test: Corpus | None
+    notes: tuple[str, ...] = field(default=())
+
+
+def projections_of(view: ModelView, targets: tuple[str, ...] = ()) -> dict[str, nn.Module]:
+    """Returns the linear layers of the decoder by full name, in the order of the model.
+
+    Args:
+        view: The model.
+        targets: Last parts of names; none for all.
+
+    Raises:
+        InputError: A target names none.
+    """
+    found = {
+        f"{view.layer_name(layer)}.{name}": module
+        for layer in range(len(view.layers))
+        for name in view.linear_names()
+        if (module := view.module(layer, name)) is not None
+    }
+    known = tuple(dict.fromkeys(name.rpartition(".")[2] for name in found))
+    for target in targets:
+        if target not in known:
+            raise InputError(f"target '{target}' is no projection of this model; it has {', '.join(known)}{did_you_mean(target, known)}")
+    return {name: module for name, module in found.items() if not targets or name.rpartition(".")[2] in targets}
+
+
+def needs_judging(settings: CompressSettings) -> bool:
+    """Returns whether ranks are chosen by what the model does on text."""
+    return settings.ranks == "bayes" or settings.prices == "measured" or settings.mix
+
+
+def read_texts(loaded: Loaded, settings: CompressSettings, compressor: Compressor, seed: int, *, judging: bool) -> Texts:
+    """Reads the texts that are needed, and refuses to choose by the one that tests.
+
+    Raises:
+        InputError: A text that fits or judges is the test text.
+    """
+    test = None if settings.test is None else read_corpus(settings.test, "test")
+    fits = compressor.looks_at != "weights"
+    fitted = read_corpus(settings.calibration, "validation") if fits or (judging and settings.validation is None) else None
+    judges = read_corpus(settings.validation, "validation") if judging and settings.validation is not None else None
+    for name, corpus in (("calibration", fitted), ("validation", judges)):
+        _refuse_test_text(name, corpus, test)
+    if fitted is None and judges is None:
+        return Texts(None, None, test)
+    tokens = window_tokens(settings.seq_len, CALIBRATION_TOKENS, loaded.model.config, "seq_len")
+
+    def windows(corpus: Corpus) -> Tensor:
+        return calibration_windows(corpus, require_tokenizer(loaded), settings.samples, tokens, seed)
+
+    drawn = None if fitted is None else windows(fitted)
+    if not judging or judges is not None:
+        return Texts(drawn, None if judges is None else windows(judges), test)
+    assert drawn is not None
+    judged = max(1, len(drawn) // _JUDGED)
+    note = f"ranks were judged on {judged} of the {len(drawn)} calibration windows, which no factor was fitted to"
+    return Texts(drawn[:-judged] if len(drawn) > 1 else drawn, drawn[-judged:], test, (note,))
+
+
+def _refuse_test_text(name: str, corpus: Corpus | None, test: Corpus | None) -> None:
+    """Refuses a text that has a document of the test text, or of the built-in test split."""
+    if corpus is None:
+        return
+    own = _contents(corpus)
+    for held in (test, read_corpus(None, "test")):
+        if held is not None and own & _contents(held):
+            raise InputError(
+                f"the {name} text '{corpus.name}' holds documents of the test text '{held.name}'; what is chosen by the text that tests it "
+                "is not tested: give another text"
+            )
+
+
+def _contents(corpus: Corpus) -> set[str]:
+    """Returns the texts of a corpus, whatever tokenizer will read them."""
+    answers = (f"{record.instruction}\n{record.input}\n{record.output}" for record in corpus.records)
+    return {text.strip() for text in (*corpus.documents, *answers)}
+
+
+def decomposed(
+    view: ModelView,
+    projections: Mapping[str, nn.Module],
+    compressor: Compressor,
+    settings: CompressSettings,
+    windows: Tensor | None,
+    seed: int,
+    say: Say,
+) -> list[Decomposed]:
+    """Decomposes projections of a model on the inputs and gradients that they have in it."""
+    evidence = gather(view.model, projections, windows, compressor.looks_at, transposed=view.family.transposed, seed=seed)
+    start = f"{view.family.layers}."
+    return decompose(
+        evidence,
+        compressor,
+        settings.layout,
+        lambda name: int(name.removeprefix(start).partition(".")[0]),
+        lambda name: projections[name]._parameters.get("bias") is not None,
+        say,
+    )
+
+
+def space_of(loaded: Loaded, found: list[Decomposed], compressor: Compressor, settings: CompressSettings, ratio: float) -> FactorSpace:
+    """Returns the ranks of the decomposed layers, with their prices, under a share of the model's parameters to remove."""
+    return factor_space(
+        [one.priced for one in found],
+        fingerprint=loaded.fingerprint,
+        method=compressor.name,
+        unit="nats" if compressor.unit == "nats" else "share",
+        layout=settings.layout,
+        parameters=parameter_count(loaded.model),
+        ratio=ratio,
+        align=settings.align if isinstance(settings.align, int) else None,
+    )
