@@ -20,6 +20,7 @@ from regraft.models.view import ModelView, parameter_count
 from regraft.pipelines.compress import CompressResult, compress
 from regraft.plans import FactorPlan, from_json, to_json
 from regraft.settings import CompressSettings
+from regraft.training.recover import recover
 
 Compress = Callable[..., CompressResult]
 
@@ -119,6 +120,48 @@ def test_a_search_keeps_the_budget_and_goes_on(quickly: Compress, texts: dict[st
         quickly(**few | {"dry_run": True})
     again = quickly(**few | {"dry_run": True, "resume": True})
     assert again.plan == first.plan
+
+
+@pytest.mark.parametrize("ratio", [0.15, 0.35])
+def test_channels_and_ranks_in_one_knapsack(quickly: Compress, make_tiny, tmp_path: Path, ratio: float) -> None:
+    """The budget holds for both together, no group loses both, and the folder knows of both."""
+    dense = make_tiny()
+    result = quickly(dense, mix=True, ratio=ratio, output=tmp_path / "out")
+    assert result.model is not None
+    assert parameter_count(dense) - parameter_count(result.model) >= ratio * parameter_count(dense)
+    assert parameter_count(dense) - parameter_count(result.model) < (ratio + 0.06) * parameter_count(dense)
+    cut = {entry.group for entry in result.pruned.cuts} if result.pruned is not None else set()
+    assert cut or result.plan.factorings
+    for group in cut:
+        _, layer, kind = group.split(".")
+        part = f"model.layers.{layer}.{'mlp' if kind == 'ffn' else 'self_attn'}."
+        assert not any(entry.module.startswith(part) for entry in result.plan.factorings)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.randint(3, 60, (2, 12))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, result.model(ids).logits)
+    record = read_provenance(tmp_path / "out")
+    assert record is not None
+    assert record.plan == result.pruned
+    with pytest.raises(InputError, match="mix is a knapsack"):
+        quickly(mix=True, ranks="uniform")
+    with pytest.raises(InputError, match="a plan brings ranks"):
+        quickly(mix=True, plan=result.plan)
+
+
+def test_recovery_trains_the_factors_and_folds_into_them(quickly: Compress, tokenizer, repeating, quick, tmp_path: Path) -> None:
+    """LoRA on both thin layers; afterwards the model has the same two factors, of the same rank, with other values."""
+    model = quickly(method="svd_llm", ratio=0.3).model
+    assert model is not None
+    before, ranks = parameter_count(model), {name: module.rank for name, module in ModelView(model).factored().items()}
+    first = next(iter(ModelView(model).factored().values()))
+    old = first.dense_weight().clone()
+    recovered = recover(model, tokenizer, *repeating, quick(), seed=0, work=tmp_path / "work")
+    assert isinstance(recovered.model, PreTrainedModel)
+    assert {name: module.rank for name, module in ModelView(recovered.model).factored().items()} == ranks
+    assert parameter_count(recovered.model) == before
+    assert not torch.equal(next(iter(ModelView(recovered.model).factored().values())).dense_weight(), old)
+    assert recovered.best_loss < recovered.first_loss
 
 
 def test_dense_writes_the_stock_class(quickly: Compress, tmp_path: Path) -> None:
