@@ -85,8 +85,14 @@ class Walk(ABC):
         """Returns the layer, or a copy of it, for its weights to be changed: this walk goes on through what was changed."""
 
     @abstractmethod
-    def look(self, layer: int, module: nn.Module | None = None) -> None:
-        """Sends the windows through a layer, or through ``module`` in its place, for the sake of those who watch it."""
+    def look(self, layer: int, module: nn.Module | None = None, until: nn.Module | None = None) -> None:
+        """Sends the windows through a layer, or through ``module`` in its place, for the sake of those who watch it.
+
+        Args:
+            layer: Its index.
+            module: What to run in its place.
+            until: A module inside it; what comes from this one on may be left out.
+        """
 
     @abstractmethod
     def advance(self, layer: int, module: nn.Module | None = None) -> None:
@@ -116,10 +122,13 @@ class WholeWalk(Walk):
         """Returns a copy of the layer."""
         return copy.deepcopy(self.view.layers[layer])
 
-    def look(self, layer: int, module: nn.Module | None = None) -> None:
-        """Sends the windows through a layer and forgets what comes out."""
+    @torch.no_grad()
+    def look(self, layer: int, module: nn.Module | None = None, until: nn.Module | None = None) -> None:
+        """Sends the windows through a layer as far as ``until``, and forgets what comes out."""
         self._round(module)
-        self._layerwise.run(layer, self._hidden, module)
+        for batch in self._hidden:
+            with stopped_at(until):
+                self._layerwise.call(layer, batch, module)
 
     def advance(self, layer: int, module: nn.Module | None = None) -> None:
         """Sends the windows through a layer and keeps what comes out."""
@@ -170,6 +179,27 @@ def emptied(view: ModelView, group: Group) -> Iterator[None]:
     finally:
         for parameter, data in zip(parameters, before, strict=True):
             parameter.data = data
+
+
+class _Enough(Exception):
+    """Ends a pass that has come as far as it was to go."""
+
+
+@contextmanager
+def stopped_at(module: nn.Module | None) -> Iterator[None]:
+    """Ends the pass inside the block where it comes to a module, after those who watch its inputs; None: nowhere."""
+
+    def stop(_module: nn.Module, _inputs: tuple[Any, ...]) -> None:
+        raise _Enough
+
+    handle = None if module is None else module.register_forward_pre_hook(stop)
+    try:
+        yield
+    except _Enough:
+        pass
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 @contextmanager

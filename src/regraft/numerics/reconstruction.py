@@ -99,11 +99,29 @@ def choose_damping(weight_OI: Tensor, fit: Moments, held_out: Moments, kept: Ten
     """Returns the damping whose weights, fitted on one part of the calibration text, have the least error on the other part."""
     equations = NormalEquations(weight_OI, kept)
     equations.add(fit.square_DD)
-    return best_damping(equations, weight_OI, held_out, kept, dampings)
+    return best_damping(equations, weight_OI, [held_out], kept, dampings)
 
 
 def best_damping(
-    equations: NormalEquations, weight_OI: Tensor, held_out: Moments, kept: Tensor, dampings: Sequence[float] = DAMPINGS
+    equations: NormalEquations, weight_OI: Tensor, held_out: Sequence[Moments], kept: Tensor, dampings: Sequence[float] = DAMPINGS
 ) -> float:
-    """Returns the damping with which the given equations have the least error on the held-out part of the calibration text."""
-    return min(dampings, key=lambda damping: error(weight_OI, held_out.square_DD, kept, equations.solve(damping)))
+    """Returns the damping that does best where it does worst.
+
+    Args:
+        equations: Of the part of the calibration text that is fitted.
+        weight_OI: Weights before, (out, in).
+        held_out: Moments of the inputs on other text, one for each kind of text. With several, each counts by its error over the
+            power of the old output on it, so that the kind that is fitted worst decides.
+        kept: Indices of the channels that stay, int64 (kept,), ascending.
+        dampings: To choose from.
+    """
+    nothing = kept[:0]
+    empty = weight_OI.new_zeros(weight_OI.shape[0], 0, dtype=torch.float64)
+    powers = [error(weight_OI, part.square_DD, nothing, empty) if len(held_out) > 1 else 1.0 for part in held_out]
+
+    def worst(damping: float) -> float:
+        new_OS = equations.solve(damping)
+        errors = (error(weight_OI, part.square_DD, kept, new_OS) for part in held_out)
+        return max(found / max(power, torch.finfo(torch.float64).tiny) for found, power in zip(errors, powers, strict=True))
+
+    return min(dampings, key=worst)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.importance.passes import Gradients, Passes, refuse_single_tokens
-from regraft.models.layerwise import Layerwise, Walk, emptied
+from regraft.models.layerwise import Layerwise, Walk, emptied, stopped_at
 from regraft.models.precision import round_weights
 from regraft.models.view import ModelView
 from regraft.plans import Group, Groups
@@ -178,12 +178,13 @@ class StreamedWalk(Walk):
         """Returns the layer itself, because it leaves memory after this step."""
         return self.view.layers[layer]
 
-    def look(self, layer: int, module: nn.Module | None = None) -> None:
-        """Runs the windows through a layer and discards the output."""
+    def look(self, layer: int, module: nn.Module | None = None, until: nn.Module | None = None) -> None:
+        """Runs the windows through a layer as far as ``until`` and discards the output."""
         if module is not None:
             round_weights(module, self._skeleton.dtype)
         for first, ids in self._batches():
-            self._through(layer, module, first, len(ids))
+            with stopped_at(until):
+                self._through(layer, module, first, len(ids))
 
     def advance(self, layer: int, module: nn.Module | None = None) -> None:
         """Runs the windows through a layer and stores the output."""

@@ -268,7 +268,7 @@ def _divergence(
     name = reader.parameter.removeprefix(f"{view.layer_name(layer)}.").rpartition(".")[0]
     ranked = sorted(range(group.units), key=lambda unit: (-scores[unit], unit))[:size]
     channels = torch.tensor(sorted(index for unit in ranked for index in reader.indices(unit)), device=moments.total_D.device)
-    refit(module.get_submodule(name), reader.axis, moments, moments, channels, "least_squares", damping=1e-3)
+    refit(module.get_submodule(name), reader.axis, moments, [moments], channels, "least_squares", damping=1e-3)
     hidden = walk.run(layer, entering, module)
     for above in range(layer + 1, len(view.layers)):
         hidden = walk.run(above, hidden)

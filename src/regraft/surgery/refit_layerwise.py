@@ -25,7 +25,9 @@ from regraft.plans import Cut, Group, Groups, Member
 Method = Literal["least_squares", "mean"]
 
 
-def compensate(view: ModelView, groups: Groups, cuts: tuple[Cut, ...], windows_NT: Tensor, method: Method) -> dict[str, Tensor]:
+def compensate(
+    view: ModelView, groups: Groups, cuts: tuple[Cut, ...], windows_NT: Tensor, method: Method, source_N: Tensor | None = None
+) -> dict[str, Tensor]:
     """Returns new tensors for the reading projections of the cut groups, at full width.
 
     Their columns of removed channels are zero; :func:`regraft.surgery.cut.cut` takes the tensors as ``changed``.
@@ -36,14 +38,18 @@ def compensate(view: ModelView, groups: Groups, cuts: tuple[Cut, ...], windows_N
         cuts: Cuts of heads, query heads and feed-forward channels; all other cuts are made before.
         windows_NT: Calibration tokens, int64 (windows, tokens); at least one in eight windows is held out to choose the damping.
         method: ``least_squares``; or ``mean``, which adds the mean contribution of the removed channels to the bias, if there is one.
+        source_N: Kind of text of each window, int64 (windows,): the damping is chosen for the kind that is fitted worst. None: all windows
+            are of one kind.
     """
     stored = view.model.dtype
     with float32_on_cpu(view.model):
         walk = WholeWalk(view, windows_NT, stored)
-        return {name: tensor for _, changed in refitted(walk, groups, cuts, method) for name, tensor in changed.items()}
+        return {name: tensor for _, changed in refitted(walk, groups, cuts, method, source_N) for name, tensor in changed.items()}
 
 
-def refitted(walk: Walk, groups: Groups, cuts: tuple[Cut, ...], method: Method) -> Iterator[tuple[int, dict[str, Tensor]]]:
+def refitted(
+    walk: Walk, groups: Groups, cuts: tuple[Cut, ...], method: Method, source_N: Tensor | None = None
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Yields each layer with the new tensors of its reading projections; :func:`compensate` returns those of all layers."""
     named = groups.named()
     axes = {reader.parameter: reader.axis for reader in (_reader(named[entry.group]) for entry in cuts)}
@@ -55,8 +61,8 @@ def refitted(walk: Walk, groups: Groups, cuts: tuple[Cut, ...], method: Method) 
         for reader, kept in sorted(here.items(), key=lambda cut: _depth(module, cut[0], prefix)):
             name = reader.removeprefix(prefix).rpartition(".")[0]
             projection = module.get_submodule(name)
-            fit, judge = _moments(walk, layer, module, projection)
-            refit(projection, axes[reader], fit, judge, torch.tensor(kept, device=fit.total_D.device), method)
+            fit, judges = _moments(walk, layer, module, projection, source_N)
+            refit(projection, axes[reader], fit, judges, torch.tensor(kept, device=fit.total_D.device), method)
             full_name = reader.rpartition(".")[0]
             changed |= {f"{full_name}.{key}": value.detach() for key, value in projection.named_parameters()}
         walk.advance(layer, module)
@@ -68,7 +74,7 @@ def refit(
     projection: nn.Module,
     axis: int,
     fit: Moments,
-    judge: Moments,
+    judges: Sequence[Moments],
     channels: Tensor,
     method: Method,
     damping: float | None = None,
@@ -79,26 +85,28 @@ def refit(
         projection: The projection, with ``weight`` and perhaps ``bias``.
         axis: Input axis of the weight.
         fit: Moments of the projection's inputs.
-        judge: Moments of the projection's inputs on held-out text, for choosing the damping.
+        judges: Moments of the projection's inputs on held-out text, for choosing the damping: one for each kind of text.
         channels: Kept input channels, int64, ascending.
         method: See :func:`compensate`.
-        damping: A fixed damping; None chooses it by ``judge``.
+        damping: A fixed damping; None chooses it by ``judges``.
     """
     parameters = dict(projection.named_parameters(recurse=False))
     weight, bias = parameters["weight"], parameters.get("bias")
     old_OI = (weight if axis == 1 else weight.T).double()
     new_OI = torch.zeros_like(old_OI)
     if method == "least_squares":
-        fit_II, judge_II = _seen(fit, bias is not None), _seen(judge, bias is not None)
+        fit_II, judges_II = _seen(fit, bias is not None), [_seen(judge, bias is not None) for judge in judges]
         equations = NormalEquations(old_OI, channels)
         equations.add(fit_II.square_DD)
-        chosen = best_damping(equations, old_OI, judge_II, channels) if damping is None else damping
-        equations.add(judge_II.square_DD)
+        chosen = best_damping(equations, old_OI, judges_II, channels) if damping is None else damping
+        for judge_II in judges_II:
+            equations.add(judge_II.square_DD)
         new_OI[:, channels] = equations.solve(chosen)
     else:
         new_OI[:, channels] = old_OI[:, channels]
     if bias is not None:
-        mean_I = (fit.total_D + judge.total_D) / max(1, fit.count + judge.count)
+        every = (fit, *judges)
+        mean_I = sum((part.total_D for part in every), torch.zeros_like(fit.total_D)) / max(1, sum(part.count for part in every))
         bias.copy_(bias.double() + (old_OI - new_OI) @ mean_I)
     weight.copy_(new_OI if axis == 1 else new_OI.T)
 
@@ -111,22 +119,28 @@ def _seen(moments: Moments, centred: bool) -> Moments:
     return Moments(moments.count, torch.zeros_like(moments.total_D), about_mean_DD)
 
 
-def _moments(walk: Walk, layer: int, module: nn.Module, projection: nn.Module) -> tuple[Moments, Moments]:
-    """Returns the moments of a projection's inputs on most windows of each batch, and on its last windows (about one in eight)."""
-    seen: list[Moments] = []
+def _moments(walk: Walk, layer: int, module: nn.Module, projection: nn.Module, source_N: Tensor | None) -> tuple[Moments, list[Moments]]:
+    """Returns the moments of a projection's inputs on most windows of each batch, and on the rest of them by kind of text."""
+    fit: list[Moments] = []
+    judges: dict[int, Moments] = {}
+    passed = 0
 
     def see(_name: str, rows_BTI: Tensor) -> None:
-        if not seen:
-            seen.extend(Moments.empty(rows_BTI.shape[-1], rows_BTI.device) for _ in range(2))
+        nonlocal passed
+        if not fit:
+            fit.append(Moments.empty(rows_BTI.shape[-1], rows_BTI.device))
         windows = rows_BTI.shape[0]
         fitted = max(1, windows - max(1, windows // 8))
-        seen[0].add(rows_BTI[:fitted])
-        seen[1].add(rows_BTI[fitted:])
+        fit[0].add(rows_BTI[:fitted])
+        kinds = [0] * (windows - fitted) if source_N is None else source_N[passed + fitted : passed + windows].tolist()
+        for kind in sorted(set(kinds)):
+            mine = torch.tensor([fitted + place for place, other in enumerate(kinds) if other == kind], device=rows_BTI.device)
+            judges.setdefault(kind, Moments.empty(rows_BTI.shape[-1], rows_BTI.device)).add(rows_BTI[mine])
+        passed += windows
 
     with watched_inputs({"reader": projection}, see):
-        walk.look(layer, module)
-    fit, judge = seen
-    return fit, judge if judge.count else fit
+        walk.look(layer, module, until=projection)
+    return fit[0], [judges[kind] for kind in sorted(judges)] or fit
 
 
 def _reader(group: Group) -> Member:

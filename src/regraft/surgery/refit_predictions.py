@@ -41,6 +41,7 @@ def refit_to_predictions(
     *,
     steps: int = STEPS,
     seed: int = 0,
+    least_gain: float = 0.0,
     say: Say = say_nothing,
 ) -> list[float]:
     """Re-fits the reading projections of a pruned model in place.
@@ -51,6 +52,7 @@ def refit_to_predictions(
         windows_NT: Calibration tokens, int64 (windows, tokens); a quarter of them, 1 to 16, is held out.
         steps: Largest number of steps.
         seed: Seed of the tokens drawn from the pruned model's predictions, which estimate the Fisher information.
+        least_gain: A step that lessens the divergence by a smaller share than this is the last one.
         say: Called with one line for each step.
 
     Returns:
@@ -91,6 +93,8 @@ def refit_to_predictions(
             found.append(reached)
             length = 2.0 * taken
             say(Step(f"re-fitting to the dense model's predictions, divergence {found[0]:.4f} -> {reached:.4f} nats", step + 1, steps))
+            if found[-2] - reached < least_gain * found[-2]:
+                break
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 
 from regraft.errors import InputError
 from regraft.numerics.moments import Moments
-from regraft.numerics.reconstruction import choose_damping, error, reconstruct
+from regraft.numerics.reconstruction import DAMPINGS, NormalEquations, best_damping, choose_damping, error, reconstruct
 from regraft.numerics.surgeon import removal_order
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -120,3 +120,31 @@ def test_bad_input_is_refused():
         removal_order(W, moments(X).second_DD, block=3)
     with pytest.raises(InputError, match="not finite"):
         reconstruct(W, moments(X).second_DD * torch.nan, torch.tensor([0]), 1e-3)
+
+
+def test_with_several_kinds_of_text_the_one_that_is_fitted_worst_chooses_the_damping() -> None:
+    """Text of another kind, which the fit has not seen, wants more of the old weights than text of the same kind does."""
+    weight = torch.randn(6, 12, dtype=torch.float64)
+    kept = torch.arange(8)
+
+    def seen(mixing: torch.Tensor, rows: int) -> Moments:
+        moments = Moments.empty(12)
+        moments.add(torch.randn(rows, 12, dtype=torch.float64) @ mixing)
+        return moments
+
+    own = torch.randn(12, 12, dtype=torch.float64)
+    other = torch.randn(12, 12, dtype=torch.float64)
+    fit, same, strange = seen(own, 200), seen(own, 200), seen(other, 200)
+    equations = NormalEquations(weight, kept)
+    equations.add(fit.square_DD)
+    alone = best_damping(equations, weight, [same], kept)
+    both = best_damping(equations, weight, [same, strange], kept)
+    assert both > alone
+
+    def relative(part: Moments, damping: float) -> float:
+        old = float((weight @ part.square_DD @ weight.T).trace())
+        return error(weight, part.square_DD, kept, equations.solve(damping)) / old
+
+    worst = {damping: max(relative(same, damping), relative(strange, damping)) for damping in DAMPINGS}
+    assert worst[both] == min(worst.values())
+    assert best_damping(equations, weight, [same, same], kept) == alone

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from regraft.errors import InputError
 from regraft.numerics import surgeon
+from regraft.numerics.moments import Moments
 from regraft.numerics.surgeon import removal_order
 
 
@@ -70,3 +71,14 @@ def test_a_channel_that_others_stand_for_is_free_and_one_that_is_silent_too() ->
 def test_moments_that_are_not_finite_are_refused() -> None:
     with pytest.raises(InputError, match="not finite"):
         removal_order(torch.ones(2, 2), torch.full((2, 2), torch.nan, dtype=torch.float64))
+
+
+def test_moments_of_wide_rows_are_those_of_float64_to_a_rounding() -> None:
+    rows = torch.randn(1300, 1024) * torch.logspace(-3, 2, 1024)
+    seen = Moments.empty(1024)
+    seen.add(rows[:700])
+    seen.add(rows[700:])
+    exact = rows.double().T @ rows.double()
+    scale = exact.diagonal().sqrt()
+    assert float(((seen.square_DD - exact) / scale / scale[:, None]).abs().max()) < 1e-6
+    torch.testing.assert_close(seen.total_D, rows.double().sum(dim=0))

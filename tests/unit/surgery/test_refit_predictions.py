@@ -105,3 +105,14 @@ def test_the_same_seed_gives_the_same_weights(make_model):
     refit_to_predictions(ModelView(one), dense, WINDOWS[:8], steps=1, seed=3)
     refit_to_predictions(ModelView(two), dense, WINDOWS[:8], steps=1, seed=3)
     assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+def test_a_step_that_gains_too_little_is_the_last(make_model) -> None:
+    dense = make_model()
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(2.0)
+    found = [refit_to_predictions(ModelView(half_of_ffn(dense)), dense, WINDOWS, least_gain=gain) for gain in (0.0, 0.999)]
+    assert len(found[0]) > 2
+    assert found[1] == found[0][:2]
