@@ -29,6 +29,8 @@ COMMANDS = {
     "compress": "Replace linear layers by two thin ones, the rank of each chosen under one budget: a smaller file, faster where measured.",
     "recover": "Train a small adapter on a pruned model and fold it in: text or instructions, best checkpoint by held-out loss.",
     "evaluate": "Measure a model: loss, perplexity, bits per byte, size and, if asked, speed; of one for labels, accuracy or correlation.",
+    "generate": "Continue a prompt, or answer it where the model has a chat template, as it is written.",
+    "chat": "Talk to a model in the terminal; its chat template is applied.",
     "export": "Write a model or an adapter for another program, and prove that it computes the same there.",
     "allocate": "Find a LoRA rank for every layer of a pruned model, under one budget of trainable parameters.",
     "meta": "Train the start of the next search for ranks on past ones.",

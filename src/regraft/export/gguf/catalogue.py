@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from regraft.errors import InputError
-from regraft.export.gguf.llama_like import TWO_NORMS, Gated, lay_out
+from regraft.export.gguf.fused import gpt2, phi3
+from regraft.export.gguf.llama_like import FOUR_NORMS, TWO_NORMS, Gated, gemma2, gemma3, lay_out, step35
 from regraft.export.gguf.source import Layout, Source
 
 
@@ -39,10 +40,6 @@ def _uneven(source: Source) -> str:
     return "" if source.is_uniform else "its layers must be alike"
 
 
-def _anything(source: Source) -> str:
-    return ""
-
-
 def _silu(source: Source) -> str:
     activation = getattr(source.config, "hidden_act", None) or getattr(source.config, "hidden_activation", None)
     return "" if activation in ("silu", "swish") else f"it computes silu, the model {activation}"
@@ -56,6 +53,57 @@ def _gated(kind: Gated, families: str, refusal: Callable[[Source], str], uneven:
     return Architecture(kind.name, tuple(families.split()), uneven, refusal, lambda source: lay_out(kind, source), **more)
 
 
+def _no_bias(source: Source) -> str:
+    biased = [name for name in source.names if name.endswith("_proj.bias")]
+    return "it has no biases in attention and feed-forward network" if biased else ""
+
+
+def _pattern(source: Source, full_every: int) -> str:
+    """Returns why the windows of a model are not where the runtime puts them."""
+    kinds = [index % full_every < full_every - 1 for index in range(len(source.sizes))]
+    found = [kind == "sliding_attention" for kind in source.config.layer_types]
+    return "" if kinds == found else f"every layer but each {full_every}th must have a sliding window, and layers were removed since"
+
+
+def _gemma2(source: Source) -> str:
+    return _pattern(source, 2) or ("" if _gelu(source) else f"it computes gelu, the model {source.config.hidden_activation}")
+
+
+def _gemma3(source: Source) -> str:
+    if getattr(source.config, "final_logit_softcapping", None):
+        return "it has no cap on logits"
+    return _pattern(source, 6) or ("" if _gelu(source) else f"it computes gelu, the model {source.config.hidden_activation}")
+
+
+def _gelu(source: Source) -> bool:
+    return source.config.hidden_activation == "gelu_pytorch_tanh"
+
+
+def _gpt2(source: Source) -> str:
+    config = source.config
+    if source.sizes[0].query_heads * source.head_dim != source.width:
+        return "its heads together must be as wide as the stream"
+    if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights:
+        return "it scales attention by the head size alone"
+    if getattr(config, "norm_width", None):
+        return "its norms count the channels that are there"
+    return "" if config.activation_function == "gelu_new" else f"it computes gelu_new, the model {config.activation_function}"
+
+
+def _tied(source: Source) -> str:
+    return "" if source.tied else "its output projection must be the token embedding"
+
+
+def _whole(source: Source) -> str:
+    return (
+        "" if all(size.query_heads and size.ffn for size in source.sizes) else "it takes no layer without attention or feed-forward network"
+    )
+
+
+def _one_width(source: Source) -> str:
+    return "" if len({size.ffn for size in source.sizes}) == 1 else "the feed-forward width must be the same everywhere"
+
+
 PER_LAYER = "query heads, key-value heads, feed-forward width"
 WINDOWLESS = "a sliding window: the context ends where it does"
 ZEROS = f"{WINDOWLESS}; zeros stand for the attention of layer 0, or a feed-forward network alone, where they were removed"
@@ -64,12 +112,31 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _gated(Gated("llama", TWO_NORMS, permuted=True), "llama mistral", _both(_uneven, _silu), lost=WINDOWLESS),
     _gated(Gated("qwen2", TWO_NORMS), "qwen2", _both(_uneven, _silu), lost=WINDOWLESS),
     _gated(Gated("qwen3", TWO_NORMS), "qwen3", _both(_uneven, _silu), lost=WINDOWLESS),
+    _gated(Gated("gemma2", FOUR_NORMS, window=True, extra=gemma2), "gemma2", _both(_uneven, _gemma2)),
+    _gated(Gated("gemma3", FOUR_NORMS, window=True, extra=gemma3), "gemma3_text", _both(_uneven, _gemma3)),
+    Architecture("phi3", ("phi3",), "", _both(_uneven, _silu), phi3),
+    Architecture("gpt2", ("gpt2",), "", _both(_uneven, _gpt2), gpt2),
     _gated(
         Gated("deci", TWO_NORMS, permuted=True, per_layer=True),
         "llama mistral qwen2",
         _silu,
         f"{PER_LAYER}; attention or feed-forward network removed",
         lost=ZEROS,
+    ),
+    _gated(
+        Gated("openelm", TWO_NORMS, per_layer=True, fused=True),
+        "qwen3",
+        _both(_silu, _tied, _whole, _no_bias),
+        PER_LAYER,
+        lost=WINDOWLESS,
+    ),
+    _gated(
+        Gated("step35", TWO_NORMS, per_layer=True, window=True, extra=step35),
+        "qwen3",
+        _both(_silu, _whole, _one_width, _no_bias),
+        "query heads, key-value heads",
+        lost="its name: the file says that it is of another family",
+        asked_for=True,
     ),
 )
 

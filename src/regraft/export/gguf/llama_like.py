@@ -100,14 +100,14 @@ def lay_out(kind: Gated, source: Source) -> Layout:
         **{f"rope.{key}": value for key, value in rope.items()},
         **keys,
     }
-    entries = [_outside(source, source.family.embedding, "token_embd")]
+    entries = [outside(source, source.family.embedding, "token_embd")]
     if frequencies is not None:
         entries.append(Entry(FREQUENCIES, tuple(frequencies.shape), lambda: frequencies, exact=True))
     for index in range(len(source.sizes)):
         entries += _layer(kind, source, index, scale)
-    entries.append(_norm(source, source.family.final_norm, "output_norm"))
-    if not source.tied:
-        entries.append(_outside(source, source.family.head, "output"))
+    entries.append(norm(source, source.family.final_norm, "output_norm"))
+    if not source.tied or kind.name == "step35":  # which has no form without it
+        entries.append(outside(source, source.family.head, "output"))
     return Layout(kind.name, metadata, tuple(entries), context, tuple(notes))
 
 
@@ -157,7 +157,7 @@ def _layer(kind: Gated, source: Source, index: int, scale: float) -> list[Entry]
         name = f"{source.family.layers}.{index}.{module}"
         if f"{name}.weight" in source.names:
             factor = scale if module == "self_attn.q_norm" else 1.0
-            entries.append(_norm(source, name, f"blk.{index}.{stem}", index, factor))
+            entries.append(norm(source, name, f"blk.{index}.{stem}", index, factor))
         elif module not in HEAD_NORMS and present["attn" if "attn" in stem or "attention" in stem else "ffn"]:
             entries.append(Entry(f"blk.{index}.{stem}.weight", (width,), lambda: torch.ones(width), exact=True, layer=index))
     in_norm = any(f"{source.family.layers}.{index}.{module}.weight" in source.names for module in HEAD_NORMS)
@@ -197,13 +197,14 @@ def _fuse(entries: list[Entry], index: int) -> list[Entry]:
     return [whole, *(entry for entry in entries if entry.name not in names)]
 
 
-def _outside(source: Source, module: str, stem: str) -> Entry:
+def outside(source: Source, module: str, stem: str) -> Entry:
+    """Returns the entry of the token embedding or the output projection."""
     name = f"{module}.weight"
     reads = module if stem == "output" else ""
     return Entry(f"{stem}.weight", (source.vocabulary, source.width), lambda: source.tensor(name), reads=reads)
 
 
-def _norm(source: Source, module: str, stem: str, layer: int = -1, factor: float = 1.0) -> Entry:
+def norm(source: Source, module: str, stem: str, layer: int = -1, factor: float = 1.0) -> Entry:
     """Returns the entry of a norm whose weight multiplies as it is: families that add one to it have that added."""
     name = f"{module}.weight"
     shape = tuple(source.tensor(name).shape)
@@ -212,3 +213,42 @@ def _norm(source: Source, module: str, stem: str, layer: int = -1, factor: float
         return (source.tensor(name).float() + source.family.norm_offset) * factor
 
     return Entry(f"{stem}.weight", shape, make, exact=True, layer=layer)
+
+
+def gemma2(source: Source) -> tuple[Metadata, float]:
+    """Returns the keys of Gemma 2: its windows, its caps, and the factor that its own scale of attention puts on queries."""
+    config = source.config
+    keys: Metadata = {"attention.sliding_window": int(config.sliding_window)}
+    caps = {"attn_logit_softcapping": config.attn_logit_softcapping, "final_logit_softcapping": config.final_logit_softcapping}
+    return keys | {name: float(cap) for name, cap in caps.items() if cap}, _own_scale(source)
+
+
+def gemma3(source: Source) -> tuple[Metadata, float]:
+    """Returns the keys of Gemma 3: its windows, the rotation within them, and the factor on queries."""
+    config = source.config
+    local: Any = config.rope_parameters["sliding_attention"]
+    keys: Metadata = {"attention.sliding_window": int(config.sliding_window), "rope.freq_base_swa": float(local["rope_theta"])}
+    return keys, _own_scale(source)
+
+
+def step35(source: Source) -> tuple[Metadata, float]:
+    """Returns the keys that make a plain decoder with norms on heads of Step 3.5: windows as long as the context, all channels rotated.
+
+    This architecture rotates half of ``dimension_count`` channels in layers without window, and all of ``dimension_count_swa`` in others.
+    """
+    layers, context = len(source.sizes), int(source.config.max_position_embeddings)
+    base = float(source.config.rope_parameters["rope_theta"])
+    return {
+        "feed_forward_length": source.sizes[0].ffn,
+        "expert_feed_forward_length": source.sizes[0].ffn,  # asked for, although no layer has experts
+        "rope.dimension_count": 2 * source.head_dim,
+        "rope.dimension_count_swa": source.head_dim,
+        "rope.freq_base_swa": base,
+        "attention.sliding_window": context,
+        "attention.sliding_window_pattern": [index > 0 or layers == 1 for index in range(layers)],
+    }, 1.0
+
+
+def _own_scale(source: Source) -> float:
+    """Returns what queries are multiplied with so that a runtime's 1/sqrt(head size) becomes the model's scale."""
+    return (source.head_dim / float(source.config.query_pre_attn_scalar)) ** 0.5

@@ -38,6 +38,10 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral, window": ("mistral", {"sliding_window": 64}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
+    "gemma 2": ("gemma2", {"sliding_window": 24, "query_pre_attn_scalar": 10}),
+    "gemma 3": ("gemma3_text", {"sliding_window": 24, "query_pre_attn_scalar": 10, "num_hidden_layers": 6}),
+    "phi 3": ("phi3", {}),
+    "gpt 2": ("gpt2", {"n_embd": 64, "n_head": 4, "n_layer": 3, "n_positions": 128, "n_inner": 96}),
 }
 
 
@@ -50,7 +54,8 @@ def test_a_uniform_model_computes_the_same_in_llama_cpp(tmp_path: Path, name: st
     family, config = EXACT[name]
     done = export(as_loaded(toy(family, **config)), tmp_path / "out", "gguf", settings=FEW, check=TEXT)
     assert done.parity is not None
-    assert done.parity.largest < 2e-3
+    # llama.cpp takes gelu from a table in float16.
+    assert done.parity.largest < (5e-3 if name in ("gemma 2", "gemma 3", "gpt 2") else 1e-3)
     assert done.parity.agreement == 1.0
     assert done.parity.characters == 10_000
 
@@ -74,6 +79,29 @@ def test_an_uneven_model_is_written_as_deci(tmp_path: Path, name: str, family: s
     assert done.parity is not None
     assert done.parity.largest < 2e-3
     assert architecture_of(tmp_path / "out" / "model.gguf") == "deci"
+
+
+def test_an_uneven_qwen3_with_tied_embeddings_is_written_as_openelm(tmp_path: Path) -> None:
+    model = uneven(toy("qwen3", tie_word_embeddings=True), layer1=(2, 1, 64), layer3=(4, 2, 32))
+    done = export(as_loaded(model), tmp_path / "out", "gguf", settings=FEW, check=TEXT)
+    assert done.parity is not None
+    assert done.parity.largest < 2e-3
+    assert architecture_of(tmp_path / "out" / "model.gguf") == "openelm"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_uneven_qwen3_is_written_as_step35_when_asked(tmp_path: Path, tied: bool) -> None:
+    model = uneven(toy("qwen3", tie_word_embeddings=tied), layer1=(2, 1, 96), layer3=(2, 2, 96))
+    settings = ExportSettings(check_positions=10, architecture="step35")
+    done = export(as_loaded(model), tmp_path / "out", "gguf", settings=settings, check=TEXT)
+    assert done.parity is not None
+    assert done.parity.largest < 2e-3
+
+
+def test_windows_that_moved_are_refused(tmp_path: Path) -> None:
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    with pytest.raises(InputError, match="layers were removed"):
+        export(as_loaded(toy("gemma2", layer_types=kinds)), tmp_path / "out", "gguf", settings=FEW, check=None)
 
 
 def test_a_tokenizer_of_the_sentencepiece_kind(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""``regraft chat``: talk to a model in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from regraft.cli.generate import TemperatureOption, TokensOption
+from regraft.cli.options import ModelArgument, SeedOption, with_settings
+from regraft.models.load import load as load_model
+from regraft.pipelines.generate import generate, prompt_ids
+from regraft.settings import LoadSettings
+
+
+@with_settings
+def chat(
+    model: ModelArgument,
+    load: LoadSettings,
+    system: Annotated[str, typer.Option("--system", metavar="TEXT", help="a message that goes before the conversation")] = "",
+    tokens: TokensOption = 512,
+    temperature: TemperatureOption = 0.7,
+    seed: SeedOption = 0,
+) -> None:
+    """Talk to a model in the terminal; its chat template is applied. An empty line, or the end of the input, ends it."""
+    loaded = load_model(model, load)
+    messages = [{"role": "system", "content": system}] if system else []
+    prompt_ids(loaded, [*messages, {"role": "user", "content": "Hello"}])  # refuses a model that cannot converse before anybody types
+    while True:
+        typer.echo("> ", nl=False)
+        line = sys.stdin.readline().strip()
+        if not line:
+            typer.echo()
+            return
+        messages.append({"role": "user", "content": line})
+        ids = prompt_ids(loaded, messages)
+        answer = generate(
+            loaded,
+            ids,
+            tokens=tokens,
+            temperature=temperature,
+            seed=seed + len(messages),
+            show=lambda piece: typer.echo(piece, nl=False),
+        )
+        typer.echo()
+        messages.append({"role": "assistant", "content": answer})

@@ -1,0 +1,36 @@
+"""``regraft generate``: continue or answer a prompt, as it is written."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from regraft.cli.options import ModelArgument, SeedOption, with_settings
+from regraft.models.load import load as load_model
+from regraft.pipelines.generate import generate as written
+from regraft.pipelines.generate import prompt_ids
+from regraft.settings import LoadSettings
+
+TokensOption = Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="how many tokens at most")]
+TemperatureOption = Annotated[
+    float, typer.Option("--temperature", metavar="X", min=0.0, help="0: the likeliest token each time; above: drawn")
+]
+
+
+@with_settings
+def generate(
+    model: ModelArgument,
+    load: LoadSettings,
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="what is continued or answered; -: read from the standard input")],
+    tokens: TokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    plain: Annotated[bool, typer.Option("--plain", help="continue the text as it stands, without the chat template")] = False,
+    seed: SeedOption = 0,
+) -> None:
+    """Continue a prompt, or answer it where the model has a chat template, as it is written."""
+    loaded = load_model(model, load)
+    ids = prompt_ids(loaded, sys.stdin.read() if prompt == "-" else prompt, plain=plain)
+    written(loaded, ids, tokens=tokens, temperature=temperature, seed=seed, show=lambda piece: typer.echo(piece, nl=False))
+    typer.echo()

@@ -1,0 +1,106 @@
+"""Text from a model, piece by piece as it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, TextStreamer
+
+from regraft.data.tokens import context_limit
+from regraft.errors import InputError
+from regraft.models.load import Loaded, require_tokenizer
+
+Message = Mapping[str, str]
+Show = Callable[[str], None]
+
+
+def prompt_ids(loaded: Loaded, prompt: str | Sequence[Message], *, plain: bool = False) -> list[int]:
+    """Returns the token ids of a prompt.
+
+    Args:
+        loaded: The model.
+        prompt: A text, or the messages of a conversation (``role`` and ``content``) that the model is to go on with.
+        plain: Whether a text is continued as it stands, although the model has a chat template.
+
+    Raises:
+        InputError: The prompt is empty, the model has no chat template for messages, or its template refuses them.
+    """
+    tokenizer = require_tokenizer(loaded)
+    has_template = bool(tokenizer.chat_template)
+    if isinstance(prompt, str):
+        if not prompt:
+            raise InputError("the prompt is empty; give some text")
+        if plain or not has_template:
+            return list(tokenizer(prompt, verbose=False).input_ids)
+        prompt = [{"role": "user", "content": prompt}]
+    if not has_template:
+        raise InputError(f"'{loaded.source}' has no chat template, so that it cannot converse; continue a text with: regraft generate")
+    try:
+        found: Any = tokenizer.apply_chat_template(
+            [dict(message) for message in prompt], add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+    except Exception as error:  # templates raise what they like
+        raise InputError(f"the chat template refuses the conversation: {error}; leave the system message out, or use --plain") from None
+    return list(found["input_ids"])
+
+
+def generate(
+    loaded: Loaded,
+    ids: Sequence[int],
+    *,
+    tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    show: Show = lambda piece: None,
+) -> str:
+    """Returns what the model writes after a prompt, without special tokens.
+
+    Args:
+        loaded: The model.
+        ids: Of the prompt.
+        tokens: How many at most; fewer at an end-of-sequence token or at the end of the context.
+        temperature: 0 takes the likeliest token each time; above it, tokens are drawn.
+        seed: Of the draws.
+        show: Is given each piece as it is complete.
+
+    Raises:
+        InputError: The prompt fills the context, or the temperature is negative.
+    """
+    tokenizer, model = require_tokenizer(loaded), loaded.model
+    limit = context_limit(model.config)
+    if temperature < 0:
+        raise InputError(f"a temperature of {temperature} is negative; use 0 for the likeliest token, or about 0.7")
+    if limit is not None and len(ids) >= limit:
+        raise InputError(f"the prompt has {len(ids)} tokens and the model's context {limit}: nothing can follow; shorten it")
+    declared: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = declared if declared is not None else tokenizer.eos_token_id
+    first_end = ends[0] if isinstance(ends, list) else ends
+    config = GenerationConfig(
+        max_new_tokens=tokens if limit is None else min(tokens, limit - len(ids)),
+        do_sample=temperature > 0,
+        num_beams=1,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first_end or 0,
+        **({"temperature": temperature, "top_k": 0} if temperature > 0 else {}),
+    )
+    prompt = torch.tensor([list(ids)], device=model.device)
+    written = _Written(tokenizer, show)
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(seed)
+        generate_with: Any = model.generate
+        generate_with(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=written)
+    return written.text
+
+
+class _Written(TextStreamer):
+    """Hands pieces on and keeps the whole."""
+
+    def __init__(self, tokenizer: Any, show: Show) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.text, self.show = "", show
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        self.show(text)
