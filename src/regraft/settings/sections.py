@@ -146,22 +146,22 @@ class LoadSettings(Settings):
     aliases: ClassVar[Mapping[str, str]] = {"torch_dtype": "dtype", "device_map": "device"}
 
     dtype: Annotated[Dtype, BeforeValidator(type_name)] = Field(
-        default="auto", description="number type of the weights; auto keeps what the file has"
+        default="auto", description="dtype of the weights; auto: the dtype of the file"
     )
     device: Annotated[str, BeforeValidator(str)] = Field(
-        default="auto", description="cpu, cuda, cuda:N or mps; auto: the first that is here of cuda, mps and cpu"
+        default="auto", description="device: cpu, cuda, cuda:N or mps; auto: the first available of cuda, mps and cpu"
     )
-    trust_remote_code: bool = Field(default=False, description="run the Python code that a model folder brings")
-    revision: str | None = Field(default=None, description="branch, tag or commit of a hub id; default: its main branch")
+    trust_remote_code: bool = Field(default=False, description="run Python code from the model's folder")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a model on the hub; default: its main branch")
     token: str | None = Field(
         default=None,
-        description="of the hub, for gated and private models; default: the one of hf auth login",
+        description="access token of the hub, for gated and private models; default: the one of hf auth login",
         json_schema_extra=NO_EFFECT,
         exclude=True,
         repr=False,
     )
     attn_implementation: str | None = Field(
-        default=None, description="kernel of the attention, as in transformers: eager, sdpa, ...; default: the best that is here"
+        default=None, description="attention kernel, as in transformers: eager, sdpa, ...; default: the best available one"
     )
 
 
@@ -170,9 +170,11 @@ class PruneSettings(Settings):
 
     aliases: ClassVar[Mapping[str, str]] = {"max_length": "seq_len"}
 
-    ratio: Ratio = Field(default=0.2, description="share of ALL parameters to remove (of bytes or milliseconds: see budget)")
+    ratio: Ratio = Field(default=0.2, description="share of ALL parameters to remove, or of bytes or milliseconds (see --budget)")
     criterion: Annotated[str, known_name("criterion")] = Field(
-        default="surgeon", validate_default=False, description="random, l1, l2, taylor, wanda, flap, energy, surgeon or surgeon_nats"
+        default="surgeon",
+        validate_default=False,
+        description="criterion for scores of units: random, l1, l2, taylor, wanda, flap, energy, surgeon or surgeon_nats",
     )
     order: Literal["first", "second", "mixed"] = Field(default="first", description="order of the Taylor criterion")
     granularity: Literal["element", "vector"] = Field(
@@ -185,8 +187,8 @@ class PruneSettings(Settings):
     )
     reconstruct: Literal["auto", "divergence", "least_squares", "mean", "none"] = Field(
         default="auto",
-        description="re-fitting of the layers that read pruned channels; divergence: least squares, then a fit to the dense model's "
-        "predictions; auto: divergence, or least_squares with --memory and for large models, or none for criteria without text",
+        description="re-fit of layers that read pruned channels; divergence: least squares, then a fit to the dense predictions; "
+        "auto: divergence, least_squares with --memory and for large models, none for criteria without text",
     )
     budget: Literal["parameters", "bytes", "milliseconds"] = Field(default="parameters", description="quantity that --ratio is a share of")
     rounds: Positive = Field(default=1, description="number of pruning steps, with new scores for each")
@@ -202,17 +204,14 @@ class PruneSettings(Settings):
     align: Positive | Literal["auto"] = Field(
         default="auto", description="number of which all widths are multiples; auto: 16, or less if 16 misses the target"
     )
-    calibration: Path | None = Field(default=None, description="calibration text; default: the built-in text")
+    calibration: Path | None = Field(
+        default=None,
+        description="calibration text, similar to the model's later use; built-in text is used only for seedling and models made from it",
+    )
     samples: Positive = Field(default=128, description="number of calibration windows")
     seq_len: Positive | None = Field(
         default=None, description="length of a calibration window in tokens; default: 128 or the model's limit"
     )
-    calibration: Path | None = Field(
-        default=None,
-        description="text like that which the model is to work on; only seedling and what was made from it have text of their own",
-    )
-    samples: Positive = Field(default=128, description="calibration windows")
-    seq_len: Positive | None = Field(default=None, description="tokens of a calibration window; default: 128 or the model's limit")
     memory: Memory | None = Field(
         default=None,
         description="memory limit, such as 6GB: the model is read layer by layer; default: the full model is loaded",
@@ -253,7 +252,7 @@ class RecoverSettings(Settings):
 
     data: Path | None = Field(
         default=None,
-        description="text or instruction records to train on; only seedling and what was made from it have text of their own",
+        description="training text or instruction records; built-in text is used only for seedling and models made from it",
         json_schema_extra=BY_CONTENT,
     )
     task: Literal["language", "classification", "regression"] = Field(
@@ -263,11 +262,11 @@ class RecoverSettings(Settings):
     text_columns: tuple[str, ...] = Field(
         default=(), description="one or two text columns of labelled data; default: usual names, such as sentence1,sentence2"
     )
-    label_column: str | None = Field(default=None, description="of data with labels; default: label or score")
+    label_column: str | None = Field(default=None, description="label column of labelled data; default: label or score")
     adapter: Annotated[str, known_name("adapter")] = Field(
         default="lora",
         validate_default=False,
-        description="lora, rslora, dora, olora, pissa, eva, adalora, deep_lora, nola, lora_xs or mora",
+        description="kind of adapter: lora, rslora, dora, olora, pissa, eva, adalora, deep_lora, nola, lora_xs or mora",
     )
     rank: Positive = Field(default=8, description="rank of the adapter")
     alpha: Rate | None = Field(default=None, description="LoRA's alpha; default: depends on the adapter (lora: twice the rank)")
@@ -275,7 +274,7 @@ class RecoverSettings(Settings):
         default=None, description="rank plan (JSON) with a rank for each module, instead of --rank", json_schema_extra=BY_CONTENT
     )
     targets: Annotated[tuple[str, ...], BeforeValidator(in_a_list)] = Field(
-        default=(), description="what is adapted, such as q_proj or layers.0.*; default: every projection of every layer"
+        default=(), description="modules to adapt, such as q_proj or layers.0.*; default: every projection of every layer"
     )
     adapter_options: Options = Field(default=(), description="options of the adapter as NAME=VALUE; see docs/adapters.md")
     teacher: str | None = Field(
@@ -307,16 +306,20 @@ class RecoverSettings(Settings):
     lr_ratio: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = Field(
         default=1.0, description="ratio of the learning rates of LoRA's B and A (LoRA+); 1: equal rates"
     )
-    steps: Positive = Field(default=200, description="optimizer steps")
-    epochs: Rate | None = Field(default=None, description="passes over the data, in the place of steps; default: as many as the steps make")
-    batch: Positive = Field(default=8, description="windows of one forward pass")
-    accumulate: Positive = Field(default=1, description="forward passes of one optimizer step")
-    seq_len: Positive | None = Field(default=None, description="tokens of a training window; default: 256 or the model's limit")
-    packing: bool = Field(default=False, description="put several records into one window, each blind to the others; text always is")
-    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="how the learning rate falls after warm-up")
-    warmup: Annotated[float, Field(ge=0.0, le=1.0)] = Field(default=0.05, description="share of the steps that warms up")
-    max_grad_norm: Rate = Field(default=1.0, description="gradients are clipped to this norm")
-    eval_every: Positive = Field(default=50, description="steps between two looks at the held-out loss")
+    steps: Positive = Field(default=200, description="number of optimizer steps")
+    epochs: Rate | None = Field(
+        default=None, description="number of passes over the data, instead of --steps; default: as many as --steps makes"
+    )
+    batch: Positive = Field(default=8, description="number of windows in one forward pass")
+    accumulate: Positive = Field(default=1, description="number of forward passes in one optimizer step")
+    seq_len: Positive | None = Field(default=None, description="length of a training window in tokens; default: 256 or the model's limit")
+    packing: bool = Field(
+        default=False, description="put several records into one window, without attention between them; text is always packed"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="schedule of the learning rate after warm-up")
+    warmup: Annotated[float, Field(ge=0.0, le=1.0)] = Field(default=0.05, description="share of the steps for warm-up of the learning rate")
+    max_grad_norm: Rate = Field(default=1.0, description="largest norm of the gradients, which are clipped to it")
+    eval_every: Positive = Field(default=50, description="number of steps between two measurements of the held-out loss")
     patience: Positive | None = Field(
         default=None, description="stop after this many measurements in a row without a lower held-out loss; default: never"
     )
@@ -361,7 +364,7 @@ class AllocateSettings(Settings):
     method: Annotated[str, known_name("allocator")] = Field(
         default="rankadaptor",
         validate_default=False,
-        description="uniform, proportional, gradient, eva, adalora, bayes, bayes-tpe, rankadaptor or rankadaptor-paper",
+        description="method: uniform, proportional, gradient, eva, adalora, bayes, bayes-tpe, rankadaptor or rankadaptor-paper",
     )
     budget: str = Field(
         default="r=8", description="largest number of trainable parameters: a number, or r=RANK for that rank in every layer"
@@ -419,12 +422,16 @@ class EvaluateSettings(Settings):
 
     aliases: ClassVar[Mapping[str, str]] = {"max_length": "window"}
 
-    text: Path | None = Field(default=None, description="held-out text; only seedling and what was made from it have text of their own")
-    window: Positive | None = Field(default=None, description="tokens of context; default: 512 or the model's limit")
-    stride: Positive | None = Field(default=None, description="tokens between the starts of two windows; default: half the window")
-    max_tokens: Positive | None = Field(default=None, description="stop after this many tokens; default: the whole text")
-    bos: bool | Literal["auto"] = Field(default="auto", description="whether documents start with BOS; auto: as the tokenizer does")
-    speed: bool = Field(default=False, description="also measure prefill, decode and peak memory")
+    text: Path | None = Field(default=None, description="held-out text; built-in text is used only for seedling and models made from it")
+    window: Positive | None = Field(default=None, description="length of the context in tokens; default: 512 or the model's limit")
+    stride: Positive | None = Field(
+        default=None, description="number of tokens between the starts of two windows; default: half the window"
+    )
+    max_tokens: Positive | None = Field(default=None, description="stop after this many tokens; default: all of the text")
+    bos: bool | Literal["auto"] = Field(
+        default="auto", description="whether documents start with the BOS token; auto: as the tokenizer does"
+    )
+    speed: bool = Field(default=False, description="also measure the times of prefill and decode, and peak memory")
 
 
 class LabelSettings(Settings):
