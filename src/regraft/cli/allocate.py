@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from regraft.cli.options import ModelArgument, Only, SeedOption, with_settings
+from regraft.cli.screen import Screen
 from regraft.pipelines.ranks.allocate import allocate_ranks
 from regraft.plans import RankSearch
 from regraft.report.ranks import summary
@@ -52,7 +53,7 @@ def allocate(
     seed: SeedOption = 0,
 ) -> None:
     """Find a LoRA rank for every layer of a pruned model, under one budget of trainable parameters."""
-    console = Console(highlight=False)
+    console = Screen(highlight=False)
     found = allocate_ranks(
         model,
         output,

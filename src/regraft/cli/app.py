@@ -1,26 +1,33 @@
 """The program ``regraft``: imports the file of a command, runs it, and turns errors into exit codes.
 
-Exit codes: 0 success; 2 an error that the user can correct, with one line on the standard error; 130 interrupted. Any other error is
-a defect of the program and shows its traceback.
+Exit codes: 0 done; 2 something that the user can mend, said in one line on the standard error; 128 and the number of a signal that
+ended the command (130 for Ctrl-C); 70 a fault of ours, in one line that names the file with its full trace.
 
 Commands are imported only when they are called, so that ``--help`` and ``--version`` are fast: most commands need torch.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
+import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 import typer.core
 import typer.main
-from rich.console import Console
 
+from regraft.cli.screen import Screen
 from regraft.cli.words import as_options
-from regraft.errors import RegraftError
+from regraft.errors import RegraftError, shown
+from regraft.signals import exit_code
 
 # The first line of the help of each command in this folder. A test compares this table with the commands.
 COMMANDS = {
@@ -40,6 +47,8 @@ COMMANDS = {
 }
 
 INTERRUPTED = 130
+FAULT = 70  # EX_SOFTWARE
+RESUMABLE = ("run", "recover", "allocate")
 
 # Base class of all errors in a command line; typer exports only its subclass.
 _USAGE_ERRORS: tuple[type[Exception], ...] = typer.BadParameter.__bases__
@@ -89,10 +98,11 @@ def build() -> typer.Typer:
 
 
 def say_error(error: RegraftError | str) -> None:
-    """Prints ``error: …`` on the standard error without wrapping; in red on a terminal with colours."""
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    console.print("error:", style="bold red", end=" ")
-    console.print(str(error))
+    """Prints ``error: …`` on the standard error, never wrapped; red where that is a terminal and colour is wanted."""
+    console = Screen(stderr=True, highlight=False, soft_wrap=True)
+    with suppress(OSError):  # nobody is there to be told
+        console.print("error:", style="bold red", end=" ")
+        console.print(str(error))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -104,24 +114,88 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The exit code.
     """
+    _mend_surroundings()
     try:
         code = typer.main.get_command(build()).main(args=list(arguments) or ["--help"], prog_name="regraft", standalone_mode=False)
+        sys.stdout.flush()
+        if code == INTERRUPTED:  # what typer makes of an interrupt
+            raise KeyboardInterrupt
+        return code if isinstance(code, int) else 0
     except RegraftError as error:
         # A recipe has keys and no options: there a setting keeps its name.
         say_error(str(error) if list(arguments[:1]) == ["run"] else as_options(str(error)))
-        return 2
     except _USAGE_ERRORS as error:
         message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
         context = error.ctx  # pyright: ignore[reportAttributeAccessIssue]
-        say_error(f"{message.rstrip('.')}; see: {context.command_path if context is not None else 'regraft'} --help")
-        return 2
+        say_error(f"{shown(message.rstrip('.'), 2000)}; see: {context.command_path if context is not None else 'regraft'} --help")
     except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
-    if code == INTERRUPTED:
-        say_error("interrupted")
-    return code if isinstance(code, int) else 0
+        say_error(f"interrupted{_how_to_go_on(arguments)}")
+        return exit_code()
+    except SystemExit as error:  # how the standard output is given up when its reader has gone
+        if error.code in (0, None):
+            return 0
+        say_error("the standard output was closed before everything was written")
+    except OSError as error:
+        say_error(_refused(error))
+    except MemoryError:
+        say_error(f"the memory of this machine is not enough{_smaller(arguments)}")
+    except Exception as error:
+        if "can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError":
+            say_error(f"the memory of this machine is not enough{_smaller(arguments)}")
+            return 2
+        say_error(
+            f"this is a fault of ours: {type(error).__name__}: {shown(error)}; the full trace is in '{_written(error)}': please report it"
+        )
+        return FAULT
+    return 2
 
 
-def main() -> None:
-    """Runs the command line of this process and exits."""
-    sys.exit(run(sys.argv[1:]))
+def _mend_surroundings() -> None:
+    """Makes streams show what their encoding lacks as escapes, and drops sizes of the terminal that are no numbers."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    for name in ("COLUMNS", "LINES"):
+        value = os.environ.get(name)
+        if value is not None and not (value.isascii() and value.isdigit() and 0 < int(value[:9]) < 10**5):
+            del os.environ[name]
+
+
+def _refused(error: OSError) -> str:
+    """Returns what the operating system refused, in one line."""
+    if error.filename is None:
+        if error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO, errno.EBADF):
+            return f"the standard output cannot be written: {error.strerror}"
+        return f"the operating system refuses: {error.strerror or shown(error)}"
+    remedy = "free some space" if is_full(error) else "check the path, its permissions and its length"
+    return f"'{shown(error.filename)}': {error.strerror}; {remedy}"
+
+
+def is_full(error: OSError) -> bool:
+    """Returns whether a disk is full, or a quota used up."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _how_to_go_on(arguments: Sequence[str]) -> str:
+    command = arguments[0] if arguments else ""
+    if command in RESUMABLE:
+        return "; the same command with --resume goes on from what is finished"
+    if "--memory" in " ".join(arguments):
+        return "; the same command goes on from what is finished"
+    return "; nothing half-written was left under its final name"
+
+
+def _smaller(arguments: Sequence[str]) -> str:
+    return "; prune with --memory, or take a smaller --batch" if arguments[:1] in (["prune"], ["recover"]) else "; take a smaller input"
+
+
+def _written(error: BaseException) -> str:
+    """Writes the full trace of a fault to a file and returns its name."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        handle, name = tempfile.mkstemp(prefix="regraft-fault-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.write(text)
+    except OSError:
+        return "no file: the folder for temporary files cannot be written"
+    return name

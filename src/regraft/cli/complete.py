@@ -15,6 +15,7 @@ from rich.table import Table
 
 from regraft.atomic import json_with, reserved_file, write_text
 from regraft.cli.options import SeedOption
+from regraft.cli.screen import Screen
 from regraft.completion.complete import BASELINES, OURS, CompletionReport, CompletionSettings, complete_ratings
 from regraft.completion.ratings import Duplicates
 from regraft.completion.tuning import Progress as Told
@@ -94,7 +95,7 @@ def complete(
     if json_file == STDOUT:
         print(text, end="")
         return
-    console = Console()
+    console = Screen()
     _show(console, report)
     if json_file is not None:
         console.print(f"figures written to {json_file}", soft_wrap=True, markup=False, highlight=False)
@@ -113,7 +114,7 @@ def _number(text: str, option: str, kind: Callable[[str], N]) -> N:
 @contextmanager
 def _bar() -> Iterator[Told]:
     """Shows the current step in a progress bar, on the standard error and only if that is a terminal; removes it at the end."""
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=1.0)

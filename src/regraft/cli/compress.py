@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from regraft.atomic import json_with, reserved_file, write_text
 from regraft.cli.options import DryRunOption, ModelArgument, SeedOption, command_line, with_settings
+from regraft.cli.screen import Screen
 from regraft.errors import InputError, PlanError
 from regraft.pipelines.compress import CompressResult
 from regraft.pipelines.compress import compress as compress_model
@@ -38,7 +38,7 @@ def compress(
     if output is None and not dry_run:
         raise InputError("--output is missing; say where the compressed model goes, or look first with --dry-run")
     given = None if plan is None else _read_plan(plan)
-    console = Console()
+    console = Screen()
     with ExitStack() as stack:
         stack.enter_context(reserved_file(json, json_with("factorings", "parameters_after")))
         status = stack.enter_context(console.status("compressing"))
@@ -73,7 +73,7 @@ def _read_plan(path: Path) -> FactorPlan:
     return from_json(FactorPlan, text)
 
 
-def _show(console: Console, result: CompressResult) -> None:
+def _show(console: Screen, result: CompressResult) -> None:
     plan = result.plan
     table = Table(title=f"{plan.method}; ranks by {plan.choice}, {plan.layout} layout")
     for heading in ("projection", "factored", "ranks"):

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from regraft.cli.screen import Screen
 from regraft.pipelines.doctor import Finding, examine
 
 _COLOURS = {"ok": "green", "missing": "yellow", "outdated": "red", "damaged": "red", "none": "dim"}
@@ -21,7 +22,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON inst
     if as_json:
         print(json.dumps(examination.to_dict(), indent=2))
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console = Screen(highlight=False, soft_wrap=True)
         _show(console, "needed", [*examination.required, examination.model])
         _show(console, "optional", examination.optional)
         _show(console, "machine", examination.machine)

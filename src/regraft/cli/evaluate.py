@@ -15,6 +15,7 @@ from rich.table import Table
 
 from regraft.atomic import json_with, reserved_file, write_text
 from regraft.cli.options import ModelArgument, SeedOption, with_settings
+from regraft.cli.screen import Screen
 from regraft.errors import InputError
 from regraft.evaluation.harness import flat
 from regraft.pipelines.evaluate import evaluate_model
@@ -54,15 +55,15 @@ def evaluate(
     if json_file == STDOUT:
         print(text, end="")
         return
-    show_figures(Console(), model, lines)
+    show_figures(Screen(), model, lines)
     if file is not None:
-        Console().print(f"written to {file}", soft_wrap=True, markup=False, highlight=False)
+        Screen().print(f"written to {file}", soft_wrap=True, markup=False, highlight=False)
 
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[int, int], None]]:
     """Shows a progress bar of the measurement, on the standard error and only if that is a terminal; removes it at the end."""
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     with rich.progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("measuring", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

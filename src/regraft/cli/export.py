@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from regraft.cli.options import OutputOption, command_line, with_settings
+from regraft.cli.screen import Screen
 from regraft.export.settings import ExportSettings
 from regraft.pipelines.export import export as export_to
 from regraft.settings import LoadSettings
@@ -35,7 +35,7 @@ def export(
     text = None if no_check else check
     source_path: str | Path = Path(source) if Path(source).expanduser().exists() else source
     result = export_to(source_path, output, to, settings=settings, load=load, check=text, command=command_line())
-    console = Console()
+    console = Screen()
     for line in (f"{result.words} written to {output}", *(f"note: {note}" for note in result.notes)):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if result.parity is not None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from regraft.cli.options import ModelArgument, with_settings
+from regraft.cli.screen import Screen
 from regraft.models.load import load as load_model
 from regraft.pipelines.inspect import inspect_model
 from regraft.settings import LoadSettings
@@ -26,7 +27,7 @@ def inspect(
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
-        _show(Console(), facts)
+        _show(Screen(), facts)
 
 
 def _show(console: Console, facts: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from regraft.allocation.meta import Training, read_store, train
 from regraft.allocation.prior import BASE_NAMES
 from regraft.atomic import reserved
+from regraft.cli.screen import Screen
 from regraft.errors import InputError, did_you_mean
 
 ACTIONS = ("train",)
@@ -34,8 +35,8 @@ def meta(
     with reserved(output):
         training = train(read_store(store))
         training.prior.save(output)
-    _show(Console(), training)
-    Console().print(f"prior written to {output}", soft_wrap=True, markup=False, highlight=False)
+    _show(Screen(), training)
+    Screen().print(f"prior written to {output}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _show(console: Console, training: Training) -> None:

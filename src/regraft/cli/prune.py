@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from regraft.cli.options import DryRunOption, ModelArgument, SeedOption, command_line, with_settings
+from regraft.cli.screen import Screen, saying
 from regraft.cli.words import as_options
 from regraft.errors import InputError
 from regraft.pipelines.prune.plan_files import plan_path, read_plan, reserved_plan, write_plan
@@ -40,9 +41,9 @@ def prune(
         raise InputError("--output is missing; say where the pruned model goes, or look first with --dry-run")
     if plan_only and plan is not None:
         raise InputError(f"--plan-only makes a plan, and --plan {plan} brings one; use one of the two")
-    console = Console()
+    console = Screen()
     with console.status("pruning") as status, reserved_plan(output if plan_only else None):
-        common: Common = {"load": load, "seed": seed, "command": command_line(), "say": status.update}
+        common: Common = {"load": load, "seed": seed, "command": command_line(), "say": saying(status)}
         if plan is not None:
             result = replay(model, read_plan(plan), output, prune, dry_run=dry_run, **common)
         else:

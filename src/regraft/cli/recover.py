@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from regraft.cli.options import ModelArgument, OutputOption, SeedOption, command_line, with_settings
+from regraft.cli.screen import Screen
 from regraft.pipelines.recover import UNITS, recover_model
 from regraft.settings import LoadSettings, RecoverSettings
 from regraft.training.distributed import is_main
@@ -30,7 +31,7 @@ def recover(
     result = recover_model(model, output, recover, load=load, seed=seed, resume=resume, command=recorded(command_line()))
     if not is_main():
         return
-    console = Console()
+    console = Screen()
     show(console, result.recovered, UNITS[recover.task], result.judged)
     what = "model" if result.recovered.injected is None else "adapter"
     console.print(f"{what} saved to {output}", soft_wrap=True)

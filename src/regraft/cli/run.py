@@ -11,6 +11,7 @@ from rich.table import Table
 
 from regraft.cli.options import DryRunOption
 from regraft.cli.prune import show_plan
+from regraft.cli.screen import Screen, saying
 from regraft.errors import InputError
 from regraft.pipelines.run.recipe import read_recipe, shipped_recipes, to_yaml
 from regraft.pipelines.run.run import RunResult
@@ -35,7 +36,7 @@ def run(
     show_list: Annotated[bool, typer.Option("--list", help="list the recipes that come with regraft")] = False,
 ) -> None:
     """Run a recipe: prune, recover and measure a model, in one folder."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Screen(highlight=False, soft_wrap=True)
     if show_list:
         _show_recipes(console)
         return
@@ -48,7 +49,7 @@ def run(
         console.print(line, style="dim", markup=False)
 
     def progress(line: str) -> None:
-        status.update(line)
+        saying(status)(line)
         status.start()
 
     try:

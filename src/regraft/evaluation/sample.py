@@ -47,9 +47,10 @@ def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, se
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0] if eos else 0,
     )
     prompt_1L = prompt_1L.to(input_device(model))
+    stops = {} if model.generation_config is None or model.generation_config.stop_strings is None else {"tokenizer": tokenizer}
     with evaluating(model):
         ids_1L = model.generate(  # pyright: ignore[reportCallIssue]
-            input_ids=prompt_1L, attention_mask=torch.ones_like(prompt_1L), generation_config=generation
+            input_ids=prompt_1L, attention_mask=torch.ones_like(prompt_1L), generation_config=generation, **stops
         )
     assert isinstance(ids_1L, Tensor)
     text = tokenizer.decode(ids_1L[0].tolist(), skip_special_tokens=True)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from regraft.atomic import sha256_of
-from regraft.errors import ModelError
+from regraft.errors import ModelError, shown
 from regraft.models.family import families, family_of
 from regraft.models.provenance import FILE
+from regraft.models.weights import INDEX, SINGLE
 from regraft.plans import Provenance
+from regraft.reading import read_json
 
 # Weights of trained language models stay below a few hundred. A flipped top exponent bit makes 1e30 and more.
 LARGEST_PLAUSIBLE = 1e6
@@ -36,10 +37,7 @@ def check_config(folder: Path) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             raise ModelError(f"'{folder}' is an adapter without its model; merge it into the model first, or give the model's folder")
         raise ModelError(f"'{folder}' has no config.json; give the folder of a Hugging Face model")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"'{path}' is not JSON ({error}); copy or download it again") from None
+    config = read_json(path, ModelError)
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(model_type, str) or not model_type:
         known = ", ".join(families())
@@ -48,10 +46,17 @@ def check_config(folder: Path) -> dict[str, Any]:
         family_of(model_type)
     except ModelError as error:
         raise ModelError(f"'{folder}': {error}") from None
+    elsewhere = config.get("transformers_weights")
+    if elsewhere not in (None, SINGLE, INDEX):
+        raise ModelError(
+            f"'{path}' names other weights by transformers_weights: {shown(repr(elsewhere))}; remove that entry, or rename the file"
+        )
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise ModelError(f"'{folder}' is quantized ({method}); give the model in float32, bfloat16 or float16 that it was made from")
+        raise ModelError(
+            f"'{folder}' is quantized ({shown(method, 40)}); give the model in float32, bfloat16 or float16 that it was made from"
+        )
     return config
 
 
@@ -63,12 +68,14 @@ def check_checksums(folder: Path, provenance: Provenance | None) -> None:
     """
     for name, expected in (provenance.files if provenance else {}).items():
         path = folder / name
+        if path.parent != folder or path.name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"the {FILE} of '{folder}' lists '{shown(name)}', which is no weight file of it; copy the folder again")
         if not path.is_file():
-            raise ModelError(f"'{folder}' lacks '{name}', which its {FILE} lists; copy the folder again")
+            raise ModelError(f"'{folder}' lacks '{shown(name)}', which its {FILE} lists; copy the folder again")
         found = sha256_of(path)
         if found != expected:
             raise ModelError(
-                f"'{path}' is damaged or was changed: SHA-256 {found[:12]}…, {FILE} says {expected[:12]}…; copy it again, "
+                f"'{path}' is damaged or was changed: SHA-256 {found[:12]}…, {FILE} says {shown(expected[:12])}…; copy it again, "
                 f"or remove {FILE} if the change was meant"
             )
 
@@ -101,14 +108,16 @@ def check_loading_report(folder: Path, report: Mapping[str, Any]) -> None:
     """
     for entry in sorted(report["mismatched_keys"], key=str):
         name, stored, wanted = entry
-        raise ModelError(f"'{folder}': '{name}' is {list(stored)} in the weights, but config.json asks for {list(wanted)}; {SAME_MODEL}")
+        raise ModelError(
+            f"'{folder}': '{shown(name)}' is {list(stored)} in the weights, but config.json asks for {list(wanted)}; {SAME_MODEL}"
+        )
     # Old checkpoints carry the rotary frequencies, which every model computes for itself.
     unexpected = sorted(name for name in report["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq"))
     missing = sorted(report["missing_keys"])
     for verdict, names in (("lack", missing), ("hold", unexpected)):
         if names:
             but = "which its config.json asks for" if verdict == "lack" else "which its config.json does not know"
-            raise ModelError(f"'{folder}': the weights {verdict} '{names[0]}' ({len(names)} in all), {but}; {SAME_MODEL}")
+            raise ModelError(f"'{folder}': the weights {verdict} '{shown(names[0])}' ({len(names)} in all), {but}; {SAME_MODEL}")
     errors = report.get("error_msgs") or report.get("conversion_errors")
     if errors:
         raise ModelError(f"'{folder}': the weights cannot be read: {str(errors).splitlines()[0]}; copy or download them again")
@@ -150,3 +159,34 @@ def check_values(name: str, tensor: Tensor, source: str) -> None:
             f"'{source}': '{name}' holds a value of {extreme:.3g}, above {LARGEST_PLAUSIBLE:.0e}; "
             "the file is damaged: copy or download it again"
         )
+
+
+def check_generation(config: GenerationConfig, rows: int, source: str) -> None:
+    """Refuses a generation config with token ids that are none, or that are put into a text without being in the vocabulary.
+
+    Raises:
+        ModelError: The message names the entry.
+    """
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+        value: Any = getattr(config, name, None)
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and (isinstance(one, bool) or not isinstance(one, int) or not -(2**31) < one < 2**31):
+                raise ModelError(f"'{source}': {name} {shown(repr(value), 60)} is no token id; mend it, or remove the entry")
+    for name in ("forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"):
+        for one in _flat(getattr(config, name, None)):
+            if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < rows:
+                raise ModelError(
+                    f"'{source}': {name} has {shown(repr(one), 60)}, the vocabulary {rows} tokens; mend it, or remove the entry"
+                )
+    strings: Any = config.stop_strings
+    if strings is not None and not all(isinstance(one, str) and one for one in ([strings] if isinstance(strings, str) else strings)):
+        raise ModelError(f"'{source}': stop_strings {shown(repr(strings), 60)} are no texts; mend them, or remove the entry")
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """Yields what is in nested lists; nothing of None."""
+    if isinstance(value, list | tuple):
+        for one in value:
+            yield from _flat(one)
+    elif value is not None:
+        yield value

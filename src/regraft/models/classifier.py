@@ -7,7 +7,6 @@ transformers has a class for sequence classification of.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as ARCHITECTURES
 
 from regraft.atomic import atomic_folder
-from regraft.errors import ModelError
+from regraft.errors import ModelError, shown
 from regraft.models.checks import check_checksums, check_finite
 from regraft.models.folder import write_folder
 from regraft.models.load import Loaded, checkpoint_as, device_named, locate_by, read_config
@@ -28,6 +27,7 @@ from regraft.models.tokenizer import load_tokenizer
 from regraft.models.view import fingerprint
 from regraft.models.weights import stored_tensors, weight_files, weights_dtype
 from regraft.plans import Provenance
+from regraft.reading import read_object
 from regraft.settings import LoadSettings
 
 HEADS = ("classifier", "pre_classifier", "score")
@@ -95,8 +95,8 @@ def load_trained_classifier(source: str | Path, settings: LoadSettings | None = 
 def is_classifier_folder(folder: Path) -> bool:
     """Returns whether a folder says that it holds a model with a head for labels; what is damaged is told when it is loaded."""
     try:
-        return any(name.endswith(_KIND) for name in json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return any(name.endswith(_KIND) for name in read_object(folder / "config.json", ModelError)["architectures"])
+    except (ModelError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -211,12 +211,9 @@ def _config(folder: Path, classes: Sequence[str] | None, settings: LoadSettings)
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"'{folder}' has no config.json; give the folder of a Hugging Face model")
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ModelError(f"'{path}' is not JSON of a model ({error}); copy or download it again") from None
+    kind = read_object(path, ModelError).get("model_type")
     if kind not in ARCHITECTURES and not settings.trust_remote_code:
-        raise ModelError(f"'{folder}': transformers has no model for sequence classification of type '{kind}'; use another model")
+        raise ModelError(f"'{folder}': transformers has no model for sequence classification of type '{shown(kind)}'; use another model")
     config = read_config(folder, trust_remote_code=settings.trust_remote_code)
     if classes is None:
         if config.problem_type == "multi_label_classification":

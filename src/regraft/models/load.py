@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,28 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 
 from regraft import seedling
-from regraft.errors import InputError, ModelError, did_you_mean
+from regraft.errors import InputError, ModelError, did_you_mean, shown
 from regraft.models.checks import (
+    SAME_MODEL,
     check_checksums,
     check_config,
     check_finite,
+    check_generation,
     check_layer_count,
     check_loading_report,
 )
@@ -27,11 +42,18 @@ from regraft.models.quiet import in_one_line, quiet
 from regraft.models.tokenizer import load_tokenizer
 from regraft.models.uneven import register
 from regraft.models.view import ModelView, fingerprint
-from regraft.models.weights import StoredTensor, stored_tensors, weights_dtype
+from regraft.models.weights import StoredTensor, read_tensor, stored_tensors, weights_dtype
 from regraft.plans import Provenance
+from regraft.reading import home_expanded, is_folder, path_of
 from regraft.settings import LoadSettings
 
 SEEDLING = "seedling"
+MAPPINGS: Mapping[Any, Any] = {
+    AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForSequenceClassification: MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+}
+OWN = "regraft_"  # start of our own model types, whose code never comes from a folder
+MOST_NEW_PARAMETERS = 10**7  # a config may ask for this much more than the files hold before it is looked at tensor by tensor
 # What is fetched from the hub: nothing in subfolders, no pickles, no second copy of the weights in the maker's own format.
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 UNWANTED = ("*/*", "consolidated*")
@@ -130,17 +152,21 @@ def locate(source: str | Path, *, trust_remote_code: bool = False, revision: str
     Raises:
         ModelError: There is no such folder, and no such model on the hub or no way to reach it.
     """
-    name = str(source)
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if is_gguf(folder):
-        return unpacked(folder)
-    if folder.is_file():
-        raise ModelError(f"'{name}' is a file; give the folder that holds config.json and the weights, or a .gguf file")
+    given = path_of(source, "model")
+    name = shown(str(source))
+    folder = home_expanded(given)
+    try:
+        if folder.is_dir():
+            return folder
+        if is_gguf(folder):
+            return unpacked(folder)
+        if folder.is_file():
+            raise ModelError(f"'{name}' is a file; give the folder that holds config.json and the weights, or a .gguf file")
+    except OSError as error:
+        raise ModelError(f"'{name}' cannot be read: {error.strerror}; check the path and its permissions") from None
     if name == SEEDLING:
         return seedling.path()
-    beside = len(folder.parts) > 1 and folder.parent.is_dir()
+    beside = len(folder.parts) > 1 and is_folder(folder.parent)
     if isinstance(source, Path) or beside or not HUB_ID.fullmatch(name):
         raise ModelError(f"there is no folder '{name}'; give the folder of a model, a hub id, or '{SEEDLING}'")
     wanted: list[str] = [*WANTED, "*.py"] if trust_remote_code else [*WANTED]
@@ -168,7 +194,9 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
     register()
     try:
         with quiet():
-            return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+            config.return_dict = True  # what we compute with is read by name
+            return config
     except Exception as error:  # each config class validates in its own way
         raise ModelError(f"'{folder / 'config.json'}' is not valid: {in_one_line(error)}; mend it or download it again") from error
 
@@ -182,26 +210,88 @@ def checkpoint_as(
     trust_remote_code: bool,
     attn_implementation: str | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Returns the model that one of transformers' Auto classes makes of a folder, from safetensors alone, and its report of keys.
+    """Returns the model that one of transformers' Auto classes makes of a folder, and its report of keys.
+
+    The weights are those that :func:`regraft.models.weights.stored_tensors` has checked, read by us and handed over: nothing in a
+    folder (``transformers_weights``, an adapter's or a distributed checkpoint's files, pickles) leads transformers to others.
 
     Raises:
         ModelError: The modelling code refuses the config.
     """
+    stored = stored_tensors(folder)
     try:
         with quiet():
-            return auto.from_pretrained(
-                str(folder),
+            model_class, config = _class_of(auto, folder, config, trust_remote_code=trust_remote_code)
+            _refuse_promises(folder, config, stored)
+            state = {name: read_tensor(tensor) for name, tensor in stored.items()}
+            model, report = model_class.from_pretrained(
+                None,
                 config=config,
+                state_dict=state,
                 dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
                 attn_implementation=attn_implementation,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
+    except ModelError:
+        raise
     except Exception as error:  # whatever the modelling code raises on a config that does not fit
         raise ModelError(f"'{folder}' cannot be loaded: {in_one_line(error)}; check its config.json") from error
+    model.config.name_or_path = model.name_or_path = str(folder)
+    give_generation_config(model, folder)
+    return model, report
+
+
+def _class_of(auto: Any, folder: Path, config: PreTrainedConfig, *, trust_remote_code: bool) -> tuple[Any, PreTrainedConfig]:
+    """Returns the class that an Auto class chooses for a config, and the part of the config that is for it."""
+    named: Any = getattr(config, "auto_map", None) or {}
+    known = type(config) in MAPPINGS[auto]
+    if trust_remote_code and auto.__name__ in named and not (known and config.model_type.startswith(OWN)):
+        return add_generation_mixin_to_remote_model(
+            get_class_from_dynamic_module(named[auto.__name__], str(folder), local_files_only=True)
+        ), config
+    if not known:
+        raise ModelError(f"'{folder}': transformers has no {auto.__name__} of type '{shown(config.model_type)}'; use another model")
+    found: Any = MAPPINGS[auto][type(config)]
+    if isinstance(found, tuple | list):
+        wanted = getattr(config, "architectures", None) or []
+        found = next((one for one in found if one.__name__ in wanted), found[0])
+    text = config.sub_configs.get("text_config")
+    return found, config.get_text_config() if text is not None and found.config_class == text else config
+
+
+def _refuse_promises(folder: Path, config: PreTrainedConfig, stored: Mapping[str, StoredTensor]) -> None:
+    """Refuses a config that asks for a matrix far larger than the files hold, before memory is taken for it."""
+    held = sum(tensor.numel for tensor in stored.values())
+    sizes = config.to_dict()
+    names = {key: config.attribute_map.get(key, key) for key in ("hidden_size", "vocab_size", "intermediate_size", "num_attention_heads")}
+    width = sizes.get(names.pop("hidden_size"))
+    for name in names.values():
+        size = sizes.get(name)
+        if isinstance(size, int) and isinstance(width, int) and size * width > 4 * held + MOST_NEW_PARAMETERS:
+            raise ModelError(f"'{folder}': config.json asks for {name} {size:,}, the weights hold {held:,} values in all; {SAME_MODEL}")
+
+
+def give_generation_config(model: Any, folder: Path) -> None:
+    """Gives a model the generation config of its folder; as transformers does, that of its config where it cannot be read.
+
+    Raises:
+        ModelError: It holds what no text can be generated with.
+    """
+    if not model.can_generate():
+        return
+    rows = model.get_input_embeddings().weight.shape[0]
+    for name, further in (("generation_config.json", {}), ("config.json", {"config_file_name": "config.json", "_from_model_config": True})):
+        try:
+            with quiet():
+                found = GenerationConfig.from_pretrained(str(folder), local_files_only=True, **further)
+        except OSError:
+            continue
+        except Exception as error:  # each entry is validated in its own way
+            raise ModelError(f"'{folder / name}' is not valid: {in_one_line(error)}; mend it, or remove it to do without") from error
+        check_generation(found, rows, str(folder / name))
+        model.generation_config = found
+        return
 
 
 def _load_model(folder: Path, dtype: torch.dtype, settings: LoadSettings) -> PreTrainedModel:

@@ -10,6 +10,7 @@ from typing import Any
 
 from regraft.errors import ModelError, PlanError
 from regraft.plans import Provenance, from_json, to_dict, to_json
+from regraft.reading import read_bytes
 
 FILE = "regraft.json"
 LIBRARIES = ("regraft", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
@@ -37,7 +38,7 @@ def read_provenance(folder: Path) -> Provenance | None:
     if not path.is_file():
         return None
     try:
-        return from_json(Provenance, path.read_bytes())
+        return from_json(Provenance, read_bytes(path, ModelError))
     except PlanError as error:
         raise ModelError(f"'{path}' is damaged ({error}); copy the folder again, or remove that file to do without it") from None
 

@@ -6,7 +6,9 @@ Sizes are read from the weights, never from the config, so that an unevenly prun
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +18,7 @@ from transformers import PreTrainedModel
 from regraft.errors import ModelError
 from regraft.models.family import Family, family_of
 from regraft.models.uneven.factored_regraft import FactoredLinear
-
-SAMPLED = 64  # values of each parameter that go into a fingerprint
+from regraft.models.weights import memory_of
 
 
 @dataclass(frozen=True)
@@ -168,37 +169,40 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Returns a short hash of names, shapes, dtypes and a sample of the values of every parameter.
+    """Returns a short hash of names, shapes, dtypes and all values of every parameter.
 
-    Two models of equal architecture but other weights differ: the sample takes up to 64 values spread over each tensor, so that
-    the cost does not grow with the size of the model. A model without weights (on the meta device) has names and shapes only.
+    Two models of equal architecture differ as soon as one value does. A model without weights (on the meta device) has names and
+    shapes only.
     """
-    entries = ((name, tuple(parameter.shape), parameter.dtype, _sample(parameter)) for name, parameter in model.named_parameters())
-    return fingerprint_of(entries)
+    parameters = list(model.named_parameters())
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing lets other threads run meanwhile
+        digests = list(threads.map(lambda entry: digest_of(entry[1]), parameters))
+    return fingerprint_of(
+        (name, tuple(parameter.shape), parameter.dtype, digest) for (name, parameter), digest in zip(parameters, digests, strict=True)
+    )
 
 
-def fingerprint_of(entries: Iterable[tuple[str, tuple[int, ...], torch.dtype, Tensor | None]]) -> str:
+def fingerprint_of(entries: Iterable[tuple[str, tuple[int, ...], torch.dtype, bytes | None]]) -> str:
     """Returns the fingerprint of a model from what is known of its parameters.
 
     Args:
-        entries: Name, shape, dtype and a sample of the values (see :func:`sample_step`; None for no weights) of each parameter,
-            in the order of ``named_parameters``.
+        entries: Name, shape, dtype and :func:`digest_of` each parameter, in the order of ``named_parameters``; None for no values.
     """
+    whole = hashlib.sha256()
+    for name, shape, dtype, digest in entries:
+        whole.update(f"{name} {shape} {dtype}".encode())
+        whole.update(digest or b"")
+    return whole.hexdigest()[:16]
+
+
+def digest_of(tensor: Tensor) -> bytes | None:
+    """Returns the SHA-256 of a tensor's values as they lie in memory, row after row; None where it has none (on the meta device)."""
+    return None if tensor.is_meta else digest_of_pieces([tensor.detach()])
+
+
+def digest_of_pieces(pieces: Iterable[Tensor]) -> bytes:
+    """Returns the SHA-256 of a tensor that is given in blocks of rows."""
     digest = hashlib.sha256()
-    for name, shape, dtype, sample in entries:
-        digest.update(f"{name} {shape} {dtype}".encode())
-        if sample is not None:
-            digest.update(sample.to(device="cpu", dtype=dtype).to(torch.float32).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def sample_step(values: int) -> int:
-    """Returns the distance between two values of a sample: up to :data:`SAMPLED` are taken, from the first."""
-    return max(1, values // SAMPLED)
-
-
-def _sample(parameter: Tensor) -> Tensor | None:
-    if parameter.is_meta:
-        return None
-    flat = parameter.detach().reshape(-1)
-    return flat[:: sample_step(flat.numel())][:SAMPLED]
+    for piece in pieces:
+        digest.update(memory_of(piece.to("cpu").contiguous()))
+    return digest.digest()

@@ -6,23 +6,37 @@ which maps each tensor to its dtype, shape and byte range; the bytes, without ga
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from regraft.errors import ModelError
+from regraft.errors import ModelError, RegraftError, shown
+from regraft.reading import check_ordinary, parse_json, read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LONGEST_HEADER_BYTES = 100_000_000  # the limit of the reference reader
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+LARGEST_EMPTY_SIDE = 1 << 20  # a tensor without values takes no byte of the file, whatever its other sides promise
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float32}
 CONVERT = "transformers.AutoModelForCausalLM.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(OTHER_FOLDER)"
 AGAIN = "copy or download it again"
@@ -35,10 +49,19 @@ class StoredTensor:
     Attributes:
         dtype: As safetensors writes it, such as ``BF16``.
         shape: Of the tensor.
+        path: The file that holds it.
+        offset: Of its first byte in the file.
     """
 
     dtype: str
     shape: tuple[int, ...]
+    path: Path
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """How many values there are."""
+        return math.prod(self.shape)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -47,42 +70,106 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         ModelError: The file is truncated, damaged, a git-lfs pointer, or holds a number type that we do not read.
     """
-    size_bytes = path.stat().st_size
+    size_bytes = check_ordinary(path, ModelError)
+    name = shown(path)
     with path.open("rb") as stream:
         start = stream.read(8)
         if start == b"version ":
-            raise ModelError(f"'{path}' is a git-lfs pointer, not the weights; fetch them with: git lfs pull")
+            raise ModelError(f"'{name}' is a git-lfs pointer, not the weights; fetch them with: git lfs pull")
         header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 0 < header_bytes <= min(LONGEST_HEADER_BYTES, size_bytes - 8):
-            raise ModelError(f"'{path}' is truncated or damaged: {size_bytes} bytes, of which the header claims {header_bytes}; {AGAIN}")
+            raise ModelError(f"'{name}' is truncated or damaged: {size_bytes} bytes, of which the header claims {header_bytes}; {AGAIN}")
         text = stream.read(header_bytes)
     try:
-        header = json.loads(text)
+        header = parse_json(text, "the header", ModelError)
         header.pop("__metadata__", None)
-        entries = {name: (StoredTensor(e["dtype"], tuple(e["shape"])), tuple(e["data_offsets"])) for name, e in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"'{path}' is damaged: its header cannot be read ({type(error).__name__}); {AGAIN}") from None
+        entries = {key: _entry(value, path, 8 + header_bytes) for key, value in header.items()}
+    except (ModelError, ValueError, KeyError, TypeError, AttributeError) as error:
+        kind = "ValueError" if isinstance(error, ModelError) else type(error).__name__
+        raise ModelError(f"'{name}' is damaged: its header cannot be read ({kind}); {AGAIN}") from None
     _refuse_gaps(path, entries, size_bytes - 8 - header_bytes)
-    return {name: tensor for name, (tensor, _) in entries.items()}
+    return {key: tensor for key, (tensor, _) in entries.items()}
+
+
+def _entry(value: Any, path: Path, start: int) -> tuple[StoredTensor, tuple[Any, ...]]:
+    """Returns what a header's entry says of a tensor, and its byte range."""
+    offsets = tuple(value["data_offsets"])
+    return StoredTensor(str(value["dtype"]), tuple(value["shape"]), path, start + int(offsets[0])), offsets
 
 
 def _refuse_gaps(path: Path, entries: Mapping[str, tuple[StoredTensor, tuple[Any, ...]]], data_bytes: int) -> None:
     """Checks that the tensors fill the file without gaps and that each has as many bytes as its shape needs."""
-    position = 0
-    for name, (tensor, offsets) in sorted(entries.items(), key=lambda item: repr(item[1][1])):
-        if tensor.dtype not in BYTES or (tensor.dtype not in FLOATS and name.endswith(".weight")):
+    position, shown_path = 0, shown(path)
+    for key, (tensor, offsets) in sorted(entries.items(), key=lambda item: repr(item[1][1])):
+        name = shown(key)
+        if tensor.dtype not in DTYPES or (tensor.dtype not in FLOATS and key.endswith(".weight")):
             known = ", ".join(FLOATS)
-            raise ModelError(f"'{path}' holds '{name}' as {tensor.dtype}, not as {known}; use a checkpoint that is not quantized")
-        whole = all(isinstance(number, int) and number >= 0 for number in (*tensor.shape, *offsets)) and len(offsets) == 2
-        if not whole or offsets[1] - offsets[0] != math.prod(tensor.shape) * BYTES[tensor.dtype]:
-            raise ModelError(f"'{path}' is damaged: the bytes of '{name}' do not fit its shape {list(tensor.shape)}; {AGAIN}")
-    for name, (_, offsets) in sorted(entries.items(), key=lambda item: item[1][1]):
+            raise ModelError(
+                f"'{shown_path}' holds '{name}' as {shown(tensor.dtype)}, not as {known}; use a checkpoint that is not quantized"
+            )
+        whole = all(type(number) is int and 0 <= number < 1 << 62 for number in (*tensor.shape, *offsets)) and len(offsets) == 2
+        if not whole or offsets[1] - offsets[0] != tensor.numel * DTYPES[tensor.dtype].itemsize:
+            raise ModelError(f"'{shown_path}' is damaged: the bytes of '{name}' do not fit its shape {list(tensor.shape)}; {AGAIN}")
+        if not tensor.numel and max(tensor.shape) > LARGEST_EMPTY_SIDE:
+            raise ModelError(f"'{shown_path}' is damaged: '{name}' has the shape {list(tensor.shape)} and no value; {AGAIN}")
+    for key, (_, offsets) in sorted(entries.items(), key=lambda item: item[1][1]):
         if offsets[0] != position:
-            raise ModelError(f"'{path}' is damaged: '{name}' starts at byte {offsets[0]} of the data, not at {position}; {AGAIN}")
+            raise ModelError(
+                f"'{shown_path}' is damaged: '{shown(key)}' starts at byte {offsets[0]} of the data, not at {position}; {AGAIN}"
+            )
         position = offsets[1]
     if position != data_bytes:
         what = "truncated" if data_bytes < position else "damaged"
-        raise ModelError(f"'{path}' is {what}: it holds {data_bytes} bytes of weights, its header promises {position}; {AGAIN}")
+        raise ModelError(f"'{shown_path}' is {what}: it holds {data_bytes} bytes of weights, its header promises {position}; {AGAIN}")
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """Returns a stored tensor in memory of its own: the file is read, never mapped, so that it may change afterwards.
+
+    Raises:
+        ModelError: The file ended meanwhile.
+    """
+    found = torch.empty(stored.numel, dtype=DTYPES[stored.dtype])
+    with stored.path.open("rb", buffering=0) as stream:
+        fill(found, stream, stored, 0)
+    return found.reshape(stored.shape)
+
+
+def fill(tensor: Tensor, stream: FileIO, stored: StoredTensor, first: int) -> int:
+    """Fills a tensor with the values of a stored one, from value ``first`` onwards; returns the bytes that were read.
+
+    Raises:
+        ModelError: The file ended meanwhile.
+    """
+    buffer = memory_of(tensor)
+    stream.seek(stored.offset + first * tensor.dtype.itemsize)
+    done = 0
+    while done < len(buffer):
+        got = stream.readinto(buffer[done:])
+        if not got:
+            raise ModelError(f"'{shown(stored.path)}' ended while it was read, {len(buffer) - done} bytes too early; {AGAIN}")
+        done += got
+    return done
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """Returns the bytes of a contiguous tensor on the CPU, to be read and written in place."""
+    values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(values)
+
+
+def read_tensors(path: Path, error: type[RegraftError] = ModelError) -> dict[str, Tensor]:
+    """Returns all tensors of one safetensors file, by name.
+
+    Raises:
+        RegraftError: Of the given kind: the file is missing, truncated or damaged.
+    """
+    try:
+        return {name: read_tensor(stored) for name, stored in read_header(path).items()}
+    except OSError as failure:
+        raise error(f"'{shown(path)}' cannot be read: {failure.strerror}; check its permissions") from None
+    except ModelError as failure:
+        raise error(str(failure)) from None
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -97,7 +184,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         names = sorted(set(_weight_map(folder).values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise ModelError(f"'{folder}' lacks {len(missing)} of {len(names)} weight files, such as '{missing[0]}'; {AGAIN}")
+            raise ModelError(f"'{folder}' lacks {len(missing)} of {len(names)} weight files, such as '{shown(missing[0])}'; {AGAIN}")
         return tuple(folder / name for name in names)
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
     if pickles:
@@ -113,13 +200,15 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 def _weight_map(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     try:
-        mapping = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        mapping = read_object(path, ModelError)["weight_map"]
         names = {str(name): str(file) for name, file in mapping.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"'{path}' is damaged: no list of weight files can be read ({type(error).__name__}); {AGAIN}") from None
-    outside = [file for file in names.values() if Path(file).name != file]
+    except (ModelError, KeyError, TypeError, AttributeError) as error:
+        kind = "not JSON" if isinstance(error, ModelError) else type(error).__name__
+        raise ModelError(f"'{path}' is damaged: no list of weight files can be read ({kind}); {AGAIN}") from None
+    outside = [file for file in names.values() if Path(file).name != file or not file.endswith(".safetensors")]
     if outside or not names:
-        raise ModelError(f"'{path}' names {outside[:1] or 'no file'}; weight files lie beside it: {AGAIN}")
+        what = f"'{shown(outside[0])}'" if outside else "no file"
+        raise ModelError(f"'{path}' names {what}; weight files lie beside it and end in .safetensors: {AGAIN}")
     return names
 
 
@@ -134,7 +223,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     for path in weight_files(folder):
         for name, tensor in read_header(path).items():
             if name in found:
-                raise ModelError(f"'{folder}' holds '{name}' twice, in '{holder[name]}' and '{path.name}'; {AGAIN}")
+                raise ModelError(f"'{folder}' holds '{shown(name)}' twice, in '{holder[name]}' and '{path.name}'; {AGAIN}")
             found[name], holder[name] = tensor, path.name
     if not found:
         raise ModelError(f"the weight files of '{folder}' are empty; {AGAIN}")
@@ -154,7 +243,7 @@ def weights_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype:
     counts: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
         if tensor.dtype in FLOATS:
-            counts[FLOATS[tensor.dtype]] += math.prod(tensor.shape)
+            counts[FLOATS[tensor.dtype]] += tensor.numel
     if not counts:
         raise ModelError("none of the weights is of a floating-point type; use a checkpoint that is not quantized")
     return counts.most_common(1)[0][0]

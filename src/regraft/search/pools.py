@@ -20,8 +20,10 @@ from typing import Any, Self, final
 from regraft.errors import InputError, RegraftError, TrainingError
 from regraft.plans import RankTrial
 from regraft.search.contract import Job, Measure, MeasureSpec
+from regraft.signals import die_with_parent
 
 MAX_ATTEMPTS = 3
+_PATIENCE_SECONDS = 1.0
 Group = Sequence[Job]
 """Jobs that differ only in their ranks."""
 Finished = list[tuple[Job, RankTrial]]
@@ -171,7 +173,7 @@ class Processes(Pool):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         threads = max(1, (os.cpu_count() or 1) // self.size)
-        process = context.Process(target=_serve, args=(theirs, self._spec, threads), name="regraft-worker", daemon=True)
+        process = context.Process(target=_serve, args=(theirs, self._spec, threads, os.getpid()), name="regraft-worker", daemon=True)
         process.start()
         theirs.close()
         worker = _Worker(process, ours)
@@ -203,11 +205,15 @@ class Processes(Pool):
     def _end(worker: _Worker) -> None:
         worker.pipe.close()
         worker.process.terminate()
-        worker.process.join()
+        worker.process.join(_PATIENCE_SECONDS)
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()
 
 
-def _serve(pipe: Connection, spec: MeasureSpec, threads: int) -> None:
-    """Measures groups from the pipe until it closes; runs in a process of the pool."""
+def _serve(pipe: Connection, spec: MeasureSpec, threads: int, parent: int) -> None:
+    """Measures what comes through the pipe until it closes or its parent is gone; runs in the process beside."""
+    die_with_parent(parent)
     measure: Measure | None = None
     while True:
         try:

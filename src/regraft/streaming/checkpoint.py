@@ -5,10 +5,7 @@ Files are read and never mapped, because pages of a mapped file count as residen
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -17,50 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.errors import ModelError
-from regraft.models.weights import AGAIN, read_header, stored_tensors, weight_files
+from regraft.models.view import digest_of_pieces
+from regraft.models.weights import DTYPES, StoredTensor, fill, read_header, stored_tensors
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-# Size of the blocks of rows in which a matrix is compared or copied.
+# Rows of a matrix that are compared or copied in one go.
 PIECE_BYTES = 1 << 25
-
-
-@dataclass(frozen=True)
-class Place:
-    """Location of a tensor in a file.
-
-    Attributes:
-        path: The file.
-        offset: Position of the tensor's first byte in the file.
-        dtype: Stored dtype.
-        shape: Shape of the tensor.
-    """
-
-    path: Path
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """Number of values."""
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Number of stored bytes."""
-        return self.numel * self.dtype.itemsize
+_digests: dict[tuple[Any, ...], bytes] = {}  # of tensors, by file, its size and time, and place in it
 
 
 class Checkpoint:
@@ -81,13 +40,11 @@ class Checkpoint:
     def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
         self.folder = folder
         self.bytes_read = 0
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, StoredTensor] = {}
         if files is None:
-            stored_tensors(folder)  # refuses an incomplete or damaged folder
-        for path in weight_files(folder) if files is None else files:
-            header = read_header(path)
-            for name, start in _starts(path):
-                self.places[name] = Place(path, start, DTYPES[header[name].dtype], header[name].shape)
+            self.places = stored_tensors(folder)
+        for path in files or ():
+            self.places |= read_header(path)
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor in its stored dtype."""
@@ -104,20 +61,20 @@ class Checkpoint:
         """Returns the rows with these indices, int64 (n,): shape (n, ...)."""
         place = self.places[name]
         width = prod(place.shape[1:])
-        found = torch.empty(len(rows), width, dtype=place.dtype)
+        found = torch.empty(len(rows), width, dtype=DTYPES[place.dtype])
         with place.path.open("rb", buffering=0) as stream:
             for index, row in enumerate(rows.tolist()):
                 self._into(stream, place, row * width, found[index])
         return found.reshape(len(rows), *place.shape[1:])
 
-    def sample(self, name: str, step: int, most: int) -> Tensor:
-        """Returns every ``step``-th value of a tensor in memory order, at most ``most`` of them."""
+    def digest(self, name: str, dtype: torch.dtype) -> bytes:
+        """Returns :func:`regraft.models.view.digest_of` a tensor as it is after loading; read anew only where its file has changed."""
         place = self.places[name]
-        found = torch.empty(min(most, -(-place.numel // step)), dtype=place.dtype)
-        with place.path.open("rb", buffering=0) as stream:
-            for index in range(len(found)):
-                self._into(stream, place, index * step, found[index : index + 1])
-        return found
+        file = place.path.stat()
+        key = (str(place.path.absolute()), file.st_ino, file.st_size, file.st_mtime_ns, place.offset, dtype)
+        if key not in _digests:
+            _digests[key] = digest_of_pieces(piece.to(dtype) for piece in self.pieces(name))
+        return _digests[key]
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """Yields a tensor in blocks of rows, in order."""
@@ -126,40 +83,17 @@ class Checkpoint:
             yield self.read(name)
             return
         rows = place.shape[0]
-        step = max(1, PIECE_BYTES // max(1, place.nbytes // max(1, rows)))
+        nbytes = place.numel * DTYPES[place.dtype].itemsize
+        step = max(1, PIECE_BYTES // max(1, nbytes // max(1, rows)))
         for start in range(0, rows, step):
             yield self.rows(name, start, min(rows, start + step))
 
-    def _read(self, place: Place, first: int, count: int) -> Tensor:
-        found = torch.empty(count, dtype=place.dtype)
+    def _read(self, place: StoredTensor, first: int, count: int) -> Tensor:
+        found = torch.empty(count, dtype=DTYPES[place.dtype])
         with place.path.open("rb", buffering=0) as stream:
             self._into(stream, place, first, found)
         return found
 
-    def _into(self, stream: FileIO, place: Place, first: int, tensor: Tensor) -> None:
-        """Fills a tensor with the values of a stored tensor from value ``first`` on."""
-        buffer = memory_of(tensor)
-        stream.seek(place.offset + first * place.dtype.itemsize)
-        done = 0
-        while done < len(buffer):
-            got = stream.readinto(buffer[done:])
-            if not got:
-                raise ModelError(f"'{place.path}' ended while it was read, {len(buffer) - done} bytes too early; {AGAIN}")
-            done += got
-        self.bytes_read += len(buffer)
-
-
-def memory_of(tensor: Tensor) -> memoryview:
-    """Returns a view of the bytes of a contiguous CPU tensor, for reading and writing in place."""
-    values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(values)
-
-
-def _starts(path: Path) -> Iterator[tuple[str, int]]:
-    """Yields the name of each tensor of a checked file with the offset of its first byte."""
-    with path.open("rb") as stream:
-        header_bytes = struct.unpack("<Q", stream.read(8))[0]
-        header = json.loads(stream.read(header_bytes))
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        yield name, 8 + header_bytes + entry["data_offsets"][0]
+    def _into(self, stream: FileIO, place: StoredTensor, first: int, tensor: Tensor) -> None:
+        """Fills a tensor with values ``first`` onwards of a stored one."""
+        self.bytes_read += fill(tensor, stream, place, first)

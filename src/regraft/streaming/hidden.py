@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regraft.errors import OutputError
-from regraft.streaming.checkpoint import memory_of
+from regraft.models.weights import memory_of
 
 
 class HiddenStates(ABC):

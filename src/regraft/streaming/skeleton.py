@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from regraft.errors import InputError, ModelError
 from regraft.groups.discover import USUAL, look_for
 from regraft.groups.traced import Traced
 from regraft.models.checks import check_loading_report, check_values
 from regraft.models.family import Family, family_of
-from regraft.models.load import Loaded, check_folder, device_named, locate_by, read_config
+from regraft.models.load import Loaded, check_folder, device_named, give_generation_config, locate_by, read_config
 from regraft.models.quiet import in_one_line, quiet
 from regraft.models.tokenizer import load_tokenizer
-from regraft.models.view import SAMPLED, ModelView, fingerprint_of, sample_step
+from regraft.models.view import ModelView, fingerprint_of
 from regraft.models.weights import weights_dtype
 from regraft.plans import WHOLE, GroupKind, Groups
 from regraft.settings import LoadSettings
@@ -235,9 +235,7 @@ def _empty_model(folder: Path, device: torch.device, *, trust_remote_code: bool)
                 module._buffers[name] = buffer.to(device)
     with quiet():
         model.tie_weights()
-        if (folder / "generation_config.json").is_file():
-            with suppress(OSError, TypeError, ValueError):  # transformers also goes on without one that it cannot read
-                model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    give_generation_config(model, folder)
     return model.eval()
 
 
@@ -297,8 +295,7 @@ def _untie(model: Any) -> None:
 
 
 def _fingerprint(model: PreTrainedModel, checkpoint: Checkpoint, stored: Mapping[str, str], dtype: torch.dtype) -> str:
-    """Returns the fingerprint that the model would have in memory, from a few values of each tensor."""
+    """Returns the fingerprint of the model in memory, from the file."""
     return fingerprint_of(
-        (name, tuple(parameter.shape), dtype, checkpoint.sample(stored[name], sample_step(parameter.numel()), SAMPLED))
-        for name, parameter in model.named_parameters()
+        (name, tuple(parameter.shape), dtype, checkpoint.digest(stored[name], dtype)) for name, parameter in model.named_parameters()
     )

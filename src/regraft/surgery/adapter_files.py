@@ -22,7 +22,7 @@ from regraft.adapters.contract import Delta
 from regraft.atomic import sha256_of
 from regraft.errors import ModelError
 from regraft.models.classifier import head_parameters
-from regraft.models.view import SAMPLED, fingerprint_of, sample_step
+from regraft.models.view import digest_of, fingerprint_of
 
 DESCRIPTION = "adapter.json"
 TENSORS = "adapter.safetensors"
@@ -141,19 +141,16 @@ def read_master(folder: Path) -> Stored:
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """Returns a hash of the names, shapes and sampled values of a model, without its adapters and its classification head.
+    """Returns a hash of the names, shapes and values of a model without its adapters and its classification head.
 
     Values are hashed in bfloat16, so that a model loaded in another dtype counts as the same base.
     """
     heads = {name for name, _ in head_parameters(model)}
-    entries: list[tuple[str, tuple[int, ...], torch.dtype, Tensor]] = []
-    for name, parameter in model.named_parameters():
-        if ".deltas." in name or name in heads:
-            continue
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: sample_step(flat.numel())][:SAMPLED]
-        entries.append((name.replace(".base.", "."), tuple(parameter.shape), torch.bfloat16, sample))
-    return fingerprint_of(entries)
+    return fingerprint_of(
+        (name.replace(".base.", "."), tuple(parameter.shape), torch.bfloat16, digest_of(parameter.to(torch.bfloat16)))
+        for name, parameter in model.named_parameters()
+        if ".deltas." not in name and name not in heads
+    )
 
 
 def _finite(tensor: Tensor, name: str, folder: Path) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any, cast
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
-from regraft.errors import InputError, ModelError
+from regraft.adapters.stock_files import check_patterns, read_stock_config
+from regraft.errors import InputError, ModelError, shown
 from regraft.models.checks import check_finite
 from regraft.models.classifier import HEADS, load_classifier, named_classes
 from regraft.models.load import Loaded
@@ -19,6 +19,7 @@ from regraft.models.load import load as load_model
 from regraft.models.quiet import quiet
 from regraft.models.view import fingerprint
 from regraft.models.weights import StoredTensor, read_header
+from regraft.reading import is_folder, path_of
 from regraft.settings import LoadSettings
 from regraft.surgery.adapter_files import is_master, read_master
 from regraft.surgery.adapters import Injected, load_adapter
@@ -61,6 +62,7 @@ def load_adapted(folder: Path, settings: LoadSettings) -> Loaded:
         loaded = load_classifier(base, named_classes(folder, labels), settings) if labels else load_model(base, settings)
     except InputError as error:
         raise ModelError(f"the base model of the adapter '{folder}': {error}") from None
+    check_patterns(folder, read_stock_config(folder), (name for name, _ in loaded.model.named_modules()))
     own = {f"{_PREFIX}{name}" for name in loaded.model.state_dict()}
     adapted = _attached(loaded.model, folder)
     # PEFT at most warns where the two differ: the one would stay as at the start of training, the other be left out.
@@ -68,7 +70,7 @@ def load_adapted(folder: Path, settings: LoadSettings) -> Loaded:
         wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     for names, problem in ((wanted - stored, "it lacks"), (stored - wanted - own, "the base has no place for")):
         if names:
-            raise ModelError(f"the adapter '{folder}' does not fit its base '{base}': {problem} '{min(names)}'; give its own base")
+            raise ModelError(f"the adapter '{folder}' does not fit its base '{base}': {problem} '{shown(min(names))}'; give its own base")
     check_finite(adapted, str(folder))
     return replace(loaded, model=adapted, source=str(folder), fingerprint=fingerprint(adapted))
 
@@ -92,26 +94,25 @@ def load_master(folder: Path, settings: LoadSettings) -> tuple[Loaded, Injected]
 
 def base_of(folder: Path) -> str:
     """Returns the base model that an adapter of PEFT names."""
-    path = folder / ADAPTER_CONFIG
-    try:
-        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        base = None
+    base = read_stock_config(folder).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
+        path = folder / ADAPTER_CONFIG
         raise ModelError(f"'{path}' names no base model; set base_model_name_or_path to the folder or hub id of the model")
     return _found_from(folder, base)
 
 
 def _found_from(folder: Path, base: str) -> str:
     """Returns a base that is named by a path relative to here or to its adapter."""
-    beside = folder / base
-    return str(beside) if not Path(base).is_dir() and beside.is_dir() else base
+    beside = folder / path_of(base, "base model")
+    return str(beside) if not is_folder(Path(base)) and is_folder(beside) else base
 
 
 def _labels_of(header: Mapping[str, StoredTensor]) -> int:
     """Returns how many outputs the head has that an adapter of PEFT brings for a model for labels; 0 where it brings none."""
     heads = [name for name in header if name.removeprefix(_PREFIX).split(".")[0] in HEADS and name.endswith(".weight")]
     last = max(heads, key=lambda name: (f"{_PREFIX}pre_" not in name, name), default="")
+    if last and len(header[last].shape) != 2:
+        raise ModelError(f"the adapter's head '{shown(last)}' has the shape {list(header[last].shape)}, not outputs x width; copy it again")
     return header[last].shape[0] if last else 0
 
 

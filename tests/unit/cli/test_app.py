@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +15,7 @@ from regraft.cli import app
 from regraft.errors import ConfigError, InputError
 
 FOLDER = Path(app.__file__).parent
-NOT_COMMANDS = {"__init__", "app", "options", "words"}
+NOT_COMMANDS = {"__init__", "app", "options", "screen", "words"}
 
 
 def python(code: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -105,7 +106,14 @@ class Broken(ModuleType):
         (InputError("the ratio is 2, use less than 1"), 2, "error: the ratio is 2, use less than 1\n"),
         (ConfigError("recipe.yaml", ["a", "b"]), 2, "error: recipe.yaml: 2 problems\n  - a\n  - b\n"),
         (InputError("x" * 500 + " [bold]not markup[/bold]"), 2, "error: " + "x" * 500 + " [bold]not markup[/bold]\n"),
-        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted; the same command with --resume goes on from what is finished\n"),
+        (
+            PermissionError(13, "Permission denied", "closed/x"),
+            2,
+            "error: 'closed/x': Permission denied; check the path, its permissions and its length\n",
+        ),
+        (MemoryError(), 2, "error: the memory of this machine is not enough; take a smaller input\n"),
+        (InputError("a\x1b[31m\nerror: b"), 2, "error: a\\x1b[31m\\nerror: b\n"),
     ],
 )
 def test_errors_become_exit_codes(
@@ -116,10 +124,17 @@ def test_errors_become_exit_codes(
     assert capsys.readouterr().err.endswith(line)
 
 
-def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "regraft.cli.run", Broken(ZeroDivisionError("ours")))
-    with pytest.raises(ZeroDivisionError, match="ours"):
-        app.run(["run"])
+def test_a_defect_is_one_line_that_names_the_file_with_its_trace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "regraft.cli.run", Broken(ZeroDivisionError("ours\nand theirs")))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert app.run(["run"]) == app.FAULT
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    (trace,) = tmp_path.iterdir()
+    assert f"this is a fault of ours: ZeroDivisionError: ours\\nand theirs; the full trace is in '{trace}'" in said
+    assert "Traceback" in trace.read_text()
 
 
 def test_no_colour_where_it_is_not_wanted() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -9,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from regraft.atomic import sha256_of
 from regraft.errors import ModelError
+from regraft.models.view import digest_of
 from regraft.streaming import checkpoint
 from regraft.streaming.checkpoint import Checkpoint
 from regraft.streaming.writer import Shard, ShardWriter
@@ -25,7 +28,8 @@ def test_every_way_of_reading_gives_what_was_saved(make_folder, monkeypatch):
     for name, tensor in whole.items():
         assert torch.equal(source.read(name), tensor)
         assert torch.equal(torch.cat(list(source.pieces(name))), tensor)
-        assert torch.equal(source.sample(name, 7, 5), tensor.reshape(-1)[::7][:5])
+        assert source.digest(name, tensor.dtype) == digest_of(tensor)
+        assert source.digest(name, torch.bfloat16) == digest_of(tensor.to(torch.bfloat16))
         assert source.read(name).dtype == torch.bfloat16
     up = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(source.rows(up, 5, 9), whole[up][5:9])
@@ -34,12 +38,20 @@ def test_every_way_of_reading_gives_what_was_saved(make_folder, monkeypatch):
     assert source.bytes_read > 3 * sum(tensor.nbytes for tensor in whole.values())
 
 
-def test_a_sample_of_a_short_tensor_is_all_of_it(tmp_path):
-    save_file({"a": torch.arange(5.0), "scalar": torch.tensor(2.5)}, tmp_path / "model.safetensors")
+def test_a_digest_is_read_anew_when_the_file_has_changed(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.arange(5.0), "scalar": torch.tensor(2.5)}, path)
     source = Checkpoint(tmp_path)
-    assert source.sample("a", 1, 64).tolist() == [0, 1, 2, 3, 4]
-    assert source.sample("a", 2, 64).tolist() == [0, 2, 4]
-    assert [piece.tolist() for piece in source.pieces("scalar")] == [2.5]
+    before = source.bytes_read
+    first = source.digest("scalar", torch.float32)
+    assert first == digest_of(torch.tensor(2.5))
+    once = source.bytes_read
+    assert once == before + 4
+    assert source.digest("scalar", torch.float32) == first
+    assert source.bytes_read == once
+    save_file({"a": torch.arange(5.0), "scalar": torch.tensor(3.5)}, path)
+    os.utime(path, ns=(1, 1))
+    assert Checkpoint(tmp_path).digest("scalar", torch.float32) == digest_of(torch.tensor(3.5))
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path):

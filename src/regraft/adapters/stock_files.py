@@ -1,0 +1,86 @@
+"""What is read of a stock PEFT adapter's ``adapter_config.json`` before PEFT sees it: known kinds, no paths, patterns that end.
+
+PEFT follows what a config says: kinds that start from a file read it as a pickle, and a pattern in ``target_modules`` is matched by a
+matcher that can take longer than the universe is old. Neither reaches it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from regraft.errors import ModelError, shown
+from regraft.reading import read_object
+
+FILE = "adapter_config.json"
+# Kinds that change layers by what their own tensors say. Prompts, and mixtures of adapters in other folders, are none.
+KINDS = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "VERA", "HRA", "FOURIERFT", "RANDLORA", "LN_TUNING", "MISS", "SHIRA")
+PATTERN_SECONDS = 5.0
+_SPECIAL = set("*+{?")
+_MATCH = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    compiled = re.compile(pattern)
+    for name in names:
+        compiled.fullmatch(name)
+        compiled.match(name)
+"""
+
+
+def read_stock_config(folder: Path) -> dict[str, Any]:
+    """Returns the config of a stock adapter, of a kind that is read and without a path to anything but its base.
+
+    Raises:
+        ModelError: It is missing, damaged, or of another kind.
+    """
+    path = folder / FILE
+    config = read_object(path, ModelError)
+    kind = config.get("peft_type")
+    if kind not in KINDS:
+        raise ModelError(f"'{path}' is of kind {shown(repr(kind), 60)}, which is not read; known: {', '.join(KINDS)}")
+    for key, value in _entries(config):
+        if key.endswith(("_path", "_file", "_dir", "state_dict")) and key != "base_model_name_or_path" and value not in (None, ""):
+            raise ModelError(f"'{path}': {shown(key)} leads to another file ({shown(repr(value), 60)}); remove that entry")
+    return config
+
+
+def check_patterns(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuses a config whose patterns cannot be matched with the names of a base in a few seconds.
+
+    Raises:
+        ModelError: One takes too long, or is no pattern.
+    """
+    patterns = [value for key in ("target_modules", "exclude_modules") if isinstance(value := config.get(key), str)]
+    for key in ("rank_pattern", "alpha_pattern"):
+        entries = config.get(key)
+        patterns += [rf"(.*\\.)?({name})" for name in entries] if isinstance(entries, Mapping) else []
+    hard = [pattern for pattern in patterns if len(_SPECIAL.intersection(pattern)) and pattern != "all-linear"]
+    if not hard:
+        return
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _MATCH],
+            input=json.dumps([hard, list(names)]),
+            text=True,
+            capture_output=True,
+            timeout=PATTERN_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        slow = f"the pattern '{shown(hard[0], 80)}' takes more than {PATTERN_SECONDS:g} s to match"
+        raise ModelError(f"'{folder / FILE}': {slow}; name the modules in a list") from None
+    if done.returncode:
+        raise ModelError(f"'{folder / FILE}': '{shown(hard[0], 80)}' is no pattern; name the modules in a list")
+
+
+def _entries(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Yields every entry of a config and of the objects in it."""
+    for key, value in config.items():
+        yield key, value
+        if isinstance(value, Mapping):
+            yield from _entries(value)

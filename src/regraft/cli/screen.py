@@ -1,0 +1,46 @@
+"""The one place that prints: whatever is shown is text, never markup, and no control character reaches the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+from rich.text import Text
+
+from regraft.errors import shown
+
+_LONGEST_LINE = 4000
+
+
+def visible(text: str) -> str:
+    """Returns text whose lines are each safe to print.
+
+    >>> visible("a b")
+    'a b'
+    """
+    return "\n".join(shown(line.expandtabs(8), _LONGEST_LINE) for line in text.split("\n"))
+
+
+class Screen(Console):
+    """A console for names and texts of others.
+
+    Args:
+        stderr: The standard error in place of the standard output.
+        highlight: Whether numbers and paths are coloured on a terminal.
+        soft_wrap: Whether lines are left as long as they are.
+    """
+
+    def __init__(self, *, stderr: bool = False, highlight: bool = True, soft_wrap: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=highlight, soft_wrap=soft_wrap, markup=False, emoji=False)
+
+    def render_str(self, text: str, **how: Any) -> Text:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Returns text to be printed, in tables and titles too; square brackets are square brackets."""
+        plain: dict[str, Any] = how | {"markup": False, "emoji": False}
+        return super().render_str(visible(text), **plain)
+
+
+def saying(status: Status) -> Callable[[str], None]:
+    """Returns what shows a line in a status, which would read it as markup."""
+    return lambda line: status.update(Text(visible(line)))
