@@ -1,1 +1,1 @@
-"""Load, look at and save Hugging Face causal language models."""
+"""Loading, inspection and saving of Hugging Face causal language models."""

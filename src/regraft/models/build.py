@@ -1,8 +1,8 @@
-"""A model of given sizes from given tensors: decides its class and config, and makes what loading its saved folder gives.
+"""Construction of a model from sizes and tensors: the choice of its class and config, and the same model as from its saved folder.
 
-A model whose layers are equal becomes the stock class of its family. Where that class refuses the head count, a stand-in of the
-same mathematics takes its place (``stand_in`` in ``architectures/*.toml``). Everything else becomes our own class, which takes
-each layer's sizes from ``per_layer_config``.
+A model with equal layers becomes the stock class of its family. If that class refuses the head count, a stand-in class with the same
+mathematics is used (``stand_in`` in ``architectures/*.toml``). Any other model becomes our own class, which takes each layer's sizes from
+``per_layer_config``.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from regraft.models.uneven import own_config
 from regraft.models.uneven.configuration_regraft import LAYOUT
 from regraft.models.view import LayerSizes, ModelView
 
-# Lists in a config that have one entry for each layer.
+# Lists of a config with one entry for each layer.
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
-# Written by transformers on saving, or ours: never carried from one config to the next.
+# Config entries that are never copied to another config: our own, and those that transformers writes on saving.
 OURS = ("layout", "alibi_of", "alibi_heads", "norm_width", "factored", "factor_layout")  # known to our own configs only
 DERIVED = ("per_layer_config", "auto_map", "architectures", "model_type", "transformers_version", "_name_or_path")
 
@@ -39,18 +39,17 @@ def build(
     layers: Sequence[int] | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Returns a new model of the given sizes with the given tensors.
+    """Returns a new model with the given sizes and tensors.
 
-    The result is of the class that loading its saved folder gives. It has the dtype, device, attention kernel, generation config
-    and training mode of ``like``, and fresh buffers. It takes the tensors of ``state`` as they are: those that are also in
-    ``like`` are shared with it.
+    The result has the class that its saved folder loads as. It has the dtype, device, attention kernel, generation config and training mode
+    of ``like``, and new buffers. It uses the tensors of ``state`` without copying, so that tensors of ``like`` are shared.
 
     Args:
         like: The model that the tensors come from.
-        sizes: Of each layer, in order; zero query heads or a zero feed-forward width for a part that is removed.
-        state: Parameter name to tensor, layers numbered as in ``sizes``. Tensors of removed parts are ignored.
-        layers: Which layer of ``like`` each entry of ``sizes`` was; all of them in order by default.
-        changes: Further entries of the config: the epsilon of rescaled norms, the width that layer norms still count.
+        sizes: Sizes of each layer, in order; zero query heads or a zero feed-forward width for a removed part.
+        state: Parameter name to tensor, with layers numbered as in ``sizes``. Tensors of removed parts are ignored.
+        layers: Index in ``like`` of each layer in ``sizes``; None for all layers in order.
+        changes: Further config entries, such as the epsilon of rescaled norms, or the width that layer norms still count.
 
     Raises:
         PlanError: The sizes do not fit each other or the tensors.
@@ -71,7 +70,7 @@ def build(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except (ValueError, TypeError, AttributeError, AssertionError) as error:  # whatever a family's code asks of its sizes
+    except (ValueError, TypeError, AttributeError, AssertionError) as error:  # the family's code refuses these sizes
         raise PlanError(f"no {model_class.__name__} of these sizes can be built: {in_one_line(error)}; choose other targets") from error
     _refuse_misfits(report)
     model.generation_config = copy.deepcopy(like.generation_config)
@@ -87,14 +86,14 @@ def config_for(
     hidden_size: int | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> PreTrainedConfig:
-    """Returns the config of a model with the given sizes; its type says which class the model becomes.
+    """Returns the config of a model with the given sizes; its type determines the class of the model.
 
     Args:
-        base: Config of the model that is being changed.
-        sizes: Of each layer that stays, in order.
-        layers: Which layer of ``base`` each entry of ``sizes`` was; all of them in order by default.
-        hidden_size: Width of the residual stream; that of ``base`` by default.
-        changes: Further entries, by the names that the config uses.
+        base: Config of the model before the change.
+        sizes: Sizes of each kept layer, in order.
+        layers: Index in ``base`` of each layer in ``sizes``; None for all layers in order.
+        hidden_size: Width of the residual stream; None for that of ``base``.
+        changes: Further entries, by their names in the config.
 
     Raises:
         PlanError: The sizes do not fit each other or ``base``.
@@ -108,7 +107,7 @@ def config_for(
     values |= {key: [values[key][index] for index in kept] for key in PER_LAYER_LISTS if values.get(key)}
     if "max_window_layers" in values:
         values["max_window_layers"] = sum(index < values["max_window_layers"] for index in kept)
-    if "attention_types" in values:  # what GPT-Neo makes its list from: a pattern, and how often it is repeated
+    if "attention_types" in values:  # GPT-Neo computes its list from this: a pattern and its number of repetitions
         values["attention_types"] = [[values["attention_layers"], 1]]
     before = values[names.get("hidden_size", "hidden_size")]
     width = before if hidden_size is None else hidden_size
@@ -131,13 +130,13 @@ def config_for(
 
 
 def _as_computed(layer: LayerSizes, family: Family, width: int) -> bool:
-    """Returns whether a layer has the sizes that its family computes from the hidden size, where it does."""
+    """Returns whether a layer has the sizes that its family computes from the hidden size, if it computes any."""
     heads = family.head_size == "explicit" or layer.query_heads * layer.head_dim == width
     return heads and (bool(family.keys.ffn) or layer.ffn == 4 * width)
 
 
 def _stock_values(values: Mapping[str, Any], layer: LayerSizes, family: Family) -> dict[str, Any]:
-    """Returns the values that a stock config knows; its head size only where it is not the usual quotient."""
+    """Returns the values for a stock config, with the head size only if it differs from the usual quotient."""
     known = {key: value for key, value in values.items() if key not in OURS and not (key == "head_dim" and value is None)}
     if family.head_size == "derived" and "head_dim" not in {field.name for field in dataclasses.fields(CONFIG_MAPPING[family.model_type])}:
         known.pop("head_dim", None)
@@ -149,7 +148,7 @@ def _stock_values(values: Mapping[str, Any], layer: LayerSizes, family: Family) 
 
 
 def _layout(family: Family, base: PreTrainedConfig, *, projecting: bool) -> dict[str, Any]:
-    """Returns what the uneven classes have to know of a family, as far as it differs from their defaults."""
+    """Returns the layout of a family for the uneven classes: the entries that differ from their defaults."""
     parts = family.parts(base)
     modules = (family.attention, family.mlp, *family.mlp_parts)
     found: dict[str, Any] = {
@@ -169,7 +168,7 @@ def _layout(family: Family, base: PreTrainedConfig, *, projecting: bool) -> dict
 
 
 def _cut_slopes(sizes: Sequence[LayerSizes], total: int, has_alibi: bool) -> list[tuple[int, ...]]:
-    """Returns, for each layer, which of the first model's heads are left where not all are; empty where heads are alike."""
+    """Returns for each layer the original indices of its heads if some were removed; empty if heads have no slopes."""
     found: list[tuple[int, ...]] = []
     for index, layer in enumerate(sizes):
         slopes = layer.slopes or tuple(range(total))
@@ -180,7 +179,7 @@ def _cut_slopes(sizes: Sequence[LayerSizes], total: int, has_alibi: bool) -> lis
 
 
 def declared_sizes(config: PreTrainedConfig) -> tuple[LayerSizes, ...]:
-    """Returns the sizes of each layer that a config asks for; zeros where a part is skipped."""
+    """Returns the sizes of each layer according to a config, with zeros for skipped parts."""
     family = family_of(config.model_type)
     keys = family.keys
     single = bool(family.single_kv_when) and matches(family.single_kv_when, config)
@@ -207,9 +206,9 @@ def declared_sizes(config: PreTrainedConfig) -> tuple[LayerSizes, ...]:
 
 
 def conform(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns the model itself when its config tells its sizes, else one built from its weights.
+    """Returns the model itself if its config matches its sizes, else a model built from its weights.
 
-    Weights that were cut in place leave the config, and attributes such as the number of heads, behind.
+    Weights that were cut in place do not match the config, or attributes such as the number of heads, any more.
     """
     view = ModelView(model)
     sizes = tuple(view.sizes(index) for index in range(len(view.layers)))
@@ -248,7 +247,7 @@ def _refuse_impossible(sizes: Sequence[LayerSizes], family: Family) -> None:
 
 
 def _common(sizes: Sequence[LayerSizes], family: Family) -> dict[str, int]:
-    """Returns the widths that most layers share, so that the list of exceptions is short; ties go to the earliest layer."""
+    """Returns the most common widths, so that the list of exceptions is short; in a tie those of the earliest layer."""
     rows = [_own_sizes(layer, family) for layer in sizes]
     attention = (family.keys.heads, family.keys.kv_heads)
     heads = Counter(tuple(row[key] for key in attention if key) for row in rows if row[family.keys.heads])
@@ -261,7 +260,7 @@ def _common(sizes: Sequence[LayerSizes], family: Family) -> dict[str, int]:
 
 
 def _own_sizes(layer: LayerSizes, family: Family) -> dict[str, int]:
-    """Returns the sizes of a layer under the names that its family's config has for them."""
+    """Returns the sizes of a layer under the names of its family's config."""
     keys = family.keys
     found = {keys.heads: layer.query_heads, keys.ffn or "intermediate_size": layer.ffn}
     return found | ({keys.kv_heads: layer.kv_heads} if keys.kv_heads else {})
@@ -284,16 +283,16 @@ def _overrides(
 
 
 def _stock_config(values: Mapping[str, Any], family: str, candidate: str) -> PreTrainedConfig | None:
-    """Returns a config of a stock class, or None where that class cannot express the values."""
+    """Returns a config of a stock class, or None if that class cannot express the values."""
     config_class = CONFIG_MAPPING[candidate]
     if candidate != family:
         own = {field.name: field.default for field in dataclasses.fields(CONFIG_MAPPING[family])}
         known = {field.name for field in dataclasses.fields(config_class)}
         lost = {name for name in own if name not in known}
         if any(values.get(name, own[name]) != own[name] for name in lost):
-            return None  # such as a bias that the stand-in has not got
+            return None  # for example a bias that the stand-in lacks
         values = {name: value for name, value in values.items() if name not in lost}
-        # What only the stand-in has, such as Mistral's sliding window, is switched off.
+        # Features that only the stand-in has, such as Mistral's sliding window, are switched off.
         values |= dict.fromkeys(sorted(known - set(own)))
     try:
         return config_class(**values)
@@ -310,7 +309,7 @@ def _hidden_size(like: PreTrainedModel, state: Mapping[str, Tensor]) -> int:
 def _is_removed(
     name: str, sizes: Sequence[LayerSizes], like: PreTrainedModel, parts: Mapping[Literal["attention", "mlp"], Sequence[str]]
 ) -> bool:
-    """Returns whether a tensor belongs to a part that its layer has not got any more, norms included."""
+    """Returns whether a tensor belongs to a removed part of its layer, norms included."""
     prefix, _, rest = name.partition(f"{family_of(like.config.model_type).layers}.")
     if prefix or not rest:
         return False
@@ -321,7 +320,7 @@ def _is_removed(
 
 
 def _refuse_misfits(report: Mapping[str, Any]) -> None:
-    """Refuses a model that was not made whole from the tensors given.
+    """Refuses a model that is incomplete or has unused tensors.
 
     Raises:
         PlanError: A tensor is missing, superfluous or of another shape; the message names the first of each.

@@ -1,4 +1,4 @@
-"""The model card of a saved folder: what was done, and how to load the result."""
+"""The model card of a saved folder: its history, and how to load the model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def model_card(provenance: Provenance, facts: Mapping[str, Any] | None = None) -
     """Returns a model card in Markdown with the front matter that the Hugging Face hub reads.
 
     Args:
-        provenance: How the model came to be.
-        facts: What else was done or measured, in words: name to value, in the order of the rows.
+        provenance: Provenance of the model.
+        facts: Further rows of the card: name to value in words, in order.
     """
     rows = {
         "made from": f"`{provenance.source}` (fingerprint `{provenance.source_fingerprint}`)",
@@ -47,11 +47,11 @@ def model_card(provenance: Provenance, facts: Mapping[str, Any] | None = None) -
 
 
 def loading_section(model_class: str, *, uneven: bool) -> str:
-    """Returns the section of a card that says how the model is loaded.
+    """Returns the section of a card about loading the model.
 
     Args:
-        model_class: Name of its class.
-        uneven: Whether that class is ours.
+        model_class: Name of the model's class.
+        uneven: Whether the class is one of regraft's.
     """
     if uneven:
         words = (
@@ -72,7 +72,7 @@ def loading_section(model_class: str, *, uneven: bool) -> str:
 
 
 def sizes_section(sizes: Sequence[LayerSizes]) -> str:
-    """Returns the section of a card that lists the sizes of the layers, equal neighbours in one row."""
+    """Returns the section of a card with the sizes of the layers; equal neighbours share a row."""
     rows: list[tuple[Any, ...]] = []
     first = 0
     for index, layer in enumerate(sizes):

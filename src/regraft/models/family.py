@@ -1,6 +1,6 @@
-"""A model family as data: where its modules are and which of their axes belong together.
+"""A model family as data: the names of its modules, and the coupling of their axes.
 
-One TOML file in ``architectures/`` per family. A new family that follows the decoder pattern is a new file and nothing else.
+Each family is one TOML file in ``architectures/``. A new family of the usual decoder pattern needs only a new file.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Block = Literal["one", "head", "query_group", "fused"]
 
 @dataclass(frozen=True)
 class CoupledAxis:
-    """One module of a decoder layer whose ``side`` carries the units of a group.
+    """One module of a decoder layer, with the side that has the units of a group.
 
     Attributes:
-        module: Name inside the layer, such as ``mlp.up_proj``.
-        side: Output or input channels.
-        block: Channels of one unit: ``one``, a ``head`` of the head dimension, the ``query_group`` of all query heads that
-            share one key-value head, or ``fused`` where one matrix holds several projections.
+        module: Name within the layer, such as ``mlp.up_proj``.
+        side: Side of the units: output or input channels.
+        block: Channels of one unit: ``one``, a ``head`` of the head dimension, the ``query_group`` of all query heads that share one
+            key-value head, or ``fused`` if one matrix holds several projections.
     """
 
     module: str
@@ -47,14 +47,14 @@ class Coupling:
 
 @dataclass(frozen=True)
 class Keys:
-    """How a family's config names its sizes.
+    """Names of the sizes in a family's config.
 
     Attributes:
-        heads: Query heads.
-        kv_heads: Key-value heads; empty where every query head has its own.
-        ffn: Feed-forward channels; empty where they follow from the hidden size.
-        norm_eps: What the norms of the residual stream add to the variance.
-        width: Further keys that repeat the hidden size.
+        heads: Number of query heads.
+        kv_heads: Number of key-value heads; empty if every query head has its own.
+        ffn: Number of feed-forward channels; empty if it is computed from the hidden size.
+        norm_eps: Epsilon of the norms of the residual stream.
+        width: Further keys with the value of the hidden size.
     """
 
     heads: str = "num_attention_heads"
@@ -66,11 +66,11 @@ class Keys:
 
 @dataclass(frozen=True)
 class SharedNorms:
-    """Norms that serve both parts of a layer in one variant of a family, and stay when either is removed.
+    """Norms that serve both parts of a layer in one variant of a family, and are kept when one part is removed.
 
     Attributes:
-        when: Config keys and the values that mark the variant.
-        norms: Names inside a layer.
+        when: Config keys with the values of the variant.
+        norms: Names within a layer.
     """
 
     when: Mapping[str, Any]
@@ -79,12 +79,12 @@ class SharedNorms:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Groups that cannot be cut in one variant of a family, because its classes compute with what they would lose.
+    """Groups that cannot be cut in one variant of a family, because its classes need the parts that a cut would remove.
 
     Attributes:
-        kind: Of the groups.
-        when: Config keys and the values that mark the variant.
-        why: In words.
+        kind: Kind of the groups.
+        when: Config keys with the values of the variant.
+        why: Reason in words.
     """
 
     kind: GroupKind
@@ -94,39 +94,39 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Family:
-    """Where things are in a family of models, and what follows from what.
+    """Description of a family of models: names, couplings and conventions.
 
     Attributes:
-        model_type: As in the Hugging Face config.
-        model_class: Name of the causal language model in transformers.
+        model_type: Model type in the Hugging Face config.
+        model_class: Name of the causal language model class in transformers.
         layers: Module name of the list of decoder layers.
         embedding: Module name of the token embedding.
         head: Module name of the output projection.
         final_norm: Module name of the last norm.
-        attention: Name of the attention inside a layer.
-        mlp: Name of the feed-forward network inside a layer.
-        couplings: What must be cut together inside a layer.
-        attention_norms: Norms inside a layer that serve the attention alone, and go with it when it is removed.
-        mlp_norms: Norms inside a layer that serve the feed-forward network alone, and go with it when it is removed.
-        shared_norms: In which variants some of these serve both.
+        attention: Name of the attention within a layer.
+        mlp: Name of the feed-forward network within a layer.
+        couplings: Axes that must be cut together within a layer.
+        attention_norms: Norms of a layer that serve only the attention, and are removed with it.
+        mlp_norms: Norms of a layer that serve only the feed-forward network, and are removed with it.
+        shared_norms: Variants in which some of these norms serve both parts.
         stand_in: A family of the same mathematics whose config accepts head counts that this one refuses, or None.
-        discovery: Whether the couplings tell everything (``declared``), or the computation has to be followed (``traced``).
-        keys: Names of sizes in the config.
-        mlp_parts: The modules that are the feed-forward network where it is not one module; the last one writes the stream.
-        transposed: Whether weights are (in, out), as ``Conv1D`` stores them.
-        head_size: Whether the config has a ``head_dim`` (``explicit``), or the classes compute hidden size / heads (``derived``).
-        writers: Names of the matrices that write the residual stream; needed where the head size is derived.
-        apart: Modules outside the layers that have a width of their own wherever one of ``keys.width`` differs.
-        width_from: Parameter whose last axis is as long as the residual stream is wide; the token embedding by default.
-        norm: ``rms`` or ``layer``: what the norms of the residual stream are.
-        norm_offset: What is added to the weight of a norm before it multiplies.
-        head_norms: Norms inside the attention that use the same epsilon, and the projections that they read.
+        discovery: ``declared`` if the couplings are complete, ``traced`` if groups are found by tracing the computation.
+        keys: Names of the sizes in the config.
+        mlp_parts: Modules of the feed-forward network if it is not a single module; the last one writes the residual stream.
+        transposed: Whether weights are stored as (in, out), as in ``Conv1D``.
+        head_size: ``explicit`` if the config has a ``head_dim``, ``derived`` if the classes compute hidden size / heads.
+        writers: Names of the matrices that write the residual stream; needed if the head size is derived.
+        apart: Modules outside the layers that have a different width if one of ``keys.width`` differs.
+        width_from: Parameter whose last axis is the width of the residual stream; the token embedding by default.
+        norm: Kind of the norms of the residual stream: ``rms`` or ``layer``.
+        norm_offset: Number that is added to the weight of a norm before the multiplication.
+        head_norms: Norms within the attention that use the same epsilon, and the projections that they read.
         scaled_embedding: Whether embeddings are multiplied by the square root of the hidden size.
-        alibi: ``always`` where heads differ by a slope of their own (ALiBi), or the config key that switches this on.
-        fixed: Which kinds of groups cannot be cut in which variants.
-        stored_as: Modules that checkpoints know by another name, and that name.
-        layer_output: What the classes expect a decoder layer to return: the hidden states, or a ``tuple`` that begins with them.
-        single_kv_when: Config values with which all query heads share one key-value head whatever the config says.
+        alibi: ``always`` if each head has its own position slope (ALiBi), or the config key that switches this on.
+        fixed: Kinds of groups that cannot be cut, by variant.
+        stored_as: Modules with another name in checkpoints, and that name.
+        layer_output: Return value of a decoder layer: the hidden states, or a ``tuple`` that begins with them.
+        single_kv_when: Config values with which all query heads share one key-value head, in spite of the config's number.
     """
 
     model_type: str
@@ -161,11 +161,11 @@ class Family:
     single_kv_when: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def has_alibi(self, config: Any) -> bool:
-        """Returns whether the heads of a model differ by their slopes."""
+        """Returns whether the heads of a model have different position slopes."""
         return self.alibi == "always" or bool(self.alibi and getattr(config, self.alibi))
 
     def parts(self, config: Any) -> dict[Literal["attention", "mlp"], tuple[str, ...]]:
-        """Returns the modules inside a layer that go when its attention or its feed-forward network is removed."""
+        """Returns the modules of a layer that are removed with its attention or its feed-forward network."""
         stay = {norm for variant in self.shared_norms if matches(variant.when, config) for norm in variant.norms}
         attention = (self.attention, *(norm for norm in self.attention_norms if norm not in stay))
         mlp = (*(self.mlp_parts or (self.mlp,)), *(norm for norm in self.mlp_norms if norm not in stay))
@@ -173,7 +173,7 @@ class Family:
 
 
 def matches(when: Mapping[str, Any], config: Any) -> bool:
-    """Returns whether a config has all of the given values; a key that it has not got is None."""
+    """Returns whether a config has all of the given values; a missing key counts as None."""
     return all(getattr(config, key, None) == value for key, value in when.items())
 
 
@@ -191,9 +191,9 @@ def families() -> dict[str, Family]:
 
 
 def family_of(model_type: str) -> Family:
-    """Returns the family of a ``model_type``; models that regraft saved unevenly count as what they were made from.
+    """Returns the family of a ``model_type``; an uneven model of regraft has the family of its original.
 
-    One that has no table is looked at as transformers builds it: :mod:`regraft.models.inferred`.
+    A family without a table is inferred from a small model that transformers builds: :mod:`regraft.models.inferred`.
 
     Raises:
         ModelError: The family is not declared, and cannot be inferred.

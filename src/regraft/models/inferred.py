@@ -1,12 +1,12 @@
-"""What a table in ``architectures/`` would say of a family that has none, found on a small random model of it.
+"""Inference of a family's table from a small random model, for families without a table in ``architectures/``.
 
-transformers builds a model of any family from a config. A small one, of sizes that tell heads, channels and the stream apart, shows where
-the matrices are and what their axes carry; silencing a part of it and changing a norm shows which norms serve that part alone. That is
-enough to build models of other sizes and to save them. What is coupled is not inferred: that comes from the computation of the model
-itself (:mod:`regraft.groups.traced`), which refuses what it cannot follow.
+transformers builds a model of any family from a config. A small model, with different sizes for heads, channels and the stream, shows the
+positions of the matrices and the meaning of their axes. Silencing a part and changing a norm shows which norms serve only that part. That
+is enough to build and save models of other sizes. Couplings are not inferred: they come from tracing the computation of the model
+(:mod:`regraft.groups.traced`), which refuses operators that it does not know.
 
-The width of the residual stream needs more than can be seen from outside, such as what else the epsilon of its norms is used for, and is
-left as it is.
+The width of the residual stream is not cut, because that needs knowledge that this inspection cannot give, such as other uses of the norms'
+epsilon.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from regraft.errors import ModelError
 from regraft.models.quiet import in_one_line, quiet
 
 HEADS, KV_HEADS, WIDTH, LAYERS, VOCABULARY = 8, 2, 128, 3, 97
-OTHER_HEADS, OTHER_KV_HEADS = 6, 3  # of a second model, to see whether heads can go one by one
-HEAD_DIM = WIDTH // HEADS  # of families that compute it
-OWN_HEAD_DIM = 2 * HEAD_DIM  # asked for, to see whether it is given
+OTHER_HEADS, OTHER_KV_HEADS = 6, 3  # head counts of a second model, to test whether single heads can be removed
+HEAD_DIM = WIDTH // HEADS  # head size of families that compute it
+OWN_HEAD_DIM = 2 * HEAD_DIM  # requested head size, to test whether a family accepts one
 FFN, USUAL_FFN = 88, 4 * WIDTH
-# Names under which configs have what Llama's calls num_key_value_heads and intermediate_size.
+# Other names of Llama's num_key_value_heads and intermediate_size in configs.
 KV_KEYS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 FFN_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "inner_dim")
 TOKENS = 12
-# A decoder of these sizes has a few hundred thousand; what is far larger has parts that these sizes are not of.
+# A decoder of these sizes has a few hundred thousand parameters; a far larger model has parts with other sizes.
 MOST_PARAMETERS = 20_000_000
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A matrix inside a layer, by its name there, and the lengths of its sides."""
+    """A matrix within a layer, with its name and the lengths of its sides."""
 
     name: str
     inputs: int
@@ -52,19 +52,19 @@ def describe(model_type: str) -> dict[str, Any]:
     """Returns the entries of a family's table.
 
     Args:
-        model_type: As in the Hugging Face config; one that transformers knows.
+        model_type: Model type in the Hugging Face config, known to transformers.
 
     Raises:
-        ModelError: It is no causal language model of attention and feed-forward layers that are alike; the message says what is in the way.
+        ModelError: It is no causal language model of equal layers with attention and feed-forward network; the message gives the obstacle.
     """
     if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"transformers has no causal language model of type '{model_type}'")
     config_class = CONFIG_MAPPING[model_type]
     try:
         known = {*config_class().to_dict(), *config_class.attribute_map}
-    except Exception as error:  # whatever a config raises that has no defaults
+    except Exception as error:  # a config without defaults may raise anything
         raise ModelError(f"its config has no defaults ({in_one_line(error)})") from None
-    # Some families have a head size of their own, some compute it, and some have one that has to be what would be computed.
+    # Some families have a configurable head size, some compute it, and some have one that must equal the computed value.
     for head_dim in (OWN_HEAD_DIM, None, HEAD_DIM):
         model = _small(model_type, known, head_dim)
         if model is not None:
@@ -75,17 +75,17 @@ def describe(model_type: str) -> dict[str, Any]:
 def _small(
     model_type: str, known: set[str], head_dim: int | None, heads: tuple[int, int] = (HEADS, KV_HEADS), width: int = WIDTH
 ) -> PreTrainedModel | None:
-    """Returns a small random model that runs, or None.
+    """Returns a small random model that runs, or None if the family refuses the sizes.
 
     Args:
-        model_type: As in the Hugging Face config.
-        known: Keys of that config.
-        head_dim: To be asked for; None to leave it to the family.
-        heads: How many query heads and key-value heads there are.
-        width: Of the stream.
+        model_type: Model type in the Hugging Face config.
+        known: Keys of the config.
+        head_dim: Requested head size; None to leave it to the family.
+        heads: Numbers of query heads and key-value heads.
+        width: Width of the residual stream.
 
     Raises:
-        ModelError: It has parts that no decoder has, or would not be small.
+        ModelError: The model has parts other than those of a decoder, or would not be small.
     """
     wanted: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -109,17 +109,17 @@ def _small(
             _refuse_what_is_no_decoder(config)
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
             for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape))  # nothing is zero, or one, by chance
+                parameter.add_(0.1 * torch.randn(parameter.shape))  # so that no value is exactly zero or one
             model(input_ids=_tokens(), use_cache=False)
     except ModelError:
         raise
-    except Exception:  # a family may refuse these sizes in any way it likes
+    except Exception:  # a family may refuse these sizes with any error
         return None
     return model
 
 
 def _refuse_what_is_no_decoder(config: PreTrainedConfig) -> None:
-    """Looks at the modules of a model before it takes any memory: experts, convolutions, a second model inside.
+    """Inspects the modules of a model before it takes memory, for experts, convolutions or a second model inside.
 
     Raises:
         ModelError: The message names the first such module, or the largest parameter.
@@ -127,7 +127,7 @@ def _refuse_what_is_no_decoder(config: PreTrainedConfig) -> None:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except Exception:  # it computes with values while it is made: it is looked at afterwards
+    except Exception:  # its constructor computes with values; the model is inspected after it is built
         return
     list_name, layers = _layers(model)
     for name, module in layers.named_modules():
@@ -145,13 +145,13 @@ def _tokens() -> Tensor:
 
 
 class _Probe:
-    """Looks at a small model of a family.
+    """Inspection of a small model of a family.
 
     Args:
-        model_type: Of the family.
-        model: Of the sizes above.
-        known: Keys of its config.
-        head_dim: That its config was asked for, or None.
+        model_type: Model type of the family.
+        model: A model of the sizes above.
+        known: Keys of the model's config.
+        head_dim: The requested head size, or None.
     """
 
     def __init__(self, model_type: str, model: PreTrainedModel, known: set[str], head_dim: int | None) -> None:
@@ -172,7 +172,7 @@ class _Probe:
         self._out, self._qkv = self._attention([matrix for matrix in matrices if matrix not in (self._down, *self._up)])
 
     def table(self) -> dict[str, Any]:
-        """Returns everything that was seen, by the keys of :class:`regraft.models.family.Family`."""
+        """Returns all findings, by the fields of :class:`regraft.models.family.Family`."""
         model: Any = self._model
         attention = self._enclosing((self._out, *self._qkv))
         mlp = self._enclosing((self._down, *self._up))
@@ -216,12 +216,12 @@ class _Probe:
         )
 
     def _refuse_odd_layers(self) -> None:
-        """Refuses layers that cannot be built one by one, or return something else than hidden states, alone or first in a tuple."""
+        """Refuses layers that cannot be built singly, or that do not return hidden states (alone or first in a tuple)."""
         kind: Any = type(self._layer)
         try:
             with init_empty_weights(include_buffers=False):
                 kind(self._model.config, 0)
-        except Exception:  # whatever its constructor asks for
+        except Exception:  # the constructor needs other arguments
             raise ModelError(f"a layer ({kind.__name__}) is not made from a config and its number") from None
         output = self._seen("", self._layer)[1]
         if not isinstance(output[0] if isinstance(output, tuple) else output, Tensor):
@@ -230,7 +230,7 @@ class _Probe:
     # What is where.
 
     def _matrices(self) -> list[_Matrix]:
-        """Returns the matrices of a layer; all layers must be alike."""
+        """Returns the matrices of a layer; refuses layers of different kinds."""
         found: list[_Matrix] = []
         for name, module in self._layer.named_modules():
             if isinstance(module, nn.Linear):
@@ -256,7 +256,7 @@ class _Probe:
         writing = [matrix for matrix in matrices if matrix.inputs == queries and matrix.outputs == WIDTH]
         if not writing:
             raise ModelError("it has no attention that writes the stream through one matrix")
-        out = writing[-1]  # where all are square, the last one
+        out = writing[-1]  # if all are square, the last one
         rest = [matrix for matrix in matrices if matrix is not out]
         allowed = grouped if self._kv_key() else each
         odd = next((matrix for matrix in rest if matrix.inputs != WIDTH or matrix.outputs not in allowed), None)
@@ -268,13 +268,13 @@ class _Probe:
         return out, rest
 
     def _enclosing(self, matrices: Sequence[_Matrix]) -> str:
-        """Returns the innermost module of a layer that holds all of them; empty if that is the layer."""
+        """Returns the innermost module of a layer that contains all of the matrices; empty if that is the layer itself."""
         paths = [matrix.name.split(".")[:-1] for matrix in matrices]
         shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
         return ".".join(parts[0] for parts in shared)
 
     def _mlp_parts(self) -> list[str]:
-        """Returns the modules that are the feed-forward network where nothing holds them together."""
+        """Returns the modules of a feed-forward network that is not a single module."""
         return [*(matrix.name for matrix in self._up), self._down.name]
 
     def _stream_norms(self, attention: str, mlp: str) -> list[str]:
@@ -286,7 +286,7 @@ class _Probe:
         ]
 
     def _final_norm(self) -> str:
-        """Returns the last norm outside the layers; empty where there is none."""
+        """Returns the last norm outside the layers, or an empty string without one."""
         called: list[str] = []
         inside = (f"{self._layers_name}.",)
         outer = {
@@ -306,7 +306,7 @@ class _Probe:
         return next((key for key in KV_KEYS if key in self._known), "")
 
     def _ffn_key(self) -> str:
-        """Returns the key that the feed-forward width follows; empty where it follows from the hidden size."""
+        """Returns the config key of the feed-forward width; empty if the width is computed from the hidden size."""
         if self._ffn != FFN:
             return ""
         return next(key for key in FFN_KEYS if key in self._known)
@@ -326,7 +326,7 @@ class _Probe:
 
     @contextmanager
     def _silent(self, matrix: _Matrix) -> Iterator[None]:
-        """Makes what a matrix of the first layer writes zero."""
+        """Sets the output of a matrix of the first layer to zero inside the block."""
         parameters = list(self._layer.get_submodule(matrix.name).parameters(recurse=False))
         before = [parameter.detach().clone() for parameter in parameters]
         try:
@@ -341,7 +341,7 @@ class _Probe:
 
     @torch.no_grad()
     def _serves(self, norm: str) -> str:
-        """Returns the part that a norm serves alone: changing it changes nothing while that part is silent; empty for the stream itself."""
+        """Returns the only part that a norm serves (changing the norm has no effect while that part is silent), or an empty string."""
         weight: Any = self._layer.get_submodule(norm).weight
         found: list[str] = []
         for part, matrix in (("attention", self._out), ("mlp", self._down)):
@@ -355,7 +355,7 @@ class _Probe:
         return found[0] if len(found) == 1 else ""
 
     def _norm_kind(self, norms: Mapping[str, str]) -> str:
-        """Returns ``layer`` for norms that subtract the mean of the channels."""
+        """Returns ``layer`` for norms that subtract the mean of the channels, else ``rms``."""
         rows = torch.linspace(-1.0, 2.0, WIDTH).square()[None]
         for name in norms:
             module = self._layer.get_submodule(name)
@@ -364,7 +364,7 @@ class _Probe:
         return "layer"  # norms without weights are layer norms
 
     def _unreplaceable(self, attention: str, mlp: str) -> list[dict[str, Any]]:
-        """Returns which parts nothing of ours can stand for: those that give, while silent, something else than it does."""
+        """Returns the parts that our stand-ins cannot replace, because a silent part returns something else than its stand-in."""
         found: list[dict[str, Any]] = []
         for part, name, matrix in (("attention", attention, self._out), ("mlp", mlp, self._down)):
             with self._silent(matrix):
@@ -375,7 +375,7 @@ class _Probe:
         return found
 
     def _seen(self, name: str, layer: nn.Module) -> tuple[tuple[Any, ...], Any]:
-        """Returns what a module of a layer is given by position, and what it returns."""
+        """Returns the positional inputs and the output of a module of a layer."""
         notes: list[tuple[tuple[Any, ...], Any]] = []
         note: Callable[..., None] = lambda _module, inputs, output: notes.append((inputs, output))  # noqa: E731
         handle = (layer.get_submodule(name) if name else layer).register_forward_hook(note)
@@ -386,7 +386,7 @@ class _Probe:
         return notes[-1]
 
     def _unscalable(self) -> list[dict[str, Any]]:
-        """Returns heads as uncuttable where sizes cannot be set."""
+        """Returns refusals for heads, if the family's classes do not accept other numbers of heads."""
         width = WIDTH if self._head_dim == OWN_HEAD_DIM else OTHER_HEADS * HEAD_DIM
         if _small(self._type, self._known, self._asked_head_dim, (OTHER_HEADS, OTHER_KV_HEADS), width) is None:
             return [_fixed(kind, "its classes do not take every number of heads") for kind in ("heads", "query_heads")]
@@ -402,7 +402,7 @@ class _Probe:
 
 
 def _written(part: str, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
-    """Returns what a part writes, where it gives that in the form that what stands in its place gives it in; else None."""
+    """Returns the tensor that a part writes, if the part returns it in the form of our stand-in, else None."""
     if part == "attention":
         found = output[0] if isinstance(output, tuple) and len(output) == 2 else None
     else:

@@ -1,4 +1,4 @@
-"""Actions that wait for a module of another package to be imported, so that ``import regraft`` need not import that package."""
+"""Actions that run after another package's module is imported, so that ``import regraft`` need not import that package."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Action = Callable[[ModuleType], None]
 
 
 def after_import(name: str, action: Action) -> None:
-    """Runs an action on a module: now where it is imported already, else right after its first import by whomever.
+    """Runs an action on a module: now if the module is already imported, else right after its first import.
 
     Args:
-        name: The module's full name.
-        action: Called once with the module.
+        name: Full name of the module.
+        action: Function that is called once with the module.
     """
     if name in sys.modules:
         action(sys.modules[name])
@@ -26,7 +26,7 @@ def after_import(name: str, action: Action) -> None:
 
 
 class _Waiting(MetaPathFinder):
-    """A finder that finds nothing by itself: it adds the action to what the other finders find for one name."""
+    """A finder for one module name, which uses the other finders and adds an action to the result."""
 
     def __init__(self, name: str, action: Action) -> None:
         self.name = name
@@ -44,7 +44,7 @@ class _Waiting(MetaPathFinder):
 
 
 class _ThenAct(Loader):
-    """A module's own loader with an action behind it."""
+    """A loader that runs an action after a module's own loader."""
 
     def __init__(self, loader: Loader, action: Action) -> None:
         self.loader = loader
@@ -55,7 +55,7 @@ class _ThenAct(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Runs the module, puts its own loader back and runs the action."""
+        """Runs the module, restores its own loader and runs the action."""
         self.loader.exec_module(module)
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader

@@ -1,8 +1,7 @@
-"""Run a decoder one layer at a time on calibration windows.
+"""Execution of a decoder one layer at a time, on calibration windows.
 
-Layer-by-layer methods need the inputs of one layer and nothing else. What a model hands to its layers beside the hidden states
-(the causal mask, the rotary embedding, positions) is recorded once for every layer, from the model's own forward pass, so that
-nothing here knows a family.
+Layer-by-layer methods need only the inputs of one layer. The other arguments of each layer (causal mask, rotary embedding, positions) are
+recorded once from the model's own forward pass, so that nothing here depends on a family.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from regraft.plans import Group
 
 
 class Layerwise:
-    """The layers of a model, each called with what the model would call it with.
+    """The layers of a model, each called with the same arguments as in the model's forward pass.
 
     Args:
         view: The model; it is read, never changed, and has to be in evaluation mode.
         windows_NT: Calibration tokens, int64 (windows, tokens).
-        batch: Windows of one forward pass.
+        batch: Number of windows in one forward pass.
     """
 
     def __init__(self, view: ModelView, windows_NT: Tensor, batch: int = 8) -> None:
@@ -39,7 +38,7 @@ class Layerwise:
             rows = ids.shape[0]
             hidden, arguments = _record(view, ids)
             self.first.append(hidden)
-            # The arguments depend on the shape of a batch alone.
+            # The arguments depend only on the shape of a batch.
             self._arguments.setdefault(rows, arguments)
 
     @torch.no_grad()
@@ -47,14 +46,14 @@ class Layerwise:
         """Returns the outputs of one layer, a tensor (batch, tokens, hidden) for each batch.
 
         Args:
-            layer: Its index.
-            hidden: Its inputs, a tensor for each batch.
-            module: What to run in its place, such as a changed copy.
+            layer: Index of the layer.
+            hidden: Inputs of the layer, a tensor for each batch.
+            module: A module to run in the layer's place, such as a changed copy.
         """
         return [self.call(layer, batch, module) for batch in hidden]
 
     def call(self, layer: int, hidden_BTD: Tensor, module: nn.Module | None = None) -> Tensor:
-        """Returns the output of one layer for one batch; gradients flow where they are on."""
+        """Returns the output of one layer for one batch, with autograd if it is enabled."""
         positional, named = self._arguments[hidden_BTD.shape[0]][layer]
         output = (module or self.view.layers[layer])(hidden_BTD, *positional, **named)
         return output[0] if isinstance(output, tuple) else output
@@ -68,21 +67,20 @@ class Layerwise:
 
 
 class Walk(ABC):
-    """Calibration windows on their way through the layers of a model, from the first to the last, once.
+    """One pass of calibration windows through the layers of a model, from the first to the last.
 
-    It hides where the weights and the hidden states are: a layer is only sure to have its weights while it is the one that
-    :meth:`layers` has yielded last.
+    It hides the storage of weights and hidden states: a layer is only guaranteed to have its weights until :meth:`layers` yields the next.
     """
 
     view: ModelView
 
     @abstractmethod
     def layers(self) -> Iterator[int]:
-        """Yields the index of every layer in turn."""
+        """Yields the index of every layer in order."""
 
     @abstractmethod
     def changeable(self, layer: int) -> nn.Module:
-        """Returns the layer, or a copy of it, for its weights to be changed: this walk goes on through what was changed."""
+        """Returns the layer or a copy of it whose weights may be changed; the walk continues with the changed weights."""
 
     @abstractmethod
     def look(self, layer: int, module: nn.Module | None = None, until: nn.Module | None = None) -> None:
@@ -96,16 +94,16 @@ class Walk(ABC):
 
     @abstractmethod
     def advance(self, layer: int, module: nn.Module | None = None) -> None:
-        """Sends the windows through a layer, or through ``module`` in its place, and on to the next."""
+        """Runs the windows through a layer, or through ``module`` in its place, and keeps the output for the next layer."""
 
 
 class WholeWalk(Walk):
-    """A walk through a model that is in memory.
+    """A walk through a model in memory.
 
     Args:
         view: The model; it is read, never changed, and has to be in evaluation mode.
         windows_NT: Calibration tokens, int64 (windows, tokens).
-        stored: Type that changed weights are rounded to before anything is sent through them; None: they are left as they are.
+        stored: Dtype to which changed weights are rounded before they are used; None for no rounding.
     """
 
     def __init__(self, view: ModelView, windows_NT: Tensor, stored: torch.dtype | None = None) -> None:
@@ -115,7 +113,7 @@ class WholeWalk(Walk):
         self._hidden = self._layerwise.first
 
     def layers(self) -> Iterator[int]:
-        """Yields the index of every layer in turn."""
+        """Yields the index of every layer in order."""
         yield from range(len(self.view.layers))
 
     def changeable(self, layer: int) -> nn.Module:
@@ -131,7 +129,7 @@ class WholeWalk(Walk):
                 self._layerwise.call(layer, batch, module)
 
     def advance(self, layer: int, module: nn.Module | None = None) -> None:
-        """Sends the windows through a layer and keeps what comes out."""
+        """Runs the windows through a layer and keeps the output."""
         self._round(module)
         self._hidden = self._layerwise.run(layer, self._hidden, module)
 
@@ -141,7 +139,7 @@ class WholeWalk(Walk):
 
 
 def _record(view: ModelView, ids: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Runs the model with layers that only take notes; returns the embedded tokens and what each layer was given beside them."""
+    """Runs the model with layers that only record; returns the embedded tokens and the other arguments of each layer."""
     notes: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     entering: list[Tensor] = []
 
@@ -157,7 +155,7 @@ def _record(view: ModelView, ids: Tensor) -> tuple[Tensor, list[tuple[tuple[Any,
 
 
 def silenced(view: ModelView, group: Group) -> nn.Module:
-    """Returns a copy of a layer in which everything that a part of it owns is zero, so that the part adds nothing to the stream."""
+    """Returns a copy of a layer with zeros in all parameters of one part, so that the part adds nothing to the stream."""
     assert group.layer is not None
     module = copy.deepcopy(view.layers[group.layer])
     prefix = f"{view.layer_name(group.layer)}."
@@ -169,7 +167,7 @@ def silenced(view: ModelView, group: Group) -> nn.Module:
 
 @contextmanager
 def emptied(view: ModelView, group: Group) -> Iterator[None]:
-    """Makes everything that a group owns zero inside the block, in the layer itself and in no memory of its own."""
+    """Sets all parameters of a group to zero inside the block, in the layer itself and without additional memory."""
     parameters = [view.model.get_parameter(member.parameter) for member in group.members]
     before = [parameter.data for parameter in parameters]
     try:
@@ -204,7 +202,7 @@ def stopped_at(module: nn.Module | None) -> Iterator[None]:
 
 @contextmanager
 def watched_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Shows the input of each module to ``see(name, input)`` on every forward pass inside the block."""
+    """Calls ``see(name, input)`` with the input of each module on every forward pass inside the block."""
 
     def hook(name: str) -> Callable[..., None]:
         return lambda _module, inputs: see(name, inputs[0].detach())
@@ -219,19 +217,19 @@ def watched_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor]
 
 @contextmanager
 def layers_give(view: ModelView, hidden: Tensor) -> Iterator[None]:
-    """Makes every layer return the same hidden states, so that only what follows the layers is computed."""
+    """Makes every layer return the same hidden states inside the block, so that only the modules after the layers are computed."""
     with _replaced_forward(view, lambda *positional, **named: _as_returned(view, hidden)):
         yield
 
 
 def _as_returned(view: ModelView, hidden: Tensor) -> Any:
-    """Returns hidden states in the form in which the family's layers return them."""
+    """Returns hidden states in the form that the family's layers return."""
     return (hidden,) if view.family.layer_output == "tuple" else hidden
 
 
 @contextmanager
 def _replaced_forward(view: ModelView, forward: Any) -> Iterator[None]:
-    """Replaces the forward pass of every layer and puts it back."""
+    """Replaces the forward pass of every layer inside the block, and restores it at the end."""
     layers: list[nn.Module] = list(view.layers)
     try:
         for layer in layers:

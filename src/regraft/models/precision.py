@@ -1,4 +1,4 @@
-"""Compute in float32 for a while with a model whose weights are stored in fewer bits."""
+"""Temporary computation in float32, for a model whose weights have fewer bits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import nn
 
 @contextmanager
 def float32_on_cpu(model: nn.Module) -> Iterator[None]:
-    """Holds the weights of a model on the CPU in float32; afterwards they are of their own types again, bit for bit.
+    """Holds a model's CPU weights in float32 inside the block; at the end they have their own dtypes and bits again.
 
-    A CPU without instructions for bfloat16 takes four times as long for a forward pass in it, and thirty times for one back, and the sums
-    are no better for it. On a GPU nothing is changed. Weights that are changed meanwhile are rounded in the end: see :func:`round_weights`.
+    On a CPU without bfloat16 instructions, a forward pass in bfloat16 takes four times as long and a backward pass thirty times, without
+    any benefit. Weights on a GPU are not changed. Weights that change inside the block are rounded at the end: see :func:`round_weights`.
     """
     tensors = [*model.parameters(), *model.buffers()]
     narrow = [
@@ -31,7 +31,7 @@ def float32_on_cpu(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def round_weights(module: nn.Module, dtype: torch.dtype) -> None:
-    """Rounds weights to what a type of fewer bits can hold, in the type that they have, so that what is computed with is what is saved."""
+    """Rounds weights to values of a dtype with fewer bits, in their present dtype, so that computations use the values that are saved."""
     for parameter in module.parameters():
-        if parameter.dtype != dtype and any(parameter.stride()):  # without strides it is one number for all, and may not be written to
+        if parameter.dtype != dtype and any(parameter.stride()):  # a parameter without strides is one expanded number and read-only
             parameter.copy_(parameter.to(dtype))

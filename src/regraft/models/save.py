@@ -1,4 +1,4 @@
-"""Save a model so that ``AutoModelForCausalLM.from_pretrained`` loads what is in memory."""
+"""Saving of a model so that ``AutoModelForCausalLM.from_pretrained`` loads the model in memory."""
 
 from __future__ import annotations
 
@@ -29,24 +29,23 @@ def save(
     *,
     replace: bool = False,
 ) -> Provenance:
-    """Writes a model folder: whole, or not at all.
+    """Writes a model folder, completely or not at all.
 
-    A model whose layers are equal is saved as a stock class; any other as our class, whose code travels in the folder.
+    A model with equal layers is saved as a stock class; any other as our class, with its code in the folder.
 
     Args:
-        model: Whatever its weights are; a config that does not tell their sizes is put right first.
-        tokenizer: Saved beside the model; None for none.
-        folder: Where to.
-        provenance: How the model came to be; written as ``regraft.json`` with the checksums of the weight files.
-        card: Start of the model card; the sizes and how to load the model are added.
+        model: The model; a config that does not match the weights is corrected first.
+        tokenizer: Tokenizer to save with the model, or None.
+        folder: Folder to write.
+        provenance: Provenance of the model; written as ``regraft.json`` with the checksums of the weight files.
+        card: Beginning of the model card; the sizes and the section on loading are added.
         replace: Whether an existing folder is replaced.
 
     Returns:
-        The provenance as it was written.
+        The written provenance.
 
     Raises:
-        OutputError: The folder exists or cannot be written, or what was written cannot be read back; what was there before is
-            untouched.
+        OutputError: The folder exists or cannot be written, or the written files cannot be read back; an existing folder is not changed.
         PlanError: The sizes of the model do not fit each other.
     """
     model = conform(model)
@@ -59,7 +58,7 @@ def save(
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
         _read_back(model, partial)
-        for file in weight_files(partial):  # safetensors makes files that only their owner can read
+        for file in weight_files(partial):  # safetensors creates files that only their owner can read
             file.chmod((partial / "config.json").stat().st_mode)
         return write_folder(partial, provenance, whole_card(card, type(model), sizes))
 
@@ -79,9 +78,9 @@ def whole_card(card: str, model_class: type[PreTrainedModel], sizes: Sequence[La
 
 
 def mend_generation_config(model: PreTrainedModel) -> None:
-    """Makes a generation config that transformers loads with a warning one that it also saves.
+    """Changes a generation config that transformers loads with a warning into one that it also saves.
 
-    Many published models set a temperature without switching sampling on, which transformers refuses to write.
+    Many published models set a temperature without enabling sampling, which transformers refuses to save.
     """
     config = model.generation_config
     if config is None:
@@ -95,7 +94,7 @@ def mend_generation_config(model: PreTrainedModel) -> None:
 def _read_back(model: PreTrainedModel, folder: Path) -> None:
     """Compares the names and shapes in the files with those in memory; a tied tensor is stored once.
 
-    Some families are written under the names that their checkpoints have had all along: GPT-NeoX's ``lm_head`` is ``embed_out`` there.
+    Some families are saved under the original names of their checkpoints: GPT-NeoX's ``lm_head`` is ``embed_out`` there.
     """
     stored = stored_tensors(folder)
     state = revert_weight_conversion(model, model.state_dict())

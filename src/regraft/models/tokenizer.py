@@ -1,4 +1,4 @@
-"""Load the tokenizer of a model folder so that it does what its file says."""
+"""Loading of a model folder's tokenizer so that it behaves as its file specifies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from regraft.errors import ModelError
 from regraft.models.quiet import in_one_line, quiet
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
-# Where tokenizers differ: spaces, runs of them, line ends, capitals, digits, contractions, accents, scripts, code, symbols.
+# A text on which tokenizers differ: spaces, runs of spaces, line ends, capitals, digits, contractions, accents, scripts, code, symbols.
 PROBE = (
     "The 3 quick  foxes didn't\n\n\tjump 12345.67 times; HELLO world-wide!  \r\n"
     "def f(x):\n    return x**2  # naïve café Ⅻ ﬁ\n日本語 Привет مرحبا 🙂 <s> [INST] e\u0301 \u00a0 end "
@@ -20,19 +20,19 @@ PROBE = (
 
 
 def load_tokenizer(folder: Path, rows: int, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """Returns the tokenizer of a model folder, or None where it has none.
+    """Returns the tokenizer of a model folder, or None if the folder has none.
 
-    AutoTokenizer picks the class by the family of the model, and that class may build its own way to split text instead of
-    reading ``tokenizer.json``. Where the two encode a probe differently, or only the class adds tokens beyond the embedding, the
-    file is taken as it is: it is what the model was trained with and what other runtimes read.
+    AutoTokenizer chooses the class by the model's family, and that class may build its own text splitting instead of reading
+    ``tokenizer.json``. If the two encode a probe differently, or only the class adds tokens beyond the embedding, the file is used
+    directly: the model was trained with it, and other runtimes read it.
 
     Args:
-        folder: Of the model.
-        rows: How many rows the embedding has.
+        folder: Folder of the model.
+        rows: Number of rows of the embedding.
         trust_remote_code: Whether code in the folder may run.
 
     Raises:
-        ModelError: It cannot be loaded, or has ids that the embedding has no row for.
+        ModelError: The tokenizer cannot be loaded, or has ids beyond the rows of the embedding.
     """
     if not any((folder / name).is_file() for name in FILES):
         return None

@@ -1,4 +1,4 @@
-"""Which parameters of a model gradients are asked for."""
+"""Restriction of gradients to some parameters of a model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 @contextmanager
 def only_these_train(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Asks for the gradients of these parameters alone, in evaluation mode, and puts everything back afterwards.
+    """Enables the gradients of only these parameters, in evaluation mode, inside the block; restores both at the end.
 
     Args:
-        model: Whose other parameters ask for none meanwhile.
-        parameters: Of that model.
+        model: The model, whose other parameters get no gradients.
+        parameters: Parameters of the model.
     """
     wanted = {id(parameter) for parameter in parameters}
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

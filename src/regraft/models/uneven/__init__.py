@@ -1,8 +1,8 @@
-"""Models whose layers differ, known to the Auto classes of transformers.
+"""Models with layers of different sizes, registered with the Auto classes of transformers.
 
-``configuration_regraft``, ``modeling_regraft`` and ``factored_regraft`` are also what a saved folder carries for those who have not got
-regraft; they import nothing of ours. Importing transformers' models takes seconds, so ``import regraft`` does not: the configs are
-registered when AutoConfig is asked for one, and the model classes before the first config is made.
+``configuration_regraft``, ``modeling_regraft`` and ``factored_regraft`` are also copied into saved folders for users without regraft; they
+import nothing of regraft. ``import regraft`` does not import transformers' models, which takes seconds: the configs are registered when
+AutoConfig is asked for one, and the model classes before the first config is made.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ CODE_FILES = ("configuration_regraft.py", "factored_regraft.py", "modeling_regra
 
 
 def code_paths() -> tuple[Path, ...]:
-    """Returns the files that a saved folder carries."""
+    """Returns the code files to copy into a saved folder."""
     return tuple(Path(__file__).with_name(name) for name in CODE_FILES)
 
 
 def register() -> None:
-    """Makes the Auto classes know our models now, and each family's classes when one of them is asked for."""
+    """Prepares the Auto classes for our models now; each family's classes are registered when one of them is requested."""
     _defer(importlib.import_module(AUTO_CONFIG))
 
 
 def own_config(model_type: str) -> Any:
-    """Returns the config class of a family's uneven models, which the Auto classes then know with its models.
+    """Returns the config class of a family's uneven models, after registering it and its models with the Auto classes.
 
     Args:
-        model_type: Of the family's own config, such as ``llama``.
+        model_type: Model type of the family's own config, such as ``llama``.
     """
     config_class = _register_config(model_type)
     _register_models(config_class.model_type)
@@ -44,7 +44,7 @@ def own_config(model_type: str) -> Any:
 
 
 def register_on_import() -> None:
-    """Does what :func:`register` does as soon as the Auto classes or PEFT are imported; costs nothing until then."""
+    """Arranges that :func:`register` runs as soon as the Auto classes or PEFT are imported; until then it costs nothing."""
     after_import(AUTO_CONFIG, _defer)
     after_import(PEFT_TABLES, _teach_peft)
 
@@ -71,7 +71,7 @@ def _register_models(own_type: str) -> None:
 
 
 class _Pending(dict[str, Any]):
-    """What is registered with AutoConfig beside transformers' own; registers ours when somebody looks for one of them."""
+    """AutoConfig's table of additional model types, which registers ours when one of them is looked up."""
 
     def __init__(self, known: dict[str, Any], stock: Container[str]) -> None:
         super().__init__(known)
@@ -89,7 +89,7 @@ class _Pending(dict[str, Any]):
 def _defer(module: ModuleType) -> None:
     """Arranges the registration with an imported module of AutoConfig.
 
-    Registering at once would import the families' configs, which is not possible while transformers' own imports are under way.
+    Immediate registration would import the families' configs, which is not possible during transformers' own imports.
     """
     mapping = module.CONFIG_MAPPING
     if not isinstance(mapping._extra_content, _Pending):
@@ -97,7 +97,7 @@ def _defer(module: ModuleType) -> None:
 
 
 def _teach_peft(module: ModuleType) -> None:
-    """Gives our model types the default target modules of their families in every table of PEFT, so that ``LoraConfig(r=4)`` works."""
+    """Adds our model types to PEFT's tables of default target modules, with their families' modules, so that ``LoraConfig(r=4)`` works."""
     for name, table in vars(module).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_TARGET_MODULES_MAPPING"):
             table.update({f"{PREFIX}{family}": targets for family, targets in list(table.items()) if not family.startswith(PREFIX)})

@@ -1,11 +1,11 @@
 """Linear layers stored as two thin matrices.
 
-This file travels with every model that has such layers, so it needs nothing but torch. Their names and ranks stand in the config under
-``factored``, by the name of the layer inside the base model::
+This file is copied into the folder of every model with such layers, so that it needs only torch. Their names and ranks are in the config
+under ``factored``, by the name of the layer within the base model::
 
     "factored": {"layers.0.self_attn.q_proj": {"rank": 64, "bias": true}}, "factor_layout": "plain"
 
-Both matrices are plain ``nn.Linear`` modules, so that an adapter attaches to either and folds into it exactly.
+Both matrices are plain ``nn.Linear`` modules, so that an adapter can be attached to either and merged into it exactly.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ PLAIN, PIFA = "plain", "pifa"
 
 
 class FactoredLinear(nn.Module):
-    """``y = B (A x) + b``, or the same by pivot rows: ``y = [W_p x; K (W_p x)]`` in the order of the outputs, plus b.
+    """A linear layer ``y = B (A x) + b``, or by pivot rows ``y = [W_p x; K (W_p x)]``, reordered to the outputs, plus b.
 
     Args:
         in_features: Width of the inputs.
         out_features: Width of the outputs.
-        rank: Width between the two matrices, below both.
-        bias: Whether there is one.
+        rank: Width between the two matrices, smaller than both.
+        bias: Whether the layer has a bias.
         layout: ``plain``, rank (in + out) numbers, or ``pifa``, rank (in + out - rank) and the order of the outputs.
     """
 
@@ -40,7 +40,7 @@ class FactoredLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         if layout == PIFA:
             self.register_buffer("order", torch.arange(out_features, dtype=torch.int32))
-        # Nothing, under the name of the dense weight: a class that expects that one refuses the file instead of leaving it random.
+        # An empty tensor under the name of the dense weight, so that a class that expects the weight refuses the file.
         self.register_buffer("weight", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class FactoredLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def dense_weight(self) -> Tensor:
-        """Returns the matrix that the two stand for, (out, in), multiplied in float64."""
+        """Returns the product of the two matrices, (out, in), computed in float64."""
         pivots, expand = self.reduce.weight.double(), self.expand.weight.double()
         product = expand @ pivots
         if self.layout == PIFA:
@@ -65,12 +65,12 @@ class FactoredLinear(nn.Module):
 
 
 def fit_factors(base: nn.Module, factored: Mapping[str, Mapping[str, Any]], layout: str) -> None:
-    """Replaces linear layers by factored ones, whose values are left to be loaded or initialised.
+    """Replaces linear layers by factored ones, whose values are loaded or initialised later.
 
     Args:
         base: The base model.
-        factored: Name of the layer inside it to its rank and whether it has a bias.
-        layout: Of all of them.
+        factored: Name of each layer within the base model to its rank and whether it has a bias.
+        layout: Layout of all factored layers.
     """
     for name, entry in factored.items():
         parent, _, last = name.rpartition(".")
