@@ -7,14 +7,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from regraft.settings.sections import NO_EFFECT, Positive, Ratio, Settings
+from regraft.settings.sections import NO_EFFECT, Positive, Rate, Ratio, Settings
 
 
 class CompressSettings(Settings):
     """How linear layers become two thin ones, and at which ranks."""
 
     ratio: Ratio = Field(default=0.2, description="share of ALL stored parameters to remove, embeddings counted")
-    method: str = Field(default="fisher", description="fisher, bolaco, svd_llm, asvd or svd")
+    method: str = Field(default="fisher", description="fisher, bolaco, svd_llm, asvd, svd or pc_lora, which trains")
     ranks: Literal["auto", "uniform", "type", "closed", "knapsack", "bayes"] = Field(
         default="auto", description="how ranks are chosen; auto: knapsack for fisher, whose prices compare between layers, else uniform"
     )
@@ -45,4 +45,18 @@ class CompressSettings(Settings):
     layer_groups: Positive = Field(default=1, description="groups of layers with ranks of their own in --ranks bayes: 1 or 4 in the paper")
     kl_weight: float = Field(
         default=1e-3, ge=0.0, allow_inf_nan=False, description="of the divergence beside the perplexity in the objective of --ranks bayes"
+    )
+    warm_start: Literal["fisher", "bolaco", "random"] = Field(
+        default="fisher", description="factors that pc_lora starts from; ranks are chosen by the prices of fisher where it is random"
+    )
+    fade_steps: Positive = Field(default=200, description="optimizer steps of pc_lora, on the calibration windows: raise samples with them")
+    fade_batch: Positive = Field(default=8, description="windows of one step")
+    fade_lr: Rate = Field(default=1e-3, description="peak learning rate of pc_lora")
+    fade_schedule: Literal["linear", "sine", "cosine", "step"] = Field(default="cosine", description="how the dense weights fade")
+    fade_share: float = Field(default=0.7, gt=0.0, le=1.0, description="share of the steps after which they are gone")
+    task_weight: float = Field(
+        default=0.2,
+        ge=0.0,
+        le=1.0,
+        description="of the language-modelling loss; the rest is the distance of hidden states to the original's",
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from regraft.cli.app import run
@@ -147,6 +148,26 @@ def test_channels_and_ranks_in_one_knapsack(quickly: Compress, make_tiny, tmp_pa
         quickly(mix=True, ranks="uniform")
     with pytest.raises(InputError, match="a plan brings ranks"):
         quickly(mix=True, plan=result.plan)
+
+
+@pytest.mark.parametrize("warm_start", ["bolaco", "random"])
+def test_pc_lora_ends_without_the_dense_weights(quickly: Compress, make_tiny, tmp_path: Path, warm_start: str) -> None:
+    dense = make_tiny()
+    result = quickly(dense, method="pc_lora", warm_start=warm_start, fade_steps=6, fade_batch=2, ratio=0.3, output=tmp_path / "out")
+    assert result.model is not None
+    assert result.plan.method == "pc_lora"
+    assert parameter_count(dense) - parameter_count(result.model) >= 0.3 * parameter_count(dense)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for entry in result.plan.factorings:
+        assert stored[f"{entry.module}.weight"].numel() == 0
+        assert (
+            sum(value.numel() for name, value in stored.items() if name.startswith(entry.module))
+            < dense.get_parameter(f"{entry.module}.weight").numel()
+        )
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.randint(3, 60, (2, 12))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, result.model(ids).logits)
 
 
 def test_recovery_trains_the_factors_and_folds_into_them(quickly: Compress, tokenizer, repeating, quick, tmp_path: Path) -> None:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.atomic import refuse_existing
 from regraft.compression import COMPRESSORS, RANK_CHOICES, Compressor, Decomposed, factor_plan, with_damage
 from regraft.data.text import Corpus
-from regraft.errors import InputError, PlanError
+from regraft.errors import InputError, PlanError, did_you_mean
 from regraft.evaluation.loss import evaluate_loss
 from regraft.groups.discover import discover
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.load import load as load_model
 from regraft.models.save import save
 from regraft.models.view import ModelView, fingerprint, parameter_count, refuse_factored
+from regraft.numerics.truncation import Factors
 from regraft.pipelines.compress.mix import mixed, pruned_for
 from regraft.pipelines.compress.prepare import Texts, decomposed, needs_judging, projections_of, read_texts, space_of
 from regraft.pipelines.compress.record import card_of, record_of
@@ -30,9 +32,11 @@ from regraft.plans import FactorPlan, FactorSpace, LossReport, PrunePlan, to_dic
 from regraft.settings import CompressSettings, LoadSettings
 from regraft.surgery.factorize import check_factor_plan, densified, factorize
 from regraft.surgery.trial_ranks import TrialModel, measured_damage
+from regraft.training.pc_lora import FadeSettings, fade_out
 
 Say = Callable[[str], None]
 IN_MEMORY = "a model in memory"
+PC_LORA = "pc_lora"
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ def compress(
     if target is not None and not dry_run:
         refuse_existing(target)
     _refuse_clashes(settings, plan)
-    compressor = COMPRESSORS.get(settings.method if plan is None else plan.method)
+    method = settings.method if plan is None else plan.method
+    compressor = compressor_of(method, settings)
     loaded = _loaded(source, tokenizer, load or LoadSettings())
     refuse_factored(loaded.model, f"'{loaded.source}'")
     view = ModelView(loaded.model)
@@ -121,7 +126,13 @@ def compress(
     _refuse_short_text(plan, found)
     if dry_run:
         return CompressResult(plan, None, loaded, space, texts.notes, None, pruning)
-    model = _factored(start.model, plan, found)
+    by_name = {one.priced.name: one for one in found}
+    factors = {entry.module: by_name[entry.module].truncation.at(entry.rank) for entry in plan.factorings}
+    if method == PC_LORA:
+        assert texts.fitted is not None
+        factors = _faded(start.model, factors, texts.fitted, settings, seed, say)
+        plan = replace(plan, method=PC_LORA, predicted_nats=None)
+    model = factorize(start.model, plan, factors) if factors else start.model
     if settings.dense:
         model = densified(model)
     test = _tested(loaded, model, texts.test)
@@ -131,12 +142,34 @@ def compress(
     return CompressResult(plan, model, loaded, space, texts.notes, test, pruning)
 
 
-def _factored(model: PreTrainedModel, plan: FactorPlan, found: list[Decomposed]) -> PreTrainedModel:
-    """Returns the model with the layers of a plan factored; itself where there are none."""
-    if not plan.factorings:
-        return model
-    by_name = {one.priced.name: one for one in found}
-    return factorize(model, plan, {entry.module: by_name[entry.module].truncation.at(entry.rank) for entry in plan.factorings})
+def compressor_of(method: str, settings: CompressSettings) -> Compressor:
+    """Returns what decomposes the layers: the method itself, or what PC-LoRA starts from.
+
+    Raises:
+        InputError: There is no such method.
+    """
+    if method == PC_LORA:
+        return COMPRESSORS.get("fisher" if settings.warm_start == "random" else settings.warm_start)
+    if method not in COMPRESSORS:
+        known = sorted((*COMPRESSORS.names(), PC_LORA))
+        raise InputError(f"unknown compression method '{method}'; known: {', '.join(known)}{did_you_mean(method, known)}")
+    return COMPRESSORS.get(method)
+
+
+def _faded(
+    model: PreTrainedModel, starts: Mapping[str, Factors], windows: Tensor, settings: CompressSettings, seed: int, say: Say
+) -> dict[str, Factors]:
+    """Returns the factors after training while the dense weights fade."""
+    fading = FadeSettings(
+        steps=settings.fade_steps,
+        lr=settings.fade_lr,
+        batch=settings.fade_batch,
+        schedule=settings.fade_schedule,
+        fade=settings.fade_share,
+        task_weight=settings.task_weight,
+    )
+    transposed = ModelView(model).family.transposed
+    return fade_out(model, starts, windows, fading, transposed=transposed, random=settings.warm_start == "random", seed=seed, say=say)
 
 
 def _mixed(
@@ -147,14 +180,16 @@ def _mixed(
     Returns:
         The plan of the ranks and the choices it is from, the model that it is of, its decompositions, and the plan of the channels.
     """
+    windows = texts.fitted if texts.fitted is not None else texts.judging
+    assert windows is not None
     assert texts.judging is not None
     truncations = {one.priced.name: one.truncation for one in found}
     # The budget is met by both together: ranks alone may not be able to.
     whole = space_of(loaded, found, compressor, settings, 0.0)
     priced = with_damage(whole, measured_damage(loaded.model, whole, truncations, texts.judging))
     groups = discover(loaded.model)
-    choice = mixed(loaded, groups, priced, settings, seed, say)
-    start = loaded if choice.plan is None else pruned_for(loaded, groups, choice.plan, settings, seed, say)
+    choice = mixed(loaded, groups, priced, settings, windows, seed, say)
+    start = loaded if choice.plan is None else pruned_for(loaded, groups, choice.plan, settings, windows, seed, say)
     start = replace(start, fingerprint=fingerprint(start.model))
     count, most = parameter_count(start.model), math.floor((1.0 - settings.ratio) * parameter_count(loaded.model))
     made_with: dict[str, Any] = {"settings": settings.decisive(), "seed": seed, "windows_sha256": checksum_of(texts.fitted)}

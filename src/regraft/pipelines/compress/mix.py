@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from regraft.errors import InputError
 from regraft.importance import Evidence, score
 from regraft.models.load import Loaded
 from regraft.models.view import ModelView
 from regraft.numerics.multiple_choice import Table, solve
-from regraft.pipelines.prune.planning import budget_of, calibration
 from regraft.pipelines.prune.prune import cut_to_plan
+from regraft.pipelines.prune.resolved import budget_of, resolve
 from regraft.plans import Cut, FactorSite, FactorSpace, Group, Groups, PrunePlan, Scores
 from regraft.selection.budget import best_units
 from regraft.selection.sizes import at_sizes, sizes_of
@@ -51,26 +53,26 @@ def prune_settings(settings: CompressSettings) -> PruneSettings:
     )
 
 
-def mixed(loaded: Loaded, groups: Groups, space: FactorSpace, settings: CompressSettings, seed: int, say: Say) -> Mixed:
+def mixed(loaded: Loaded, groups: Groups, space: FactorSpace, settings: CompressSettings, windows_NT: Tensor, seed: int, say: Say) -> Mixed:
     """Chooses what every part of every layer loses.
 
     Args:
         loaded: The model; left as it is.
         groups: Heads and feed-forward channels of that model.
         space: The ranks, with prices in nats.
-        settings: Ratio and calibration text.
-        seed: Of the calibration windows.
+        settings: The ratio.
+        windows_NT: Calibration tokens, int64 (windows, tokens).
+        seed: Of the criterion.
         say: Called with one line now and then.
 
     Raises:
         InputError: The ratio cannot be met.
     """
     own = prune_settings(settings)
-    windows = calibration(loaded, own, seed)
     view = ModelView(loaded.model)
-    scores = score(CRITERION, Evidence(model=loaded.model, groups=groups, windows=windows, seed=seed))
-    curves = measure_curves(view, groups, scores, windows, only=[group.name for group in groups.groups], say=say)
-    budget = budget_of(groups, own)
+    scores = score(CRITERION, Evidence(model=loaded.model, groups=groups, windows=windows_NT, seed=seed))
+    curves = measure_curves(view, groups, scores, windows_NT, only=[group.name for group in groups.groups], say=say)
+    budget = budget_of(groups, resolve(own, view, seed).settings)
     inside = {group.name: _sites_of(group, space) for group in groups.groups}
     alone = [site for site in space.sites if not any(site in sites for sites in inside.values())]
     stages: list[list[list[Table]]] = []
@@ -91,10 +93,12 @@ def mixed(loaded: Loaded, groups: Groups, space: FactorSpace, settings: Compress
     return _decided(groups, scores, space, settings.ratio, inside, widths, alone, stages, chosen)
 
 
-def pruned_for(loaded: Loaded, groups: Groups, plan: PrunePlan, settings: CompressSettings, budget_seed: int, say: Say) -> Loaded:
+def pruned_for(
+    loaded: Loaded, groups: Groups, plan: PrunePlan, settings: CompressSettings, windows_NT: Tensor, seed: int, say: Say
+) -> Loaded:
     """Returns the model with the channels of a plan gone and everything that read them re-fitted."""
-    model = cut_to_plan(loaded, groups, plan, prune_settings(settings), budget_seed, say)
-    return replace(loaded, model=model)
+    resolved = resolve(prune_settings(settings), ModelView(loaded.model), seed)
+    return replace(loaded, model=cut_to_plan(loaded.model, groups, plan, resolved, windows_NT, say=say))
 
 
 def _sites_of(group: Group, space: FactorSpace) -> list[FactorSite]:

@@ -1,0 +1,225 @@
+"""PC-LoRA: the dense weights fade out while two thin matrices learn to stand for them (arXiv 2406.09117).
+
+A layer gives ``lambda(t) W x + B A x + c``, and lambda falls from 1 to 0 over the first part of the training; then W is not needed any
+more. The loss is ``a * task + (1 - a) * features``, the second the squared distance between the hidden states of every layer and those of
+the original model, which is the same weights at lambda = 1 without factors: there is one copy of them in memory.
+
+With a warm start ``B0 A0, c0`` from a decomposition what fades is the rest, ``lambda(t) (W x - B0 A0 x - c0)``, so that the training
+begins at the original model and ends, where nothing is learnt, at the decomposition. A start of its own has ``B0 A0 = 0``, the paper's
+form. Hidden states are compared relative to the mean square of the original's, layer by layer; the paper does not say how it weighs them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from regraft.errors import TrainingError
+from regraft.models.precision import float32_on_cpu
+from regraft.models.trainable import only_these_train
+from regraft.numerics.truncation import Factors
+
+Schedule = Literal["linear", "sine", "cosine", "step"]
+STEPS_OF_STEP = 5
+_TINY = 1e-12
+
+
+def fading(schedule: Schedule, done: float) -> float:
+    """Returns lambda: 1 at the start, 0 from ``done = 1`` on, exactly.
+
+    Args:
+        schedule: How it falls between.
+        done: Share of the fading that is over, from 0.
+
+    >>> fading("linear", 0.25), fading("cosine", 0.5), fading("step", 0.5), fading("sine", 1.0)
+    (0.75, 0.5, 0.6, 0.0)
+    """
+    if done <= 0.0:
+        return 1.0
+    if done >= 1.0:
+        return 0.0
+    if schedule == "linear":
+        return 1.0 - done
+    if schedule == "sine":
+        return 1.0 - math.sin(0.5 * math.pi * done)
+    if schedule == "cosine":
+        return round(0.5 + 0.5 * math.cos(math.pi * done), 15)
+    return round(1.0 - math.floor(done * STEPS_OF_STEP) / STEPS_OF_STEP, 15)
+
+
+@dataclass(frozen=True)
+class FadeSettings:
+    """How weights fade.
+
+    Attributes:
+        steps: Of the optimizer.
+        lr: Peak learning rate; it falls to zero as a cosine.
+        batch: Windows of a step.
+        schedule: How lambda falls.
+        fade: Share of the steps after which lambda is 0.
+        task_weight: Of the language-modelling loss; the rest is the features'.
+    """
+
+    steps: int = 200
+    lr: float = 1e-3
+    batch: int = 8
+    schedule: Schedule = "cosine"
+    fade: float = 0.7
+    task_weight: float = 0.2
+
+
+@dataclass
+class Fade:
+    """Where all fading layers of a model are.
+
+    Attributes:
+        value: lambda.
+        teaching: Whether layers give what the original gives.
+    """
+
+    value: float = 1.0
+    teaching: bool = False
+
+
+class FadingLinear(nn.Module):
+    """A linear layer whose weight fades while its factors learn.
+
+    Args:
+        base: The layer, which is frozen.
+        start: Factors to start from, with what they add to the layer's own bias.
+        fade: Where it is, for all layers together.
+        transposed: Whether the weight is stored (in, out).
+        random: Start from ``B = 0`` and a random A instead.
+        generator: Of the random values.
+    """
+
+    def __init__(self, base: nn.Module, start: Factors, fade: Fade, *, transposed: bool, random: bool, generator: torch.Generator) -> None:
+        super().__init__()
+        weight = base.get_parameter("weight")
+        self.weight_OI = (weight.T if transposed else weight).detach()
+        own = base._parameters.get("bias")
+        outputs = self.weight_OI.shape[0]
+        self.own_bias = torch.zeros(outputs) if own is None else own.detach().float()
+        left, right = start.left_OR.float().clone(), start.right_RI.float().clone()
+        added = torch.zeros(outputs) if start.bias_O is None else start.bias_O.float().clone()
+        if random:
+            left, added = torch.zeros_like(left), torch.zeros_like(added)
+            right = torch.randn(right.shape, generator=generator) / math.sqrt(right.shape[1])
+        self.first = (left.clone(), right.clone(), added.clone())
+        self.expand, self.reduce, self.added = nn.Parameter(left), nn.Parameter(right), nn.Parameter(added)
+        self.fade = fade
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (..., out) for inputs (..., in)."""
+        wide = self.weight_OI.to(x.dtype)
+        if self.fade.teaching:
+            return functional.linear(x, wide, self.own_bias.to(x.dtype))
+        y = functional.linear(functional.linear(x, self.reduce), self.expand, self.own_bias + self.added)
+        if self.fade.value > 0.0:
+            left, right, added = self.first
+            rest = functional.linear(x, wide) - functional.linear(functional.linear(x, right), left, added)
+            y = y + self.fade.value * rest
+        return y
+
+    def factors(self) -> Factors:
+        """Returns what was learnt."""
+        return Factors(self.expand.detach(), self.reduce.detach(), self.added.detach())
+
+
+def fade_out(
+    model: PreTrainedModel,
+    starts: Mapping[str, Factors],
+    windows_NT: Tensor,
+    settings: FadeSettings,
+    *,
+    transposed: bool = False,
+    random: bool = False,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Factors]:
+    """Trains the factors of layers while their weights fade; the model itself is left as it is.
+
+    Args:
+        model: In evaluation mode.
+        starts: Factors to start from, by name of the layer; their ranks are those that are trained.
+        windows_NT: Training tokens, int64 (windows, tokens).
+        settings: Steps, schedule and weights of the losses.
+        transposed: Whether weights are stored (in, out).
+        random: Start from nothing instead of from the factors.
+        seed: Of the order of the windows and of random values.
+        say: Called with one line now and then.
+
+    Returns:
+        The factors by name, with which the layers give what they gave at lambda = 0.
+
+    Raises:
+        TrainingError: The loss is not finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    fade = Fade()
+    layers = {
+        name: FadingLinear(model.get_submodule(name), start, fade, transposed=transposed, random=random, generator=generator)
+        for name, start in starts.items()
+    }
+    trained = [parameter for layer in layers.values() for parameter in layer.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0)
+    with float32_on_cpu(model), only_these_train(model, ()), _in_place(model, layers), torch.enable_grad():
+        for step in range(settings.steps):
+            fade.value = fading(settings.schedule, step / max(1.0, settings.fade * settings.steps))
+            for group in optimizer.param_groups:
+                group["lr"] = 0.5 * settings.lr * (1.0 + math.cos(math.pi * step / settings.steps))
+            ids = windows_NT[torch.randint(len(windows_NT), (settings.batch,), generator=generator)].to(model.device)
+            loss = fading_loss(model, fade, ids, settings.task_weight)
+            if not bool(torch.isfinite(loss)):
+                raise TrainingError(f"the loss is not finite at step {step + 1} of {settings.steps}; lower the learning rate")
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            if step % max(1, settings.steps // 20) == 0:
+                say(f"fading, step {step + 1} of {settings.steps}: lambda {fade.value:.2f}, loss {float(loss.detach()):.4f}")
+    return {name: layer.factors() for name, layer in layers.items()}
+
+
+def fading_loss(model: PreTrainedModel, fade: Fade, ids_BT: Tensor, task_weight: float) -> Tensor:
+    """Returns ``a * task + (1 - a) * features`` of a model with fading layers.
+
+    Args:
+        model: With them in place.
+        fade: Theirs.
+        ids_BT: Tokens, int64 (batch, tokens).
+        task_weight: ``a``.
+    """
+    fade.teaching = True
+    try:
+        with torch.no_grad():
+            taught = model(input_ids=ids_BT, use_cache=False, output_hidden_states=True).hidden_states
+    finally:
+        fade.teaching = False
+    found = model(input_ids=ids_BT, labels=ids_BT, use_cache=False, output_hidden_states=True)
+    pairs = list(zip(found.hidden_states[1:], taught[1:], strict=True))  # the first is the embedding, which is the same
+    distances = [(ours - theirs).float().square().mean() / theirs.float().square().mean().clamp_min(_TINY) for ours, theirs in pairs]
+    return task_weight * found.loss + (1.0 - task_weight) * torch.stack(distances).mean()
+
+
+@contextmanager
+def _in_place(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Puts layers into the place of others, and these back."""
+    before = {name: model.get_submodule(name) for name in layers}
+    try:
+        for name, layer in layers.items():
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, layer)
+        yield
+    finally:
+        for name, layer in before.items():
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, layer)
