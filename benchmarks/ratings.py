@@ -19,7 +19,8 @@ from pathlib import Path
 
 from scipy.stats import t
 
-from regraft.completion.complete import BASELINES, OURS, CompletionReport, CompletionSettings, complete_ratings
+from regraft.completion.complete import BASELINES, OURS, CompletionReport, complete_ratings
+from regraft.settings import CompletionSettings
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "movielens-small" / "ratings.csv"
@@ -72,7 +73,7 @@ def main() -> None:
         raise SystemExit(f"'{options.ratings}' is not there; give a MovieLens-style CSV with --ratings")
     reports: list[CompletionReport] = []
     for seed in range(options.splits):
-        reports.append(complete_ratings(options.ratings, None, CompletionSettings(rank=options.rank, seed=seed, recommend=0)))
+        reports.append(complete_ratings(options.ratings, None, CompletionSettings(rank=options.rank, recommend=0), seed=seed))
         print(f"split {seed}: " + ", ".join(f"{name} {errors.rmse:.4f}" for name, errors in reports[-1].errors.items()), flush=True)
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / "ratings.csv").open("w", newline="", encoding="utf-8") as stream:
@@ -80,7 +81,7 @@ def main() -> None:
         writer.writerow(["split", "method", "rmse", "mae", "rank", "threshold", "known", "held_out", "seconds"])
         for report in reports:
             for name, errors in report.errors.items():
-                row = [report.settings.seed, name, f"{errors.rmse:.6f}", f"{errors.mae:.6f}", report.rank, f"{report.threshold:.4g}"]
+                row = [report.seed, name, f"{errors.rmse:.6f}", f"{errors.mae:.6f}", report.rank, f"{report.threshold:.4g}"]
                 writer.writerow([*row, report.known, report.held_out, f"{report.seconds:.1f}"])
     (RESULTS / "ratings.md").write_text(table(reports), encoding="utf-8")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,60 +23,16 @@ from regraft.completion.entries import EntryList
 from regraft.completion.estimator import CompressedMatrixCompletion
 from regraft.completion.files import recommendations, write_pairs, write_predictions, write_rows
 from regraft.completion.held_out import hold_out
-from regraft.completion.ratings import Duplicates, Pairs, Ratings, read_pairs, read_ratings, split_ratings
+from regraft.completion.ratings import Pairs, Ratings, read_pairs, read_ratings, split_ratings
 from regraft.completion.tuning import Progress
-from regraft.errors import InputError
-from regraft.numerics.checks import checked_count, checked_number
+from regraft.errors import DataError
+from regraft.settings import CompletionSettings
 
 ESTIMATOR_LOG = logging.getLogger("regraft.completion.estimator")
 OURS = "compressed"
 BASELINES = ("mean", "biases", "factorization", "truncated_svd")
 VALIDATION = 0.1
 """Share of the known ratings on which our completion and the baselines choose their strengths."""
-
-Auto = Literal["auto"]
-
-
-@dataclass(frozen=True)
-class CompletionSettings:
-    """Settings of a completion of ratings.
-
-    Attributes:
-        rank: Rank of the completed table after the biases were subtracted; ``auto`` chooses it by held-out error.
-        depth: Inner factors of the compressed factorization, at least 2.
-        held_out: Share of the ratings that no fit sees; the report's errors are measured on it.
-        biases: Whether mean, user and item biases are removed first.
-        threshold: Share of the top singular value below which the spectrum is cut: 0 for exact data; ``auto`` searches.
-        gamma: Rate of the outer factors at threshold 0.
-        seed: Seed of every random draw: the held-out ratings and every fit.
-        device: ``cpu``, ``cuda`` or ``cuda:N``.
-        duplicates: What happens when a user rated an item twice: ``refuse``, ``mean`` or ``last``.
-        recommend: How many unrated items are recommended to each user; 0 for none.
-    """
-
-    rank: int | Auto = 10
-    depth: int = 3
-    held_out: float = 0.1
-    biases: bool = True
-    threshold: float | Auto = "auto"
-    gamma: float = 0.01
-    seed: int = 0
-    device: str = "cpu"
-    duplicates: Duplicates = "refuse"
-    recommend: int = 10
-
-    def __post_init__(self) -> None:
-        if self.rank != "auto":
-            checked_count(self.rank, "rank")
-        checked_count(self.depth, "depth", 2)
-        if not 0.0 < checked_number(self.held_out, "held-out share") < 1.0:
-            raise InputError(f"held-out share {self.held_out:g} is not between 0 and 1; give one such as 0.1")
-        if self.threshold != "auto" and checked_number(self.threshold, "threshold") >= 1:
-            raise InputError(f"threshold {self.threshold:g} leaves nothing of the spectrum; give a share below 1, or auto")
-        checked_number(self.gamma, "gamma")
-        checked_count(self.recommend, "recommend", 0)
-        if self.duplicates not in get_args(Duplicates):
-            raise InputError(f"duplicates '{self.duplicates}' is not known; choose refuse, mean or last")
 
 
 @dataclass(frozen=True)
@@ -105,6 +61,7 @@ class CompletionReport:
         empty_items: Items all of whose ratings were held out: predicted by the user's bias.
         unknown_pairs: Number of requested pairs whose user or item is not in the file.
         settings: The settings of the run.
+        seed: Seed of every random draw.
         seconds: Wall-clock time from reading the file to the last prediction.
     """
 
@@ -121,18 +78,18 @@ class CompletionReport:
     empty_items: int
     unknown_pairs: int
     settings: CompletionSettings
+    seed: int
     seconds: float
 
     def flat(self) -> dict[str, Any]:
         """Returns the report as plain JSON types: ``rmse`` and ``mae`` of our completion, and ``baselines`` by name."""
         rest = {key: value for key, value in asdict(self).items() if key not in ("errors", "settings")}
-        settings = asdict(self.settings)
+        settings = self.settings.model_dump(mode="json")
         return {
             "rmse": self.errors[OURS].rmse,
             "mae": self.errors[OURS].mae,
             "baselines": {name: asdict(self.errors[name]) for name in BASELINES},
             **rest,
-            "seed": self.settings.seed,
             "settings": settings,
         }
 
@@ -143,6 +100,7 @@ def complete_ratings(
     settings: CompletionSettings | None = None,
     *,
     pairs: Path | str | None = None,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> CompletionReport:
     """Completes a table of ratings and reports its error on held-out ratings, together with those of four baselines.
@@ -157,32 +115,35 @@ def complete_ratings(
             if ``pairs`` is given, and ``report.json``. None writes nothing.
         settings: Settings of the completion; None for the defaults.
         pairs: A file of the users and items whose ratings are to be predicted.
+        seed: Seed of every random draw: the held-out ratings and every fit.
         progress: Called with the name of the current step and the share of it that is done.
 
     Raises:
         InputError: A file or a setting cannot be used.
+        DataError: All ratings are equal.
         OutputError: The folder exists or cannot be written. No half-written folder is left behind.
     """
     with reserved(output):
-        return _completed(Path(ratings), output, settings or CompletionSettings(), pairs, progress or _say_nothing)
+        return _completed(Path(ratings), output, settings or CompletionSettings(), pairs, seed, progress or _say_nothing)
 
 
 def _completed(
-    ratings: Path, output: Path | None, settings: CompletionSettings, pairs: Path | str | None, progress: Progress
+    ratings: Path, output: Path | None, settings: CompletionSettings, pairs: Path | str | None, seed: int, progress: Progress
 ) -> CompletionReport:
     started = time.perf_counter()
     progress("reading", 0.0)
     table = read_ratings(ratings, settings.duplicates)
+    _refuse_equal(ratings, table)
     wanted = read_pairs(pairs) if pairs is not None else None
-    known, held = split_ratings(table, settings.held_out, settings.seed)
+    known, held = split_ratings(table, settings.held_out, seed)
     limits = float(known.values.min()), float(known.values.max())
-    model = _estimator(settings, progress)
+    model = _estimator(settings, seed, progress)
     with _quietly():
         model.fit(known.rows, known.columns, known.values, known.shape)
     ours = _predicted(model, limits, held.rows, held.columns)
     empty = model.empty_rows_.size, model.empty_columns_.size
     progress("fitting the baselines", 0.0)
-    errors = {OURS: _errors(ours, held.values), **_baseline_errors(known, held, model.rank_, settings.seed, limits)}
+    errors = {OURS: _errors(ours, held.values), **_baseline_errors(known, held, model.rank_, seed, limits)}
     progress("predicting", 0.0)
     if wanted is not None:
         table = table.widened(wanted.users, wanted.items)
@@ -203,6 +164,7 @@ def _completed(
         empty_items=empty[1],
         unknown_pairs=strange,
         settings=settings,
+        seed=seed,
         seconds=time.perf_counter() - started,
     )
     if output is not None:
@@ -218,6 +180,16 @@ def _completed(
     return report
 
 
+def _refuse_equal(path: Path, table: Ratings) -> None:
+    """Refuses ratings that are all the same number: every prediction is right, and every recommendation is arbitrary."""
+    lowest, highest = float(table.values.min()), float(table.values.max())
+    if lowest == highest:
+        raise DataError(
+            f"'{path}': all {len(table):,} ratings are {lowest:g}, so they say nothing about taste; "
+            "clicks and purchases are implicit feedback: use a library that is made for it, such as implicit"
+        )
+
+
 def _asked_for(model: CompressedMatrixCompletion, table: Ratings, pairs: Pairs) -> tuple[Tensor, int]:
     """Predicts the requested pairs; counts those whose user or item has no rating (only the known biases predict these)."""
     rows, columns = torch.searchsorted(table.user_ids, pairs.users), torch.searchsorted(table.item_ids, pairs.items)
@@ -226,7 +198,7 @@ def _asked_for(model: CompressedMatrixCompletion, table: Ratings, pairs: Pairs) 
     return _predicted(model, limits, rows, columns), int(strange.sum())
 
 
-def _estimator(settings: CompletionSettings, progress: Progress) -> CompressedMatrixCompletion:
+def _estimator(settings: CompletionSettings, seed: int, progress: Progress) -> CompressedMatrixCompletion:
     return CompressedMatrixCompletion(
         settings.rank,
         settings.depth,
@@ -234,7 +206,7 @@ def _estimator(settings: CompletionSettings, progress: Progress) -> CompressedMa
         threshold=settings.threshold,
         gamma=settings.gamma,
         validation_fraction=VALIDATION,
-        random_state=settings.seed,
+        random_state=seed,
         device=settings.device,
         progress=progress,
     )

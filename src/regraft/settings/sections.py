@@ -450,3 +450,25 @@ class SampleSettings(Settings):
 
     prompt: str = Field(default="", description="prompt that the model continues; empty: the BOS token")
     tokens: Positive = Field(default=48, description="number of tokens to generate")
+
+
+class CompletionSettings(Settings):
+    """How a table of ratings is completed."""
+
+    rank: Positive | Literal["auto"] = Field(default=10, description="rank of the completion; auto: by held-out error")
+    depth: Annotated[int, Field(ge=2)] = Field(default=3, description="number of inner factors of the compressed factorization")
+    held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.1, description="share of the ratings on which the error is measured"
+    )
+    threshold: Annotated[float, Field(ge=0.0, lt=1.0)] | Literal["auto"] = Field(
+        default="auto", description="threshold for the singular values, as a share of the top one; 0: exact data"
+    )
+    gamma: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(
+        default=0.01, description="learning rate of the outer factors relative to the inner ones, at threshold 0"
+    )
+    biases: bool = Field(default=True, description="remove the mean and the biases of users and items before the fit")
+    duplicates: Literal["refuse", "mean", "last"] = Field(
+        default="refuse", description="treatment of items that a user rated more than once"
+    )
+    recommend: Annotated[int, Field(ge=0)] = Field(default=10, description="number of unrated items to recommend to every user; 0: none")
+    device: str = Field(default="cpu", description="cpu, cuda or cuda:N")
