@@ -1,1 +1,1 @@
-"""Plain functions that compose stages, and the run folder that keeps what they made."""
+"""Plain functions that compose stages, and the run folder with the results of the stages."""

@@ -1,6 +1,6 @@
-"""Look at this machine and this installation: what is there, what is missing, how to get it.
+"""Examination of this machine and installation: installed libraries, missing ones, and how to install them.
 
-Imports nothing that might be missing, so that it can say so.
+It imports nothing that may be missing, so that it can report it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from regraft.errors import RegraftError
 
 DISTRIBUTION = "regraft"
 
-# Libraries that some commands use when they are there. What regraft declares as an extra is found by its name in the metadata.
+# Optional libraries of some commands. The extra that installs each is found in the package metadata.
 OPTIONAL = {
     "optuna": "search for ranks and settings",
     "ray": "parallel trials",
@@ -44,14 +44,14 @@ Status = Literal["ok", "missing", "outdated", "damaged", "none"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """One result of the examination.
 
     Attributes:
-        name: Of the library or the part of the machine.
-        status: ``ok``; ``missing`` or ``outdated`` libraries; ``damaged``; ``none`` for hardware that is not there.
-        value: Its version, size or state.
+        name: Name of the library or the part of the machine.
+        status: ``ok``; ``missing`` or ``outdated`` for libraries; ``damaged``; ``none`` for absent hardware.
+        value: Version, size or state.
         required: Whether regraft cannot work without it.
-        remedy: What to do; empty when there is nothing to do.
+        remedy: Command that corrects the problem, or empty.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Examination:
-    """Everything that was looked at.
+    """All results of the examination.
 
     Attributes:
         required: Python and the libraries that regraft needs.
@@ -79,7 +79,7 @@ class Examination:
 
     @property
     def healthy(self) -> bool:
-        """Whether everything required is there."""
+        """Whether all requirements are met."""
         return all(finding.status == "ok" for finding in (*self.required, self.model))
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,10 +88,10 @@ class Examination:
 
 
 def examine(folder: Path | None = None) -> Examination:
-    """Looks at the installation and the machine.
+    """Examines the installation and the machine.
 
     Args:
-        folder: Whose disk is looked at; default: the current directory.
+        folder: Folder whose disk is examined; None for the current directory.
     """
     return Examination(tuple(_required()), tuple(_optional()), tuple(_machine(folder or Path.cwd())), _embedded_model())
 
@@ -104,7 +104,7 @@ def _required() -> Iterator[Finding]:
 
 
 def check(requirement: Requirement) -> Finding:
-    """Compares a requirement with what is installed."""
+    """Compares a requirement with the installed version."""
     install = f"pip install '{requirement.name}{requirement.specifier}'"
     try:
         found = version(requirement.name)
@@ -118,7 +118,7 @@ def check(requirement: Requirement) -> Finding:
 def _requirements() -> list[Requirement]:
     try:
         return [Requirement(text) for text in requires(DISTRIBUTION) or []]
-    except PackageNotFoundError:  # run from a checkout that was never installed
+    except PackageNotFoundError:  # regraft runs from a checkout without installation
         return []
 
 
@@ -135,7 +135,7 @@ def _optional() -> Iterator[Finding]:
 
 
 def _extras_of(requirement: Requirement) -> list[str]:
-    """Returns the extras that bring a requirement, read from its marker ``extra == "name"``."""
+    """Returns the extras that install a requirement, from its marker ``extra == "name"``."""
     text = str(requirement.marker or "")
     return [part.split('"')[1] for part in text.split("extra ==")[1:] if '"' in part]
 
@@ -153,7 +153,7 @@ def _machine(folder: Path) -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     try:
         torch = importlib.import_module("torch")
-    except (ImportError, OSError) as error:  # a torch whose libraries do not load says so with an OSError
+    except (ImportError, OSError) as error:  # torch raises an OSError if its libraries do not load
         yield Finding("torch devices", "none", f"torch cannot be imported: {error}")
         return
     yield Finding("torch threads", "ok", str(torch.get_num_threads()))
@@ -171,7 +171,7 @@ def _gib(size_bytes: int) -> str:
 
 
 def _embedded_model() -> Finding:
-    """Compares the weights of the embedded model with the checksums it was shipped with."""
+    """Compares the weights of the embedded model with their shipped checksums."""
     again = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
     try:
         folder = seedling.path()

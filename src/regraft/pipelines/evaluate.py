@@ -1,4 +1,4 @@
-"""Measure a model: its loss on held-out text, its size and, where asked, its speed."""
+"""Measurement of a model: loss on held-out text, size and, if requested, speed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def evaluate_model(
     progress: Progress | None = None,
     **keywords: Any,
 ) -> Measurement:
-    """Measures a model by the same harness as every other.
+    """Measures a model by the common harness.
 
     Args:
         model: A ``PreTrainedModel`` or ``PeftModel`` in memory; or a model folder, a hub id, ``seedling``, or the folder of an adapter,

@@ -1,4 +1,4 @@
-"""Measure a model for labels: accuracy or correlation on rows that it has not seen."""
+"""Measurement of a classification or regression model: accuracy or correlation on held-out rows."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from regraft.training.labelled import Progress, judged
 
 @dataclass(frozen=True)
 class LabelReport:
-    """What a model for labels reaches.
+    """Measures of a classification or regression model.
 
     Attributes:
-        model: As it was named.
-        data: The file of rows.
+        model: Name of the model, as given.
+        data: File of the rows.
         task: ``classification`` or ``regression``.
-        rows: How many.
+        rows: Number of rows.
         window_tokens: Longest row; longer ones were cut.
-        classes: Names in the order of the outputs; none for regression.
-        parameters: Of the model, its adapter among them.
-        figures: ``accuracy`` and ``macro_f1``, or ``pearson``, ``spearman`` (NaN where all values are equal) and ``rmse``.
+        classes: Names of the classes in the order of the outputs; empty for regression.
+        parameters: Number of parameters of the model, with its adapter.
+        figures: ``accuracy`` and ``macro_f1``, or ``pearson``, ``spearman`` (NaN if all values are equal) and ``rmse``.
     """
 
     model: str
@@ -44,7 +44,7 @@ class LabelReport:
     figures: Mapping[str, float]
 
     def flat(self) -> dict[str, Any]:
-        """Returns the report as one flat object of plain JSON types; what is not defined is null."""
+        """Returns the report as one flat object of plain JSON types; undefined values are null."""
         rest = {name: getattr(self, name) for name in ("model", "data", "task", "rows", "window_tokens", "parameters")}
         return {
             **rest,
@@ -56,16 +56,16 @@ class LabelReport:
 def evaluate_labels(
     source: str | Path, settings: LabelSettings, *, load: LoadSettings | None = None, progress: Progress | None = None
 ) -> LabelReport:
-    """Measures a model for labels on all rows of a file.
+    """Measures a classification or regression model on all rows of a file.
 
     Args:
-        source: A folder or hub id of a model with a head for labels, or the folder of an adapter for one.
-        settings: The rows. Classes are told apart by the model's own names, or by their numbers where the rows have these.
-        load: How the model is loaded.
-        progress: Told of the rows that are done, and of all there are.
+        source: Folder or hub id of a model with a classification head, or the folder of an adapter for one.
+        settings: The rows. Labels are the model's names of the classes, or their numbers.
+        load: Settings for loading the model.
+        progress: Called with the number of finished rows and of all rows.
 
     Raises:
-        InputError: The model has no head for labels, or no data are given.
+        InputError: The model has no classification head, or no data are given.
         RegraftError: Anything else that the user can mend, in one line.
     """
     load = load or LoadSettings()

@@ -1,4 +1,4 @@
-"""Look at a model: its layers, sizes, groups and parameters."""
+"""Inspection of a model: layers, sizes, groups and parameters."""
 
 from __future__ import annotations
 

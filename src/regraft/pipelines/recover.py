@@ -1,4 +1,4 @@
-"""Recover a model: load, train an adapter on text or instructions, fold it in or keep it, save."""
+"""Recovery of a model: load, train an adapter on text or instructions, merge or keep it, save."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ UNITS = {"language": "nats a token", "classification": "nats a row", "regression
 
 @dataclass(frozen=True, repr=False)
 class RecoverResult(Saving):
-    """What recovering a model gave.
+    """Result of recovering a model.
 
     Attributes:
         recovered: The model, its loss log and figures.
@@ -127,8 +127,8 @@ def recover_model(
 ) -> RecoverResult:
     """Trains an adapter on a model and saves the result.
 
-    Checkpoints are kept in ``.NAME.regraft`` beside the output until it is saved. Of several processes, as ``accelerate launch`` starts
-    them, all train and the first saves.
+    Checkpoints are kept in ``.NAME.regraft`` next to the output until it is saved. If several processes run (``accelerate launch``), all of
+    them train and the first one saves.
 
     Args:
         model: A ``PreTrainedModel`` in memory, which is left as it is; a ``PeftModel``, whose LoRA is trained on; or a folder, a hub id, or
@@ -146,7 +146,7 @@ def recover_model(
         **keywords: Single settings by name, such as ``rank=8``; they count before those in ``settings`` and ``load``.
 
     Raises:
-        OutputError: The output exists, or checkpoints of an unfinished run are there and ``resume`` is off.
+        OutputError: The output exists, or there are checkpoints of an unfinished run and ``resume`` is False.
         RegraftError: Anything else that the user can mend, in one line.
     """
     chosen, load = with_keywords(command, keywords, settings or RecoverSettings(), load or LoadSettings())
@@ -264,16 +264,16 @@ def _result(
 
 
 def load_teacher(settings: RecoverSettings, load: LoadSettings, pruned_from: str | None) -> Teacher | None:
-    """Loads the model to learn from, where the settings name one.
+    """Loads the teacher, if the settings name one.
 
     Args:
-        settings: The teacher's name; ``dense`` is the model that the student was pruned from.
-        load: How it is loaded.
-        pruned_from: That model, where it is known.
+        settings: Settings with the teacher's name; ``dense`` is the model before pruning.
+        load: Settings for loading the teacher.
+        pruned_from: The model before pruning, if it is known.
 
     Raises:
-        InputError: The name is ``dense`` and nothing says which model that is.
-        ModelError: It cannot be loaded.
+        InputError: The name is ``dense`` and the model before pruning is not known.
+        ModelError: The teacher cannot be loaded.
     """
     if settings.teacher is None:
         return None
@@ -285,11 +285,11 @@ def load_teacher(settings: RecoverSettings, load: LoadSettings, pruned_from: str
 
 
 def training_rows(settings: RecoverSettings, seed: int, given: Texts | None) -> tuple[Corpus, Corpus] | tuple[Labelled, Labelled]:
-    """Reads what is trained on and what is held out, of any task.
+    """Returns training data and held-out data for any task.
 
     Raises:
         DataError: The file cannot be used.
-        InputError: A task with labels has no data, or is asked for what only language has.
+        InputError: A task with labels has no data, or has settings that only language modelling supports.
     """
     if settings.task == "language":
         assert given is not None
@@ -346,7 +346,7 @@ def _save(
 
 
 def facts(recovered: Recovered, settings: RecoverSettings, record: Provenance) -> dict[str, Any]:
-    """Returns what a reader of a model card wants to know of a recovery, in words."""
+    """Returns the facts about a recovery for a model card, in words."""
     ranks = f"rank {settings.rank}" if recovered.ranks is None else f"ranks by {recovered.ranks.method}"
     taught = f", taught by {settings.teacher} ({settings.distill:g} of the loss)" if settings.teacher else ""
     state = "folded into the weights" if recovered.injected is None else "kept beside the weights"
@@ -364,7 +364,7 @@ def _auto_class(model: PreTrainedModel) -> str:
 
 
 def _adapter_card(card: str, base: str, model_class: str, *, own: bool) -> str:
-    """Makes the card of a model that of an adapter, ours or PEFT's."""
+    """Turns the card of a model into the card of an adapter of regraft or PEFT."""
     if own:
         what = "It is a compact adapter of regraft: `regraft evaluate FOLDER` measures it on its base,"
         ways = "`regraft export FOLDER --to peft-lora --output DIR` writes what PEFT loads, `--to merged` the model with it folded in."
@@ -382,7 +382,7 @@ def _adapter_card(card: str, base: str, model_class: str, *, own: bool) -> str:
 
 
 def _timings(recovered: Recovered) -> str:
-    """Returns what differs from run to run, apart from the loss log, so that everything else is the same bytes."""
+    """Returns the values that differ from run to run, in a separate file, so that all other files have equal bytes."""
     values = {
         "seconds": round(recovered.seconds, 3),
         "peak_memory_bytes": recovered.peak_memory_bytes,
@@ -392,7 +392,7 @@ def _timings(recovered: Recovered) -> str:
 
 
 def _check_early(settings: RecoverSettings) -> None:
-    """Checks what needs no model before one is loaded."""
+    """Checks the settings that need no model, before one is loaded."""
     adapter_options(settings)
     check_trackers(settings.report_to)
     read_ranks(settings.ranks)
@@ -402,10 +402,10 @@ def _check_early(settings: RecoverSettings) -> None:
 
 @contextmanager
 def _work_folder(output: Path | None, work: Path | None, *, resume: bool) -> Iterator[Path]:
-    """Gives the folder of the checkpoints; it stays only when the block fails after a checkpoint was written.
+    """Opens the folder of the checkpoints, which is kept only if the block fails after a checkpoint was written.
 
     Raises:
-        OutputError: The output exists, or an unfinished run is there and ``resume`` is off.
+        OutputError: The output exists, or there is an unfinished run and ``resume`` is False.
     """
     if work is not None:
         yield work

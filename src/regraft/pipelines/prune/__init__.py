@@ -1,1 +1,1 @@
-"""Pruning as a pipeline: from settings to a plan, from a plan to a pruned model, in memory or layer by layer."""
+"""Pruning as a pipeline: from settings to a plan, and from a plan to a pruned model, in memory or layer by layer."""

@@ -1,4 +1,4 @@
-"""Plans as files: written by ``--plan-only``, replayed by ``--plan``."""
+"""Files of plans, written by ``--plan-only`` and replayed by ``--plan``."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from regraft.plans import Provenance, PrunePlan, from_json, to_json
 from regraft.settings import PruneSettings, checked
 
 FILE = "plan.json"
-# What may be given beside a plan: how the replay is done, and where the text of the plan lies now.
+# Settings that may be given together with a plan: the way of the replay, and the present location of the plan's text.
 BESIDE = ("memory", "cache", "calibration")
 
 
 def plan_path(output: Path) -> Path:
-    """Returns the file that a plan is written to: the output itself if it is called ``.json``, else ``plan.json`` in that folder."""
+    """Returns the file for a plan: the output itself if it ends in ``.json``, else ``plan.json`` in that folder."""
     return output if output.suffix == ".json" else output / FILE
 
 
 @contextmanager
 def reserved_plan(output: Path | None) -> Iterator[None]:
-    """Claims a plan's output before the plan is made.
+    """Reserves a plan's output before the plan is made.
 
     Raises:
-        OutputError: It exists and is not an empty folder, or cannot be written, or another process is writing it.
+        OutputError: The output exists and is not an empty folder, cannot be written, or another process is writing it.
     """
     path = plan_path(output) if output is not None else None
     if path == output:
@@ -40,10 +40,10 @@ def reserved_plan(output: Path | None) -> Iterator[None]:
 
 
 def write_plan(plan: PrunePlan, output: Path) -> Path:
-    """Writes a plan, whole or not at all, and returns its file.
+    """Writes a plan, completely or not at all, and returns its file.
 
     Raises:
-        OutputError: It exists or cannot be written.
+        OutputError: The file exists or cannot be written.
     """
     path = plan_path(output)
     text = to_json(plan) + "\n"
@@ -60,7 +60,7 @@ def read_plan(path: Path) -> PrunePlan:
     """Reads a plan from its file, from the folder that holds it, or from the record of a pruned model (``regraft.json``).
 
     Raises:
-        PlanError: There is none, or the file does not hold one.
+        PlanError: The file does not exist or holds no plan.
     """
     found = next((path / name for name in (FILE, "regraft.json") if (path / name).is_file()), path) if path.is_dir() else path
     try:
@@ -91,14 +91,14 @@ def _plan_of(record: Provenance, path: Path) -> PrunePlan:
 
 
 def settings_of(plan: PrunePlan, given: PruneSettings) -> tuple[PruneSettings, int | None]:
-    """Returns the settings and the seed that a plan was made with, and is replayed with; those given where it does not know.
+    """Returns the settings and the seed for replaying a plan: those stored in it, or the given ones if it has none.
 
     Args:
-        plan: To be replayed.
-        given: By the user; memory, cache and calibration take the place of the plan's.
+        plan: The plan to replay.
+        given: The user's settings; memory, cache and calibration replace the plan's.
 
     Raises:
-        InputError: Something else was given that the plan decides otherwise.
+        InputError: Another given setting contradicts the plan.
     """
     if not plan.made_with:
         return given, None

@@ -27,7 +27,7 @@ from regraft.surgery.cut import layers_after
 from regraft.surgery.damage_curves import measure_curves, predict_curves, rescale_curves
 
 Say = Callable[[str], None]
-# Windows that measure the damage near the chosen widths: every one is run once for each group.
+# Number of windows that measure the damage near the chosen widths; each window is run once for each group.
 NEAR_WINDOWS = 4
 
 
@@ -53,7 +53,7 @@ def draw_windows(loaded: Loaded, corpus: Corpus, resolved: ResolvedPrune) -> Ten
 
 
 def check_text(plan: PrunePlan, windows: Tensor | None) -> None:
-    """Refuses to re-fit on other calibration text than a plan was made with: the result would not be the plan's.
+    """Refuses calibration text other than that of the plan, because the re-fitted weights would differ.
 
     Raises:
         PlanError: The windows differ.
@@ -67,7 +67,7 @@ def check_text(plan: PrunePlan, windows: Tensor | None) -> None:
 
 @dataclass(frozen=True)
 class Planning:
-    """Everything that one plan is made from, beside the model.
+    """All inputs of a plan other than the model.
 
     Attributes:
         resolved: How it is pruned.
@@ -80,13 +80,13 @@ class Planning:
     say: Say = lambda line: None
 
     def once(self, view: ModelView, groups: Groups, budget: Budget, passes: Passes | None = None) -> PrunePlan:
-        """Scores a model and chooses what stays.
+        """Scores a model and chooses the units to keep.
 
         Args:
             view: The model.
-            groups: Of it.
-            budget: How much to remove.
-            passes: Where the criterion's evidence comes from, if not from the model.
+            groups: Groups of the model.
+            budget: The amount to remove.
+            passes: Source of the criterion's evidence; None for the model in memory.
 
         Raises:
             InputError: The budget cannot be met.
@@ -105,11 +105,11 @@ class Planning:
         return replace(plan, removed=removed_by(groups, scores, plan.cuts))
 
     def made_with(self, plan: PrunePlan) -> dict[str, Any]:
-        """Returns what a plan is to remember, so that it can be replayed to the same bytes."""
+        """Returns the values that a plan stores, so that it can be replayed to the same bytes."""
         return {"settings": self.resolved.record(plan), "seed": self.resolved.seed, "windows_sha256": checksum_of(self.windows)}
 
     def _scores(self, view: ModelView, groups: Groups, passes: Passes | None) -> Scores:
-        """Scores units by the criterion, and what goes whole by that for depth."""
+        """Scores units by the criterion, and layers and parts by the criterion for depth."""
         units = tuple(group for group in groups.groups if group.kind not in WHOLE)
         whole = tuple(group for group in groups.groups if group.kind in WHOLE)
         settings = self.resolved.settings
@@ -148,13 +148,13 @@ class Planning:
             curves = predict_curves if CRITERIA.get(settings.criterion).in_nats else measure_curves
             return curves(view, groups, scores, windows, only=names, unit=settings.budget, say=self.say)
 
-        if settings.cache is None or settings.budget == "milliseconds":  # times are of the machine and of the moment
+        if settings.cache is None or settings.budget == "milliseconds":  # times depend on the machine and its load
             return measure()
         made_from = self._made_from(view, groups) | {"scores": checksum_of(scores), "groups": names, "unit": settings.budget}
         return ScoreCache(settings.cache).get(Curves, made_from, measure, self.say)
 
     def _rescaled(self, view: ModelView, groups: Groups, scores: Scores, curves: Curves, plan: PrunePlan, passes: Passes) -> Curves:
-        """Returns predicted curves, set right near the sizes that they led to."""
+        """Returns predicted curves, corrected near the sizes that were chosen with them."""
         assert self.windows is not None
         units = [group for group in groups.groups if group.kind not in WHOLE and group.kind != "residual"]
         if not units:
@@ -165,7 +165,7 @@ class Planning:
         return rescale_curves(view, groups, scores, judged, curves, kept, inputs, say=self.say)
 
     def _made_from(self, view: ModelView, groups: Groups) -> dict[str, Any]:
-        """Returns what scores and curves depend on alike."""
+        """Returns the inputs that both scores and curves depend on."""
         return {
             "fingerprint": groups.fingerprint,
             "units": checksum_of(groups),
@@ -175,7 +175,7 @@ class Planning:
 
 
 def composed(groups: Groups, first: PrunePlan, then: PrunePlan) -> PrunePlan:
-    """Returns one plan on the first model for two plans in a row, the second made on what the first left."""
+    """Returns one plan for the first model from two consecutive plans, the second made for the result of the first."""
     kept = {entry.group: entry.kept for entry in first.cuts}
     layers = layers_after(groups, first.cuts)
     for entry in then.cuts:

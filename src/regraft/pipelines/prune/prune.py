@@ -1,4 +1,4 @@
-"""Prune a model: discover what is coupled, score it, choose what stays, cut, save."""
+"""Pruning of a model: discover groups, score units, choose the units to keep, cut, save."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class PruneReport:
 
 @dataclass(frozen=True, repr=False)
 class PruneResult(Saving):
-    """What pruning gave.
+    """Result of pruning.
 
     Attributes:
         plan: Which units stay.
@@ -179,7 +179,7 @@ def replay(
     say: Say = lambda line: None,
     **keywords: Any,
 ) -> PruneResult:
-    """Prunes a model to a plan that was made before; the weights are those of the run that the plan is of, byte by byte.
+    """Prunes a model by an existing plan; the weights equal those of the plan's run, byte by byte.
 
     Args:
         model: The model that the plan was made for.
@@ -308,7 +308,7 @@ def plan_pruning(
 ) -> PrunePlan:
     """Scores the groups of a model and chooses what stays; the model is left as it is.
 
-    With several rounds each one scores and cuts what the rounds before have left, towards an equal share of what remains to go.
+    With several rounds, each round scores and cuts the result of the previous one and removes an equal share of the rest of the target.
 
     Args:
         model: In evaluation mode.
@@ -348,7 +348,7 @@ def cut_to_plan(
     *,
     say: Say = lambda line: None,
 ) -> PreTrainedModel:
-    """Returns the pruned model: what reads the pruned channels is re-fitted, then everything is cut.
+    """Returns the pruned model: the projections that read pruned channels are re-fitted, then all groups are cut.
 
     Args:
         model: In evaluation mode; it is left as it is, and shares what was not cut with the result.
@@ -408,5 +408,5 @@ def collapsed(rows: tuple[dict[str, Any], ...] | list[dict[str, Any]]) -> list[t
 
 
 def plan_dict(plan: PrunePlan) -> dict[str, Any]:
-    """Returns a plan as plain JSON types, with the share that it achieves."""
+    """Returns a plan as plain JSON types, with the achieved share."""
     return to_dict(plan) | {"achieved": plan.achieved}

@@ -1,4 +1,4 @@
-"""What a pruned model's folder says of itself: how it came to be, and the same in words."""
+"""Record of a pruned model's folder: provenance and model card."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from regraft.plans import Provenance, PrunePlan
 
 
 def record_of(loaded: Loaded, plan: PrunePlan, resolved: ResolvedPrune, *, command: str) -> Provenance:
-    """Returns how a pruned model came to be, without the checksums of its files.
+    """Returns the provenance of a pruned model, without the checksums of its files.
 
     Args:
         loaded: The model before.
@@ -33,12 +33,12 @@ def record_of(loaded: Loaded, plan: PrunePlan, resolved: ResolvedPrune, *, comma
 
 
 def card_of(record: Provenance) -> str:
-    """Returns the start of a pruned model's card."""
+    """Returns the beginning of a pruned model's card."""
     return model_card(record, facts(record.plan) if record.plan is not None else {})
 
 
 def facts(plan: PrunePlan) -> dict[str, Any]:
-    """Returns what a reader of a model card wants to know of a plan, in words."""
+    """Returns the facts about a plan for a model card, in words."""
     return {
         "parameters before": f"{plan.parameters_before:,}",
         "parameters after": f"{plan.parameters_after:,}",

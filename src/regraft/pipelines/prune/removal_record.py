@@ -1,4 +1,4 @@
-"""What pruning took from each group, as its plan records it: for whoever later decides by damage and has only the pruned model."""
+"""Record of the units that pruning removed from each group, for later stages that have only the pruned model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from regraft.plans import Cut, Groups, Provenance, PrunePlan, Removed, Scores, f
 
 
 def removed_by(groups: Groups, scores: Scores, cuts: Sequence[Cut]) -> dict[str, Removed]:
-    """Returns how many units every group had, and the summed scores of those that go."""
+    """Returns the number of units of every group before the cut, and the summed scores of the removed ones."""
     kept = {cut.group: set(cut.kept) for cut in cuts}
     found: dict[str, Removed] = {}
     for group in groups.groups:
@@ -20,7 +20,7 @@ def removed_by(groups: Groups, scores: Scores, cuts: Sequence[Cut]) -> dict[str,
 
 
 def renumbered(removed: Mapping[str, Removed], layers: Sequence[int]) -> dict[str, Removed]:
-    """Returns what was removed under the names of an earlier model, whose layers these are."""
+    """Returns a removal record with the group names of an earlier model, given the earlier indices of the layers."""
 
     def before(name: str) -> str:
         head, _, rest = name.partition(".")
@@ -31,15 +31,15 @@ def renumbered(removed: Mapping[str, Removed], layers: Sequence[int]) -> dict[st
 
 
 def together(first: Mapping[str, Removed], then: Mapping[str, Removed]) -> dict[str, Removed]:
-    """Returns what two prunings in a row removed, both under the names of the first model."""
+    """Returns the removal record of two consecutive prunings, both with the group names of the first model."""
     late = {name: value.importance for name, value in then.items()}
     return {name: Removed(value.units, value.importance + late.get(name, 0.0)) for name, value in first.items()}
 
 
 def in_all(provenance: Provenance | None) -> dict[str, tuple[int, float]]:
-    """Returns, under the pruned model's names, how many units every group had at first and the importance that went since.
+    """Returns, by the pruned model's group names, the original number of units and the importance removed by all prunings.
 
-    Empty where one of the prunings did not record it, or there was none.
+    The result is empty if there was no pruning, or if one of them has no record.
     """
     found: dict[str, tuple[int, float]] = {}
     for plan in _plans(provenance):

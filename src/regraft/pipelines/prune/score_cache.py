@@ -1,7 +1,7 @@
-"""Scores and curves kept in a folder, so that another ratio needs no new calibration.
+"""Cache of scores and curves in a folder, so that another ratio needs no new calibration.
 
-One JSON file for each, named by the SHA-256 of what it was made from: the model's fingerprint, the criterion with its settings, and
-the calibration windows. What it was made from is in the file too, and is compared before the file is believed.
+Each is a JSON file, named by the SHA-256 of its inputs: the model's fingerprint, the criterion with its settings, and the calibration
+windows. The inputs are also in the file and are compared before the file is used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T", Scores, Curves)
 
 
 def checksum_of(value: Tensor | Groups | Scores | None) -> str | None:
-    """Returns the SHA-256 of a tensor's shape, dtype and values, or of a plan's JSON text; None of None."""
+    """Returns the SHA-256 of a tensor's shape, dtype and values, or of a plan's JSON text; None for None."""
     if value is None:
         return None
     if isinstance(value, Tensor):
@@ -35,10 +35,10 @@ class ScoreCache:
     """A folder of scores and curves.
 
     Args:
-        folder: Made when the first is kept.
+        folder: Path of the folder, which is created with the first file.
 
     Raises:
-        OutputError: There is a file of that name.
+        OutputError: The path is a file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,16 +47,16 @@ class ScoreCache:
         self._folder = folder
 
     def get(self, kind: type[T], made_from: Mapping[str, Any], make: Callable[[], T], say: Callable[[str], None]) -> T:
-        """Returns what was kept, or makes it and keeps it.
+        """Returns a cached value, or computes and stores it.
 
         Args:
             kind: ``Scores`` or ``Curves``.
-            made_from: Everything that it depends on, as plain JSON types.
-            make: What to do where nothing was kept; a file that is damaged counts as nothing.
-            say: Called with one line when it was kept.
+            made_from: All inputs of the value, as plain JSON types.
+            make: Computes the value if it is not cached; a damaged file counts as not cached.
+            say: Called with one line if the value was cached.
 
         Raises:
-            OutputError: It cannot be written.
+            OutputError: The file cannot be written.
         """
         made_from = {"kind": kind.__name__, **made_from}
         key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:24]

@@ -1,4 +1,4 @@
-"""Prune a checkpoint that is larger than memory: plan it, re-fit it and write it layer by layer."""
+"""Pruning of a checkpoint that is larger than memory: planned, re-fitted and written layer by layer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HIDDEN = "hidden.bin"
 
 @dataclass(frozen=True)
 class StreamedPrune:
-    """What to do with a checkpoint.
+    """All inputs of pruning a model.
 
     Attributes:
         source: A folder, a hub id, or ``seedling``.
@@ -60,13 +60,13 @@ class StreamedPrune:
 
 @dataclass(frozen=True)
 class Streamed:
-    """What pruning a checkpoint gave.
+    """Result of pruning a checkpoint layer by layer.
 
     Attributes:
-        plan: Which units stay.
+        plan: The units to keep.
         loaded: The model without its weights.
-        groups: Of that model.
-        notes: What the user should know, a line each.
+        groups: Groups of the model.
+        notes: Notes to the user, one line each.
     """
 
     plan: PrunePlan
@@ -76,13 +76,13 @@ class Streamed:
 
 
 def prune_streamed(request: StreamedPrune) -> Streamed:
-    """Prunes a checkpoint without ever having it in memory as a whole.
+    """Prunes a checkpoint without loading all of it into memory.
 
     Raises:
-        InputError: The bound of memory is below what one layer needs, the ratio cannot be met, or what is to be cut takes more than a
-            layer at a time.
-        PlanError: The plan to be replayed is of another model.
-        OutputError: The output cannot be written; finished shards stay for the next attempt.
+        InputError: The memory limit is below the need of one layer, the ratio cannot be met, or a cut would change more than one layer at
+            a time.
+        PlanError: The plan to replay belongs to another model.
+        OutputError: The output cannot be written; finished shards are kept for the next attempt.
     """
     resolved = request.resolved
     skeleton = open_skeleton(request.source, request.load)
@@ -108,7 +108,7 @@ def prune_streamed(request: StreamedPrune) -> Streamed:
 
 
 class _Job:
-    """One run over one checkpoint."""
+    """One streamed run over one checkpoint."""
 
     def __init__(self, request: StreamedPrune, skeleton: Skeleton, groups: Groups, windows: Tensor | None) -> None:
         self._request = request
@@ -128,7 +128,7 @@ class _Job:
         self._room: Room = find_room(skeleton, task, settings.memory)
 
     def notes(self) -> tuple[str, ...]:
-        """Returns what the user should know."""
+        """Returns notes to the user, one line each."""
         room, found = self._room, list(self._request.resolved.notes)
         if not room.fits:
             found.append(
@@ -140,7 +140,7 @@ class _Job:
         return tuple(found)
 
     def plan(self, work: Path) -> PrunePlan:
-        """Scores the layers and chooses what stays.
+        """Scores the layers and chooses the units to keep.
 
         Args:
             work: A folder for hidden states.
@@ -153,7 +153,7 @@ class _Job:
         return replace(plan, ratio=settings.ratio, made_with=planning.made_with(plan))
 
     def write(self, output: Path) -> PrunePlan:
-        """Plans, unless an interrupted run or the user has, and writes the pruned checkpoint."""
+        """Makes a plan, unless there is one from an interrupted run or the user, and writes the pruned checkpoint."""
         request = self._request
         with resumable(output, self._asked()) as progress:
             (progress.folder / HIDDEN).unlink(missing_ok=True)
@@ -184,7 +184,7 @@ class _Job:
         return refit
 
     def _hidden(self, work: Path) -> Callable[[], HiddenStates]:
-        """Returns what makes a place for hidden states: in memory if they fit, else in a work folder."""
+        """Returns a function that opens a storage for hidden states: in memory if they fit, else in a work folder."""
         if self._windows is None:
             return lambda: InMemory((0, 0, 0))
         count, tokens = self._windows.shape
@@ -199,7 +199,7 @@ class _Job:
         return on_disk
 
     def _asked(self) -> dict[str, Any]:
-        """Returns everything that decides what is written."""
+        """Returns all inputs that affect the written files."""
         request, skeleton = self._request, self._skeleton
         return {
             "fingerprint": self._groups.fingerprint,

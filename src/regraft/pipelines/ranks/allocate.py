@@ -1,4 +1,4 @@
-"""Find a rank for every layer of a model: measure what is known of it, search, confirm, write the plan and how it was found."""
+"""Rank search for every layer of a model: measure features, search, confirm, and write the plan with its report."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ Say = Callable[[str], None]
 
 SPACE = "space.json"
 _RECOVERIES = ".recoveries"
-_FEW_STEPS = 20  # with fewer, gains of ranks do not show yet
+_FEW_STEPS = 20  # with fewer steps, gains of ranks are not measurable yet
 _CHOSEN_BY_THE_SEARCH = ("rank", "alpha", "patience")
 
 
@@ -136,10 +136,10 @@ def allocate_ranks(
     say: Say = lambda line: None,
     **keywords: Any,
 ) -> RankResult:
-    """Finds ranks and writes the plan.
+    """Searches ranks and writes the plan.
 
-    Beside ``plan.json`` a folder ``plan.search`` holds the report, every trial, what is known of the slots, and the store of the search
-    where no other is named. Several calls with one shared storage, on one machine or on many, share one search.
+    Next to ``plan.json``, the folder ``plan.search`` holds the report, every trial, the features of the slots, and the search's storage
+    unless another is given. Several calls with one shared storage, on one machine or on many, share one search.
 
     Args:
         model: A pruned model: a ``PreTrainedModel`` in memory, which is left as it is; or a folder, a hub id, or ``seedling``.
@@ -157,7 +157,7 @@ def allocate_ranks(
 
     Raises:
         OutputError: The plan or its folder exists, or cannot be written.
-        StorageError: The storage is locked, corrupt or out of reach.
+        StorageError: The storage is locked, corrupt or unreachable.
         RegraftError: Anything else that the user can mend, in one line.
     """
     given = (settings or AllocateSettings(), recover or RecoverSettings(), load or LoadSettings())
@@ -238,11 +238,11 @@ def _allocated(order: _Order, output: Path) -> RankResult:
 
 
 def check_settings(settings: AllocateSettings, recover: RecoverSettings) -> None:
-    """Checks what needs no model.
+    """Checks the settings that need no model.
 
     Raises:
-        InputError: The method, the adapter or two settings together cannot work.
-        MissingDependencyError: Ray was asked for and is not installed.
+        InputError: The method or the adapter is not possible, or two settings contradict each other.
+        MissingDependencyError: Ray is requested and not installed.
     """
     check_adapter(recover.adapter)
     if recover.epochs is not None:
@@ -264,16 +264,16 @@ def check_settings(settings: AllocateSettings, recover: RecoverSettings) -> None
 
 @dataclass(frozen=True)
 class Request:
-    """What to find ranks for, and how.
+    """All inputs of a rank search.
 
     Attributes:
         loaded: The model.
-        source: Where whoever measures loads it from.
-        settings: Of the search.
-        recover: Of the recovery.
-        load: How the model is loaded.
-        seed: Of everything random.
-        say: Told what happens.
+        source: Source from which measuring processes load the model.
+        settings: Settings of the search.
+        recover: Settings of the recovery.
+        load: Settings for loading the model.
+        seed: Seed of every random draw.
+        say: Called with one line at each step of progress.
     """
 
     loaded: Loaded
@@ -289,7 +289,7 @@ class Request:
         return RankResult(found, self.loaded, self.identity())
 
     def identity(self) -> dict[str, Any]:
-        """Returns whatever would change the result, as plain JSON types."""
+        """Returns all inputs that would change the result, as plain JSON types."""
         return {
             "model": self.loaded.fingerprint,
             "allocate": decisive(self.settings),
@@ -303,18 +303,18 @@ class Request:
 
 
 def write_space(request: Request, folder: Path) -> None:
-    """Measures what is known of the slots and writes the space of the search.
+    """Measures the features of the slots and writes the space of the search.
 
     Raises:
-        InputError: The budget or a rank cannot be.
-        PlanError: The method needs to know something of the slots that nothing tells.
-        DataError: There is too little text.
+        InputError: The budget or a rank is out of range.
+        PlanError: The method needs a feature that the slots lack.
+        DataError: The text is too short.
     """
     settings = request.settings
     window_tokens(request.recover.seq_len, TRAINING_TOKENS, request.loaded.model.config, "`seq_len`")
     train, _ = training_corpora(request.recover, request.seed, request.loaded)
     bare = bare_slots(ModelView(request.loaded.model), settings.granularity)
-    # Before anything is measured, so that what cannot be is told at once.
+    # Checked before anything is measured, so that errors come at once.
     rank_space(request.loaded.fingerprint, settings.granularity, [slot.plain() for slot in bare], settings.ranks, settings.budget)
     slots = measured_slots(request.loaded, bare, train, settings, request.recover, seed=request.seed, say=request.say)
     space = rank_space(request.loaded.fingerprint, settings.granularity, slots, settings.ranks, settings.budget)
@@ -325,13 +325,13 @@ def write_space(request: Request, folder: Path) -> None:
 
 
 def find_ranks(request: Request, slots: Path, work: Path, *, resume: bool) -> RankSearch:
-    """Finds ranks; what is measured is kept in a folder, so that a search that was killed goes on there.
+    """Searches ranks; measurements are stored in a folder, so that a killed search can be resumed.
 
     Args:
-        request: What to find.
-        slots: Where :func:`write_space` wrote.
-        work: A folder that belongs to this search alone.
-        resume: Whether a search in a shared storage is gone on with.
+        request: Inputs of the search.
+        slots: Folder that :func:`write_space` wrote.
+        work: A folder for this search alone.
+        resume: Whether to continue a search in a shared storage.
     """
     space = from_json(RankSpace, (slots / SPACE).read_bytes())
     method = started(request.settings)
@@ -362,7 +362,7 @@ def _searched(request: Request, space: RankSpace, learner: Learner, work: Path, 
         )
     sampler = AllocatorSampler(space, learner, schedule, request.seed)
     storage = open_storage(settings.storage, work)
-    # A file in a folder that is locked for this process belongs to it; whether to resume was decided when the folder was opened.
+    # A storage file in a folder that this process has locked belongs to it; opening the folder has already decided about resuming.
     ledger = open_ledger(storage, name, space, sampler, identity, resume=resume or not storage.shared)
     source = str(Path(request.source).absolute()) if Path(request.source).is_dir() else request.source
     spec = Measuring(source, request.load, placed(request.recover), to_json(space), work.absolute() / _RECOVERIES, request.seed)
@@ -401,13 +401,13 @@ def _searched(request: Request, space: RankSpace, learner: Learner, work: Path, 
 
 
 def _rounds(pairs: Sequence[tuple[Job, RankTrial]]) -> Iterator[list[RankTrial]]:
-    """Yields the trials that the performance model had after each round of real recoveries."""
+    """Yields all trials up to the end of each round of real recoveries."""
     for last in sorted({job.round for job, _ in pairs if job.kind == "recovery"}):
         yield [trial for job, trial in pairs if job.round <= last]
 
 
 def _agreement(trials: Sequence[RankTrial]) -> float | None:
-    """Returns how well the elastic scores rank the vectors that were recovered for longest, at least three of them."""
+    """Returns the rank correlation of elastic scores with the longest recoveries of at least three vectors, or None."""
     recovered = [trial for trial in trials if trial.kind == "recovery" and trial.loss_nats is not None]
     for fidelity in sorted({trial.fidelity for trial in recovered}, reverse=True):
         try:
@@ -431,14 +431,14 @@ def _from_closed_forms(pairs: Sequence[tuple[Job, RankTrial]]) -> set[Ranks]:
 
 
 def _origin(space: RankSpace, pairs: Sequence[tuple[Job, RankTrial]], ranks: Ranks) -> str:
-    """Returns where a vector came from when it was first measured."""
+    """Returns the origin of a vector at its first measurement."""
     return "uniform" if ranks == space.uniform_ranks else next(job.origin for job, _ in pairs if job.ranks == ranks)
 
 
 def _confirming(request: Request, space: RankSpace, compared: Sequence[Ranks]) -> list[Job]:
-    """Returns the measurements that confirm: the finalists and uniform on seeds that the search has not seen; none without finalists.
+    """Returns the confirming jobs: the finalists and uniform on seeds that the search did not use; none without finalists.
 
-    With fewer finalists than there can be, the same cost pays for more seeds.
+    With fewer finalists than the maximum, the same cost pays for more seeds.
     """
     if not compared:
         return []
@@ -455,7 +455,7 @@ def _confirming(request: Request, space: RankSpace, compared: Sequence[Ranks]) -
 def _verdict(
     request: Request, space: RankSpace, found: Ranks, compared: Sequence[Ranks], confirming: list[RankTrial]
 ) -> tuple[Confirmation | None, Ranks, str]:
-    """Returns the confirmation, the ranks to use, and what happened in plain words."""
+    """Returns the confirmation, the ranks to use, and the result in words."""
     if request.settings.confirm_seeds == 0 and found != space.uniform_ranks:
         return None, found, "The ranks are taken as they were found; nothing confirms that they beat uniform ranks."
     try:

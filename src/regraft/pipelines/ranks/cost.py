@@ -1,4 +1,4 @@
-"""What a search for ranks may cost, in full recoveries, and how that is spent on elastic scores, halving and confirmation."""
+"""Cost of a rank search in full recoveries, and its distribution over elastic scores, halving and confirmation."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from regraft.pipelines.ranks.measuring import candidate_cost, elastic_cost
 from regraft.settings import AllocateSettings, RecoverSettings
 
 SHORTEST = 1 / 8
-"""Share of a full recovery's steps that every vector gets at first."""
+"""Length of the first recovery of every vector, as a share of a full recovery's steps."""
 
-_COST = 4.0  # full recoveries, where --cost says nothing else
+_COST = 4.0  # default cost in full recoveries
 _LEAST_SCORES, _MOST_SCORES = 64, 256
 _ROUNDING = 1e-9
 
 
 def schedule_of(settings: AllocateSettings, recover: RecoverSettings) -> Schedule:
-    """Returns successive halving: so many vectors for an eighth of the steps, half of them for twice as many, as far as the cost allows.
+    """Returns a successive-halving schedule: all vectors for an eighth of the steps, half of them for a quarter, as far as the cost allows.
 
-    What the confirmation and the elastic adapter take is set aside first. Survivors go on from where they stopped and pay for their
-    further steps alone.
+    The cost of the confirmation and of the elastic adapter is reserved first. Survivors continue their training, so that only the further
+    steps cost.
 
     Raises:
-        InputError: The cost is too small for so many vectors, scores or seeds.
+        InputError: The cost is too small for the numbers of vectors, scores or seeds.
     """
     confirming = confirming_cost(settings, recover)
     elastic = 0 if settings.elastic == "auto" else settings.elastic
@@ -47,18 +47,18 @@ def schedule_of(settings: AllocateSettings, recover: RecoverSettings) -> Schedul
 
 
 def confirming_cost(settings: AllocateSettings, recover: RecoverSettings) -> float:
-    """Returns what uniform and as many finalists as there can be cost on all fresh seeds, in full recoveries."""
+    """Returns the cost of uniform and the largest number of finalists on all fresh seeds, in full recoveries."""
     return settings.confirm_seeds * (1 + MOST_FINALISTS) * candidate_cost(recover, 0.0, settings.confirm_share)
 
 
 def learns_from_scores(method: str) -> bool:
-    """Returns whether the scores of an elastic adapter tell a method anything."""
+    """Returns whether a method uses the scores of an elastic adapter."""
     allocator = ALLOCATORS.get(method)
     return not isinstance(allocator, ClosedForm) and allocator.learns_from_scores
 
 
 def _scores_for(recover: RecoverSettings, cost: float) -> int:
-    """Returns how many elastic scores so much pays for; none where they would be too few to tell of every slot."""
+    """Returns the number of elastic scores for a cost; 0 if they would be too few to cover every slot."""
     one, two = (elastic_cost(recover, scores) for scores in (1, 2))
     affordable = 1 + int((cost - one + _ROUNDING) / (two - one)) if cost >= one else 0
     return min(affordable, _MOST_SCORES) if affordable >= _LEAST_SCORES else 0

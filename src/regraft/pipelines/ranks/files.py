@@ -1,4 +1,4 @@
-"""The files that tell of allocated ranks: the plan, what PEFT needs of it, the report, every trial, and what meta-learning reads."""
+"""Files of a rank search: the plan, PEFT's config for it, the report, all trials, and the record for meta-learning."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ RANKS, REPORT, TRIALS, SEARCH, LORA = "ranks.json", "report.md", "trials.csv", "
 
 
 def texts_of(found: RankSearch, loaded: Loaded, identity: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the files that tell of a search, by name.
+    """Returns the texts of a search's files, by name.
 
     Args:
-        found: What came of it.
+        found: Result of the search.
         loaded: The model.
-        identity: Of the search, as plain JSON types.
+        identity: Identity of the search, as plain JSON types.
     """
     texts = {
         RANKS: to_json(found.plan) + "\n",
@@ -37,7 +37,7 @@ def texts_of(found: RankSearch, loaded: Loaded, identity: Mapping[str, Any]) -> 
 
 
 def peft_config(loaded: Loaded, plan: RankPlan) -> str:
-    """Returns what PEFT's ``LoraConfig`` has to be given for a plan, as JSON: r, alpha, their patterns and the modules."""
+    """Returns the arguments of PEFT's ``LoraConfig`` for a plan, as JSON: r, alpha, their patterns and the modules."""
     modules = ModelView(loaded.model).adapted_modules()
     config = lora_config(make_request(modules, RecoverSettings(ranks=plan), plan, 0), loaded.model)
     names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
@@ -46,7 +46,7 @@ def peft_config(loaded: Loaded, plan: RankPlan) -> str:
 
 
 def past_search(found: RankSearch, loaded: Loaded, identity: Mapping[str, Any]) -> PastSearch:
-    """Returns a search as meta-learning reads it."""
+    """Returns the record of a search for meta-learning."""
     record = loaded.provenance
     plan = record.plan if record is not None else None
     return PastSearch(

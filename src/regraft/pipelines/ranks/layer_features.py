@@ -1,4 +1,4 @@
-"""The slots of a rank search: what gets a rank, what one more rank costs, and what is known of it before any recovery."""
+"""The slots of a rank search: their modules, the cost of one more rank, and their features before any recovery."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Bare:
 
     Attributes:
         name: ``layers.3`` or the module's full name.
-        layer: Its index.
-        modules: By full name.
+        layer: Index of the decoder layer.
+        modules: The adapted modules by full name.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Bare:
     modules: Mapping[str, nn.Module]
 
     def plain(self, features: Mapping[str, float] | None = None) -> RankSlot:
-        """Returns it as a value, with features."""
+        """Returns the slot as a plan value, with features."""
         shapes = [shape_of(module) for module in self.modules.values()]
         return RankSlot(
             name=self.name,
@@ -57,7 +57,7 @@ class Bare:
 
 
 def bare_slots(view: ModelView, granularity: Literal["layer", "module"]) -> list[Bare]:
-    """Returns what gets ranks, in the order of the model. A layer that has lost all its projections gets none.
+    """Returns the slots in the order of the model; a layer without projections has no slot.
 
     Raises:
         PlanError: No layer has a module that takes an adapter.
@@ -83,20 +83,20 @@ def measured_slots(
 ) -> tuple[RankSlot, ...]:
     """Returns the slots of a search with their features.
 
-    Always: the share pruned and the importance removed where the model's folder records them, the energy of the first gradients and
-    the variance of the inputs. For the method ``adalora`` also the importance of its triplets, which takes a short training.
+    The features are the pruned share and the removed importance (if the model's folder records them), the energy of the first gradients and
+    the variance of the inputs; for the method ``adalora`` also the importance of its triplets, which needs a short training.
 
     Args:
-        loaded: The pruned model; left as it was found.
-        bare: Its slots, from :func:`bare_slots`.
-        train: What the recovery trains on.
+        loaded: The pruned model; it is restored at the end.
+        bare: Slots of the model, from :func:`bare_slots`.
+        train: Training data of the recovery.
         settings: Granularity, ranks, windows, method.
-        recover: Of a full recovery.
-        seed: Of the windows and of AdaLoRA.
-        say: Told what is being done.
+        recover: Settings of a full recovery.
+        seed: Seed of the windows and of AdaLoRA.
+        say: Called with the name of each step.
 
     Raises:
-        DataError: There is less text than one window.
+        DataError: The text is shorter than one window.
     """
     modules = {name: module for slot in bare for name, module in slot.modules.items()}
     ranks = tuple(sorted(set(settings.ranks)))
@@ -125,16 +125,16 @@ def _slot(slot: Bare, ranks: Sequence[int], curves: Mapping[str, Curves], damage
 
 
 def _windows(loaded: Loaded, train: Corpus, settings: AllocateSettings, seed: int) -> Tensor:
-    """Draws windows from the training text: what gradients will come from."""
+    """Draws windows from the training text, which the recovery's gradients will come from."""
     seq_len = window_tokens(None, CALIBRATION_TOKENS, loaded.model.config, "--seq-len")
     return calibration_windows(train, require_tokenizer(loaded), settings.samples, seq_len, seed)
 
 
 def _damage(loaded: Loaded, slots: Sequence[Bare]) -> dict[str, dict[str, float]]:
-    """Returns share pruned and importance removed of every slot, from the record of the model's folder; empty where it has none.
+    """Returns pruned share and removed importance of every slot, from the record of the model's folder; empty without a record.
 
-    A module's share follows from how many units are left of the groups whose members it has: a matrix that lost half of its outputs
-    and half of its inputs has a quarter left.
+    A module's share is computed from the remaining units of its groups: a matrix that lost half of its outputs and half of its inputs has a
+    quarter left.
     """
     record = in_all(loaded.provenance)
     groups = [group for group in discover(loaded.model).groups if group.name in record] if record else []

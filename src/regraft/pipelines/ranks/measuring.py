@@ -1,4 +1,4 @@
-"""What a rank search measures with, as one small value: where model, data and settings are. Opened wherever the measuring is done."""
+"""Specification of a rank search's measurements: a small value with the locations of model and data, opened in each measuring process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SCORED_TOKENS = 2048
 
 
 def held_out_parts(held_out: Corpus) -> dict[Phase, Corpus]:
-    """Divides the held-out text: one half for the search, the other to confirm what it found. Too little text serves both."""
+    """Splits the held-out text into one half for the search and one for the confirmation; a very short text is used for both."""
     try:
         first, second = split_corpus(held_out, 0.5, seed=0)
     except DataError:
@@ -35,10 +35,10 @@ def held_out_parts(held_out: Corpus) -> dict[Phase, Corpus]:
 
 
 def scored(settings: RecoverSettings) -> RecoverSettings:
-    """Returns the settings of the elastic adapter: an eighth of the held-out rows, since it is asked for many vectors.
+    """Returns the settings of the elastic adapter, with an eighth of the held-out rows, because it scores many vectors.
 
-    But no fewer than 2,048 tokens, where there are so many: what a few rows say of the layers all scores have in common, so that no number
-    of them makes up for it.
+    The rows have at least 2,048 tokens, if the text has as many. With a few rows all scores would share one sampling error about the
+    layers, which more scores cannot reduce.
     """
     enough = -(-_SCORED_TOKENS // (settings.seq_len or TRAINING_TOKENS))
     rows = min(settings.held_out_windows, max(-(-settings.held_out_windows // 8), enough))
@@ -46,7 +46,7 @@ def scored(settings: RecoverSettings) -> RecoverSettings:
 
 
 def elastic_cost(settings: RecoverSettings, scores: int) -> float:
-    """Returns what an elastic adapter and its scores cost, in full recoveries; less where there is less held-out text than asked for."""
+    """Returns the cost of an elastic adapter and its scores, in full recoveries; the real cost is lower if the held-out text is short."""
     if not scores:
         return 0.0
     elastic, settings = ElasticSettings(), scored(settings)
@@ -54,14 +54,14 @@ def elastic_cost(settings: RecoverSettings, scores: int) -> float:
 
 
 def candidate_cost(settings: RecoverSettings, start: float, stop: float) -> float:
-    """Returns what it costs to take one candidate from one share of the steps to another, in full recoveries, with its looks."""
+    """Returns the cost of training one candidate from one share of the steps to another, with its evaluations, in full recoveries."""
     first, last = (max(1, round(share * settings.steps)) if share else 0 for share in (start, stop))
     looks = last // settings.eval_every - first // settings.eval_every + (last % settings.eval_every > 0)
     return cost_of(settings, settings.held_out_windows, last - first, max(1, looks))
 
 
 def placed(settings: RecoverSettings) -> RecoverSettings:
-    """Returns the settings with paths that hold wherever the measuring is done: other processes may stand in other folders."""
+    """Returns the settings with absolute paths, because measuring processes may have other current directories."""
     teacher = settings.teacher
     if teacher is not None and Path(teacher).is_dir():
         teacher = str(Path(teacher).absolute())
@@ -73,15 +73,15 @@ def placed(settings: RecoverSettings) -> RecoverSettings:
 @final
 @dataclass(frozen=True)
 class Measuring:
-    """Everything that measuring needs; hashable, and to be pickled between processes of one search.
+    """All inputs of measuring; hashable, and picklable between processes of one search.
 
     Attributes:
         source: The pruned model.
-        load: How it is loaded.
-        recover: Of a full recovery.
+        load: Settings for loading the model.
+        recover: Settings of a full recovery.
         space: The rank space, as JSON.
-        folder: Where unfinished recoveries are kept, so that whoever measures on goes on from them.
-        seed: Of the division of the data.
+        folder: Folder for unfinished recoveries, which any measuring process can continue.
+        seed: Seed of the split of the data.
     """
 
     source: str
@@ -95,7 +95,7 @@ class Measuring:
         """Loads model and data.
 
         Raises:
-            RegraftError: They cannot be used here.
+            RegraftError: Model or data cannot be used on this machine.
         """
         if threads is not None:
             torch.set_num_threads(threads)
@@ -104,10 +104,10 @@ class Measuring:
 
 @final
 class OpenMeasure:
-    """Measures rank vectors of one model.
+    """Measurement of rank vectors of one model.
 
     Args:
-        spec: Of what.
+        spec: Specification of the measurements.
     """
 
     def __init__(self, spec: Measuring) -> None:
@@ -127,11 +127,11 @@ class OpenMeasure:
         self._elastic = Elastic(setup("search", scored(spec.recover)), space, folder=spec.folder)
 
     def __call__(self, jobs: Sequence[Job]) -> Sequence[RankTrial]:
-        """Measures jobs that have everything but the ranks in common.
+        """Measures jobs that differ only in the ranks.
 
         Raises:
             TrainingError: A candidate does not fit into the GPU's memory.
-            RegraftError: Something is wrong with all of them.
+            RegraftError: An error that all candidates have in common.
         """
         first, vectors = jobs[0], [job.ranks for job in jobs]
         try:
@@ -143,7 +143,7 @@ class OpenMeasure:
 
 
 def candidates_at_once(view: ModelView, settings: RecoverSettings) -> int:
-    """Returns how many candidates one process trains in one pass: as many as :class:`Candidates` puts together by itself."""
+    """Returns the number of candidates that one process trains in one pass, the default of :class:`Candidates`."""
     if view.model.device.type != "cpu":
         return _AT_ONCE_ON_A_GPU
     values = settings.batch * (settings.seq_len or TRAINING_TOKENS) * view.width

@@ -1,4 +1,4 @@
-"""What a search for ranks starts from: what the package ships, what a user's own searches taught, or nothing."""
+"""Start of a rank search: the shipped prior, a user's own prior, or none."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from regraft.settings import AllocateSettings
 
 
 def started(settings: AllocateSettings) -> Allocator:
-    """Returns the allocator that the settings name, with the prior that they name.
+    """Returns the allocator of the settings, with the prior of the settings.
 
     Raises:
-        InputError: There is no such method, or a prior tells it nothing.
+        InputError: The method is unknown, or takes no prior.
         PlanError: The prior cannot be read.
     """
     method = ALLOCATORS.get(settings.method)
@@ -23,7 +23,7 @@ def started(settings: AllocateSettings) -> Allocator:
 
 
 def prior_of(settings: AllocateSettings) -> Prior:
-    """Returns the prior that the settings name.
+    """Returns the prior of the settings.
 
     Raises:
         PlanError: It cannot be read.
@@ -34,5 +34,5 @@ def prior_of(settings: AllocateSettings) -> Prior:
 
 
 def decisive(settings: AllocateSettings) -> dict[str, Any]:
-    """Returns, as plain JSON types, what decides the result of a search; of a prior its numbers, wherever they lie."""
+    """Returns the settings that affect the result of a search, as plain JSON types, with a hash of the prior's numbers."""
     return {**settings.decisive(), "prior": prior_of(settings).digest()}

@@ -1,1 +1,1 @@
-"""A run of a recipe: the recipe, its stages and the folder that holds them."""
+"""A run of a recipe: the recipe, its stages and the run folder."""

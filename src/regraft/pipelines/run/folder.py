@@ -1,4 +1,4 @@
-"""The run folder: every stage whole or absent, checked by checksums, and a run that goes on where it stopped.
+"""The run folder: stages that are complete or absent, checksums, and resuming of a stopped run.
 
 ::
 
@@ -8,10 +8,10 @@
       pruned/           a stage: its files and manifest.json (what it was made from, SHA-256 of every file)
       …
 
-A stage is made in a folder aside and renamed when it is whole, so that ``kill -9`` leaves it finished or not begun. What a stage
-was made from is recorded by value and checksum; a stage whose files or inputs do not match is made again. Files named
-``timings.json`` hold seconds and speeds; they are outside the checksums. Everything else is the same, byte by byte, whether a run
-was interrupted or not (on one machine, with one set of library versions).
+A stage is made in a temporary folder and renamed when it is complete, so that ``kill -9`` leaves it finished or absent. The inputs of
+a stage are recorded by value and checksum; a stage whose files or inputs do not match is made again. Files named ``timings.json`` hold
+seconds and speeds and have no checksums. All other files have the same bytes for interrupted and uninterrupted runs (on one machine, with
+one set of library versions).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RunFolder:
 
     Args:
         path: The folder.
-        say: Called with one line for each thing a user wants to know.
+        say: Called with one line at each step of progress.
     """
 
     def __init__(self, path: Path, say: Say) -> None:
@@ -50,19 +50,19 @@ class RunFolder:
         self.made = 0
 
     def stage(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None], *, folder: str | None = None) -> Path:
-        """Makes a stage, unless it is there, whole, and made from the same.
+        """Makes a stage, unless it is present, complete, and made from the same inputs.
 
         Args:
-            name: What the stage is called, such as ``prune``.
-            inputs: What it is made from, as plain JSON types: settings and checksums. Nothing that differs from run to run.
-            make: Writes the files of the stage into the empty folder that it is given.
-            folder: Where the files end up, inside the run; default: the name.
+            name: Name of the stage, such as ``prune``.
+            inputs: Inputs of the stage, as plain JSON types: settings and checksums, but nothing that differs from run to run.
+            make: Writes the files of the stage into a given empty folder.
+            folder: Folder of the files within the run; None for the name.
 
         Returns:
             The stage's folder.
 
         Raises:
-            OutputError: It cannot be written; what was there before is untouched.
+            OutputError: The stage cannot be written; existing files are not changed.
         """
         path = self.path / (folder or name)
         problem = self._why_not_finished(path, inputs)
@@ -84,11 +84,11 @@ class RunFolder:
         return path
 
     def checksums(self, path: Path) -> dict[str, str]:
-        """Returns the SHA-256 of every file of a finished stage, by name, for the inputs of the stages that follow."""
+        """Returns the SHA-256 of every file of a finished stage, by name, for the inputs of later stages."""
         return json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
 
     def seconds(self) -> dict[str, float]:
-        """Returns how long each stage took, by name, as far as it is known."""
+        """Returns the duration of each stage in seconds, by name, as far as it is known."""
         try:
             found = json.loads((self.path / TIMINGS).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -97,7 +97,7 @@ class RunFolder:
         return {name: value for name, value in known if isinstance(value, int | float)}
 
     def write(self, name: str, text: str) -> Path:
-        """Writes a file that summarises stages; it is whole or as it was before, and only rewritten when it differs."""
+        """Writes a file that summarises stages, completely or not at all, and only if its contents changed."""
         path = self.path / name
         if not path.is_file() or path.read_bytes() != text.encode():
             write_text(path, text)
@@ -105,7 +105,7 @@ class RunFolder:
         return path
 
     def work(self, name: str) -> Path:
-        """Returns a folder for what a stage keeps while it is being made: checkpoints. :meth:`discard` removes it."""
+        """Returns a folder for a stage's checkpoints, which :meth:`discard` removes."""
         with claimed(self.path / name) as aside:
             (aside / WORK).mkdir(exist_ok=True)
             return aside / WORK
@@ -116,17 +116,17 @@ class RunFolder:
             remove(aside / WORK)
 
     def forget(self) -> None:
-        """Removes what was written beside stages, and what stages kept while they were being made; nothing else."""
+        """Removes the summary files and the stages' work folders, and nothing else."""
         for path in self._written:
             path.unlink(missing_ok=True)
         for entry in [entry for entry in self.path.iterdir() if is_work_folder(entry)]:
             remove(entry)
 
     def begin(self, identity: Mapping[str, Any]) -> None:
-        """Compares a folder's recipe with this one, or writes it into a new folder.
+        """Compares the folder's recipe with this one, or writes this one into a new folder.
 
         Raises:
-            OutputError: They differ, or the folder's cannot be read.
+            OutputError: The recipes differ, or the folder's cannot be read.
         """
         file = self.path / RUN_FILE
         if not file.is_file():
@@ -146,7 +146,7 @@ class RunFolder:
             )
 
     def _why_not_finished(self, path: Path, inputs: Mapping[str, Any]) -> str | None:
-        """Returns None for a finished stage, "" for one that is not there, and otherwise what is wrong with it."""
+        """Returns None for a finished stage, "" for an absent one, and otherwise the problem."""
         if not path.exists():
             return ""
         try:
@@ -174,12 +174,12 @@ def open_run(path: Path, identity: Mapping[str, Any], *, resume: bool, say: Say)
 
     Args:
         path: The folder.
-        identity: The recipe and the checksums of what it reads, as plain JSON types.
-        resume: Go on with the folder if it exists.
-        say: Called with one line for each thing a user wants to know.
+        identity: The recipe and the checksums of its input files, as plain JSON types.
+        resume: Whether to continue with an existing folder.
+        say: Called with one line at each step of progress.
 
     Yields:
-        The run folder. When the block fails before the first stage of a new folder is finished, the folder is removed again.
+        The run folder. If the block fails before the first stage of a new folder is finished, the folder is removed.
 
     Raises:
         OutputError: The folder exists and ``resume`` is off; or it is no run folder, another process uses it, or it was begun
@@ -210,12 +210,12 @@ def open_run(path: Path, identity: Mapping[str, Any], *, resume: bool, say: Say)
 
 
 def _left_before_it_began(entry: Path) -> bool:
-    """Returns whether an entry is what a run leaves that is killed before it has written its first file."""
+    """Returns whether an entry was left by a run that was killed before it wrote its first file."""
     return is_work_folder(entry) or (entry.name == LOCK and is_mark(entry))
 
 
 def _make_folder(path: Path) -> list[Path]:
-    """Makes a folder and its parents; returns those that were not there, innermost first."""
+    """Makes a folder and its parents; returns the new ones, innermost first."""
     missing = [parent for parent in (path, *path.parents) if not os.path.lexists(parent)]
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -225,7 +225,7 @@ def _make_folder(path: Path) -> list[Path]:
 
 
 def _remove_empty(made: list[Path]) -> None:
-    """Removes the folders that were made for a run, unless something is in them."""
+    """Removes the folders that were made for a run, unless they have contents."""
     for folder in made:
         if not folder.is_dir() or any(folder.iterdir()):
             return
@@ -233,7 +233,7 @@ def _remove_empty(made: list[Path]) -> None:
 
 
 def lies_in(name: str, folder: Path) -> bool:
-    """Returns whether a name that a manifest lists is that of a file in its folder, links resolved: nothing else is opened."""
+    """Returns whether a name in a manifest is a path within its folder, with links resolved; other paths are never opened."""
     try:
         return resolved(folder) in resolved(folder / name).parents
     except OutputError:
@@ -241,7 +241,7 @@ def lies_in(name: str, folder: Path) -> bool:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Returns what differs between two nested mappings of plain data.
+    """Returns the differences between two nested mappings of plain data.
 
     >>> changes({"prune": {"ratio": 0.25}, "seed": 0}, {"prune": {"ratio": 0.3}, "seed": 0})
     ['prune.ratio was 0.25 and is now 0.3']
@@ -263,7 +263,7 @@ def _short(value: Any) -> str:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """Returns the SHA-256 of every file below a folder, by name, timings left out."""
+    """Returns the SHA-256 of every file below a folder, by name, except timings."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != TIMINGS)
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
 

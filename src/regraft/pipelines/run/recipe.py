@@ -1,8 +1,8 @@
-"""A recipe: which model, what is cut, how it is won back, what is measured; checked whole before anything is computed.
+"""A recipe: the model and the settings of all stages, checked completely before anything is computed.
 
-A recipe is a YAML file whose sections are those of :mod:`regraft.settings`. A section that is left out is a stage that is left
-out (``prune``, ``allocate``, ``recover``, ``sample``) or keeps its defaults (``load``, ``evaluate``); ``prune: {}`` asks for the stage
-with its defaults. Relative paths, in the file and in overrides, are relative to the current directory.
+A recipe is a YAML file whose sections are those of :mod:`regraft.settings`. An absent section means that its stage is left out (``prune``,
+``allocate``, ``recover``, ``sample``) or uses its defaults (``load``, ``evaluate``); ``prune: {}`` requests the stage with its defaults.
+Relative paths, in the file and in overrides, are relative to the current directory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SUFFIXES = (".yaml", ".yml")
 
 
 class Recipe(Settings):
-    """Everything that a run needs to know."""
+    """The model and the settings of all stages of a run."""
 
     description: str = Field(default="", description="one line for people")
     model: Annotated[str, Field(min_length=1)] = Field(description="a model folder, a hub id, or: seedling")
@@ -65,7 +65,7 @@ def find_recipe(source: str) -> Path:
     """Returns the file of a recipe: a path, or the name of one that comes with regraft.
 
     Raises:
-        InputError: There is neither.
+        InputError: The path does not exist, and there is no recipe of this name.
     """
     path, shipped = Path(source), shipped_recipes()
     if path.is_file():
@@ -83,12 +83,11 @@ def read_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         source: A YAML file, or the name of a recipe that comes with regraft.
-        overrides: ``key=value`` with dotted keys, such as ``prune.ratio=0.3``; the value is YAML. ``recover=null`` leaves a
-            stage out.
+        overrides: ``key=value`` with dotted keys, such as ``prune.ratio=0.3``; the value is YAML. ``recover=null`` removes a stage.
 
     Raises:
-        InputError: There is no such recipe.
-        ConfigError: Something is wrong; everything that is wrong is listed, keys with the line they stand on.
+        InputError: The recipe does not exist.
+        ConfigError: At least one key or value is wrong; all problems are listed, keys with their line numbers.
     """
     path = find_recipe(source)
     try:
@@ -109,13 +108,13 @@ def read_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def check_recipe(values: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
-    """Checks the keys and values of a recipe, and what they mean together.
+    """Checks the keys and values of a recipe, and their combinations.
 
     Args:
-        values: Plain data, as YAML gives it.
+        values: Plain data from YAML.
 
     Returns:
-        The recipe, or None when it is none, and one line for each problem.
+        The recipe, or None if it is invalid, and one line for each problem.
     """
     values = {key: _listed(SECTIONS[key], value) if key in SECTIONS else value for key, value in values.items()}
     problems: list[str] = []
@@ -129,7 +128,7 @@ def check_recipe(values: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """Returns a recipe with every key spelt out; :func:`read_recipe` reads it back to an equal one."""
+    """Returns a recipe as YAML with every key; :func:`read_recipe` reads it back to an equal one."""
     return write_yaml(recipe.model_dump(mode="json"))
 
 
@@ -142,7 +141,7 @@ def _empty_sections(document: YamlText) -> Iterator[str]:
 
 
 def _override(values: dict[str, Any], document: YamlText, overrides: Sequence[str]) -> Iterator[str]:
-    """Writes overrides into the values; yields what is wrong with them."""
+    """Writes overrides into the values; yields their problems."""
     for text in overrides:
         key, equals, value = text.partition("=")
         *sections, name = key.strip().split(".")
@@ -166,7 +165,7 @@ def _override(values: dict[str, Any], document: YamlText, overrides: Sequence[st
 
 
 def _override_value(sections: Sequence[str], name: str, text: str) -> Any:
-    """Reads the value of an override: YAML; where the key holds text, what YAML does not read as text stays as typed."""
+    """Reads the value of an override as YAML; for a text key, a value that is not text in YAML is used literally."""
     section = SECTIONS.get(sections[0], Recipe) if sections else Recipe
     holds_text = name in section.model_fields and section.model_fields[name].annotation is str
     try:
@@ -179,7 +178,7 @@ def _override_value(sections: Sequence[str], name: str, text: str) -> Any:
 
 
 def _listed(section: type[Settings], values: Any) -> Any:
-    """Lets ``targets: ffn`` and ``targets: heads,ffn`` stand for lists, as on the command line."""
+    """Converts texts such as ``targets: heads,ffn`` to lists, as on the command line."""
     if not isinstance(values, Mapping):
         return values
     lists = {word for word, name in section.words().items() if get_origin(section.model_fields[name].annotation) is tuple}
@@ -191,7 +190,7 @@ def _listed(section: type[Settings], values: Any) -> Any:
 
 
 def _sound_sections(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the sections without the keys that are wrong by themselves, so that the rest is checked in the same pass."""
+    """Returns the sections without their invalid keys, so that the combinations of the others are checked in the same pass."""
     sound: dict[str, Any] = {}
     for name, kind in SECTIONS.items():
         section = values.get(name)
@@ -206,7 +205,7 @@ def _sound_sections(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
-    """Yields what cannot work although every value is possible by itself."""
+    """Yields contradictions between values that are valid separately."""
     prune: PruneSettings | None = sections.get("prune")
     recover: RecoverSettings | None = sections.get("recover")
     evaluate: EvaluateSettings | None = sections.get("evaluate")
@@ -271,7 +270,7 @@ def _unresolved(prune: PruneSettings) -> Iterator[str]:
 
 
 def _spares_layers(layers: str) -> bool:
-    """Returns whether a range leaves layers out, however many there are."""
+    """Returns whether a range leaves layers out for every number of layers."""
     start, stop, step = ([int(part) if part.strip() else None for part in layers.split(":")] + [None])[:3]
     return (start or 0) > 0 or (stop is not None and stop < 0) or abs(step or 1) > 1
 
@@ -282,7 +281,7 @@ def _no_file(key: str, path: Path) -> Iterator[str]:
 
 
 def _with_line(problem: str, lines: Mapping[str, int]) -> str:
-    """Adds the line of the key that a problem starts with."""
+    """Adds the line number of the key at the start of a problem."""
     key, colon, rest = problem.partition(":")
     line = lines.get(key)
     return f"{key} (line {line}){colon}{rest}" if line is not None else problem

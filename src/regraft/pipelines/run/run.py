@@ -1,4 +1,4 @@
-"""Run a recipe: check it against the model, then make its stages in a run folder."""
+"""Run of a recipe: check it against the model, then make its stages in a run folder."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from regraft.training.recover import check_trackers, read_ranks
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run gave.
+    """Result of a run.
 
     Attributes:
         path: The run folder; None after a dry run.
-        recipe: With every key.
-        groups: Everything in the dense model that can be pruned.
-        plan: What was cut; None when nothing was.
-        sizes: Label to size, of the dense and, after a dry run, of the pruned model in memory.
-        report: Everything on the page of the run; None after a dry run.
+        recipe: The recipe with every key.
+        groups: All prunable groups of the dense model.
+        plan: The prune plan; None when nothing was cut.
+        sizes: Label to size in memory, of the dense model and, after a dry run, of the pruned model.
+        report: Contents of the run's page; None after a dry run.
     """
 
     path: Path | None
@@ -70,16 +70,16 @@ def run(
 
     Args:
         source: A YAML file, or the name of a recipe that comes with regraft.
-        output: The run folder; default: ``runs/`` and the recipe's name.
+        output: The run folder; None for ``runs/`` and the recipe's name.
         overrides: ``key=value`` with dotted keys, such as ``prune.ratio=0.3``.
-        resume: Go on with a run that was stopped. Finished stages are checked and kept.
-        dry_run: Check everything and plan; write nothing.
-        say: Called with one line for each thing a user wants to know.
-        progress: Called with what is being done just now, for a line that is overwritten.
+        resume: Whether to continue a stopped run. Finished stages are checked and kept.
+        dry_run: Whether to check and plan only, without writing.
+        say: Called with one line at each step of progress.
+        progress: Called with the current action, for a status line.
 
     Raises:
-        ConfigError: The recipe is wrong; everything that is wrong is listed.
-        OutputError: The run folder exists and ``resume`` is off, or it cannot be written.
+        ConfigError: The recipe is wrong; all problems are listed.
+        OutputError: The run folder exists and ``resume`` is False, or it cannot be written.
         RegraftError: Anything else that the user can mend, in one line.
     """
     recipe = read_recipe(str(source), overrides)

@@ -1,7 +1,7 @@
 """The stages of a run: prune, allocate ranks, recover, measure and sample every model by one harness, report.
 
-Every stage reads what it needs from the folders of the stages before, in an undisturbed run too, so that a run that was killed
-and resumed computes the same from the same.
+Every stage reads its inputs from the folders of earlier stages, also in an uninterrupted run, so that a killed and resumed run computes the
+same results.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from regraft.report.summary import CurvePoint, RunReport, Width, won_back
 from regraft.surgery.adapter_folder import is_adapter, load_adapted
 
 PLAN, RECOVERY, MEASUREMENT, SAMPLE = "plan.json", "recovery.json", "measurement.json", "sample.txt"
-SCORES = "scores"  # a folder for --cache: another ratio can start from there
+SCORES = "scores"  # folder of the score cache, which another ratio can use
 
 
 def files_of(recipe: Recipe) -> dict[str, Path]:
@@ -54,12 +54,12 @@ class Stages:
 
     Args:
         folder: The run folder.
-        recipe: What to do.
-        dense: The model of the recipe; the prune stage uses it up.
-        groups: Of the dense model.
-        command: How the run was called, without what differs between equal runs.
-        name: Of the run.
-        progress: Called with what is being done just now.
+        recipe: The recipe of the run.
+        dense: The model of the recipe; the prune stage frees it.
+        groups: Groups of the dense model.
+        command: The command of the run, without parts that differ between equal runs.
+        name: Name of the run.
+        progress: Called with the current action.
         say: Called with one line for each thing a user wants to know.
     """
 
@@ -78,7 +78,7 @@ class Stages:
         self._load = {"load": recipe.load.model_dump(mode="json")}
 
     def make_all(self) -> tuple[PrunePlan | None, RunReport]:
-        """Makes every stage that is not there yet, and what summarises them."""
+        """Makes every missing stage, and the summaries of all stages."""
         recipe = self._recipe
         models: dict[str, str | Path] = {"dense": recipe.model}
         plan = None
@@ -96,7 +96,7 @@ class Stages:
         return plan, self._report(plan, ranks, measurements, measured, models)
 
     def _inputs(self, source: str | Path, **settings: Any) -> dict[str, Any]:
-        """Returns what a stage is made from: the model by its checksums, and settings."""
+        """Returns the inputs of a stage: the checksums of its model, and settings."""
         model = self._source if isinstance(source, str) else {"files": self._folder.checksums(source)}
         named = {key: sha256_of(path) for key, path in files_of(self._recipe).items()}
         return {"model": model, "files": named, **self._load, **settings}
@@ -147,7 +147,7 @@ class Stages:
         source = pruned if pruned is not None else self._recipe.model
 
         def make(folder: Path) -> None:
-            # A path inside the run would differ between two runs of one recipe; beside the model it also reads well.
+            # A relative path, because the full path would differ between two runs of one recipe.
             named = f"../{pruned.name}" if isinstance(pruned, Path) else self._recipe.model
             loaded = replace(load(source, self._recipe.load), source=named)
             work = self._folder.work("recover")
@@ -179,7 +179,7 @@ class Stages:
         return self._folder.stage(f"measure {label}", inputs, make, folder=f"measured/{label}")
 
     def _with_speed(self, models: Mapping[str, str | Path], measurements: Sequence[Measurement]) -> list[Measurement]:
-        """Adds speeds, measured in turns, where the recipe asks for them."""
+        """Adds speeds, measured in turns, if the recipe requests them."""
         if not self._recipe.evaluate.speed:
             return list(measurements)
 
@@ -206,7 +206,7 @@ class Stages:
         measured: Mapping[str, Path],
         models: Mapping[str, str | Path],
     ) -> RunReport:
-        """Writes what summarises the run: results, samples and the page."""
+        """Writes the summaries of the run: results, samples and the page."""
         recipe, final = self._recipe, models.get("recovered", models.get("pruned"))
         recovered = models.get("recovered")
         report = RunReport(
@@ -233,7 +233,7 @@ class Stages:
         return report
 
     def _facts(self, final: str | Path | None) -> dict[str, Any]:
-        """Returns how the run came to be."""
+        """Returns the provenance of the run for its page."""
         facts: dict[str, Any] = {
             "command": self._command,
             "model": f"{self._source['model']} (fingerprint {self._source['fingerprint']})",
@@ -265,7 +265,7 @@ def _read_best_step(folder: Path) -> int:
 
 
 def _results(measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """Returns label to flat measurement; the recovered one also says how much it won back."""
+    """Returns label to flat measurement; the entry of the recovered model also has cost and gain."""
     results = {entry.label: flat(entry) for entry in measurements}
     won = won_back(measurements)
     if won is not None:

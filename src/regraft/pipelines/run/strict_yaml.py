@@ -1,7 +1,7 @@
-"""YAML as people mean it: no duplicate keys, no surprises in numbers, and the line of every key.
+"""Strict YAML: no duplicate keys, the numbers and words of YAML 1.2, and the line number of every key.
 
-PyYAML follows YAML 1.1, where ``1e-3`` is text, ``1:20`` is the number 80 and ``no`` is false; here plain values follow the core
-schema of YAML 1.2. Only plain data is made (a ``SafeLoader``); tags that ask for Python objects are refused.
+PyYAML follows YAML 1.1, in which ``1e-3`` is text, ``1:20`` is the number 80 and ``no`` is false. Here plain values follow the core schema
+of YAML 1.2. Only plain data are made (by a ``SafeLoader``); tags for Python objects are refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """The safe dumper, which quotes what either version of YAML would take for something else than text."""
+    """The safe dumper, which quotes texts that either version of YAML would read as something else."""
 
     yaml_implicit_resolvers: dict[str, Any] = {  # noqa: RUF012 - PyYAML's own way of declaring them
         first: list(known) for first, known in yaml.SafeDumper.yaml_implicit_resolvers.items()
@@ -35,7 +35,7 @@ def _plain(tag: str, pattern: str, first: str) -> None:
 
 
 def write_yaml(value: Any) -> str:
-    """Returns plain data as YAML that :func:`read_value` reads back to an equal value: text that looks like a number is quoted."""
+    """Returns plain data as YAML that :func:`read_value` reads back to an equal value; text that looks like a number is quoted."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -52,7 +52,7 @@ _plain("merge", r"^<<$", "<")
 
 
 def _whole_number(_: yaml.SafeLoader, node: yaml.Node) -> int:
-    return int(node.value)  # PyYAML reads 010 as eight; here a leading zero means nothing
+    return int(node.value)  # PyYAML reads 010 as eight; here leading zeros are ignored
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
@@ -64,8 +64,8 @@ class YamlText:
 
     Attributes:
         values: Plain data.
-        lines: Dotted key to the line it stands on, from 1.
-        empty: Dotted keys that nothing follows, not even ``null``.
+        lines: Dotted key to its line number, from 1.
+        empty: Dotted keys without a value, not even ``null``.
         problems: One line for each duplicate key.
     """
 
@@ -80,10 +80,10 @@ def read_yaml(text: str, source: str) -> YamlText:
 
     Args:
         text: The document.
-        source: Its name, for messages.
+        source: Name of the document, for messages.
 
     Raises:
-        ConfigError: It is not YAML; the message gives line and column.
+        ConfigError: The text is not YAML; the message gives line and column.
     """
     try:
         return _read(text)
@@ -95,7 +95,7 @@ def read_yaml(text: str, source: str) -> YamlText:
         raise ConfigError(source, [f"{' '.join(str(error).split())}; this is not YAML"]) from None
     except RecursionError:
         raise ConfigError(source, ["nested too deeply; this is not a recipe"]) from None
-    except (ValueError, TypeError) as error:  # a value that its own tag contradicts, such as !!int x
+    except (ValueError, TypeError) as error:  # a value that contradicts its tag, such as !!int x
         raise ConfigError(source, [f"{error}; this is not YAML that can be read"]) from None
 
 
@@ -105,7 +105,7 @@ def _read(text: str) -> YamlText:
         node = loader.get_single_node()
         found = YamlText(None)
         if node is not None:
-            _walk(node, "", found, set())  # before construction, which writes merged keys into the nodes
+            _walk(node, "", found, set())  # before the construction, which writes merged keys into the nodes
             found.values = loader.construct_document(node)
         return found
     finally:
@@ -113,7 +113,7 @@ def _read(text: str) -> YamlText:
 
 
 def _walk(node: yaml.Node, prefix: str, found: YamlText, above: set[int]) -> None:
-    """Notes the line of every key, and keys that stand twice."""
+    """Records the line of every key, and duplicate keys."""
     if not isinstance(node, yaml.MappingNode) or id(node) in above:
         return
     seen: dict[str, int] = {}
@@ -135,6 +135,6 @@ def read_value(text: str) -> Any:
     """Reads the value of an override such as ``prune.ratio=0.3``.
 
     Raises:
-        ConfigError: It is not YAML.
+        ConfigError: The text is not YAML.
     """
     return read_yaml(text, "value").values
