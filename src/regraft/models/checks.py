@@ -1,4 +1,4 @@
-"""What must hold of a model folder before its weights are read, and of a model after: one line for everything that does not."""
+"""Checks of a model folder before its weights are read, and of a model after; each problem is reported in one line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SAME_MODEL = "use the config and the weights of the same model"
 
 
 def check_config(folder: Path) -> dict[str, Any]:
-    """Returns the config of a model folder as plain values.
+    """Checks the config of a model folder and returns it as plain values.
 
     Raises:
         ModelError: There is none, it cannot be read, or its family is not known.
@@ -61,7 +61,7 @@ def check_config(folder: Path) -> dict[str, Any]:
 
 
 def check_checksums(folder: Path, provenance: Provenance | None) -> None:
-    """Compares the weight files with the SHA-256 that ``regraft.json`` holds.
+    """Compares the weight files with the SHA-256 sums that ``regraft.json`` holds.
 
     Raises:
         ModelError: A file is missing or differs.
@@ -81,10 +81,10 @@ def check_checksums(folder: Path, provenance: Provenance | None) -> None:
 
 
 def check_layer_count(folder: Path, config: Mapping[str, Any], tensors: Iterable[str]) -> None:
-    """Compares the number of layers in the config, where it is said, with the names of the weights, before either is built from.
+    """Compares the number of layers in the config, where it has one, with the names of the weights, before a model is built.
 
     Raises:
-        ModelError: They differ. In our own models a layer may be empty; others have weights in each.
+        ModelError: They differ. In models that regraft pruned, the last layers may be empty; in others every layer has weights.
     """
     model_type = str(config["model_type"])
     container = family_of(model_type).layers.rpartition(".")[2]
@@ -97,10 +97,10 @@ def check_layer_count(folder: Path, config: Mapping[str, Any], tensors: Iterable
 
 
 def check_loading_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Refuses a model that was not made whole from its files: what is missing would be random.
+    """Refuses a model whose files do not hold exactly its tensors, because missing ones would be random.
 
     Args:
-        folder: Where it was loaded from.
+        folder: The folder that it was loaded from.
         report: ``output_loading_info`` of ``from_pretrained``.
 
     Raises:
@@ -124,7 +124,7 @@ def check_loading_report(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def check_finite(model: PreTrainedModel, source: str) -> None:
-    """Refuses weights that are NaN, infinite or beyond anything that training gives.
+    """Refuses a model with weights that are NaN, infinite or larger than training produces.
 
     Raises:
         ModelError: The message names the first such tensor.
@@ -134,12 +134,12 @@ def check_finite(model: PreTrainedModel, source: str) -> None:
 
 
 def check_values(name: str, tensor: Tensor, source: str) -> None:
-    """Refuses a tensor with values that are NaN, infinite or beyond anything that training gives.
+    """Refuses a tensor with values that are NaN, infinite or larger than training produces.
 
     Args:
-        name: Of the tensor.
-        tensor: Of any float dtype.
-        source: Where it came from, for the message.
+        name: The tensor's name, for the message.
+        tensor: A tensor of any float dtype.
+        source: The folder or hub id that it came from, for the message.
 
     Raises:
         ModelError: There are such values.
@@ -162,7 +162,7 @@ def check_values(name: str, tensor: Tensor, source: str) -> None:
 
 
 def check_generation(config: GenerationConfig, rows: int, source: str) -> None:
-    """Refuses a generation config with token ids that are none, or that are put into a text without being in the vocabulary.
+    """Refuses a generation config with invalid token ids, or with ids to generate or suppress that the vocabulary does not have.
 
     Raises:
         ModelError: The message names the entry.
@@ -184,7 +184,7 @@ def check_generation(config: GenerationConfig, rows: int, source: str) -> None:
 
 
 def _flat(value: Any) -> Iterator[Any]:
-    """Yields what is in nested lists; nothing of None."""
+    """Yields the items of nested lists; None yields nothing."""
     if isinstance(value, list | tuple):
         for one in value:
             yield from _flat(one)

@@ -1,8 +1,8 @@
 """Load and save models for sequence classification and regression: an encoder or a decoder with a head for labels.
 
-The head, and what stands between it and the layers, is all that may be missing from the checkpoint; it is made anew then, from a seed, and
-trained beside every adapter. What the checkpoint has beyond the body, a head for another task, is left out. Any architecture will do that
-transformers has a class for sequence classification of.
+Only the head, and modules between it and the layers, may be missing from the checkpoint. They are then initialized from a seed and trained
+together with every adapter. A head for another task in the checkpoint is ignored. Every architecture is accepted for which transformers has
+a class for sequence classification.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from regraft.reading import read_object
 from regraft.settings import LoadSettings
 
 HEADS = ("classifier", "pre_classifier", "score")
-"""What models for sequence classification call the layers that are new to a task."""
+"""Names, in models for sequence classification, of the layers that are new to a task."""
 
 BETWEEN = ("pooler", "head")
-"""What some of them call the layers that come before those: most checkpoints of a masked language model have none of BERT's pooler."""
+"""Names of modules before the head that a checkpoint may lack: most masked language models come without BERT's pooler."""
 
 _KIND = "ForSequenceClassification"
 _NEW = "new_parameters"  # of a model: names of what its checkpoint did not have
@@ -44,10 +44,10 @@ def load_classifier(source: str | Path, classes: Sequence[str], settings: LoadSe
     """Loads a model with a head for these classes, or for one number.
 
     Args:
-        source: A folder or a hub id, of an encoder, a decoder, or a model that has the head already.
-        classes: Their names; empty for regression.
+        source: Folder or hub id of an encoder, a decoder, or a model that already has the head.
+        classes: Names of the classes; empty for regression.
         settings: Number type, device, and whether code from the folder may run.
-        seed: Of a head that the checkpoint does not have. The global generators are not touched.
+        seed: Seed for a head that the checkpoint does not have. The global generators are not touched.
 
     Raises:
         ModelError: The model is missing, damaged or unsafe, its architecture has no such class, or its head is for other classes.
@@ -73,7 +73,7 @@ def load_classifier(source: str | Path, classes: Sequence[str], settings: LoadSe
 
 
 def load_trained_classifier(source: str | Path, settings: LoadSettings | None = None) -> Loaded:
-    """Loads a model with the head for labels that it has, for the classes that its config names.
+    """Loads a model with its own head for labels and the classes that its config names.
 
     Args:
         source: A folder or a hub id.
@@ -93,7 +93,7 @@ def load_trained_classifier(source: str | Path, settings: LoadSettings | None = 
 
 
 def is_classifier_folder(folder: Path) -> bool:
-    """Returns whether a folder says that it holds a model with a head for labels; what is damaged is told when it is loaded."""
+    """Returns whether a folder's config declares a head for labels; a damaged config gives False and is reported by loading."""
     try:
         return any(name.endswith(_KIND) for name in read_object(folder / "config.json", ModelError)["architectures"])
     except (ModelError, KeyError, TypeError, AttributeError):
@@ -106,12 +106,12 @@ def is_classifier(model: nn.Module) -> bool:
 
 
 def classes_of(model: PreTrainedModel) -> tuple[str, ...]:
-    """Returns the names of the classes that a model tells apart; none for regression."""
+    """Returns the names of the classes that a model predicts; empty for regression."""
     return classes_in(model.config)
 
 
 def classes_in(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Returns the names of a config's classes; none for regression, which many configs say by a single label alone."""
+    """Returns the names of a config's classes; empty for regression, which many configs declare only by having a single label."""
     names: Any = config.id2label or {}
     if config.problem_type == "regression" or len(names) == 1:
         return ()
@@ -119,11 +119,11 @@ def classes_in(config: PreTrainedConfig) -> tuple[str, ...]:
 
 
 def named_classes(folder: Path, count: int) -> tuple[str, ...]:
-    """Returns the classes of an adapter for labels, which PEFT's files do not name: those in its record, or else their numbers.
+    """Returns the class names of an adapter for labels from its record, or their numbers; PEFT's files do not name them.
 
     Args:
-        folder: Of the adapter.
-        count: Outputs of its head; 1 is regression.
+        folder: The adapter's folder.
+        count: Number of outputs of its head; 1 means regression.
 
     Raises:
         ModelError: The record is damaged.
@@ -136,9 +136,9 @@ def named_classes(folder: Path, count: int) -> tuple[str, ...]:
 
 
 def row_limit(model: nn.Module) -> int | None:
-    """Returns the longest row of a model that counts positions from beyond its padding id, as RoBERTa does, and None of others.
+    """Returns the longest row of a model whose positions start after its padding id, as in RoBERTa; None for other models.
 
-    Its config has the size of the table of positions, of which those up to the padding id stand for no token.
+    The config of such a model states the size of the position table, whose entries up to the padding id belong to no token.
     """
     tables = [
         module
@@ -149,14 +149,14 @@ def row_limit(model: nn.Module) -> int | None:
 
 
 def head_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yields the parameters of the layers that are new to a task, which are trained beside every adapter; none of other models."""
+    """Yields the parameters of the layers that are new to a task and trained together with every adapter; none for other models."""
     if is_classifier(model):
         new = getattr(model, _NEW, frozenset[str]())
         yield from ((name, parameter) for name, parameter in model.named_parameters() if name in new or name.split(".")[0] in HEADS)
 
 
 def head_modules(names: Iterable[str]) -> list[str]:
-    """Returns the modules that hold these parameters of a head, as PEFT is told of what is saved whole.
+    """Returns the modules that hold these parameters of a head, as PEFT's ``modules_to_save`` names them.
 
     >>> head_modules(["classifier.out_proj.weight", "bert.pooler.dense.bias", "bert.pooler.dense.weight"])
     ['bert.pooler.dense', 'classifier']
@@ -173,12 +173,12 @@ def save_classifier(
     *,
     replace: bool = False,
 ) -> Provenance:
-    """Writes a folder that ``AutoModelForSequenceClassification.from_pretrained`` loads: whole, or not at all.
+    """Writes a folder that ``AutoModelForSequenceClassification.from_pretrained`` loads; after an error nothing is left behind.
 
     Args:
-        model: With its head.
-        tokenizer: Saved beside the model; None for none.
-        folder: Where to.
+        model: The model with its head.
+        tokenizer: Tokenizer to save with the model, or None.
+        folder: The folder to write.
         provenance: How the model came to be; written with the checksums of the weight files.
         card: Start of the model card; how to load the model is added.
         replace: Whether an existing folder is replaced.
@@ -207,7 +207,7 @@ def save_classifier(
 
 
 def _config(folder: Path, classes: Sequence[str] | None, settings: LoadSettings) -> PreTrainedConfig:
-    """Returns the config of a model folder, changed to these classes, or with None as it is."""
+    """Returns the config of a model folder, changed to these classes; with None unchanged."""
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"'{folder}' has no config.json; give the folder of a Hugging Face model")
@@ -227,7 +227,7 @@ def _config(folder: Path, classes: Sequence[str] | None, settings: LoadSettings)
 
 
 def _load(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool) -> tuple[PreTrainedModel, list[str]]:
-    """Returns a model, and the names of the parameters that its checkpoint does not have."""
+    """Returns a model and the names of the parameters that its checkpoint does not have."""
     with torch.random.fork_rng():  # a new head is drawn here, and drawn again from the seed later
         model, report = checkpoint_as(AutoModelForSequenceClassification, folder, config, dtype, trust_remote_code=trust_remote_code)
     for name, stored, wanted in sorted(report["mismatched_keys"], key=str):
@@ -242,7 +242,7 @@ def _load(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, *, trust_r
 
 @torch.no_grad()
 def _begin(model: PreTrainedModel, missing: Sequence[str], seed: int) -> None:
-    """Gives a new head its first values: as the architecture draws weights, but from a generator of its own; biases 0, norms 1."""
+    """Initializes a new head: weights as the architecture draws them, from a separate generator; biases 0, norms 1."""
     generator = torch.Generator().manual_seed(seed)
     parameters = dict(model.named_parameters())
     for name in missing:

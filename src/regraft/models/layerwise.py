@@ -84,12 +84,12 @@ class Walk(ABC):
 
     @abstractmethod
     def look(self, layer: int, module: nn.Module | None = None, until: nn.Module | None = None) -> None:
-        """Sends the windows through a layer, or through ``module`` in its place, for the sake of those who watch it.
+        """Runs the windows through a layer, or through ``module`` in its place, for the hooks on it; the output is not kept.
 
         Args:
-            layer: Its index.
-            module: What to run in its place.
-            until: A module inside it; what comes from this one on may be left out.
+            layer: Index of the layer.
+            module: Module to run in place of the layer.
+            until: A module inside the layer; computation from this module on may be omitted.
         """
 
     @abstractmethod
@@ -122,7 +122,7 @@ class WholeWalk(Walk):
 
     @torch.no_grad()
     def look(self, layer: int, module: nn.Module | None = None, until: nn.Module | None = None) -> None:
-        """Sends the windows through a layer as far as ``until``, and forgets what comes out."""
+        """Runs the windows through a layer up to ``until``, and discards the output."""
         self._round(module)
         for batch in self._hidden:
             with stopped_at(until):
@@ -180,12 +180,12 @@ def emptied(view: ModelView, group: Group) -> Iterator[None]:
 
 
 class _Enough(Exception):
-    """Ends a pass that has come as far as it was to go."""
+    """Ends a forward pass at the module where it is to stop."""
 
 
 @contextmanager
 def stopped_at(module: nn.Module | None) -> Iterator[None]:
-    """Ends the pass inside the block where it comes to a module, after those who watch its inputs; None: nowhere."""
+    """Ends a forward pass inside the block when it reaches a module, after earlier hooks on its inputs; None never ends it."""
 
     def stop(_module: nn.Module, _inputs: tuple[Any, ...]) -> None:
         raise _Enough

@@ -45,7 +45,7 @@ def take(model: ModelLike, tokenizer: PreTrainedTokenizerBase | None = None, loa
 
     Args:
         model: An object in memory, which is checked and left as it is; what was loaded before; or what :func:`load` takes.
-        tokenizer: Of an object in memory; in the place of its own for a folder.
+        tokenizer: The tokenizer for an object in memory; for a folder, a replacement for the folder's own.
         load_settings: How a folder or a hub id is loaded.
 
     Raises:
@@ -63,8 +63,8 @@ def held(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Loaded:
     """Checks a causal language model in memory.
 
     Args:
-        model: Of a family that can be pruned, in floating-point numbers, on one device, without an adapter.
-        tokenizer: Of that model; None where nothing needs one.
+        model: A model of a known family, in floating-point numbers, on one device, without an adapter.
+        tokenizer: The model's tokenizer; None where nothing needs one.
 
     Raises:
         ModelError: It is something else, or its tokenizer does not fit.

@@ -63,14 +63,14 @@ HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 @dataclass
 class Loaded:
-    """A model that is ready to be worked on.
+    """A loaded and checked model, with its tokenizer and its origin.
 
     Attributes:
-        model: In evaluation mode.
+        model: The model, in evaluation mode.
         tokenizer: None where the folder has none.
-        source: As it was given.
-        fingerprint: Of the model.
-        provenance: How the folder came to be, where regraft made it.
+        source: The folder or hub id, as it was given.
+        fingerprint: Short hash of the model's parameters.
+        provenance: How the folder came to be; None where regraft did not make it.
     """
 
     model: PreTrainedModel
@@ -81,7 +81,7 @@ class Loaded:
 
 
 def load(source: str | Path, settings: LoadSettings | None = None) -> Loaded:
-    """Loads a model and checks that it is whole.
+    """Loads a model and checks that it is complete.
 
     Args:
         source: A folder or a GGUF file, which never touch the network; ``seedling``, the model in the package; or a hub id.
@@ -107,7 +107,7 @@ def load(source: str | Path, settings: LoadSettings | None = None) -> Loaded:
 
 
 def check_folder(folder: Path) -> tuple[dict[str, StoredTensor], Provenance | None]:
-    """Returns what is stored in a model folder and how it came to be, once all that can be told before reading it is right.
+    """Returns the stored tensors and the provenance of a model folder, after all checks that are possible before weights are read.
 
     Raises:
         ModelError: The folder is damaged, or its config and its weights are of different models.
@@ -136,18 +136,18 @@ def require_tokenizer(loaded: Loaded) -> PreTrainedTokenizerBase:
 
 
 def locate_by(source: str | Path, settings: LoadSettings) -> Path:
-    """Returns the folder of a model, as :func:`locate` does, by what the settings say of the hub."""
+    """Returns the folder of a model, as :func:`locate` does, with the revision and the token of the settings."""
     return locate(source, trust_remote_code=settings.trust_remote_code, revision=settings.revision, token=settings.token)
 
 
 def locate(source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None, token: str | None = None) -> Path:
-    """Returns the folder of a model; a hub id is downloaded to the cache of Hugging Face first, a GGUF file unpacked to ours.
+    """Returns the folder of a model; a hub id is first downloaded to Hugging Face's cache, a GGUF file is first unpacked to ours.
 
     Args:
         source: A folder, ``seedling``, or a hub id.
         trust_remote_code: Whether the code that a model brings is downloaded too.
         revision: Branch, tag or commit of a hub id; None for its main branch.
-        token: Of the hub; None for the one of ``hf auth login``.
+        token: Access token for the hub; None for that of ``hf auth login``.
 
     Raises:
         ModelError: There is no such folder, and no such model on the hub or no way to reach it.
@@ -210,7 +210,7 @@ def checkpoint_as(
     trust_remote_code: bool,
     attn_implementation: str | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Returns the model that one of transformers' Auto classes makes of a folder, and its report of keys.
+    """Returns the model that one of transformers' Auto classes makes from a folder, and its report of keys.
 
     The weights are those that :func:`regraft.models.weights.stored_tensors` has checked, read by us and handed over: nothing in a
     folder (``transformers_weights``, an adapter's or a distributed checkpoint's files, pickles) leads transformers to others.
@@ -243,7 +243,7 @@ def checkpoint_as(
 
 
 def _class_of(auto: Any, folder: Path, config: PreTrainedConfig, *, trust_remote_code: bool) -> tuple[Any, PreTrainedConfig]:
-    """Returns the class that an Auto class chooses for a config, and the part of the config that is for it."""
+    """Returns the class that an Auto class chooses for a config, and the part of the config that this class reads."""
     named: Any = getattr(config, "auto_map", None) or {}
     known = type(config) in MAPPINGS[auto]
     if trust_remote_code and auto.__name__ in named and not (known and config.model_type.startswith(OWN)):

@@ -1,4 +1,4 @@
-"""How a model folder came to be: read, extended, written."""
+"""The record of how a model folder came to be: reading, extending and writing it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NUMBERS = re.compile(r"\[\s+((?:-?[\d.eE+-]+,?\s*)+)\]")
 
 
 def versions() -> dict[str, str]:
-    """Returns the version of Python and of every library that decides what a run computes, by name."""
+    """Returns the versions of Python and of every library that affects the results of a run, by name."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def read_provenance(folder: Path) -> Provenance | None:
-    """Returns how a folder came to be, or None where regraft did not make it.
+    """Returns the record of how a folder came to be, or None where regraft did not make it.
 
     Raises:
         ModelError: Its ``regraft.json`` cannot be read.
@@ -49,7 +49,7 @@ def provenance_text(provenance: Provenance) -> str:
 
 
 def parents_of(provenance: Provenance | None) -> tuple[dict[str, Any], ...]:
-    """Returns what a model made from one with this provenance lists as its parents, oldest first."""
+    """Returns the parents, oldest first, of a model that is made from one with this provenance."""
     if provenance is None:
         return ()
     own = {key: value for key, value in to_dict(provenance).items() if key != "parents"}

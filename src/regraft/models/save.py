@@ -67,9 +67,9 @@ def whole_card(card: str, model_class: type[PreTrainedModel], sizes: Sequence[La
     """Returns the card of a model folder: its start, the sizes of the layers, and how to load the model.
 
     Args:
-        card: The start.
-        model_class: Of the model that loading the folder gives.
-        sizes: Of its layers.
+        card: Start of the card.
+        model_class: Class of the model that loading the folder gives.
+        sizes: Sizes of its layers.
     """
     config_class: Any = model_class.config_class
     uneven = str(config_class.model_type).startswith("regraft_")

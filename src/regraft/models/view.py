@@ -1,6 +1,6 @@
-"""A causal language model seen by its parts: layers, projections, and the sizes they really have.
+"""Access to the parts of a causal language model: layers, projections, and their actual sizes.
 
-Sizes are read from the weights, never from the config, so that an unevenly pruned model is seen as it is.
+Sizes are read from the weights, never from the config, so that they are right for unevenly pruned models.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class LayerSizes:
         kv_heads: Number of key-value heads.
         head_dim: Channels of a head.
         ffn: Channels of the feed-forward network.
-        slopes: Which heads of the first model the query heads were, in families where heads differ by a position slope of their
-            own (ALiBi); empty elsewhere.
+        slopes: Indices that the query heads had in the unpruned model, for families whose heads differ by a position slope (ALiBi);
+            empty for other families.
     """
 
     query_heads: int
@@ -121,9 +121,9 @@ class ModelView:
         return tuple(axis.module for coupling in self.family.couplings for axis in coupling.axes)
 
     def adapted_modules(self) -> dict[str, nn.Linear]:
-        """Returns every linear projection of every layer by full name: what LoRA adapts by default.
+        """Returns every linear projection of every layer by full name, which LoRA adapts by default.
 
-        Of a projection that is stored as two thin ones it is these.
+        A projection that is stored as two factors is represented by these.
         """
         found: dict[str, nn.Linear] = {}
         for index in range(len(self.layers)):
@@ -136,16 +136,16 @@ class ModelView:
         return found
 
     def factored(self) -> dict[str, FactoredLinear]:
-        """Returns the projections that are stored as two thin ones, by full name."""
+        """Returns the projections that are stored as two factors, by full name."""
         return {name: module for name, module in self.model.named_modules() if isinstance(module, FactoredLinear)}
 
 
 def refuse_factored(model: PreTrainedModel, source: str = "the model") -> None:
-    """Refuses a model of which linear layers are stored as two thin ones.
+    """Refuses a model with linear layers that are stored as two factors.
 
     Args:
-        model: To look at.
-        source: Names it in the message.
+        model: The model.
+        source: Name of the model in the message.
 
     Raises:
         ModelError: It has such layers.
@@ -171,8 +171,8 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def fingerprint(model: nn.Module) -> str:
     """Returns a short hash of names, shapes, dtypes and all values of every parameter.
 
-    Two models of equal architecture differ as soon as one value does. A model without weights (on the meta device) has names and
-    shapes only.
+    Models of equal architecture have different hashes as soon as one value differs. For a model without weights (on the meta device) only
+    names, shapes and dtypes count.
     """
     parameters = list(model.named_parameters())
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing lets other threads run meanwhile
@@ -183,7 +183,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def fingerprint_of(entries: Iterable[tuple[str, tuple[int, ...], torch.dtype, bytes | None]]) -> str:
-    """Returns the fingerprint of a model from what is known of its parameters.
+    """Returns the fingerprint of a model from the digests of its parameters.
 
     Args:
         entries: Name, shape, dtype and :func:`digest_of` each parameter, in the order of ``named_parameters``; None for no values.

@@ -1,4 +1,4 @@
-"""Safetensors folders, read by their headers: what is stored where, and whether the files are whole.
+"""Safetensors folders, read by their headers: where each tensor is stored, and whether the files are complete.
 
 The format (https://huggingface.co/docs/safetensors): eight bytes, little-endian, with the length of a JSON header; the header,
 which maps each tensor to its dtype, shape and byte range; the bytes, without gaps.
@@ -44,13 +44,13 @@ AGAIN = "copy or download it again"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a header says of one tensor.
+    """A header's entry for one tensor.
 
     Attributes:
         dtype: As safetensors writes it, such as ``BF16``.
-        shape: Of the tensor.
+        shape: The tensor's shape.
         path: The file that holds it.
-        offset: Of its first byte in the file.
+        offset: Position of its first byte in the file.
     """
 
     dtype: str
@@ -60,12 +60,12 @@ class StoredTensor:
 
     @property
     def numel(self) -> int:
-        """How many values there are."""
+        """Number of values."""
         return math.prod(self.shape)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Returns what a safetensors file holds, after checking that the file is whole.
+    """Returns the tensors that a safetensors file holds, by name, after checking that the file is complete.
 
     Raises:
         ModelError: The file is truncated, damaged, a git-lfs pointer, or holds a number type that we do not read.
@@ -92,7 +92,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _entry(value: Any, path: Path, start: int) -> tuple[StoredTensor, tuple[Any, ...]]:
-    """Returns what a header's entry says of a tensor, and its byte range."""
+    """Returns the tensor that a header's entry describes, and its byte range."""
     offsets = tuple(value["data_offsets"])
     return StoredTensor(str(value["dtype"]), tuple(value["shape"]), path, start + int(offsets[0])), offsets
 
@@ -124,7 +124,7 @@ def _refuse_gaps(path: Path, entries: Mapping[str, tuple[StoredTensor, tuple[Any
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:
-    """Returns a stored tensor in memory of its own: the file is read, never mapped, so that it may change afterwards.
+    """Reads a stored tensor into new memory. The file is not mapped, so it may change afterwards.
 
     Raises:
         ModelError: The file ended meanwhile.
@@ -162,7 +162,7 @@ def read_tensors(path: Path, error: type[RegraftError] = ModelError) -> dict[str
     """Returns all tensors of one safetensors file, by name.
 
     Raises:
-        RegraftError: Of the given kind: the file is missing, truncated or damaged.
+        RegraftError: The file is missing, truncated or damaged; the exception has the given type.
     """
     try:
         return {name: read_tensor(stored) for name, stored in read_header(path).items()}
@@ -213,7 +213,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Returns every tensor of a model folder, after checking that all files are whole.
+    """Returns every tensor of a model folder, by name, after checking that all files are complete.
 
     Raises:
         ModelError: A file is missing or damaged, or does not hold what the index says.

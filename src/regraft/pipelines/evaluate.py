@@ -42,13 +42,13 @@ def evaluate_model(
         model: A ``PreTrainedModel`` or ``PeftModel`` in memory; or a model folder, a hub id, ``seedling``, or the folder of an adapter,
             whose base is loaded with it.
         settings: The text and how it is read.
-        tokenizer: Of a model in memory.
+        tokenizer: The tokenizer for a model in memory.
         text: Held-out text: a file, texts, or a data set with a column ``text``.
         load: How a folder or hub id is loaded.
-        seed: Of the random prompt that speed is measured with.
-        label: What the measurement is called; default: the source.
+        seed: Seed for the random prompt that speed is measured with.
+        label: Name of the measurement; None for the source.
         folder: Where the files of a model in memory are, for their size; None where it was never saved.
-        progress: Told of the tokens that are done, and of all there are.
+        progress: Called with the numbers of tokens done and in all.
         **keywords: Single settings by name, such as ``window=512``; they count before those in ``settings`` and ``load``.
 
     Returns:

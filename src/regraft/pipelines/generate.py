@@ -59,11 +59,11 @@ def generate(
 
     Args:
         loaded: The model.
-        ids: Of the prompt.
-        tokens: How many at most; fewer at an end-of-sequence token or at the end of the context.
+        ids: Token ids of the prompt.
+        tokens: Largest number of new tokens; an end-of-sequence token or the end of the context ends earlier.
         temperature: 0 takes the likeliest token each time; above it, tokens are drawn.
-        seed: Of the draws.
-        show: Is given each piece as it is complete.
+        seed: Seed for drawing tokens.
+        show: Called with each piece of text when it is complete.
 
     Raises:
         InputError: The prompt fills the context, or the temperature is negative.

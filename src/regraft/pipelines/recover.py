@@ -59,11 +59,11 @@ class RecoverResult(Saving):
     Attributes:
         recovered: The model, its loss log and figures.
         loaded: Tokenizer, source and fingerprint of the model it was made from.
-        settings: Of the recovery, with the steps that it took.
+        settings: Settings of the recovery, with the number of steps that were taken.
         record: How the result came to be, without the checksums of files.
-        provenance: As it was written; None when nothing was saved.
-        judged: Of a task with labels: accuracy and macro F1, or Pearson's and Spearman's correlation and the root of the mean squared
-            error, on the held-out rows. They chose the best checkpoint, so keep rows of your own for the last word.
+        provenance: The record as it was written; None when nothing was saved.
+        judged: For a task with labels: accuracy and macro F1, or Pearson's and Spearman's correlation and the root of the mean squared
+            error, on the held-out rows. The best checkpoint was chosen by these rows, so test the model on others.
     """
 
     recovered: Recovered
@@ -135,10 +135,10 @@ def recover_model(
             ``seedling``.
         output: A model folder when the adapter is folded in, else a PEFT adapter folder; None writes nothing.
         settings: Data, adapter and training.
-        tokenizer: Of a model in memory.
+        tokenizer: The tokenizer for a model in memory.
         data: Text, instruction records or chats to train on: a file, texts, or a data set.
         load: How a folder or hub id is loaded.
-        seed: Of everything random.
+        seed: Seed for everything random.
         in_place: Whether a model in memory is itself trained, which saves the memory of a copy.
         resume: Go on from the checkpoints of a run that was stopped; with none there, begin.
         work: Where checkpoints are kept in the place of a folder beside the output; it stays, for the caller to remove.

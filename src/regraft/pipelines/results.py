@@ -21,12 +21,12 @@ class Saving(ABC):
         """Saves everything that belongs to the result into a new or empty folder, and returns the record as it was written."""
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None) -> str:
-        """Saves the result to a repository on the Hugging Face hub, which is made where it is not there.
+        """Saves the result to a repository on the Hugging Face hub, which is created if it does not exist.
 
         Args:
             repo_id: Such as ``name/model``.
-            private: Whether a new repository is; None: as the hub has it set for its owner.
-            token: Of the hub; None: the one of ``hf auth login``.
+            private: Whether a new repository is private; None for the owner's default on the hub.
+            token: Access token for the hub; None for that of ``hf auth login``.
             revision: Branch to commit to; None: the main branch.
 
         Returns:

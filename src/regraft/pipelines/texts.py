@@ -24,7 +24,7 @@ def text_for(loaded: Loaded, given: Texts | None, split: Split, setting: str) ->
     Args:
         loaded: The model that it is for.
         given: What the user gave; None for the text that comes with seedling.
-        split: Of that text.
+        split: Split of seedling's text.
         setting: What the user calls it, such as ``calibration``.
 
     Raises:

@@ -158,7 +158,7 @@ def _set_width(model: nn.Module, config: UnevenConfig) -> None:
 
     Args:
         model: Built with a hidden size that is that of all heads together.
-        config: Of the whole model.
+        config: The model's config.
     """
     derived = config.laid_out("head_size") == "derived"
     total = getattr(config, "norm_width", None)

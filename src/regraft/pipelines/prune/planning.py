@@ -72,7 +72,7 @@ class Planning:
     Attributes:
         resolved: How it is pruned.
         windows: Calibration tokens, int64 (windows, tokens), where they are needed.
-        say: Called with one line now and then.
+        say: Called with a line of progress at each step.
     """
 
     resolved: ResolvedPrune

@@ -41,13 +41,13 @@ from regraft.surgery.refit_predictions import refit_to_predictions
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What a plan takes from a model.
+    """The sizes of a model before and after a plan.
 
     Attributes:
-        parameters_before: Of the whole model.
-        parameters_after: Of the whole model.
+        parameters_before: Number of parameters of the unpruned model.
+        parameters_after: Number of parameters of the pruned model.
         rows: One for each group: its name, kind, units before and units after.
-        notes: What the user should know, a line each.
+        notes: Remarks for the user, a line each.
     """
 
     parameters_before: int
@@ -68,12 +68,12 @@ class PruneResult(Saving):
     """Result of pruning.
 
     Attributes:
-        plan: Which units stay.
-        model: The pruned model; None after a dry run, and where a bound of memory kept it on disk.
-        loaded: The model before, with its tokenizer and source; without its weights under a bound of memory.
-        groups: Of the model before: what could be cut.
-        resolved: How it was pruned, with every "auto" decided.
-        notes: What the user should know, a line each.
+        plan: The units to keep.
+        model: The pruned model; None after a dry run, and with ``memory``, which keeps it on disk.
+        loaded: The unpruned model with its tokenizer and source; with ``memory``, without its weights.
+        groups: Groups of the unpruned model that could be cut.
+        resolved: The settings, with a value in place of every "auto".
+        notes: Remarks for the user, a line each.
         provenance: How the pruned model came to be, without the checksums of files.
     """
 
@@ -144,14 +144,14 @@ def prune(
         model: A ``PreTrainedModel`` in memory, which is left as it is; or a folder, a hub id, or ``seedling``.
         output: Where the pruned model is saved; None writes nothing.
         settings: What is cut and how it is chosen. With ``memory`` the model is read, pruned and written layer by layer.
-        tokenizer: Of a model in memory.
+        tokenizer: The tokenizer for a model in memory.
         calibration: Text like that which the model is to work on: a file, texts, or a data set with a column ``text``.
         load: How a folder or hub id is loaded.
-        seed: Of the calibration windows and of random scores.
+        seed: Seed for the calibration windows and for random scores.
         in_place: Whether a model in memory becomes the pruned one.
         dry_run: Plan only: nothing is cut and nothing is written.
         command: How this was called, for the folder's record.
-        say: Called with one line now and then, for the impatient.
+        say: Called with a line of progress at each step.
         **keywords: Single settings by name, such as ``ratio=0.2``; they count before those in ``settings`` and ``load``.
 
     Raises:
@@ -186,14 +186,14 @@ def replay(
         plan: What stays. It brings the settings and the seed that it was made with.
         output: Where the pruned model is saved; None writes nothing.
         settings: Memory, cache and where the calibration text lies now; everything else for plans that bring no settings.
-        tokenizer: Of a model in memory.
+        tokenizer: The tokenizer for a model in memory.
         calibration: The text that the plan was made with, where it lies elsewhere now.
         load: How a folder or hub id is loaded.
         seed: For plans that bring none.
         in_place: Whether a model in memory becomes the pruned one.
         dry_run: Look only: nothing is cut and nothing is written.
         command: How this was called, for the folder's record.
-        say: Called with one line now and then.
+        say: Called with a line of progress at each step.
         **keywords: Single settings by name.
 
     Raises:
@@ -210,7 +210,7 @@ def replay(
 
 @dataclass(frozen=True)
 class _Order:
-    """What a call asks for; the fields are the parameters of :func:`prune` and :func:`replay`."""
+    """The parameters of a call of :func:`prune` or :func:`replay`."""
 
     model: ModelLike
     tokenizer: PreTrainedTokenizerBase | None
@@ -234,7 +234,7 @@ class _Order:
 
 
 def _with_text(settings: PruneSettings, calibration: Texts | None) -> tuple[PruneSettings, Texts | None]:
-    """Puts a file of text into the settings; text in memory stays beside them."""
+    """Returns the settings with the path of a file of text, and separately text that is in memory."""
     if calibration is None:
         return settings, None
     return settings.model_copy(update={"calibration": path_in(calibration)}), in_memory(calibration)
@@ -262,7 +262,7 @@ def _carry_out(order: _Order) -> PruneResult:
 
 
 def _streamed(order: _Order, resolved: ResolvedPrune) -> PruneResult:
-    """Prunes a checkpoint under a bound of memory."""
+    """Prunes a checkpoint within a memory limit."""
     if not isinstance(order.model, str | Path):
         raise InputError("`memory` is for models that are not loaded yet; give a folder or a hub id, or leave it out")
     if order.output is None and not order.dry_run:
@@ -274,7 +274,7 @@ def _streamed(order: _Order, resolved: ResolvedPrune) -> PruneResult:
 
 
 def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
-    """Prunes a model that can be run as a whole."""
+    """Prunes a model that is in memory."""
     model = loaded.model
     found = look_for(model, kinds_wanted(order.settings, order.plan))
     groups = found.groups
@@ -312,10 +312,10 @@ def plan_pruning(
 
     Args:
         model: In evaluation mode.
-        groups: Of that model.
+        groups: Groups of the model.
         resolved: How it is pruned.
         windows: Calibration tokens, int64 (windows, tokens), from :func:`draw_windows`; None where nothing needs text.
-        say: Called with one line now and then.
+        say: Called with a line of progress at each step.
 
     Raises:
         InputError: The ratio cannot be met.
@@ -352,11 +352,11 @@ def cut_to_plan(
 
     Args:
         model: In evaluation mode; it is left as it is, and shares what was not cut with the result.
-        groups: Of that model.
+        groups: Groups of the model.
         plan: What stays.
         resolved: How projections are re-fitted.
         windows: Calibration tokens, int64 (windows, tokens); None where nothing is re-fitted.
-        say: Called with one line now and then.
+        say: Called with a line of progress at each step.
     """
     pruned = _cut(model, groups, plan, resolved, windows)
     if resolved.refit == "divergence":

@@ -1,7 +1,7 @@
-"""What "auto" means, decided once: settings become a :class:`ResolvedPrune`, in which nothing is left to decide but the alignment.
+"""Resolution of "auto": settings become a :class:`ResolvedPrune`, in which only the alignment may still be undecided.
 
-Two strategies say what is best and what is possible: :data:`IN_MEMORY`, where the whole model can be run as often as one likes, and
-:data:`STREAMED`, where a bound of memory lets one layer in at a time.
+Two strategies define the defaults and the limits: :data:`IN_MEMORY`, where the model is in memory and can be run any number of times, and
+:data:`STREAMED`, where a memory limit allows one layer at a time.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ KIND_OF: dict[Target, GroupKind] = {
 
 @dataclass(frozen=True)
 class ResolvedPrune:
-    """How a model is pruned, with every "auto" decided.
+    """Settings of pruning in which every "auto" is replaced by a value.
 
     Attributes:
-        settings: With the decided values in the place of "auto"; ``align`` alone may still say it, for ``alignments`` to be tried.
-        seed: Of the calibration windows and of random scores.
-        alignments: Of widths, tried in this order until one meets the target.
+        settings: Settings with values in place of "auto". Only ``align`` may still be "auto"; then ``alignments`` are tried.
+        seed: Seed for the calibration windows and for random scores.
+        alignments: Multiples that widths are rounded to, tried in this order until one meets the target.
         needs_text: Whether planning needs calibration text.
-        notes: What the user should know of what was decided, a line each.
+        notes: Remarks for the user on the chosen values, a line each.
     """
 
     settings: PruneSettings
@@ -55,7 +55,7 @@ class ResolvedPrune:
 
     @property
     def refit(self) -> Reconstruct | None:
-        """How projections that read pruned channels are re-fitted; None for not at all."""
+        """Method that re-fits the projections that read pruned channels; None for no re-fit."""
         method = self.settings.reconstruct
         assert method != "auto"
         return None if method == "none" else method
@@ -66,20 +66,20 @@ class ResolvedPrune:
         return kinds_wanted(self.settings)
 
     def record(self, plan: PrunePlan | None = None) -> dict[str, Any]:
-        """Returns, as plain JSON types, the settings that decide which model comes out; with a plan, the alignment that it reached."""
+        """Returns the settings that affect the pruned model, as plain JSON types; with a plan, the alignment is the plan's."""
         values = self.settings.decisive()
         return values if plan is None else values | {"align": plan.align}
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """What is best where a model is held in one way, and what cannot be done there.
+    """Defaults and limits for a model that is in memory, or for one that is streamed from disk.
 
     Attributes:
         select: The best selector for criteria that read text.
         reconstruct: The best re-fit.
-        depth: The best criterion for layers and parts of layers that go whole.
-        refuse: Raises an InputError where resolved settings cannot be carried out in this way.
+        depth: The best criterion for the removal of layers, attention and feed-forward parts.
+        refuse: Raises an InputError for resolved settings that are not possible here.
     """
 
     select: Literal["knapsack", "uniform"]
@@ -117,12 +117,12 @@ STREAMED = Strategy("uniform", "least_squares", "block_influence", _refuse_when_
 
 
 def resolve(settings: PruneSettings, view: ModelView | None = None, seed: int = 0) -> ResolvedPrune:
-    """Decides what "auto" means: criteria without text stay without text, everything else takes the best that the strategy has.
+    """Replaces every "auto". With a criterion that reads no text, nothing else reads text; otherwise the strategy's defaults apply.
 
     Args:
-        settings: What was asked for.
+        settings: The user's settings.
         view: The model. Without it, names and contradictions are checked, and a model of moderate size is assumed.
-        seed: Of the calibration windows and of random scores.
+        seed: Seed for the calibration windows and for random scores.
 
     Raises:
         InputError: The criterion is unknown, the budget needs a selector that was not chosen, or the strategy rules something out.
@@ -146,10 +146,10 @@ def resolve(settings: PruneSettings, view: ModelView | None = None, seed: int = 
 
 
 def resolve_replay(settings: PruneSettings, view: ModelView | None, seed: int) -> ResolvedPrune:
-    """Decides what is left to decide where a plan is given: how projections are re-fitted. How it was chosen no longer matters.
+    """Replaces every "auto" for a given plan, where only the re-fit is still open.
 
     Raises:
-        InputError: The re-fit takes the whole model, and there is a bound of memory.
+        InputError: The re-fit needs the model in memory, and ``memory`` is set.
     """
     strategy = IN_MEMORY if settings.memory is None else STREAMED
     way = resolve(settings.model_copy(update={"memory": None, "reconstruct": "none"}), view, seed)
@@ -161,7 +161,7 @@ def resolve_replay(settings: PruneSettings, view: ModelView | None, seed: int) -
 
 
 def _select(settings: PruneSettings, strategy: Strategy, with_text: bool) -> tuple[str, tuple[str, ...]]:
-    """Returns the selector and what is to be said of it."""
+    """Returns the selector and remarks on it for the user."""
     by_curves = settings.budget != "parameters"
     if settings.select != "auto":
         if by_curves and settings.select != "knapsack":
@@ -177,7 +177,7 @@ def _select(settings: PruneSettings, strategy: Strategy, with_text: bool) -> tup
 
 
 def _reconstruct(settings: PruneSettings, strategy: Strategy, with_text: bool, view: ModelView | None) -> tuple[str, tuple[str, ...]]:
-    """Returns the re-fit and what is to be said of it."""
+    """Returns the re-fit and remarks on it for the user."""
     if settings.reconstruct != "auto":
         return settings.reconstruct, ()
     if not with_text:
@@ -192,12 +192,12 @@ def _reconstruct(settings: PruneSettings, strategy: Strategy, with_text: bool, v
 
 
 def goes_whole(settings: PruneSettings) -> bool:
-    """Returns whether layers or parts of layers may go whole."""
+    """Returns whether layers, attention or feed-forward parts may be removed as units."""
     return bool(set(kinds_wanted(settings)) & set(WHOLE))
 
 
 def kinds_wanted(settings: PruneSettings, plan: PrunePlan | None = None) -> tuple[GroupKind, ...]:
-    """Returns the kinds of groups that the settings cut, and those that a plan cuts that is to be replayed."""
+    """Returns the kinds of groups that the settings cut and, with a plan, those that the plan cuts."""
     kinds: list[GroupKind] = [KIND_OF[target] for target in settings.targets]
     if plan is not None:
         kinds.extend(kind for kind in KIND_OF.values() if any(f".{entry.group}".endswith(f".{kind}") for entry in plan.cuts))
@@ -221,7 +221,7 @@ def layers_in(text: str, count: int) -> tuple[int, ...]:
 
 
 def left_out(settings: PruneSettings, found: Traced) -> tuple[str, ...]:
-    """Returns a line for each target that a model has not got, or that cannot be cut in it."""
+    """Returns a line for each target that a model does not have or that cannot be cut in it."""
     lines: list[str] = []
     for target in settings.targets:
         if not found.groups.of(KIND_OF[target]):
@@ -231,11 +231,11 @@ def left_out(settings: PruneSettings, found: Traced) -> tuple[str, ...]:
 
 
 def budget_of(groups: Groups, settings: PruneSettings) -> Budget:
-    """Returns how much the settings remove from a model, and from where.
+    """Returns the budget of a model: the share to remove, and the layers and kinds to remove it from.
 
     Raises:
-        InputError: The range of layers is empty, or spares layers of a model that is to stay uniform or to become narrower, or a part of
-            some layers is to go from a model whose layers are to stay alike.
+        InputError: The range of layers is empty; or it excludes layers, although ``shape=uniform`` or the residual width concerns every
+            layer; or attention or feed-forward parts are to be removed with ``shape=uniform``.
     """
     parts = [target for target in settings.targets if target in ("attention", "mlp")]
     if parts and settings.shape == "uniform":

@@ -145,11 +145,11 @@ def allocate_ranks(
         model: A pruned model: a ``PreTrainedModel`` in memory, which is left as it is; or a folder, a hub id, or ``seedling``.
         output: File of the plan, ``.json``; None writes nothing.
         settings: Method, budget and how the search is run.
-        recover: Of the recovery that the ranks are for: data, steps, learning rate, teacher.
-        tokenizer: Of a model in memory.
+        recover: Settings of the recovery that the ranks are for: data, steps, learning rate, teacher.
+        tokenizer: The tokenizer for a model in memory.
         data: What the recovery is to learn: a file, texts, or a data set.
         load: How a folder or hub id is loaded.
-        seed: Of everything random.
+        seed: Seed for everything random.
         resume: Go on with a search that was stopped; with none there, begin.
         work: Where the search is kept without an output; it stays, and a search that was stopped goes on there.
         say: Called with one line for each thing a user wants to know.
