@@ -257,7 +257,9 @@ def pruned(subject: Subject, ratios: Sequence[float]) -> None:
         for ratio in ratios:
             if rows.missing(subject, "pruned", ratio, 0):
                 start = time.perf_counter()
-                settings = PruneSettings(ratio=ratio, calibration=text, samples=CALIBRATION, cache=Path(folder) / "cache")
+                settings = PruneSettings(
+                    ratio=ratio, calibration=text, samples=CALIBRATION, shape="per-layer", cache=Path(folder) / "cache"
+                )
                 done = prune(subject.folder, None, settings).model
                 assert done is not None
                 done.float()

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import common
@@ -38,9 +39,10 @@ from regraft.data.text import Corpus, read_corpus
 from regraft.evaluation.loss import evaluate_loss
 from regraft.groups.discover import discover
 from regraft.models.load import Loaded, load, require_tokenizer
-from regraft.models.view import parameter_count
-from regraft.pipelines.prune.planning import calibration, kinds_wanted
+from regraft.models.view import ModelView, parameter_count
+from regraft.pipelines.prune.planning import draw_windows
 from regraft.pipelines.prune.prune import cut_to_plan, plan_pruning
+from regraft.pipelines.prune.resolved import ResolvedPrune, resolve
 from regraft.plans import Groups
 from regraft.settings import EvaluateSettings, LoadSettings, PruneSettings
 
@@ -140,21 +142,26 @@ class Bench:
         return self.loss(self.loaded.model)
 
     def settings(self, ratio: float, asked: dict[str, Any]) -> PruneSettings:
-        return PruneSettings(ratio=ratio, calibration=self.text[0], cache=self.work / "scores", **asked)
+        return PruneSettings(ratio=ratio, calibration=self.text[0], cache=self.work / "scores", **({"shape": "per-layer"} | asked))
 
     def loss(self, model: PreTrainedModel) -> float:
         settings = EvaluateSettings(window=WINDOW, stride=WINDOW)
         return evaluate_loss(model, require_tokenizer(self.loaded), self.text[1], settings).loss_nats
 
     def ours(self, ratio: float, asked: dict[str, Any], seed: int) -> PreTrainedModel:
-        settings = self.settings(ratio, asked)
-        groups = discover(self.loaded.model, kinds_wanted(settings)) if "targets" in asked else self.groups
-        plan = plan_pruning(self.loaded, groups, settings, seed)
-        return cut_to_plan(self.loaded, groups, plan, settings, seed)
+        model = self.loaded.model
+        resolved = resolve(self.settings(ratio, asked), ModelView(model), seed)
+        groups = discover(model, resolved.kinds) if "targets" in asked else self.groups
+        windows = self.windows(resolved) if resolved.needs_text else None
+        plan = plan_pruning(model, groups, resolved, windows)
+        return cut_to_plan(model, groups, plan, resolved, windows)
+
+    def windows(self, resolved: ResolvedPrune) -> Tensor:
+        return draw_windows(self.loaded, read_corpus(self.text[0], "validation"), resolved)
 
     def evidence(self, seed: int) -> rivals.Evidence:
         """What the other packages calibrate on; the gradients of a seed are kept."""
-        found = rivals.Evidence(calibration(self.loaded, self.settings(0.1, {}), seed))
+        found = rivals.Evidence(self.windows(resolve(self.settings(0.1, {}), seed=seed)))
         path = self.work / f"gradients-{self.name}-{seed}.safetensors"
         if path.is_file():
             kept = load_file(path)

@@ -29,6 +29,8 @@ from pathlib import Path
 
 import psutil
 
+from regraft.data.text import read_corpus
+
 RESULTS = Path(__file__).parent / "results"
 # Hidden size, feed-forward width, layers, heads, key-value heads, vocabulary.
 SHAPES = {
@@ -199,8 +201,10 @@ def measure(options: argparse.Namespace, work: Path) -> list[Row]:
     making = [sys.executable, __file__, "--shape", options.shape, "--make", str(source)]
     subprocess.run([*making, *(["--layers", str(options.layers)] if options.layers else [])], check=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    text = work / "calibration.txt"
+    text.write_text("\n<|endoftext|>\n".join(read_corpus(None, "validation").documents), encoding="utf-8")
     usual = [
-        sys.executable, "-m", "regraft", "prune", str(source), "--criterion", options.criterion, "--order", options.order,
+        sys.executable, "-m", "regraft", "prune", str(source), "--calibration", str(text), "--shape", "per-layer", "--criterion", options.criterion, "--order", options.order,
         "--select", "global", "--ratio", "0.2", "--samples", str(options.samples), "--seq-len", str(options.seq_len),
         "--reconstruct", options.reconstruct, "--device", options.device, "--seed", str(SEED),
     ]  # fmt: skip

@@ -123,7 +123,7 @@ class Bench:
         ranks = CHOICES[budget]
         settings = AllocateSettings(method="adalora", budget=budget, ranks=ranks)
         bare = bare_slots(ModelView(self.pruned.model), "layer")
-        train, _ = training_corpora(self.settings, 0)
+        train, _ = training_corpora(self.settings, 0, self.pruned)
         slots = measured_slots(self.pruned, bare, train, settings, self.settings, seed=0, say=lambda _: None)
         space = rank_space(self.pruned.fingerprint, "layer", slots, ranks, budget)
         write_text(kept, to_json(space))
@@ -131,7 +131,7 @@ class Bench:
 
     def ground(self, space: RankSpace, held_out: Corpus | None = None) -> PairedSetup:
         """Returns what recoveries are measured on: the test rows, or others."""
-        train, search = training_corpora(self.settings, 0)
+        train, search = training_corpora(self.settings, 0, self.pruned)
         modules = [name for slot in space.slots for name in slot.modules]
         windows = self.settings.held_out_windows if held_out is None else TEST_WINDOWS
         settings = self.settings.model_copy(update={"held_out_windows": windows})

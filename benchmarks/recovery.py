@@ -59,7 +59,7 @@ CPU = torch.device("cpu")
 PRUNED: dict[str, dict[str, Any]] = {
     "taylor": {"criterion": "taylor", "shape": "uniform", "select": "uniform", "reconstruct": "none"},
     "taylor+ls": {"criterion": "taylor", "shape": "uniform", "select": "uniform", "reconstruct": "least_squares"},
-    "default": {},
+    "default": {"shape": "per-layer"},
 }
 
 

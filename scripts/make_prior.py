@@ -81,7 +81,7 @@ def search(case: Case, seed: int) -> None:
         asked = AllocateSettings(
             method="bayes", budget=case.budget, ranks=CHOICES[case.budget], trials=16, elastic=0, cost=4.0, confirm_seeds=0
         )
-        found = allocate_ranks(folder / "pruned", folder / "plan.json", asked, SMALL, load=dtype, seed=seed)
+        found = allocate_ranks(folder / "pruned", folder / "plan.json", asked, SMALL, load=dtype, seed=seed).search
         past = from_json(PastSearch, (folder / "plan.search" / PAST).read_bytes())
         write_text(STORE / f"{case.name}.json", to_json(replace(past, model=MODEL)) + "\n")
         print(case.name, f"cost {found.search_cost:.2f}", found.found, flush=True)

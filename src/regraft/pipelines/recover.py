@@ -156,6 +156,8 @@ def recover_model(
     given = in_memory(data) if in_memory(data) is not None else chosen.data
     output = Path(output) if output is not None else None
     _check_early(chosen)
+    if chosen.ranks is not None:  # a record holds the plan, wherever its file lies
+        chosen = chosen.model_copy(update={"ranks": read_ranks(chosen.ranks)})
     with _work_folder(output, work, resume=resume) as kept:
         corpora = training_rows(chosen, seed, given) if given is not None or chosen.task != "language" else None
         loaded, injected = _student(model, tokenizer, corpora, chosen, load, seed=seed, in_place=in_place)

@@ -1,0 +1,285 @@
+"""The calls of ``regraft`` with what a user of transformers has in hand: models, tokenizers, texts and data sets in memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, PreTrainedModel
+
+import regraft
+from folders import tiny_tokenizer
+from regraft.data.text import Corpus, split_corpus
+from regraft.errors import ConfigError, DataError, InputError, ModelError, RegraftError
+
+# PEFT 0.21 asks for a property that transformers 5.23 renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+TEXTS = [f"{number}. The quick brown fox jumps over {number * 7} lazy dogs, they say." for number in range(40)]
+QUICK: dict[str, Any] = {"samples": 10, "seq_len": 20, "align": 2}
+STEPS: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 2, "max_length": 24, "eval_steps": 2, "quiet": True}
+
+
+class Rows:
+    """What is needed of a ``datasets.Dataset``: rows as mappings, again and again, under named columns."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+        self.column_names = list(rows[0])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+
+@pytest.fixture
+def model(make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    return make_model("llama")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in TEXTS), encoding="utf-8")
+    return path
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    now = model.state_dict()
+    return now.keys() == before.keys() and all(torch.equal(now[name], tensor) for name, tensor in before.items())
+
+
+def same(first: nn.Module, second: nn.Module) -> bool:
+    return unchanged(first, state(second))
+
+
+@pytest.mark.parametrize("settings", [{"criterion": "taylor", "select": "global", "shape": "per-layer", "reconstruct": "none"}, {}])
+def test_a_model_in_memory_is_pruned_as_its_folder_is(model: PreTrainedModel, tmp_path: Path, text: Path, settings: dict[str, Any]) -> None:
+    tokenizer = tiny_tokenizer()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    before, model = state(model), model.train()
+    live = regraft.prune(model, tokenizer=tokenizer, ratio=0.3, calibration=TEXTS, **settings, **QUICK)
+    folder = regraft.prune(tmp_path / "model", ratio=0.3, calibration=text, **settings, **QUICK)
+    rows = regraft.prune(model, tokenizer=tokenizer, ratio=0.3, calibration=Rows([{"text": line} for line in TEXTS]), **settings, **QUICK)
+    assert live.plan.cuts == folder.plan.cuts == rows.plan.cuts
+    assert live.model is not None
+    assert folder.model is not None
+    assert same(live.model, folder.model)
+    assert unchanged(model, before)
+    assert model.training
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.jsonl"]
+    assert live.provenance.settings["calibration"]["documents"] == len(TEXTS)
+    assert live.model.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=3, do_sample=False).shape == (1, 6)
+
+
+def test_the_result_shares_nothing_with_the_model(model: PreTrainedModel) -> None:
+    before = state(model)
+    pruned = regraft.prune(model, criterion="l2", ratio=0.2).model
+    assert pruned is not None
+    with torch.no_grad():
+        for parameter in pruned.parameters():
+            parameter.add_(1.0)
+    assert unchanged(model, before)
+
+
+def test_in_place_the_object_becomes_the_pruned_model(model: PreTrainedModel, make_model: Callable[..., PreTrainedModel]) -> None:
+    plain = regraft.prune(make_model("llama"), criterion="l2", ratio=0.3, shape="per-layer", select="global").model
+    result = regraft.prune(model, criterion="l2", ratio=0.3, shape="per-layer", select="global", in_place=True)
+    assert result.model is model
+    assert plain is not None
+    assert type(model) is type(plain)
+    assert same(model, plain)
+
+
+def test_a_result_saves_itself_and_prints_short(model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = regraft.prune(model, tokenizer=tiny_tokenizer(), criterion="l2", ratio=0.3)
+    record = result.save_pretrained(tmp_path / "saved")
+    assert record.files.keys() == {"model.safetensors"}
+    assert result.model is not None
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), result.model)
+    assert len(repr(result).splitlines()) == 1
+    assert len(repr(result)) < 120
+    assert f"{result.plan.parameters_after:,}" in str(result.report)
+    seen: list[Any] = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, repo_id, **more: seen.append(repo_id))
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.upload_folder",
+        lambda self, repo_id, folder_path, **more: seen.append(sorted(path.name for path in Path(folder_path).iterdir())) or "commit",
+    )
+    assert result.push_to_hub("me/small") == "commit"
+    assert seen[0] == "me/small"
+    assert {"model.safetensors", "config.json", "regraft.json", "README.md", "tokenizer.json"} <= set(seen[1])
+
+
+def test_a_hub_that_refuses_is_one_of_our_errors(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, repo_id: str, **more: Any) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
+    with pytest.raises(RegraftError, match="'me/small' cannot be written to the hub: no route to host"):
+        regraft.prune(model, criterion="l2", ratio=0.3).push_to_hub("me/small")
+
+
+def test_recovery_of_a_model_in_memory_leaves_it_as_it_is(model: PreTrainedModel, tmp_path: Path) -> None:
+    before = state(model)
+    result = regraft.recover(model, tokenizer=tiny_tokenizer(), data=TEXTS, r=2, lora_alpha=4, learning_rate=1e-2, **STEPS)
+    assert unchanged(model, before)
+    assert (result.settings.rank, result.settings.alpha, result.settings.steps, result.settings.lr) == (2, 4.0, 4, 1e-2)
+    assert not same(result.model, model)
+    result.save_pretrained(tmp_path / "recovered")
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "recovered"), result.model)
+    in_place = regraft.recover(model, tokenizer=tiny_tokenizer(), data=TEXTS, r=2, lora_alpha=4, learning_rate=1e-2, in_place=True, **STEPS)
+    assert in_place.model is model
+    assert same(model, result.model)
+
+
+def test_recovery_goes_on_from_a_live_lora(model: PreTrainedModel, tmp_path: Path) -> None:
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.05, generator=torch.Generator().manual_seed(1))
+    before = state(adapted)
+    ids = torch.tensor([[1, 5, 9, 20]])
+    start = adapted(ids).logits
+    result = regraft.recover(adapted, tokenizer=tiny_tokenizer(), data=TEXTS, learning_rate=1e-2, **STEPS)
+    assert unchanged(adapted, before)
+    assert isinstance(result.model, PeftModel)
+    assert result.recovered.best_loss < result.recovered.first_loss
+    assert not torch.equal(result.model(ids).logits, start)
+    own = {name for name in before if "lora_" in name}
+    moved = {name for name, tensor in result.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == own  # the base stays as it is
+    result.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(copy.deepcopy(adapted.unload()), tmp_path / "adapter")
+    assert torch.allclose(again(ids).logits, result.model(ids).logits, atol=1e-5)
+
+
+def test_what_the_live_lora_decides_is_not_given_again(model: PreTrainedModel) -> None:
+    adapted = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(InputError, match="`rank` is that of the adapter"):
+        regraft.recover(adapted, tokenizer=tiny_tokenizer(), data=TEXTS, r=8, **STEPS)
+
+
+def test_epochs_are_counted_in_steps(model: PreTrainedModel) -> None:
+    usual = {name: value for name, value in STEPS.items() if name != "max_steps"}
+    tokenizer = tiny_tokenizer()
+    result = regraft.recover(model, tokenizer=tokenizer, data=TEXTS[:8], num_train_epochs=2, held_out=0.25, rank=2, **usual)
+    train, _ = split_corpus(Corpus("texts", "all", tuple(TEXTS[:8])), 0.25, 0)
+    tokens = sum(len(tokenizer(text).input_ids) + 1 for text in train.documents) - 1  # with EOS between two
+    assert result.settings.steps == math.ceil(2 * (tokens // 24) / 2)
+    assert result.recovered.log[-1].step == result.settings.steps
+    assert result.settings.epochs is None
+
+
+def test_a_model_in_memory_is_measured_as_its_folder_is(model: PreTrainedModel, tmp_path: Path, text: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    live = regraft.evaluate(model, tokenizer=tokenizer, text=TEXTS, window=32)
+    folder = regraft.evaluate(tmp_path / "model", text=text, window=32)
+    assert live.loss.loss_nats == folder.loss.loss_nats
+    assert live.size.parameters == folder.size.parameters
+    adapted = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert regraft.evaluate(adapted, tokenizer=tokenizer, text=TEXTS, window=32).loss.loss_nats == pytest.approx(live.loss.loss_nats)
+
+
+def test_ranks_for_a_model_in_memory_are_those_of_its_folder(model: PreTrainedModel, tmp_path: Path, text: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    usual: dict[str, Any] = {"method": "gradient", "ranks": (2, 3, 4), "samples": 4, "budget": "r=3", "seq_len": 20}
+    live = regraft.allocate_ranks(model, tokenizer=tokenizer, data=TEXTS, **usual)
+    folder = regraft.allocate_ranks(tmp_path / "model", data=text, **usual)
+    assert live.plan.ranks == folder.plan.ranks
+    assert len(set(live.plan.ranks.values())) > 1
+    result = regraft.recover(model, tokenizer=tokenizer, data=TEXTS, ranks=live.plan, **STEPS)
+    assert result.record.ranks == live.plan
+
+
+def quantized(model: PreTrainedModel) -> PreTrainedModel:
+    model.is_quantized = True  # as transformers marks what bitsandbytes and others have loaded
+    return model
+
+
+BAD: dict[str, tuple[Callable[[PreTrainedModel], Any], dict[str, Any], type[RegraftError], str]] = {
+    "a family that cannot be pruned": (
+        lambda model: BertForMaskedLM(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)),
+        {},
+        ModelError,
+        "",
+    ),
+    "no model": (lambda model: nn.Linear(3, 3), {}, ModelError, "a Linear is not a model"),
+    "a tokenizer that does not fit": (lambda model: model, {"tokenizer": tiny_tokenizer(120)}, ModelError, "ids up to 119, the embedding"),
+    "no tokenizer": (lambda model: model, {"tokenizer": "gpt2"}, ModelError, "`tokenizer` is a str"),
+    "a keyword that does not exist": (lambda model: model, {"rati": 0.3}, ConfigError, "rati: unknown keyword; did you mean 'ratio'?"),
+    "a value that cannot be": (lambda model: model, {"ratio": 2}, ConfigError, "ratio: should be above 0.0 and below 1.0 (got 2)"),
+    "a criterion that does not exist": (lambda model: model, {"criterion": "magnitude"}, ConfigError, "known: "),
+    "rows without a text column": (lambda model: model, {"calibration": Rows([{"body": "x"}])}, DataError, "its keys: 'body'"),
+    "splits": (lambda model: model, {"calibration": {"train": TEXTS, "test": TEXTS}}, DataError, "give one part of it"),
+    "no text": (lambda model: model, {"calibration": None}, DataError, "`calibration` is missing: only seedling has text of its own"),
+    "empty text": (lambda model: model, {"calibration": []}, DataError, "is empty"),
+    "a number": (lambda model: model, {"calibration": 7}, DataError, "`calibration` is a int"),
+    "a live PEFT model": (
+        lambda model: get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])), {}, ModelError, "merge_and_unload"
+    ),
+    "an adapter inside": (
+        lambda model: model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"])) or model, {}, ModelError, "merge_and_unload"
+    ),
+    "a quantized model": (quantized, {}, ModelError, "is quantized"),
+    "no weights": (lambda model: model.to("meta"), {}, ModelError, "lies on meta"),
+    "memory": (lambda model: model, {"memory": "6GB"}, InputError, "`memory` is for models that are not loaded yet"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_error_and_changes_nothing(model: PreTrainedModel, name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    make, given, kind, words = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    wrong = make(model)
+    values = {key: tensor.clone() for key, tensor in wrong.state_dict().items()} if "meta" not in name and name != "no weights" else {}
+    keywords = {"tokenizer": tiny_tokenizer(), "calibration": TEXTS} | given
+    with pytest.raises(RegraftError) as caught:
+        regraft.prune(wrong, **(QUICK | keywords))
+    assert type(caught.value) is kind, caught.value
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+    assert all(torch.equal(wrong.state_dict()[key], tensor) for key, tensor in values.items())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_are_checked_when_they_are_made() -> None:
+    with pytest.raises(ConfigError, match=r"PruneSettings: criterion: unknown criterion 'tailor'.*did you mean 'taylor'\?"):
+        regraft.PruneSettings(criterion="tailor")
+    with pytest.raises(ConfigError, match="r and rank are one setting; give one of the two"):
+        regraft.RecoverSettings(r=4, rank=8)
+    assert regraft.LoadSettings(torch_dtype=torch.bfloat16, device_map="cpu") == regraft.LoadSettings(dtype="bfloat16", device="cpu")
+    assert regraft.RecoverSettings(target_modules="all-linear") == regraft.RecoverSettings()
+    assert "secret" not in repr(regraft.LoadSettings(token="secret"))
+    assert "secret" not in regraft.LoadSettings(token="secret").model_dump_json()
+
+
+def test_every_public_name_is_there_and_the_import_is_light() -> None:
+    assert dir(regraft) == sorted(regraft.__all__)
+    code = (
+        "import sys, regraft; assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules), 'heavy'; import regraft.export; "
+        "missing = [name for name in dir(regraft) if not hasattr(regraft, name)]; assert not missing, missing; "
+        "assert callable(regraft.export)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
