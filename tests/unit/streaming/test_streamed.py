@@ -189,13 +189,13 @@ def test_knapsack_gives_way_and_it_is_said(make_folder, settings):
         ({"memory": "100KB"}, r"--memory 100KB is below what one layer needs, \d+(K|M)B: .* use --memory \d+(MB|\.\d+GB) or more"),
         (
             {"memory": PLENTY, "select": "knapsack"},
-            "--select knapsack needs measurements of the whole model.*use --select global or uniform",
+            "`select=knapsack` needs measurements of the whole model.*use `select=global` or `select=uniform`",
         ),
-        ({"memory": PLENTY, "budget": "bytes", "select": "auto"}, "--budget bytes needs measurements of the whole model"),
-        ({"memory": PLENTY, "rounds": 2}, "--rounds 2 prunes the pruned model again.*use --rounds 1"),
-        ({"memory": PLENTY, "targets": ("layers",), "depth": "removal"}, "--depth removal looks at several .* use --depth block_influence"),
+        ({"memory": PLENTY, "budget": "bytes", "select": "auto"}, "`budget=bytes` needs measurements of the whole model"),
+        ({"memory": PLENTY, "rounds": 2}, "`rounds=2` prunes the pruned model again.*use `rounds=1`"),
+        ({"memory": PLENTY, "targets": ("layers",), "depth": "removal"}, "`depth=removal` looks at several .* use `depth=block_influence`"),
         ({"memory": PLENTY, "targets": ("residual",)}, "--targets residual changes more than one layer at a time"),
-        ({"memory": PLENTY, "seq_len": 65}, "--seq-len 65 exceeds the model's context of 64 tokens; use at most 64"),
+        ({"memory": PLENTY, "seq_len": 65}, "`seq_len` 65 exceeds the model's context of 64 tokens; use at most 64"),
         ({"memory": PLENTY, "ratio": 0.99}, "ratio 0.99 would leave a layer empty"),
         ({"memory": PLENTY, "seq_len": 1, "criterion": "taylor"}, "at least 2"),
     ],
@@ -242,7 +242,7 @@ def test_the_command_says_how_much_memory_is_needed_and_takes_that(make_folder, 
 
 
 def test_an_output_is_needed(make_folder, settings):
-    with pytest.raises(InputError, match="say where with --output"):
+    with pytest.raises(InputError, match="say where with `output`"):
         prune(make_folder("llama"), None, settings(memory=PLENTY))
 
 
