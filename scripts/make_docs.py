@@ -1,4 +1,4 @@
-"""Writes the pages that are made from the code: ``docs/commands.md`` and the recipe that explains every key.
+"""Writes what is made from the code: ``docs/commands.md``, the table in ``docs/export.md`` and the recipe that explains every key.
 
 Run it after a change of options or settings (``make docs``); ``--check`` only says whether they are up to date, as the tests do.
 """
@@ -13,13 +13,16 @@ from typing import Any
 import yaml
 
 from regraft.cli.app import COMMANDS, load_command
+from regraft.export import EXPORTERS
 from regraft.pipelines.run.recipe import SECTIONS, Recipe
 from regraft.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 COMMANDS_PAGE = ROOT / "docs" / "commands.md"
+EXPORT_PAGE = ROOT / "docs" / "export.md"
 EXPLAINED_RECIPE = ROOT / "src" / "regraft" / "recipes" / "prune-recover.yaml"
 WIDTH = 120
+TABLE_STARTS, TABLE_ENDS = "<!-- made from the exporters' declarations by scripts/make_docs.py -->", "<!-- end -->"
 
 
 def commands_page() -> str:
@@ -37,6 +40,19 @@ def commands_page() -> str:
     for name in COMMANDS:
         lines += ["", *_command(name)]
     return "\n".join(lines) + "\n"
+
+
+def export_page() -> str:
+    """Returns the page on exports: written text, with the table that the exporters declare in the place of its mark."""
+    text = EXPORT_PAGE.read_text(encoding="utf-8")
+    before, _, rest = text.partition(TABLE_STARTS)
+    _, _, after = rest.partition(TABLE_ENDS)
+    lines = ["", "| format | loaded by | families | layers may differ in | numbers | lost | proof |", "|---|---|---|---|---|---|---|"]
+    for name in EXPORTERS:
+        for row in EXPORTERS.get(name).holds:
+            cells = (f"`{name}`", row.runtime, row.families, row.uneven or "nothing", row.numbers, row.lost, row.proof)
+            lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    return before + TABLE_STARTS + "\n".join(lines) + "\n" + TABLE_ENDS + after
 
 
 def _command(name: str) -> list[str]:
@@ -111,7 +127,7 @@ def main() -> int:
     """Writes the pages, or compares them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when a page is out of date")
-    wanted = {COMMANDS_PAGE: commands_page(), EXPLAINED_RECIPE: explained_recipe()}
+    wanted = {COMMANDS_PAGE: commands_page(), EXPLAINED_RECIPE: explained_recipe(), EXPORT_PAGE: export_page()}
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if parser.parse_args().check:
         for path in stale:

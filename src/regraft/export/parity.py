@@ -21,7 +21,7 @@ TIE_NATS = 1e-3
 LARGEST_NATS = 1e-2  # of a file in float32
 POSSIBLE_NATS = 20.0  # tokens more than this below the likeliest are left out: float32 rounds their tiny probabilities
 WINDOW_TOKENS = 512
-ENTRIES = 4_000_000  # probabilities that are asked for in all
+ENTRIES = 1_500_000  # probabilities that are asked for in all
 # What a correct file in 16 bits, 8, 6 to 4 and 3 bits stays far below; a wrong tensor lies far above.
 DIVERGENCE_NATS = {16: 0.02, 8: 0.05, 4: 0.5, 3: 1.0}
 CHARACTERS = 10_000

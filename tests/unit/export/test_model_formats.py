@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gguf_toys import as_loaded, byte_level_tokenizer, toy, uneven
 from regraft.errors import InputError, OutputError
-from regraft.export import ExportSettings
+from regraft.export import ExportSettings, hf
 from regraft.export.nemotron_nas import ffn_mult, read_sizes, round_up, targets
 from regraft.export.ollama import modelfile, observed
 from regraft.models.view import LayerSizes
@@ -75,13 +75,8 @@ def test_weights_are_sharded_by_size(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Other:
-        uneven = staticmethod(lambda model, loaded, folder, settings: _write(toy("llama", scale=0.16), loaded, folder, settings))
-
-    from regraft.export import hf
-
-    _write = hf.write_folder
-    monkeypatch.setattr("regraft.export.hf.write_folder", Other.uneven)
+    write_folder, other = hf.write_folder, toy("llama", scale=0.16)
+    monkeypatch.setattr(hf, "write_folder", lambda model, loaded, folder, settings: write_folder(other, loaded, folder, settings))
     with pytest.raises(OutputError, match="not the same"):
         export(as_loaded(toy("llama")), tmp_path / "out", "hf", settings=FEW, check=TEXT)
     assert list(tmp_path.iterdir()) == []

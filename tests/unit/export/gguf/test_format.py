@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def test_quantized_files_stay_close(tmp_path: Path, quantize: str, largest: floa
 
 
 def test_a_wrong_tensor_is_noticed_and_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regraft.export.gguf.llama_like.paired", lambda tensor, heads: tensor)
+    monkeypatch.setattr(import_module("regraft.export.gguf.llama_like"), "paired", lambda tensor, heads: tensor)
     with pytest.raises(OutputError, match="not the same"):
         export(as_loaded(toy("llama")), tmp_path / "out", "gguf", settings=FEW, check=TEXT)
     assert list(tmp_path.iterdir()) == []
