@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from regraft.export.contract import EXPORTERS, ModelFormat, Parity, Written
+from regraft.export.contract import EXPORTERS, Holding, ModelFormat, Parity, Written
 from regraft.export.gguf import format as gguf_format
 from regraft.export.settings import ExportSettings
 from regraft.models.load import Loaded
@@ -140,10 +140,14 @@ def check(loaded: Loaded, folder: Path, written: Written, text: str, settings: E
     return gguf_format.check(loaded, folder, written, text, settings)
 
 
-_HOLDS = tuple(
-    dataclasses.replace(
-        row, runtime=row.runtime.replace("llama.cpp", "Ollama"), proof=f"{row.proof} (in llama.cpp; the Modelfile by rules)"
-    )
-    for row in gguf_format.FORMAT.holds
+_HOLDS = (
+    Holding(
+        "Ollama",
+        "those of `gguf`",
+        "as `gguf`",
+        "as `gguf`",
+        "as `gguf`; a chat template that is not made of turns stays in Jinja",
+        "run in llama.cpp; the Modelfile by rules",
+    ),
 )
 EXPORTERS.add("ollama", ModelFormat("a GGUF file and a Modelfile", _HOLDS, gguf_format.refuse, write, check))
