@@ -76,7 +76,7 @@ def check_ordinary(path: Path, error: type[RegraftError] = InputError) -> int:
         Its size in bytes.
 
     Raises:
-        RegraftError: Of the given kind.
+        RegraftError: The value or file is not as described; the exception has the type ``error``.
     """
     try:
         found = os.stat(path)
@@ -92,7 +92,7 @@ def read_bytes(path: Path, error: type[RegraftError] = InputError, most_bytes: i
     """Returns what an ordinary file holds.
 
     Raises:
-        RegraftError: Of the given kind: it is no ordinary file, too large, or cannot be read.
+        RegraftError: It is no ordinary file, too large, or unreadable; the exception has the type ``error``.
     """
     size = check_ordinary(path, error)
     if size > most_bytes:
@@ -132,7 +132,7 @@ def read_json(path: Path, error: type[RegraftError] = InputError) -> Any:
     """Returns the value of a JSON file.
 
     Raises:
-        RegraftError: Of the given kind: it cannot be read, or is not JSON.
+        RegraftError: It cannot be read, or is not JSON; the exception has the type ``error``.
     """
     return parse_json(read_bytes(path, error), f"'{shown(path)}'", error)
 
@@ -141,7 +141,7 @@ def read_object(path: Path, error: type[RegraftError] = InputError) -> dict[str,
     """Returns the object that a JSON file holds.
 
     Raises:
-        RegraftError: Of the given kind: it cannot be read, or holds something else.
+        RegraftError: It cannot be read, or holds something else; the exception has the type ``error``.
     """
     value = read_json(path, error)
     if not isinstance(value, dict):
@@ -153,7 +153,7 @@ def whole_number(value: object, what: str, least: int, most: int, error: type[Re
     """Returns a whole number within limits; True and 1.5 are none.
 
     Raises:
-        RegraftError: Of the given kind.
+        RegraftError: The value or file is not as described; the exception has the type ``error``.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise error(f"{what} {_short(value)} is not a whole number from {least} to {most}")
@@ -164,7 +164,7 @@ def real_number(value: object, what: str, least: float, most: float, error: type
     """Returns a finite number above ``least`` and up to ``most``.
 
     Raises:
-        RegraftError: Of the given kind.
+        RegraftError: The value or file is not as described; the exception has the type ``error``.
     """
     fine = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 and math.isfinite(value)
     if not fine or not least < value <= most:  # pyright: ignore[reportOperatorIssue]
@@ -176,7 +176,7 @@ def entry(values: Mapping[str, Any], key: str, kinds: type | tuple[type, ...], w
     """Returns an entry of a JSON object that has to be there and of a kind.
 
     Raises:
-        RegraftError: Of the given kind.
+        RegraftError: The value or file is not as described; the exception has the type ``error``.
     """
     if key not in values:
         raise error(f"{what} lacks '{key}'; write it again")

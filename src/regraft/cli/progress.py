@@ -23,7 +23,7 @@ def progress(doing: str, *, quiet: bool = False, console: Console | None = None)
     Args:
         doing: What the block does, for the time before its first line.
         quiet: Show nothing.
-        console: Of the standard error; tests bring their own.
+        console: The console to write to; None for the standard error.
 
     Yields:
         What the block calls with each line of its progress.

@@ -1,4 +1,4 @@
-"""Low-rank compression: linear layers as two thin ones, the rank of each chosen under one budget of stored parameters."""
+"""Low-rank compression: linear layers become two factors, whose ranks are chosen under one budget of stored parameters."""
 
 from regraft.compression import asvd, bolaco, fisher, svd, svd_llm
 from regraft.compression.choices import RANK_CHOICES, rank_at_share, settle

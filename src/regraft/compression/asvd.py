@@ -1,7 +1,6 @@
 """ASVD: channels that carry more activation weigh more (arXiv 2312.05821, section 3.2).
 
-``W S`` is decomposed, with ``S = diag(mean |x|^alpha)``: the decomposition's inputs are scaled, nothing is known of how channels go
-together.
+``W S`` is decomposed, with ``S = diag(mean |x|^alpha)``. Inputs are scaled channel by channel; correlations between channels are ignored.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the ranks of all layers are chosen from their prices, under one hard budget of stored parameters.
+"""Methods that choose the ranks of all layers from their prices, under one hard budget of stored parameters.
 
 Each choice is a pure function of the space to one rank for each site; what is left of the budget after rounding goes where a parameter buys
 most.

@@ -1,4 +1,4 @@
-"""The contract of a compressor: a weight and what was seen at its inputs and outputs, to factors at every rank with their price."""
+"""The interface of compressors: from a weight and statistics of its inputs and outputs to factors at every rank with their price."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Unit = Literal["squared error", "nats"]
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a compressor may look at.
+    """The inputs of a compressor.
 
     Attributes:
         name: Full name of the projection, for messages.
@@ -62,9 +62,9 @@ class Compressor:
     """A named way to decompose a weight.
 
     Attributes:
-        name: As on the command line.
-        looks_at: What it needs beside the weights.
-        unit: What its prices are: nats of divergence per token, which add up over layers, or the squared error of the layer's output
+        name: Name of the method, as on the command line.
+        looks_at: Evidence that it needs in addition to the weights.
+        unit: Unit of its prices: nats of divergence per token, which add up over layers, or the squared error of the layer's output
             (``svd``: of the weight; ``asvd``: in its own scaling), which compare within one layer only.
         adds_bias: Whether a factored layer gets a bias that keeps the mean of its outputs.
         truncate: Decomposes one weight.

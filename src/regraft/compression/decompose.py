@@ -1,4 +1,4 @@
-"""Every linear layer of a model decomposed, once for all ranks: what it costs to cut each short, and the factors to do it with."""
+"""Decomposition of every linear layer of a model, once for all ranks: the price of each rank, and the factors."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def decompose(
     has_bias: Callable[[str], bool],
     say: Say = say_nothing,
 ) -> list[Decomposed]:
-    """Decomposes one layer after the other; of each, moments are forgotten and factors kept.
+    """Decomposes one layer after the other; moments are freed after each layer, and its factors are kept.
 
     Args:
-        evidence: Of every layer, in the order of the model.
+        evidence: Evidence of every layer, in the order of the model.
         compressor: The method.
         layout: How factors will be stored: decides up to which rank they can save anything.
-        layer_of: Name of a linear layer to the index of its decoder layer.
-        has_bias: Name of a linear layer to whether it has a bias.
-        say: Called with one line now and then.
+        layer_of: Returns the index of the decoder layer for the name of a linear layer.
+        has_bias: Returns whether the linear layer of a name has a bias.
+        say: Called with a line of progress at intervals.
     """
     found: list[Decomposed] = []
     layer = -1

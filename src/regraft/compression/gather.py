@@ -1,4 +1,4 @@
-"""What goes into the linear layers of a model in memory, and what comes back to them: the evidence of compression methods.
+"""Moments of the inputs and of the output gradients of a model's linear layers, which compression methods use as evidence.
 
 One pass of the calibration text, forwards and, where gradients are asked for, back. Moments are float64 and quadratic in the widths; layers
 that read the same tensor share theirs, and where all together would take too much, several passes each watch a part of the layers.
@@ -30,12 +30,12 @@ MOST_BYTES = 1_000_000_000
 
 @dataclass
 class _Seen:
-    """Moments of one pass.
+    """The moments that one pass collects.
 
     Attributes:
-        inputs: By the first layer that reads each tensor.
-        reads: Which of these each layer reads.
-        gradients: By layer.
+        inputs: Moments of each tensor, under the name of the first layer that reads it.
+        reads: For each layer, the key of its inputs in ``inputs``.
+        gradients: Moments of the output gradients, by layer.
     """
 
     inputs: dict[str, PooledMoments] = field(default_factory=dict[str, PooledMoments])
@@ -59,9 +59,9 @@ def gather(
         model: In evaluation mode; left as it is.
         projections: Its linear layers by full name, in the order in which the model calls them.
         windows_NT: Calibration tokens, int64 (windows, tokens); None where weights alone are looked at.
-        looks_at: What is wanted beside the weights.
+        looks_at: Evidence that is needed in addition to the weights.
         transposed: Whether weights are stored (in, out).
-        seed: Of the tokens drawn from the model's predictions.
+        seed: Seed for the tokens drawn from the model's predictions.
         most_bytes: Moments in memory at a time; more take more passes over the text.
 
     Raises:

@@ -1,4 +1,4 @@
-"""From prices to choices: the ranks that each layer may take, what they store and what they cost."""
+"""The space of rank vectors: the ranks that each layer may take, with their stored parameters and predicted damage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Priced:
         layer: Index of its decoder layer.
         rows: Width of its outputs.
         columns: Width of its inputs.
-        new_bias: Numbers of a bias that it has not got and gets.
+        new_bias: Size of the bias that factoring adds to a layer without one; 0 for none.
         damage_K: Cost of truncating to each rank from 0 to the full one, float64 (k + 1,).
     """
 
@@ -54,9 +54,9 @@ def factor_space(
 
     Args:
         priced: The layers that may be factored, in the order of the model.
-        fingerprint: Of the model.
-        method: That the prices are of.
-        unit: Of the damages; for ``share`` they are divided by what a layer's output is at rank 0.
+        fingerprint: Fingerprint of the model.
+        method: The method that the prices were computed for.
+        unit: Unit of the damages; for ``share`` each is divided by the layer's damage at rank 0.
         layout: How factored layers are stored.
         parameters: All stored parameters of the model.
         ratio: Share of them to remove.
@@ -101,10 +101,10 @@ def factor_plan(space: FactorSpace, ranks: Sequence[int], choice: str, ratio: fl
     """Returns the plan of a rank vector.
 
     Args:
-        space: That it is of.
-        ranks: One for each site.
-        choice: How they were chosen.
-        ratio: Share of the parameters that was to go.
+        space: The space that the vector is from.
+        ranks: One rank for each site.
+        choice: Name of the method that chose the ranks.
+        ratio: Share of the parameters that was to be removed.
         biases: Whether each layer has a bias once it is factored.
 
     Raises:

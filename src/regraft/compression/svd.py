@@ -1,4 +1,4 @@
-"""Plain truncated SVD of the weight: the least error of the weight itself, whatever goes through it."""
+"""Plain truncated SVD of the weight: the least error of the weight itself, without regard to its inputs."""
 
 from __future__ import annotations
 

@@ -24,11 +24,11 @@ SELF, BUILT_IN = "self", "built-in"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a share of the calibration windows comes from.
+    """One source of calibration windows and its share.
 
     Attributes:
         name: A file, ``built-in`` or ``self``.
-        share: Of all windows, above 0; the shares of all sources add up to 1.
+        share: Share of all windows, above 0; the shares of all sources add up to 1.
     """
 
     name: str
@@ -37,12 +37,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Windows:
-    """Calibration windows and where each is from.
+    """Calibration windows and the source of each.
 
     Attributes:
         tokens_NT: Token ids, int64 (windows, tokens).
         source_N: Index into ``names`` for each window, int64 (windows,).
-        names: Of the sources.
+        names: Names of the sources.
     """
 
     tokens_NT: Tensor
@@ -120,9 +120,9 @@ def mixed(names: Sequence[str], parts: Sequence[Tensor], seed: int) -> Windows:
     """Returns the windows of all sources in a random order, so that every part of them holds every source.
 
     Args:
-        names: Of the sources.
-        parts: Windows of each, int64 (windows, tokens). The windows of a single source keep their order.
-        seed: Of the order.
+        names: Names of the sources.
+        parts: Windows of each source, int64 (windows, tokens). The windows of a single source keep their order.
+        seed: Seed for the order.
     """
     tokens_NT = torch.cat(list(parts))
     source_N = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([len(part) for part in parts]))

@@ -165,7 +165,7 @@ def encode_whole(
 
     Args:
         corpus: Records.
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         bos: Whether each record starts with BOS; ``"auto"``: as the tokenizer, or its chat template, does.
         prompt: The format of the prompt.
 
@@ -294,7 +294,7 @@ def encode_records(
 
     Args:
         corpus: Records.
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         max_tokens: The window.
         prompt: The format of the prompt.
         truncation: What becomes of a longer record: ``right`` cuts its end, ``left`` its beginning, ``drop`` leaves it out.

@@ -1,4 +1,4 @@
-"""Text that the dense model writes itself, for calibration: what it knows best is in it, whatever text there is at hand.
+"""Calibration text that the dense model writes itself, so that it covers what the model knows even without suitable text at hand.
 
 A base model begins at a random token (LLM-QAT, arXiv 2305.17888, section 3.1); a model with a chat template also continues the opening of a
 user's turn, and so writes the question and the answer (Magpie, arXiv 2406.08464). Windows take turns at several temperatures. Sampling
@@ -24,12 +24,12 @@ _HERE = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 @dataclass(frozen=True)
 class OwnText:
-    """What a model wrote.
+    """Windows of text that a model wrote.
 
     Attributes:
         windows_NT: Token ids, int64 (windows, tokens).
-        repeated: Share of runs of four tokens that stood in the same window before.
-        degenerate: Whether that is too much to calibrate on.
+        repeated: Share of four-token sequences that occurred earlier in the same window.
+        degenerate: Whether this share is too high for calibration.
     """
 
     windows_NT: Tensor
@@ -46,7 +46,7 @@ def write_own_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
         tokenizer: For its chat template and its special tokens; None: every window begins at a random token.
         samples: How many windows.
         seq_len: Tokens of each, the first ones included.
-        seed: Of everything that is drawn.
+        seed: Seed for everything that is drawn.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     openings = _openings(model, tokenizer, samples, generator)

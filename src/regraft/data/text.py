@@ -107,7 +107,7 @@ def corpus_of(name: str, rows: Iterable[tuple[str, Any]], *, skip_bad: bool = Fa
     """Returns the corpus of rows that are already objects.
 
     Args:
-        name: Of the source, for messages.
+        name: Name of the source, for messages.
         rows: Each with its place for messages; the value is an object in one of the known forms, or the error that reading it gave.
         skip_bad: Leave out rows that cannot be read and count them.
 

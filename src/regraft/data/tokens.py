@@ -111,10 +111,10 @@ def calibration_windows(
 
     Args:
         corpus: Documents or records.
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         samples: How many windows.
         seq_len: Tokens of a window.
-        seed: Of the draw.
+        seed: Seed for drawing windows.
         prompt: The format in which records become texts.
 
     Returns:

@@ -62,8 +62,8 @@ class Passes(ABC):
         """Returns second moments of the inputs of projections, and of the gradients in their outputs, over the calibration windows.
 
         Args:
-            names: Of projections that read heads or feed-forward channels.
-            seed: Of the tokens that are drawn from the model's predictions.
+            names: Names of projections that read heads or feed-forward channels.
+            seed: Seed for the tokens that are drawn from the model's predictions.
 
         Raises:
             InputError: The model is not in memory as a whole.

@@ -38,9 +38,9 @@ def reader_moments(model: PreTrainedModel, names: Iterable[str], windows_NT: Ten
 
     Args:
         model: In evaluation mode; left as it is.
-        names: Of projections that read heads or feed-forward channels.
+        names: Names of projections that read heads or feed-forward channels.
         windows_NT: Tokens, int64 (windows, tokens).
-        seed: Of the tokens that are drawn.
+        seed: Seed for the tokens that are drawn.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     found: dict[str, ReaderMoments] = {}

@@ -53,9 +53,9 @@ def unit_nats(group: Group, weight_OI: Tensor, seen: ReaderMoments) -> Tensor:
     """Returns what each removal adds, in the order in which the units of a group leave.
 
     Args:
-        group: Whose units lie along the inputs of the projection.
-        weight_OI: Its weights, (out, in).
-        seen: Of it.
+        group: A group whose units lie along the inputs of the projection.
+        weight_OI: Weights of the projection, (out, in).
+        seen: Moments of the projection.
     """
     member = reading(group)
     channels = [index for unit in range(group.units) for index in member.indices(unit)]

@@ -105,15 +105,15 @@ def choose_damping(weight_OI: Tensor, fit: Moments, held_out: Moments, kept: Ten
 def best_damping(
     equations: NormalEquations, weight_OI: Tensor, held_out: Sequence[Moments], kept: Tensor, dampings: Sequence[float] = DAMPINGS
 ) -> float:
-    """Returns the damping that does best where it does worst.
+    """Returns the damping with the least error on the kind of held-out text that it fits worst.
 
     Args:
-        equations: Of the part of the calibration text that is fitted.
+        equations: Normal equations of the part of the calibration text that is fitted.
         weight_OI: Weights before, (out, in).
         held_out: Moments of the inputs on other text, one for each kind of text. With several, each counts by its error over the
             power of the old output on it, so that the kind that is fitted worst decides.
         kept: Indices of the channels that stay, int64 (kept,), ascending.
-        dampings: To choose from.
+        dampings: The choices.
     """
     nothing = kept[:0]
     empty = weight_OI.new_zeros(weight_OI.shape[0], 0, dtype=torch.float64)

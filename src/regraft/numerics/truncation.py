@@ -99,7 +99,7 @@ def truncation(
     """Decomposes a weight in a metric of inputs and one of outputs.
 
     Args:
-        weight_OI: Of any float dtype, (out, in).
+        weight_OI: The weight, (out, in), of any float dtype.
         inputs: Root of the metric of the inputs; None for the identity.
         outputs: Root of the metric of the outputs; None for the identity.
         scale: Price of a dropped singular value s is ``scale * s^2``.

@@ -1,4 +1,4 @@
-"""Which linear layers become two thin ones, at which rank: what compression decides, and among what."""
+"""Plans of low-rank compression, which name the linear layers to factor and their ranks, and the space that they are chosen from."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ class FactorSpace:
     """The rank vectors that a compression chooses from.
 
     Attributes:
-        fingerprint: Of the model.
-        method: The compression method that the damages are of.
-        unit: Of the damages: ``nats`` add up over layers; ``share`` is the part of a layer's own squared output that is lost.
+        fingerprint: Fingerprint of the model.
+        method: The compression method that the damages were computed for.
+        unit: Unit of the damages: ``nats`` add up over layers; ``share`` is the lost part of a layer's own squared output.
         layout: How factored layers are stored.
         parameters: All stored parameters of the model before.
         budget: Most parameters that the sites may store together.
@@ -95,11 +95,11 @@ class FactorSpace:
 
 @dataclass(frozen=True)
 class Factoring:
-    """One layer that becomes two.
+    """One linear layer that is replaced by two factors.
 
     Attributes:
         module: Full name.
-        rank: Width between the two.
+        rank: Width between the two factors.
         bias: Whether it has a bias, its own or one that keeps the mean of its outputs.
     """
 
@@ -113,15 +113,15 @@ class FactorPlan:
     """The layers that are factored, and their ranks.
 
     Attributes:
-        fingerprint: Of the model that it was made for.
+        fingerprint: Fingerprint of the model that the plan was made for.
         method: How layers are decomposed.
         choice: How the ranks were chosen.
         layout: How factored layers are stored.
         ratio: Share of all stored parameters that was to go.
-        parameters_before: Of the model, embeddings included, tied ones once.
-        parameters_after: Stored in the compressed model.
+        parameters_before: Parameters of the uncompressed model, embeddings included, tied ones counted once.
+        parameters_after: Parameters stored in the compressed model.
         factorings: In the order of the model; what is not named stays dense.
-        predicted_nats: Divergence per token that the prices promise; None where they are not in nats.
+        predicted_nats: Predicted divergence per token; None where damages are not in nats.
         made_with: Settings, seed and checksums of the texts, to make the same factors again.
     """
 

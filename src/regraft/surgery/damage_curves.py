@@ -82,8 +82,8 @@ def predict_curves(
 
     Args:
         view: The dense model; left as it is.
-        groups: Of that model.
-        scores: In nats for each token, rising in the order in which the units of a group leave.
+        groups: Groups of the model.
+        scores: Scores in nats for each token, ascending in the order in which the units of a group are removed.
         windows_NT: Calibration tokens, int64 (windows, tokens), for what is measured.
         only: Names of the groups.
         unit: What sizes are counted in.
@@ -120,11 +120,11 @@ def rescale_curves(
 
     Args:
         view: The dense model; left as it is.
-        groups: Of that model.
-        scores: That the curves were predicted from.
+        groups: Groups of the model.
+        scores: The scores that the curves were predicted from.
         windows_NT: Tokens that measure, int64 (windows, tokens).
-        curves: Predicted.
-        kept: Units that stay of each group that they led to cut.
+        curves: The predicted curves.
+        kept: Number of kept units for each group that was cut by these curves.
         inputs: Moments of the inputs of the projections that read the groups, by module name, over calibration windows among which are
             those that measure; these are left out of the fit.
         say: Called with one line for each layer.

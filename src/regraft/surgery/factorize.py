@@ -1,4 +1,4 @@
-"""Put two thin matrices in the place of linear layers, or write what they stand for back as dense ones."""
+"""Replacement of linear layers by two factors, and of factors by their dense product."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _BIAS_KEYS = ("attention_bias", "mlp_bias")
 
 
 def factorize(model: PreTrainedModel, plan: FactorPlan, factors: Mapping[str, Factors]) -> PreTrainedModel:
-    """Returns a model whose layers are factored as the plan says; the other tensors are shared with the model before.
+    """Returns a model whose layers are factored by the plan; the other tensors are shared with the given model.
 
     Args:
-        model: That the plan was made for; left as it is.
-        plan: Which layers, at which rank, in which layout.
-        factors: Of every layer that the plan names.
+        model: The model that the plan was made for; it is not changed.
+        plan: The layers to factor, their ranks and the layout.
+        factors: Factors of every layer that the plan names.
 
     Raises:
         PlanError: The plan is of another model, or the factors do not fit it.

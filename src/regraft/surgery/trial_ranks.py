@@ -1,6 +1,6 @@
-"""A copy of a model in which layers are cut short and made whole again, to measure rank vectors without building a model for each.
+"""A copy of a model in which layers are truncated and restored, to measure rank vectors without building a model for each.
 
-What it computes is what the factored model would, with the product of the factors in the place of the dense weight.
+It computes the same as the factored model, with the product of the factors in place of the dense weight.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TrialModel:
 
     Args:
         model: Copied; left as it is.
-        truncations: Of the layers that may be truncated, by name.
+        truncations: Decompositions of the layers that may be truncated, by name.
     """
 
     def __init__(self, model: PreTrainedModel, truncations: Mapping[str, Truncation]) -> None:
@@ -56,7 +56,7 @@ def truncate(module: nn.Module, factors: Factors, bias: nn.Parameter | None, *, 
 
     Args:
         module: The layer, which is changed.
-        factors: Of its weight.
+        factors: Factors of its weight.
         bias: The layer's own.
         transposed: Whether weights are stored (in, out).
     """
@@ -79,7 +79,7 @@ def measured_damage(
     Args:
         model: Left as it is.
         space: The choices and their predicted damage.
-        truncations: Of every layer, by name.
+        truncations: Decompositions of all layers, by name.
         windows_NT: Tokens, int64 (windows, tokens); a few of them are used.
 
     Returns:

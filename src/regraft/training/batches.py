@@ -122,11 +122,11 @@ def in_steps(
     """Returns settings that count steps, where the user counted passes over the data: as many steps as these take, rounded up.
 
     Args:
-        settings: With or without ``epochs``.
-        train: What is trained on; of texts with labels, each is one row.
-        tokenizer: The model's.
-        model: For its context.
-        seed: Of the draw of documents.
+        settings: Settings of the recovery, with or without ``epochs``.
+        train: The training data; each labelled text is one row.
+        tokenizer: The model's tokenizer.
+        model: The model, for its context length.
+        seed: Seed for drawing documents.
     """
     if settings.epochs is None:
         return settings

@@ -36,7 +36,7 @@ def fading(schedule: Schedule, done: float) -> float:
     """Returns lambda: 1 at the start, 0 from ``done = 1`` on, exactly.
 
     Args:
-        schedule: How it falls between.
+        schedule: Shape of the fall between these.
         done: Share of the fading that is over, from 0.
 
     >>> fading("linear", 0.25), fading("cosine", 0.5), fading("step", 0.5), fading("sine", 1.0)
@@ -57,15 +57,15 @@ def fading(schedule: Schedule, done: float) -> float:
 
 @dataclass(frozen=True)
 class FadeSettings:
-    """How weights fade.
+    """Settings of training with fading weights.
 
     Attributes:
-        steps: Of the optimizer.
+        steps: Number of optimizer steps.
         lr: Peak learning rate; it falls to zero as a cosine.
         batch: Windows of a step.
-        schedule: How lambda falls.
+        schedule: Shape of lambda's fall.
         fade: Share of the steps after which lambda is 0.
-        task_weight: Of the language-modelling loss; the rest is the features'.
+        task_weight: Weight of the language-modelling loss; the feature loss has 1 minus this weight.
     """
 
     steps: int = 200
@@ -78,11 +78,11 @@ class FadeSettings:
 
 @dataclass
 class Fade:
-    """Where all fading layers of a model are.
+    """State that all fading layers of a model share.
 
     Attributes:
         value: lambda.
-        teaching: Whether layers give what the original gives.
+        teaching: Whether layers compute the original outputs.
     """
 
     value: float = 1.0
@@ -95,10 +95,10 @@ class FadingLinear(nn.Module):
     Args:
         base: The layer, which is frozen.
         start: Factors to start from, with what they add to the layer's own bias.
-        fade: Where it is, for all layers together.
+        fade: State of the fading, shared by all layers.
         transposed: Whether the weight is stored (in, out).
         random: Start from ``B = 0`` and a random A instead.
-        generator: Of the random values.
+        generator: Generator for the random values.
     """
 
     def __init__(self, base: nn.Module, start: Factors, fade: Fade, *, transposed: bool, random: bool, generator: torch.Generator) -> None:
@@ -153,12 +153,12 @@ def fade_out(
         windows_NT: Training tokens, int64 (windows, tokens).
         settings: Steps, schedule and weights of the losses.
         transposed: Whether weights are stored (in, out).
-        random: Start from nothing instead of from the factors.
-        seed: Of the order of the windows and of random values.
-        say: Called with one line now and then.
+        random: Start from ``B = 0`` and a random A instead of the factors.
+        seed: Seed for the order of the windows and for random values.
+        say: Called with a line of progress at intervals.
 
     Returns:
-        The factors by name, with which the layers give what they gave at lambda = 0.
+        The trained factors by name of the layer; with them, layers compute what they did at lambda = 0.
 
     Raises:
         TrainingError: The loss is not finite.
@@ -193,10 +193,10 @@ def fading_loss(model: PreTrainedModel, fade: Fade, ids_BT: Tensor, task_weight:
     """Returns ``a * task + (1 - a) * features`` of a model with fading layers.
 
     Args:
-        model: With them in place.
-        fade: Theirs.
+        model: The model with fading layers in place.
+        fade: State of these layers.
         ids_BT: Tokens, int64 (batch, tokens).
-        task_weight: ``a``.
+        task_weight: The weight ``a``.
     """
     fade.teaching = True
     try:

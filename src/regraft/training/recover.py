@@ -102,8 +102,8 @@ def recover(
     step has ``processes`` times as many rows. Only the first process writes files.
 
     Args:
-        model: Of a known family, or with a head for labels, on the device where it trains. Weights in float16 are held in float32
-            while training, bfloat16 ones too unless the products are bfloat16; afterwards each has its own type again.
+        model: A model of a known family or with a head for labels, on the device where it trains. Weights in float16 are held in
+            float32 while training, bfloat16 ones too unless the products are bfloat16; afterwards each has its own type again.
         tokenizer: Tokenizer of the model.
         train: Text (packed into windows), instruction records (padded or packed, with loss on the response), or labelled texts.
         held_out: Held-out data, disjoint from the training data; their loss, without distillation, chooses the best checkpoint.

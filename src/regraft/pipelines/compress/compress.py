@@ -41,16 +41,16 @@ PC_LORA = "pc_lora"
 
 @dataclass(frozen=True)
 class CompressResult:
-    """What compression gave.
+    """Result of compression.
 
     Attributes:
-        plan: Which layers are factored, at which rank.
+        plan: The factored layers and their ranks.
         model: The compressed model; None after a dry run.
-        loaded: The model before, with its tokenizer and source.
-        space: The ranks that were chosen among, with their prices; None for a plan that was given.
-        notes: What the user should know, a line each.
+        loaded: The uncompressed model with its tokenizer and source.
+        space: The ranks that were available, with their prices; None for a given plan.
+        notes: Remarks for the user, a line each.
         test: Loss on the test text before and after, where one was given.
-        pruned: The channels that went first, where channels and ranks were mixed; the plan is of the model after that.
+        pruned: Plan of the channels that were cut first, where channels and ranks were mixed; ``plan`` is for the model after this cut.
     """
 
     plan: FactorPlan
@@ -88,15 +88,15 @@ def compress(
     Args:
         source: A folder, a hub id, ``seedling``, or a model in memory, which is left as it is.
         output: Where the compressed model is saved; None keeps it in memory.
-        settings: How layers are decomposed and how their ranks are chosen.
-        tokenizer: Of a model in memory.
+        settings: Settings of the decomposition and of the choice of ranks.
+        tokenizer: The tokenizer for a model in memory.
         load: How a folder is loaded.
-        seed: Of calibration windows, of tokens drawn from predictions and of proposals.
-        plan: Ranks that were chosen before, on this model or on one of the same shape; the factors are made anew.
+        seed: Seed for calibration windows, for tokens drawn from predictions and for proposals.
+        plan: Ranks from an earlier run, on this model or on one of the same shape; the factors are computed again.
         dry_run: Plan only: nothing is factored and nothing is written.
         resume: Go on with a search that was stopped (``ranks bayes``); its trials lie beside the output.
         command: How this was called, for the folder's record.
-        say: Called with one line now and then.
+        say: Called with a line of progress at intervals.
 
     Raises:
         RegraftError: Anything that the user can mend, in one line.
@@ -143,7 +143,7 @@ def compress(
 
 
 def compressor_of(method: str, settings: CompressSettings) -> Compressor:
-    """Returns what decomposes the layers: the method itself, or what PC-LoRA starts from.
+    """Returns the compressor of a method; for PC-LoRA that of its warm start, or ``fisher`` with a random one.
 
     Raises:
         InputError: There is no such method.
@@ -175,7 +175,7 @@ def _faded(
 def _mixed(
     loaded: Loaded, found: list[Decomposed], compressor: Compressor, texts: Texts, settings: CompressSettings, seed: int, say: Say
 ) -> tuple[FactorPlan, FactorSpace, Loaded, list[Decomposed], PrunePlan | None]:
-    """Chooses what loses channels and what loses ranks, and cuts the channels.
+    """Chooses the parts that lose channels and those that lose ranks, and cuts the channels.
 
     Returns:
         The plan of the ranks and the choices it is from, the model that it is of, its decompositions, and the plan of the channels.
@@ -265,7 +265,7 @@ def _choose(
 
 
 def _refuse_clashes(settings: CompressSettings, plan: FactorPlan | None) -> None:
-    """Refuses settings that leave nothing for one another to choose.
+    """Refuses settings of which two would make the same choice.
 
     Raises:
         InputError: Two of them choose the same.

@@ -33,12 +33,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Mixed:
-    """Who loses what.
+    """The parts that lose channels and the projections that lose ranks.
 
     Attributes:
-        plan: The units that stay; None where nothing loses channels.
-        factored: Names of the projections that are to lose ranks.
-        damage_nats: Sum of the prices.
+        plan: The units to keep; None where nothing loses channels.
+        factored: Names of the projections to factor.
+        damage_nats: Sum of the predicted damages.
     """
 
     plan: PrunePlan | None
@@ -62,8 +62,8 @@ def mixed(loaded: Loaded, groups: Groups, space: FactorSpace, settings: Compress
         space: The ranks, with prices in nats.
         settings: The ratio.
         windows_NT: Calibration tokens, int64 (windows, tokens).
-        seed: Of the criterion.
-        say: Called with one line now and then.
+        seed: Seed for the criterion.
+        say: Called with a line of progress at intervals.
 
     Raises:
         InputError: The ratio cannot be met.

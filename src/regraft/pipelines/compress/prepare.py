@@ -1,4 +1,4 @@
-"""What compression needs before it chooses: the texts, the projections, their decompositions, and the ranks with their prices."""
+"""The inputs of the choice of ranks: texts, projections, their decompositions, and the ranks with their prices."""
 
 from __future__ import annotations
 

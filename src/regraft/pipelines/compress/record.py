@@ -1,4 +1,4 @@
-"""What a compressed model's folder says of itself: how it came to be, and the same in words."""
+"""The record and the model card of a compressed model's folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def card_of(record: Provenance, *, dense: bool) -> str:
 
 
 def facts(plan: FactorPlan, *, dense: bool) -> dict[str, Any]:
-    """Returns what a reader of a model card wants to know of a plan, in words."""
+    """Returns the facts on a plan that its model card shows, in words."""
     found = {
         "stored parameters before": f"{plan.parameters_before:,}",
         "stored parameters after": f"{plan.parameters_after:,}",

@@ -1,4 +1,4 @@
-"""Ranks by Bayesian optimisation of what the compressed model does on text: Bolaco's search, on the search of adapter ranks.
+"""Bolaco's search of ranks: Bayesian optimisation of the compressed model's loss on text, with the machinery for adapter ranks.
 
 A slot is a kind of projection, queries and keys together, in one group of layers; what is searched is the share of its dense size that it
 keeps, in per cent, so that every vector of the space meets the budget and no other is ever measured (arXiv 2405.10616, section 3.2).
@@ -43,11 +43,11 @@ class Objective:
 
     Attributes:
         trial: A copy of the model that ranks are put into.
-        space: Of the ranks.
-        slots: Of the search.
+        space: The space of ranks.
+        slots: The slots of the search and their choices.
         windows_NT: Text that the vectors are judged on, int64 (windows, tokens); never test text.
         aims: Log-probabilities of the dense model, one tensor for each window.
-        kl_weight: Of the divergence beside the perplexity.
+        kl_weight: Weight of the divergence, which is added to the perplexity.
     """
 
     trial: TrialModel
@@ -97,17 +97,17 @@ def searched_ranks(
     """Returns the rank vector with the least objective of those that were measured, what is left of the budget spent.
 
     Args:
-        trial: A copy of the model that ranks are put into; whole.
-        space: Of the ranks.
+        trial: A copy of the model that ranks are put into; no layer is truncated yet.
+        space: The space of ranks.
         windows_NT: Text that the vectors are judged on.
         trials: Vectors to measure; the uniform one is the first.
         layer_groups: Groups of adjacent layers with shares of their own.
-        kl_weight: Of the divergence beside the perplexity.
+        kl_weight: Weight of the divergence, which is added to the perplexity.
         identity: Whatever would change the result.
         folder: Where the trials are kept.
-        seed: Of the proposals.
-        resume: Go on with what was measured before.
-        say: Told of every trial.
+        seed: Seed for the proposals.
+        resume: Continue with the trials of an earlier run.
+        say: Called with a line for every trial.
 
     Raises:
         InputError: No share meets the budget.
