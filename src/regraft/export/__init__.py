@@ -1,4 +1,4 @@
-"""Ways out: adapters and models in the forms that other programs read, found by name in :data:`EXPORTERS`."""
+"""Export of adapters and models in formats of other programs, found by name in :data:`EXPORTERS`."""
 
 from regraft.export import gguf, hf, hf_uniform, nemotron_nas, ollama, peft_lora
 from regraft.export.contract import EXPORTERS, AdapterFormat, Exportable, Exporter, ModelFormat, Parity, Written

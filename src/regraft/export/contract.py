@@ -1,4 +1,4 @@
-"""What exporters are given and give, and what each declares: which layers it holds, in which runtime, and what is lost."""
+"""The interface of exporters: their inputs and results, and the layers, runtimes and losses that each declares."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from regraft.registry import Registry
 
 @dataclass(frozen=True)
 class Exportable:
-    """An adapter, whatever its method, as factors of every module's change.
+    """An adapter of any method, as factors of the change of every module.
 
     Attributes:
         model: The base, with or without the adapter on it.
-        base: What its users call it.
-        factors: By full name.
-        modules: The plain modules of the same names.
-        names: Of all modules of the plain model.
-        head: Parameters of layers that were trained whole, of a model for labels.
+        base: Name of the base model, as its users know it.
+        factors: Factors by full name of the module.
+        modules: The base model's modules by the same names.
+        names: Names of all modules of the base model.
+        head: For a model for labels, parameters of the layers that were trained in full.
     """
 
     model: PreTrainedModel
@@ -39,15 +39,15 @@ class Exportable:
 
 @dataclass(frozen=True)
 class Holding:
-    """What one runtime loads of a format: a row of the page "which export do I need".
+    """The models that one runtime loads from a format: a row of the page "which export do I need".
 
     Attributes:
         runtime: Name of the program, with the architecture or class it uses.
         families: Model families.
-        uneven: What may differ from layer to layer; empty for nothing.
-        numbers: How weights can be stored.
-        lost: What the exported model has no longer, or what it costs.
-        proof: How an export is checked: ``run`` in that program, or ``rules``: against its published reader's, not run.
+        uneven: Sizes that may differ from layer to layer, in words; empty for none.
+        numbers: Number types of the weights.
+        lost: Abilities that the exported model loses, or costs that it has.
+        proof: How an export is checked: ``run`` in that program, or ``rules``: by the rules of its published reader, without running it.
     """
 
     runtime: str
@@ -64,14 +64,14 @@ class Parity:
 
     Attributes:
         runtime: The program that ran it.
-        positions: How many next-token distributions were compared.
+        positions: Number of next-token distributions that were compared.
         largest: Largest difference of log-probabilities, in nats, over tokens that are not all but impossible.
         mean: Mean difference, in nats.
         agreement: Share of positions with the same likeliest token, ties of 1e-3 nats counted as equal.
         divergence: Mean Kullback-Leibler divergence from ours to theirs, in nats.
-        perplexity: Of ours, on the text's own next tokens.
-        theirs: The same in the runtime.
-        characters: How many characters both tokenizers encode alike; 0 where the runtime takes ours.
+        perplexity: Perplexity of our model on the text's own next tokens.
+        theirs: Perplexity of the exported model in the runtime, on the same tokens.
+        characters: Number of characters that both tokenizers encode alike; 0 where the runtime takes our token ids.
     """
 
     runtime: str
@@ -96,12 +96,12 @@ class Parity:
 
 @dataclass(frozen=True)
 class Written:
-    """What an exporter wrote.
+    """Description of the files that an exporter wrote.
 
     Attributes:
-        words: In a few words.
+        words: Description in a few words.
         file: The file or folder that a runtime opens, below the folder that was given.
-        notes: What the user should know, as sentences without a full stop.
+        notes: Remarks for the user, as sentences without a full stop.
         facts: Further values for the record.
     """
 
@@ -113,12 +113,12 @@ class Written:
 
 @dataclass(frozen=True)
 class AdapterFormat:
-    """A form of an adapter alone.
+    """A format for an adapter without its base.
 
     Attributes:
-        summary: What it is, in a few words.
-        holds: What is loaded where.
-        write: Writes into an empty folder and returns in a few words what was written.
+        summary: Description in a few words.
+        holds: The models that each runtime loads from it.
+        write: Writes into an empty folder and returns a description in a few words.
     """
 
     summary: str
@@ -128,14 +128,14 @@ class AdapterFormat:
 
 @dataclass(frozen=True)
 class ModelFormat:
-    """A form of a whole model.
+    """A format for a complete model.
 
     Attributes:
-        summary: What it is, in a few words.
-        holds: What is loaded where.
-        refuse: Called before anything is written; refuses what the format cannot hold and options that it has not got.
+        summary: Description in a few words.
+        holds: The models that each runtime loads from it.
+        refuse: Called before anything is written; refuses models that the format cannot hold and options that it does not have.
         write: Writes into an empty folder.
-        check: Compares what was written, in its runtime, with the model; refuses what is not the same.
+        check: Compares the written files, in their runtime, with the model; raises an error if they compute something else.
     """
 
     summary: str

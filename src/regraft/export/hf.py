@@ -50,7 +50,7 @@ def is_own(model: PreTrainedModel) -> bool:
 
 
 def refuse(loaded: Loaded, settings: ExportSettings) -> None:
-    """Refuses settings that this format has not got."""
+    """Refuses settings that this format does not have."""
     refuse_gguf_settings(settings)
 
 

@@ -1,4 +1,4 @@
-"""The export format ``hf-uniform``: a stock class for programs that know no other, uneven layers filled up with zeros."""
+"""The export format ``hf-uniform``: a stock class of transformers, with uneven layers padded with zeros to equal sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llama.cpp as a process beside ours: what it makes of a GGUF file, asked over its HTTP routes."""
+"""llama.cpp as a separate process that serves a GGUF file, with requests over its HTTP routes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Runtime:
     Args:
         file: The GGUF file.
         context: Tokens of context; 0 for what the file says.
-        threads: Of the processor.
+        threads: Number of processor threads.
         exact: Whether keys, values and attention are computed in float32, for comparisons.
 
     Raises:
@@ -87,7 +87,7 @@ class Runtime:
         self._said.close()
 
     def last_words(self) -> str:
-        """Returns what llama.cpp last complained of, in one line."""
+        """Returns llama.cpp's last error message, in one line."""
         self._said.seek(0)
         lines = self._said.read().decode("utf-8", "replace").splitlines()
         telling = [line.strip() for line in lines if any(word in line.lower() for word in ("error", "failed", "assert", "unknown"))]
@@ -116,11 +116,11 @@ class Runtime:
         return self.ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
 
     def log_probabilities(self, ids: Sequence[int], vocabulary: int) -> Tensor:
-        """Returns what llama.cpp expects after a sequence of tokens.
+        """Returns llama.cpp's log-probabilities of the token after a sequence of tokens.
 
         Args:
-            ids: At least one.
-            vocabulary: How many tokens there are.
+            ids: Token ids, at least one.
+            vocabulary: Number of tokens in the vocabulary.
 
         Returns:
             Natural logarithms, (vocabulary,), float64; NaN beyond the likeliest :data:`WIDEST`.

@@ -24,12 +24,12 @@ PLAIN = "{{ .Prompt }}"
 
 @dataclass(frozen=True)
 class Turns:
-    """What a chat template writes around the texts of a conversation.
+    """The texts that a chat template writes around the messages of a conversation.
 
     Attributes:
-        system: Before and after a system message; None where the template has none.
-        user: Before and after a user's message.
-        assistant: Before and after an answer.
+        system: Texts before and after a system message; None where the template has none.
+        user: Texts before and after a user's message.
+        assistant: Texts before and after an answer.
     """
 
     system: tuple[str, str] | None

@@ -1,4 +1,4 @@
-"""Fill up layers with zeros until all have the same sizes: exact, and no faster than the largest of them everywhere.
+"""Padding of layers with zeros to equal sizes: exact, and as slow as a model in which every layer has the largest size.
 
 A query head whose output columns are zero adds nothing, whatever it attends to; nor does a feed-forward channel whose down column is zero;
 nor a whole attention or feed-forward network of zeros.
@@ -30,7 +30,7 @@ def padded(model: PreTrainedModel, targets: Sequence[LayerSizes]) -> PreTrainedM
     """Returns a model with its layers filled up to the given sizes.
 
     Args:
-        model: Of a family whose projections are separate matrices.
+        model: A model of a family whose projections are separate matrices.
         targets: For each layer, at least its own sizes, key-value heads and query heads for each of them; zeros where a part stays removed.
 
     Raises:

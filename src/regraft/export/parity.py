@@ -1,4 +1,4 @@
-"""Compare next-token distributions of a runtime with those of the model in memory, and refuse what is not the same."""
+"""Comparison of next-token distributions of a runtime with those of the model in memory; an export that differs is refused."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def mixed_text(special: Sequence[str], characters: int = CHARACTERS, form: str =
     """Returns a text of code, prose, accents, scripts, emoji, runs of spaces and special tokens, the same every time.
 
     Args:
-        special: Special tokens to strew in.
-        characters: How long it is.
-        form: Unicode normal form to bring it into; empty for none.
+        special: Special tokens to insert.
+        characters: Length of the text.
+        form: Unicode normal form of the text; empty for none.
     """
     generator, parts, length = random.Random(20), list[str](), 0
     while length < characters:
@@ -82,9 +82,9 @@ def sampled(model: PreTrainedModel, text_ids: Sequence[int], positions: int, con
 
     Args:
         model: The model.
-        text_ids: Of the text.
-        positions: How many prompts are wanted.
-        context: Tokens that the exported model promises; those of the config by default.
+        text_ids: Token ids of the text.
+        positions: Number of prompts.
+        context: Context length of the exported model, in tokens; by default the config's.
 
     Raises:
         InputError: The text is too short.
@@ -101,7 +101,7 @@ def sampled(model: PreTrainedModel, text_ids: Sequence[int], positions: int, con
 
 
 def our_log_probabilities(model: PreTrainedModel, ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
-    """Returns what the model expects after the first tokens of a window, computed in float32.
+    """Returns the model's log-probabilities of the token after each prompt within a window, computed in float32.
 
     Returns:
         Natural logarithms, (len(lengths), vocabulary), float64.
@@ -117,7 +117,7 @@ def compare(ours: Tensor, theirs: Tensor, targets: Sequence[int], runtime: str, 
 
     Args:
         ours: Log-probabilities, (positions, vocabulary), float64.
-        theirs: The same; NaN where the runtime does not say.
+        theirs: Log-probabilities of the runtime in the same shape; NaN where it gives none.
         targets: The token that follows at each position.
         runtime: Name of the other program.
         characters: See :class:`Parity`.
@@ -149,7 +149,7 @@ def refuse_difference(parity: Parity, bits: float) -> Parity:
 
     Args:
         parity: The comparison.
-        bits: Of the stored weights; from 32 on the two must agree but for rounding.
+        bits: Bits of the stored weights; from 32 on the two must agree except for rounding.
 
     Raises:
         OutputError: They differ.

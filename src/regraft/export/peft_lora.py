@@ -13,7 +13,7 @@ def write(adapter: Exportable, folder: Path) -> str:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Args:
-        adapter: With a change of at least one module.
+        adapter: An adapter that changes at least one module.
         folder: An empty folder.
 
     Raises:

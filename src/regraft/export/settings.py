@@ -1,4 +1,4 @@
-"""What a user can set of an export."""
+"""Settings of an export."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from regraft.settings import Settings
 
 
 class ExportSettings(Settings):
-    """How a model is written."""
+    """Settings of writing a model."""
 
     quantize: str = Field(
         default="",

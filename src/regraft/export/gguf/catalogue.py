@@ -1,4 +1,4 @@
-"""Which GGUF architectures there are for a model, what each can hold, and which one is taken."""
+"""The GGUF architectures, the models that each can hold, and the choice among them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from regraft.export.gguf.source import Layout, Source
 
 @dataclass(frozen=True)
 class Architecture:
-    """One architecture of the runtime, as an exporter sees it.
+    """One architecture of the runtime, with the models that it can hold.
 
     Attributes:
-        name: As the file says it.
+        name: Name of the architecture in the file.
         families: Model types that it computes.
-        uneven: What may differ from layer to layer, in words; empty for nothing.
-        refusal: Why it cannot hold a model of these families; empty where it can.
-        lay_out: Gives the file.
-        lost: What the model has no longer in it, or what it costs.
-        asked_for: Whether it is taken only by name.
+        uneven: Sizes that may differ from layer to layer, in words; empty for none.
+        refusal: Returns why it cannot hold a model of these families; an empty text where it can.
+        lay_out: Returns the contents of the file.
+        lost: Abilities that the model loses in it, or costs that it has.
+        asked_for: Whether it is used only if the user names it.
     """
 
     name: str
@@ -151,10 +151,10 @@ def choose(source: Source, wanted: str = "") -> Architecture:
 
     Args:
         source: The model.
-        wanted: Name of the one to take; empty for any that need not be asked for.
+        wanted: Name of the architecture to use; empty for any that may be used without being named.
 
     Raises:
-        InputError: None does; the message says why, and what holds the model.
+        InputError: None holds it; the message says why, and names a format that does.
     """
     known = architectures_for(source.kind)
     if not known:

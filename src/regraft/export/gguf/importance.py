@@ -1,4 +1,4 @@
-"""An importance matrix: how large the inputs of each matrix are, channel by channel, over a text.
+"""An importance matrix: the mean square of the inputs of each matrix, channel by channel, over a text.
 
 A rounding error in column j of a matrix costs in proportion to E[x_j²]; llama.cpp's quantiser chooses the scales of its blocks
 by errors so weighted.
@@ -30,7 +30,7 @@ def channel_energy(loaded: Loaded, text: Path | None) -> Importance:
 
     Args:
         loaded: A model with its tokenizer.
-        text: What it reads; None for the built-in text.
+        text: File of the text that it reads; None for the built-in text.
 
     Raises:
         DataError: The text cannot be read or is too short.

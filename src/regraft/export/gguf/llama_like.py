@@ -38,11 +38,11 @@ ZERO_WIDTH = 32  # channels of a feed-forward network that stands for none: one 
 
 @dataclass(frozen=True)
 class Gated:
-    """One architecture of this kind.
+    """One architecture of decoders with gated feed-forward networks.
 
     Attributes:
-        name: As the runtime knows it.
-        norms: Module inside a layer to tensor.
+        name: Name of the architecture in the runtime.
+        norms: Names of the tensors, by name of the norm inside a layer.
         permuted: Whether the rotation takes neighbouring channels as pairs, so that rows of queries and keys change places.
         per_layer: Whether head counts and widths may differ from layer to layer.
         window: Whether it knows a sliding window.
@@ -66,7 +66,7 @@ def paired(tensor: Tensor, heads: int) -> Tensor:
 
     Args:
         tensor: Weight (heads · d, in) or bias (heads · d,).
-        heads: How many.
+        heads: Number of heads.
     """
     return tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
 

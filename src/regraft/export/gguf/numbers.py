@@ -1,4 +1,4 @@
-"""How the numbers of a GGUF file are stored: float types, and blocks of a few bits with a scale each.
+"""Number formats of GGUF files: float types, and blocks of a few bits with a scale each.
 
 Float types and ``Q8_0`` are written by gguf-py. The K types come from llama.cpp's own quantiser, the function
 ``ggml_quantize_chunk`` in the library of ``xllamacpp``, which also weighs the error of each input channel by an importance matrix.
@@ -26,13 +26,13 @@ from regraft.export.gguf.source import Entry
 
 @dataclass(frozen=True)
 class Stored:
-    """One of the ways in which GGUF stores numbers.
+    """A number format of GGUF.
 
     Attributes:
-        name: As the format has it.
-        number: In a file.
-        block: Values that share a scale; 1 for float types.
-        block_bytes: What a block takes.
+        name: Name of the number format in GGUF.
+        number: Number that stands for it in a file.
+        block: Number of values that share a scale; 1 for float types.
+        block_bytes: Bytes of a block.
     """
 
     name: str
@@ -53,14 +53,14 @@ CHUNK_VALUES = 1 << 22  # are converted to float32 at a time
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the matrices of a file are stored.
+    """The number formats of the matrices of a file.
 
     Attributes:
-        name: As users write it, such as ``Q4_K_M``.
-        usual: Of most matrices.
-        better: Type of those that suffer most: half of the value and down projections, and the output projection.
-        file_type: What the file says of itself.
-        usual_rows: Where rows of a matrix do not divide into blocks of the usual type, the type instead.
+        name: Name as users write it, such as ``Q4_K_M``.
+        usual: Number format of most matrices.
+        better: Number format of the most sensitive matrices: half of the value and down projections, and the output projection.
+        file_type: Number that the file states as its type.
+        usual_rows: Number format for matrices whose rows do not divide into blocks of the usual one.
     """
 
     name: str
@@ -145,8 +145,8 @@ def encode(tensor: Tensor, kind: Stored, importance: np.ndarray | None = None) -
     """Returns the bytes of a tensor, or its values for float32 and float16.
 
     Args:
-        tensor: Of any float type.
-        kind: How it is stored; the last axis divides into its blocks.
+        tensor: The tensor, of any float type.
+        kind: Number format; the last axis divides into its blocks.
         importance: For K types, the weight of the error of each input channel, (in,).
 
     Raises:

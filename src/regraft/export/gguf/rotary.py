@@ -18,8 +18,8 @@ def rotary(parameters: Mapping[str, Any], config: Any, head_dim: int) -> tuple[d
     """Returns the keys and, where single frequencies are scaled, their divisors.
 
     Args:
-        parameters: Of one kind of layer, as in ``config.rope_parameters``.
-        config: Of the model.
+        parameters: Rotary parameters of one kind of layer, as in ``config.rope_parameters``.
+        config: The model's config.
         head_dim: Channels of a head.
 
     Returns:

@@ -17,17 +17,17 @@ Metadata = dict[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported.
+    """A model to export.
 
     Attributes:
-        config: Of the model.
-        family: Where its modules are.
-        sizes: Of each layer, read from the weights.
+        config: The model's config.
+        family: The family, which names its modules.
+        sizes: Sizes of each layer, read from the weights.
         width: Channels of the residual stream.
         vocabulary: Rows of the token embedding.
         tied: Whether the output projection is the token embedding.
-        names: Of all tensors.
-        tensor: Gives a tensor by name, when it is needed.
+        names: Names of all tensors.
+        tensor: Returns a tensor by name, computed when it is called.
     """
 
     config: Any
@@ -79,8 +79,8 @@ class Entry:
     """One tensor of the file.
 
     Attributes:
-        name: In the file.
-        shape: In torch's order.
+        name: Name of the tensor in the file.
+        shape: Shape in torch's order of axes.
         make: Computes it, in any float type.
         exact: Whether it is kept in float32 whatever the file's type is, as runtimes ask of norms, biases and tables.
         reads: Name of the module whose inputs it multiplies, for an importance matrix; empty where there is none.
@@ -100,11 +100,11 @@ class Layout:
     """A file that is ready to be written.
 
     Attributes:
-        architecture: As the runtime names it.
+        architecture: Name of the architecture in the runtime.
         metadata: Keys below the architecture's name, without it, and their values.
-        entries: In the order of the file.
-        notes: What a user should know, in full sentences without a full stop.
-        context: Tokens that the file promises.
+        entries: The tensors, in the order of the file.
+        notes: Remarks for the user, in full sentences without a full stop.
+        context: Context length that the file states, in tokens.
     """
 
     architecture: str

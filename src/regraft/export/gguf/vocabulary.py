@@ -27,19 +27,19 @@ UNREACHABLE = -1e6  # score of a piece that no merge makes
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a file says of a tokenizer.
+    """The tokenizer as a file describes it.
 
     Attributes:
         model: ``gpt2`` for byte-level BPE, ``llama`` for SentencePiece.
         pre: Name of the splitting rule.
-        tokens: By id, one for each row of the embedding.
-        types: Of each token, as GGUF numbers them.
-        merges: Of byte-level BPE, in order.
-        scores: Of SentencePiece.
+        tokens: The tokens by id, one for each row of the embedding.
+        types: Type of each token, as GGUF numbers them.
+        merges: Merges of byte-level BPE, in order.
+        scores: Scores of SentencePiece.
         ids: Special ids by the name of their key.
         flags: Whether a beginning, an end, and a leading space are added.
-        template: Of chats, in Jinja; empty for none.
-        normal_form: ``NFC`` or the like, where the tokenizer brings text into it first and the runtime does not.
+        template: Chat template in Jinja; empty for none.
+        normal_form: Unicode normal form, such as ``NFC``, that the tokenizer applies first and the runtime does not; empty for none.
     """
 
     model: str
@@ -74,8 +74,8 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase | None, rows: int, ends: tu
     """Returns a tokenizer as GGUF holds it.
 
     Args:
-        tokenizer: Of the model.
-        rows: Of the embedding; what is beyond the tokenizer's last id is filled with unused tokens.
+        tokenizer: The model's tokenizer.
+        rows: Rows of the embedding; those beyond the tokenizer's last id become unused tokens.
         ends: Ids at which generation stops, the tokenizer's own first.
 
     Raises:

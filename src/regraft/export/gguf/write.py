@@ -25,12 +25,12 @@ def write_file(
     """Writes a file.
 
     Args:
-        path: Where to.
-        layout: Its metadata and tensors.
-        vocabulary: Of the model.
-        scheme: How matrices are stored.
+        path: The file to write.
+        layout: Metadata and tensors of the file.
+        vocabulary: The model's vocabulary.
+        scheme: Number formats of the matrices.
         about: Keys below ``general.``.
-        importance: By the module whose inputs were seen, the mean square of each input channel.
+        importance: Mean square of each input channel, by name of the module.
 
     Returns:
         What a user should know of how it was stored.
