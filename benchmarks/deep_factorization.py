@@ -313,10 +313,10 @@ def subspace_table(found: dict[str, Any]) -> list[str]:
 
 def draw(found: dict[str, dict[str, Any]]) -> None:
     """Draws the pictures of the sections that are there."""
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports]
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
 
     if "subspace" in found:
         section = found["subspace"]

@@ -26,6 +26,7 @@ import time
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -139,7 +140,7 @@ def watch(command: list[str], environment: dict[str, str]) -> dict[str, float]:
             peak = max(peak, process.memory_info().rss)
             status_text = Path(f"/proc/{child.pid}/status").read_text()
             kernel = max(kernel, *(int(line.split()[1]) * 1024 for line in status_text.splitlines() if line.startswith("VmHWM")), 0)
-            io = process.io_counters()
+            io: Any = process.io_counters()  # on Linux it counts characters too
             counted = (io.read_chars, io.write_chars)
         except (psutil.Error, OSError):
             pass

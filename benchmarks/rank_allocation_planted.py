@@ -83,7 +83,7 @@ STARTS = {
     4.0: (Rung(0.125, 12), Rung(0.25, 6, 1), Rung(0.5, 3, 1), Rung(1.0, 2, 1)),
 }
 """What a start from a prior is measured with, by the limit of the cost."""
-FIELDS = ("section", "layers", "method", "noise", "world", "seed", "share", "cost", "seconds", "kept")
+FIELDS: tuple[str, ...] = ("section", "layers", "method", "noise", "world", "seed", "share", "cost", "seconds", "kept")
 
 
 @dataclass(frozen=True)

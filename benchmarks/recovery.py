@@ -257,7 +257,7 @@ def our_steps(model: str, corpus: Corpus, settings: RecoverSettings) -> list[tup
         trainer = RecoveryTrainer(
             injected.module, training_arguments(settings, Path(folder), 0, CPU, torch.float32, evaluate_first=False),
             Ordered(examples, settings, 0, "text"), examples[:8], padding_token(tokenizer), parameter_groups(injected, settings),
-            (Pace(settings.eval_every, 0), Keeper(Path(folder), {}, None), clock),
+            (Pace(settings.eval_every, 0), Keeper(Path(folder), injected, {}, None), clock),
         )  # fmt: skip
         trainer.train()
     return clock.durations()

@@ -55,6 +55,12 @@ def export_page() -> str:
     return before + TABLE_STARTS + "\n".join(lines) + "\n" + TABLE_ENDS + after
 
 
+def command_page(name: str) -> str:
+    """Returns the page of one command, for the site."""
+    first, *rest = _command(name)
+    return "\n".join([first.removeprefix("#"), *rest]) + "\n"
+
+
 def _command(name: str) -> list[str]:
     command = load_command(name)
     arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]

@@ -69,6 +69,35 @@ def cholesky(matrix: Tensor) -> Tensor:
     return torch.linalg.cholesky(matrix)
 
 
+def cholesky_if_positive(matrix: Tensor) -> Tensor | None:
+    """Returns the lower triangle of ``cholesky``, or None where the matrix is not positive definite."""
+    found = torch.linalg.cholesky_ex(matrix)
+    return None if found[1] else found[0]
+
+
+def least_squares(matrix: Tensor, right: Tensor) -> Tensor:
+    """Returns the x of least norm that minimises ``|matrix @ x - right|``: k x j."""
+    return torch.linalg.lstsq(matrix, right, driver=None).solution
+
+
+def inverse(matrix: Tensor) -> Tensor:
+    """Returns the inverse of a square matrix."""
+    return torch.linalg.inv(matrix)
+
+
+class Eigen(NamedTuple):
+    """``vectors @ diag(values) @ vectors.T``, values ascending."""
+
+    values: Tensor
+    vectors: Tensor
+
+
+def eigh(matrix: Tensor) -> Eigen:
+    """Returns eigenvalues and eigenvectors of a symmetric matrix."""
+    found = torch.linalg.eigh(matrix)
+    return Eigen(found[0], found[1])
+
+
 def solve_right(matrix: Tensor, upper: Tensor) -> Tensor:
     """Solves ``x @ upper = matrix`` for an upper triangular ``upper``."""
     return torch.linalg.solve_triangular(upper, matrix, upper=True, left=False)

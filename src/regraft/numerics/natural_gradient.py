@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from regraft.errors import InputError
+from regraft.numerics import linalg
 
 DAMPING = 0.1
 
@@ -43,4 +44,4 @@ def _factor(moments: Tensor, damping: float) -> Tensor:
     damped.diagonal().add_(damping * damped.diagonal().mean())
     if not damped.any():
         damped.diagonal().fill_(1.0)
-    return torch.linalg.cholesky(damped)
+    return linalg.cholesky(damped)

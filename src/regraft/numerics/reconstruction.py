@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from regraft.errors import InputError
+from regraft.numerics import linalg
 from regraft.numerics.moments import Moments
 
 DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -60,9 +61,9 @@ class NormalEquations:
         right_SO = self._right_SO + ridge * self._weight_OI[:, self._kept].T
         diagonal_S += ridge
         try:
-            factor, failed = torch.linalg.cholesky_ex(self._gram_SS)
-            if failed:  # the damping is smaller than the rounding errors of the moments
-                return torch.linalg.lstsq(self._gram_SS, right_SO, driver=None).solution.T
+            factor = linalg.cholesky_if_positive(self._gram_SS)
+            if factor is None:  # the damping is smaller than the rounding errors of the moments
+                return linalg.least_squares(self._gram_SS, right_SO).T
             return torch.cholesky_solve(right_SO, factor).T
         finally:
             diagonal_S.copy_(undamped_S)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from regraft.errors import InputError
+from regraft.numerics import linalg
 
 DAMPING = 1e-4
 _PANEL = 48
@@ -51,7 +52,7 @@ def removal_order(
     ridge = damping * second_II.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     damped_II = second_II.clone()
     damped_II.diagonal().add_(ridge)
-    inverse_II = torch.linalg.inv(damped_II)
+    inverse_II = linalg.inverse(damped_II)
     inverse_II = inverse_II.add_(inverse_II.T.clone()).mul_(0.5)
     return _one_by_one(squares_II, inverse_II) if block == 1 else _blockwise(squares_II, inverse_II, block)
 
@@ -123,7 +124,7 @@ def _blockwise(squares_II: Tensor, inverse_II: Tensor, block: int) -> tuple[list
         order.append(left.pop(place))
         costs.append(float(prices[place].clamp_min(0.0)))
         here = slice(place * block, (place + 1) * block)
-        solved_BI = torch.linalg.solve(inverse_II[here, here], inverse_II[here])
+        solved_BI = linalg.solve(inverse_II[here, here], inverse_II[here])
         cross_II = squares_II[:, here] @ solved_BI
         stays = torch.ones(len(inverse_II), dtype=torch.bool, device=inverse_II.device)
         stays[here] = False
@@ -139,4 +140,4 @@ def _prices(squares_II: Tensor, inverse_II: Tensor, block: int) -> Tensor:
     def squares(matrix_II: Tensor) -> Tensor:
         return matrix_II.view(units, block, units, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
-    return torch.linalg.solve(squares(inverse_II), squares(squares_II)).diagonal(dim1=1, dim2=2).sum(dim=1)
+    return linalg.solve(squares(inverse_II), squares(squares_II)).diagonal(dim1=1, dim2=2).sum(dim=1)
