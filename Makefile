@@ -1,11 +1,11 @@
-# make demo, make test: each sets up .venv by itself. PYTHON chooses the interpreter (3.11 or newer).
+# make demo, make test, make docs: each sets up .venv by itself. PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint format docs bench wheel clean setup
+.PHONY: demo test test-fast coverage lint format docs bench wheel clean setup
 
 # torch first and pinned: a bare `torch` may bring gigabytes of other builds.
 $(READY): constraints.txt pyproject.toml
@@ -24,6 +24,14 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
+# Everything but the tests that take more than about ten seconds each, and those that need servers, devices or ../shared.
+test-fast: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" tests/unit tests/conformance src
+
+# Which lines the fast tests run; the report is printed, and lies in htmlcov/ for reading.
+coverage: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" --cov=regraft --cov-report=term:skip-covered --cov-report=html tests/unit tests/conformance src
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,8 +41,10 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The pages made from the code, then the site, in which a warning is an error.
 docs: $(READY)
 	$(BIN)/python scripts/make_docs.py
+	PYTHONPATH=src NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # Every benchmark writes its tables into benchmarks/results/; takes hours on two cores.
 bench: $(READY)
@@ -45,4 +55,4 @@ wheel: $(READY)
 	$(BIN)/python -m build --outdir dist
 
 clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .hypothesis .coverage htmlcov site src/*.egg-info

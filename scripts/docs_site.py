@@ -80,7 +80,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         path = back.get(path.removeprefix("../"), path).replace("../benchmarks/results/", "results/")
         if path == "commands.md":
             path, anchor = ("commands/" + (anchor.removeprefix("regraft-") or "index") + ".md"), ""
-        known = path in _pages() or (ROOT / "docs" / path).is_file() or path.startswith("results/") and path.endswith(".png")
+        known = path in _pages() or (ROOT / "docs" / path).is_file() or (path.startswith("results/") and path.endswith(".png"))
         if not known:
             name = f"`{path.removeprefix('../').replace('results/', 'benchmarks/results/')}`"
             return name if text.strip("`") in name else f"{text} ({name})"

@@ -1,20 +1,35 @@
 """One door for built-ins and for packages from outside.
 
-A registry maps a name to a value of one type: criteria, selectors, allocators, adapters, exporters. Built-ins register by
-decorator on import; other packages declare an entry point in the group ``regraft.<kind>`` whose object has the same type.
+A registry maps a name to a value of one type: criteria, selectors, allocators, adapters, exporters. Built-ins register on import;
+other packages declare an entry point in the group ``regraft.<kind>`` whose object has the same type. An entry point that cannot be used is
+reported with its name and its package, and left out: what else is installed goes on working.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from importlib.metadata import entry_points
-from typing import Any, Generic, TypeVar
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import AfterValidator
 
-from regraft.errors import InputError, did_you_mean
+from regraft.errors import InputError, did_you_mean, shown
 
+LOG = logging.getLogger(__name__)
+
+
+class Named(Protocol):
+    """Anything that says its own name."""
+
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+        ...
+
+
+N = TypeVar("N", bound=Named)
 T = TypeVar("T")
 
 
@@ -54,6 +69,7 @@ class Registry(Generic[T]):
     Args:
         kind: What the registry holds, in the singular, as users read it ("criterion").
         group: Entry-point group that outside packages use, such as ``regraft.criteria``.
+        of: What an outside value must be an instance of; None: anything.
 
     Example:
         >>> shapes: Registry[int] = Registry("shape", group="regraft.example")
@@ -65,10 +81,12 @@ class Registry(Generic[T]):
         regraft.errors.InputError: unknown shape 'squre'; known: square; did you mean 'square'?
     """
 
-    def __init__(self, kind: str, group: str) -> None:
+    def __init__(self, kind: str, group: str, of: type | tuple[type, ...] | None = None) -> None:
         self.kind = kind
         self.group = group
+        self._of = of
         self._values: dict[str, T] = {}
+        self._broken: dict[str, str] = {}
         self._outside_loaded = False
         _ALL[kind] = self
 
@@ -95,9 +113,11 @@ class Registry(Generic[T]):
         """Returns the value of ``name``.
 
         Raises:
-            InputError: Nothing has this name; the message lists what does.
+            InputError: Nothing has this name; the message lists what does, or says why the entry point of this name is left out.
         """
         self._load_outside()
+        if name not in self._values and name in self._broken:
+            raise InputError(self._broken[name])
         if name not in self._values:
             known = ", ".join(sorted(self._values))
             hint = did_you_mean(name, self._values)
@@ -116,9 +136,70 @@ class Registry(Generic[T]):
         self._load_outside()
         return name in self._values
 
+    def broken(self) -> dict[str, str]:
+        """Returns why each entry point that cannot be used is left out, by its name."""
+        self._load_outside()
+        return dict(self._broken)
+
     def _load_outside(self) -> None:
         if self._outside_loaded:
             return
         self._outside_loaded = True
         for point in sorted(entry_points(group=self.group), key=lambda point: point.name):
-            self.add(point.name, point.load())
+            if reason := self._cannot_use(point):
+                package = f" of package '{point.dist.name}'" if point.dist is not None else ""
+                self._broken[point.name] = (
+                    f"{self.kind} '{point.name}'{package} is left out: {reason}; update or uninstall what brings it ({point.value})"
+                )
+                LOG.warning("%s", shown(self._broken[point.name]))
+
+    def _cannot_use(self, point: EntryPoint) -> str:
+        """Registers what an entry point brings; returns why it cannot, in a few words, or nothing."""
+        try:
+            value = point.load()
+        except Exception as error:  # code of others: whatever it raises is its own affair
+            return f"loading it raises {type(error).__name__}: {error}"
+        if self._of is not None and not isinstance(value, self._of):
+            kinds = self._of if isinstance(self._of, tuple) else (self._of,)
+            return f"it is a {type(value).__name__} and not a {' or '.join(kind.__name__ for kind in kinds)}"
+        try:
+            name = self._name_of(value)
+        except AttributeError:
+            return f"it is a {type(value).__name__} without a name"
+        if name not in ("", point.name):
+            return f"it calls itself '{name}'"
+        if point.name in self._values:
+            return "the name is taken"
+        self._values[point.name] = value
+        return ""
+
+    def _name_of(self, value: T) -> str:
+        """Returns what a value calls itself; nothing where values of this kind have no name of their own."""
+        return ""
+
+
+class NamedRegistry(Registry[N]):
+    """A registry of values that say their own name, so that it is written once.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Shape:
+        ...     name: str
+        >>> shapes: NamedRegistry[Shape] = NamedRegistry("shape", group="regraft.example")
+        >>> shapes.include(Shape("square"))
+        Shape(name='square')
+        >>> shapes.names()
+        ('square',)
+    """
+
+    def include(self, value: N) -> N:
+        """Registers a value under the name that it says.
+
+        Raises:
+            InputError: The name is taken.
+        """
+        return self.add(value.name, value)
+
+    def _name_of(self, value: N) -> str:
+        return value.name

@@ -18,7 +18,7 @@ BRACKETS: tuple[tuple[str, ...], ...] = (
     ("importance", "selection", "allocation", "adapters", "compression"),
     ("surgery", "streaming"),
     ("training", "search", "evaluation", "export"),
-    ("paired", "report"),
+    ("paired", "report", "testing"),
     ("pipelines",),
     ("cli",),
 )

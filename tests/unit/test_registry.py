@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 
 import pytest
 
 from regraft import registry as registry_module
 from regraft.errors import InputError
-from regraft.registry import Registry
+from regraft.registry import NamedRegistry, Registry
 
 
 @pytest.fixture
@@ -62,7 +63,50 @@ def test_packages_from_outside_use_the_same_door(shapes: Registry[int], monkeypa
     assert asked == ["regraft.test_shapes"]
 
 
-def test_an_outside_name_does_not_replace_a_built_in(shapes: Registry[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outside_name_does_not_replace_a_built_in(
+    shapes: Registry[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(registry_module, "entry_points", lambda group: [EntryPoint("square", "math:tau", group)])
+    assert shapes.get("square") == 4
+    assert caplog.messages == ["shape 'square' is left out: the name is taken; update or uninstall what brings it (math:tau)"]
+
+
+def test_a_broken_entry_point_is_reported_and_the_others_go_on(
+    shapes: Registry[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = {"gone": "no_such_package:shape", "lost": "math:no_such_name", "odd": "no such:thing"}
+    points = [EntryPoint(name, value, "regraft.test_shapes") for name, value in broken.items()]
+    points.append(EntryPoint("tau", "math:tau", "regraft.test_shapes"))
+    monkeypatch.setattr(registry_module, "entry_points", lambda group: points)
+    assert shapes.names() == ("square", "tau", "triangle")
+    assert shapes.broken().keys() == broken.keys()
+    assert len(caplog.messages) == 3
+    with pytest.raises(InputError, match=r"shape 'gone' is left out: loading it raises ModuleNotFoundError: No module"):
+        shapes.get("gone")
+    assert "AttributeError" in shapes.broken()["lost"]
+    assert shapes.get("triangle") == 3
+    assert len(caplog.messages) == 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    corners: int
+
+
+OTHER = Shape("hexagon", 6)
+NO_SHAPE = 7
+
+
+def test_a_value_that_says_its_own_name_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry: NamedRegistry[Shape] = NamedRegistry("shape", group="regraft.test_shapes", of=Shape)
+    square = registry.include(Shape("square", 4))
     with pytest.raises(InputError, match="registered twice"):
-        shapes.get("square")
+        registry.include(Shape("square", 5))
+    values = {"hexagon": OTHER, "heptagon": OTHER, "seven": NO_SHAPE}
+    monkeypatch.setattr(registry_module, "entry_points", lambda group: [EntryPoint(name, "x:y", group) for name in values])
+    monkeypatch.setattr(EntryPoint, "load", lambda self: values[self.name])
+    assert registry.names() == ("hexagon", "square")
+    assert registry.get("square") is square
+    assert "it calls itself 'hexagon'" in registry.broken()["heptagon"]
+    assert "it is a int and not a Shape" in registry.broken()["seven"]

@@ -20,4 +20,4 @@ def adalora(space: RankSpace) -> Ranks:
     return fill(space, curve(space, ADALORA))
 
 
-ALLOCATORS.add("adalora", ClosedForm("adalora", adalora))
+ALLOCATORS.include(ClosedForm("adalora", adalora))

@@ -116,5 +116,5 @@ def _trial(space: RankSpace, ranks: Ranks, gain: float) -> optuna.trial.FrozenTr
     return optuna.trial.create_trial(params=places, distributions=_distributions(space), value=gain)
 
 
-ALLOCATORS.add("bayes", Bayes("gp", "bayes"))
-ALLOCATORS.add("bayes-tpe", Bayes("tpe", "bayes-tpe"))
+ALLOCATORS.include(Bayes("gp", "bayes"))
+ALLOCATORS.include(Bayes("tpe", "bayes-tpe"))

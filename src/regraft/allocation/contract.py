@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from regraft.allocation.prior import Prior
 from regraft.errors import InputError
 from regraft.plans import CrossValidation, RankSpace, RankTrial
-from regraft.registry import Registry
+from regraft.registry import NamedRegistry
 
 Ranks = tuple[int, ...]
 """A rank vector: one rank for each slot of a space."""
@@ -118,4 +118,4 @@ def refuse_prior(name: str) -> NoReturn:
 
 Allocator = ClosedForm | Learner
 
-ALLOCATORS: Registry[Allocator] = Registry("allocator", group="regraft.allocators")
+ALLOCATORS: NamedRegistry[Allocator] = NamedRegistry("allocator", group="regraft.allocators")

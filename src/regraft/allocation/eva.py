@@ -20,4 +20,4 @@ def eva(space: RankSpace) -> Ranks:
     return fill(space, curve(space, EVA))
 
 
-ALLOCATORS.add("eva", ClosedForm("eva", eva))
+ALLOCATORS.include(ClosedForm("eva", eva))

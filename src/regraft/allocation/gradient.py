@@ -20,4 +20,4 @@ def gradient(space: RankSpace) -> Ranks:
     return fill(space, curve(space, GRADIENT_ENERGY))
 
 
-ALLOCATORS.add("gradient", ClosedForm("gradient", gradient))
+ALLOCATORS.include(ClosedForm("gradient", gradient))

@@ -168,4 +168,4 @@ def _forward(parameters: Sequence[Tensor], inputs: Tensor) -> Tensor:
     return torch.nn.functional.linear(hidden, parameters[-2], parameters[-1])[:, 0]
 
 
-ALLOCATORS.add("rankadaptor-paper", PaperRankAdaptor())
+ALLOCATORS.include(PaperRankAdaptor())

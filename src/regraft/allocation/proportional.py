@@ -28,4 +28,4 @@ def proportional(space: RankSpace) -> Ranks:
     return proportional_to(space, damage)
 
 
-ALLOCATORS.add("proportional", ClosedForm("proportional", proportional))
+ALLOCATORS.include(ClosedForm("proportional", proportional))

@@ -172,4 +172,4 @@ def expected_improvement(mean: NDArray[np.float64], variance: NDArray[np.float64
     return deviation * (z * ndtr(z) + density)
 
 
-ALLOCATORS.add("rankadaptor", RankAdaptor())
+ALLOCATORS.include(RankAdaptor())

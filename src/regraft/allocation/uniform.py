@@ -11,4 +11,4 @@ def uniform(space: RankSpace) -> Ranks:
     return space.uniform_ranks
 
 
-ALLOCATORS.add("uniform", ClosedForm("uniform", uniform))
+ALLOCATORS.include(ClosedForm("uniform", uniform))

@@ -23,4 +23,4 @@ def truncate(evidence: Evidence) -> Truncation:
     return truncation(evidence.weight_OI, Root(scale_I.diag(), scale_I.reciprocal().diag()), None)
 
 
-COMPRESSORS.add("asvd", Compressor("asvd", looks_at="inputs", unit="squared error", adds_bias=False, truncate=truncate))
+COMPRESSORS.include(Compressor("asvd", looks_at="inputs", unit="squared error", adds_bias=False, truncate=truncate))

@@ -21,4 +21,4 @@ def truncate(evidence: Evidence) -> Truncation:
     return truncation(evidence.weight_OI, root, None, mean_I=seen.mean_D)
 
 
-COMPRESSORS.add("bolaco", Compressor("bolaco", looks_at="inputs", unit="squared error", adds_bias=True, truncate=truncate))
+COMPRESSORS.include(Compressor("bolaco", looks_at="inputs", unit="squared error", adds_bias=True, truncate=truncate))

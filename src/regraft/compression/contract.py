@@ -12,7 +12,7 @@ from regraft.errors import InputError
 from regraft.numerics.moments import Moments
 from regraft.numerics.pooled import PooledMoments
 from regraft.numerics.truncation import Truncation
-from regraft.registry import Registry
+from regraft.registry import NamedRegistry
 
 LooksAt = Literal["weights", "inputs", "gradients"]
 """What a method needs beside the weights: nothing, the inputs of the layer, or these and gradients at its outputs."""
@@ -77,4 +77,4 @@ class Compressor:
     truncate: Callable[[Evidence], Truncation]
 
 
-COMPRESSORS: Registry[Compressor] = Registry("compression method", group="regraft.compressors")
+COMPRESSORS: NamedRegistry[Compressor] = NamedRegistry("compression method", group="regraft.compressors", of=Compressor)

@@ -32,4 +32,4 @@ def truncate(evidence: Evidence) -> Truncation:
     return truncation(evidence.weight_OI, inputs, outputs, scale=0.5, mean_I=seen.mean_D)
 
 
-COMPRESSORS.add("fisher", Compressor("fisher", looks_at="gradients", unit="nats", adds_bias=True, truncate=truncate))
+COMPRESSORS.include(Compressor("fisher", looks_at="gradients", unit="nats", adds_bias=True, truncate=truncate))

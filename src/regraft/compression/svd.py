@@ -11,4 +11,4 @@ def truncate(evidence: Evidence) -> Truncation:
     return truncation(evidence.weight_OI, None, None)
 
 
-COMPRESSORS.add("svd", Compressor("svd", looks_at="weights", unit="squared error", adds_bias=False, truncate=truncate))
+COMPRESSORS.include(Compressor("svd", looks_at="weights", unit="squared error", adds_bias=False, truncate=truncate))

@@ -17,4 +17,4 @@ def truncate(evidence: Evidence) -> Truncation:
     return truncation(evidence.weight_OI, root, None)
 
 
-COMPRESSORS.add("svd_llm", Compressor("svd_llm", looks_at="inputs", unit="squared error", adds_bias=False, truncate=truncate))
+COMPRESSORS.include(Compressor("svd_llm", looks_at="inputs", unit="squared error", adds_bias=False, truncate=truncate))

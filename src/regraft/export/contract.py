@@ -147,4 +147,4 @@ class ModelFormat:
 
 Exporter = AdapterFormat | ModelFormat
 
-EXPORTERS: Registry[Exporter] = Registry("export format", group="regraft.exporters")
+EXPORTERS: Registry[Exporter] = Registry("export format", group="regraft.exporters", of=(AdapterFormat, ModelFormat))

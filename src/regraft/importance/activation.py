@@ -144,13 +144,11 @@ def rising(units: int, order: list[int], costs: list[float]) -> Tensor:
     return values
 
 
-CRITERIA.add("wanda", Criterion("wanda", needs_text=True, units=wanda_units, looks_at="channels", reads=frozenset({"reduce"})))
-CRITERIA.add(
-    "flap",
+CRITERIA.include(Criterion("wanda", needs_text=True, units=wanda_units, looks_at="channels", reads=frozenset({"reduce"})))
+CRITERIA.include(
     Criterion("flap", needs_text=True, units=reader_units(lambda moments: moments.variance_D), looks_at="channels", reads=frozenset()),
 )
-CRITERIA.add(
-    "energy",
+CRITERIA.include(
     Criterion("energy", needs_text=True, units=reader_units(lambda moments: moments.power_D), looks_at="channels", reads=frozenset()),
 )
-CRITERIA.add("surgeon", Criterion("surgeon", needs_text=True, units=surgeon_units, reads=frozenset()))
+CRITERIA.include(Criterion("surgeon", needs_text=True, units=surgeon_units, reads=frozenset()))

@@ -15,7 +15,7 @@ from regraft.errors import InputError
 from regraft.importance.passes import Passes, WholeModel
 from regraft.models.precision import float32_on_cpu
 from regraft.plans import Group, GroupKind, Groups, Member, Scores
-from regraft.registry import Registry
+from regraft.registry import NamedRegistry
 from regraft.settings import Reduction
 
 Granularity = Literal["element", "vector"]
@@ -100,7 +100,7 @@ class Criterion:
         return {name: value for name, value in values.items() if name in self.reads}
 
 
-CRITERIA: Registry[Criterion] = Registry("criterion", group="regraft.criteria")
+CRITERIA: NamedRegistry[Criterion] = NamedRegistry("criterion", group="regraft.criteria", of=Criterion)
 
 
 def score(criterion: str, evidence: Evidence) -> Scores:

@@ -136,7 +136,7 @@ def removal_units(evidence: Evidence) -> Mapping[str, Tensor]:
     walk = _walked(evidence)
     states = _states(walk)
     dense = [functional.log_softmax(logits.float(), dim=-1) for logits in walk.logits(states[-1])]
-    return {group.name: torch.tensor([divergence_without(walk, group, states, dense)]) for group in evidence.groups.groups}
+    return {group.name: torch.tensor([divergence_without(walk, group, states, dense)]).double() for group in evidence.groups.groups}
 
 
 def divergence_without(walk: Layerwise, group: Group, states: list[list[Tensor]], dense: list[Tensor]) -> float:
@@ -165,9 +165,8 @@ def mean_divergence(logits: Iterable[Tensor], dense: list[Tensor]) -> float:
     return total / tokens
 
 
-CRITERIA.add(
-    "block_influence",
+CRITERIA.include(
     Criterion("block_influence", needs_text=True, units=influence_units, looks_at="channels", scores=WHOLE, reads=frozenset()),
 )
-CRITERIA.add("angular", Criterion("angular", needs_text=True, units=angular_units, scores=WHOLE, reads=frozenset({"consecutive"})))
-CRITERIA.add("removal", Criterion("removal", needs_text=True, units=removal_units, scores=WHOLE, reads=frozenset()))
+CRITERIA.include(Criterion("angular", needs_text=True, units=angular_units, scores=WHOLE, reads=frozenset({"consecutive"})))
+CRITERIA.include(Criterion("removal", needs_text=True, units=removal_units, scores=WHOLE, reads=frozenset()))

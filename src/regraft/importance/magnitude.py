@@ -23,5 +23,5 @@ def magnitude_units(power: int) -> Callable[[Evidence], Mapping[str, Tensor]]:
     return units
 
 
-CRITERIA.add("l1", Criterion("l1", needs_text=False, units=magnitude_units(1), looks_at="weights", reads=frozenset({"reduce"})))
-CRITERIA.add("l2", Criterion("l2", needs_text=False, units=magnitude_units(2), looks_at="weights", reads=frozenset({"reduce"})))
+CRITERIA.include(Criterion("l1", needs_text=False, units=magnitude_units(1), looks_at="weights", reads=frozenset({"reduce"})))
+CRITERIA.include(Criterion("l2", needs_text=False, units=magnitude_units(2), looks_at="weights", reads=frozenset({"reduce"})))

@@ -16,4 +16,4 @@ def random_units(evidence: Evidence) -> Mapping[str, Tensor]:
     return {group.name: torch.rand(group.units, generator=generator, dtype=torch.float64) for group in evidence.groups.groups}
 
 
-CRITERIA.add("random", Criterion("random", needs_text=False, units=random_units, looks_at="nothing", reads=frozenset({"seed"})))
+CRITERIA.include(Criterion("random", needs_text=False, units=random_units, looks_at="nothing", reads=frozenset({"seed"})))

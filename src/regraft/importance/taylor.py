@@ -39,7 +39,6 @@ def taylor_units(evidence: Evidence) -> Mapping[str, Tensor]:
     return found
 
 
-CRITERIA.add(
-    "taylor",
+CRITERIA.include(
     Criterion("taylor", needs_text=True, units=taylor_units, looks_at="gradients", reads=frozenset({"order", "granularity", "reduce"})),
 )

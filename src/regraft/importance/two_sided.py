@@ -66,7 +66,6 @@ def unit_nats(group: Group, weight_OI: Tensor, seen: ReaderMoments) -> Tensor:
     return rising(group.units, units, costs)
 
 
-CRITERIA.add(
-    "surgeon_nats",
+CRITERIA.include(
     Criterion("surgeon_nats", needs_text=True, units=surgeon_nats_units, looks_at="gradients", reads=frozenset({"seed"}), in_nats=True),
 )

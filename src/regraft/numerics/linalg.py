@@ -85,19 +85,6 @@ def inverse(matrix: Tensor) -> Tensor:
     return torch.linalg.inv(matrix)
 
 
-class Eigen(NamedTuple):
-    """``vectors @ diag(values) @ vectors.T``, values ascending."""
-
-    values: Tensor
-    vectors: Tensor
-
-
-def eigh(matrix: Tensor) -> Eigen:
-    """Returns eigenvalues and eigenvectors of a symmetric matrix."""
-    found = torch.linalg.eigh(matrix)
-    return Eigen(found[0], found[1])
-
-
 def solve_right(matrix: Tensor, upper: Tensor) -> Tensor:
     """Solves ``x @ upper = matrix`` for an upper triangular ``upper``."""
     return torch.linalg.solve_triangular(upper, matrix, upper=True, left=False)

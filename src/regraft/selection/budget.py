@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from regraft.errors import InputError, PlanError
 from regraft.groups.parameter_count import Ledger
 from regraft.plans import WHOLE, Curves, Cut, Group, GroupKind, Groups, PrunePlan, Scores, Shape
-from regraft.registry import Registry
+from regraft.registry import NamedRegistry
 
 # Alignments for ``auto``, tried from the left: the first, and so the widest, that meets the target within _CLOSE_ENOUGH is taken.
 AUTO_ALIGNMENTS = (16, 8, 4, 2, 1)
@@ -74,7 +74,7 @@ class Selector:
     choose: Callable[[Groups, Scores, Budget], Kept]
 
 
-SELECTORS: Registry[Selector] = Registry("selector", group="regraft.selectors")
+SELECTORS: NamedRegistry[Selector] = NamedRegistry("selector", group="regraft.selectors", of=Selector)
 
 
 def select(name: str, groups: Groups, scores: Scores, budget: Budget, *, auto_align: bool = False) -> PrunePlan:

@@ -88,4 +88,4 @@ def _blocks(lane: tuple[Group, ...], scores: Scores, budget: Budget) -> list[_Bl
     return blocks
 
 
-SELECTORS.add("global", Selector("global", needs_curves=False, choose=global_threshold))
+SELECTORS.include(Selector("global", needs_curves=False, choose=global_threshold))

@@ -110,4 +110,4 @@ def total_damage(curves: Curves, kept: Kept) -> float:
     return sum(float(np.interp(kept.get(name, curve.kept[-1]), curve.kept, curve.damage_nats)) for name, curve in curves.values.items())
 
 
-SELECTORS.add("knapsack", Selector("knapsack", needs_curves=True, choose=knapsack))
+SELECTORS.include(Selector("knapsack", needs_curves=True, choose=knapsack))

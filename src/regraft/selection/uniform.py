@@ -157,4 +157,4 @@ def _bisect(below: Callable[[float], bool]) -> tuple[float, float]:
     return low, high
 
 
-SELECTORS.add("uniform", Selector("uniform", needs_curves=False, choose=uniform))
+SELECTORS.include(Selector("uniform", needs_curves=False, choose=uniform))

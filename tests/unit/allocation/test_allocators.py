@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy.stats import t, ttest_1samp
 
-from planted_ranks import World, all_vectors, space_of
 from regraft.allocation import ALLOCATORS, ClosedForm, Ranks, confirm
 from regraft.allocation.perceptron import PaperRankAdaptor
 from regraft.errors import InputError, PlanError
 from regraft.plans import RankSpace, RankTrial
+from regraft.testing.planted import World, all_vectors, space_of
 
 NAMES = sorted(ALLOCATORS.names())
 LEARNERS = [name for name in NAMES if not isinstance(ALLOCATORS.get(name), ClosedForm)]

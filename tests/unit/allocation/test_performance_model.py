@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from planted_ranks import World, all_vectors
 from regraft.allocation.concave import correction_kernel, design_of
 from regraft.allocation.features import standardized
 from regraft.allocation.fill import fill, random_vectors
@@ -17,6 +16,7 @@ from regraft.allocation.perceptron import PaperRankAdaptor
 from regraft.allocation.prior import default_prior
 from regraft.allocation.rankadaptor import RankAdaptor, expected_improvement
 from regraft.plans import RankTrial
+from regraft.testing.planted import World, all_vectors
 
 
 def measured(world: World, count: int, fidelity: float = 1.0, seed: int = 0) -> list[RankTrial]:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from planted_ranks import World
 from regraft.allocation import Request, Rung, Schedule, finalists, next_request, winner
 from regraft.allocation.fill import fill, random_vectors
 from regraft.allocation.meta import add_to_store, foresight, read_store, train
@@ -18,6 +17,7 @@ from regraft.allocation.rankadaptor import RankAdaptor, first_vectors
 from regraft.cli.app import run
 from regraft.errors import DataError, InputError, PlanError
 from regraft.plans import PastSearch, RankTrial
+from regraft.testing.planted import World
 
 LEARNER = RankAdaptor(default_prior())
 SCHEDULE = Schedule((Rung(0.25, 6), Rung(0.5, 3), Rung(1.0, 2)), batch=3)

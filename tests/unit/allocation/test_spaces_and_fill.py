@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from planted_ranks import CHOICES, all_vectors, space_of
 from regraft.allocation.fill import fill, improve, moved, moves, nearest, proportional_to, random_vectors
 from regraft.allocation.spaces import rank_plan, rank_space
 from regraft.errors import InputError, PlanError
+from regraft.testing.planted import CHOICES, all_vectors, space_of
 
 costs = some.lists(some.integers(1, 60), min_size=2, max_size=4)
 seeds = some.integers(0, 2**16)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 
-from planted_ranks import space_of
 from regraft.allocation import confirm, rank_plan
 from regraft.plans import CrossValidation, RankSearch, RankTrial
 from regraft.report.ranks import slots_table, summary, to_markdown, trials_csv
+from regraft.testing.planted import space_of
 
 FOUND, UNIFORM = (8, 4), (6, 6)
 

@@ -1,4 +1,4 @@
-"""Rank spaces with planted concave gains, for tests of allocation."""
+"""Rank spaces with planted concave gains, where the best rank vector is known."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHOICES = (2, 4, 6, 8)
 
 
 def space_of(costs: Sequence[int], choices: Sequence[int] = CHOICES, uniform: int = 6, limits: Sequence[int] = ()) -> RankSpace:
-    """A space whose slots cost so much for each rank; its budget is what the uniform rank costs."""
+    """Returns a space whose slots cost so much for each rank; its budget is what the uniform rank costs."""
     limits = limits or [choices[-1]] * len(costs)
     sides = enumerate(zip(costs, limits, strict=True))
     slots = tuple(RankSlot(f"layers.{index}", (f"layers.{index}.q",), index, cost, limit) for index, (cost, limit) in sides)
@@ -23,7 +23,7 @@ def space_of(costs: Sequence[int], choices: Sequence[int] = CHOICES, uniform: in
 
 
 def all_vectors(space: RankSpace) -> list[Ranks]:
-    """Every vector under the budget, by enumeration."""
+    """Returns every vector under the budget, by enumeration."""
     return [ranks for ranks in product(space.choices, repeat=len(space.slots)) if space.holds(ranks)]
 
 
@@ -47,12 +47,12 @@ class World:
         self.uniform: Ranks = (8,) * slots
 
     def gain(self, ranks: Ranks) -> float:
-        """Over the uniform vector."""
+        """Returns what a vector gains over the uniform one, in nats."""
         at = np.searchsorted(self.space.choices, [ranks, self.uniform])
         slots = np.arange(len(ranks))
         return float(self.table[slots, at[0]].sum() - self.table[slots, at[1]].sum())
 
     def trial(self, ranks: Ranks, fidelity: float = 1.0, seed: int = 0, cost: float | None = None) -> RankTrial:
-        """One noisy measurement; short ones show a part of the gain, and every seed has a loss of its own."""
+        """Returns one noisy measurement; short ones show a part of the gain, and every seed has a loss of its own."""
         loss = 3.0 + 0.1 * seed - fidelity**0.3 * self.gain(ranks) + self.noise_nats * float(self.draw.standard_normal())
         return RankTrial(ranks, loss, fidelity, fidelity if cost is None else cost, "recovery", seed)
