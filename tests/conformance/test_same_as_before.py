@@ -8,7 +8,7 @@ worst tensor, an adapter after six optimizer steps, was off by 1e-5, what was on
 (units kept, ranks, counts of parameters, windows of text) are compared exactly in both cases.
 
 Every setting that has a bearing is given, so that a change of a default is not felt here. To record anew, after a change of results
-that is meant and explained in the changelog:  OMP_NUM_THREADS=1 python tests/conformance/test_same_as_before.py --record
+that is meant and explained in the changelog:  PYTHONPATH=tests OMP_NUM_THREADS=1 python tests/conformance/test_same_as_before.py --record
 """
 
 from __future__ import annotations
@@ -29,15 +29,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tiny_inputs import make_inputs
 
 RECORDED = Path(__file__).with_name("same_as_before.json")
 ELSEWHERE = 5e-5
 LOSS = 1e-5
-
-WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "then", "saw", "two", "birds", "under", "that", "old", "tree", "again")
-TEXT = "\n".join(" ".join(WORDS[(line * 7 + step * step) % len(WORDS)] for step in range(9)) for line in range(150))
 
 LOAD = "--device cpu --dtype float32"
 CALIBRATE = f"--calibration text.txt --samples 8 --seq-len 16 --seed 3 {LOAD}"
@@ -62,41 +59,6 @@ COMMANDS = {
     "plain": f"export deep --to peft-lora {LOAD}",
     "recipe": "run recipe.yaml",
 }
-
-RECIPE = """
-model: model
-seed: 3
-load: {device: cpu, dtype: float32}
-prune:
-  {ratio: 0.3, criterion: wanda, select: uniform, shape: uniform, reconstruct: mean, align: 1,
-   calibration: text.txt, samples: 8, seq_len: 16}
-recover:
-  {data: text.txt, adapter: lora, rank: 2, alpha: 4, dropout: 0, lr: 0.003, steps: 6, batch: 2, seq_len: 16, eval_every: 3,
-   held_out: 0.2, precision: float32, merge: true, quiet: true}
-evaluate: {text: text.txt, window: 16, max_tokens: 300}
-sample: {prompt: the cat, tokens: 6}
-"""
-
-
-def make_inputs() -> None:
-    """Writes a text, a recipe and a model of three layers with a byte tokenizer into the current folder."""
-    Path("text.txt").write_text(TEXT, encoding="utf-8")
-    Path("recipe.yaml").write_text(RECIPE, encoding="utf-8")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    ids = {"<s>": 0, "</s>": 1} | {letter: 2 + index for index, letter in enumerate(letters)}
-    core = Tokenizer(models.BPE(vocab=ids, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4}
-    config = LlamaConfig(vocab_size=len(ids), max_position_embeddings=64, bos_token_id=0, eos_token_id=1, **shape)
-    model = LlamaForCausalLM(config)
-    draw = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=draw)
-            parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.15 * noise)
-    model.save_pretrained("model")
-    PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>").save_pretrained("model")
 
 
 def run_commands() -> None:
@@ -191,7 +153,12 @@ def measure(work: Path) -> dict[str, Any]:
 
 def in_a_process_of_its_own(work: Path) -> dict[str, Any]:
     """Runs the commands on one thread in a new process, which no other test can have changed, and measures what they wrote."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
     done = subprocess.run([sys.executable, __file__, "--run"], cwd=work, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return measure(work)
