@@ -153,8 +153,7 @@ def refuse_factored(model: PreTrainedModel, source: str = "the model") -> None:
     found = [name for name, module in model.named_modules() if isinstance(module, FactoredLinear)]
     if found:
         raise ModelError(
-            f"{source} is factored already ({len(found)} layers, such as '{found[0]}'); use the model that it was compressed from, "
-            "or write it dense first: regraft compress --dense"
+            f"{source} is factored already ({len(found)} layers, such as '{found[0]}'); use the model that it was compressed from"
         )
 
 

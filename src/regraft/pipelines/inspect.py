@@ -18,7 +18,7 @@ def inspect_model(loaded: Loaded) -> dict[str, Any]:
     parameters of one unit).
     """
     model, view = loaded.model, ModelView(loaded.model)
-    groups = discover(view)
+    groups = () if view.factored() else discover(view).groups  # nothing can be cut from what is factored
     sizes = [view.sizes(index) for index in range(len(view.layers))]
     embedding_weight = dict(model.get_input_embeddings().named_parameters())["weight"]
     return {
@@ -28,7 +28,7 @@ def inspect_model(loaded: Loaded) -> dict[str, Any]:
         "fingerprint": loaded.fingerprint,
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": parameter_count(model),
-        "prunable_parameters": sum(group.units * group.unit_parameters for group in groups.groups),
+        "prunable_parameters": sum(group.units * group.unit_parameters for group in groups),
         "hidden_size": int(model.config.hidden_size),
         "vocabulary": int(embedding_weight.shape[0]),
         "tied_embeddings": bool(model.config.tie_word_embeddings),
@@ -45,7 +45,6 @@ def inspect_model(loaded: Loaded) -> dict[str, Any]:
             for index, size in enumerate(sizes)
         ],
         "groups": [
-            {"name": group.name, "kind": group.kind, "units": group.units, "unit_parameters": group.unit_parameters}
-            for group in groups.groups
+            {"name": group.name, "kind": group.kind, "units": group.units, "unit_parameters": group.unit_parameters} for group in groups
         ],
     }

@@ -252,6 +252,7 @@ def test_the_command(folder: Path, texts: dict[str, Path], tmp_path: Path, capsy
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert {name: module.rank for name, module in ModelView(again).factored().items()} == record.factors.ranks()
     capsys.readouterr()
+    assert run(["inspect", str(tmp_path / "out")]) == 0
     assert run([*common, "-o", str(tmp_path / "out")]) == 2
     assert run(common) == 2
     assert "--output is missing" in capsys.readouterr().err
