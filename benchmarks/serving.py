@@ -51,12 +51,13 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=[name for name, _ in VARIANTS])
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--note", default="", help="what else ran on the machine, for the page")
     arguments = parser.parse_args()
     csv = arguments.output / "serving.csv"
     with tempfile.TemporaryDirectory() as place:
         for model in arguments.models:
             measure(model, arguments, Path(place) / Path(model).stem, csv)
-    write_page(arguments.output / "serving.md", read_rows(csv))
+    write_page(arguments.output / "serving.md", read_rows(csv), arguments.note)
 
 
 def measure(model: str, arguments: argparse.Namespace, place: Path, csv: Path) -> None:
@@ -87,16 +88,15 @@ def measure(model: str, arguments: argparse.Namespace, place: Path, csv: Path) -
         add_row(csv, row | {"runs": arguments.runs, "machine": machine(), "versions": versions("torch", "gguf", "xllamacpp")})
 
 
-def write_page(path: Path, rows: list[dict[str, str]]) -> None:
-    """Writes the table, each variant beside the dense model of its type."""
+def write_page(path: Path, rows: list[dict[str, str]], note: str) -> None:
+    """Writes the table, each variant beside the dense model of its type, and a note on what else ran on the machine."""
     dense = {(row["model"], row["type"]): row for row in rows if row["variant"] == "dense"}
     lines = [
         "# Serving in llama.cpp",
         "",
         f"`benchmarks/serving.py`: a prompt of {PROMPT_TOKENS} tokens, {NEW_TOKENS} new ones, one thread.",
     ]
-    lines += [f"{rows[0]['machine']}; {rows[0]['versions']}. The fastest of {rows[0]['runs']} interleaved runs, as other work"]
-    lines += ["shared the two cores: differences of 10 % between rows mean nothing.", ""]
+    lines += [f"{rows[0]['machine']}; {rows[0]['versions']}. The fastest of {rows[0]['runs']} interleaved runs. {note}", ""]
     body: list[list[str]] = []
     for row in rows:
         base = dense.get((row["model"], row["type"]), row)

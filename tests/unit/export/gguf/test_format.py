@@ -13,6 +13,7 @@ from gguf_toys import as_loaded, byte_level_tokenizer, spaced_tokenizer, toy, un
 from regraft.errors import InputError, OutputError
 from regraft.export import EXPORTERS, ExportSettings
 from regraft.export.contract import ModelFormat
+from regraft.export.gguf.catalogue import ARCHITECTURES
 from regraft.pipelines.export import export
 
 pytest.importorskip("xllamacpp")
@@ -97,6 +98,11 @@ def test_an_uneven_qwen3_is_written_as_step35_when_asked(tmp_path: Path, tied: b
     done = export(as_loaded(model), tmp_path / "out", "gguf", settings=settings, check=TEXT)
     assert done.parity is not None
     assert done.parity.largest < 2e-3
+
+
+def test_every_architecture_that_is_declared_is_compared_in_this_file() -> None:
+    compared = {name.replace("gemma 2", "gemma2").replace("gemma 3", "gemma3").replace(" ", "").partition(",")[0] for name in EXACT}
+    assert {entry.name for entry in ARCHITECTURES} <= compared | {"deci", "openelm", "step35"}
 
 
 def test_windows_that_moved_are_refused(tmp_path: Path) -> None:
