@@ -45,10 +45,11 @@ from regraft.surgery.adapters import inject
 from regraft.training.batches import Ordered, collate, make_examples, padding_token, spread
 from regraft.training.callbacks import Keeper, Pace
 from regraft.training.distill import Teacher
+from regraft.training.job import prepare
 from regraft.training.losses import mean_loss
 from regraft.training.optimizer import parameter_groups
 from regraft.training.recover import recover
-from regraft.training.trainer import RecoveryTrainer, training_arguments
+from regraft.training.trainer import RecoveryTrainer
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, TOKENS, RANK, RATIO = 8, 128, 8, 0.2
@@ -59,7 +60,7 @@ CPU = torch.device("cpu")
 PRUNED: dict[str, dict[str, Any]] = {
     "taylor": {"criterion": "taylor", "shape": "uniform", "select": "uniform", "reconstruct": "none"},
     "taylor+ls": {"criterion": "taylor", "shape": "uniform", "select": "uniform", "reconstruct": "least_squares"},
-    "default": {"shape": "per-layer"},
+    "default": {},
 }
 
 
@@ -251,14 +252,13 @@ def plain_steps(model: str, corpus: Corpus, settings: RecoverSettings) -> list[t
 def our_steps(model: str, corpus: Corpus, settings: RecoverSettings) -> list[tuple[float, float]]:
     loaded, clock = load(model), Clock()
     tokenizer = require_tokenizer(loaded)
-    examples = make_examples(corpus, tokenizer, TOKENS, wanted=settings.steps * BATCH, seed=0)
-    injected = inject(loaded.model, settings, None, 0)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = RecoveryTrainer(
-            injected.module, training_arguments(settings, Path(folder), 0, CPU, torch.float32, evaluate_first=False),
-            Ordered(examples, settings, 0, "text"), examples[:8], padding_token(tokenizer), parameter_groups(injected, settings),
-            (Pace(settings.eval_every, 0), Keeper(Path(folder), injected, {}, None), clock),
-        )  # fmt: skip
+        work = Path(folder)
+        few = settings.model_copy(update={"held_out_windows": 8})
+        job = prepare(loaded.model, tokenizer, corpus, corpus, few, seed=0, work=work)
+        injected = inject(loaded.model, settings, None, 0)
+        keeper = Keeper(work, injected, job.identity, None)
+        trainer = RecoveryTrainer(job, injected, parameter_groups(injected, settings), (Pace(settings.eval_every, 0), keeper, clock))
         trainer.train()
     return clock.durations()
 

@@ -43,8 +43,9 @@ from regraft.training.checkpoint import checkpoints
 from regraft.training.distill import Teacher
 from regraft.training.distributed import is_main, join_processes, local_device, wait_for_all
 from regraft.training.four_bit import import_bitsandbytes
+from regraft.training.job import check_trackers, read_ranks
 from regraft.training.labelled import judged
-from regraft.training.recover import Recovered, check_trackers, read_ranks, recover
+from regraft.training.recover import Recovered, recover
 
 LOSS_LOG = "training_log.csv"
 TIMINGS = "timings.json"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, cast, final
 
 import torch
@@ -14,46 +12,21 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from regraft.errors import TrainingError
-from regraft.settings import RecoverSettings
-from regraft.training.batches import Example, Ordered, collate
+from regraft.surgery.adapters import Injected
+from regraft.training.batches import Example, collate
 from regraft.training.distributed import any_process, is_sharded, process_count, process_index, sum_over_processes
-from regraft.training.labelled import collate_labelled, summed_label_loss, summed_labelled
-from regraft.training.losses import summed_loss
+from regraft.training.job import Job, Objective
 from regraft.training.optimizer import ParameterGroup, make_optimizer
 from regraft.training.teacher_cache import TeacherCache
 
 _CHECKPOINTING: dict[str, Any] = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
 
-Batch = dict[str, Tensor]
-Objective = Callable[[nn.Module, Batch], Tensor]
-"""A function from a module and a batch to the loss, summed over all predictions."""
 
-
-@dataclass(frozen=True)
-class Reading:
-    """Treatment of one kind of rows: their batches and losses.
-
-    Attributes:
-        collate: Function from rows and the padding token to a batch.
-        summed: Function from a model and batches to the summed held-out loss and the number of predictions.
-        objective: The training loss; None for the model's own loss.
-    """
-
-    collate: Callable[[Sequence[Example], int], Batch]
-    summed: Callable[[nn.Module, Iterable[Batch], torch.device], tuple[float, int]]
-    objective: Objective | None = None
-
-
-TOKENS = Reading(collate, summed_loss)
-LABELS = Reading(collate_labelled, summed_labelled, summed_label_loss)
-
-
-def training_arguments(
-    settings: RecoverSettings, work: Path, seed: int, device: torch.device, compute: torch.dtype, *, evaluate_first: bool
-) -> TrainingArguments:
-    """Returns the settings as Trainer arguments, without the Trainer's checkpoints and its choice of the best one, which we replace."""
+def training_arguments(job: Job) -> TrainingArguments:
+    """Writes a job in the Trainer's words. Checkpoints and the choice of the best one are ours, so both are off here."""
+    settings, device = job.settings, job.model.device
     arguments = TrainingArguments(
-        output_dir=str(work),
+        output_dir=str(job.work),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch,
         gradient_accumulation_steps=settings.accumulate,
@@ -63,12 +36,12 @@ def training_arguments(
         weight_decay=0.0,
         max_grad_norm=settings.max_grad_norm,
         optim="adamw_torch",
-        bf16=compute == torch.bfloat16,
+        bf16=job.compute == torch.bfloat16,
         use_cpu=device.type == "cpu",
         # All parameters of an adapter are used in every step, so that no process has to search for unused ones.
         ddp_find_unused_parameters=False,
         ddp_backend="gloo" if device.type == "cpu" and process_count() > 1 else None,
-        seed=seed % 2**32,  # the Trainer also seeds NumPy, whose seeds have 32 bits
+        seed=job.seed % 2**32,  # the Trainer also seeds NumPy, whose seeds have 32 bits
         # The examples are already in order, so that resuming only skips some.
         train_sampling_strategy="sequential",
         dataloader_num_workers=0,
@@ -78,7 +51,7 @@ def training_arguments(
         logging_strategy="no",
         logging_nan_inf_filter=False,
         eval_strategy="no",
-        eval_on_start=evaluate_first,
+        eval_on_start=job.resumed is None,
         save_strategy="no",
         report_to=list(settings.report_to) or "none",
         disable_tqdm=True,
@@ -97,49 +70,40 @@ class RecoveryTrainer(Trainer):
     """The trainer of an adapter.
 
     Args:
-        module: The model with its adapter.
-        arguments: The result of :func:`training_arguments`.
-        train: The training rows in order.
-        held_out: The rows whose loss chooses the best checkpoint.
-        padding: Padding token of shorter rows.
+        job: What is trained on, and how.
+        injected: The job's model with its adapter.
         groups: All trained parameters with their learning rates.
-        callbacks: Our callbacks, called after the Trainer's own.
-        objective: The distillation loss; None for the objective of the reading.
-        cache: Cache of the teacher's outputs; None if there is no teacher or it runs during training.
-        reading: Treatment of the rows.
-        penalty: Returns a term to add to the mean loss of a step, or None.
+        callbacks: Ours, after the Trainer's own.
+        objective: The loss where there is a teacher; None for the one of the job's reading.
+        cache: Where the teacher's likeliest tokens are, unless it runs along.
     """
 
     def __init__(
         self,
-        module: nn.Module,
-        arguments: TrainingArguments,
-        train: Ordered,
-        held_out: Sequence[Example],
-        padding: int,
+        job: Job,
+        injected: Injected,
         groups: Sequence[ParameterGroup],
         callbacks: Sequence[TrainerCallback],
         objective: Objective | None = None,
         cache: TeacherCache | None = None,
-        reading: Reading = TOKENS,
-        penalty: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
+        collate_rows, padding = job.reading.collate, job.padding
         super().__init__(
-            model=module,
-            args=arguments,
-            train_dataset=train,
-            data_collator=partial(_collate_taught, padding=padding, cache=cache) if cache else lambda rows: reading.collate(rows, padding),
+            model=injected.module,
+            args=training_arguments(job),
+            train_dataset=job.rows,
+            data_collator=(partial(_collate_taught, padding=padding, cache=cache) if cache else lambda rows: collate_rows(rows, padding)),
             callbacks=list(callbacks),
         )
         self.remove_callback(PrinterCallback)
         self._groups = groups
-        self._summed = reading.summed
-        self._objective = objective or reading.objective
-        self._penalty = penalty
+        self._summed = job.reading.summed
+        self._objective = objective or job.reading.objective
+        self._penalty = partial(injected.adapter.penalty, injected.module)
         if self._objective is not None:
-            self.model_accepts_loss_kwargs = True  # our loss needs the number of predictions in all passes of a step
-        rows = arguments.per_device_train_batch_size
-        self._held_out = [reading.collate(held_out[start : start + rows], padding) for start in range(0, len(held_out), rows)]
+            self.model_accepts_loss_kwargs = True  # our loss is told how much all passes of a step predict
+        size = job.settings.batch
+        self._held_out = [collate_rows(job.held_out[start : start + size], padding) for start in range(0, len(job.held_out), size)]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes the optimizer with our groups, once."""

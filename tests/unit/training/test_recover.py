@@ -23,11 +23,12 @@ from regraft.errors import DataError, InputError, PlanError, RegraftError, Train
 from regraft.plans import RankPlan, to_json
 from regraft.settings import RecoverSettings
 from regraft.surgery.adapters import inject
+from regraft.training import job as job_module
 from regraft.training import recover as module
 from regraft.training.batches import collate, make_examples, shuffled, spread
 from regraft.training.callbacks import Keeper, log_csv
 from regraft.training.losses import mean_loss
-from regraft.training.recover import Recovered, recover
+from regraft.training.recover import Recovered, finish, recover, train_adapter
 
 CPU = torch.device("cpu")
 Make = Callable[..., LlamaForCausalLM]
@@ -529,7 +530,7 @@ def test_a_tracker_gets_the_losses(
             seen.extend((state.global_step, name) for name in logs)
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
-    monkeypatch.setattr(module, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(job_module, "get_available_reporting_integrations", lambda: ["tensorboard"])
     settings = quick(report_to=("tensorboard",), steps=10, eval_every=10)
     recover(make_tiny(), tokenizer, *repeating, settings, seed=0, work=tmp_path)
     assert {(0, "eval_loss"), (10, "loss"), (10, "learning_rate"), (10, "eval_loss")} <= set(seen)
@@ -548,3 +549,22 @@ def test_the_log_is_csv(make_tiny: Make, quick: Quick, tmp_path: Path) -> None:
         keeper.on_log(None, state, None, logs)  # pyright: ignore[reportArgumentType]
     assert log_csv(keeper.rows) == "step,lr,train_loss_nats,held_out_loss_nats\n0,,,2.0\n5,0.1,1.5,1.25\n"
     assert keeper.rows[1].seconds >= keeper.rows[0].seconds >= 0
+
+
+def test_a_recovery_is_three_steps_and_the_first_changes_nothing(
+    make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
+) -> None:
+    model = make_tiny()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    job = job_module.prepare(model, tokenizer, *repeating, quick(steps=3, eval_every=3), seed=0, work=tmp_path / "steps")
+    assert not (tmp_path / "steps").exists()
+    assert list(before) == list(model.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    trained = train_adapter(job)
+    assert trained.injected.module is not model, "the adapter is still on"
+    by_steps = finish(job, trained)
+    at_once = recover(make_tiny(), tokenizer, *repeating, quick(steps=3, eval_every=3), seed=0, work=tmp_path / "once")
+    assert by_steps.best_loss == at_once.best_loss
+    for name, value in by_steps.model.state_dict().items():
+        assert torch.equal(value, at_once.model.state_dict()[name]), name

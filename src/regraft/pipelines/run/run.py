@@ -27,7 +27,7 @@ from regraft.plans import Groups, Measurement, PrunePlan, SizeReport
 from regraft.report.summary import RunReport
 from regraft.settings import CALIBRATION_TOKENS, TRAINING_TOKENS
 from regraft.surgery.cut import cut
-from regraft.training.recover import check_trackers, read_ranks
+from regraft.training.job import check_trackers, read_ranks
 
 
 @dataclass(frozen=True)

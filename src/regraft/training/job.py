@@ -1,0 +1,268 @@
+"""What a recovery is of: every setting resolved and checked, the rows in their order, and the checkpoint to go on from.
+
+A job is made before anything is changed: :func:`prepare` leaves the model as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from regraft.adapters import Evidence
+from regraft.data.labelled import Labelled
+from regraft.data.text import Corpus
+from regraft.data.tokens import window_tokens
+from regraft.errors import InputError, PlanError, TrainingError, did_you_mean
+from regraft.models.classifier import row_limit
+from regraft.models.view import fingerprint
+from regraft.plans import RankPlan, from_json
+from regraft.settings import TRAINING_TOKENS, RecoverSettings
+from regraft.training.batches import (
+    Example,
+    Ordered,
+    RecordFormat,
+    collate,
+    digest,
+    is_blind_to_neighbours,
+    make_examples,
+    padding_token,
+    spread,
+)
+from regraft.training.checkpoint import Checkpoint, checkpoints, read_checkpoint
+from regraft.training.distill import Teacher, check_vocabulary
+from regraft.training.distributed import join_processes, process_count
+from regraft.training.four_bit import check_four_bits
+from regraft.training.labelled import collate_labelled, labelled_examples, summed_label_loss, summed_labelled
+from regraft.training.losses import summed_loss
+from regraft.training.precision import compute_dtype
+
+Batch = dict[str, Tensor]
+Objective = Callable[[nn.Module, Batch], Tensor]
+"""A function from a module and a batch to the loss, summed over all predictions."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Treatment of one kind of rows: their batches and losses.
+
+    Attributes:
+        collate: Function from rows and the padding token to a batch.
+        summed: Function from a model and batches to the summed held-out loss and the number of predictions.
+        objective: The training loss; None for the model's own loss.
+    """
+
+    collate: Callable[[Sequence[Example], int], Batch]
+    summed: Callable[[nn.Module, Iterable[Batch], torch.device], tuple[float, int]]
+    objective: Objective | None = None
+
+
+TOKENS = Reading(collate, summed_loss)
+LABELS = Reading(collate_labelled, summed_labelled, summed_label_loss)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recovery that is ready to begin.
+
+    Attributes:
+        model: What is trained beside, still without an adapter.
+        settings: Of the recovery; windows and packing are those that this model and these data allow.
+        seed: Of the data's order, the adapter's first values and dropout.
+        work: Folder of the checkpoints.
+        ranks: The rank plan that is followed, or None.
+        compute: Type of the matrix products of a forward pass.
+        reading: How rows become batches and a loss.
+        rows: The training rows in their order.
+        held_out: The rows whose loss chooses the best checkpoint.
+        padding: Token that fills up shorter rows.
+        teacher: The model to learn from, or None.
+        identity: Whatever would change the result, by name; checkpoints carry it.
+        resumed: The checkpoint to go on from, or None.
+    """
+
+    model: PreTrainedModel
+    settings: RecoverSettings
+    seed: int
+    work: Path
+    ranks: RankPlan | None
+    compute: torch.dtype
+    reading: Reading
+    rows: Ordered
+    held_out: Sequence[Example]
+    padding: int
+    teacher: Teacher | None
+    identity: Mapping[str, str]
+    resumed: Checkpoint | None
+
+    def evidence(self) -> Evidence:
+        """Returns the rows of the first steps, of all passes and processes, from which some adapters compute their first values."""
+        settings, device = self.settings, self.model.device
+        batch, passes = settings.batch, settings.accumulate * process_count()
+
+        def batches(count: int) -> list[Batch]:
+            starts = range(0, min(count * passes * batch, len(self.rows)), batch)
+            drawn = [self.reading.collate([self.rows[start + index] for index in range(batch)], self.padding) for start in starts]
+            return [{name: tensor.to(device) for name, tensor in tensors.items()} for tensors in drawn]
+
+        return Evidence(batches)
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Corpus | Labelled,
+    held_out: Corpus | Labelled,
+    settings: RecoverSettings,
+    *,
+    seed: int,
+    work: Path,
+    resume: bool = False,
+    teacher: Teacher | None = None,
+) -> Job:
+    """Checks everything that a recovery needs and draws its rows; see :func:`regraft.training.recover.recover` for the arguments.
+
+    Raises:
+        InputError: A setting does not fit the model: window, tracker, device.
+        MissingDependencyError: Weights in 4 bits were asked for, and bitsandbytes is not installed.
+        ModelError: The teacher has another vocabulary.
+        DataError: There is less data than one batch.
+        PlanError: The file of ranks holds no rank plan.
+        TrainingError: The checkpoints are of another run.
+    """
+    join_processes(model.device)
+    compute = compute_dtype(settings.precision, _training_device(model))
+    check_trackers(settings.report_to)
+    if teacher is not None:
+        check_vocabulary(teacher, model, tokenizer)
+    if settings.load_in_4bit:
+        check_four_bits(model, compute)
+    seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "--seq-len", row_limit(model))
+    packing = settings.packing and isinstance(train, Corpus) and bool(train.records) and is_blind_to_neighbours(model)
+    settings = settings.model_copy(update={"seq_len": seq_len, "packing": packing})
+    ranks = read_ranks(settings.ranks)
+    rows = _training_rows(train, tokenizer, settings, seed)
+    looked_at = _held_out_rows(held_out, tokenizer, settings)
+    identity = _identity(model, settings, ranks, seed, teacher) | {"data": digest(rows.examples), "held-out data": digest(looked_at)}
+    return Job(
+        model=model,
+        settings=settings,
+        seed=seed,
+        work=work,
+        ranks=ranks,
+        compute=compute,
+        reading=LABELS if isinstance(train, Labelled) else TOKENS,
+        rows=rows,
+        held_out=looked_at,
+        padding=padding_token(tokenizer),
+        teacher=teacher,
+        identity=identity,
+        resumed=_last_checkpoint(work, identity) if resume else None,
+    )
+
+
+def read_ranks(ranks: Path | RankPlan | None) -> RankPlan | None:
+    """Returns the rank plan of the settings, read from its file if they name one.
+
+    Raises:
+        InputError: The file cannot be read.
+        PlanError: The file holds no rank plan.
+    """
+    if not isinstance(ranks, Path):
+        return ranks
+    try:
+        return from_json(RankPlan, ranks.read_bytes())
+    except PlanError as error:
+        raise PlanError(f"'{ranks}' is {error}") from None
+    except OSError as error:
+        raise InputError(f"rank plan '{ranks}' cannot be read ({error.strerror}); give a JSON file, such as ranks.json") from None
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuses trackers that the Trainer does not know or that are not installed.
+
+    Raises:
+        InputError: A tracker is unknown or not installed; the message gives the known ones or the package to install.
+    """
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise InputError(f"unknown tracker '{name}'; known: {known}{did_you_mean(name, INTEGRATION_TO_CALLBACK)}")
+        if name not in get_available_reporting_integrations():
+            library = {"azure_ml": "azureml-mlflow", "kubeflow": "kubeflow-training"}.get(name, name)
+            raise InputError(f"tracker '{name}' is not installed; get it with: pip install {library}")
+
+
+def _training_rows(corpus: Corpus | Labelled, tokenizer: PreTrainedTokenizerBase, settings: RecoverSettings, seed: int) -> Ordered:
+    processes = process_count()
+    wanted = settings.steps * settings.accumulate * settings.batch * processes
+    seq_len = settings.seq_len or TRAINING_TOKENS
+    if isinstance(corpus, Labelled):
+        return Ordered(labelled_examples(corpus, tokenizer, seq_len), settings, seed, corpus.name, processes)
+    examples = make_examples(corpus, tokenizer, seq_len, wanted=wanted, seed=seed, records=RecordFormat(packing=settings.packing))
+    return Ordered(examples, settings, seed, corpus.name, processes)
+
+
+def _held_out_rows(corpus: Corpus | Labelled, tokenizer: PreTrainedTokenizerBase, settings: RecoverSettings) -> list[Example]:
+    """Returns the held-out rows, drawn with a fixed seed, so that runs of all seeds use the same rows. Labelled rows are all used."""
+    wanted = settings.held_out_windows
+    if isinstance(corpus, Labelled):
+        return labelled_examples(corpus, tokenizer, settings.seq_len or TRAINING_TOKENS)
+    return spread(make_examples(corpus, tokenizer, settings.seq_len or TRAINING_TOKENS, wanted=wanted, seed=0), wanted)
+
+
+def _training_device(model: PreTrainedModel) -> torch.device:
+    """Returns the device of the model, if the Trainer can use it.
+
+    Raises:
+        InputError: The model is on another GPU than the one that the Trainer uses (the first, or the one assigned to this process).
+    """
+    device = model.device
+    if device.type == "cuda" and device.index not in (None, int(os.environ.get("LOCAL_RANK", "0"))):
+        raise InputError(
+            f"training runs on the first visible GPU, not on --device {device}; "
+            f"set CUDA_VISIBLE_DEVICES={device.index} and use --device cuda"
+        )
+    return device
+
+
+def _identity(
+    model: PreTrainedModel, settings: RecoverSettings, ranks: RankPlan | None, seed: int, teacher: Teacher | None
+) -> dict[str, str]:
+    """Returns the inputs that would change the result of a run, other than its data."""
+    return {
+        "model": fingerprint(model),
+        "seed": str(seed),
+        "ranks": str(ranks.ranks) if ranks else "none",
+        "processes": str(process_count()),
+        "teacher": teacher.fingerprint if teacher else "none",
+        "teacher-cache": "none" if settings.teacher_cache is None else "some",
+        **{name.replace("_", "-"): str(value) for name, value in settings.decisive().items()},
+    }
+
+
+def _last_checkpoint(work: Path, identity: Mapping[str, str]) -> Checkpoint | None:
+    """Returns the last checkpoint of this run, or None without one.
+
+    Raises:
+        TrainingError: The checkpoint is damaged, or belongs to another run.
+    """
+    found = checkpoints(work)
+    if not found:
+        return None
+    checkpoint = read_checkpoint(found[-1])
+    before = checkpoint.progress["identity"]
+    for name in identity:
+        if before.get(name) != identity[name]:
+            raise TrainingError(
+                f"the checkpoints in '{work}' are of another run: {name} was {before.get(name)} and is {identity[name]}; "
+                "repeat the run's own settings, or remove that folder to begin anew"
+            )
+    return checkpoint
