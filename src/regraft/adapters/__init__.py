@@ -1,6 +1,6 @@
 """Adapters: small trainable changes of frozen weights, one file each, registered by name in :data:`ADAPTERS`."""
 
-from regraft.adapters import deep_lora, lora_xs, mora, nola, peft_kinds
+from regraft.adapters import adalora, deep_lora, lora_xs, mora, nola, peft_kinds
 from regraft.adapters.contract import (
     ADAPTERS,
     Adapter,
@@ -27,6 +27,7 @@ __all__ = [
     "Method",
     "ParameterGroup",
     "Spec",
+    "adalora",
     "deep_lora",
     "lora_xs",
     "make_request",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast, final
 
 import torch
-from peft import AdaLoraConfig, AdaLoraModel, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -24,8 +24,6 @@ from regraft.errors import InputError
 from regraft.settings import Settings
 
 NAME = "default"  # name of the adapter inside the PeftModel
-ORTHOGONAL = 0.5  # weight of AdaLoRA's penalty, PEFT's default
-_SENSITIVITY, _RANKS, _BETWEEN = ("ipt", "exp_avg_ipt", "exp_avg_unc"), "ranks", "::"  # PEFT's names for AdaLoRA's state
 _FIRST = "regraft_first"  # prefix of buffers with the initial factors of an adapter whose start is subtracted from the weights
 
 FirstValues = Callable[[PeftModel, AdapterRequest, Evidence | None], None]
@@ -83,53 +81,20 @@ class PeftAdapter:
             return adapted
 
     def after_step(self, adapted: nn.Module, step: int) -> None:
-        """Lets AdaLoRA update its rank budget; other adapters do nothing."""
-        base = cast(PeftModel, adapted).base_model
-        if isinstance(base, AdaLoraModel):
-            base.update_and_allocate(step)
+        """Does nothing: the adapter keeps its form while it trains."""
 
-    def penalty(self, adapted: nn.Module) -> Tensor | None:
-        """Returns AdaLoRA's orthogonality penalty (arXiv 2303.10512, equation 4) with PEFT's weight; None for other adapters.
-
-        PEFT itself would add it to every loss of the model: also to held-out losses, and once for every forward pass of a step.
-        """
-        if not isinstance(cast(PeftModel, adapted).base_model, AdaLoraModel):
-            return None
-        products: list[Tensor] = []
-        for _, layer in layers_of(cast(PeftModel, adapted)):
-            first, second = factors_of(layer)
-            products += [first @ first.T, second.T @ second]
-        return ORTHOGONAL * torch.stack([torch.linalg.matrix_norm(one - torch.eye(len(one)).to(one)) for one in products]).mean()
+    def penalty(self, adapted: nn.Module) -> None:
+        """Returns nothing: it trains on the loss alone."""
 
     def state(self, adapted: nn.Module) -> dict[str, Tensor]:
-        """Returns AdaLoRA's sensitivities and the pattern of its pruned ranks; empty for other adapters."""
-        base = cast(PeftModel, adapted).base_model
-        if not isinstance(base, AdaLoraModel):
-            return {}
-        kept: dict[str, list[bool]] = dict(_config_of(base).rank_pattern or {})
-        found = {f"{part}{_BETWEEN}{name}": value for part in _SENSITIVITY for name, value in getattr(base.rankallocator, part).items()}
-        return found | {f"{_RANKS}{_BETWEEN}{name}": torch.tensor(value) for name, value in kept.items()}
+        """Returns nothing: all that it learns is in its parameters."""
+        return {}
 
     def put_state(self, adapted: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """Restores AdaLoRA's sensitivities and rank pattern."""
-        base = cast(PeftModel, adapted).base_model
-        if not isinstance(base, AdaLoraModel):
-            return
-        parts: dict[str, dict[str, Tensor]] = {part: {} for part in (*_SENSITIVITY, _RANKS)}
-        devices = {name: parameter.device for name, parameter in base.model.named_parameters()}
-        for key, value in state.items():
-            part, _, name = key.partition(_BETWEEN)
-            parts[part][name] = value.to(devices[name])
-        for part in _SENSITIVITY:
-            setattr(base.rankallocator, part, parts[part])
-        _config_of(base).rank_pattern = {name: value.tolist() for name, value in parts[_RANKS].items()}
+        """Does nothing."""
 
     def finish(self, adapted: nn.Module) -> None:
-        """Sets AdaLoRA's rank pattern to the ranks of the kept weights, which may be from a step before the last pruning of ranks."""
-        base = cast(PeftModel, adapted).base_model
-        if isinstance(base, AdaLoraModel):
-            ranks = {f"{name}.lora_E.{NAME}": layer.lora_E[NAME] for name, layer in layers_of(cast(PeftModel, adapted))}
-            _config_of(base).rank_pattern = {name: (value != 0).flatten().tolist() for name, value in ranks.items()}
+        """Does nothing: what was trained is what is kept."""
 
     def factors(self, adapted: nn.Module) -> dict[str, LowRank]:
         """Returns B and A of every module for its original weight, with the scale in B."""
@@ -160,11 +125,6 @@ class PeftAdapter:
             peft_model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
         tidy_config(folder / CONFIG)
-
-
-def _config_of(base: AdaLoraModel) -> AdaLoraConfig:
-    """Returns AdaLoRA's config. Its ``rank_pattern``, the kept ranks by the name of each E, changes during training."""
-    return cast(AdaLoraConfig, base.peft_config[NAME])
 
 
 def layers_of(adapted: PeftModel) -> Iterator[tuple[str, Any]]:

@@ -3,23 +3,23 @@
 References:
     [HU21] LoRA, arXiv 2106.09685. [KAL23] rsLoRA, arXiv 2312.03732. [LIU24] DoRA, arXiv 2402.09353.
     [MEN24] PiSSA, arXiv 2404.02948. [BUY24] OLoRA, arXiv 2406.01775. [PAI24] EVA, arXiv 2410.07170.
-    [ZHA23] AdaLoRA, arXiv 2303.10512.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, cast
 
 import torch
-from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftModel, initialize_lora_eva_weights
+from peft import EvaConfig, LoraConfig, PeftModel, initialize_lora_eva_weights
 from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from regraft.adapters.contract import ADAPTERS, AdapterRequest, Defaults, Evidence
+from regraft.adapters.contract import ADAPTERS, AdapterRequest, Evidence
 from regraft.adapters.linear_like import oriented, weight_of
 from regraft.adapters.nested_init import shared_start
 from regraft.adapters.peft_backed import PeftAdapter, factors_of, layers_of
@@ -43,12 +43,12 @@ def lora_config(request: AdapterRequest, model: PreTrainedModel, **switches: Any
     alpha = Counter(request.alphas.values()).most_common(1)[0][0]
     return LoraConfig(
         r=rank,
-        lora_alpha=cast(int, _whole(alpha)),
+        lora_alpha=cast(int, whole_number(alpha)),
         lora_dropout=request.dropout,
         target_modules=target_names(request.ranks, [name for name, _ in model.named_modules()]),
         rank_pattern={name: value for name, value in request.ranks.items() if value != rank},
-        alpha_pattern=cast(dict[str, int], {name: _whole(value) for name, value in request.alphas.items() if value != alpha}),
-        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in request.ranks),
+        alpha_pattern=cast(dict[str, int], {name: whole_number(value) for name, value in request.alphas.items() if value != alpha}),
+        fan_in_fan_out=stored_in_other_order(model, request.ranks),
         bias="none",
         modules_to_save=saved_whole(model),
         task_type=task_type_of(model),
@@ -56,9 +56,14 @@ def lora_config(request: AdapterRequest, model: PreTrainedModel, **switches: Any
     )
 
 
-def _whole(alpha: float) -> float | int:
-    """Returns a whole-numbered alpha as an integer, as readers of the config expect."""
+def whole_number(alpha: float) -> float | int:
+    """Writes a whole alpha as an integer, which is what readers of the config expect."""
     return int(alpha) if alpha == int(alpha) else alpha
+
+
+def stored_in_other_order(model: PreTrainedModel, names: Iterable[str]) -> bool:
+    """Returns whether any of the modules stores its weight as (in, out), as GPT-2's do."""
+    return any(isinstance(model.get_submodule(name), Conv1D) for name in names)
 
 
 def olora_start(model: PeftModel, request: AdapterRequest, evidence: Evidence | None) -> None:
@@ -103,48 +108,6 @@ def eva_start(model: PeftModel, request: AdapterRequest, evidence: Evidence | No
         raise InputError(f"EVA cannot start: {str(error).splitlines()[0].rstrip('.')}; use larger batches or a lower --rank") from None
 
 
-class AdaLoraOptions(Settings):
-    """Options of AdaLoRA, as in the paper: training starts above the rank budget, and ranks are pruned down to it."""
-
-    init_factor: float = Field(default=1.5, ge=1.0, le=8.0, description="first rank over the rank that is asked for")
-    warm: float = Field(default=0.1, ge=0.0, lt=0.5, description="share of the steps before ranks are pruned")
-    settle: float = Field(default=0.3, ge=0.0, lt=0.5, description="share of the steps after ranks are settled")
-    every: Positive = Field(default=5, description="steps between two moves of the budget")
-
-
-def adalora_config(request: AdapterRequest, model: PreTrainedModel) -> AdaLoraConfig:
-    """Returns the config of AdaLoRA [ZHA23]: ``W + alpha/r * B diag(E) A``; entries of E are zeroed down to the requested mean rank.
-
-    Raises:
-        InputError: The request has different ranks, which AdaLoRA would find itself, or no number of steps.
-    """
-    options = cast(AdaLoraOptions, request.options)
-    ranks = sorted(set(request.ranks.values()))
-    if len(ranks) > 1:
-        raise InputError(f"adapter 'adalora' finds its own ranks, but the plan gives {ranks[0]} to {ranks[-1]}; use --rank")
-    if request.steps < 1:
-        raise InputError("adapter 'adalora' needs the number of optimizer steps; give --steps")
-    rank, steps, settled = ranks[0], request.steps, round(options.settle * request.steps)
-    if steps - settled < 2:
-        raise InputError(f"adapter 'adalora' has {steps - settled} of {steps} steps before its ranks settle, too few; give more --steps")
-    return AdaLoraConfig(
-        init_r=max(rank, round(options.init_factor * rank)),
-        target_r=rank,
-        tinit=round(options.warm * steps),
-        tfinal=settled,
-        deltaT=options.every,
-        total_step=steps,
-        orth_reg_weight=0.0,  # the trainer adds the penalty once for each step
-        lora_alpha=cast(int, _whole(next(iter(request.alphas.values())))),
-        lora_dropout=request.dropout,
-        target_modules=target_names(request.ranks, [name for name, _ in model.named_modules()]),
-        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in request.ranks),
-        bias="none",
-        modules_to_save=saved_whole(model),
-        task_type=task_type_of(model),
-    )
-
-
 DORA_IS_NO_LORA = "adapter 'dora' normalises every row of the weight, which no plain LoRA does"
 
 
@@ -166,4 +129,3 @@ ADAPTERS.add("dora", PeftAdapter(partial(lora_config, use_dora=True), first=shar
 ADAPTERS.add("pissa", PeftAdapter(partial(lora_config, init_lora_weights="pissa"), moves_weights=True))
 ADAPTERS.add("olora", PeftAdapter(lora_config, first=olora_start, moves_weights=True))
 ADAPTERS.add("eva", PeftAdapter(eva_config, first=eva_start, options=EvaOptions))
-ADAPTERS.add("adalora", PeftAdapter(adalora_config, options=AdaLoraOptions, defaults=Defaults(lr=2e-3)))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from regraft.compat import own_parameters
 from regraft.importance.criteria import Evidence
 from regraft.models.layerwise import watched_inputs
 from regraft.numerics.moments import ChannelMoments
@@ -48,7 +49,7 @@ def _readers(model: nn.Module, group: Group) -> dict[str, int]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[str, int] = {}
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
+        weight = own_parameters(module).get("weight")
         if weight is None or weight.dim() != 2 or isinstance(module, nn.Embedding) or names[id(weight)] not in axes:
             continue
         axis, side = axes[names[id(weight)]]

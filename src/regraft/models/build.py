@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from regraft.compat import attention_kernel
 from regraft.errors import PlanError
 from regraft.models.family import Family, family_of, matches
 from regraft.models.quiet import in_one_line, quiet
@@ -66,7 +67,7 @@ def build(
                 state_dict=wanted,
                 dtype=like.dtype,
                 device_map={"": like.device} if like.device.type != "cpu" else None,
-                attn_implementation=like.config._attn_implementation,
+                attn_implementation=attention_kernel(like.config),
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from regraft.compat import own_parameters
 from regraft.errors import ModelError
 from regraft.models.quiet import in_one_line, quiet
 
@@ -282,7 +283,7 @@ class _Probe:
         return [
             name
             for name, module in self._layer.named_modules()
-            if (weight := module._parameters.get("weight")) is not None and weight.shape == (WIDTH,) and not name.startswith(inner)
+            if (weight := own_parameters(module).get("weight")) is not None and weight.shape == (WIDTH,) and not name.startswith(inner)
         ]
 
     def _final_norm(self) -> str:
@@ -292,7 +293,7 @@ class _Probe:
         outer = {
             name: module
             for name, module in self._model.named_modules()
-            if (weight := module._parameters.get("weight")) is not None and weight.shape == (WIDTH,) and not name.startswith(inside)
+            if (weight := own_parameters(module).get("weight")) is not None and weight.shape == (WIDTH,) and not name.startswith(inside)
         }
         handles = [module.register_forward_hook(lambda *_, name=name: called.append(name)) for name, module in outer.items()]
         try:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.adapters.seeding import isolated
+from regraft.compat import triplet_score
 from regraft.data.text import Corpus
 from regraft.data.tokens import window_tokens
 from regraft.errors import TrainingError
@@ -101,6 +102,6 @@ def _train(adapted: Any, rows: Ordered, settings: RecoverSettings, steps: int, p
 
 def _scores(adapted: Any, allocator: RankAllocator, module: str) -> Tensor:
     """Returns the importances of one module's triplets, largest first, float64 (R,)."""
-    parts: Mapping[str, Tensor] = {part: allocator._element_score(f"{module}.lora_{part}.default").double() for part in ("A", "B", "E")}
+    parts: Mapping[str, Tensor] = {part: triplet_score(allocator, f"{module}.lora_{part}.default").double() for part in ("A", "B", "E")}
     importance = parts["E"].flatten() + parts["A"].mean(dim=1) + parts["B"].mean(dim=0)
     return importance.sort(descending=True).values.cpu()

@@ -15,16 +15,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import optuna
 import psutil
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import fail_stale_trials
-from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.trial import TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 
+from regraft.compat import beat, trial_id
 from regraft.errors import StorageError
 from regraft.plans import RankSpace, RankTrial
 from regraft.search.contract import Job, Key
@@ -122,7 +122,7 @@ class Ledger:
             if self._quietly(lambda entry=entry: backend.set_trial_state_values(entry.trial_id, TrialState.RUNNING)):
                 if not self._signed(entry):
                     continue
-                cast(BaseHeartbeat, backend).record_heartbeat(entry.trial_id)
+                beat(backend, entry.trial_id)
                 with self._lock:
                     self._mine.add(entry.trial_id)
                 taken.append(entry.job)
@@ -218,10 +218,10 @@ class Ledger:
         while not stop.wait(self._storage.heartbeat_seconds):
             with self._lock:
                 mine = sorted(self._mine)
-            for trial_id in mine:
+            for mine_id in mine:
                 # An unreachable database may be back at the next heartbeat; otherwise the next write raises the error.
                 with suppress(SQLAlchemyError, optuna.exceptions.StorageInternalError):
-                    cast(BaseHeartbeat, backend).record_heartbeat(trial_id)
+                    beat(backend, mine_id)
         backend.remove_session()
 
     def _release(self) -> None:
@@ -242,7 +242,7 @@ class Ledger:
                 found.append(
                     _Entry(
                         number=trial.number,
-                        trial_id=trial._trial_id,
+                        trial_id=trial_id(trial),
                         state=trial.state,
                         job=job,
                         result=result_of(trial, job),

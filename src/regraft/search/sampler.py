@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial
 
 from regraft.allocation.contract import Learner
 from regraft.allocation.schedule import Schedule, next_request
+from regraft.compat import storage_of, trial_id
 from regraft.errors import StorageError
 from regraft.plans import RankSpace, RankTrial, from_json, to_dict
 from regraft.search.contract import Job, Measure
@@ -104,7 +105,7 @@ class AllocatorSampler(BaseSampler):
         if not free:
             return {slot.name: self.space.uniform for slot in self.space.slots}
         for name, value in attributes_of(free[0]).items():
-            study._storage.set_trial_user_attr(trial._trial_id, name, value)
+            storage_of(study).set_trial_user_attr(trial_id(trial), name, value)
         return {slot.name: rank for slot, rank in zip(self.space.slots, free[0].ranks, strict=True)}
 
     def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from regraft.compat import own_parameters
 from regraft.models.layerwise import layers_give
 from regraft.streaming.hidden import HiddenStates
 from regraft.streaming.skeleton import Skeleton
@@ -68,7 +69,7 @@ class _Blocks:
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Yields the index of the first row, the rows (V, D), and their biases (V,) or None."""
-        bias = self._skeleton.head._parameters.get("bias")
+        bias = own_parameters(self._skeleton.head).get("bias")
         total = self._skeleton.head.weight.shape[0]
         for first in range(0, total, self._rows):
             stop = min(total, first + self._rows)

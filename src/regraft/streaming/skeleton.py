@@ -21,6 +21,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from regraft.compat import own_buffers, own_parameters
 from regraft.errors import InputError, ModelError
 from regraft.groups.discover import USUAL, look_for
 from regraft.groups.traced import Traced
@@ -227,12 +228,12 @@ def _empty_model(folder: Path, device: torch.device, *, trust_remote_code: bool)
         raise ModelError(f"'{folder}' cannot be loaded: {in_one_line(error)}; check its config.json") from error
     nan = torch.full((), torch.nan, device=device)
     for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
+        for name, parameter in list(own_parameters(module).items()):
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(nan.expand(parameter.shape), requires_grad=False)
-        for name, buffer in list(module._buffers.items()):
+                own_parameters(module)[name] = nn.Parameter(nan.expand(parameter.shape), requires_grad=False)
+        for name, buffer in list(own_buffers(module).items()):
             if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+                own_buffers(module)[name] = buffer.to(device)
     with quiet():
         model.tie_weights()
     give_generation_config(model, folder)

@@ -11,6 +11,7 @@ from torch.nn.functional import dropout
 
 from regraft.adapters.contract import Delta
 from regraft.adapters.linear_like import oriented, shape_of, weight_of
+from regraft.compat import own_parameters
 from regraft.errors import InputError
 
 
@@ -157,7 +158,7 @@ def untie(model: nn.Module, module: nn.Module) -> bool:
         Whether the weight was shared.
     """
     weight = weight_of(module)
-    sharing = [other for other in model.modules() if other is not module and other._parameters.get("weight") is weight]
+    sharing = [other for other in model.modules() if other is not module and own_parameters(other).get("weight") is weight]
     if sharing:
         module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     return bool(sharing)

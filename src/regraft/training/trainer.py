@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from regraft.compat import train_on_one_gpu
 from regraft.errors import TrainingError
 from regraft.surgery.adapters import Injected
 from regraft.training.batches import Example, collate
@@ -60,8 +61,7 @@ def training_arguments(job: Job) -> TrainingArguments:
     )
     # The chosen dtype takes precedence over the environment (accelerate's launcher can request float16).
     arguments.mixed_precision = "bf16" if arguments.bf16 else "no"
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # otherwise the Trainer would distribute each batch over all GPUs with DataParallel
+    train_on_one_gpu(arguments)
     return arguments
 
 

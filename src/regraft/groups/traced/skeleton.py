@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from regraft.compat import fake_tensors
 from regraft.errors import ModelError
 from regraft.groups.traced.interpreter import LARGEST_KNOWN, REMEDY
 from regraft.models.quiet import quiet
@@ -166,7 +166,7 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
 def _skeleton(model: nn.Module, layers: Layers) -> nn.Module:
     """Returns a copy on the CPU with fake parameters and the first layer of each kind; real buffers are kept."""
     memo: dict[int, Any] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_tensors():
         for parameter in model.parameters():
             fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
             memo[id(parameter)] = nn.Parameter(fake, requires_grad=False)

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from regraft.compat import extra_configs, put_extra_configs, stock_configs
 from regraft.models.late_imports import after_import
 
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
@@ -92,8 +93,8 @@ def _defer(module: ModuleType) -> None:
     Immediate registration would import the families' configs, which is not possible during transformers' own imports.
     """
     mapping = module.CONFIG_MAPPING
-    if not isinstance(mapping._extra_content, _Pending):
-        mapping._extra_content = _Pending(mapping._extra_content, mapping._mapping)
+    if not isinstance(extra_configs(mapping), _Pending):
+        put_extra_configs(mapping, _Pending(extra_configs(mapping), stock_configs(mapping)))
 
 
 def _teach_peft(module: ModuleType) -> None:

@@ -1,0 +1,84 @@
+"""Private names of other packages that the house uses, in one place, each with a test that fails when the name goes.
+
+Versions of these packages are pinned in ``constraints.txt``. Nothing is imported before it is used, so that ``import regraft`` stays
+light. The classes in :mod:`regraft.models.uneven` that travel with a saved model cannot import this file and use three more names, which
+are tested beside these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.storages import BaseStorage
+    from optuna.storages._heartbeat import BaseHeartbeat
+    from optuna.trial import FrozenTrial
+    from peft.tuners.adalora import RankAllocator
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig, TrainingArguments
+
+
+def own_parameters(module: nn.Module) -> MutableMapping[str, nn.Parameter | None]:
+    """Returns the parameters that a module itself holds, by name; writing into the mapping replaces them (PyTorch)."""
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> MutableMapping[str, Tensor | None]:
+    """Returns the buffers that a module itself holds, by name; writing into the mapping replaces them (PyTorch)."""
+    return module._buffers
+
+
+def fake_tensors() -> AbstractContextManager[Any]:
+    """Returns a context in which new tensors have shapes and no values (PyTorch's ``FakeTensorMode``)."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def train_on_one_gpu(arguments: TrainingArguments) -> None:
+    """Keeps the Trainer of transformers from spreading each batch over all GPUs of a machine with DataParallel."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+
+
+def attention_kernel(config: PreTrainedConfig) -> str | None:
+    """Returns which implementation of attention a model of transformers runs, such as ``sdpa``."""
+    return config._attn_implementation
+
+
+def extra_configs(mapping: Any) -> dict[str, Any]:
+    """Returns the config classes that were registered with ``AutoConfig`` beside transformers' own, by model type."""
+    return mapping._extra_content
+
+
+def put_extra_configs(mapping: Any, extra: dict[str, Any]) -> None:
+    """Replaces the registered config classes of ``AutoConfig``."""
+    mapping._extra_content = extra
+
+
+def stock_configs(mapping: Any) -> dict[str, Any]:
+    """Returns the names of transformers' own config classes by model type."""
+    return mapping._mapping
+
+
+def triplet_score(allocator: RankAllocator, name: str) -> Tensor:
+    """Returns PEFT's importance of the entries of one AdaLoRA matrix: smoothed sensitivity times uncertainty, of the matrix's shape."""
+    return allocator._element_score(name)
+
+
+def storage_of(study: optuna.Study) -> BaseStorage:
+    """Returns the storage that an Optuna study is kept in."""
+    return study._storage
+
+
+def trial_id(trial: FrozenTrial) -> int:
+    """Returns the name of a trial in its Optuna storage, which is not its number in the study."""
+    return trial._trial_id
+
+
+def beat(storage: BaseStorage, trial: int) -> None:
+    """Says in an Optuna storage that keeps heartbeats that a trial is being worked on."""
+    cast("BaseHeartbeat", storage).record_heartbeat(trial)
