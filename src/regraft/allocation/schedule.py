@@ -38,12 +38,10 @@ class Rung:
     Attributes:
         fidelity: Number of trained steps as a share of a full recovery's, in (0, 1].
         width: Number of rank vectors that are measured at this level, uniform included.
-        fresh: Number of new proposals among them, in place of survivors of the previous rung.
     """
 
     fidelity: float
     width: int
-    fresh: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,19 +53,17 @@ class Schedule:
         elastic: Number of vectors that an elastic adapter scores before the first recovery; 0 for no elastic adapter.
         batch: Number of proposals between two re-fits of the performance model.
         cost_limit: Upper limit for the total cost.
-        continued: Whether a survivor continues its training (and only the further steps cost) or starts again.
     """
 
     rungs: tuple[Rung, ...] = (Rung(0.125, 12), Rung(0.25, 6), Rung(0.5, 3), Rung(1.0, 2))
     elastic: int = 0
     batch: int = 4
     cost_limit: float = 4.0
-    continued: bool = True
 
     def __post_init__(self) -> None:
         if not self.rungs or self.batch < 1 or self.elastic < 0:
             raise InputError("a schedule needs at least one rung and one proposal a round")
-        if any(not 0 < rung.fidelity <= 1 or rung.width < 2 or not 0 <= rung.fresh < rung.width for rung in self.rungs):
+        if any(not 0 < rung.fidelity <= 1 or rung.width < 2 for rung in self.rungs):
             raise InputError("every rung needs a fidelity in (0, 1] and at least two vectors, uniform and another; raise its width")
         if any(low.fidelity >= high.fidelity or low.width < high.width for low, high in pairwise(self.rungs)):
             raise InputError("rungs must rise in fidelity and not in width; sort them")
@@ -113,10 +109,10 @@ def next_request(space: RankSpace, history: Sequence[RankTrial], learner: Learne
             missing = _round(space, below, level, learner, schedule.batch, rung.width, seed)
         else:
             there = {trial.ranks for trial in level}
-            wanted = _promoted(space, below, learner, schedule, place, seed)
+            wanted = _promoted(space, below, learner, schedule, place)
             missing = tuple(proposal for proposal in wanted if proposal.ranks not in there)
         if missing:
-            return _affordable(missing, rung, below if schedule.continued else [], left, alone=not level)
+            return _affordable(missing, rung, below, left, alone=not level)
     return None
 
 
@@ -201,22 +197,16 @@ def _round(
     return tuple(proposal for proposal in proposals if proposal.ranks not in there)
 
 
-def _promoted(space: RankSpace, below: Sequence[RankTrial], learner: Learner, schedule: Schedule, place: int, seed: int) -> list[Proposal]:
-    """Returns the vectors of a higher rung: uniform, the best survivors of the rung before, and fresh proposals."""
+def _promoted(space: RankSpace, below: Sequence[RankTrial], learner: Learner, schedule: Schedule, place: int) -> list[Proposal]:
+    """Returns the vectors of a higher rung: uniform and the best survivors of the rung before."""
     rung, fidelity = schedule.rungs[place], schedule.rungs[place - 1].fidelity
     uniform = space.uniform_ranks
     passed = {trial.ranks for trial in below if trial.kind == "recovery" and trial.fidelity == fidelity and trial.loss_nats is not None}
     others = sorted(passed - {uniform})
     gains = learner.predict(space, below, others).gain_nats if others else np.zeros(0)
     order = sorted(range(len(others)), key=lambda place: -float(gains[place]))
-    survivors = [Proposal(others[place], "survivor") for place in order[: rung.width - 1 - rung.fresh]]
-    if not rung.fresh:
-        return [Proposal(uniform, "uniform"), *survivors]
-    return [
-        Proposal(uniform, "uniform"),
-        *survivors,
-        *learner.propose(space, below, rung.fresh, np.random.default_rng((seed, place + 1, 0))),
-    ]
+    survivors = [Proposal(others[place], "survivor") for place in order[: rung.width - 1]]
+    return [Proposal(uniform, "uniform"), *survivors]
 
 
 def _affordable(missing: Sequence[Proposal], rung: Rung, below: Sequence[RankTrial], left: float, *, alone: bool) -> Request | None:

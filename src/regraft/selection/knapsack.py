@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-import numpy as np
-
 from regraft.errors import InputError, PlanError
 from regraft.groups.parameter_count import overlap
 from regraft.numerics.multiple_choice import Table, solve
@@ -103,11 +101,6 @@ def _same_everywhere(options: Sequence[_Options], target: float) -> dict[str, in
     if near:
         return min(near, key=lambda choice: choice[1])[2]
     return min(found, key=lambda choice: choice[0])[2]
-
-
-def total_damage(curves: Curves, kept: Kept) -> float:
-    """Returns the summed damage, in nats, that the curves promise for a choice of sizes."""
-    return sum(float(np.interp(kept.get(name, curve.kept[-1]), curve.kept, curve.damage_nats)) for name, curve in curves.values.items())
 
 
 SELECTORS.include(Selector("knapsack", needs_curves=True, choose=knapsack))

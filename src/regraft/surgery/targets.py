@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -39,12 +38,6 @@ def find_targets(model: PreTrainedModel, patterns: Iterable[str] = ()) -> dict[s
                 f"target '{pattern}' matches nothing; the model has: {', '.join(known)}{did_you_mean(pattern, [*known, *sites])}"
             )
     return {name: module for name, module in sites.items() if any(_matches(name, pattern) for pattern in wanted)}
-
-
-def describe_targets(modules: Mapping[str, nn.Module]) -> str:
-    """Returns the adapted modules in a few words, such as ``q_proj x 6, up_proj x 6``."""
-    counts = Counter(name.rpartition(".")[2] for name in modules)
-    return ", ".join(f"{ending} x {count}" for ending, count in counts.items())
 
 
 def _sites(model: nn.Module) -> dict[str, nn.Module]:

@@ -14,6 +14,7 @@ from regraft.data.text import Corpus
 from regraft.errors import InputError
 from regraft.settings import RecoverSettings
 from regraft.surgery.adapters import inject
+from regraft.training import job as job_module
 from regraft.training import recover as module
 from regraft.training.batches import Example, collate, is_blind_to_neighbours, make_examples, pack_records
 from regraft.training.callbacks import log_csv
@@ -148,7 +149,7 @@ def test_a_model_that_reads_on_over_the_border_is_not_packed(
     assert is_blind_to_neighbours(GPT2LMHeadModel(GPT2Config(vocab_size=99, n_positions=64, n_embd=16, n_layer=1, n_head=2)))
     found = []
     for packing, blind in ((False, True), (True, False), (True, True)):
-        monkeypatch.setattr(module, "is_blind_to_neighbours", lambda model, blind=blind: blind)
+        monkeypatch.setattr(job_module, "is_blind_to_neighbours", lambda model, blind=blind: blind)
         settings = quick(steps=2, eval_every=2, seq_len=400, packing=packing)
         model = make_tiny()
         recover(model, tokenizer, *records, settings, seed=0, work=tmp_path / f"{packing}{blind}")
