@@ -89,6 +89,7 @@ def test_the_importance_of_triplets_is_sensitivity_times_uncertainty(llama: Llam
     assert compat.triplet_score(allocator, name).shape == (3, 16)
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage:UserWarning")
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_trials_are_found_and_beaten_for_in_their_storage(tmp_path: Path) -> None:
     storage = RDBStorage(f"sqlite:///{tmp_path / 'trials.db'}", heartbeat_interval=60)

@@ -16,7 +16,7 @@ from regraft.settings import RecoverSettings
 from regraft.surgery.adapters import inject
 from regraft.training import job as job_module
 from regraft.training import recover as module
-from regraft.training.batches import Example, collate, is_blind_to_neighbours, make_examples, pack_records
+from regraft.training.batches import Example, RecordFormat, collate, is_blind_to_neighbours, make_examples, pack_records
 from regraft.training.callbacks import log_csv
 from regraft.training.losses import summed_loss
 from regraft.training.optimizer import make_optimizer, parameter_groups
@@ -112,7 +112,7 @@ def test_packed_records_are_read_as_if_alone(
     make_tiny: Make, records: Corpora, tokenizer: PreTrainedTokenizerFast, quick: Quick, tmp_path: Path
 ) -> None:
     alone = make_examples(records[0], tokenizer, 400, wanted=100, seed=0)
-    packed = make_examples(records[0], tokenizer, 400, wanted=100, seed=0, packing=True)
+    packed = make_examples(records[0], tokenizer, 400, wanted=100, seed=0, records=RecordFormat(packing=True))
     assert len(packed) < len(alone) / 1.5
     assert sum(len(row.input_ids) for row in packed) == sum(len(row.input_ids) for row in alone)
     assert max(len(row.input_ids) for row in packed) <= 400
