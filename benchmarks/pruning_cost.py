@@ -224,7 +224,7 @@ def discover_7b() -> dict[str, Any]:
 
 
 def _peak_mebibytes() -> float:
-    """Of this process, as the system counts it; Linux's other count begins with the peak of the process that started this one."""
+    """Returns this process's peak memory, on Linux as VmHWM, because ``ru_maxrss`` there starts from the parent's peak."""
     status = Path("/proc/self/status")
     if status.is_file():
         return next(int(line.split()[1]) / 2**10 for line in status.read_text().splitlines() if line.startswith("VmHWM"))

@@ -92,7 +92,7 @@ class Bench:
         source: As the user names the model.
         text: Documents; None for those of the embedded model.
         ratio: Share of all parameters that is removed.
-        steps: Of a full recovery.
+        steps: Number of steps of a full recovery.
         work: Folder of the pruned model, the texts and the searches.
     """
 

@@ -46,7 +46,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Name of its file."""
         return f"{MODEL}-{self.criterion}-{self.ratio:g}-{self.budget.replace('=', '')}-{self.layers}"
 
 

@@ -18,7 +18,7 @@ from zeroing import Gone, zeroed
 ALL = sorted(FAMILIES | MORE_FAMILIES)
 KINDS: tuple[GroupKind, ...] = ("heads", "query_heads", "ffn", "residual", "attention", "mlp", "layer")
 WIDTH = 48
-# Of three layers: what goes from each.
+# The removed channels of each of three layers.
 GONE_CHANNELS = {0: range(1, 64, 2), 2: (5, 17, 40)}
 GONE_STREAM = (0, 3, 7, 20, 31, 32, 40, 47)
 GROUPED = ("llama", "mistral", "qwen", "gemma", "phi3", "olmo2", "stablelm", "starcoder2", "falcon-grouped")

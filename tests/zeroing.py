@@ -111,11 +111,11 @@ def zeroed(model: PreTrainedModel, family: str, gone: Gone, *, groups: int, repe
     """Silences channels of a model inside the block.
 
     Args:
-        model: Left as it is.
-        family: Of the model.
-        gone: What is silenced.
-        groups: Key-value heads.
-        repeats: Query heads of each.
+        model: The model; its weights are not changed.
+        family: The model's family.
+        gone: The channels to silence.
+        groups: Number of key-value heads.
+        repeats: Number of query heads for each key-value head.
         dim: Channels of a head.
     """
     places = places_of(family)

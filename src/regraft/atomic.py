@@ -136,7 +136,7 @@ def refuse_foreign(path: Path, ours: Callable[[bytes], bool]) -> None:
 
     Args:
         path: A file that may be there.
-        ours: Told the bytes of it; returns whether it is what we write there.
+        ours: Called with the file's bytes; returns whether regraft wrote them.
 
     Raises:
         OutputError: It is not ours, or cannot be written.
@@ -174,8 +174,8 @@ def atomic_folder(path: Path, *, replace: bool = False, keep: Callable[[Path], b
     Args:
         path: The final folder. Missing parents are made.
         replace: Whether an existing folder is replaced (it stays whole until the new one is).
-        keep: Told what an interrupted attempt left aside, and what this one leaves when it fails: whether it is worth going on from.
-            Then it is kept, and given in place of an empty folder.
+        keep: Called with the partial folder of an interrupted attempt, and with this one's if it fails; returns whether a later attempt can
+            continue from it. Then it is kept, and given in place of an empty folder.
 
     Yields:
         The folder to write into.
@@ -258,7 +258,7 @@ def sweep(folder: Path) -> None:
 
 
 def _before(path: Path) -> Path:
-    """Returns a name beside a folder for what was there before and was not ours."""
+    """Returns a free name next to a folder, for earlier contents that were not ours."""
     names = (path.with_name(f"{path.name}.before{number or ''}") for number in range(10**6))
     return next(name for name in names if not os.path.lexists(name))
 

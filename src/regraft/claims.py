@@ -1,6 +1,6 @@
-"""One output, one process: the work folder beside an output, which is its mark and its lock.
+"""The work folder next to an output, which marks the output as ours and locks it for one process.
 
-Whatever is written to ``NAME`` is written first into the folder ``.NAME.regraft`` beside it::
+An output ``NAME`` is written first into the folder ``.NAME.regraft`` next to it::
 
     .NAME.regraft/
       owner.json   the mark that the folder is ours, and the lock: which process, of which machine, since when
@@ -8,8 +8,8 @@ Whatever is written to ``NAME`` is written first into the folder ``.NAME.regraft
       old          what was at NAME before, until new is in its place
       work         what a command keeps to go on from, such as checkpoints
 
-The lock is one of the operating system on ``owner.json``, which drops it when its process dies, however it dies; so what a dead
-process left is taken over. A folder of that name without the mark is somebody else's, and is refused.
+The lock on ``owner.json`` is one of the operating system, which releases it when the process ends in any way; the next process takes the
+folder over. A folder of that name without the mark belongs to somebody else and is refused.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ TemperatureOption = Annotated[
 def generate(
     model: ModelArgument,
     load: LoadSettings,
-    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="what is continued or answered; -: read from the standard input")],
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="text to continue or to answer; -: read from the standard input")],
     tokens: TokensOption = 256,
     temperature: TemperatureOption = 0.0,
     plain: Annotated[bool, typer.Option("--plain", help="continue the text as it stands, without the chat template")] = False,

@@ -15,7 +15,7 @@ from regraft.numerics.truncation import Truncation
 from regraft.registry import NamedRegistry
 
 LooksAt = Literal["weights", "inputs", "gradients"]
-"""What a method needs beside the weights: nothing, the inputs of the layer, or these and gradients at its outputs."""
+"""Evidence that a method needs in addition to the weights: none, the layer's inputs, or these and gradients at its outputs."""
 Unit = Literal["squared error", "nats"]
 
 

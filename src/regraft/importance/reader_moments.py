@@ -33,8 +33,8 @@ class ReaderMoments:
 def reader_moments(model: PreTrainedModel, names: Iterable[str], windows_NT: Tensor, seed: int) -> dict[str, ReaderMoments]:
     """Returns, by projection, what one pass over the windows tells.
 
-    Memory beside the model: two matrices of second moments for each projection, and the activations of one batch. No gradient of a weight
-    is ever formed.
+    Memory in addition to the model: two matrices of second moments for each projection, and the activations of one batch. No gradient of a
+    weight is ever formed.
 
     Args:
         model: In evaluation mode; left as it is.

@@ -1,4 +1,4 @@
-"""What every folder that regraft writes has beside its weights: the record of how it came to be, and a card."""
+"""The record and the card of every folder that regraft writes next to its weights."""
 
 from __future__ import annotations
 

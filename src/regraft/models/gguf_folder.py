@@ -146,7 +146,7 @@ def _unpack(path: Path, header: GgufHeader, folder: Path) -> None:
 def _tokenizer(path: Path, gguf: Any) -> PreTrainedTokenizerBase | None:
     """Returns a byte-level tokenizer as the file has it; None for other kinds, which transformers reads.
 
-    transformers adds tokens that a file has not got, and knows few rules for splitting text.
+    transformers adds tokens that a file does not have, and knows few rules for splitting text.
     """
     fields = gguf.GGUFReader(path).fields
 

@@ -54,7 +54,7 @@ def byte_level(value: Callable[[str], Any]) -> PreTrainedTokenizerFast | None:
     """Returns the tokenizer of a GGUF file; None where it is not byte-level BPE by a rule that is known here.
 
     Args:
-        value: Gives the value of a key below ``tokenizer.``, or None where the file has not got it.
+        value: Returns the value of a key below ``tokenizer.``, or None where the file does not have it.
     """
     rule = value("ggml.pre")
     if value("ggml.model") != "gpt2" or rule not in RULES:

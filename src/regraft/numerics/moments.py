@@ -54,7 +54,7 @@ class Moments:
         return Moments(self.count + other.count, self.total_D + other.total_D, self.square_DD + other.square_DD)
 
     def without(self, part: Moments) -> Moments:
-        """Returns the moments of what was seen apart from ``part``, or all of them where nothing else was seen."""
+        """Returns the moments of all rows except those of ``part``; if ``part`` has all rows, the moments of all."""
         if part.count >= self.count:
             return self
         return Moments(self.count - part.count, self.total_D - part.total_D, self.square_DD - part.square_DD)

@@ -34,7 +34,7 @@ class Factors:
     Attributes:
         left_OR: B, (out, rank).
         right_RI: A, (rank, in).
-        bias_O: Added to the outputs beside the layer's own bias, (out,): ``(W - BA) E[x]`` keeps their mean. None: nothing is added.
+        bias_O: Bias added to the layer's own, (out,): ``(W - BA) E[x]``, which keeps the mean of the outputs; None for none.
     """
 
     left_OR: Tensor

@@ -123,7 +123,7 @@ def export_adapter(
 
 
 def _factored(folder: Path, output: Path, form: AdapterFormat, to: str, settings: LoadSettings, command: str) -> ExportResult:
-    """Takes an adapter apart and writes its factors."""
+    """Writes the factors of an adapter."""
     loaded, adapter = _exportable(folder, settings)
     with atomic_folder(output) as partial:
         words = form.write(adapter, partial)
@@ -179,7 +179,7 @@ def _folded(folder: Path, settings: LoadSettings) -> tuple[Loaded, int]:
 
 
 def _exportable(folder: Path, settings: LoadSettings) -> tuple[Loaded, Exportable]:
-    """Loads an adapter on its base and takes it apart."""
+    """Loads an adapter on its base and returns its factors."""
     if is_master(folder):
         loaded, injected = load_master(folder, settings)
         places = adapted_modules(loaded.model)

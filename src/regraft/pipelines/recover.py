@@ -142,7 +142,7 @@ def recover_model(
         seed: Seed for everything random.
         in_place: Whether a model in memory is itself trained, which saves the memory of a copy.
         resume: Go on from the checkpoints of a run that was stopped; with none there, begin.
-        work: Where checkpoints are kept in the place of a folder beside the output; it stays, for the caller to remove.
+        work: Folder for checkpoints, in place of one next to the output; the caller removes it.
         command: How this was called, for the folder's record.
         **keywords: Single settings by name, such as ``rank=8``; they count before those in ``settings`` and ``load``.
 
@@ -219,7 +219,7 @@ def _student(
 
 
 def _continuing(settings: RecoverSettings, injected: Injected) -> RecoverSettings:
-    """Returns the settings of training an adapter further: its own rank, alpha and dropout, and kept beside the weights unless asked.
+    """Returns the settings of training an adapter further: its own rank, alpha and dropout, and merging only if asked for.
 
     Raises:
         InputError: They say something of the adapter, which is there already.

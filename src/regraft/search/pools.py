@@ -212,7 +212,7 @@ class Processes(Pool):
 
 
 def _serve(pipe: Connection, spec: MeasureSpec, threads: int, parent: int) -> None:
-    """Measures what comes through the pipe until it closes or its parent is gone; runs in the process beside."""
+    """Measures the jobs that come through the pipe until it closes or the parent ends; runs in a child process."""
     die_with_parent(parent)
     measure: Measure | None = None
     while True:

@@ -20,7 +20,7 @@ class CompressSettings(Settings):
     )
     prices: Literal["predicted", "measured"] = Field(
         default="predicted",
-        description="what type, closed and knapsack go by: the method's own prices, or these corrected by the divergence that is measured "
+        description="prices that --ranks type, closed and knapsack use: predicted by the method, or corrected by the divergence measured "
         "with one layer factored at a time",
     )
     layout: Literal["plain", "pifa"] = Field(default="plain", description="how factors are stored; pifa: by pivot rows, in fewer numbers")
@@ -44,19 +44,19 @@ class CompressSettings(Settings):
     trials: Positive = Field(default=50, description="rank vectors that --ranks bayes measures")
     layer_groups: Positive = Field(default=1, description="groups of layers with ranks of their own in --ranks bayes: 1 or 4 in the paper")
     kl_weight: float = Field(
-        default=1e-3, ge=0.0, allow_inf_nan=False, description="of the divergence beside the perplexity in the objective of --ranks bayes"
+        default=1e-3, ge=0.0, allow_inf_nan=False, description="weight of the divergence, added to the perplexity that --ranks bayes lowers"
     )
     warm_start: Literal["fisher", "bolaco", "random"] = Field(
         default="fisher", description="factors that pc_lora starts from; ranks are chosen by the prices of fisher where it is random"
     )
     fade_steps: Positive = Field(default=200, description="optimizer steps of pc_lora, on the calibration windows: raise samples with them")
-    fade_batch: Positive = Field(default=8, description="windows of one step")
+    fade_batch: Positive = Field(default=8, description="windows in one step of pc_lora")
     fade_lr: Rate = Field(default=1e-3, description="peak learning rate of pc_lora")
-    fade_schedule: Literal["linear", "sine", "cosine", "step"] = Field(default="cosine", description="how the dense weights fade")
-    fade_share: float = Field(default=0.7, gt=0.0, le=1.0, description="share of the steps after which they are gone")
+    fade_schedule: Literal["linear", "sine", "cosine", "step"] = Field(default="cosine", description="how dense weights fade in pc_lora")
+    fade_share: float = Field(default=0.7, gt=0.0, le=1.0, description="share of pc_lora's steps until dense weights are gone")
     task_weight: float = Field(
         default=0.2,
         ge=0.0,
         le=1.0,
-        description="of the language-modelling loss; the rest is the distance of hidden states to the original's",
+        description="weight of the language-modelling loss in pc_lora; the rest weighs the hidden states' distance to the original's",
     )

@@ -36,7 +36,7 @@ def is_adapter(source: str | Path) -> bool:
 
 
 def load_adapted(folder: Path, settings: LoadSettings) -> Loaded:
-    """Loads the base of an adapter and puts the adapter on it; weights are kept apart, as they were trained.
+    """Loads the base of an adapter and puts the adapter on it, without folding it into the weights.
 
     Args:
         folder: An adapter of ours, or one of PEFT with ``adapter_config.json`` and ``adapter_model.safetensors``. A base with a

@@ -52,12 +52,12 @@ class TrialModel:
 
 
 def truncate(module: nn.Module, factors: Factors, bias: nn.Parameter | None, *, transposed: bool) -> None:
-    """Puts the product of factors into a dense layer, and their bias beside its own.
+    """Puts the product of factors into a dense layer, and adds their bias to its own.
 
     Args:
         module: The layer, which is changed.
         factors: Factors of its weight.
-        bias: The layer's own.
+        bias: The layer's own bias, or None.
         transposed: Whether weights are stored (in, out).
     """
     weight = module.get_parameter("weight")

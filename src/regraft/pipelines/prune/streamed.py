@@ -39,13 +39,13 @@ class StreamedPrune:
 
     Attributes:
         source: A folder, a hub id, or ``seedling``.
-        output: Where the pruned model goes; None to plan only.
-        resolved: How it is pruned, with a bound of memory.
-        load: How the model is loaded.
+        output: Folder of the pruned model; None to plan only.
+        resolved: The settings, with a value in place of every "auto" and a memory limit.
+        load: Settings of loading the model.
         text: Returns the calibration text of the loaded model.
-        plan: To be replayed; None to make one.
+        plan: A plan to replay; None to make one.
         command: How this was called, for the folder's record.
-        say: Called with one line now and then.
+        say: Called with a line of progress at each step.
     """
 
     source: str | Path
