@@ -26,11 +26,11 @@ test: $(READY)
 
 # Everything but the tests that take more than about ten seconds each, and those that need servers, devices or ../shared.
 test-fast: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" tests/unit tests/conformance src
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" tests/unit tests/conformance
 
 # Which lines the fast tests run; the report is printed, and lies in htmlcov/ for reading.
 coverage: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" --cov=regraft --cov-report=term:skip-covered --cov-report=html tests/unit tests/conformance src
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" --cov=regraft --cov-report=term:skip-covered --cov-report=html tests/unit tests/conformance
 
 lint: $(READY)
 	$(BIN)/ruff check .
