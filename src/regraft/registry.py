@@ -53,11 +53,12 @@ def registry_of(kind: str) -> Registry[Any]:
     return _ALL[kind]
 
 
-def known_name(kind: str) -> AfterValidator:
-    """Returns a check for a settings field that holds a registered name."""
+def known_name(kind: str, *, auto: bool = False) -> AfterValidator:
+    """Returns a check for a settings field that holds a registered name, or with ``auto`` that word."""
 
     def check(value: str) -> str:
-        registry_of(kind).get(value)
+        if not (auto and value == "auto"):
+            registry_of(kind).get(value)
         return value
 
     return AfterValidator(check)

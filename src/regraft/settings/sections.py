@@ -171,10 +171,15 @@ class PruneSettings(Settings):
     aliases: ClassVar[Mapping[str, str]] = {"max_length": "seq_len"}
 
     ratio: Ratio = Field(default=0.2, description="share of ALL parameters to remove, or of bytes or milliseconds (see --budget)")
-    criterion: Annotated[str, known_name("criterion")] = Field(
-        default="surgeon",
+    effort: Literal["quick", "default", "thorough"] = Field(
+        default="default",
+        description="quick: 32 windows and no re-fit to the predictions; thorough: the damage of every group is measured at every size",
+    )
+    criterion: Annotated[str, known_name("criterion", auto=True)] = Field(
+        default="auto",
         validate_default=False,
-        description="criterion for scores of units: random, l1, l2, taylor, wanda, flap, energy, surgeon or surgeon_nats",
+        description="criterion for scores of units: random, l1, l2, taylor, wanda, flap, energy, surgeon or surgeon_nats; auto: "
+        "surgeon_nats, or surgeon with --memory and for large models",
     )
     order: Literal["first", "second", "mixed"] = Field(default="first", description="order of the Taylor criterion")
     granularity: Literal["element", "vector"] = Field(
@@ -208,7 +213,7 @@ class PruneSettings(Settings):
         default=None,
         description="calibration text, similar to the model's later use; built-in text is used only for seedling and models made from it",
     )
-    samples: Positive = Field(default=128, description="number of calibration windows")
+    samples: Positive = Field(default=128, description="number of calibration windows; default with effort quick: 32")
     seq_len: Positive | None = Field(
         default=None, description="length of a calibration window in tokens; default: 128 or the model's limit"
     )

@@ -16,6 +16,7 @@ from regraft.importance.passes import Passes, WholeModel
 from regraft.importance.two_sided import readers
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.view import ModelView
+from regraft.pipelines.prune.effort import EFFORTS
 from regraft.pipelines.prune.removal_record import removed_by, renumbered, together
 from regraft.pipelines.prune.resolved import ResolvedPrune
 from regraft.pipelines.prune.score_cache import ScoreCache, checksum_of
@@ -27,8 +28,6 @@ from regraft.surgery.cut import layers_after
 from regraft.surgery.damage_curves import measure_curves, predict_curves, rescale_curves
 
 Say = Callable[[str], None]
-# Number of windows that measure the damage near the chosen widths; each window is run once for each group.
-NEAR_WINDOWS = 4
 
 
 def draw_windows(loaded: Loaded, corpus: Corpus, resolved: ResolvedPrune) -> Tensor:
@@ -99,10 +98,16 @@ class Planning:
         if SELECTORS.get(settings.select).needs_curves:
             budget = replace(budget, curves=self._curves(view, groups, scores, budget))
         plan = select(settings.select, groups, scores, budget, auto_align=auto)
-        if budget.curves is not None and CRITERIA.get(settings.criterion).in_nats:
+        if budget.curves is not None and self._predicted:
             curves = self._rescaled(view, groups, scores, budget.curves, plan, passes)
             plan = select(settings.select, groups, scores, replace(budget, curves=curves), auto_align=auto)
         return replace(plan, removed=removed_by(groups, scores, plan.cuts))
+
+    @property
+    def _predicted(self) -> bool:
+        """Whether curves come from scores, and are measured once for each group."""
+        settings = self.resolved.settings
+        return CRITERIA.get(settings.criterion).in_nats and not EFFORTS[settings.effort].all_sizes
 
     def made_with(self, plan: PrunePlan) -> dict[str, Any]:
         """Returns the values that a plan stores, so that it can be replayed to the same bytes."""
@@ -145,12 +150,13 @@ class Planning:
         names = [group.name for group in budget.prunable(groups)]
 
         def measure() -> Curves:
-            curves = predict_curves if CRITERIA.get(settings.criterion).in_nats else measure_curves
+            curves = predict_curves if self._predicted else measure_curves
             return curves(view, groups, scores, windows, only=names, unit=settings.budget, say=self.say)
 
         if settings.cache is None or settings.budget == "milliseconds":  # times depend on the machine and its load
             return measure()
         made_from = self._made_from(view, groups) | {"scores": checksum_of(scores), "groups": names, "unit": settings.budget}
+        made_from |= {"predicted": self._predicted}
         return ScoreCache(settings.cache).get(Curves, made_from, measure, self.say)
 
     def _rescaled(self, view: ModelView, groups: Groups, scores: Scores, curves: Curves, plan: PrunePlan, passes: Passes) -> Curves:
@@ -161,7 +167,8 @@ class Planning:
             return curves
         kept = {entry.group: len(entry.kept) for entry in plan.cuts}
         inputs = {name: seen.inputs for name, seen in passes.reader_moments(readers(units), self.resolved.seed).items()}
-        judged = self.windows[-min(NEAR_WINDOWS, len(self.windows)) :]
+        near = EFFORTS[self.resolved.settings.effort].near_windows
+        judged = self.windows[-min(near, len(self.windows)) :]
         return rescale_curves(view, groups, scores, judged, curves, kept, inputs, say=self.say)
 
     def _made_from(self, view: ModelView, groups: Groups) -> dict[str, Any]:

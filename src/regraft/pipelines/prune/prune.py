@@ -17,6 +17,7 @@ from regraft.models.live import ModelLike, become, own_tensors, resting, take
 from regraft.models.load import Loaded, with_float64
 from regraft.models.save import save
 from regraft.models.view import ModelView
+from regraft.pipelines.prune.effort import EFFORTS, forecast
 from regraft.pipelines.prune.plan_files import settings_of
 from regraft.pipelines.prune.planning import Planning, Say, check_text, composed, draw_windows
 from regraft.pipelines.prune.record import card_of, record_of
@@ -286,6 +287,8 @@ def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
         budget_of(groups, resolved.settings)  # before any text is read
     corpus = order.text(loaded) if resolved.needs_text else None
     windows = draw_windows(loaded, corpus, resolved) if corpus is not None else None
+    if windows is not None and order.plan is None:
+        order.say(forecast(ModelView(model), groups, resolved.settings, windows))
     plan = order.plan if order.plan is not None else plan_pruning(model, groups, resolved, windows, say=order.say)
     check_text(plan, windows)
     notes = (*resolved.notes, *left_out(resolved.settings, found)) if order.plan is None else ()
@@ -361,7 +364,10 @@ def cut_to_plan(
     pruned = _cut(model, groups, plan, resolved, windows)
     if resolved.refit == "divergence":
         assert windows is not None
-        refit_to_predictions(ModelView(pruned), model, windows, seed=resolved.seed, say=say)
+        effort = EFFORTS[resolved.settings.effort]
+        refit_to_predictions(
+            ModelView(pruned), model, windows, steps=effort.steps, seed=resolved.seed, least_gain=effort.least_gain, say=say
+        )
     return pruned
 
 

@@ -14,6 +14,7 @@ from regraft.errors import InputError
 from regraft.groups.traced import Traced
 from regraft.importance import CRITERIA
 from regraft.models.view import ModelView
+from regraft.pipelines.prune.effort import EFFORTS
 from regraft.plans import WHOLE, GroupKind, Groups, PrunePlan
 from regraft.selection import SELECTORS, Budget
 from regraft.selection.budget import AUTO_ALIGNMENTS
@@ -130,6 +131,7 @@ def resolve(settings: PruneSettings, view: ModelView | None = None, seed: int = 
     if not settings.targets:
         raise InputError(f"`targets` names nothing to prune; name one or more of {', '.join(KIND_OF)}")
     strategy = IN_MEMORY if settings.memory is None else STREAMED
+    settings = _with_effort(settings, strategy, view)
     with_text = CRITERIA.get(settings.criterion).needs_text
     select, notes = _select(settings, strategy, with_text)
     reconstruct, more = _reconstruct(settings, strategy, with_text, view)
@@ -152,12 +154,33 @@ def resolve_replay(settings: PruneSettings, view: ModelView | None, seed: int) -
         InputError: The re-fit needs the model in memory, and ``memory`` is set.
     """
     strategy = IN_MEMORY if settings.memory is None else STREAMED
+    settings = _with_effort(settings, strategy, view)
     way = resolve(settings.model_copy(update={"memory": None, "reconstruct": "none"}), view, seed)
     reconstruct, _ = _reconstruct(settings, strategy, CRITERIA.get(settings.criterion).needs_text, view)
     if reconstruct == "divergence":
         strategy.refuse(settings.model_copy(update={"select": "uniform", "rounds": 1, "reconstruct": reconstruct}))
     decided = way.settings.model_copy(update={"memory": settings.memory, "reconstruct": reconstruct})
     return ResolvedPrune(decided, seed, way.alignments, needs_text=reconstruct != "none")
+
+
+def _with_effort(settings: PruneSettings, strategy: Strategy, view: ModelView | None) -> PruneSettings:
+    """Returns settings with the criterion decided, and with the number of windows that the effort takes where none was given.
+
+    Raises:
+        InputError: The effort rules out a re-fit that was asked for.
+    """
+    effort = EFFORTS[settings.effort]
+    if settings.reconstruct == "divergence" and not effort.predictions:
+        raise InputError(
+            f"`effort={settings.effort}` takes no steps for `reconstruct=divergence`; use `effort=default`, or `reconstruct=least_squares`"
+        )
+    found: dict[str, Any] = {}
+    if settings.criterion == "auto":
+        small = view is None or refitting_bytes(view) <= MOST_REFITTING_BYTES
+        found["criterion"] = "surgeon_nats" if strategy is IN_MEMORY and small else "surgeon"
+    if "samples" not in settings.model_fields_set:
+        found["samples"] = effort.samples
+    return settings.model_copy(update=found)
 
 
 def _select(settings: PruneSettings, strategy: Strategy, with_text: bool) -> tuple[str, tuple[str, ...]]:
@@ -182,6 +205,8 @@ def _reconstruct(settings: PruneSettings, strategy: Strategy, with_text: bool, v
         return settings.reconstruct, ()
     if not with_text:
         return "none", ()
+    if not EFFORTS[settings.effort].predictions:
+        return "least_squares", ()
     needed = refitting_bytes(view) if view is not None and strategy.reconstruct == "divergence" else 0
     if needed <= MOST_REFITTING_BYTES:
         return strategy.reconstruct, ()
