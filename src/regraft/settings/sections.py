@@ -211,7 +211,8 @@ class PruneSettings(Settings):
     )
     calibration: Path | None = Field(
         default=None,
-        description="calibration text, similar to the model's later use; built-in text is used only for seedling and models made from it",
+        description="calibration text, similar to the model's later use: a file, or several as FILE=SHARE,FILE=SHARE, where self is text "
+        "that the model writes; built-in text is used only for seedling and models made from it",
     )
     samples: Positive = Field(default=128, description="number of calibration windows; default with effort quick: 32")
     seq_len: Positive | None = Field(

@@ -18,7 +18,9 @@ from regraft.surgery.refit_layerwise import Method, compensate
 REFITTED: tuple[GroupKind, ...] = ("heads", "query_heads", "ffn")
 
 
-def apply_plan(view: ModelView, groups: Groups, plan: PrunePlan, windows_NT: Tensor, method: Method) -> PreTrainedModel:
+def apply_plan(
+    view: ModelView, groups: Groups, plan: PrunePlan, windows_NT: Tensor, method: Method, source_N: Tensor | None = None
+) -> PreTrainedModel:
     """Returns the pruned model, re-fitted on calibration text.
 
     Layers, parts of layers and the width of the stream are cut first. The projections are then re-fitted inside the remaining model: to
@@ -30,6 +32,7 @@ def apply_plan(view: ModelView, groups: Groups, plan: PrunePlan, windows_NT: Ten
         plan: The units to keep.
         windows_NT: Calibration tokens, int64 (windows, tokens).
         method: Method of re-fitting the reading projections.
+        source_N: Kind of text of each window, int64 (windows,); None: all windows are of one kind.
     """
     named = groups.named()
     wide = tuple(entry for entry in plan.cuts if named[entry.group].kind not in REFITTED)
@@ -43,7 +46,7 @@ def apply_plan(view: ModelView, groups: Groups, plan: PrunePlan, windows_NT: Ten
         narrow = renamed(groups, narrow, found, layers_after(groups, wide))
         groups, plan = found, replace(plan, fingerprint=found.fingerprint)
     plan = replace(plan, cuts=narrow)
-    return cut(view.model, groups, plan, compensate(view, groups, narrow, windows_NT, method))
+    return cut(view.model, groups, plan, compensate(view, groups, narrow, windows_NT, method, source_N))
 
 
 def split_by_part(groups: Groups, cuts: Sequence[Cut]) -> tuple[tuple[Group, ...], tuple[Cut, ...]]:

@@ -30,6 +30,7 @@ from regraft.pipelines.prune.resolved import (
     resolve,
     resolve_replay,
 )
+from regraft.pipelines.prune.sources import several_sources, windows_of
 from regraft.pipelines.prune.streamed import StreamedPrune, prune_streamed
 from regraft.pipelines.results import Saving
 from regraft.pipelines.texts import Texts, described, in_memory, path_in, text_for
@@ -264,6 +265,7 @@ def _carry_out(order: _Order) -> PruneResult:
 
 def _streamed(order: _Order, resolved: ResolvedPrune) -> PruneResult:
     """Prunes a checkpoint within a memory limit."""
+    several_sources(order.settings)  # refuses them
     if not isinstance(order.model, str | Path):
         raise InputError("`memory` is for models that are not loaded yet; give a folder or a hub id, or leave it out")
     if order.output is None and not order.dry_run:
@@ -285,8 +287,10 @@ def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
         check_counts(groups, order.plan)
     else:
         budget_of(groups, resolved.settings)  # before any text is read
-    corpus = order.text(loaded) if resolved.needs_text else None
-    windows = draw_windows(loaded, corpus, resolved) if corpus is not None else None
+    sources = several_sources(order.settings) if resolved.needs_text and order.calibration is None else ()
+    drawn = windows_of(loaded, sources, resolved, order.say) if sources else None
+    corpus = order.text(loaded) if resolved.needs_text and drawn is None else None
+    windows = draw_windows(loaded, corpus, resolved) if corpus is not None else drawn.tokens_NT if drawn is not None else None
     if windows is not None and order.plan is None:
         order.say(forecast(ModelView(model), groups, resolved.settings, windows))
     plan = order.plan if order.plan is not None else plan_pruning(model, groups, resolved, windows, say=order.say)
@@ -297,7 +301,8 @@ def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
         record = replace(record, settings={**record.settings, "calibration": described(corpus)})
     if order.dry_run:
         return PruneResult(plan, None, loaded, groups, resolved, notes, record)
-    pruned = cut_to_plan(model, groups, plan, resolved, windows, say=order.say)
+    source_N = drawn.source_N if drawn is not None else None
+    pruned = cut_to_plan(model, groups, plan, resolved, windows, source_N=source_N, say=order.say)
     if live:
         own_tensors(pruned, model)
     result = PruneResult(plan, pruned, loaded, groups, resolved, notes, record)
@@ -349,6 +354,7 @@ def cut_to_plan(
     resolved: ResolvedPrune,
     windows: Tensor | None,
     *,
+    source_N: Tensor | None = None,
     say: Say = lambda line: None,
 ) -> PreTrainedModel:
     """Returns the pruned model: the projections that read pruned channels are re-fitted, then all groups are cut.
@@ -359,9 +365,10 @@ def cut_to_plan(
         plan: What stays.
         resolved: How projections are re-fitted.
         windows: Calibration tokens, int64 (windows, tokens); None where nothing is re-fitted.
+        source_N: Source of each window, int64 (windows,): re-fits are judged by the one that they do worst on. None: there is one.
         say: Called with a line of progress at each step.
     """
-    pruned = _cut(model, groups, plan, resolved, windows)
+    pruned = _cut(model, groups, plan, resolved, windows, source_N)
     if resolved.refit == "divergence":
         assert windows is not None
         effort = EFFORTS[resolved.settings.effort]
@@ -371,12 +378,19 @@ def cut_to_plan(
     return pruned
 
 
-def _cut(model: PreTrainedModel, groups: Groups, plan: PrunePlan, resolved: ResolvedPrune, windows: Tensor | None) -> PreTrainedModel:
+def _cut(
+    model: PreTrainedModel,
+    groups: Groups,
+    plan: PrunePlan,
+    resolved: ResolvedPrune,
+    windows: Tensor | None,
+    source_N: Tensor | None = None,
+) -> PreTrainedModel:
     if resolved.refit is None:
         return cut(model, groups, plan)
     assert windows is not None
     method = "mean" if resolved.refit == "mean" else "least_squares"  # from where least squares ends it goes on to the predictions
-    return apply_plan(ModelView(model), groups, plan, windows, method)
+    return apply_plan(ModelView(model), groups, plan, windows, method, source_N)
 
 
 def plan_summary(groups: Groups, plan: PrunePlan) -> list[dict[str, Any]]:
