@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, TypedDict
 
@@ -19,6 +20,11 @@ from regraft.pipelines.prune.prune import plan_summary, replay
 from regraft.pipelines.prune.prune import prune as prune_model
 from regraft.plans import Groups, PrunePlan
 from regraft.settings import LoadSettings, PruneSettings
+
+UNEVEN = (
+    "its layers differ in size: transformers loads it, programs that know stock classes alone (servers, converters) do not; "
+    "prune with --shape uniform for these, or pad it for them with:"
+)
 
 
 @with_settings
@@ -59,6 +65,13 @@ def prune(
         console.print(f"plan written to {plan_path(output)}", soft_wrap=True, markup=False)
     else:
         console.print(f"saved to {output}", soft_wrap=True, markup=False)
+        if output is not None and _is_uneven(output):
+            console.print(f"{UNEVEN} regraft export {output} --to hf-uniform", soft_wrap=True, markup=False)
+
+
+def _is_uneven(folder: Path) -> bool:
+    """Returns whether a saved model needs our class, since its layers differ in size."""
+    return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]).startswith("regraft_")
 
 
 class Common(TypedDict):
