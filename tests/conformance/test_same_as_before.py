@@ -49,7 +49,7 @@ TRAIN = f"{STEPS} {RATES} --eval-every 3 --held-out 0.2 --held-out-windows 64"
 COMMANDS = {
     "l2": f"prune model --criterion l2 --ratio 0.35 --shape uniform --select uniform --reconstruct none --align 1 {PRUNE}",
     "taylor": f"prune model --criterion taylor --select knapsack --reconstruct least_squares {UNEVEN}",
-    "surgeon": f"prune model --criterion surgeon --select knapsack --reconstruct divergence {UNEVEN}",
+    "surgeon": f"prune model --effort thorough --criterion surgeon --select knapsack --reconstruct divergence {UNEVEN}",
     "seedling": f"prune seedling --criterion surgeon --ratio 0.2 --shape uniform --select auto --reconstruct auto --align 16 {PRUNE}",
     "memory": f"prune model --criterion wanda --select uniform --reconstruct least_squares --memory 1GB {UNEVEN}",
     "ranks.json": f"allocate taylor --method proportional --budget r=4 --granularity layer --ranks 2,4,6,8 --samples 4 {TRAIN}",
