@@ -61,6 +61,14 @@ def is_there(path: Path) -> bool:
         return False
 
 
+def is_file(path: Path) -> bool:
+    """Returns whether there is an ordinary file at a path; where that cannot be told, there is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def is_folder(path: Path) -> bool:
     """Returns whether there is a folder at a path; where that cannot be told, there is none."""
     try:

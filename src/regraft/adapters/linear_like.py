@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 SITES = (nn.Linear, Conv1D, nn.Embedding)
+from regraft.compat import own_parameters
 
 
 def is_site(module: nn.Module) -> bool:
@@ -33,3 +34,16 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     """Returns ``(out, in)`` of a module."""
     rows, columns = oriented(module, weight_of(module)).shape
     return rows, columns
+
+
+def untie(model: nn.Module, module: nn.Module) -> bool:
+    """Gives a module its own copy of a weight that it shares with another module, so that a change affects only one of them.
+
+    Returns:
+        Whether the weight was shared.
+    """
+    weight = weight_of(module)
+    sharing = [other for other in model.modules() if other is not module and own_parameters(other).get("weight") is weight]
+    if sharing:
+        module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    return bool(sharing)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from regraft.adapters.contract import AdapterRequest, Defaults, Evidence, LowRank
-from regraft.adapters.linear_like import oriented, weight_of
+from regraft.adapters.linear_like import oriented, untie, weight_of
 from regraft.adapters.plain_lora import CONFIG, tidy_config, write_plain_lora
 from regraft.adapters.seeding import isolated
 from regraft.errors import InputError
@@ -61,6 +61,10 @@ class PeftAdapter:
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             warnings.filterwarnings("ignore", message="lora with eva initialization")
             config = self.config(request, model)
+            if self.moves_weights:  # a head that shares the weight is to stay where it is
+                for name in request.ranks:
+                    if untie(model, model.get_submodule(name)):
+                        cast(PreTrainedModel, model).config.tie_word_embeddings = False
             before = _weights(model, request.ranks) if self.moves_weights else {}
             try:
                 adapted = cast(PeftModel, get_peft_model(model, config))
@@ -164,9 +168,16 @@ def factors_of(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def merge_stock(adapted: PeftModel) -> PreTrainedModel:
-    """Merges a PEFT adapter into the weights in float32 and casts back, one module at a time."""
+    """Merges a PEFT adapter into the weights in float32 and casts back, one module at a time.
+
+    If an embedding and its head share a weight and only one of them was adapted, that one gets its own copy first.
+    """
+    model = cast(PreTrainedModel, adapted.get_base_model())
     for _, layer in layers_of(adapted):
-        weight = weight_of(layer.get_base_layer())
+        base = layer.get_base_layer()
+        if untie(model, base):
+            model.config.tie_word_embeddings = False
+        weight = weight_of(base)
         dtype = weight.dtype
         # PEFT adds in the dtype of the weight, so that in bfloat16 the sum would be rounded twice.
         weight.data = weight.data.to(torch.float32)

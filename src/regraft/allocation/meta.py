@@ -11,6 +11,7 @@ A store is a folder of JSON files, each a :class:`regraft.plans.PastSearch`, or 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +26,9 @@ from regraft.allocation.observations import canonical, group_means, observe
 from regraft.allocation.prior import BASE_NAMES, Prior, default_prior
 from regraft.allocation.validation import errors
 from regraft.atomic import write_text
-from regraft.errors import DataError, PlanError
+from regraft.errors import DataError, PlanError, shown
 from regraft.plans import CrossValidation, PastSearch, from_json, to_dict, to_json
+from regraft.reading import is_folder, read_bytes
 
 PAST = "past_search.json"
 """Name of the file in a search folder that holds its :class:`regraft.plans.PastSearch`."""
@@ -75,6 +77,8 @@ def read_store(folder: Path) -> tuple[PastSearch, ...]:
         DataError: The folder does not exist or holds no search, or a file cannot be read.
         PlanError: A file is not a search.
     """
+    if not is_folder(folder):
+        raise DataError(f"store '{shown(folder)}' is no folder; give the folder in which searches were kept, one JSON file each")
     kept = set(folder.rglob(PAST))
     files = sorted({*folder.glob("*.json"), *kept})
     if not files:
@@ -82,14 +86,30 @@ def read_store(folder: Path) -> tuple[PastSearch, ...]:
     found: dict[str, PastSearch] = {}
     for path in files:
         try:
-            search = from_json(PastSearch, path.read_bytes())
+            search = checked_search(from_json(PastSearch, read_bytes(path, DataError)))
             found.setdefault(to_json(search), search)
         except PlanError as error:
             if path in kept or not kept:
                 raise PlanError(f"{path}: {error}") from None
-        except OSError as error:
-            raise DataError(f"'{path}' cannot be read: {error.strerror}; mend its permissions or remove it") from None
     return tuple(found.values())
+
+
+def checked_search(search: PastSearch) -> PastSearch:
+    """Returns a search whose numbers can be learned from.
+
+    Raises:
+        PlanError: A loss or a share is no positive number, a vector does not fit the slots, or there is nothing to choose.
+    """
+    space = search.space
+    if not space.slots or not space.choices or min(space.choices) < 1 or list(space.choices) != sorted(set(space.choices)):
+        raise PlanError("not a PastSearch: it has no slots or no ranks to choose from; remove the file")
+    for trial in search.trials:
+        fine = len(trial.ranks) == len(space.slots) and set(trial.ranks) <= set(space.choices)
+        if not fine or not (math.isfinite(trial.fidelity) and 0 < trial.fidelity <= 1):
+            raise PlanError(f"not a PastSearch: the trial of ranks {shown(trial.ranks, 60)} does not fit its space; remove the file")
+        if trial.loss_nats is not None and not (math.isfinite(trial.loss_nats) and 0 < trial.loss_nats < 1e4):
+            raise PlanError(f"not a PastSearch: a loss of {trial.loss_nats} nats cannot be; remove the file")
+    return search
 
 
 def train(searches: Sequence[PastSearch]) -> Training:

@@ -18,7 +18,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from regraft.errors import DataError, InputError
+from regraft.errors import DataError, InputError, shown
+from regraft.reading import is_file, is_folder
 
 Duplicates = Literal["refuse", "mean", "last"]
 
@@ -171,8 +172,8 @@ def _records(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[int, tuple[s
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yields the fields of every line that is not blank, with its number from 1."""
-    if not path.is_file():
-        raise DataError(f"'{path}' is {'a folder' if path.is_dir() else 'not there'}; give a CSV file of ratings")
+    if not is_file(path):
+        raise DataError(f"'{shown(path)}' is {'a folder' if is_folder(path) else 'not there'}; give a CSV file of ratings")
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             first = next((text.strip() for text in stream if text.strip()), "")

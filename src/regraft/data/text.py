@@ -20,6 +20,7 @@ import torch
 from regraft.data.hub import dataset_rows, is_dataset
 from regraft.data.records import Record, entry_of
 from regraft.errors import DataError, InputError
+from regraft.reading import check_ordinary, path_of
 from regraft.seedling import corpus as seedling_corpus
 
 Split = Literal["train", "validation", "test"]
@@ -153,6 +154,7 @@ def read_text(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> str:
     """
     known = ", ".join(suffixes)
     try:
+        path_of(path, "file")
         if path.is_dir():
             raise DataError(f"'{path}' is a folder; give one file ({known})")
         if not path.exists():
@@ -160,6 +162,7 @@ def read_text(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> str:
         if path.suffix.lower() not in suffixes:
             suffix = f"the suffix '{path.suffix}'" if path.suffix else "no suffix"
             raise DataError(f"'{path}' has {suffix}; known: {known}: rename or convert it")
+        check_ordinary(path, DataError)
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error.strerror}; check its permissions") from None

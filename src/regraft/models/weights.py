@@ -84,7 +84,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         header = parse_json(text, "the header", ModelError)
         header.pop("__metadata__", None)
         entries = {key: _entry(value, path, 8 + header_bytes) for key, value in header.items()}
-    except (ModelError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ModelError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         kind = "ValueError" if isinstance(error, ModelError) else type(error).__name__
         raise ModelError(f"'{name}' is damaged: its header cannot be read ({kind}); {AGAIN}") from None
     _refuse_gaps(path, entries, size_bytes - 8 - header_bytes)

@@ -7,6 +7,7 @@ guarantee that a result is on disk before the next round begins depends on that.
 from __future__ import annotations
 
 import importlib.util
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,7 +32,9 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 
+from regraft import errors
 from regraft.errors import InputError, MissingDependencyError, OutputError, StorageError
+from regraft.reading import check_ordinary, is_folder
 
 FILE = "search.db"
 HEARTBEAT_SECONDS = 15
@@ -131,7 +134,7 @@ def masked(url: str) -> str:
     """
     try:
         return make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         return url
 
 
@@ -152,9 +155,19 @@ def _database(url: str) -> URL:
             raise MissingDependencyError(driver, extra)
         if driver:
             target = target.set(drivername=f"{target.drivername}+{driver}")
-        target.get_dialect()
-    except (ArgumentError, NoSuchModuleError):
-        raise InputError(f"--storage '{url}' is not the URL of a known database; {example}") from None
+        dialect = target.get_dialect()
+    except (ArgumentError, NoSuchModuleError, ValueError, ImportError):
+        raise InputError(f"--storage '{errors.shown(masked(url))}' is not the URL of a known database; {example}") from None
+    if dialect.is_async:
+        raise InputError(f"--storage '{errors.shown(masked(url))}' names a driver that does not wait for answers; {example}")
+    try:
+        dialect.import_dbapi()
+    except ImportError as error:
+        raise InputError(
+            f"--storage '{errors.shown(masked(url))}' needs a driver that is not installed ({errors.shown(error, 100)}); {example}"
+        ) from None
+    if target.get_backend_name() == "sqlite" and target.query:
+        raise InputError(f"--storage '{errors.shown(masked(url))}' has options, which files do not take; {example}")
     return target
 
 
@@ -165,12 +178,12 @@ def _check_file(path: Path, shown: str) -> None:
         OutputError: The folder of the file does not exist.
         StorageError: The path is a folder, or the file is unreadable or not a database.
     """
-    if not path.parent.is_dir():
+    if not is_folder(path.parent):
         raise OutputError(f"the folder of storage {shown} does not exist; make it first, or choose another --storage")
-    if path.is_dir():
+    if is_folder(path):
         raise StorageError(f"storage {shown} is a folder; give the name of a file")
     try:
-        start = _first_bytes(path) if path.exists() else b""
+        start = _first_bytes(path) if os.path.lexists(path) and check_ordinary(path, StorageError) else b""
     except OSError as error:
         raise StorageError(f"storage {shown} cannot be read: {error.strerror}; check its permissions") from None
     if start and start != b"SQLite format 3\0":
@@ -191,6 +204,8 @@ def storage_errors(shown: str) -> Iterator[None]:
     """
     try:
         yield
+    except (TypeError, ValueError) as error:  # options of a URL that the driver does not take
+        raise StorageError(f"storage {shown} cannot be opened ({' '.join(str(error).split())[:200]}); check its URL") from error
     except (SQLAlchemyError, StorageInternalError) as error:
         cause: BaseException = error
         if isinstance(error, StorageInternalError) and error.__cause__ is not None:

@@ -10,7 +10,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.config import JsonDict
 
 from regraft.errors import ConfigError
@@ -21,7 +31,16 @@ from regraft.settings.problems import problems_of
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Reduction = Literal["sum", "mean", "max", "product", "last"]
 Target = Literal["heads", "ffn", "query_heads", "residual", "layers", "attention", "mlp"]
-Positive = Annotated[int, Field(gt=0)]
+
+
+def _countable(value: int) -> int:
+    """Refuses a number of things that nobody counts out: more is a slip of the keyboard."""
+    if value > 10**6:
+        raise ValueError(f"{value if value < 10**30 else 'a number of more than 30 digits'} is above the limit of 1000000")
+    return value
+
+
+Positive = Annotated[int, Field(gt=0), AfterValidator(_countable)]
 
 # Default lengths of windows in tokens; shorter if the model's context is shorter.
 CALIBRATION_TOKENS = 128
@@ -39,10 +58,11 @@ def bytes_in(amount: Any) -> int:
     >>> bytes_in("6GB"), bytes_in("1.5 GiB"), bytes_in(1000)
     (6000000000, 1610612736, 1000)
     """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(|[KMGT]|[KMGT]I)B?\s*", str(amount).upper())
-    count = int(float(found[1]) * _UNITS[found[2]]) if found else 0
-    if isinstance(amount, bool) or count < 1:
-        raise ValueError(f"'{amount}' is not an amount of memory; write it as 6GB, 512MB or 4GiB")
+    text = str(amount)[:100] if not isinstance(amount, int) or abs(amount) < 10**30 else "that number"
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(|[KMGT]|[KMGT]I)B?\s*", text.upper())
+    count = int(min(float(found[1]) * _UNITS[found[2]], 1e30)) if found else 0
+    if isinstance(amount, bool) or not 1 <= count < 10**18:
+        raise ValueError(f"'{text}' is not an amount of memory; write it as 6GB, 512MB or 4GiB")
     return count
 
 

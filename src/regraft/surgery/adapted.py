@@ -11,7 +11,6 @@ from torch.nn.functional import dropout
 
 from regraft.adapters.contract import Delta
 from regraft.adapters.linear_like import oriented, shape_of, weight_of
-from regraft.compat import own_parameters
 from regraft.errors import InputError
 
 
@@ -149,19 +148,6 @@ def activate(model: nn.Module, shares: Mapping[str, float]) -> None:
             raise InputError(f"the model has no adapter '{name}'; it has: {', '.join(known) or 'none'}")
     for module in modules.values():
         module.shares = {name: float(shares.get(name, 0.0)) for name in module.deltas}
-
-
-def untie(model: nn.Module, module: nn.Module) -> bool:
-    """Gives a module its own copy of a weight that it shares with another module, so that a change affects only one of them.
-
-    Returns:
-        Whether the weight was shared.
-    """
-    weight = weight_of(module)
-    sharing = [other for other in model.modules() if other is not module and own_parameters(other).get("weight") is weight]
-    if sharing:
-        module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-    return bool(sharing)
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

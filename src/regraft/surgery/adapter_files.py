@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from regraft.adapters.contract import Delta
 from regraft.atomic import sha256_of
-from regraft.errors import ModelError
+from regraft.errors import ModelError, shown
 from regraft.models.classifier import head_parameters
 from regraft.models.view import digest_of, fingerprint_of
+from regraft.models.weights import read_tensors
+from regraft.reading import read_object, real_number, whole_number
 
 DESCRIPTION = "adapter.json"
 TENSORS = "adapter.safetensors"
@@ -114,12 +116,18 @@ def read_master(folder: Path) -> Stored:
     """
     path = folder / DESCRIPTION
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path, ModelError)
         if values["format"] != FORMAT or values["version"] > VERSION:
             raise ModelError(f"'{path}' is of format {values['format']!r} {values['version']}, this regraft reads {VERSION}; update it")
         if sha256_of(folder / TENSORS) != values["sha256"]:
             raise ModelError(f"'{folder / TENSORS}' is not the file that was saved (its checksum differs); copy the adapter again")
-        flat = load_file(folder / TENSORS)
+        flat = read_tensors(folder / TENSORS)
+        for name, spec in values["modules"].items():
+            where = f"'{path}': {shown(name)}"
+            whole_number(spec["rank"], f"{where}: rank", 1, 10**6, ModelError)
+            real_number(spec["alpha"], f"{where}: alpha", 0.0, 1e9, ModelError)
+            whole_number(spec["seed"], f"{where}: seed", 0, 2**64 - 1, ModelError)
+            real_number(spec["dropout"] + 1.0, f"{where}: dropout and 1,", 0.99, 1.9999, ModelError)
         parts: dict[str, dict[str, Tensor]] = {_HEAD: {}} | {name: {} for name in values["modules"]}
         for key, tensor in flat.items():
             name, _, rest = key.partition(_BETWEEN)

@@ -21,12 +21,12 @@ from regraft.adapters.contract import (
     groups_by_rate,
     make_specs,
 )
-from regraft.adapters.linear_like import oriented, weight_of
+from regraft.adapters.linear_like import oriented, untie, weight_of
 from regraft.errors import InputError
 from regraft.models.classifier import classes_of, head_parameters
 from regraft.numerics.svd import factored_triplets
 from regraft.settings import Settings
-from regraft.surgery.adapted import Adapted, adapted_modules, untie, unwrap, wrap
+from regraft.surgery.adapted import Adapted, adapted_modules, unwrap, wrap
 from regraft.surgery.adapter_files import Master, base_fingerprint, write_master
 from regraft.surgery.first_gradients import first_gradients
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from regraft.atomic import atomic_folder
-from regraft.errors import TrainingError
+from regraft.errors import TrainingError, shown
+from regraft.reading import read_object
 from regraft.training.distributed import put_whole, whole
 
 TRAINER_STATE = "trainer_state.json"
@@ -94,17 +95,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
         TrainingError: The checkpoint is damaged.
     """
     try:
-        progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+        progress = read_object(path / "progress.json", TrainingError)
         tensors = {name: load_file(path / f"{name}.safetensors") for name in ("trained", "best", "optimizer", "adapter")}
         groups = progress.pop("param_groups")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise TrainingError(f"checkpoint '{path}' is damaged ({error}); remove '{path.parent}' and train again") from None
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors["optimizer"].items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    for group in groups:  # JSON has no tuples
-        group.update({name: tuple(value) for name, value in group.items() if name == "betas"})
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors["optimizer"].items():
+            index, _, name = key.partition(".")
+            state.setdefault(int(index), {})[name] = value
+        for group in groups:  # JSON has no tuples
+            group.update({name: tuple(value) for name, value in group.items() if name == "betas"})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, TrainingError) as error:
+        raise TrainingError(f"checkpoint '{path}' is damaged ({shown(error, 200)}); remove '{path.parent}' and train again") from None
     return Checkpoint(
         step=int(path.name.rpartition("-")[2]),
         trained=tensors["trained"],

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from regraft.errors import InputError
+from regraft.errors import InputError, shown
 
 _COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -33,7 +33,7 @@ def join_processes(device: torch.device) -> None:
     """
     if dist.is_initialized():
         return
-    if max(int(os.environ.get(name, "1")) for name in _COUNTS) < 2:
+    if max(_count(name) for name in _COUNTS) < 2:
         _check_alone()
         return
     try:
@@ -139,3 +139,15 @@ def filled(skeleton: nn.Module, sharded: nn.Module) -> nn.Module:
     for name, parameter in skeleton.named_parameters():
         assert not parameter.is_meta, name
     return skeleton
+
+
+def _count(name: str) -> int:
+    """Returns how many processes a variable of the environment speaks of; 1 where it is not set.
+
+    Raises:
+        InputError: It is no number.
+    """
+    value = os.environ.get(name, "1")
+    if not (value.isascii() and value.isdigit() and len(value) < 8):
+        raise InputError(f"the environment has {name}={shown(value, 60)}, which is no number of processes; unset it")
+    return int(value)

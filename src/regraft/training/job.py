@@ -20,10 +20,11 @@ from regraft.adapters import Evidence
 from regraft.data.labelled import Labelled
 from regraft.data.text import Corpus
 from regraft.data.tokens import window_tokens
-from regraft.errors import InputError, PlanError, TrainingError, did_you_mean
+from regraft.errors import InputError, PlanError, TrainingError, did_you_mean, shown
 from regraft.models.classifier import row_limit
 from regraft.models.view import fingerprint
 from regraft.plans import RankPlan, from_json
+from regraft.reading import read_bytes, real_number, whole_number
 from regraft.settings import TRAINING_TOKENS, RecoverSettings
 from regraft.training.batches import (
     Example,
@@ -178,11 +179,17 @@ def read_ranks(ranks: Path | RankPlan | None) -> RankPlan | None:
     if not isinstance(ranks, Path):
         return ranks
     try:
-        return from_json(RankPlan, ranks.read_bytes())
+        content = read_bytes(ranks, InputError)
+    except InputError as error:
+        raise InputError(f"rank plan '{shown(ranks)}' cannot be read ({error}); give a JSON file, such as ranks.json") from None
+    try:
+        plan = from_json(RankPlan, content)
     except PlanError as error:
-        raise PlanError(f"'{ranks}' is {error}") from None
-    except OSError as error:
-        raise InputError(f"rank plan '{ranks}' cannot be read ({error.strerror}); give a JSON file, such as ranks.json") from None
+        raise PlanError(f"'{shown(ranks)}' is {error}") from None
+    real_number(plan.alpha_per_rank, f"'{shown(ranks)}': alpha_per_rank", 0.0, 1e6, PlanError)
+    for name, rank in plan.ranks.items():
+        whole_number(rank, f"'{shown(ranks)}': the rank of '{shown(name)}'", 1, 10**6, PlanError)
+    return plan
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from regraft.atomic import atomic_folder, reserved, reserved_file, write_text
-from regraft.errors import ConfigError, InputError, PlanError
+from regraft.errors import ConfigError, InputError, PlanError, shown
 from regraft.plans import Provenance, PrunePlan, from_json, to_json
+from regraft.reading import is_file, is_folder, parse_json, path_of, read_bytes
 from regraft.settings import PruneSettings, checked
 
 FILE = "plan.json"
@@ -62,12 +62,12 @@ def read_plan(path: Path) -> PrunePlan:
     Raises:
         PlanError: The file does not exist or holds no plan.
     """
-    found = next((path / name for name in (FILE, "regraft.json") if (path / name).is_file()), path) if path.is_dir() else path
+    path = path_of(path, "plan")
+    found = next((path / name for name in (FILE, "regraft.json") if is_file(path / name)), path) if is_folder(path) else path
     try:
-        text = found.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise PlanError(f"no plan can be read from '{found}': {reason}; write one with `plan_only`") from None
+        text = read_bytes(found, PlanError)
+    except PlanError as error:
+        raise PlanError(f"no plan can be read from '{shown(found)}': {error}; write one with `plan_only`") from None
     try:
         if _is_record(text):
             return _plan_of(from_json(Provenance, text), found)
@@ -76,10 +76,10 @@ def read_plan(path: Path) -> PrunePlan:
         raise PlanError(f"'{found}': {error}") from None
 
 
-def _is_record(text: str) -> bool:
+def _is_record(text: bytes) -> bool:
     try:
-        value: Any = json.loads(text)
-    except ValueError:
+        value: Any = parse_json(text, "the plan", PlanError)
+    except PlanError:
         return False
     return isinstance(value, dict) and "source_fingerprint" in value
 
@@ -105,7 +105,7 @@ def settings_of(plan: PrunePlan, given: PruneSettings) -> tuple[PruneSettings, i
     try:
         own = checked(PruneSettings, plan.made_with["settings"], "the plan's made_with")
         seed = int(plan.made_with["seed"])
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
         raise PlanError(f"the plan's made_with cannot be read ({error}); remove it from the file, and give the settings again") from None
     defaults = PruneSettings()
     values = own.model_dump()

@@ -27,6 +27,7 @@ from typing import Any
 from regraft.atomic import MANIFEST, atomic_folder, refuse_existing, sha256_of, sweep, write_text
 from regraft.claims import WORK, claimed, is_mark, is_work_folder, lock_file, remove, resolved
 from regraft.errors import OutputError, shown
+from regraft.reading import entry, read_object
 
 RUN_FILE = "run.json"
 TIMINGS = "timings.json"
@@ -85,7 +86,7 @@ class RunFolder:
 
     def checksums(self, path: Path) -> dict[str, str]:
         """Returns the SHA-256 of every file of a finished stage, by name, for the inputs of later stages."""
-        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return dict(entry(read_object(path / MANIFEST, OutputError), "files", dict, f"'{path / MANIFEST}'", OutputError))
 
     def seconds(self) -> dict[str, float]:
         """Returns the duration of each stage in seconds, by name, as far as it is known."""
@@ -119,8 +120,8 @@ class RunFolder:
         """Removes the summary files and the stages' work folders, and nothing else."""
         for path in self._written:
             path.unlink(missing_ok=True)
-        for entry in [entry for entry in self.path.iterdir() if is_work_folder(entry)]:
-            remove(entry)
+        for left in [left for left in self.path.iterdir() if is_work_folder(left)]:
+            remove(left)
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Compares the folder's recipe with this one, or writes this one into a new folder.

@@ -18,6 +18,7 @@ from regraft.errors import ConfigError, InputError, RegraftError, did_you_mean
 from regraft.pipelines.prune.resolved import resolve
 from regraft.pipelines.ranks.allocate import check_settings
 from regraft.pipelines.run.strict_yaml import YamlText, read_value, read_yaml, write_yaml
+from regraft.reading import is_file, is_folder, read_bytes
 from regraft.settings import (
     EVERY_PROJECTION,
     AllocateSettings,
@@ -39,6 +40,8 @@ SECTIONS: dict[str, type[Settings]] = {
     "sample": SampleSettings,
 }
 _SUFFIXES = (".yaml", ".yml")
+
+LARGEST_RECIPE_BYTES = 1 << 20
 
 
 class Recipe(Settings):
@@ -68,12 +71,12 @@ def find_recipe(source: str) -> Path:
         InputError: The path does not exist, and there is no recipe of this name.
     """
     path, shipped = Path(source), shipped_recipes()
-    if path.is_file():
+    if is_file(path):
         return path
     if source in shipped:
         return shipped[source]
     known = ", ".join(shipped)
-    if path.is_dir():
+    if is_folder(path):
         raise InputError(f"recipe '{source}' is a folder; give a YAML file or one of: {known}")
     raise InputError(f"recipe '{source}' not found; give a YAML file or one of: {known}{did_you_mean(source, shipped)}")
 
@@ -91,8 +94,8 @@ def read_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(source)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
+        text = read_bytes(path, InputError, LARGEST_RECIPE_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise InputError(f"recipe '{path}' cannot be read as UTF-8 text: {error}; give a YAML file") from None
     document = read_yaml(text, path.name)
     if not isinstance(document.values, dict):
@@ -276,7 +279,7 @@ def _spares_layers(layers: str) -> bool:
 
 
 def _no_file(key: str, path: Path) -> Iterator[str]:
-    if not path.is_file():
+    if not is_file(path):
         yield f"{key}: no file at '{path}'; paths are relative to the current directory"
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from regraft.atomic import sha256_of, write_text
+from regraft.errors import PlanError, shown
 from regraft.evaluation.harness import flat
 from regraft.evaluation.sample import continue_text
 from regraft.evaluation.speed import compare_speed
@@ -31,6 +32,7 @@ from regraft.pipelines.recover import LOSS_LOG, recover_model
 from regraft.pipelines.run.folder import TIMINGS, RunFolder, Say
 from regraft.pipelines.run.recipe import Recipe, to_yaml
 from regraft.plans import Groups, Measurement, PrunePlan, RankPlan, RankSearch, SpeedReport, from_json, to_dict, to_json
+from regraft.reading import read_bytes, read_object, whole_number
 from regraft.report.page import to_html, to_markdown
 from regraft.report.summary import CurvePoint, RunReport, Width, won_back
 from regraft.surgery.adapter_folder import is_adapter, load_adapted
@@ -189,8 +191,9 @@ class Stages:
 
         inputs = {label: self._inputs(source) for label, source in models.items()}
         path = self._folder.stage("speed", inputs, make, folder="measured/speed") / TIMINGS
-        speeds = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return [replace(entry, speed=SpeedReport(**speeds[entry.label])) if entry.label in speeds else entry for entry in measurements]
+        speeds = read_object(path, PlanError) if path.is_file() else {}
+        known = {label: from_json(SpeedReport, json.dumps(speed)) for label, speed in speeds.items()}
+        return [replace(entry, speed=known[entry.label]) if entry.label in known else entry for entry in measurements]
 
     def _loaded(self, source: str | Path) -> tuple[Loaded, PreTrainedTokenizerBase]:
         """Loads a model of the run, or an adapter on its base, with its tokenizer."""
@@ -255,13 +258,20 @@ def _read_measurement(folder: Path) -> Measurement:
 
 
 def _read_curve(folder: Path) -> tuple[CurvePoint, ...]:
-    rows = csv.DictReader(io.StringIO((folder / LOSS_LOG).read_text(encoding="utf-8")))
-    numbers = [{key: float(value) if value else None for key, value in row.items()} for row in rows]
-    return tuple(CurvePoint(int(row["step"] or 0), row["train_loss_nats"], row["held_out_loss_nats"]) for row in numbers)
+    path = folder / LOSS_LOG
+    try:
+        rows = csv.DictReader(io.StringIO(read_bytes(path, PlanError).decode("utf-8")))
+        numbers = [{key: float(value) if value else None for key, value in row.items()} for row in rows]
+        return tuple(CurvePoint(int(row["step"] or 0), row["train_loss_nats"], row["held_out_loss_nats"]) for row in numbers)
+    except (ValueError, TypeError, KeyError, OverflowError, csv.Error) as error:
+        if isinstance(error, PlanError):
+            raise
+        raise PlanError(f"'{path}' is damaged ({shown(error, 100)}); remove '{folder}' and run again with --resume") from None
 
 
 def _read_best_step(folder: Path) -> int:
-    return json.loads((folder / RECOVERY).read_text(encoding="utf-8"))["best_step"]
+    path = folder / RECOVERY
+    return whole_number(read_object(path, PlanError).get("best_step"), f"'{path}': best_step", 0, 10**9, PlanError)
 
 
 def _results(measurements: Sequence[Measurement]) -> dict[str, Any]:

@@ -12,7 +12,12 @@ from typing import Any
 
 import yaml
 
-from regraft.errors import ConfigError
+from regraft.errors import ConfigError, shown
+
+MOST_VALUES = 10_000
+DEEPEST = 50
+_CORE = "tag:yaml.org,2002:"
+_TAGS = ("null", "bool", "int", "float", "str", "map", "seq", "merge")
 
 
 class _Loader(yaml.SafeLoader):
@@ -95,21 +100,71 @@ def read_yaml(text: str, source: str) -> YamlText:
         raise ConfigError(source, [f"{' '.join(str(error).split())}; this is not YAML"]) from None
     except RecursionError:
         raise ConfigError(source, ["nested too deeply; this is not a recipe"]) from None
-    except (ValueError, TypeError) as error:  # a value that contradicts its tag, such as !!int x
-        raise ConfigError(source, [f"{error}; this is not YAML that can be read"]) from None
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        OverflowError,
+    ) as error:  # a value that its own tag contradicts, such as !!int x
+        raise ConfigError(source, [f"{shown(error, 200)}; this is not YAML that can be read"]) from None
 
 
 def _read(text: str) -> YamlText:
+    if _deepest_brackets(text) > DEEPEST:  # PyYAML takes the square of the depth
+        raise ValueError(f"nested more than {DEEPEST} deep")
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
         found = YamlText(None)
         if node is not None:
-            _walk(node, "", found, set())  # before the construction, which writes merged keys into the nodes
+            _refuse_bomb(node)
+            _walk(node, "", found, set())  # before construction, which writes merged keys into the nodes
             found.values = loader.construct_document(node)
         return found
     finally:
         loader.dispose()
+
+
+def _deepest_brackets(text: str) -> int:
+    """Returns how deep brackets are nested, those in texts counted too; a recipe has a handful."""
+    depth = deepest = 0
+    for found in re.finditer(r"[\[\]{}]", text):
+        depth = max(0, depth + (1 if found[0] in "[{" else -1))
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _refuse_bomb(node: yaml.Node) -> None:
+    """Refuses a document whose aliases stand for more values than anybody writes, before they are made, and keys that are no text.
+
+    Raises:
+        ValueError: It is such a document.
+    """
+    counts: dict[int, int] = {}
+
+    def count(node: yaml.Node, depth: int) -> int:
+        if depth > DEEPEST:
+            raise ValueError(f"nested more than {DEEPEST} deep")
+        if id(node) not in counts:
+            counts[id(node)] = MOST_VALUES  # of one that holds itself
+            if node.tag.removeprefix(_CORE) not in _TAGS:
+                mark = node.start_mark
+                raise ValueError(f"line {mark.line + 1}, column {mark.column + 1}: the tag {shown(node.tag, 60)} is not read; leave it out")
+            parts: list[yaml.Node] = []
+            if isinstance(node, yaml.MappingNode):
+                for key, value in node.value:
+                    if not isinstance(key, yaml.ScalarNode):
+                        raise ValueError(f"line {key.start_mark.line + 1}: a key that is no text")
+                    parts.append(value)
+            elif isinstance(node, yaml.SequenceNode):
+                parts = node.value
+            counts[id(node)] = 1 + sum(count(part, depth + 1) for part in parts)
+            if counts[id(node)] > MOST_VALUES:
+                raise ValueError(f"more than {MOST_VALUES:,} values, by aliases")
+        return counts[id(node)]
+
+    count(node, 0)
 
 
 def _walk(node: yaml.Node, prefix: str, found: YamlText, above: set[int]) -> None:

@@ -1,0 +1,291 @@
+"""Bad input of generated kinds, in one process: every reader answers each with one line, and never with anything else."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regraft.adapters.stock_files import read_stock_config
+from regraft.allocation.meta import read_store
+from regraft.atomic import refuse_existing, refuse_special
+from regraft.data.text import read_text
+from regraft.errors import RegraftError, shown
+from regraft.models.load import check_folder, locate
+from regraft.models.provenance import read_provenance
+from regraft.models.weights import read_header, stored_tensors
+from regraft.pipelines.prune.plan_files import read_plan
+from regraft.pipelines.run.recipe import read_recipe
+from regraft.pipelines.run.strict_yaml import read_yaml
+from regraft.search.storage import open_storage
+from regraft.surgery.adapter_files import read_master
+from regraft.training.job import read_ranks
+
+SECONDS = 5.0
+NASTY_TEXTS = [
+    "",
+    "x",
+    "\x1b[31mred",
+    "a\nerror: b",
+    "\0",
+    "[/red]",
+    "\u202eabc",
+    "9" * 5000,
+    "~nosuchuser/x",
+    "../../etc/passwd",
+    "ÿ" * 300,
+]
+NASTY_VALUES: list[Any] = [None, True, -1, 0, 1.5, 10**30, float("inf"), float("nan"), [], {}, [[]], {"a": [None]}, *NASTY_TEXTS]
+PLAN = {
+    "fingerprint": "f",
+    "criterion": "l2",
+    "selection": "uniform",
+    "shape": "uniform",
+    "ratio": 0.2,
+    "align": 1,
+    "parameters_before": 10,
+    "parameters_after": 8,
+    "cuts": [],
+}
+RANKS = {"fingerprint": "f", "method": "m", "ranks": {"model.layers.0.mlp.up_proj": 4}, "alpha_per_rank": 2.0}
+RECORD = {"command": "", "source": "", "source_fingerprint": "", "seed": 0, "versions": {}, "files": {}}
+STOCK = {"peft_type": "LORA", "base_model_name_or_path": "base", "r": 2, "target_modules": ["q_proj"]}
+MASTER = {
+    "format": "regraft adapter",
+    "version": 1,
+    "method": "nola",
+    "base": "b",
+    "base_fingerprint": "f",
+    "options": {},
+    "sha256": "0",
+    "modules": {},
+}
+RECIPE = "model: seedling\nprune:\n  ratio: 0.2\n"
+
+
+def one_line(call: Callable[[], object], what: object) -> None:
+    """Asserts that a call works or is refused in one safe line, within seconds."""
+    started = time.monotonic()
+    try:
+        call()
+    except RegraftError as error:
+        said = str(error)
+        for line in said.split("\n") if hasattr(error, "problems") else [said]:
+            assert line.isprintable(), (what, line[:200])
+        assert len(said) < 20_000, what
+    assert time.monotonic() - started < SECONDS, what
+
+
+def changed(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields an object with each entry left out, and with each entry replaced by each nasty value."""
+    for key in value:
+        yield {name: entry for name, entry in value.items() if name != key}
+        for nasty in NASTY_VALUES:
+            yield value | {key: nasty}
+
+
+def texts(value: dict[str, Any]) -> Iterator[bytes]:
+    """Yields files: of changed objects, and what is no such object at all."""
+    yield from (json.dumps(one).encode("utf-8", "surrogatepass") for one in changed(value))
+    whole = json.dumps(value).encode()
+    yield from (b"", b"[]", b"3", b"null", b'"x"', b"{", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000, b"\0" * 10, b"9" * 5000)
+    yield from (whole[: len(whole) // 2], whole + b"x", b"\xef\xbb\xbf" + whole, whole.replace(b"{", b"[", 1))
+
+
+READERS: dict[str, tuple[str, dict[str, Any], Callable[[Path], object]]] = {
+    "plan": ("plan.json", PLAN, read_plan),
+    "ranks": ("ranks.json", RANKS, read_ranks),
+    "record": ("regraft.json", RECORD, lambda path: read_provenance(path.parent)),
+    "record as plan": ("regraft.json", RECORD, read_plan),
+    "stock adapter": ("adapter_config.json", STOCK, lambda path: read_stock_config(path.parent)),
+    "own adapter": ("adapter.json", MASTER, lambda path: read_master(path.parent)),
+    "past search": ("search.json", {"fingerprint": "f", "trials": [], "space": {}}, lambda path: read_store(path.parent)),
+    "index": ("model.safetensors.index.json", {"weight_map": {"a": "a.safetensors"}}, lambda path: stored_tensors(path.parent)),
+    "config": ("config.json", {"model_type": "llama", "num_hidden_layers": 2}, lambda path: check_folder(path.parent)),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_every_json_that_is_read(tmp_path: Path, reader: str) -> None:
+    name, value, read = READERS[reader]
+    count = 0
+    for text in texts(value):
+        (tmp_path / name).write_bytes(text)
+        one_line(lambda: read(tmp_path / name), text[:200])
+        count += 1
+    assert count > 20
+
+
+def kinds_of_path(folder: Path) -> Iterator[Path]:
+    (folder / "file").write_text("x")
+    (folder / "folder").mkdir()
+    os.mkfifo(folder / "pipe")
+    (folder / "loop").symlink_to("loop")
+    (folder / "zero").symlink_to("/dev/zero")
+    for name in ("missing", "folder", "pipe", "loop", "zero", "file/below", "n" * 300, "a\0b", "\udcff", "a/" * 3000, *NASTY_TEXTS):
+        yield folder / name
+        yield folder / f"{name}.json"
+        yield folder / f"{name}.txt"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        read_plan,
+        read_ranks,
+        locate,
+        read_text,
+        lambda path: read_recipe(str(path)),
+        read_header,
+        refuse_existing,
+        refuse_special,
+        read_store,
+    ],
+    ids=["plan", "ranks", "model", "text", "recipe", "weights", "output", "output file", "store"],
+)
+def test_every_kind_of_path(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    for path in kinds_of_path(tmp_path):
+        one_line(lambda path=path: read(path), path)
+
+
+def nested(kind: str, levels: int) -> str:
+    """A document of a few lines that stands for 10**levels values."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]" if kind == "list" else "a0: &a0 {k: v}"]
+    for level in range(1, levels):
+        before = f"*a{level - 1}"
+        entry = f"[{', '.join([before] * 10)}]" if kind == "list" else "{" + ", ".join(f"k{i}: {before}" for i in range(10)) + "}"
+        lines.append(f"a{level}: &a{level} {entry}")
+    return "\n".join(lines)
+
+
+YAML = [
+    *(nested(kind, levels) for kind in ("list", "mapping") for levels in (5, 9, 12)),
+    *(f"model: !!{tag} x" for tag in ("timestamp", "binary", "set", "omap", "pairs", "python/object:os.system", "int", "float")),
+    "? [a, b]\n: c",
+    "? {a: b}\n: c",
+    "1: 2\ntrue: 3\nnull: 4",
+    "[" * 2000,
+    "a: " * 2000,
+    "- " * 2000,
+    "a: &a [*a]",
+    "a: &a {b: *a}",
+    "<<: *a",
+    "a: &a {b: 1}\n<<: [*a, *a]",
+    "\x1b[31m: 1",
+    "model: \x07",
+    "model: " + "9" * 5000,
+    "seed: 1e999",
+    "seed: .nan",
+    "%YAML 9.9\n---\na: 1",
+    "---\na: 1\n---\nb: 2",
+    "\ufeffa: 1",
+    "\tx: 1",
+    "a: 'b",
+]
+
+
+@pytest.mark.parametrize("text", YAML, ids=range(len(YAML)))
+def test_every_yaml(tmp_path: Path, text: str) -> None:
+    one_line(lambda: read_yaml(text, "recipe.yaml"), text[:100])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    one_line(lambda: read_recipe(str(path)), text[:100])
+    path.write_text(RECIPE + text, encoding="utf-8", errors="surrogatepass")
+    one_line(lambda: read_recipe(str(path)), text[:100])
+
+
+@pytest.mark.parametrize("key", ["prune.ratio", "prune.samples", "prune.seq_len", "prune.calibration", "seed", "model", "evaluate.window"])
+def test_every_override(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    for value in (
+        "",
+        "x",
+        "-1",
+        "0",
+        "1e999",
+        ".inf",
+        ".nan",
+        "9" * 400,
+        "[1]",
+        "{a: 1}",
+        "null",
+        "true",
+        "a\0b",
+        "\x1b[31m",
+        "!!set x",
+        "&a [*a]",
+    ):
+        one_line(lambda value=value: read_recipe(str(path), [f"{key}={value}"]), (key, value[:50]))
+
+
+URLS = [
+    "",
+    "x",
+    "sqlite",
+    "mysql+pymysql://127.0.0.1/x",
+    "oracle://x",
+    "mssql://x",
+    "postgresql+asyncpg://127.0.0.1:1/x",
+    "sqlite+aiosqlite:///x.db",
+    "postgresql://127.0.0.1:abc/x",
+    "postgresql://127.0.0.1:99999999/x",
+    "sqlite:///f.db?timeout=abc",
+    "sqlite:///f.db?mode=ro",
+    "sqlite:///" + "d" * 300,
+    "sqlite:///missing/x.db",
+    "sqlite:///a\0b",
+    "\x1b[31m://x",
+    "nosuch://x",
+    "http://x",
+    "sqlite:////dev/zero",
+]
+
+
+@pytest.mark.parametrize("url", URLS, ids=range(len(URLS)))
+def test_every_storage(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    one_line(lambda: open_storage(url, tmp_path).close(), url[:80])
+
+
+def test_headers_of_every_kind(tmp_path: Path) -> None:
+    entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+    path = tmp_path / "model.safetensors"
+    for one in changed(entry):
+        header = json.dumps({"w": one}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(24))
+        one_line(lambda: read_header(path), one)
+    draw = random.Random(3)
+    header = json.dumps({"w": entry}).encode()
+    whole = len(header).to_bytes(8, "little") + header + bytes(24)
+    for _ in range(300):
+        raw = bytearray(whole)
+        for _ in range(draw.randint(1, 6)):
+            raw[draw.randrange(len(raw))] = draw.randrange(256)
+        path.write_bytes(bytes(raw[: draw.randint(0, len(raw))]))
+        one_line(lambda: read_header(path), bytes(raw))
+
+
+def test_whatever_is_shown_is_one_harmless_line() -> None:
+    draw = random.Random(7)
+    alphabet = "ab '[/]\n\r\t\x00\x07\x1b\x7f\x85\x9b\u2028\u202e\u200b\ud800é漢🙂"
+    for length in (0, 1, 10, 299, 300, 301, 5000):
+        for _ in range(50):
+            text = shown("".join(draw.choice(alphabet) for _ in range(length)))
+            assert not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]", text)
+            assert len(text) <= 300 * 6
+
+
+def test_there_are_more_than_a_thousand_inputs() -> None:
+    objects = sum(len(list(texts(value))) for _, value, _ in READERS.values())
+    paths = 9 * 3 * (10 + len(NASTY_TEXTS))
+    assert objects + paths + 3 * len(YAML) + 7 * 16 + len(URLS) + 300 > 1000
+    assert len(list(itertools.islice(changed(PLAN), 10))) == 10
