@@ -16,12 +16,10 @@ from regraft.settings import RecoverSettings
 from regraft.surgery.adapters import inject, merge
 from slicing import ids
 
-ADAPTERS = {"lora": ("embed_tokens", "lm_head"), "rslora": ("embed_tokens", "lm_head"), "nola": ("embed_tokens", "lm_head")}
-ADAPTERS |= {"pissa": ("embed_tokens",), "olora": ("embed_tokens",)}
-
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.parametrize(("adapter", "target"), [(adapter, target) for adapter, targets in ADAPTERS.items() for target in targets])
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("adapter", ["lora", "rslora", "pissa", "olora", "nola"])
 def test_merged_and_saved_computes_what_was_trained(
     make_model: Callable[..., PreTrainedModel], tmp_path: Path, adapter: str, target: str
 ) -> None:
@@ -29,6 +27,7 @@ def test_merged_and_saved_computes_what_was_trained(
     x = ids(model)
     before = model(x).logits.detach().clone()
     injected = inject(model, RecoverSettings(adapter=adapter, rank=2, targets=(target,)), None, seed=1)
+    injected.module.eval()
     torch.testing.assert_close(injected.model(x).logits.detach(), before, atol=2e-4, rtol=1e-3)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
