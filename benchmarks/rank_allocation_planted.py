@@ -38,7 +38,6 @@ from numpy.typing import NDArray
 
 from regraft.allocation import (
     ALLOCATORS,
-    DEFAULT_CHOICES,
     MOST_FINALISTS,
     ClosedForm,
     Learner,
@@ -60,7 +59,7 @@ from regraft.allocation.prior import default_prior
 from regraft.allocation.rankadaptor import first_vectors
 from regraft.pipelines.ranks.cost import schedule_of
 from regraft.pipelines.ranks.measuring import elastic_cost
-from regraft.plans import PastSearch, RankSlot, RankSpace, RankTrial
+from regraft.plans import RANK_CHOICES, PastSearch, RankSlot, RankSpace, RankTrial
 from regraft.settings import AllocateSettings, RecoverSettings
 
 RESULTS = Path(__file__).parent / "results"
@@ -105,7 +104,7 @@ class Planted:
     def __init__(self, world: World, seed: int) -> None:
         draw = np.random.default_rng((seed, 1))
         self.world, self.draw, self.seed = world, np.random.default_rng((seed, 2)), seed
-        count, ranks = world.layers, np.array(DEFAULT_CHOICES, dtype=np.float64)
+        count, ranks = world.layers, np.array(RANK_CHOICES, dtype=np.float64)
         told, own = draw.standard_normal((2, count))
         amplitude = np.exp(np.sqrt(world.told) * told + np.sqrt(1 - world.told) * own)
         self.space = self._space(draw, told)
@@ -124,16 +123,16 @@ class Planted:
         slots: list[RankSlot] = []
         for layer, known in enumerate(told):
             energy = np.exp(known + 0.5 * draw.standard_normal())
-            features = {f"gradient_energy@{rank}": float(energy * (1 - 0.8**rank)) for rank in DEFAULT_CHOICES}
+            features = {f"gradient_energy@{rank}": float(energy * (1 - 0.8**rank)) for rank in RANK_CHOICES}
             features |= {"share_pruned": float(1 / (1 + np.exp(-0.5 * known - 0.3 * draw.standard_normal())))}
             features |= {"importance_removed": float(np.exp(draw.standard_normal()))}
             slots.append(RankSlot(f"layers.{layer}", (f"layers.{layer}.up",), layer, int(draw.integers(8000, 16001)), 64, features))
-        return rank_space("planted", "layer", slots, DEFAULT_CHOICES, "r=8")
+        return rank_space("planted", "layer", slots, RANK_CHOICES, "r=8")
 
     def _pairs(self, draw: np.random.Generator) -> NDArray[np.float64]:
         """What neighbours gain or lose when their ranks are large together, as a share of the spread of the sum at random vectors."""
         pairs = draw.standard_normal(self.world.layers - 1)
-        sample = draw.integers(0, len(DEFAULT_CHOICES), (400, self.world.layers))
+        sample = draw.integers(0, len(RANK_CHOICES), (400, self.world.layers))
         spread = self.table[np.arange(self.world.layers), sample].sum(1).std()
         coupled = (pairs * self.places[sample[:, :-1]] * self.places[sample[:, 1:]]).sum(1).std()
         return pairs * self.world.interaction * spread / coupled
@@ -143,7 +142,7 @@ class Planted:
         return self._value(ranks, error) - self._value(self.uniform, error)
 
     def _value(self, ranks: Ranks, error: NDArray[np.float64] | float) -> float:
-        index = np.searchsorted(DEFAULT_CHOICES, ranks)
+        index = np.searchsorted(RANK_CHOICES, ranks)
         places = self.places[index]
         gains = self.table[np.arange(len(index)), index] * np.exp(error)
         return float(gains.sum() + (self.pairs * places[:-1] * places[1:]).sum())

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from regraft.adapters.linear_like import shape_of
 from regraft.adapters.seeding import derived_seed
 from regraft.errors import InputError, PlanError, did_you_mean
-from regraft.plans import RankPlan
+from regraft.plans import ALPHA_PER_RANK, RankPlan
 from regraft.registry import Registry
 from regraft.settings import RecoverSettings, Settings, checked, option_values
 
@@ -44,7 +44,7 @@ class Defaults:
     """
 
     lr: float = 1e-3
-    alpha_per_rank: float | None = 2.0
+    alpha_per_rank: float | None = ALPHA_PER_RANK
     dropout: float = 0.05
     eps: float | None = None
 

@@ -7,11 +7,10 @@ from regraft.allocation.meta import PAST, add_to_store
 from regraft.allocation.prior import Prior, default_prior, load_prior, shipped_prior
 from regraft.allocation.rankadaptor import RankAdaptor
 from regraft.allocation.schedule import MOST_FINALISTS, Request, Rung, Schedule, finalists, next_request, winner
-from regraft.allocation.spaces import DEFAULT_CHOICES, rank_plan, rank_space
+from regraft.allocation.spaces import rank_plan, rank_space
 
 __all__ = [
     "ALLOCATORS",
-    "DEFAULT_CHOICES",
     "MOST_FINALISTS",
     "PAST",
     "Allocator",

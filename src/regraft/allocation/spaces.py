@@ -8,9 +8,8 @@ from typing import Literal
 
 from regraft.allocation.contract import Ranks
 from regraft.errors import InputError, PlanError
-from regraft.plans import RankPlan, RankSlot, RankSpace
+from regraft.plans import ALPHA_PER_RANK, RankPlan, RankSlot, RankSpace
 
-DEFAULT_CHOICES = (2, 4, 6, 8, 10, 12)
 """The rank choices of RankAdaptor (arXiv 2406.15734)."""
 
 
@@ -37,7 +36,7 @@ def rank_space(
     return RankSpace(fingerprint, granularity, tuple(slots), ordered, limit, uniform)
 
 
-def rank_plan(space: RankSpace, ranks: Ranks, method: str, alpha_per_rank: float = 2.0) -> RankPlan:
+def rank_plan(space: RankSpace, ranks: Ranks, method: str, alpha_per_rank: float = ALPHA_PER_RANK) -> RankPlan:
     """Returns the rank plan of a rank vector.
 
     Raises:

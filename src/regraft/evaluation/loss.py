@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.data.encoding import bos_id
+from regraft.data.instructions import IGNORED
 from regraft.data.text import Corpus
 from regraft.data.tokens import check_context, context_limit
 from regraft.errors import DataError, InputError, ModelError
-from regraft.evaluation.inference import evaluating, input_device, vocabulary_size
+from regraft.evaluation.inference import input_device, vocabulary_size
 from regraft.evaluation.sequences import TokenSequence, Window, sequences_of, windows_of
+from regraft.models.trainable import evaluating
 from regraft.plans import LossReport
 from regraft.settings import EvaluateSettings
 
@@ -30,7 +32,6 @@ Progress = Callable[[int, int], None]
 
 # Upper limit for the float32 logits of one forward pass; a pass always has at least one window.
 _LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
-_IGNORED = -100
 
 
 def evaluate_loss(
@@ -166,7 +167,7 @@ def _batch_nats(model: PreTrainedModel, batch: Sequence[Window], device: torch.d
     """
     length = len(batch[0])
     ids_BL = torch.zeros(len(batch), length, dtype=torch.int64)
-    targets_BL = torch.full((len(batch), length), _IGNORED)
+    targets_BL = torch.full((len(batch), length), IGNORED)
     for row, window in enumerate(batch):
         ids = torch.tensor(window.ids[window.start : window.end + 1])
         ids_BL[row, : len(window)] = ids[:-1]
@@ -174,7 +175,7 @@ def _batch_nats(model: PreTrainedModel, batch: Sequence[Window], device: torch.d
         first = window.first_scored - window.start
         targets_BL[row, first : len(window)] = ids[1 + first :]
     logits_BLV = model(input_ids=ids_BL.to(device), use_cache=False).logits
-    scored_BL = (targets_BL != _IGNORED).to(logits_BLV.device)
+    scored_BL = (targets_BL != IGNORED).to(logits_BLV.device)
     targets_N = targets_BL.to(logits_BLV.device)[scored_BL]
     nats_N = F.cross_entropy(logits_BLV[scored_BL].float(), targets_N, reduction="none")
     return nats_N.double().sum().item()

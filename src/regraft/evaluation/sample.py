@@ -11,7 +11,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from regraft.data.encoding import bos_id
 from regraft.data.tokens import context_limit
 from regraft.errors import InputError
-from regraft.evaluation.inference import evaluating, input_device
+from regraft.evaluation.inference import input_device
+from regraft.models.trainable import evaluating
 from regraft.settings import SampleSettings
 
 

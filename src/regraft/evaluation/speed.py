@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from regraft.data.tokens import context_limit
 from regraft.errors import InputError
-from regraft.evaluation.inference import evaluating, input_device, vocabulary_size
+from regraft.evaluation.inference import input_device, vocabulary_size
+from regraft.models.trainable import evaluating
 from regraft.plans import SpeedReport
 
 PROMPT_TOKENS = 256

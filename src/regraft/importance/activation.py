@@ -31,11 +31,6 @@ from regraft.plans import Group, Member
 Watched = ChannelMoments | Moments
 
 
-def reading(group: Group) -> Member:
-    """Returns the member that reads the channels of a group."""
-    return next(member for member in group.members if member.side == "in")
-
-
 def input_moments(evidence: Evidence, *, readers_only: bool, full: bool) -> Iterator[tuple[tuple[Group, ...], dict[str, Watched]]]:
     """Yields for each layer its groups, and the input moments of their projections by module name.
 
@@ -104,7 +99,7 @@ def reader_units(channel_score: Callable[[ChannelMoments], Tensor]) -> Callable[
         found: dict[str, Tensor] = {}
         for groups, seen in input_moments(evidence, readers_only=True, full=False):
             for group in groups:
-                member = reading(group)
+                member = group.reader
                 moments = seen[member.parameter.rpartition(".")[0]]
                 assert isinstance(moments, ChannelMoments)
                 squares = parameters[member.parameter].detach().double().square().sum(dim=1 - member.axis)
@@ -121,7 +116,7 @@ def surgeon_units(evidence: Evidence) -> Mapping[str, Tensor]:
     found: dict[str, Tensor] = {}
     for groups, seen in input_moments(evidence, readers_only=True, full=True):
         for group in groups:
-            member = reading(group)
+            member = group.reader
             moments = seen[member.parameter.rpartition(".")[0]]
             assert isinstance(moments, Moments)
             weight = parameters[member.parameter].detach()

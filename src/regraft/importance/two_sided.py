@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from regraft.importance.activation import reading, rising
+from regraft.importance.activation import rising
 from regraft.importance.criteria import CRITERIA, Criterion, Evidence
 from regraft.importance.reader_moments import ReaderMoments
 from regraft.importance.residual import stream_scores
@@ -36,7 +36,7 @@ def surgeon_nats_units(evidence: Evidence) -> Mapping[str, Tensor]:
     seen = evidence.how().reader_moments(readers(groups), evidence.seed)
     found: dict[str, Tensor] = {}
     for group in groups:
-        member = reading(group)
+        member = group.reader
         weight = parameters[member.parameter].detach()
         weight_OI = weight if member.axis == 1 else weight.T
         found[group.name] = unit_nats(group, weight_OI, seen[member.parameter.rpartition(".")[0]])
@@ -46,7 +46,7 @@ def surgeon_nats_units(evidence: Evidence) -> Mapping[str, Tensor]:
 
 def readers(groups: Iterable[Group]) -> tuple[str, ...]:
     """Returns the names of the modules that read the channels of groups, each once."""
-    return tuple(dict.fromkeys(reading(group).parameter.rpartition(".")[0] for group in groups))
+    return tuple(dict.fromkeys(group.reader.parameter.rpartition(".")[0] for group in groups))
 
 
 def unit_nats(group: Group, weight_OI: Tensor, seen: ReaderMoments) -> Tensor:
@@ -57,7 +57,7 @@ def unit_nats(group: Group, weight_OI: Tensor, seen: ReaderMoments) -> Tensor:
         weight_OI: Weights of the projection, (out, in).
         seen: Moments of the projection.
     """
-    member = reading(group)
+    member = group.reader
     channels = [index for unit in range(group.units) for index in member.indices(unit)]
     order = torch.tensor(channels, device=weight_OI.device)
     metric_OO = 0.5 * seen.outputs.second_DD

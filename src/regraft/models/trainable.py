@@ -1,11 +1,25 @@
-"""Restriction of gradients to some parameters of a model."""
+"""Modes of a model for a while: evaluation without gradients, and gradients of chosen parameters alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode without gradients; at the end, restores the training mode of each module."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():  # not inference mode, because a model may keep a buffer made here and be trained later
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager
@@ -18,7 +32,7 @@ def only_these_train(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator
     """
     wanted = {id(parameter) for parameter in parameters}
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     try:
         model.eval()
         for parameter, _ in before:
@@ -27,4 +41,5 @@ def only_these_train(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator
     finally:
         for parameter, flag in before:
             parameter.requires_grad_(flag)
-        model.train(training)
+        for module in training:
+            module.training = True

@@ -16,6 +16,7 @@ from regraft.compat import triplet_score
 from regraft.data.text import Corpus
 from regraft.data.tokens import window_tokens
 from regraft.errors import TrainingError
+from regraft.plans import ALPHA_PER_RANK
 from regraft.settings import TRAINING_TOKENS, RecoverSettings
 from regraft.training.batches import Ordered, collate, make_examples, padding_token
 
@@ -63,7 +64,7 @@ def triplet_importance(
     config = AdaLoraConfig(
         init_r=max(ranks),
         target_r=min(ranks),
-        lora_alpha=2 * max(ranks),
+        lora_alpha=int(ALPHA_PER_RANK * max(ranks)),
         tinit=steps,
         tfinal=0,
         total_step=steps + 2,

@@ -34,11 +34,10 @@ from regraft.errors import InputError
 from regraft.paired.partial_runs import Kept, Progress
 from regraft.paired.setup import PairedSetup
 from regraft.paired.side_by_side import SCALES, Factors, adapted, check_adapter
-from regraft.plans import RankSpace, RankTrial
+from regraft.plans import ALPHA_PER_RANK, RankSpace, RankTrial
 from regraft.training.optimizer import make_optimizer
 
 Ranks = tuple[int, ...]
-_ALPHA_PER_RANK = 2.0  # alpha per rank, as in every rank plan
 
 
 @dataclass(frozen=True)
@@ -207,7 +206,7 @@ class _Nested:
         device = a_RI.device
         used_KR = torch.arange(most, device=device)[None] < torch.tensor(ranks, device=device)[:, None]
         scale = SCALES[self._setup.settings.adapter]
-        scales = [scale(_ALPHA_PER_RANK * rank, rank) for rank in ranks]
+        scales = [scale(ALPHA_PER_RANK * rank, rank) for rank in ranks]
         b_KOR = b_OR[:, :most].expand(len(ranks), -1, -1)
         return Factors(a_RI[:most] * used_KR[:, :, None], b_KOR, torch.tensor(scales, device=device).reshape(-1, 1, 1))
 

@@ -10,12 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.errors import InputError
 from regraft.evaluation.harness import measure
-from regraft.evaluation.inference import evaluating
 from regraft.evaluation.loss import Progress
 from regraft.models.classifier import is_classifier, is_classifier_folder
 from regraft.models.live import ModelLike, check_object, fitting_tokenizer, lineage
 from regraft.models.load import Loaded, locate_by, require_tokenizer
 from regraft.models.load import load as load_model
+from regraft.models.trainable import evaluating
 from regraft.pipelines.texts import Texts, in_memory, path_in, read, text_for
 from regraft.plans import Measurement
 from regraft.settings import EvaluateSettings, LoadSettings, takes_settings, with_keywords

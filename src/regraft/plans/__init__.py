@@ -9,10 +9,24 @@ from regraft.plans.groups import WHOLE, Group, GroupKind, Groups, Member, Side
 from regraft.plans.json import from_json, to_dict, to_json
 from regraft.plans.provenance import Provenance
 from regraft.plans.prune import Curve, Curves, Cut, PrunePlan, Removed, Scores, Shape
-from regraft.plans.ranks import Confirmation, CrossValidation, Finalist, PastSearch, RankPlan, RankSearch, RankSlot, RankSpace, RankTrial
+from regraft.plans.ranks import (
+    ALPHA_PER_RANK,
+    RANK_CHOICES,
+    Confirmation,
+    CrossValidation,
+    Finalist,
+    PastSearch,
+    RankPlan,
+    RankSearch,
+    RankSlot,
+    RankSpace,
+    RankTrial,
+)
 from regraft.plans.reports import LossReport, Measurement, SizeReport, SpeedReport
 
 __all__ = [
+    "ALPHA_PER_RANK",
+    "RANK_CHOICES",
     "WHOLE",
     "Confirmation",
     "CrossValidation",

@@ -69,6 +69,11 @@ class Group:
     members: tuple[Member, ...]
     unit_parameters: int
 
+    @property
+    def reader(self) -> Member:
+        """The member that reads the channels of the group: the down or the output projection."""
+        return next(member for member in self.members if member.side == "in")
+
 
 @dataclass(frozen=True)
 class Groups:

@@ -6,6 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+ALPHA_PER_RANK = 2.0
+"""LoRA's alpha over the rank, where nothing else is asked for."""
+RANK_CHOICES = (2, 4, 6, 8, 10, 12)
+"""The ranks that a search chooses from, where nothing else is asked for."""
+
 
 @dataclass(frozen=True)
 class RankPlan:
@@ -22,7 +27,7 @@ class RankPlan:
     fingerprint: str
     method: str
     ranks: dict[str, int]
-    alpha_per_rank: float = 2.0
+    alpha_per_rank: float = ALPHA_PER_RANK
     trainable_parameters: int = 0
 
 

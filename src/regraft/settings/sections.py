@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic.config import JsonDict
 
 from regraft.errors import ConfigError
-from regraft.plans import RankPlan, Shape
+from regraft.plans import RANK_CHOICES, RankPlan, Shape
 from regraft.registry import known_name
 from regraft.settings.problems import problems_of
 
@@ -396,7 +396,7 @@ class AllocateSettings(Settings):
         default="r=8", description="largest number of trainable parameters: a number, or r=RANK for that rank in every layer"
     )
     granularity: Literal["layer", "module"] = Field(default="layer", description="unit that gets its own rank")
-    ranks: tuple[Positive, ...] = Field(default=(2, 4, 6, 8, 10, 12), description="ranks to choose from")
+    ranks: tuple[Positive, ...] = Field(default=RANK_CHOICES, description="ranks to choose from")
     trials: Annotated[int, Field(ge=2)] = Field(default=8, description="number of rank vectors in the first, shortest recoveries")
     cost: Rate | Literal["auto"] = Field(
         default="auto",

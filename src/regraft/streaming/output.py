@@ -260,7 +260,7 @@ class PrunedWriter:
             group = named[entry.group]
             if group.layer != layer or group.kind in WHOLE:
                 continue
-            reader = next(member for member in group.members if member.side == "in")
+            reader = group.reader
             for key, parameter in module.get_submodule(_module_of(reader.parameter).removeprefix(prefix)).named_parameters():
                 name = f"{_module_of(reader.parameter)}.{key}"
                 if name not in written:  # removed together with its part

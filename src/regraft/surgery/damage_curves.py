@@ -24,7 +24,7 @@ from regraft.models.layerwise import Layerwise, watched_inputs
 from regraft.models.precision import float32_on_cpu
 from regraft.models.view import ModelView
 from regraft.numerics.moments import Moments
-from regraft.plans import WHOLE, Curve, Curves, Cut, Group, Groups, Member, PrunePlan, Scores
+from regraft.plans import WHOLE, Curve, Curves, Cut, Group, Groups, PrunePlan, Scores
 from regraft.progress import Say, Step, say_nothing
 from regraft.surgery.cut import cut
 from regraft.surgery.refit_layerwise import refit
@@ -147,7 +147,7 @@ def rescale_curves(
                 promised = _predicted(own, [size])[0]
                 if size == group.units or promised <= 0:
                     continue
-                reader = _reader(group).parameter.rpartition(".")[0]
+                reader = group.reader.parameter.rpartition(".")[0]
                 seen = inputs[reader].without(judged[reader])
                 found = _divergence(view, walk, layer, entering[layer], dense, group, own, size, seen)
                 factor = max(0.0, found) / promised
@@ -242,12 +242,8 @@ def _adder(moments: dict[str, Moments]) -> Callable[[str, Tensor], None]:
     return see
 
 
-def _reader(group: Group) -> Member:
-    return next(member for member in group.members if member.side == "in")
-
-
 def _reading_module(view: ModelView, group: Group) -> nn.Module:
-    return view.model.get_submodule(_reader(group).parameter.rpartition(".")[0])
+    return view.model.get_submodule(group.reader.parameter.rpartition(".")[0])
 
 
 @torch.no_grad()
@@ -264,7 +260,7 @@ def _divergence(
 ) -> float:
     """Returns the mean divergence per token, in nats, of the model with one group cut to ``size`` units."""
     module = copy.deepcopy(view.layers[layer])
-    reader = _reader(group)
+    reader = group.reader
     name = reader.parameter.removeprefix(f"{view.layer_name(layer)}.").rpartition(".")[0]
     ranked = sorted(range(group.units), key=lambda unit: (-scores[unit], unit))[:size]
     channels = torch.tensor(sorted(index for unit in ranked for index in reader.indices(unit)), device=moments.total_D.device)

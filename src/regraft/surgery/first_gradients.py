@@ -8,7 +8,6 @@ every part.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from regraft.adapters.contract import Evidence
 from regraft.adapters.linear_like import oriented, weight_of
 from regraft.errors import InputError
+from regraft.models.trainable import only_these_train
 
 AT_ONCE_BYTES = 512 * 2**20
 
@@ -42,7 +42,7 @@ def first_gradients(
     for names in _parts(modules, at_once_bytes):
         part = {name: modules[name] for name in names}
         sums = {name: torch.zeros_like(weight_of(module), dtype=torch.float32) for name, module in part.items()}
-        with _only_these_train(model, part):
+        with only_these_train(model, _matrices(part)), torch.enable_grad():
             for batch in drawn:
                 _add_gradients(model, part, evidence, batch, sums)
         for name in names:
@@ -101,23 +101,9 @@ def _keep(kept: list[tuple[Tensor, Tensor]]) -> Any:
     return hook
 
 
-@contextmanager
-def _only_these_train(model: nn.Module, part: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Enables the gradients of only these weights, in evaluation mode, inside the block; restores both at the end."""
-    wanted = {id(weight_of(module)) for module in part.values() if not isinstance(module, nn.Embedding)}
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        for parameter, _ in before:
-            parameter.requires_grad_(id(parameter) in wanted)
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
+def _matrices(part: Mapping[str, nn.Module]) -> list[Tensor]:
+    """Returns the weights that gradients are taken of; an embedding's comes from its output."""
+    return [weight_of(module) for module in part.values() if not isinstance(module, nn.Embedding)]
 
 
 def _check(name: str, gradient: Tensor) -> None:

@@ -20,7 +20,7 @@ from regraft.models.precision import float32_on_cpu
 from regraft.models.view import ModelView
 from regraft.numerics.moments import Moments
 from regraft.numerics.reconstruction import NormalEquations, best_damping
-from regraft.plans import Cut, Group, Groups, Member
+from regraft.plans import Cut, Group, Groups
 
 Method = Literal["least_squares", "mean"]
 
@@ -52,7 +52,7 @@ def refitted(
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Yields each layer with the new tensors of its reading projections; :func:`compensate` returns those of all layers."""
     named = groups.named()
-    axes = {reader.parameter: reader.axis for reader in (_reader(named[entry.group]) for entry in cuts)}
+    axes = {reader.parameter: reader.axis for reader in (named[entry.group].reader for entry in cuts)}
     for layer in walk.layers():
         here = _by_reader([(named[entry.group], entry.kept) for entry in cuts if named[entry.group].layer == layer])
         module = walk.changeable(layer) if here else walk.view.layers[layer]
@@ -143,15 +143,11 @@ def _moments(walk: Walk, layer: int, module: nn.Module, projection: nn.Module, s
     return fit[0], [judges[kind] for kind in sorted(judges)] or fit
 
 
-def _reader(group: Group) -> Member:
-    return next(member for member in group.members if member.side == "in")
-
-
 def _by_reader(here: Sequence[tuple[Group, Sequence[int]]]) -> dict[str, list[int]]:
     """Returns the kept channels of each reading projection; heads and query heads share one projection."""
     found: dict[str, set[int]] = {}
     for group, kept in here:
-        reader = _reader(group)
+        reader = group.reader
         channels = {index for unit in kept for index in reader.indices(unit)}
         found[reader.parameter] = found.get(reader.parameter, channels) & channels
     return {name: sorted(channels) for name, channels in found.items()}

@@ -20,6 +20,7 @@ from regraft.data.instructions import IGNORED, PromptFormat, RecordCounts, Trunc
 from regraft.data.text import Corpus
 from regraft.data.tokens import encode_documents, pack, window_tokens
 from regraft.errors import DataError, InputError
+from regraft.models.trainable import evaluating
 from regraft.settings import TRAINING_TOKENS, RecoverSettings
 from regraft.training.distributed import process_count
 
@@ -294,10 +295,7 @@ def is_blind_to_neighbours(model: PreTrainedModel) -> bool:
         return False
     ids = torch.tensor([3, 1, 2, 0, 2, 0, 3, 1], device=model.device)
     positions = torch.cat([torch.arange(4), torch.arange(4)]).to(model.device)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model):
         together = model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0, 4:].float()
         alone = model(input_ids=ids[None, 4:], use_cache=False).logits[0].float()
-    model.train(was_training)
     return torch.allclose(together, alone, rtol=1e-2, atol=1e-3 * float(alone.abs().max()))

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.errors import ModelError
+from regraft.models.trainable import evaluating
 from regraft.settings import RecoverSettings
 from regraft.training.losses import divergence, divergence_of_top, in_pieces, predicting
 
@@ -156,11 +157,8 @@ class Readout:
         if "logits_to_keep" not in inspect.signature(self._model.forward).parameters:
             return False
         ids = torch.arange(_PROBE_TOKENS, device=self._model.device)[None]
-        was_training = self._model.training
-        self._model.eval()
-        with torch.no_grad(), self._listening():
+        with evaluating(self._model), self._listening():
             logits = self._model(input_ids=ids, use_cache=False).logits.float()
-        self._model.train(was_training)
         last, self._last = self._last, None
         if last is None or last.shape[-1] != head.weight.shape[-1]:
             return False
@@ -285,12 +283,10 @@ def fit_projections(
         return ()
     readouts = (Readout(student, compute), Readout(teacher, compute))
     moments: list[tuple[Tensor, Tensor]] = []
-    was_training = student.training
-    student.eval()
     for batch in batches:
         inputs = {name: value for name, value in batch.items() if name in ("input_ids", "attention_mask", "position_ids")}
         chosen_BL = predicting(batch["labels"])
-        with torch.no_grad():
+        with evaluating(student):
             _, ours = readouts[0](student, inputs, layers=True)
             _, theirs = readouts[1](teacher, inputs, layers=True)
         for index, (one, other) in enumerate(layer_pairs(len(ours), len(theirs))):
@@ -300,7 +296,6 @@ def fit_projections(
                 moments[index] = (moments[index][0] + gram, moments[index][1] + right)
             else:
                 moments.append((gram, right))
-    student.train(was_training)
     return tuple(_solve(gram, right) for gram, right in moments)
 
 

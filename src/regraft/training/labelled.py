@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.data.labelled import Labelled
+from regraft.models.trainable import evaluating
 from regraft.training.batches import Example, padding_token
 
 AT_ONCE = 32  # rows that are evaluated together
@@ -77,15 +78,10 @@ def summed_label_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def summed_labelled(model: nn.Module, batches: Iterable[dict[str, Tensor]], device: torch.device) -> tuple[float, int]:
     """Returns the loss summed over all batches, without dropout and gradients, and the number of rows; the model's mode is restored."""
     total, rows = 0.0, 0
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                total += float(summed_label_loss(model, {name: tensor.to(device) for name, tensor in batch.items()}))
-                rows += len(batch["labels"])
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        for batch in batches:
+            total += float(summed_label_loss(model, {name: tensor.to(device) for name, tensor in batch.items()}))
+            rows += len(batch["labels"])
     return total, rows
 
 

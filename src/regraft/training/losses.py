@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regraft.data.instructions import IGNORED
+from regraft.models.trainable import evaluating
 
 
 def predicted_tokens(labels: Tensor) -> int:
@@ -40,19 +41,14 @@ def summed_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]], device: 
         device: Device of the model.
     """
     total_nats, tokens = 0.0, 0
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                given = {name: tensor.to(device) for name, tensor in batch.items()}
-                labels = given.pop("labels")
-                at = predicting(labels)
-                logits_NV, labels_N = model(**given).logits[at].float(), labels.roll(-1, dims=1)[at]
-                total_nats += float(F.cross_entropy(logits_NV, labels_N, reduction="sum"))
-                tokens += len(labels_N)
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        for batch in batches:
+            given = {name: tensor.to(device) for name, tensor in batch.items()}
+            labels = given.pop("labels")
+            at = predicting(labels)
+            logits_NV, labels_N = model(**given).logits[at].float(), labels.roll(-1, dims=1)[at]
+            total_nats += float(F.cross_entropy(logits_NV, labels_N, reduction="sum"))
+            tokens += len(labels_N)
     return total_nats, tokens
 
 
