@@ -11,8 +11,9 @@ from typing import cast
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-SITES = (nn.Linear, Conv1D, nn.Embedding)
 from regraft.compat import own_parameters
+
+SITES = (nn.Linear, Conv1D, nn.Embedding)
 
 
 def is_site(module: nn.Module) -> bool:
