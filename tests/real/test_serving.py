@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from gguf_toys import uneven
-from regraft.export import ExportSettings
 from regraft.export.llama_cpp import Runtime
 from regraft.models.load import load
 from regraft.pipelines.export import export
 from regraft.pipelines.generate import generate, prompt_ids
+from regraft.settings import ExportSettings
 
 pytest.importorskip("xllamacpp")
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories3M"

@@ -56,6 +56,11 @@ class Prior:
     log_noise: tuple[float, float] = (float(np.log(0.004)), 1.5)
     made_from: dict[str, Any] = field(default_factory=dict[str, Any])
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the parameters, in the order of ``mean``."""
+        return (*BASE_NAMES, *self.features)
+
     def over(self, features: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Returns mean (4 + F,) and covariance (4 + F, 4 + F) for these features; features without a coefficient get the default."""
         base = len(BASE_NAMES)

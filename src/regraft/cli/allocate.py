@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from regraft.cli.options import ModelArgument, Only, SeedOption, with_settings
+from regraft.cli.later import later
+from regraft.cli.options import ModelArgument, Only, QuietOption, SeedOption, with_settings
+from regraft.cli.progress import progress
 from regraft.cli.screen import Screen
-from regraft.pipelines.ranks.allocate import allocate_ranks
 from regraft.plans import RankSearch
 from regraft.report.ranks import summary
 from regraft.settings import AllocateSettings, LoadSettings, RecoverSettings
+
+if TYPE_CHECKING:
+    from regraft.pipelines.ranks.allocate import allocate_ranks
+else:
+    allocate_ranks = later("regraft.pipelines.ranks.allocate", "allocate_ranks")
 
 RECOVERY = Only(
     (
@@ -50,20 +56,19 @@ def allocate(
     recover: Annotated[RecoverSettings, RECOVERY],
     load: LoadSettings,
     resume: Annotated[bool, typer.Option("--resume", help="resume a stopped search, or join one in a shared storage")] = False,
+    quiet: QuietOption = False,
     seed: SeedOption = 0,
 ) -> None:
     """Find a LoRA rank for every layer of a pruned model, under one budget of trainable parameters."""
     console = Screen(highlight=False)
-    found = allocate_ranks(
-        model,
-        output,
-        allocate,
-        recover,
-        load=load,
-        seed=seed,
-        resume=resume,
-        say=lambda line: console.print(line, style="dim", markup=False, soft_wrap=True),
-    )
+    with progress("searching ranks", quiet=quiet, bar=False) as heard:
+
+        def say(line: str) -> None:
+            heard(line)
+            if not quiet:
+                console.print(line, style="dim", markup=False, soft_wrap=True)
+
+        found = allocate_ranks(model, output, allocate, recover, load=load, seed=seed, resume=resume, say=say)
     show(console, found.search)
     console.print(f"plan written to {output}; everything else is in {output.with_suffix('.search')}", soft_wrap=True, markup=False)
 

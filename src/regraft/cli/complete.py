@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,17 +14,22 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from regraft.atomic import json_with, reserved_file, write_text
+from regraft.cli.later import later
 from regraft.cli.options import SeedOption, with_settings
 from regraft.cli.screen import Screen
-from regraft.completion.complete import BASELINES, OURS, CompletionReport, complete_ratings
-from regraft.completion.tuning import Progress as Told
 from regraft.errors import InputError
 from regraft.settings import CompletionSettings
+
+if TYPE_CHECKING:
+    from regraft.completion.complete import CompletionReport, complete_ratings
+    from regraft.completion.tuning import Progress as Told
+else:
+    complete_ratings = later("regraft.completion.complete", "complete_ratings")
 
 STDOUT = Path("-")
 
 LABELS = {
-    OURS: "compressed factorization",
+    "compressed": "compressed factorization",
     "mean": "mean",
     "biases": "biases only",
     "factorization": "plain factorization",
@@ -87,9 +92,8 @@ def _show(console: Console, report: CompletionReport) -> None:
     table.add_column("method")
     table.add_column("RMSE", justify="right")
     table.add_column("MAE", justify="right")
-    for name in (OURS, *BASELINES):
-        errors = report.errors[name]
-        table.add_row(LABELS[name], f"{errors.rmse:.4f}", f"{errors.mae:.4f}", style="bold" if name == OURS else None)
+    for place, (name, errors) in enumerate(report.errors.items()):  # ours is the first
+        table.add_row(LABELS[name], f"{errors.rmse:.4f}", f"{errors.mae:.4f}", style=None if place else "bold")
     console.print(table)
     for line in _remarks(report):
         console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from regraft.atomic import json_with, reserved_file, write_text
-from regraft.cli.options import DryRunOption, ModelArgument, SeedOption, command_line, with_settings
+from regraft.cli.later import later
+from regraft.cli.options import DryRunOption, ModelArgument, QuietOption, SeedOption, command_line, with_settings
+from regraft.cli.progress import progress
 from regraft.cli.screen import Screen
 from regraft.errors import InputError, PlanError
-from regraft.pipelines.compress import CompressResult
-from regraft.pipelines.compress import compress as compress_model
 from regraft.plans import FactorPlan, from_json, to_json
 from regraft.settings import CompressSettings, LoadSettings
+
+if TYPE_CHECKING:
+    from regraft.pipelines.compress import CompressResult
+    from regraft.pipelines.compress import compress as compress_model
+else:
+    compress_model = later("regraft.pipelines.compress", "compress")
 
 
 @with_settings
@@ -32,6 +38,7 @@ def compress(
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the plan and what was measured to this file")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a search of ranks that was stopped")] = False,
     dry_run: DryRunOption = False,
+    quiet: QuietOption = False,
     seed: SeedOption = 0,
 ) -> None:
     """Replace linear layers by two thin ones, the rank of each chosen under one budget: a smaller file, faster where measured."""
@@ -41,7 +48,7 @@ def compress(
     console = Screen()
     with ExitStack() as stack:
         stack.enter_context(reserved_file(json, json_with("factorings", "parameters_after")))
-        status = stack.enter_context(console.status("compressing"))
+        say = stack.enter_context(progress("compressing", quiet=quiet))
         result = compress_model(
             model,
             output,
@@ -52,7 +59,7 @@ def compress(
             dry_run=dry_run,
             resume=resume,
             command=command_line(),
-            say=status.update,
+            say=say,
         )
         if json is not None:
             write_text(json, to_json(result.as_dict()) + "\n")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import rich.progress
 import typer
@@ -14,14 +14,21 @@ from rich.console import Console
 from rich.table import Table
 
 from regraft.atomic import json_with, reserved_file, write_text
+from regraft.cli.later import later
 from regraft.cli.options import ModelArgument, SeedOption, with_settings
 from regraft.cli.screen import Screen
 from regraft.errors import InputError
-from regraft.evaluation.harness import flat
-from regraft.pipelines.evaluate import evaluate_model
-from regraft.pipelines.evaluate_labels import LabelReport, evaluate_labels
 from regraft.plans import Measurement
 from regraft.settings import EvaluateSettings, LabelSettings, LoadSettings
+
+if TYPE_CHECKING:
+    from regraft.evaluation.harness import flat
+    from regraft.pipelines.evaluate import evaluate_model
+    from regraft.pipelines.evaluate_labels import LabelReport, evaluate_labels
+else:
+    flat = later("regraft.evaluation.harness", "flat")
+    evaluate_model = later("regraft.pipelines.evaluate", "evaluate_model")
+    evaluate_labels = later("regraft.pipelines.evaluate_labels", "evaluate_labels")
 
 STDOUT = Path("-")
 

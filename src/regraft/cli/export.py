@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from regraft.cli.options import OutputOption, command_line, with_settings
+from regraft.cli.later import later
+from regraft.cli.options import OutputOption, QuietOption, command_line, with_settings
+from regraft.cli.progress import progress
 from regraft.cli.screen import Screen
-from regraft.export.settings import ExportSettings
-from regraft.pipelines.export import export as export_to
-from regraft.settings import LoadSettings
+from regraft.settings import ExportSettings, LoadSettings
+
+if TYPE_CHECKING:
+    from regraft.pipelines.export import export as export_to
+else:
+    export_to = later("regraft.pipelines.export", "export")
 
 FORMATS = "hf, hf-uniform, gguf, ollama, nemotron-nas: whole models; peft-lora, merged: adapters"
 
@@ -30,11 +35,13 @@ def export(
         str, typer.Option("--check", metavar="TEXT", help="text of the comparison, or a file of it; default: the built-in text")
     ] = "",
     no_check: Annotated[bool, typer.Option("--no-check", help="do not compare the result in its runtime")] = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Write a model or an adapter for another program, and prove that it computes the same there."""
     text = None if no_check else check
     source_path: str | Path = Path(source) if Path(source).expanduser().exists() else source
-    result = export_to(source_path, output, to, settings=settings, load=load, check=text, command=command_line())
+    with progress("exporting", quiet=quiet):
+        result = export_to(source_path, output, to, settings=settings, load=load, check=text, command=command_line())
     console = Screen()
     for line in (f"{result.words} written to {output}", *(f"note: {note}" for note in result.notes)):
         console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from regraft.cli.later import later
 from regraft.cli.options import ModelArgument, SeedOption, with_settings
-from regraft.models.load import load as load_model
-from regraft.pipelines.generate import generate as written
-from regraft.pipelines.generate import prompt_ids
 from regraft.settings import LoadSettings
+
+if TYPE_CHECKING:
+    from regraft.models.load import load as load_model
+    from regraft.pipelines.generate import generate as written
+    from regraft.pipelines.generate import prompt_ids
+else:
+    load_model = later("regraft.models.load", "load")
+    written = later("regraft.pipelines.generate", "generate")
+    prompt_ids = later("regraft.pipelines.generate", "prompt_ids")
 
 TokensOption = Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="how many tokens at most")]
 TemperatureOption = Annotated[

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from regraft.cli.later import later
 from regraft.cli.options import ModelArgument, with_settings
 from regraft.cli.screen import Screen
-from regraft.models.load import load as load_model
-from regraft.pipelines.inspect import inspect_model
 from regraft.settings import LoadSettings
+
+if TYPE_CHECKING:
+    from regraft.models.load import load as load_model
+    from regraft.pipelines.inspect import inspect_model
+else:
+    load_model = later("regraft.models.load", "load")
+    inspect_model = later("regraft.pipelines.inspect", "inspect_model")
 
 
 @with_settings

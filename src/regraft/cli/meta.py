@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from regraft.allocation.meta import Training, read_store, train
-from regraft.allocation.prior import BASE_NAMES
 from regraft.atomic import reserved
+from regraft.cli.later import later
 from regraft.cli.screen import Screen
 from regraft.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from regraft.allocation.meta import Training, read_store, train
+else:
+    read_store = later("regraft.allocation.meta", "read_store")
+    train = later("regraft.allocation.meta", "train")
 
 ACTIONS = ("train",)
 
@@ -52,6 +57,6 @@ def _show(console: Console, training: Training) -> None:
     learned = Table(title="what was learned")
     for name in ("parameter", "mean", "deviation"):
         learned.add_column(name, justify="left" if name == "parameter" else "right")
-    for name, mean, deviation in zip((*BASE_NAMES, *prior.features), prior.mean, deviations, strict=True):
+    for name, mean, deviation in zip(prior.names, prior.mean, deviations, strict=True):
         learned.add_row(name, f"{mean:+.3f}", f"{deviation:.3f}")
     console.print(learned)

@@ -37,6 +37,7 @@ SOURCE = "command line"
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a model folder, a hub id, or: seedling", show_default=False)]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="folder to write, which must not exist")]
 SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="seed of all random draws", min=0, max=2**32 - 1)]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="show no progress")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="print the plan and the sizes before and after, and write nothing")]
 
 

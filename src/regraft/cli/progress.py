@@ -17,23 +17,24 @@ EVERY_SECONDS = 30.0
 
 
 @contextmanager
-def progress(doing: str, *, quiet: bool = False, console: Console | None = None) -> Iterator[Say]:
+def progress(doing: str, *, quiet: bool = False, bar: bool = True, console: Console | None = None) -> Iterator[Say]:
     """Shows the progress of a block.
 
     Args:
         doing: What the block does, for the time before its first line.
         quiet: Show nothing.
+        bar: Show a bar on a terminal; without it a terminal shows nothing, for commands that print lines of their own.
         console: The console to write to; None for the standard error.
 
     Yields:
         What the block calls with each line of its progress.
     """
     console = console or Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    if quiet:
+    if quiet or (console.is_terminal and not bar):
         yield say_nothing
     elif console.is_terminal:
-        with _bar(console) as bar:
-            yield _Bar(bar, bar.add_task(doing, total=None)).say
+        with _bar(console) as shown_bar:
+            yield _Bar(shown_bar, shown_bar.add_task(doing, total=None)).say
     else:
         lines = _Lines(console, doing)
         lines.start()

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, TypedDict
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from regraft.cli.options import DryRunOption, ModelArgument, SeedOption, command_line, with_settings
-from regraft.cli.screen import Screen, saying
+from regraft.cli.later import later
+from regraft.cli.options import DryRunOption, ModelArgument, QuietOption, SeedOption, command_line, with_settings
+from regraft.cli.progress import progress
+from regraft.cli.screen import Screen
 from regraft.cli.words import as_options
 from regraft.errors import InputError
 from regraft.pipelines.prune.plan_files import plan_path, read_plan, reserved_plan, write_plan
-from regraft.pipelines.prune.planning import Say
-from regraft.pipelines.prune.prune import plan_summary, replay
-from regraft.pipelines.prune.prune import prune as prune_model
 from regraft.plans import Groups, PrunePlan
+from regraft.progress import Say
 from regraft.settings import LoadSettings, PruneSettings
+
+if TYPE_CHECKING:
+    from regraft.pipelines.prune.prune import plan_summary, replay
+    from regraft.pipelines.prune.prune import prune as prune_model
+else:
+    plan_summary = later("regraft.pipelines.prune.prune", "plan_summary")
+    replay = later("regraft.pipelines.prune.prune", "replay")
+    prune_model = later("regraft.pipelines.prune.prune", "prune")
 
 UNEVEN = (
     "its layers differ in size: transformers loads it, programs that know stock classes alone (servers, converters) do not; "
@@ -40,6 +48,7 @@ def prune(
     plan: Annotated[
         Path | None, typer.Option("--plan", metavar="FILE", help="prune by this plan, with the settings and the seed stored in it")
     ] = None,
+    quiet: QuietOption = False,
     seed: SeedOption = 0,
 ) -> None:
     """Remove heads, feed-forward channels, and with --targets more, until a share of all parameters is gone."""
@@ -48,8 +57,8 @@ def prune(
     if plan_only and plan is not None:
         raise InputError(f"--plan-only makes a plan, and --plan {plan} brings one; use one of the two")
     console = Screen()
-    with console.status("pruning") as status, reserved_plan(output if plan_only else None):
-        common: Common = {"load": load, "seed": seed, "command": command_line(), "say": saying(status)}
+    with progress("pruning", quiet=quiet) as say, reserved_plan(output if plan_only else None):
+        common: Common = {"load": load, "seed": seed, "command": command_line(), "say": say}
         if plan is not None:
             result = replay(model, read_plan(plan), output, prune, dry_run=dry_run, **common)
         else:

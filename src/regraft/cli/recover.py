@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from regraft.cli.later import later
 from regraft.cli.options import ModelArgument, OutputOption, SeedOption, command_line, with_settings
 from regraft.cli.screen import Screen
-from regraft.pipelines.recover import UNITS, recover_model
+from regraft.plans import LOSS_UNITS
 from regraft.settings import LoadSettings, RecoverSettings
-from regraft.training.distributed import is_main
-from regraft.training.recover import Recovered
+
+if TYPE_CHECKING:
+    from regraft.pipelines.recover import recover_model
+    from regraft.training.distributed import is_main
+    from regraft.training.recover import Recovered
+else:
+    recover_model = later("regraft.pipelines.recover", "recover_model")
+    is_main = later("regraft.training.distributed", "is_main")
 
 
 @with_settings
@@ -32,7 +39,7 @@ def recover(
     if not is_main():
         return
     console = Screen()
-    show(console, result.recovered, UNITS[recover.task], result.judged)
+    show(console, result.recovered, LOSS_UNITS[recover.task], result.judged)
     what = "model" if result.recovered.injected is None else "adapter"
     console.print(f"{what} saved to {output}", soft_wrap=True)
 

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from regraft.cli.options import DryRunOption
+from regraft.cli.later import later
+from regraft.cli.options import DryRunOption, QuietOption
+from regraft.cli.progress import progress
 from regraft.cli.prune import show_plan
 from regraft.cli.screen import Screen, saying
 from regraft.errors import InputError
-from regraft.pipelines.run.recipe import read_recipe, shipped_recipes, to_yaml
-from regraft.pipelines.run.run import RunResult
-from regraft.pipelines.run.run import run as run_recipe
 from regraft.report.page import screen_table
 from regraft.report.summary import caption, scaled, speed_note, won_back
+
+if TYPE_CHECKING:
+    from regraft.pipelines.run.recipe import read_recipe, shipped_recipes, to_yaml
+    from regraft.pipelines.run.run import RunResult
+    from regraft.pipelines.run.run import run as run_recipe
+else:
+    read_recipe = later("regraft.pipelines.run.recipe", "read_recipe")
+    shipped_recipes = later("regraft.pipelines.run.recipe", "shipped_recipes")
+    to_yaml = later("regraft.pipelines.run.recipe", "to_yaml")
+    run_recipe = later("regraft.pipelines.run.run", "run")
 
 
 def run(
@@ -33,6 +42,7 @@ def run(
     ] = None,
     dry_run: DryRunOption = False,
     resume: Annotated[bool, typer.Option("--resume", help="resume a stopped run after its last finished stage")] = False,
+    quiet: QuietOption = False,
     show_list: Annotated[bool, typer.Option("--list", help="list the recipes that come with regraft")] = False,
 ) -> None:
     """Run a recipe: prune, recover and measure a model, in one folder."""
@@ -43,19 +53,23 @@ def run(
     if not recipe:
         raise InputError(f"no recipe was given; give a YAML file or one of: {', '.join(shipped_recipes())}")
     status = console.status("")
+    with progress("running the recipe", quiet=quiet, bar=False) as heard:
 
-    def say(line: str) -> None:
-        status.stop()
-        console.print(line, style="dim", markup=False)
+        def say(line: str) -> None:
+            status.stop()
+            if not quiet:
+                console.print(line, style="dim", markup=False)
 
-    def progress(line: str) -> None:
-        saying(status)(line)
-        status.start()
+        def advance(line: str) -> None:
+            heard(line)
+            if not quiet:
+                saying(status)(line)
+                status.start()
 
-    try:
-        result = run_recipe(recipe, output, overrides=overrides or [], resume=resume, dry_run=dry_run, say=say, progress=progress)
-    finally:
-        status.stop()
+        try:
+            result = run_recipe(recipe, output, overrides=overrides or [], resume=resume, dry_run=dry_run, say=say, progress=advance)
+        finally:
+            status.stop()
     if dry_run:
         _show_dry_run(console, result)
     else:

@@ -2,12 +2,10 @@
 
 from regraft.export import gguf, hf, hf_uniform, nemotron_nas, ollama, peft_lora
 from regraft.export.contract import EXPORTERS, AdapterFormat, Exportable, Exporter, ModelFormat, Parity, Written
-from regraft.export.settings import ExportSettings
 
 __all__ = [
     "EXPORTERS",
     "AdapterFormat",
-    "ExportSettings",
     "Exportable",
     "Exporter",
     "ModelFormat",

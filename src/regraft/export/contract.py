@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from regraft.adapters import LowRank
-from regraft.export.settings import ExportSettings
 from regraft.models.load import Loaded
 from regraft.registry import Registry
+from regraft.settings import ExportSettings
 
 
 @dataclass(frozen=True)

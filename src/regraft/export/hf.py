@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 from regraft.errors import InputError, OutputError
 from regraft.export.contract import EXPORTERS, Holding, ModelFormat, Parity, Written
 from regraft.export.parity import compare, our_log_probabilities, refuse_difference, sampled
-from regraft.export.settings import ExportSettings
 from regraft.models.build import conform
 from regraft.models.load import Loaded
 from regraft.models.quiet import quiet
 from regraft.models.save import mend_generation_config
 from regraft.models.weights import stored_tensors
+from regraft.settings import ExportSettings
 
 PATIENCE_SECONDS = 1800.0
 

@@ -9,10 +9,10 @@ from regraft.export.contract import EXPORTERS, Holding, ModelFormat, Parity, Wri
 from regraft.export.hf import bits_of, in_transformers, is_own, refuse_gguf_settings, write_folder
 from regraft.export.padding import padded, refuse_fused, uniform_sizes
 from regraft.export.parity import refuse_difference
-from regraft.export.settings import ExportSettings
 from regraft.models.build import conform
 from regraft.models.load import Loaded
 from regraft.models.view import ModelView, parameter_count
+from regraft.settings import ExportSettings
 
 
 def refuse(loaded: Loaded, settings: ExportSettings) -> None:

@@ -21,12 +21,12 @@ from regraft.export.contract import EXPORTERS, Holding, ModelFormat, Parity, Wri
 from regraft.export.hf import bits_of, refuse_gguf_settings, write_folder
 from regraft.export.padding import padded
 from regraft.export.parity import compare, our_log_probabilities, refuse_difference, sampled
-from regraft.export.settings import ExportSettings
 from regraft.models.build import build, conform
 from regraft.models.load import Loaded
 from regraft.models.uneven import code_paths
 from regraft.models.view import LayerSizes, ModelView
 from regraft.models.weights import stored_tensors, weight_files
+from regraft.settings import ExportSettings
 
 CODE = "configuration_decilm.py"
 MULTIPLE = 256  # of feed-forward channels

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from regraft.export.contract import EXPORTERS, Holding, ModelFormat, Parity, Written
 from regraft.export.gguf import format as gguf_format
-from regraft.export.settings import ExportSettings
 from regraft.models.load import Loaded
+from regraft.settings import ExportSettings
 
 MODELFILE = "Modelfile"
 SYSTEM, USER, ANSWER, AGAIN = "\ue000system\ue000", "\ue000user\ue000", "\ue000answer\ue000", "\ue000again\ue000"

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from regraft.adapters.peft_backed import layers_of, merge_stock, module_names, stock_factors, trained_whole
 from regraft.atomic import atomic_folder, reserved
 from regraft.errors import InputError, ModelError
-from regraft.export import EXPORTERS, AdapterFormat, Exportable, ExportSettings, ModelFormat, Parity
+from regraft.export import EXPORTERS, AdapterFormat, Exportable, ModelFormat, Parity
 from regraft.models.card import model_card
 from regraft.models.classifier import classes_of, head_parameters, is_classifier, save_classifier
 from regraft.models.folder import write_folder
@@ -23,7 +23,7 @@ from regraft.models.provenance import parents_of, versions
 from regraft.models.save import save
 from regraft.pipelines.export_model import export_loaded
 from regraft.plans import Provenance
-from regraft.settings import LoadSettings
+from regraft.settings import ExportSettings, LoadSettings
 from regraft.surgery.adapted import adapted_modules
 from regraft.surgery.adapter_files import is_master, read_master
 from regraft.surgery.adapter_folder import base_of, is_adapter, load_adapted, load_master

@@ -9,13 +9,14 @@ from pathlib import Path
 from regraft.atomic import atomic_folder, sha256_of
 from regraft.data.text import read_corpus
 from regraft.errors import DataError
-from regraft.export import ExportSettings, ModelFormat, Parity
+from regraft.export import ModelFormat, Parity
 from regraft.models.card import loading_section, model_card, sizes_section
 from regraft.models.checks import check_finite
 from regraft.models.load import Loaded
 from regraft.models.provenance import FILE, parents_of, provenance_text, versions
 from regraft.models.view import ModelView
 from regraft.plans import Provenance
+from regraft.settings import ExportSettings
 
 PROBE_CHARACTERS = 20_000
 

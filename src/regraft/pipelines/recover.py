@@ -33,7 +33,7 @@ from regraft.models.save import save
 from regraft.models.view import fingerprint
 from regraft.pipelines.results import Saving
 from regraft.pipelines.texts import Texts, described, in_memory, path_in, read, text_for
-from regraft.plans import Provenance
+from regraft.plans import LOSS_UNITS, Provenance
 from regraft.settings import TRAINING_TOKENS, LoadSettings, RecoverSettings, takes_settings, with_keywords
 from regraft.surgery.adapter_files import is_master
 from regraft.surgery.adapters import Injected, adapter_config, continued, save_adapter
@@ -50,7 +50,6 @@ from regraft.training.recover import Recovered, recover
 LOSS_LOG = "training_log.csv"
 TIMINGS = "timings.json"
 DENSE = "dense"
-UNITS = {"language": "nats a token", "classification": "nats a row", "regression": "squared error a row"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -358,7 +357,8 @@ def facts(recovered: Recovered, settings: RecoverSettings, record: Provenance) -
         "trained parameters": f"{recovered.trainable_parameters:,}",
         "data": str(settings.data) if settings.data else "texts in memory" if "data" in record.settings else BUILT_IN,
         "steps": f"{settings.steps} of {settings.batch * settings.accumulate} windows of up to {settings.seq_len or TRAINING_TOKENS}",
-        "held-out loss": f"{recovered.first_loss:.4f} to {recovered.best_loss:.4f} {UNITS[settings.task]} (step {recovered.best_step})",
+        "held-out loss": f"{recovered.first_loss:.4f} to {recovered.best_loss:.4f} {LOSS_UNITS[settings.task]} "
+        f"(step {recovered.best_step})",
     }
 
 

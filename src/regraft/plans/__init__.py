@@ -22,10 +22,11 @@ from regraft.plans.ranks import (
     RankSpace,
     RankTrial,
 )
-from regraft.plans.reports import LossReport, Measurement, SizeReport, SpeedReport
+from regraft.plans.reports import LOSS_UNITS, LossReport, Measurement, SizeReport, SpeedReport
 
 __all__ = [
     "ALPHA_PER_RANK",
+    "LOSS_UNITS",
     "RANK_CHOICES",
     "WHOLE",
     "Confirmation",

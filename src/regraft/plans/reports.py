@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LOSS_UNITS = {"language": "nats a token", "classification": "nats a row", "regression": "squared error a row"}
+"""Unit of the held-out loss, by task."""
+
 
 @dataclass(frozen=True)
 class LossReport:

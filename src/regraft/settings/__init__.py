@@ -5,6 +5,7 @@ the names from this package.
 """
 
 from regraft.settings.compression import CompressSettings
+from regraft.settings.export import ExportSettings
 from regraft.settings.keywords import takes_settings, with_keywords
 from regraft.settings.problems import checked, problems_of
 from regraft.settings.sections import (
@@ -34,6 +35,7 @@ __all__ = [
     "CompletionSettings",
     "CompressSettings",
     "EvaluateSettings",
+    "ExportSettings",
     "LabelSettings",
     "LoadSettings",
     "Positive",

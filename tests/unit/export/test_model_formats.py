@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gguf_toys import as_loaded, byte_level_tokenizer, toy, uneven
 from regraft.errors import InputError, OutputError
-from regraft.export import ExportSettings, hf
+from regraft.export import hf
 from regraft.export.nemotron_nas import ffn_mult, read_sizes, round_up, targets
 from regraft.export.ollama import modelfile, observed
 from regraft.models.view import LayerSizes
 from regraft.pipelines.export import export
+from regraft.settings import ExportSettings
 
 IDS = torch.arange(24)[None] + 5
 TEXT = "the king and the other thing in the morning: def f(x): return x  # and on it went " * 3

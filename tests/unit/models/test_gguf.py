@@ -12,11 +12,11 @@ import torch
 from gguf_toys import as_loaded, byte_level_tokenizer, spaced_tokenizer, toy
 from regraft.cli.app import run
 from regraft.errors import ModelError
-from regraft.export import ExportSettings
 from regraft.models.gguf_folder import CACHE
 from regraft.models.gguf_header import TYPES, read_gguf_header
 from regraft.models.load import load
 from regraft.pipelines.export import export
+from regraft.settings import ExportSettings
 
 gguf = pytest.importorskip("gguf")
 

@@ -15,8 +15,8 @@ from regraft.export.gguf.vocabulary import Vocabulary, vocabulary_of
 from regraft.export.gguf.write import write_file
 from regraft.export.llama_cpp import Runtime
 from regraft.export.parity import compare, mixed_text, our_log_probabilities, refuse_difference, refuse_other_ids, sampled
-from regraft.export.settings import ExportSettings
 from regraft.models.load import Loaded
+from regraft.settings import ExportSettings
 
 FILE = "model.gguf"
 RUNTIME = "llama.cpp"

@@ -11,10 +11,11 @@ import torch
 
 from gguf_toys import as_loaded, byte_level_tokenizer, spaced_tokenizer, toy, uneven
 from regraft.errors import InputError, OutputError
-from regraft.export import EXPORTERS, ExportSettings
+from regraft.export import EXPORTERS
 from regraft.export.contract import ModelFormat
 from regraft.export.gguf.catalogue import ARCHITECTURES
 from regraft.pipelines.export import export
+from regraft.settings import ExportSettings
 
 pytest.importorskip("xllamacpp")
 gguf = pytest.importorskip("gguf")
