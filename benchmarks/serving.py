@@ -16,12 +16,11 @@ from typing import Any
 
 from common import add_row, machine, read_rows, table, versions
 from regraft.evaluation.size import measure_size
-from regraft.export import ExportSettings
 from regraft.export.llama_cpp import Runtime
 from regraft.models.load import load, locate
 from regraft.pipelines.export import export
 from regraft.pipelines.prune.prune import prune
-from regraft.settings import PruneSettings
+from regraft.settings import ExportSettings, PruneSettings
 
 PROMPT_TOKENS, NEW_TOKENS = 256, 64
 VARIANTS: tuple[tuple[str, dict[str, Any] | None], ...] = (

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from regraft.completion.estimator import CompressedMatrixCompletion as CompressedMatrixCompletion
     from regraft.errors import ConfigError as ConfigError
     from regraft.errors import RegraftError as RegraftError
-    from regraft.export import ExportSettings as ExportSettings
     from regraft.models.load import Loaded as Loaded
     from regraft.models.load import load as load
     from regraft.models.save import save as save
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
     from regraft.settings import AllocateSettings as AllocateSettings
     from regraft.settings import CompressSettings as CompressSettings
     from regraft.settings import EvaluateSettings as EvaluateSettings
+    from regraft.settings import ExportSettings as ExportSettings
     from regraft.settings import LabelSettings as LabelSettings
     from regraft.settings import LoadSettings as LoadSettings
     from regraft.settings import PruneSettings as PruneSettings
@@ -105,7 +105,7 @@ _PUBLIC = {
     "ConfigError": ("regraft.errors", "ConfigError"),
     "EvaluateSettings": ("regraft.settings", "EvaluateSettings"),
     "ExportResult": ("regraft.pipelines.export", "ExportResult"),
-    "ExportSettings": ("regraft.export", "ExportSettings"),
+    "ExportSettings": ("regraft.settings", "ExportSettings"),
     "LabelReport": ("regraft.pipelines.evaluate_labels", "LabelReport"),
     "LabelSettings": ("regraft.settings", "LabelSettings"),
     "LoadSettings": ("regraft.settings", "LoadSettings"),

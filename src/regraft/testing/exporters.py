@@ -6,8 +6,9 @@ import tempfile
 from pathlib import Path
 
 from regraft.errors import InputError
-from regraft.export import AdapterFormat, Exportable, Exporter, ExportSettings
+from regraft.export import AdapterFormat, Exportable, Exporter
 from regraft.models.load import Loaded
+from regraft.settings import ExportSettings
 from regraft.surgery.adapters import factors, finish
 from regraft.testing.adapters import AdapterForm, scramble
 from regraft.testing.require import NonconformingError, generators_left_alone, require

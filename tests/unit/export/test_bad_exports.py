@@ -13,10 +13,11 @@ from tokenizers import pre_tokenizers
 from gguf_toys import as_loaded, byte_level_tokenizer, toy
 from regraft.cli.app import run
 from regraft.errors import InputError, MissingDependencyError, OutputError
-from regraft.export import EXPORTERS, ExportSettings
+from regraft.export import EXPORTERS
 from regraft.export.gguf.catalogue import ARCHITECTURES
 from regraft.export.gguf.vocabulary import vocabulary_of
 from regraft.pipelines.export import export
+from regraft.settings import ExportSettings
 
 pytest.importorskip("gguf")
 
