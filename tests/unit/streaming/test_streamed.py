@@ -37,8 +37,21 @@ def assert_same_weights(got, want, tolerance=1e-5):
         )
 
 
+def in_nats(criterion):
+    return CRITERIA.get(criterion).in_nats
+
+
+@pytest.mark.parametrize("criterion", [name for name in sorted(CRITERIA.names()) if in_nats(name)])
+def test_a_criterion_that_runs_the_whole_model_is_refused_before_anything_is_read(settings, tmp_path, criterion):
+    """There is no such folder: the refusal comes first."""
+    with pytest.raises(InputError, match=f"`criterion={criterion}` runs the whole model back.*`criterion=surgeon`"):
+        prune(tmp_path / "absent", tmp_path / "out", settings(criterion=criterion, memory=PLENTY))
+
+
 @pytest.mark.parametrize("reconstruct", ["none", "least_squares"])
-@pytest.mark.parametrize("criterion", [name for name in sorted(CRITERIA.names()) if "ffn" in CRITERIA.get(name).scores])
+@pytest.mark.parametrize(
+    "criterion", [name for name in sorted(CRITERIA.names()) if "ffn" in CRITERIA.get(name).scores and not in_nats(name)]
+)
 def test_every_criterion_gives_the_model_that_memory_gives(make_folder, settings, tmp_path, criterion, reconstruct):
     folder = make_folder("llama", tie_word_embeddings=True)
     plain = prune(folder, tmp_path / "plain", settings(criterion=criterion, reconstruct=reconstruct))

@@ -111,6 +111,11 @@ def _refuse_when_streamed(settings: PruneSettings) -> None:
             f"`depth={settings.depth}` looks at several layers at once, which `memory` leaves no room for; "
             f"use `depth={STREAMED.depth}`, or leave `memory` out"
         )
+    if CRITERIA.get(settings.criterion).in_nats and not set(kinds_wanted(settings)) <= set(WHOLE):
+        raise InputError(
+            f"`criterion={settings.criterion}` runs the whole model back, which `memory` leaves no room for; "
+            "use `criterion=surgeon`, or leave `memory` out"
+        )
 
 
 IN_MEMORY = Strategy("knapsack", "divergence", "removal", lambda settings: None)
