@@ -13,6 +13,7 @@ from rich.table import Table
 from regraft.cli.later import later
 from regraft.cli.options import ModelArgument, OutputOption, SeedOption, command_line, with_settings
 from regraft.cli.screen import Screen
+from regraft.cli.words import as_options
 from regraft.plans import LOSS_UNITS
 from regraft.settings import LoadSettings, RecoverSettings
 
@@ -40,6 +41,8 @@ def recover(
         return
     console = Screen()
     show(console, result.recovered, LOSS_UNITS[recover.task], result.judged)
+    for line in result.recovered.data.lines():
+        console.print(as_options(line), soft_wrap=True, style="yellow" if line.startswith("warning") else None)
     what = "model" if result.recovered.injected is None else "adapter"
     console.print(f"{what} saved to {output}", soft_wrap=True)
 

@@ -9,6 +9,7 @@ Legend of shapes: K adapters in one pass, B rows of a batch, T tokens, V vocabul
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -29,7 +30,16 @@ from regraft.data.tokens import window_tokens
 from regraft.errors import InputError, did_you_mean
 from regraft.models.view import ModelView, fingerprint
 from regraft.settings import TRAINING_TOKENS, RecoverSettings
-from regraft.training.batches import Ordered, RecordFormat, collate, digest, is_blind_to_neighbours, make_examples, padding_token, spread
+from regraft.training.batches import (
+    Ordered,
+    collate,
+    digest,
+    is_blind_to_neighbours,
+    make_examples,
+    padding_token,
+    record_format,
+    spread,
+)
 from regraft.training.distill import Teacher, check_vocabulary
 from regraft.training.losses import divergence, predicted_tokens, predicting
 from regraft.training.precision import compute_dtype, trainable_weights
@@ -96,7 +106,8 @@ class PairedSetup:
         self._padding = padding_token(tokenizer)
         self._rows: tuple[int, Ordered] | None = None
         wanted = settings.held_out_windows
-        rows = spread(make_examples(held_out, tokenizer, seq_len, wanted=wanted, seed=0), wanted)
+        form = dataclasses.replace(record_format(settings), packing=False)
+        rows = spread(make_examples(held_out, tokenizer, seq_len, wanted=wanted, seed=0, records=form), wanted)
         self.held_out_rows = len(rows)
         self._held_out_digest = digest(rows)
         self._held_out = [collate(rows[start : start + settings.batch], self._padding) for start in range(0, len(rows), settings.batch)]
@@ -120,9 +131,7 @@ class PairedSetup:
         if self._rows is None or self._rows[0] != seed:
             settings = self.settings
             wanted = settings.steps * settings.accumulate * settings.batch
-            examples = make_examples(
-                self._train, self._tokenizer, self._seq_len, wanted=wanted, seed=seed, records=RecordFormat(packing=settings.packing)
-            )
+            examples = make_examples(self._train, self._tokenizer, self._seq_len, wanted=wanted, seed=seed, records=record_format(settings))
             self._rows = seed, Ordered(examples, settings, seed, self._train.name)
         return self._rows[1]
 

@@ -255,7 +255,7 @@ def _result(
         seed=seed,
         versions=versions(),
         ranks=done.ranks,
-        settings={"recover": settings.model_dump(mode="json"), **classes, **in_memory_data},
+        settings={"recover": settings.model_dump(mode="json"), **classes, **in_memory_data, **_counted(done)},
         parents=parents_of(loaded.provenance),
     )
     found: dict[str, float] = {}
@@ -263,6 +263,13 @@ def _result(
         most_tokens = window_tokens(settings.seq_len, TRAINING_TOKENS, loaded.model.config, "`seq_len`", row_limit(loaded.model))
         found = judged(cast(PreTrainedModel, done.model), require_tokenizer(loaded), held_out, most_tokens)
     return RecoverResult(done, loaded, settings, record, None, found)
+
+
+def _counted(done: Recovered) -> dict[str, Any]:
+    """Returns, for the record, what became of instruction records and of rows that could not be read."""
+    data = done.data
+    records = {} if data.records is None else {"records": dataclasses.asdict(data.records)}
+    return records | ({"skipped_rows": data.skipped.rows} if data.skipped.rows else {})
 
 
 def load_teacher(settings: RecoverSettings, load: LoadSettings, pruned_from: str | None) -> Teacher | None:
@@ -295,7 +302,7 @@ def training_rows(settings: RecoverSettings, seed: int, given: Texts | None) -> 
     """
     if settings.task == "language":
         assert given is not None
-        return split_corpus(read(given, "train", "data"), settings.held_out, seed)
+        return split_corpus(read(given, "train", "data", skip_bad=settings.skip_bad), settings.held_out, seed)
     if settings.data is None:
         raise InputError(f"`task={settings.task}` needs texts with labels; give the file with `data`")
     if settings.teacher is not None or settings.packing:
@@ -356,6 +363,7 @@ def facts(recovered: Recovered, settings: RecoverSettings, record: Provenance) -
         "recovered with": f"{settings.adapter}, {ranks}, {state}{taught}",
         "trained parameters": f"{recovered.trainable_parameters:,}",
         "data": str(settings.data) if settings.data else "texts in memory" if "data" in record.settings else BUILT_IN,
+        **({"rows of data": "; ".join(recovered.data.lines())} if recovered.data.lines() else {}),
         "steps": f"{settings.steps} of {settings.batch * settings.accumulate} windows of up to {settings.seq_len or TRAINING_TOKENS}",
         "held-out loss": f"{recovered.first_loss:.4f} to {recovered.best_loss:.4f} {LOSS_UNITS[settings.task]} "
         f"(step {recovered.best_step})",

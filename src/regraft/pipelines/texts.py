@@ -40,21 +40,21 @@ def text_for(loaded: Loaded, given: Texts | None, split: Split, setting: str) ->
     return read_corpus(None, split)
 
 
-def read(given: Texts, split: Split, setting: str) -> Corpus:
+def read(given: Texts, split: Split, setting: str, *, skip_bad: bool = False) -> Corpus:
     """Returns a file's text, or what was given in memory.
 
     Raises:
         DataError: It cannot be used: a mapping of splits, a data set without a text column, nothing at all, another type.
     """
     if isinstance(given, str | Path):
-        return read_corpus(given, split)
+        return read_corpus(given, split, skip_bad=skip_bad)
     if isinstance(given, Mapping):
         known = ", ".join(map(repr, list(given)[:4]))
         raise DataError(f"`{setting}` is a {type(given).__name__} of {known}; give one part of it, such as `{setting}`['train']")
     if not isinstance(given, Iterable):
         raise DataError(f"`{setting}` is a {type(given).__name__}; give a file, texts, or a data set with a column 'text'")
     rows = ((f"row {number}", {"text": value} if isinstance(value, str) else value) for number, value in enumerate(given, 1))
-    return corpus_of(setting, rows)
+    return corpus_of(setting, rows, skip_bad=skip_bad)
 
 
 def path_in(given: Texts | None) -> Path | None:

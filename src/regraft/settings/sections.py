@@ -342,6 +342,13 @@ class RecoverSettings(Settings):
     packing: bool = Field(
         default=False, description="put several records into one window, without attention between them; text is always packed"
     )
+    prompt: Literal["auto", "chat", "alpaca"] = Field(
+        default="auto", description="prompt format of instruction records; auto: the model's chat template, or Alpaca's prompt without one"
+    )
+    truncation: Literal["right", "left", "drop"] = Field(
+        default="right", description="treatment of records longer than a window: cut their end, cut their beginning, or drop them"
+    )
+    skip_bad: bool = Field(default=False, description="leave out rows of data that cannot be read, and count them")
     schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="schedule of the learning rate after warm-up")
     warmup: Annotated[float, Field(ge=0.0, le=1.0)] = Field(default=0.05, description="share of the steps for warm-up of the learning rate")
     max_grad_norm: Rate = Field(default=1.0, description="largest norm of the gradients, which are clipped to it")

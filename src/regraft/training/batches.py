@@ -64,6 +64,11 @@ class RecordFormat:
     report: Callable[[RecordCounts], None] = lambda counts: None
 
 
+def record_format(settings: RecoverSettings, report: Callable[[RecordCounts], None] = lambda counts: None) -> RecordFormat:
+    """Returns how a recovery makes rows of records."""
+    return RecordFormat(settings.prompt, settings.truncation, settings.packing, report)
+
+
 def make_examples(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,
@@ -134,7 +139,7 @@ def in_steps(
     rows = len(train)
     if isinstance(train, Corpus):
         seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "`seq_len`")
-        rows = len(make_examples(train, tokenizer, seq_len, wanted=sys.maxsize, seed=seed, records=RecordFormat(packing=settings.packing)))
+        rows = len(make_examples(train, tokenizer, seq_len, wanted=sys.maxsize, seed=seed, records=record_format(settings)))
     steps = math.ceil(settings.epochs * rows / (settings.batch * settings.accumulate * process_count()))
     return settings.model_copy(update={"steps": max(1, steps), "epochs": None})
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,8 +17,9 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from regraft.adapters import Evidence
+from regraft.data.instructions import RecordCounts
 from regraft.data.labelled import Labelled
-from regraft.data.text import Corpus
+from regraft.data.text import Corpus, Skipped
 from regraft.data.tokens import window_tokens
 from regraft.errors import InputError, PlanError, TrainingError, did_you_mean, shown
 from regraft.models.classifier import row_limit
@@ -29,12 +30,12 @@ from regraft.settings import TRAINING_TOKENS, RecoverSettings
 from regraft.training.batches import (
     Example,
     Ordered,
-    RecordFormat,
     collate,
     digest,
     is_blind_to_neighbours,
     make_examples,
     padding_token,
+    record_format,
     spread,
 )
 from regraft.training.checkpoint import Checkpoint, checkpoints, read_checkpoint
@@ -48,6 +49,10 @@ from regraft.training.precision import compute_dtype
 Batch = dict[str, Tensor]
 Objective = Callable[[nn.Module, Batch], Tensor]
 """A function from a module and a batch to the loss, summed over all predictions."""
+
+
+# A larger share of records that are dropped or cut is a warning.
+WARN_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,34 @@ LABELS = Reading(collate_labelled, summed_labelled, summed_label_loss)
 
 
 @dataclass(frozen=True)
+class DataCounts:
+    """What became of the rows of training data.
+
+    Attributes:
+        records: Counts of instruction records; None for text and labels.
+        skipped: Rows that could not be read.
+    """
+
+    records: RecordCounts | None = None
+    skipped: Skipped = field(default_factory=Skipped)
+
+    def lines(self) -> tuple[str, ...]:
+        """Returns what a user should know of the data, a line each; a loss above 1 % is a warning."""
+        found: list[str] = []
+        if self.records is not None:
+            found.append(str(self.records))
+            if self.records.share_lost > WARN_SHARE:
+                found.append(
+                    f"warning: {self.records.share_lost:.1%} of the records were dropped or cut; raise `seq_len`, or choose `truncation`"
+                )
+        if self.skipped.rows:
+            found.append(
+                f"warning: {self.skipped.rows:,} rows could not be read and were skipped, such as: {'; '.join(self.skipped.first)}"
+            )
+        return tuple(found)
+
+
+@dataclass(frozen=True)
 class Job:
     """A recovery that is ready to begin.
 
@@ -87,6 +120,7 @@ class Job:
         teacher: The model to learn from, or None.
         identity: Whatever would change the result, by name; checkpoints carry it.
         resumed: The checkpoint to go on from, or None.
+        data: What became of the rows of the training data.
     """
 
     model: PreTrainedModel
@@ -102,6 +136,7 @@ class Job:
     teacher: Teacher | None
     identity: Mapping[str, str]
     resumed: Checkpoint | None
+    data: DataCounts
 
     def evidence(self) -> Evidence:
         """Returns the rows of the first steps, of all passes and processes, from which some adapters compute their first values."""
@@ -149,7 +184,8 @@ def prepare(
     packing = settings.packing and isinstance(train, Corpus) and bool(train.records) and is_blind_to_neighbours(model)
     settings = settings.model_copy(update={"seq_len": seq_len, "packing": packing})
     ranks = read_ranks(settings.ranks)
-    rows = _training_rows(train, tokenizer, settings, seed)
+    counts: list[RecordCounts] = []
+    rows = _training_rows(train, tokenizer, settings, seed, counts.append)
     looked_at = _held_out_rows(held_out, tokenizer, settings)
     identity = _identity(model, settings, ranks, seed, teacher) | {"data": digest(rows.examples), "held-out data": digest(looked_at)}
     return Job(
@@ -166,6 +202,7 @@ def prepare(
         teacher=teacher,
         identity=identity,
         resumed=_last_checkpoint(work, identity) if resume else None,
+        data=DataCounts(counts[0] if counts else None, train.skipped if isinstance(train, Corpus) else Skipped()),
     )
 
 
@@ -207,13 +244,19 @@ def check_trackers(names: Sequence[str]) -> None:
             raise InputError(f"tracker '{name}' is not installed; get it with: pip install {library}")
 
 
-def _training_rows(corpus: Corpus | Labelled, tokenizer: PreTrainedTokenizerBase, settings: RecoverSettings, seed: int) -> Ordered:
+def _training_rows(
+    corpus: Corpus | Labelled,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RecoverSettings,
+    seed: int,
+    report: Callable[[RecordCounts], None],
+) -> Ordered:
     processes = process_count()
     wanted = settings.steps * settings.accumulate * settings.batch * processes
     seq_len = settings.seq_len or TRAINING_TOKENS
     if isinstance(corpus, Labelled):
         return Ordered(labelled_examples(corpus, tokenizer, seq_len), settings, seed, corpus.name, processes)
-    examples = make_examples(corpus, tokenizer, seq_len, wanted=wanted, seed=seed, records=RecordFormat(packing=settings.packing))
+    examples = make_examples(corpus, tokenizer, seq_len, wanted=wanted, seed=seed, records=record_format(settings, report))
     return Ordered(examples, settings, seed, corpus.name, processes)
 
 
@@ -222,7 +265,8 @@ def _held_out_rows(corpus: Corpus | Labelled, tokenizer: PreTrainedTokenizerBase
     wanted = settings.held_out_windows
     if isinstance(corpus, Labelled):
         return labelled_examples(corpus, tokenizer, settings.seq_len or TRAINING_TOKENS)
-    return spread(make_examples(corpus, tokenizer, settings.seq_len or TRAINING_TOKENS, wanted=wanted, seed=0), wanted)
+    form = replace(record_format(settings), packing=False)
+    return spread(make_examples(corpus, tokenizer, settings.seq_len or TRAINING_TOKENS, wanted=wanted, seed=0, records=form), wanted)
 
 
 def _training_device(model: PreTrainedModel) -> torch.device:

@@ -14,7 +14,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -38,7 +38,7 @@ from regraft.training.checkpoint import checkpoints
 from regraft.training.distill import Distillation, Teacher, fit_projections
 from regraft.training.distributed import filled, skeleton_of
 from regraft.training.four_bit import in_four_bits
-from regraft.training.job import Job, prepare
+from regraft.training.job import DataCounts, Job, prepare
 from regraft.training.optimizer import ParameterGroup, parameter_groups
 from regraft.training.precision import trainable_weights
 from regraft.training.teacher_cache import TeacherCache
@@ -87,6 +87,7 @@ class Recovered:
         ranks: The rank plan that was used, or None.
         seconds: Wall-clock time of training, summed over interrupted runs.
         peak_memory_bytes: Peak memory of the GPU, or of this process.
+        data: What became of the rows of the training data.
     """
 
     model: nn.Module
@@ -99,6 +100,7 @@ class Recovered:
     ranks: RankPlan | None
     seconds: float
     peak_memory_bytes: int
+    data: DataCounts = field(default_factory=DataCounts)
 
 
 def recover(
@@ -202,6 +204,7 @@ def finish(job: Job, trained: Trained) -> Recovered:
         ranks=job.ranks,
         seconds=trained.seconds,
         peak_memory_bytes=trained.peak_memory_bytes,
+        data=job.data,
     )
 
 
