@@ -28,6 +28,7 @@ from regraft.pipelines.ranks.cost import schedule_of
 from regraft.pipelines.ranks.measuring import Measuring
 from regraft.plans import RankPlan, RankSearch, RankTrial, from_json
 from regraft.search.contract import Job
+from regraft.search.ledger import Ledger
 from regraft.settings import AllocateSettings, RecoverSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -169,6 +170,40 @@ def test_a_search_that_was_stopped_goes_on_to_the_same_answer(
     assert sorted(job.key for job in counted) == sorted({job.key for job in counted}), "nothing is measured twice"
     assert allocate(folder, plan, "--resume") == 0
     assert len(counted) == len(trials_of(found))
+
+
+def test_trials_cost_the_same_however_often_a_search_was_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each group of jobs is stopped twice: when it is measured and nothing recorded, and when the first of it is recorded."""
+    ways = ("--elastic", "6")
+    undisturbed = tmp_path / "undisturbed.json"
+    assert allocate(folder, undisturbed, *ways) == 0
+    measure, record = measuring.OpenMeasure.__call__, Ledger.record
+    stopped: set[tuple[str, int]] = set()
+
+    def stop_once(name: str, job: Job) -> None:
+        if (name, job.round) not in stopped:
+            stopped.add((name, job.round))
+            raise KeyboardInterrupt
+
+    def measured(self: Any, jobs: Sequence[Job]) -> Sequence[RankTrial]:
+        trials = measure(self, jobs)
+        stop_once(f"{jobs[0].phase} measured", jobs[0])
+        return trials
+
+    def recorded(self: Any, job: Job, result: RankTrial) -> None:
+        record(self, job, result)
+        stop_once(f"{job.phase} recorded", job)
+
+    monkeypatch.setattr(measuring.OpenMeasure, "__call__", measured)
+    monkeypatch.setattr(Ledger, "record", recorded)
+    plan = tmp_path / "plan.json"
+    codes = [130]
+    while codes[-1] == 130 and len(codes) < 40:
+        codes.append(allocate(folder, plan, *ways, "--resume"))
+    assert codes[-1] == 0
+    assert len(codes) - 2 == len(stopped) >= 6
+    for name in ("trials.csv", "search.json", "report.md"):
+        assert (plan.with_suffix(".search") / name).read_bytes() == (undisturbed.with_suffix(".search") / name).read_bytes()
 
 
 @pytest.mark.parametrize("method", ["uniform", "proportional", "gradient", "eva", "adalora"])

@@ -44,6 +44,11 @@ class _Member:
     request: AdapterRequest
     progress: Progress | None
 
+    @property
+    def steps(self) -> int:
+        """Number of steps that it has made."""
+        return self.progress.steps if self.progress else 0
+
 
 @final
 class Candidates:
@@ -77,7 +82,9 @@ class Candidates:
         Returns:
             One trial for each vector, in order. Its loss is the lowest held-out loss that a recovery up to here would have measured,
             without the one before the first step: so candidates differ even if a short training harms at first. Its cost counts the
-            steps and evaluations of this call. A candidate whose loss is not finite becomes a trial without a loss.
+            steps and evaluations since the shorter measurement that it continues, if there is one. A measurement that is finished and
+            stored is returned as it was, with its cost: so a search costs the same however often it was killed. A candidate whose loss
+            is not finite becomes a trial without a loss.
 
         Raises:
             InputError: The fidelity is out of range.
@@ -88,11 +95,11 @@ class Candidates:
             raise InputError(f"fidelity {fidelity} is not in (0, 1]; it is the share of a full recovery's steps")
         until = max(1, round(fidelity * self.setup.settings.steps))
         members = [self._member(place, each, seed, until) for place, each in enumerate(ranks)]
-        trials: dict[int, RankTrial] = {}
-        starts = sorted({member.progress.steps if member.progress else 0 for member in members})
+        trials = {member.place: _finished(member, member.progress, seed) for member in members if member.progress and member.steps == until}
+        left = [member for member in members if member.place not in trials]
         with self.setup.ready(seed):
-            for start in starts:
-                group = [member for member in members if (member.progress.steps if member.progress else 0) == start]
+            for start in sorted({member.steps for member in left}):
+                group = [member for member in left if member.steps == start]
                 for part in self._parts(group):
                     trials |= self._recovered(part, start, until, seed)
         return [replace(trials[place], fidelity=fidelity) for place in range(len(members))]
@@ -149,8 +156,7 @@ class Candidates:
         setup, settings = self.setup, self.setup.settings
         trials: dict[int, RankTrial] = {}
         run = _Run(setup, members, start, seed)
-        looks = 1 if start == until else 0
-        seen = run.look() if start == until else torch.zeros(0)
+        looks, seen = 0, torch.zeros(0)
         for step in range(start, until):
             losses = run.step(step)
             looked = (step + 1) % settings.eval_every == 0 or step + 1 == until
@@ -170,12 +176,19 @@ class Candidates:
             if (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps:
                 run.best = [min(pair) for pair in zip(run.best, seen.tolist(), strict=True)]
         for index, member in enumerate(run.members):
-            self._kept.put(self._key(member.ranks, seed), Progress(until, run.best[index], run.taken(index)))
-            trials[member.place] = self._trial(member, min(run.best[index], float(seen[index])), until - start, looks, seed, "")
+            loss = min(run.best[index], float(seen[index]))
+            trials[member.place] = self._trial(member, loss, until - start, looks, seed, "")
+            finished = Progress(until, run.best[index], run.taken(index), loss, trials[member.place].cost, member.ranks)
+            self._kept.put(self._key(member.ranks, seed), finished)
         return trials
 
     def _trial(self, member: _Member, loss: float | None, steps: int, looks: int, seed: int, note: str) -> RankTrial:
         return RankTrial(member.ranks, loss, 1.0, self.setup.cost(steps, looks), "recovery", seed, note)
+
+
+def _finished(member: _Member, progress: Progress, seed: int) -> RankTrial:
+    """Returns the trial of a measurement that was finished and stored before."""
+    return RankTrial(member.ranks, progress.loss_nats, 1.0, progress.cost, "recovery", seed, "")
 
 
 @final
@@ -220,5 +233,9 @@ class _Run:
 
     def without(self, kept: Sequence[int], steps: int) -> _Run:
         """Returns a run of only the kept candidates, in their state after ``steps`` steps."""
-        members = [replace(self.members[index], progress=Progress(steps, self.best[index], self.taken(index))) for index in kept]
+        members = [replace(self.members[index], progress=self._progress(index, steps)) for index in kept]
         return _Run(self._setup, members, steps, self._seed)
+
+    def _progress(self, index: int, steps: int) -> Progress:
+        """Returns the state of one candidate in the middle of a measurement, which is stored nowhere."""
+        return Progress(steps, self.best[index], self.taken(index), math.nan, math.nan, self.members[index].ranks)

@@ -15,6 +15,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ class Elastic:
         self.space = space
         self.settings = settings or ElasticSettings()
         self._kept = Kept(folder)
-        self._trained: tuple[int, _Nested] | None = None
+        self._trained: tuple[int, _Nested, Ranks, float] | None = None
 
     def measure(self, ranks: Sequence[Ranks], seed: int) -> list[RankTrial]:
         """Scores rank vectors, after training the adapter if it is not trained yet.
@@ -94,25 +95,30 @@ class Elastic:
             seed: Seed of batches, initial values, dropout and the trained vectors.
 
         Returns:
-            One trial of kind ``elastic`` for each vector, in order. The cost of the first includes the training. A loss that is not finite
-            gives a trial without a loss.
+            One trial of kind ``elastic`` for each vector, in order. The cost of the vector that the adapter was trained for, the first of
+            the first call, includes the training, also when it is scored again: so a search costs the same however often it was killed.
+            A loss that is not finite gives a trial without a loss.
         """
         setup = self.setup
         with setup.ready(seed):
-            nested, training_cost = self._adapter(seed)
+            nested, payer, training_cost = self._adapter(seed, ranks)
             losses = torch.cat([nested.look([vector]) for vector in ranks]) if ranks else torch.zeros(0)
         trials: list[RankTrial] = []
-        for index, (vector, loss) in enumerate(zip(ranks, losses.tolist(), strict=True)):
-            cost = setup.cost(0, 1) + (training_cost if index == 0 else 0.0)
+        for vector, loss in zip(ranks, losses.tolist(), strict=True):
+            cost = setup.cost(0, 1) + (training_cost if vector == payer else 0.0)
             finite = np.isfinite(loss)
             note = "" if finite else f"the held-out loss of the elastic adapter is {loss}"
             trials.append(RankTrial(vector, loss if finite else None, 1.0, cost, "elastic", seed, note))
         return trials
 
-    def _adapter(self, seed: int) -> tuple[_Nested, float]:
-        """Returns the trained adapter of a seed, and the cost of a training in this call."""
-        if self._trained is not None and self._trained[0] == seed:
-            return self._trained[1], 0.0
+    def _adapter(self, seed: int, ranks: Sequence[Ranks]) -> tuple[_Nested, Ranks, float]:
+        """Returns the trained adapter of a seed, the rank vector whose score bears the cost of the training, and that cost."""
+        if self._trained is None or self._trained[0] != seed:
+            self._trained = seed, *self._opened(seed, ranks)
+        return self._trained[1:]
+
+    def _opened(self, seed: int, ranks: Sequence[Ranks]) -> tuple[_Nested, Ranks, float]:
+        """Trains an adapter, or reads one that was trained before."""
         setup, settings = self.setup, self.settings
         steps = max(1, round(settings.fidelity * setup.settings.steps))
         space = (self.space.choices, self.space.budget, [slot.modules for slot in self.space.slots])
@@ -121,11 +127,12 @@ class Elastic:
         kept = self._kept.get(key)
         if kept is None:
             self._train(nested, steps, seed)
-            self._kept.put(key, Progress(steps, float("nan"), nested.taken()))
+            cost = setup.cost(steps, 0, settings.vectors)
+            kept = Progress(steps, math.nan, nested.taken(), math.nan, cost, ranks[0] if ranks else ())
+            self._kept.put(key, kept)
         else:
             nested.put(kept.tensors)
-        self._trained = seed, nested
-        return nested, 0.0 if kept else setup.cost(steps, 0, settings.vectors)
+        return nested, kept.ranks, kept.cost
 
     def _train(self, nested: _Nested, steps: int, seed: int) -> None:
         setup = self.setup.settings

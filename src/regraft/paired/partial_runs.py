@@ -22,11 +22,17 @@ class Progress:
         steps: Number of optimizer steps made.
         best_nats: Lowest held-out loss so far, over the evaluations of a recovery: every ``eval_every`` steps and at the end.
         tensors: Trained tensors and their Adam moments, by name, on the CPU.
+        loss_nats: Loss of the measurement that ended with these steps; a search that was killed before it recorded it gets it from here.
+        cost: Cost of that measurement, from the steps that an earlier one had made, in full recoveries.
+        ranks: Rank vector that the measurement was made for.
     """
 
     steps: int
     best_nats: float
     tensors: Mapping[str, Tensor]
+    loss_nats: float
+    cost: float
+    ranks: tuple[int, ...]
 
 
 @final
@@ -49,7 +55,10 @@ class Kept:
             with safe_open(self._path(key), framework="pt") as file:
                 values = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-            return Progress(int(values["steps"]), float(values["best_nats"]), tensors)
+            ranks = tuple(int(rank) for rank in values["ranks"].split())
+            return Progress(
+                int(values["steps"]), float(values["best_nats"]), tensors, float(values["loss_nats"]), float(values["cost"]), ranks
+            )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
 
@@ -65,7 +74,9 @@ class Kept:
         if self._folder is None:
             self._memory[key] = progress
             return
-        metadata = {"steps": str(progress.steps), "best_nats": repr(progress.best_nats)}
+        numbers = {"best_nats": progress.best_nats, "loss_nats": progress.loss_nats, "cost": progress.cost}
+        metadata = {"steps": str(progress.steps), "ranks": " ".join(map(str, progress.ranks))}
+        metadata |= {name: repr(float(value)) for name, value in numbers.items()}
         with atomic_file(self._path(key)) as partial:
             save_file(dict(progress.tensors), partial, metadata)
 

@@ -136,7 +136,7 @@ def test_a_survivor_goes_on_from_where_it_stopped(
     assert [trial.fidelity for trial in first] == [0.25] * 3
     again = candidates.measure(VECTORS[1:], 1.0, 4)
     assert [trial.loss_nats for trial in again] == [trial.loss_nats for trial in last]
-    assert again[0].cost == pytest.approx(4 / whole)
+    assert [trial.cost for trial in again] == [trial.cost for trial in last], "killed before it was recorded, a trial costs the same"
 
 
 def test_other_data_or_seeds_do_not_continue_what_is_kept(make_tiny: Make, ground_of: Callable[..., PairedSetup], tmp_path: Path) -> None:
