@@ -212,6 +212,57 @@ def test_ranks_for_a_model_in_memory_are_those_of_its_folder(model: PreTrainedMo
     assert result.record.ranks == live.plan
 
 
+def test_a_model_in_memory_is_compressed_as_its_folder_is(model: PreTrainedModel, tmp_path: Path, text: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    before, model = state(model), model.train()
+    settings = regraft.CompressSettings(ratio=0.3, samples=24, seq_len=20)
+    live = regraft.compress(model, tmp_path / "out", settings, tokenizer=tokenizer, calibration=iter(TEXTS))
+    folder = regraft.compress(tmp_path / "model", None, settings, calibration=text)
+    assert live.plan.factorings == folder.plan.factorings
+    assert live.model is not None
+    assert folder.model is not None
+    assert same(live.model, folder.model)
+    assert unchanged(model, before)
+    assert model.training
+    record = json.loads((tmp_path / "out" / "regraft.json").read_text(encoding="utf-8"))
+    assert record["settings"]["calibration"]["documents"] == len(TEXTS)
+    with torch.no_grad():
+        for parameter in live.model.parameters():
+            parameter.add_(1.0)
+    assert unchanged(model, before)
+
+
+def test_a_model_in_memory_is_exported_as_its_folder_is(model: PreTrainedModel, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    before, model = state(model), model.train()
+    few = regraft.ExportSettings(check_positions=8)
+    live = regraft.export(model, tmp_path / "live", "hf", tokenizer=tokenizer, settings=few)
+    folder = regraft.export(tmp_path / "model", tmp_path / "folder", "hf", settings=few)
+    assert live.parity is not None
+    assert folder.parity is not None
+    assert live.parity.perplexity == folder.parity.perplexity
+    # Neither has text of its own, and none is read in silence.
+    assert any("no text was given for the comparison" in note for note in live.notes)
+    assert live.notes == folder.notes
+    given = regraft.export(model, tmp_path / "given", "hf", tokenizer=tokenizer, settings=few, check=" ".join(TEXTS))
+    assert not any("no text was given" in note for note in given.notes)
+    assert given.parity is not None
+    assert given.parity.perplexity != live.parity.perplexity
+    assert unchanged(model, before)
+    assert model.training
+    assert (tmp_path / "live" / "model.safetensors").read_bytes() == (tmp_path / "folder" / "model.safetensors").read_bytes()
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "live"), model)
+    with pytest.raises(ModelError, match="a Linear is not a model"):
+        regraft.export(nn.Linear(3, 3), tmp_path / "none", "hf")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="a form of adapters, not of a model in memory"):
+        regraft.export(model, tmp_path / "none", "peft-lora", tokenizer=tokenizer)
+    assert not (tmp_path / "none").exists()
+
+
 def quantized(model: PreTrainedModel) -> PreTrainedModel:
     model.is_quantized = True  # as transformers marks what bitsandbytes and others have loaded
     return model

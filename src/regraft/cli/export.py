@@ -32,7 +32,8 @@ def export(
     load: LoadSettings,
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help=FORMATS)] = "peft-lora",
     check: Annotated[
-        str, typer.Option("--check", metavar="TEXT", help="text of the comparison, or a file of it; default: the built-in text")
+        str,
+        typer.Option("--check", metavar="TEXT", help="text of the comparison, or a file of it; default: text that the model writes itself"),
     ] = "",
     no_check: Annotated[bool, typer.Option("--no-check", help="do not compare the result in its runtime")] = False,
     quiet: QuietOption = False,

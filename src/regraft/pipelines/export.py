@@ -8,7 +8,7 @@ from typing import cast
 
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.adapters.peft_backed import layers_of, merge_stock, module_names, stock_factors, trained_whole
 from regraft.atomic import atomic_folder, reserved
@@ -17,8 +17,8 @@ from regraft.export import EXPORTERS, AdapterFormat, Exportable, ModelFormat, Pa
 from regraft.models.card import model_card
 from regraft.models.classifier import classes_of, head_parameters, is_classifier, save_classifier
 from regraft.models.folder import write_folder
+from regraft.models.live import ModelLike, resting, take
 from regraft.models.load import Loaded
-from regraft.models.load import load as load_model
 from regraft.models.provenance import parents_of, versions
 from regraft.models.save import save
 from regraft.pipelines.export_model import export_loaded
@@ -52,10 +52,11 @@ class ExportResult:
 
 
 def export(
-    source: str | Path | Loaded,
+    source: ModelLike,
     output: str | Path,
     to: str,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     settings: ExportSettings | None = None,
     load: LoadSettings | None = None,
     check: str | None = "",
@@ -64,13 +65,15 @@ def export(
     """Writes a model or an adapter in a form that other programs read, and compares a model in its runtime.
 
     Args:
-        source: A model folder, hub id or GGUF file; a model in memory; or the folder of an adapter, which is folded into its base
-            where the format is one of whole models.
+        source: A model folder, hub id or GGUF file; a model in memory, which is left as it is; or the folder of an adapter, which is
+            folded into its base where the format is one of whole models.
         output: A folder to write.
         to: Name of the format; ``merged`` for an adapter: the model with it folded in.
+        tokenizer: The tokenizer for a model in memory; for a folder, a replacement for the folder's own.
         settings: How it is written.
         load: How the model, or the adapter's base, is loaded.
-        check: Text of the comparison: a file, the text itself, or empty for the built-in text; None for no comparison.
+        check: Text of the comparison: a file, the text itself, or empty for text that the model writes (for seedling the
+            built-in text); None for no comparison.
         command: How this was called, for the record.
 
     Raises:
@@ -81,12 +84,14 @@ def export(
     form = EXPORTERS.get(to) if to != MERGED else None
     output = Path(output)
     if not isinstance(form, ModelFormat):
-        if isinstance(source, Loaded):
+        if not isinstance(source, str | Path):
             raise InputError(f"'{to}' is a form of adapters, not of a model in memory; give the folder of an adapter")
         return export_adapter(source, output, to, load=load, command=command)
     with reserved(output):
-        loaded = source if isinstance(source, Loaded) else _whole(source, load or LoadSettings())
-        done = export_loaded(loaded, output, to, form, settings or ExportSettings(), check=check, command=command)
+        given = _folded(Path(source), load or LoadSettings())[0] if isinstance(source, str | Path) and is_adapter(Path(source)) else source
+        loaded = take(given, tokenizer, load)
+        with resting(loaded.model):
+            done = export_loaded(loaded, output, to, form, settings or ExportSettings(), check=check, command=command)
     return ExportResult(done.words, notes=done.notes, parity=done.parity)
 
 
@@ -157,13 +162,6 @@ def _merged(folder: Path, output: Path, settings: LoadSettings, command: str) ->
     keep = save_classifier if is_classifier(model) else save
     keep(model, loaded.tokenizer, output, provenance, model_card(provenance))
     return ExportResult("the model with the adapter in its weights", count, 0)
-
-
-def _whole(source: str | Path, settings: LoadSettings) -> Loaded:
-    """Loads a model, or an adapter folded into its base."""
-    if is_adapter(Path(source)):
-        return _folded(Path(source), settings)[0]
-    return load_model(source, settings)
 
 
 def _folded(folder: Path, settings: LoadSettings) -> tuple[Loaded, int]:

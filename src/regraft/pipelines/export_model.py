@@ -7,18 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from regraft.atomic import atomic_folder, sha256_of
+from regraft.data.own_text import write_own_text
 from regraft.data.text import read_corpus
+from regraft.data.tokens import context_limit
 from regraft.errors import DataError
 from regraft.export import ModelFormat, Parity
+from regraft.export.parity import CHARACTERS, mixed_text
 from regraft.models.card import loading_section, model_card, sizes_section
 from regraft.models.checks import check_finite
 from regraft.models.load import Loaded
+from regraft.models.precision import float32_on_cpu
 from regraft.models.provenance import FILE, parents_of, provenance_text, versions
 from regraft.models.view import ModelView
+from regraft.pipelines.texts import made_from_seedling
 from regraft.plans import Provenance
 from regraft.settings import ExportSettings
 
 PROBE_CHARACTERS = 20_000
+OWN_WINDOWS, OWN_TOKENS = 4, 128
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ def export_loaded(
         to: Name of the format, for the record.
         form: The format.
         settings: How it is written.
-        check: The text of the comparison: a file, the text itself, or empty for the built-in text; None for no comparison.
+        check: The text of the comparison: a file, the text itself, or empty for :func:`standing_text`; None for no comparison.
         command: How this was called, for the record.
 
     Raises:
@@ -64,7 +70,9 @@ def export_loaded(
     """
     check_finite(loaded.model, loaded.source)
     form.refuse(loaded, settings)
-    text = None if check is None else check_text(check)
+    text, remarks = None, ()
+    if check is not None:
+        text, remarks = (check_text(check), ()) if check else standing_text(loaded)
     with atomic_folder(output) as partial:
         written = form.write(loaded, partial, settings)
         parity = form.check(loaded, partial, written, text, settings) if text is not None else None
@@ -85,7 +93,7 @@ def export_loaded(
         )
         (partial / FILE).write_text(provenance_text(provenance), encoding="utf-8")
         (partial / "README.md").write_text(_card(loaded, provenance, written.words, parity, partial), encoding="utf-8")
-    return ModelExport(written.words, written.notes, parity)
+    return ModelExport(written.words, (*written.notes, *remarks), parity)
 
 
 def _card(loaded: Loaded, provenance: Provenance, words: str, parity: Parity | None, folder: Path) -> str:
@@ -98,17 +106,35 @@ def _card(loaded: Loaded, provenance: Provenance, words: str, parity: Parity | N
     return "\n\n".join(section.rstrip() for section in sections) + "\n"
 
 
+def standing_text(loaded: Loaded) -> tuple[str, tuple[str, ...]]:
+    """Returns the text of a comparison for which none was given, and a remark that says what it is.
+
+    For seedling and models made from it this is built-in text, and goes without a remark. Any other model writes the text itself, which is
+    like what it is used for: on characters of all kinds the divergence of a correct 4-bit file is several times what it is on such text.
+    Only a model without a tokenizer, or one whose words are not read back, gets such mixed characters.
+    """
+    if made_from_seedling(loaded.source, loaded.provenance):
+        return "\n\n".join(read_corpus(None, "test").documents)[:PROBE_CHARACTERS], ()
+    ask = "; `check` takes text like that which the model is to work on"
+    if loaded.tokenizer is not None:
+        tokens = min(OWN_TOKENS, context_limit(loaded.model.config) or OWN_TOKENS)
+        with float32_on_cpu(loaded.model):
+            own = write_own_text(loaded.model, loaded.tokenizer, OWN_WINDOWS, tokens, seed=0)
+        text = "\n\n".join(loaded.tokenizer.batch_decode(own.windows_NT, skip_special_tokens=True))
+        if len(loaded.tokenizer(text, verbose=False).input_ids) >= tokens:
+            return text, (f"no text was given for the comparison, so both programs read text that the model wrote itself{ask}",)
+    return mixed_text((), CHARACTERS), (f"no text was given for the comparison, so both programs read characters of many kinds{ask}",)
+
+
 def check_text(given: str) -> str:
     """Returns the text of a comparison.
 
     Args:
-        given: Name of a text file, the text itself, or empty for the built-in one.
+        given: Name of a text file, or the text itself.
 
     Raises:
         DataError: The file cannot be read.
     """
-    if not given:
-        return "\n\n".join(read_corpus(None, "test").documents)[:PROBE_CHARACTERS]
     path = Path(given) if len(given) < 1000 and "\n" not in given else None
     try:
         is_file = path is not None and path.is_file()

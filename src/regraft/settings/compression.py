@@ -30,7 +30,9 @@ class CompressSettings(Settings):
         default=False, description="heads and feed-forward networks lose channels instead, where that costs fewer nats than ranks do"
     )
     dense: bool = Field(default=False, description="write the product of the factors as a dense matrix, for runtimes that know no factors")
-    calibration: Path | None = Field(default=None, description="text to calibrate on; default: the built-in text")
+    calibration: Path | None = Field(
+        default=None, description="text to calibrate on; built-in text is used only for seedling and models made from it"
+    )
     samples: Positive = Field(default=128, description="calibration windows")
     seq_len: Positive | None = Field(default=None, description="tokens of a calibration window; default: 128 or the model's limit")
     validation: Path | None = Field(

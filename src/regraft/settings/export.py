@@ -17,7 +17,7 @@ class ExportSettings(Settings):
         description="how GGUF stores matrices: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q4_K_M, Q4_K_S, Q3_K_M; default: as loaded",
     )
     importance: Path | None = Field(
-        default=None, description="text whose activations weigh the errors of K quantization; default: the built-in text"
+        default=None, description="text whose activations weigh the errors of K quantization; default: all weigh alike"
     )
     architecture: str = Field(
         default="", description="GGUF architecture, such as deci, openelm or step35; default: the plainest that holds the model"

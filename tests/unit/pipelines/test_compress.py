@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from regraft.cli.app import run
 from regraft.compression import COMPRESSORS
 from regraft.data.text import read_corpus
-from regraft.errors import InputError, ModelError, PlanError, StorageError
+from regraft.errors import DataError, InputError, ModelError, PlanError, StorageError
 from regraft.models.provenance import read_provenance
 from regraft.models.view import ModelView, parameter_count
 from regraft.pipelines.compress import CompressResult, compress
@@ -225,7 +225,7 @@ def test_bad_input_is_one_line(quickly: Compress, make_tiny, folder: Path, tmp_p
     broken = make_tiny()
     with torch.no_grad():
         broken.get_parameter("model.layers.1.input_layernorm.weight").fill_(torch.inf)
-    with pytest.raises(InputError, match=r"inputs of 'model.layers.1.self_attn.q_proj' hold NaN or infinity in batch 1 "):
+    with pytest.raises(ModelError, match=r"'model.layers.1.input_layernorm.weight' holds NaN or infinity in 32 of 32 values"):
         quickly(broken)
     done = compress(folder, tmp_path / "out", CompressSettings(method="svd"))
     assert done.model is not None
@@ -235,6 +235,19 @@ def test_bad_input_is_one_line(quickly: Compress, make_tiny, folder: Path, tmp_p
     high = FactorPlan(**(plan.__dict__ | {"factorings": (plan.factorings[0].__class__(plan.factorings[0].module, 99, False),)}))
     with pytest.raises(PlanError, match=r"rank 99 of 'model.*' \(\d+ x \d+\) is not from 1 to"):
         compress(folder, None, CompressSettings(), plan=high)
+
+
+def test_no_text_is_read_in_silence(folder: Path, make_tiny, tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only what reads no text goes without; seedling itself has text of its own (tests/conformance/test_one_route.py)."""
+    for source in (folder, make_tiny()):
+        for given in ({"method": "svd_llm"}, {"method": "svd", "prices": "measured"}, {"method": "svd", "ranks": "bayes"}):
+            with pytest.raises(DataError, match="`calibration` is missing: only seedling has text of its own"):
+                compress(source, None, CompressSettings(**given), tokenizer=tokenizer)
+        assert compress(source, None, CompressSettings(method="svd"), tokenizer=tokenizer).model is not None
+    assert run(["compress", str(folder), "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert "--calibration is missing" in error
+    assert len(error.strip().splitlines()) == 1
 
 
 def test_the_command(folder: Path, texts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

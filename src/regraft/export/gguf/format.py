@@ -20,6 +20,7 @@ from regraft.settings import ExportSettings
 
 FILE = "model.gguf"
 RUNTIME = "llama.cpp"
+UNWEIGHED = "K quantization weighed the errors of all channels alike; `importance` takes a text that says which matter more"
 
 
 def scheme_of(loaded: Loaded, settings: ExportSettings) -> Scheme:
@@ -49,7 +50,8 @@ def write(loaded: Loaded, folder: Path, settings: ExportSettings) -> Written:
     source, scheme = source_of(loaded.model), scheme_of(loaded, settings)
     architecture = choose(source, settings.architecture)
     layout = architecture.lay_out(source)
-    importance = channel_energy(loaded, settings.importance) if scheme.usual in K_TYPES else None
+    k_types = scheme.usual in K_TYPES
+    importance = channel_energy(loaded, settings.importance) if k_types and settings.importance is not None else None
     about = {"type": "model", "name": Path(loaded.source).name, "quantized_by": "regraft"}
     if not scheme.is_quantized:
         about.pop("quantized_by")
@@ -59,7 +61,7 @@ def write(loaded: Loaded, folder: Path, settings: ExportSettings) -> Written:
     return Written(
         words,
         folder / FILE,
-        (*layout.notes, *notes),
+        (*layout.notes, *notes, *((UNWEIGHED,) if k_types and importance is None else ())),
         {"architecture": layout.architecture, "context": layout.context, "weighed": importance is not None},
     )
 

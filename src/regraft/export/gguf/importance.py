@@ -25,12 +25,12 @@ Importance = Mapping[str, np.ndarray]
 """By the name of a module, the mean square of each of its input channels over a text, (in,)."""
 
 
-def channel_energy(loaded: Loaded, text: Path | None) -> Importance:
+def channel_energy(loaded: Loaded, text: Path) -> Importance:
     """Returns the mean square of each input channel of every linear module.
 
     Args:
         loaded: A model with its tokenizer.
-        text: File of the text that it reads; None for the built-in text.
+        text: File of the text that it reads.
 
     Raises:
         DataError: The text cannot be read or is too short.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,8 +19,8 @@ from regraft.data.text import Corpus
 from regraft.errors import InputError, PlanError, did_you_mean
 from regraft.evaluation.loss import evaluate_loss
 from regraft.groups.discover import discover
+from regraft.models.live import ModelLike, own_tensors, resting, take
 from regraft.models.load import Loaded, require_tokenizer
-from regraft.models.load import load as load_model
 from regraft.models.save import save
 from regraft.models.view import ModelView, fingerprint, parameter_count, refuse_factored
 from regraft.numerics.truncation import Factors
@@ -28,6 +29,8 @@ from regraft.pipelines.compress.prepare import Texts, decomposed, needs_judging,
 from regraft.pipelines.compress.record import card_of, record_of
 from regraft.pipelines.compress.search import searched_ranks
 from regraft.pipelines.prune.score_cache import checksum_of
+from regraft.pipelines.texts import Texts as Given
+from regraft.pipelines.texts import described, in_memory, path_in
 from regraft.plans import FactorPlan, FactorSpace, LossReport, PrunePlan, to_dict
 from regraft.settings import CompressSettings, LoadSettings
 from regraft.surgery.factorize import check_factor_plan, densified, factorize
@@ -35,7 +38,6 @@ from regraft.surgery.trial_ranks import TrialModel, measured_damage
 from regraft.training.pc_lora import FadeSettings, fade_out
 
 Say = Callable[[str], None]
-IN_MEMORY = "a model in memory"
 PC_LORA = "pc_lora"
 
 
@@ -70,11 +72,12 @@ class CompressResult:
 
 
 def compress(
-    source: str | Path | PreTrainedModel,
+    source: ModelLike,
     output: str | Path | None = None,
     settings: CompressSettings | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: Given | None = None,
     load: LoadSettings | None = None,
     seed: int = 0,
     plan: FactorPlan | None = None,
@@ -90,6 +93,7 @@ def compress(
         output: Where the compressed model is saved; None keeps it in memory.
         settings: Settings of the decomposition and of the choice of ranks.
         tokenizer: The tokenizer for a model in memory.
+        calibration: Text like that which the model is to work on: a file, texts, or a data set with a column ``text``.
         load: How a folder is loaded.
         seed: Seed for calibration windows, for tokens drawn from predictions and for proposals.
         plan: Ranks from an earlier run, on this model or on one of the same shape; the factors are computed again.
@@ -102,17 +106,42 @@ def compress(
         RegraftError: Anything that the user can mend, in one line.
     """
     settings = settings or CompressSettings()
+    if calibration is not None:
+        settings = settings.model_copy(update={"calibration": path_in(calibration)})
     target = None if output is None else Path(output)
     if target is not None and not dry_run:
         refuse_existing(target)
     _refuse_clashes(settings, plan)
+    compressor_of(settings.method if plan is None else plan.method, settings)  # a wrong name is told before a model is loaded
+    order = _Order(settings, target, in_memory(calibration), seed, plan, dry_run, resume, command, say)
+    loaded = take(source, tokenizer, load)
+    with resting(loaded.model):
+        return _carried_out(loaded, order)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """The parameters of a call of :func:`compress`, other than the model."""
+
+    settings: CompressSettings
+    target: Path | None
+    calibration: Given | None
+    seed: int
+    plan: FactorPlan | None
+    dry_run: bool
+    resume: bool
+    command: str
+    say: Say
+
+
+def _carried_out(loaded: Loaded, order: _Order) -> CompressResult:
+    settings, plan, seed, say = order.settings, order.plan, order.seed, order.say
     method = settings.method if plan is None else plan.method
     compressor = compressor_of(method, settings)
-    loaded = _loaded(source, tokenizer, load or LoadSettings())
     refuse_factored(loaded.model, f"'{loaded.source}'")
     view = ModelView(loaded.model)
     projections = projections_of(view, settings.targets)
-    texts = read_texts(loaded, settings, compressor, seed, judging=plan is None and needs_judging(settings))
+    texts = read_texts(loaded, settings, compressor, seed, judging=plan is None and needs_judging(settings), calibration=order.calibration)
     found = decomposed(view, projections, compressor, settings, texts.fitted, seed, say)
     space: FactorSpace | None = None
     start, pruning = loaded, None
@@ -120,11 +149,11 @@ def compress(
         plan, space, start, found, pruning = _mixed(loaded, found, compressor, texts, settings, seed, say)
     elif plan is None:
         space = space_of(loaded, found, compressor, settings, settings.ratio)
-        plan = _choose(loaded, found, space, texts, settings, seed, target, resume=resume, say=say)
+        plan = _choose(loaded, found, space, texts, settings, seed, order.target, resume=order.resume, say=say)
     else:
         plan = _moved(loaded, plan)
     _refuse_short_text(plan, found)
-    if dry_run:
+    if order.dry_run:
         return CompressResult(plan, None, loaded, space, texts.notes, None, pruning)
     by_name = {one.priced.name: one for one in found}
     factors = {entry.module: by_name[entry.module].truncation.at(entry.rank) for entry in plan.factorings}
@@ -132,13 +161,17 @@ def compress(
         assert texts.fitted is not None
         factors = _faded(start.model, factors, texts.fitted, settings, seed, say)
         plan = replace(plan, method=PC_LORA, predicted_nats=None)
-    model = factorize(start.model, plan, factors) if factors else start.model
+    # Where nothing is factored the result is a copy all the same.
+    model = factorize(start.model, plan, factors) if factors else copy.deepcopy(start.model)
     if settings.dense:
         model = densified(model)
+    own_tensors(model, loaded.model)
     test = _tested(loaded, model, texts.test)
-    if target is not None:
-        record = record_of(loaded, plan, settings, seed=seed, command=command, pruning=pruning)
-        save(model, loaded.tokenizer, target, record, card_of(record, dense=settings.dense))
+    if order.target is not None:
+        record = record_of(loaded, plan, settings, seed=seed, command=order.command, pruning=pruning)
+        if texts.given is not None:
+            record = replace(record, settings={**record.settings, "calibration": described(texts.given)})
+        save(model, loaded.tokenizer, order.target, record, card_of(record, dense=settings.dense))
     return CompressResult(plan, model, loaded, space, texts.notes, test, pruning)
 
 
@@ -204,12 +237,6 @@ def _mixed(
     biases = {one.priced.name: one.has_bias or one.truncation.mean_I is not None for one in again}
     plan = replace(factor_plan(space, ranks, "mix", settings.ratio, biases), made_with=made_with)
     return plan, space, start, again, choice.plan
-
-
-def _loaded(source: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, load: LoadSettings) -> Loaded:
-    if isinstance(source, PreTrainedModel):
-        return Loaded(source, tokenizer, source.name_or_path or IN_MEMORY, fingerprint(source), None)
-    return load_model(source, load)
 
 
 def _choose(

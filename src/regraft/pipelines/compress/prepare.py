@@ -13,6 +13,8 @@ from regraft.data.tokens import calibration_windows, window_tokens
 from regraft.errors import InputError, did_you_mean
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.view import ModelView, parameter_count
+from regraft.pipelines.texts import Texts as Given
+from regraft.pipelines.texts import text_for
 from regraft.plans import FactorSpace
 from regraft.settings import CALIBRATION_TOKENS, CompressSettings
 
@@ -22,12 +24,13 @@ _JUDGED = 4  # one window in so many judges ranks, where no text of its own does
 
 @dataclass(frozen=True)
 class Texts:
-    """Calibration windows, windows that judge ranks, and the test text."""
+    """Calibration windows, windows that judge ranks, the test text, remarks, and calibration text that was given in memory."""
 
     fitted: Tensor | None
     judging: Tensor | None
     test: Corpus | None
     notes: tuple[str, ...] = field(default=())
+    given: Corpus | None = None
 
 
 def projections_of(view: ModelView, targets: tuple[str, ...] = ()) -> dict[str, nn.Module]:
@@ -58,15 +61,29 @@ def needs_judging(settings: CompressSettings) -> bool:
     return settings.ranks == "bayes" or settings.prices == "measured" or settings.mix
 
 
-def read_texts(loaded: Loaded, settings: CompressSettings, compressor: Compressor, seed: int, *, judging: bool) -> Texts:
+def read_texts(
+    loaded: Loaded, settings: CompressSettings, compressor: Compressor, seed: int, *, judging: bool, calibration: Given | None = None
+) -> Texts:
     """Reads the texts that are needed, and refuses to choose by the one that tests.
 
+    Args:
+        loaded: The model that they are for.
+        settings: Files of the texts.
+        compressor: What the layers are decomposed by.
+        seed: Seed for the draw of the windows.
+        judging: Whether ranks are chosen by what the model does on text.
+        calibration: Calibration text in memory, in place of a file.
+
     Raises:
+        DataError: Calibration text is missing: only seedling has one of its own.
         InputError: A text that fits or judges is the test text.
     """
     test = None if settings.test is None else read_corpus(settings.test, "test")
     fits = compressor.looks_at != "weights"
-    fitted = read_corpus(settings.calibration, "validation") if fits or (judging and settings.validation is None) else None
+    given = settings.calibration if calibration is None else calibration
+    needed = fits or (judging and settings.validation is None)
+    fitted = text_for(loaded, given, "validation", "calibration") if needed else None
+    held = None if calibration is None else fitted
     judges = read_corpus(settings.validation, "validation") if judging and settings.validation is not None else None
     for name, corpus in (("calibration", fitted), ("validation", judges)):
         _refuse_test_text(name, corpus, test)
@@ -79,11 +96,11 @@ def read_texts(loaded: Loaded, settings: CompressSettings, compressor: Compresso
 
     drawn = None if fitted is None else windows(fitted)
     if not judging or judges is not None:
-        return Texts(drawn, None if judges is None else windows(judges), test)
+        return Texts(drawn, None if judges is None else windows(judges), test, given=held)
     assert drawn is not None
     judged = max(1, len(drawn) // _JUDGED)
     note = f"ranks were judged on {judged} of the {len(drawn)} calibration windows, which no factor was fitted to"
-    return Texts(drawn[:-judged] if len(drawn) > 1 else drawn, drawn[-judged:], test, (note,))
+    return Texts(drawn[:-judged] if len(drawn) > 1 else drawn, drawn[-judged:], test, (note,), held)
 
 
 def _refuse_test_text(name: str, corpus: Corpus | None, test: Corpus | None) -> None:

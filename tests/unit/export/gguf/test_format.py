@@ -126,6 +126,18 @@ def test_quantized_files_stay_close(tmp_path: Path, quantize: str, largest: floa
     assert done.parity.divergence < largest
 
 
+def test_k_types_weigh_channels_by_a_text_that_was_given_and_by_none_in_silence(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT * 60, encoding="utf-8")
+    loaded, sizes = as_loaded(toy("llama", scale=0.05, hidden_size=256)), dict[str, bytes]()
+    for name, text in (("alike", None), ("weighed", tmp_path / "text.txt")):
+        settings = ExportSettings(quantize="Q4_K_M", importance=text)
+        done = export(loaded, tmp_path / name, "gguf", settings=settings, check=None)
+        assert any("weighed the errors of all channels alike" in note for note in done.notes) == (text is None)
+        sizes[name] = (tmp_path / name / "model.gguf").read_bytes()
+    assert len(sizes["alike"]) == len(sizes["weighed"])
+    assert sizes["alike"] != sizes["weighed"]
+
+
 def test_a_wrong_tensor_is_noticed_and_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_module("regraft.export.gguf.llama_like"), "paired", lambda tensor, heads: tensor)
     with pytest.raises(OutputError, match="not the same"):
