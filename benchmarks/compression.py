@@ -21,9 +21,10 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from scipy.stats import spearmanr
@@ -111,7 +112,7 @@ def subjects(extra: Sequence[str]) -> Iterator[Subject]:
 def _halves(corpus: Corpus) -> tuple[Corpus, Corpus]:
     """Documents to calibrate on, and others to test with; the halves of a text that is one document."""
     documents = corpus.documents
-    if len(documents) < 2:
+    if len(documents) == 1:
         middle = len(documents[0]) // 2
         documents = (documents[0][:middle], documents[0][middle:])
     middle = len(documents) // 2
@@ -241,8 +242,8 @@ def bayes(subject: Subject, ratios: Sequence[float], draws: int, trials: int = 5
                 passes = trials * len(judging)
             else:
                 damage = measured_damage(model, space, truncations, judging)
-                sites = tuple(one.__class__(**(one.__dict__ | {"damage": damage[one.name]})) for one in space.sites)
-                ranks = RANK_CHOICES.get("knapsack")(space.__class__(**(space.__dict__ | {"sites": sites})))
+                sites = tuple(replace(one, damage=damage[one.name]) for one in space.sites)
+                ranks = RANK_CHOICES.get("knapsack")(replace(space, sites=sites))
                 passes = 8 * len(space.sites)  # two ranks of every layer on eight windows, half of the layers each on average
             seconds = time.perf_counter() - start
             put(trial, space, ranks)
@@ -388,7 +389,8 @@ def _damage_table() -> list[str]:
         own = [row for row in rows if row["model"] == model]
         predicted, measured = ([float(row[key]) for row in own] for key in ("predicted_nats", "measured_nats"))
         ratio = sorted(b / a for a, b in zip(predicted, measured, strict=True))
-        body.append([model, str(len(own)), common.rounded(spearmanr(predicted, measured).statistic), f"{ratio[len(ratio) // 2]:.2f}"])
+        found: Any = spearmanr(predicted, measured)  # scipy has no types for the fields of its result
+        body.append([model, str(len(own)), common.rounded(found.statistic), f"{ratio[len(ratio) // 2]:.2f}"])
     head = ["model", "layers x ranks", "rank correlation", "median of measured / predicted"]
     words = "Each layer factored alone at two ranks: the price in nats against the divergence measured on text that nothing was fitted to."
     return ["## Predicted and measured damage", "", words, "", *common.table(head, body)]
@@ -412,7 +414,7 @@ def _pifa_table() -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", choices=("quality", "bayes", "prune", "damage", "pifa", "tables"), action="append")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--subject", action="append", default=[], help="names of the models to measure; default: all")

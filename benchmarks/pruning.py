@@ -142,7 +142,8 @@ class Bench:
         return self.loss(self.loaded.model)
 
     def settings(self, ratio: float, asked: dict[str, Any]) -> PruneSettings:
-        return PruneSettings(ratio=ratio, calibration=self.text[0], cache=self.work / "scores", **({"shape": "per-layer"} | asked))
+        given: dict[str, Any] = {"shape": "per-layer"} | asked
+        return PruneSettings(ratio=ratio, calibration=self.text[0], cache=self.work / "scores", **given)
 
     def loss(self, model: PreTrainedModel) -> float:
         settings = EvaluateSettings(window=WINDOW, stride=WINDOW)

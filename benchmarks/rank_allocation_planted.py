@@ -78,8 +78,8 @@ TRAINED = elastic_cost(RecoverSettings(), 1) - SCORE
 RECOVERIES = schedule_of(AllocateSettings(trials=12, elastic=0), RecoverSettings())
 STARTS = {
     1.0: (Rung(0.125, 6), Rung(0.25, 3)),
-    2.0: (Rung(0.125, 8), Rung(0.25, 5, 1), Rung(0.5, 2)),
-    4.0: (Rung(0.125, 12), Rung(0.25, 6, 1), Rung(0.5, 3, 1), Rung(1.0, 2, 1)),
+    2.0: (Rung(0.125, 8), Rung(0.25, 5), Rung(0.5, 2)),
+    4.0: (Rung(0.125, 12), Rung(0.25, 6), Rung(0.5, 3), Rung(1.0, 2)),
 }
 """What a start from a prior is measured with, by the limit of the cost."""
 FIELDS: tuple[str, ...] = ("section", "layers", "method", "noise", "world", "seed", "share", "cost", "seconds", "kept")

@@ -71,7 +71,7 @@ def measure(model: str, arguments: argparse.Namespace, place: Path, csv: Path) -
             prune(model, folder, PruneSettings(criterion="l2", reconstruct="none", **cut))
         loaded = load(folder if cut is not None else model)
         size = measure_size(loaded.model, locate(folder if cut is not None else model), PROMPT_TOKENS)
-        facts[name] = (size.parameters, size.macs_per_token, loaded.model.get_input_embeddings().weight.shape[0])
+        facts[name] = (size.parameters, size.macs_per_token, loaded.model.get_input_embeddings().get_parameter("weight").shape[0])
         for kind in arguments.types:
             export(loaded, place / f"{folder.name}-{kind}", "gguf", settings=ExportSettings(quantize=kind), check=None)
             files[name, kind] = place / f"{folder.name}-{kind}" / "model.gguf"

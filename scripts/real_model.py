@@ -52,7 +52,7 @@ def read(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     quantized = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     # What came from GGUF refuses to be saved; the same weights in a model of the same config do not.
     config = quantized.config
-    del config.quantization_config
+    delattr(config, "quantization_config")
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantized.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -61,11 +61,13 @@ def read(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def answer_to(question: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int = 24) -> str:
     """Returns the model's greedy answer to a question in its own chat format."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+    text = str(tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True))
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     with torch.no_grad():
-        answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
-    return tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
+        answer = model.generate(  # pyright: ignore[reportCallIssue]
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
+        )
+    return str(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     package = Path(__file__).resolve().parents[1] / "src" / "regraft" / "seedling"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--work", required=True, help="folder of the checkpoint and the tokenizer; a run goes on from there")
     parser.add_argument("--output", default=str(package), help="folder of the finished model (default: the package)")
     parser.add_argument("--steps", type=int, default=0, help=f"training steps (default: {Settings.steps})")

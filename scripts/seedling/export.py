@@ -82,7 +82,7 @@ def _save_model(model: LlamaForCausalLM, folder: Path) -> None:
         pad_token_id=model.config.pad_token_id,
         do_sample=False,
     )
-    copy.to(torch.bfloat16).save_pretrained(str(folder))
+    copy.bfloat16().save_pretrained(str(folder))
 
 
 def _write_log(log: Sequence[LogRow], file: Path) -> None:

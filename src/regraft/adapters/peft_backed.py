@@ -64,7 +64,7 @@ class PeftAdapter:
             if self.moves_weights:  # a head that shares the weight is to stay where it is
                 for name in request.ranks:
                     if untie(model, model.get_submodule(name)):
-                        cast(PreTrainedModel, model).config.tie_word_embeddings = False
+                        model.config.tie_word_embeddings = False
             before = _weights(model, request.ranks) if self.moves_weights else {}
             try:
                 adapted = cast(PeftModel, get_peft_model(model, config))

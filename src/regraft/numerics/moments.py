@@ -47,7 +47,9 @@ class Moments:
         if rows_ND.shape[1] < _WIDE or rows_ND.dtype == torch.float64:
             self.square_DD.addmm_(rows_ND.double().T, rows_ND.double())
             return
-        for part_ND in rows_ND.float().split(_ROWS):
+        wide_ND = rows_ND.float()
+        for first in range(0, wide_ND.shape[0], _ROWS):
+            part_ND = wide_ND[first : first + _ROWS]
             self.square_DD += part_ND.T @ part_ND
 
     def __add__(self, other: Moments) -> Moments:

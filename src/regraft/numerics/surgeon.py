@@ -64,7 +64,7 @@ def _one_by_one(squares_II: Tensor, inverse_II: Tensor) -> tuple[list[int], list
     costs: list[float] = []
     while len(left):
         gone, paid, squares_II, inverse_II = _panel(squares_II, inverse_II, min(_PANEL, len(left)))
-        order += left[gone].tolist()
+        order += left[gone].cpu().numpy().tolist()
         costs += paid
         stays = torch.ones(len(left), dtype=torch.bool, device=left.device)
         stays[gone] = False

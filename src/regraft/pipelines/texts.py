@@ -51,10 +51,16 @@ def read(given: Texts, split: Split, setting: str, *, skip_bad: bool = False) ->
     if isinstance(given, Mapping):
         known = ", ".join(map(repr, list(given)[:4]))
         raise DataError(f"`{setting}` is a {type(given).__name__} of {known}; give one part of it, such as `{setting}`['train']")
+    values = enumerate(_iterable(given, setting), 1)
+    rows = ((f"row {number}", {"text": value} if isinstance(value, str) else value) for number, value in values)
+    return corpus_of(setting, rows, skip_bad=skip_bad)
+
+
+def _iterable(given: object, setting: str) -> Iterable[object]:
+    """Returns the argument, checked at run time: callers without a type checker pass anything."""
     if not isinstance(given, Iterable):
         raise DataError(f"`{setting}` is a {type(given).__name__}; give a file, texts, or a data set with a column 'text'")
-    rows = ((f"row {number}", {"text": value} if isinstance(value, str) else value) for number, value in enumerate(given, 1))
-    return corpus_of(setting, rows, skip_bad=skip_bad)
+    return given
 
 
 def path_in(given: Texts | None) -> Path | None:
