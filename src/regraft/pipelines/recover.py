@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.adapters.contract import adapter_options
-from regraft.atomic import atomic_folder, refuse_existing
+from regraft.atomic import atomic_folder, refuse_existing, sha256_of
 from regraft.claims import WORK, claimed, remove, work_folder
 from regraft.data.labelled import Labelled, read_labelled, split_labelled
 from regraft.data.text import BUILT_IN, Corpus, split_corpus
@@ -28,7 +28,7 @@ from regraft.models.folder import write_folder
 from regraft.models.live import ModelLike, fitting_tokenizer, lineage, take
 from regraft.models.load import SEEDLING, Loaded, locate, require_tokenizer
 from regraft.models.load import load as load_model
-from regraft.models.provenance import parents_of, versions
+from regraft.models.provenance import parents_of, read_provenance, versions
 from regraft.models.save import save
 from regraft.models.view import fingerprint
 from regraft.pipelines.results import Saving
@@ -153,21 +153,10 @@ def recover_model(
     load = load.model_copy(update={"device": local_device(load.device)})
     if data is not None:
         chosen = chosen.model_copy(update={"data": path_in(data)})
-    given = in_memory(data) if in_memory(data) is not None else chosen.data
     output = Path(output) if output is not None else None
     _check_early(chosen)
-    if chosen.ranks is not None:  # a record holds the plan, wherever its file lies
-        chosen = chosen.model_copy(update={"ranks": read_ranks(chosen.ranks)})
     with _work_folder(output, work, resume=resume) as kept:
-        corpora = training_rows(chosen, seed, given) if given is not None or chosen.task != "language" else None
-        loaded, injected = _student(model, tokenizer, corpora, chosen, load, seed=seed, in_place=in_place)
-        if corpora is None:
-            corpora = built_in_rows(loaded)
-        if injected is not None:
-            chosen = _continuing(chosen, injected)
-        if chosen.epochs is not None:
-            join_processes(loaded.model.device)  # a step is of rows of all processes
-        chosen = in_steps(chosen, corpora[0], require_tokenizer(loaded), loaded.model, seed)
+        chosen, loaded, injected, corpora = _prepared(model, tokenizer, chosen, load, in_memory(data), seed=seed, in_place=in_place)
         teacher = load_teacher(chosen, load, loaded.provenance.source if loaded.provenance else None)
         done = recover(
             loaded.model,
@@ -184,6 +173,62 @@ def recover_model(
         if output is not None and is_main():
             result = dataclasses.replace(result, provenance=result.save_pretrained(output))
     return result
+
+
+def is_finished(model: str | Path, output: Path, settings: RecoverSettings, load: LoadSettings, seed: int) -> bool:
+    """Returns whether an output holds already what :func:`recover_model` would write; then what a killed run left beside it is removed.
+
+    Args:
+        model: A folder, a hub id, or ``seedling``.
+        output: The output, which need not be there.
+        settings: Data, adapter and training. Of a data file only the name is compared, as the record of the output holds no more.
+        load: How the model is loaded.
+        seed: Seed for everything random.
+
+    Raises:
+        OutputError: Another process is writing this output.
+        RegraftError: Anything else that the user can mend, in one line.
+    """
+    record = read_provenance(output) if output.is_dir() else None
+    if record is None or "recover" not in record.settings or record.seed != seed:
+        return False
+    if not record.files or any(not (output / name).is_file() or sha256_of(output / name) != sha for name, sha in record.files.items()):
+        return False
+    load = load.model_copy(update={"device": local_device(load.device)})
+    _check_early(settings)
+    settings, loaded, _, _ = _prepared(model, None, settings, load, None, seed=seed, in_place=False)
+    written = {name: value for name, value in record.settings["recover"].items() if name != "quiet"}
+    if record.source_fingerprint != loaded.fingerprint or written != settings.model_dump(mode="json", exclude={"quiet"}):
+        return False
+    if is_main():
+        with claimed(output) as aside:
+            remove(aside / WORK)
+    return True
+
+
+def _prepared(
+    model: ModelLike | PeftModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: RecoverSettings,
+    load: LoadSettings,
+    texts: Texts | None,
+    *,
+    seed: int,
+    in_place: bool,
+) -> tuple[RecoverSettings, Loaded, Injected | None, tuple[Corpus, Corpus] | tuple[Labelled, Labelled]]:
+    """Returns settings with everything decided, the model with the adapter that it carries, training data and held-out data."""
+    if settings.ranks is not None:  # a record holds the plan, wherever its file lies
+        settings = settings.model_copy(update={"ranks": read_ranks(settings.ranks)})
+    given = texts if texts is not None else settings.data
+    corpora = training_rows(settings, seed, given) if given is not None or settings.task != "language" else None
+    loaded, injected = _student(model, tokenizer, corpora, settings, load, seed=seed, in_place=in_place)
+    if corpora is None:
+        corpora = built_in_rows(loaded)
+    if injected is not None:
+        settings = _continuing(settings, injected)
+    if settings.epochs is not None:
+        join_processes(loaded.model.device)  # a step is of rows of all processes
+    return in_steps(settings, corpora[0], require_tokenizer(loaded), loaded.model, seed), loaded, injected, corpora
 
 
 def _student(

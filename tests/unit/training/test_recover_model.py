@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from regraft.cli.app import load_command
+from regraft.cli.app import load_command, run
 from regraft.errors import ConfigError, DataError, InputError, ModelError, OutputError, RegraftError, TrainingError
 from regraft.models.load import load
 from regraft.models.provenance import read_provenance, versions
@@ -188,6 +188,58 @@ def test_a_full_disk_while_saving_keeps_the_checkpoints(
     recover_model(folder, tmp_path / "out", settings(), resume=True)
     assert not (tmp_path / ".out.regraft").exists()
     load(tmp_path / "out")
+
+
+def test_what_was_finished_before_a_kill_is_success(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The process dies between the last rename and the removal of its checkpoints."""
+    ways = [
+        "--steps",
+        "4",
+        "--batch",
+        "2",
+        "--seq-len",
+        "16",
+        "--eval-every",
+        "2",
+        "--held-out",
+        "0.2",
+        "--held-out-windows",
+        "2",
+        "--rank",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    output = tmp_path / "out"
+
+    def recovering(*more: str) -> int:
+        return run(["recover", str(folder), "--output", str(output), "--data", str(data), *ways, *more])
+
+    def left(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "remove", left)
+        assert recovering("--resume") == 130
+    aside = tmp_path / ".out.regraft"
+    assert names(aside / "work") == ["checkpoint-4"]
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    for other in (["--seed", "1"], ["--lr", "0.5"], []):  # what is finished is not what these ask for, or they do not ask to go on
+        capsys.readouterr()
+        assert recovering(*other, *(["--resume"] if other else [])) == 2
+        assert "exists" in capsys.readouterr().err
+        assert aside.is_dir()
+    for _ in range(2):
+        assert recovering("--resume") == 0
+        assert "was finished before" in " ".join(capsys.readouterr().out.split())
+        assert not aside.exists()
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    weights = output / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert recovering("--resume") == 2, "what is damaged is not finished"
+    assert "exists" in capsys.readouterr().err
 
 
 # Runs in a process of its own, which forks before any tensor is computed: each child is killed at one moment of its run.
