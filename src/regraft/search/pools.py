@@ -19,8 +19,8 @@ from typing import Any, Self, final
 
 from regraft.errors import InputError, RegraftError, TrainingError
 from regraft.plans import RankTrial
+from regraft.search.child import begin
 from regraft.search.contract import Job, Measure, MeasureSpec
-from regraft.signals import die_with_parent
 
 MAX_ATTEMPTS = 3
 _PATIENCE_SECONDS = 1.0
@@ -173,11 +173,13 @@ class Processes(Pool):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         threads = max(1, (os.cpu_count() or 1) // self.size)
-        process = context.Process(target=_serve, args=(theirs, self._spec, threads, os.getpid()), name="regraft-worker", daemon=True)
+        process = context.Process(target=begin, args=(theirs, threads, os.getpid()), name="regraft-worker", daemon=True)
         process.start()
-        theirs.close()
         worker = _Worker(process, ours)
         self._workers.append(worker)
+        theirs.close()
+        with suppress(OSError):  # the process is dead, which _collect will notice
+            ours.send(self._spec)
         return worker
 
     def _collect(self, worker: _Worker) -> Finished:
@@ -211,9 +213,12 @@ class Processes(Pool):
             worker.process.join()
 
 
-def _serve(pipe: Connection, spec: MeasureSpec, threads: int, parent: int) -> None:
-    """Measures the jobs that come through the pipe until it closes or the parent ends; runs in a child process."""
-    die_with_parent(parent)
+def serve(pipe: Connection, threads: int) -> None:
+    """Measures the jobs that come through the pipe, after what measures them, until it closes; runs in a child process."""
+    try:
+        spec: MeasureSpec = pipe.recv()
+    except (EOFError, OSError, KeyboardInterrupt):
+        return
     measure: Measure | None = None
     while True:
         try:

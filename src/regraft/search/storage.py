@@ -33,7 +33,7 @@ from sqlalchemy.exc import (
 )
 
 from regraft import errors
-from regraft.errors import InputError, MissingDependencyError, OutputError, StorageError
+from regraft.errors import InputError, MissingDependencyError, OutputError, RegraftError, StorageError
 from regraft.reading import check_ordinary, is_folder
 
 FILE = "search.db"
@@ -204,6 +204,8 @@ def storage_errors(shown: str) -> Iterator[None]:
     """
     try:
         yield
+    except RegraftError:  # of the data or the model; some are ValueErrors too
+        raise
     except (TypeError, ValueError) as error:  # options of a URL that the driver does not take
         raise StorageError(f"storage {shown} cannot be opened ({' '.join(str(error).split())[:200]}); check its URL") from error
     except (SQLAlchemyError, StorageInternalError) as error:

@@ -1,0 +1,203 @@
+"""Signals to real processes: a command ends within seconds, with its workers, and says how to go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import tiny_inputs
+
+NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+MOST_SECONDS = 5.0
+BEGINS_WITHIN_SECONDS = 120.0
+
+# Both take minutes if nothing ends them.
+PRUNE = [
+    "prune",
+    "model",
+    "--output",
+    "pruned",
+    "--ratio",
+    "0.3",
+    "--criterion",
+    "surgeon",
+    "--calibration",
+    "text.txt",
+    "--samples",
+    "20000",
+    "--seq-len",
+    "32",
+    "--device",
+    "cpu",
+]
+ALLOCATE = [
+    "allocate",
+    "model",
+    "--output",
+    "plan.json",
+    "--resume",
+    "--method",
+    "rankadaptor",
+    "--prior",
+    "none",
+    "--ranks",
+    "1,2,4",
+    "--budget",
+    "r=2",
+    "--trials",
+    "16",
+    "--workers",
+    "2",
+    "--data",
+    "text.txt",
+    "--steps",
+    "4000",
+    "--eval-every",
+    "100",
+    "--batch",
+    "2",
+    "--seq-len",
+    "32",
+    "--samples",
+    "4",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with a tiny model and a long text."""
+    made = tmp_path_factory.mktemp("signals")
+    before = Path.cwd()
+    os.chdir(made)
+    try:
+        tiny_inputs.make_inputs()
+    finally:
+        os.chdir(before)
+    (made / "text.txt").write_text("\n".join([tiny_inputs.TEXT] * 120), encoding="utf-8")
+    return made
+
+
+def _heeded() -> None:
+    """Lets signals end the process that calls it: a shell starts what runs in the background with Ctrl-C ignored, and this is inherited."""
+    for number in NUMBERS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+class Command:
+    """A command of regraft in a process of its own, whose errors go to a file.
+
+    Args:
+        folder: Its current folder, which gets the file.
+        arguments: What follows ``regraft``.
+    """
+
+    def __init__(self, folder: Path, arguments: list[str]) -> None:
+        self.family: set[psutil.Process] = set()  # all processes that were seen below it
+        self._errors = folder / "errors.txt"
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        with self._errors.open("wb") as errors:
+            command = [sys.executable, "-m", "regraft", *arguments]
+            self.process = subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=_heeded
+            )
+
+    def wait_until(self, begun: Callable[[], bool]) -> None:
+        limit = time.monotonic() + BEGINS_WITHIN_SECONDS
+        while not begun():
+            assert self.process.poll() is None, f"it ended by itself: {self.errors()}"
+            assert time.monotonic() < limit, "it does not begin"
+            time.sleep(0.05)
+
+    def children(self) -> list[psutil.Process]:
+        found = psutil.Process(self.process.pid).children(recursive=True)
+        self.family.update(found)
+        return found
+
+    def seconds_to_end(self, number: signal.Signals) -> float:
+        """Sends a signal and returns after how many seconds the process and all below it are gone."""
+        self.children()
+        began = time.monotonic()
+        self.process.send_signal(number)
+        self.process.wait(MOST_SECONDS * 4)
+        _, alive = psutil.wait_procs(self.family, timeout=MOST_SECONDS * 4)
+        assert not alive
+        return time.monotonic() - began
+
+    def errors(self) -> str:
+        return self._errors.read_text(encoding="utf-8")
+
+    def said(self) -> list[str]:
+        """Returns what was said last: the lines from the first that says error."""
+        lines = [line for line in self.errors().splitlines() if line.strip()]
+        first = next((index for index, line in enumerate(lines) if "error:" in line), len(lines))
+        return lines[first:]
+
+
+@pytest.fixture
+def begin(folder: Path) -> Iterator[Callable[[list[str]], Command]]:
+    started: list[Command] = []
+
+    def start(arguments: list[str]) -> Command:
+        started.append(Command(folder, arguments))
+        return started[-1]
+
+    yield start
+    for command in started:
+        for process in command.family:
+            if process.is_running():
+                process.kill()
+        command.process.kill()
+        command.process.wait()
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_prune_ends(folder: Path, begin: Callable[[list[str]], Command], number: signal.Signals) -> None:
+    command = begin(PRUNE)
+    command.wait_until((folder / ".pruned.regraft" / "owner.json").exists)
+    time.sleep(1.0 + 0.4 * NUMBERS.index(number))  # while it loads, and while it scores
+    assert command.seconds_to_end(number) < MOST_SECONDS
+    assert command.process.returncode == 128 + number
+    assert command.said() == ["error: interrupted; nothing half-written was left under its final name"]
+    assert not (folder / "pruned").exists()
+    assert not (folder / ".pruned.regraft").exists()
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_search_ends_with_its_workers(folder: Path, begin: Callable[[list[str]], Command], number: signal.Signals) -> None:
+    command = begin(ALLOCATE)
+    command.wait_until(lambda: len(workers(command)) == 2)
+    time.sleep(1.0 + 2.0 * NUMBERS.index(number))  # while they import, and while they measure
+    assert command.seconds_to_end(number) < MOST_SECONDS
+    assert command.process.returncode == 128 + number
+    assert command.said() == ["error: interrupted; the same command with --resume goes on from what is finished"]
+    assert not (folder / "plan.json").exists()
+
+
+def test_the_workers_of_a_search_that_is_killed_end_too(folder: Path, begin: Callable[[list[str]], Command]) -> None:
+    command = begin(ALLOCATE)
+    command.wait_until(lambda: len(workers(command)) == 2)
+    time.sleep(2.0)
+    assert command.seconds_to_end(signal.SIGKILL) < MOST_SECONDS
+    assert not (folder / "plan.json").exists()
+
+
+def workers(command: Command) -> list[psutil.Process]:
+    """Returns the processes that measure, without that which multiprocessing starts to count resources."""
+    found: list[psutil.Process] = []
+    for process in command.children():
+        try:
+            if "spawn_main" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
