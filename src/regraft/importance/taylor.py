@@ -40,5 +40,12 @@ def taylor_units(evidence: Evidence) -> Mapping[str, Tensor]:
 
 
 CRITERIA.include(
-    Criterion("taylor", needs_text=True, units=taylor_units, looks_at="gradients", reads=frozenset({"order", "granularity", "reduce"})),
+    Criterion(
+        "taylor",
+        needs_text=True,
+        units=taylor_units,
+        looks_at="gradients",
+        reads=frozenset({"order", "granularity", "reduce"}),
+        between_layers=True,
+    ),
 )

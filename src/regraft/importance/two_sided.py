@@ -67,5 +67,13 @@ def unit_nats(group: Group, weight_OI: Tensor, seen: ReaderMoments) -> Tensor:
 
 
 CRITERIA.include(
-    Criterion("surgeon_nats", needs_text=True, units=surgeon_nats_units, looks_at="gradients", reads=frozenset({"seed"}), in_nats=True),
+    Criterion(
+        "surgeon_nats",
+        needs_text=True,
+        units=surgeon_nats_units,
+        looks_at="gradients",
+        reads=frozenset({"seed"}),
+        in_nats=True,
+        between_layers=True,
+    ),
 )

@@ -67,11 +67,13 @@ class Selector:
         name: Name on the command line.
         needs_curves: Whether ``Budget.curves`` must be given.
         choose: Function from groups, scores and budget to the numbers of kept units.
+        compares_layers: Whether it weighs scores of one layer against those of another, for which they have to be in one unit.
     """
 
     name: str
     needs_curves: bool
     choose: Callable[[Groups, Scores, Budget], Kept]
+    compares_layers: bool = False
 
 
 SELECTORS: NamedRegistry[Selector] = NamedRegistry("selector", group="regraft.selectors", of=Selector)

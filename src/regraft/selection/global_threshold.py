@@ -9,7 +9,8 @@ target first, and the threshold chooses among the units of the rest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean, pstdev
 
 from regraft.groups.parameter_count import Ledger
 from regraft.plans import WHOLE, Group, Groups, Scores
@@ -88,4 +89,21 @@ def _blocks(lane: tuple[Group, ...], scores: Scores, budget: Budget) -> list[_Bl
     return blocks
 
 
-SELECTORS.include(Selector("global", needs_curves=False, choose=global_threshold))
+def standardised(groups: Groups, scores: Scores) -> Scores:
+    """Returns scores that compare between layers and kinds: each group of units has mean 0 and standard deviation 1 per parameter.
+
+    FLAP (arXiv 2312.11983, section 4.2) so standardises the scores of each layer and kind before one threshold ranks them all, and ranks
+    heads and channels by the standardised score itself. The selectors count scores per parameter, so the standardised ones are multiplied
+    by the parameters of a unit. The order within a group stays. Layers and parts of layers keep their scores.
+    """
+    values = dict(scores.values)
+    for group in groups.groups:
+        if group.kind in WHOLE:
+            continue
+        here = values[group.name]
+        mean, spread = fmean(here), pstdev(here)
+        values[group.name] = tuple((value - mean) / spread * group.unit_parameters if spread else 0.0 for value in here)
+    return replace(scores, values=values)
+
+
+SELECTORS.include(Selector("global", needs_curves=False, choose=global_threshold, compares_layers=True))

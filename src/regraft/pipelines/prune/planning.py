@@ -23,6 +23,7 @@ from regraft.pipelines.prune.score_cache import ScoreCache, checksum_of
 from regraft.plans import WHOLE, Curves, Cut, Groups, PrunePlan, Scores
 from regraft.selection import SELECTORS, Budget, select
 from regraft.selection.budget import check_possible
+from regraft.selection.global_threshold import standardised
 from regraft.settings import CALIBRATION_TOKENS
 from regraft.surgery.cut import layers_after
 from regraft.surgery.damage_curves import measure_curves, predict_curves, rescale_curves
@@ -97,7 +98,10 @@ class Planning:
         scores = self._scores(view, groups, passes)
         if SELECTORS.get(settings.select).needs_curves:
             budget = replace(budget, curves=self._curves(view, groups, scores, budget))
-        plan = select(settings.select, groups, scores, budget, auto_align=auto)
+        ranked = scores
+        if SELECTORS.get(settings.select).compares_layers and not CRITERIA.get(settings.criterion).between_layers:
+            ranked = standardised(groups, scores)
+        plan = select(settings.select, groups, ranked, budget, auto_align=auto)
         if budget.curves is not None and self._predicted:
             curves = self._rescaled(view, groups, scores, budget.curves, plan, passes)
             plan = select(settings.select, groups, scores, replace(budget, curves=curves), auto_align=auto)

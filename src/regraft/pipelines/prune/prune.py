@@ -17,6 +17,7 @@ from regraft.models.live import ModelLike, become, own_tensors, resting, take
 from regraft.models.load import Loaded, with_float64
 from regraft.models.save import save
 from regraft.models.view import ModelView
+from regraft.pipelines.prune.against_random import worse_than_random
 from regraft.pipelines.prune.effort import EFFORTS, forecast
 from regraft.pipelines.prune.plan_files import settings_of
 from regraft.pipelines.prune.planning import Planning, Say, check_text, composed, draw_windows
@@ -35,6 +36,7 @@ from regraft.pipelines.prune.streamed import StreamedPrune, prune_streamed
 from regraft.pipelines.results import Saving
 from regraft.pipelines.texts import Texts, described, in_memory, path_in, text_for
 from regraft.plans import Groups, Provenance, PrunePlan, to_dict
+from regraft.selection import SELECTORS
 from regraft.settings import LoadSettings, PruneSettings, takes_settings, with_keywords
 from regraft.surgery.apply_plan import apply_plan
 from regraft.surgery.cut import check_counts, check_plan, cut, layers_after
@@ -305,6 +307,8 @@ def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
     pruned = cut_to_plan(model, groups, plan, resolved, windows, source_N=source_N, say=order.say)
     if live:
         own_tensors(pruned, model)
+    if order.plan is None and windows is not None and SELECTORS.get(resolved.settings.select).compares_layers:
+        notes = (*notes, *worse_than_random(model, pruned, groups, budget_of(groups, resolved.settings), plan, windows, seed=resolved.seed))
     result = PruneResult(plan, pruned, loaded, groups, resolved, notes, record)
     if order.output is not None:
         result.save_pretrained(order.output)

@@ -1,0 +1,60 @@
+"""The comparison of a pruned model with random removal of the same size: a choice that is no better than chance ends with a warning."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from regraft.errors import InputError
+from regraft.importance import Evidence, score
+from regraft.models.precision import float32_on_cpu
+from regraft.plans import Groups, PrunePlan
+from regraft.selection import Budget, select
+from regraft.surgery.cut import cut
+
+WINDOWS = 8
+
+
+def worse_than_random(
+    model: PreTrainedModel, pruned: PreTrainedModel, groups: Groups, budget: Budget, plan: PrunePlan, windows_NT: Tensor, *, seed: int
+) -> tuple[str, ...]:
+    """Returns a warning where a pruned model predicts worse than one that lost random units, the same share of every group.
+
+    The random one is cut and nothing more, so that a warning is never the fault of the re-fit.
+
+    Args:
+        model: The dense model; it is left as it is.
+        pruned: The pruned one.
+        groups: Groups of the dense model.
+        budget: What was to be removed.
+        plan: What was removed.
+        windows_NT: Calibration tokens, int64 (windows, tokens), of which a few are read.
+        seed: Seed for the random units.
+    """
+    windows = windows_NT[:WINDOWS]
+    if windows.shape[1] < 2 or any(group.kind not in ("heads", "query_heads", "ffn") for group in budget.prunable(groups)):
+        return ()
+    units = tuple(group for group in groups.groups if group in budget.prunable(groups))
+    scores = score("random", Evidence(model, replace(groups, groups=units), None, seed))
+    try:
+        chance = select("uniform", groups, scores, replace(budget, align=plan.align))
+    except InputError:  # no even share of so few units comes near the ratio
+        return ()
+    ours, theirs = _loss(pruned, windows), _loss(cut(model, groups, chance), windows)
+    if not ours > theirs:
+        return ()
+    return (
+        f"worse than random removal of the same size: {ours:.3f} nats for each token on calibration text, against {theirs:.3f} where "
+        "random units go, the same share in every layer; choose another `criterion`, or `select=uniform` or `knapsack`",
+    )
+
+
+@torch.no_grad()
+def _loss(model: PreTrainedModel, windows_NT: Tensor) -> float:
+    """Returns the mean loss over windows of equal length, in nats for each token."""
+    with float32_on_cpu(model):
+        losses = [float(model(input_ids=ids, labels=ids, use_cache=False).loss) for ids in windows_NT.to(model.device).split(1)]
+    return sum(losses) / len(losses)
