@@ -54,8 +54,15 @@ def _watch(receiver: int) -> None:
             time.sleep(GRACE_SECONDS)
             end_children()
             with contextlib.suppress(OSError):
-                os.write(2, b"error: interrupted, and ended in the middle of a computation; nothing half-written has its final name\n")
+                os.write(2, f"error: interrupted in the middle of a computation; {_rest()}\n".encode())
             os._exit(128 + number)
+
+
+def _rest() -> str:
+    """Returns how to go on after the command of this process."""
+    if sys.argv[1:2] and sys.argv[1] in ("run", "recover", "allocate"):
+        return "the same command with --resume goes on from what is finished"
+    return "nothing half-written was left under its final name"
 
 
 def end_children() -> None:
