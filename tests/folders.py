@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
 import struct
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from regraft.data.text import SEPARATOR, Split, read_corpus
 from regraft.models.provenance import versions
 from regraft.plans import Provenance
 from slicing import Kept
@@ -46,3 +51,12 @@ def edit_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     change(header)
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+
+@cache
+def text_file(split: Split = "validation") -> Path:
+    """Returns a file with the text that comes with seedling, for models that have none: made once a process, removed at its end."""
+    path = Path(tempfile.mkdtemp(prefix="regraft-tests-")) / f"{split}.txt"
+    atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
+    path.write_text(SEPARATOR.join(read_corpus(None, split).documents), encoding="utf-8")
+    return path

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import random_model
-from folders import tiny_tokenizer
+from folders import text_file, tiny_tokenizer
 from regraft.cli.app import run
 from regraft.errors import InputError
 from regraft.groups.discover import discover
@@ -25,7 +25,7 @@ from regraft.surgery.cut import cut_state, parameters_after
 from verdicts import KINDS
 from zeroing import Gone, zeroed
 
-QUICK = {"samples": 4, "seq_len": 16}
+QUICK = {"samples": 4, "seq_len": 16, "calibration": text_file()}
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(3))
 EVERYTHING = ("heads", "query_heads", "ffn", "residual", "layers", "attention", "mlp")
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import random_model
-from folders import tiny_tokenizer
+from folders import text_file, tiny_tokenizer
 from regraft.cli.app import run
 from regraft.models.load import load
 from regraft.models.view import parameter_count
@@ -20,7 +20,7 @@ from regraft.settings import LoadSettings, PruneSettings
 from zeroing import Gone, zeroed
 
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(3))
-QUICK = {"samples": 4, "seq_len": 16}
+QUICK = {"samples": 4, "seq_len": 16, "calibration": text_file()}
 # Weights stored (in, out) and fused; interleaved heads; fused halves, grouped; four norms and soft caps; slopes and tuples.
 DIFFERENT = ("gpt2", "gpt_neox", "phi3", "gemma2", "bloom")
 
