@@ -147,7 +147,20 @@ def test_the_uniform_knapsack_finds_the_best_of_all_choices(groups):
 @pytest.mark.parametrize("targets", ["residual,ffn", "layers,heads,query_heads,ffn", "attention,mlp,ffn,residual"])
 def test_the_command_prunes_by_measured_damage(folder, tmp_path, targets):
     out = tmp_path / "out"
-    options = ["--criterion", "wanda", "--ratio", "0.4", "--samples", "8", "--seq-len", "16", "--align", "1"]
+    options = [
+        "--criterion",
+        "wanda",
+        "--ratio",
+        "0.4",
+        "--samples",
+        "8",
+        "--seq-len",
+        "16",
+        "--align",
+        "1",
+        "--calibration",
+        str(text_file()),
+    ]
     assert run(["prune", str(folder), "-o", str(out), "--targets", targets, *options]) == 0
     record = load(out).provenance
     assert record is not None
@@ -289,7 +302,24 @@ def test_the_nested_knapsack_finds_the_best_of_all_choices(groups):
     ],
 )
 def test_bad_input_is_refused_in_one_line(folder, tmp_path, capsys, options, says):
-    assert run(["prune", str(folder), "-o", str(tmp_path / "out"), "--samples", "4", "--seq-len", "16", *options]) == 2
+    assert (
+        run(
+            [
+                "prune",
+                str(folder),
+                "-o",
+                str(tmp_path / "out"),
+                "--samples",
+                "4",
+                "--seq-len",
+                "16",
+                "--calibration",
+                str(text_file()),
+                *options,
+            ]
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     assert says in error
     assert "Traceback" not in error
