@@ -30,7 +30,10 @@ def chat(
     temperature: TemperatureOption = 0.7,
     seed: SeedOption = 0,
 ) -> None:
-    """Talk to a model in the terminal; its chat template is applied. An empty line, or the end of the input, ends it."""
+    """Talk to a model in the terminal; its chat template is applied.
+
+    An empty line, or the end of the input, ends the conversation.
+    """
     loaded = load_model(model, load)
     messages = [{"role": "system", "content": system}] if system else []
     prompt_ids(loaded, [*messages, {"role": "user", "content": "Hello"}])  # refuses a model that cannot converse before anybody types

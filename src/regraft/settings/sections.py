@@ -460,7 +460,9 @@ class EvaluateSettings(Settings):
     stride: Positive | None = Field(
         default=None, description="number of tokens between the starts of two windows; default: half the window"
     )
-    max_tokens: Positive | None = Field(default=None, description="stop after this many tokens; default: all of the text")
+    max_tokens: Annotated[int, Field(gt=0, le=10**12)] | None = Field(
+        default=None, description="stop after this many tokens; default: all of the text"
+    )
     bos: bool | Literal["auto"] = Field(
         default="auto", description="whether documents start with the BOS token; auto: as the tokenizer does"
     )

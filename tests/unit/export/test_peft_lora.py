@@ -265,7 +265,7 @@ def empty(folder: Path) -> None:
 SPOILT = {
     another_base: "saved for another base",
     damaged: "checksum differs",
-    no_json: "damaged",
+    no_json: "is not JSON",
     later: "update",
     empty: "holds no adapter",
 }
