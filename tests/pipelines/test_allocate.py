@@ -235,7 +235,8 @@ class Planted:
 def planted_search(folder: Path, plan: Path, monkeypatch: pytest.MonkeyPatch, gain: float, noise: float) -> RankSearch:
     monkeypatch.setattr(Measuring, "open", lambda self, threads=None: Planted(gain, noise))
     recover = RecoverSettings(data=folder / "text.txt", held_out=0.2, seq_len=16)
-    return allocate_ranks(folder / "pruned", plan, AllocateSettings(ranks=(1, 2, 3), budget="r=2", trials=6, samples=4, elastic=0), recover)
+    settings = AllocateSettings(ranks=(1, 2, 3), budget="r=2", trials=6, samples=4, elastic=0)
+    return allocate_ranks(folder / "pruned", plan, settings, recover).search
 
 
 def test_a_planted_gain_is_found_and_confirmed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,7 +387,8 @@ def test_bad_input_is_one_line_and_writes_nothing(
 def test_a_plan_for_other_shapes_is_refused(folder: Path, found: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     LlamaForCausalLM(LlamaConfig(**(SIZES | {"num_hidden_layers": 2}))).save_pretrained(tmp_path / "two")
     tiny_tokenizer().save_pretrained(tmp_path / "two")
-    assert run(["recover", str(tmp_path / "two"), "--ranks", str(found), "--output", str(tmp_path / "out"), *RECOVERY]) == 2
+    given = ["--data", str(folder / "text.txt"), "--ranks", str(found), "--output", str(tmp_path / "out"), *RECOVERY]
+    assert run(["recover", str(tmp_path / "two"), *given]) == 2
     assert "model.layers.2" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -118,7 +118,7 @@ def test_damaged_adapters_are_refused(base: Path, adapter: Path, settings: Evalu
     with pytest.raises(ModelError, match=r"no adapter_model.safetensors"):
         evaluate_model(adapter, settings)
     (adapter / "adapter_config.json").write_text("{")
-    with pytest.raises(ModelError, match="names no base model"):
+    with pytest.raises(ModelError, match="is not JSON"):
         evaluate_model(adapter, settings)
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from folders import tiny_tokenizer
+from folders import text_file, tiny_tokenizer
 from regraft.errors import InputError
 from regraft.streaming.memory import Task, find_room, in_words
 from regraft.streaming.skeleton import open_skeleton
@@ -125,6 +125,8 @@ def test_the_bound_holds_by_the_count_of_the_operating_system(tmp_path, more, ho
         "2",
         "--seq-len",
         "16",
+        "--calibration",
+        str(text_file()),
     ]
     peak = peak_of([*usual, "--select", "global", "--reconstruct", "none", *more, "-o", str(tmp_path / "out")])
     assert (peak <= 900 * MB) == holds, f"{peak:,} bytes"
