@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from folders import tiny_tokenizer
+from folders import text_file, tiny_tokenizer
 from regraft.cli.app import run
 from regraft.errors import ModelError
 from regraft.groups.discover import discover
@@ -168,14 +168,14 @@ def saved(family: str, folder) -> str:
 @pytest.mark.parametrize("family", ["gptj"])
 def test_the_commands_take_it_by_default_settings_and_streamed(family, tmp_path):
     model = saved(family, tmp_path / "model")
-    quick = ["--ratio", "0.2", "--samples", "4", "--seq-len", "16", "--align", "1"]
+    quick = ["--ratio", "0.2", "--samples", "4", "--seq-len", "16", "--align", "1", "--calibration", str(text_file())]
     assert run(["prune", model, "-o", str(tmp_path / "plain"), *quick]) == 0
     record = load(tmp_path / "plain").provenance
     assert record is not None
     assert record.plan is not None
     assert record.plan.achieved == pytest.approx(0.2, abs=0.01)
     assert parameter_count(load(tmp_path / "plain").model) == record.plan.parameters_after
-    assert run(["evaluate", str(tmp_path / "plain"), "--max-tokens", "64", "--window", "32"]) == 0
+    assert run(["evaluate", str(tmp_path / "plain"), "--text", str(text_file("test")), "--max-tokens", "64", "--window", "32"]) == 0
     quick += ["--criterion", "taylor", "--select", "global", "--reconstruct", "least_squares"]
     assert run(["prune", model, "-o", str(tmp_path / "whole"), *quick]) == 0
     assert run(["prune", model, "-o", str(tmp_path / "streamed"), *quick, "--memory", "3GB"]) == 0

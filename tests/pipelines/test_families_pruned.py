@@ -20,6 +20,7 @@ from regraft.settings import LoadSettings, PruneSettings
 from zeroing import Gone, zeroed
 
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(3))
+SMALL = ["--samples", "4", "--seq-len", "16", "--calibration", str(text_file())]
 QUICK = {"samples": 4, "seq_len": 16, "calibration": text_file()}
 # Weights stored (in, out) and fused; interleaved heads; fused halves, grouped; four norms and soft caps; slopes and tuples.
 DIFFERENT = ("gpt2", "gpt_neox", "phi3", "gemma2", "bloom")
@@ -61,14 +62,14 @@ def test_what_the_criterion_takes_is_cut_exactly(folder, criterion):
 def test_the_command_prunes_saves_and_measures(folder, tmp_path):
     """By default settings: scores, measured widths and re-fitting."""
     out = tmp_path / "pruned"
-    assert run(["prune", str(folder), "-o", str(out), "--ratio", "0.2", "--samples", "4", "--seq-len", "16"]) == 0
+    assert run(["prune", str(folder), "-o", str(out), "--ratio", "0.2", *SMALL]) == 0
     record = json.loads((out / "regraft.json").read_text(encoding="utf-8"))
     assert "surgeon" in record["plan"]["criterion"]
     loaded = AutoModelForCausalLM.from_pretrained(out).eval()
     assert parameter_count(loaded) == record["plan"]["parameters_after"] < record["plan"]["parameters_before"]
     with torch.no_grad():
         assert torch.isfinite(loaded(IDS).logits).all()
-    assert run(["evaluate", str(out), "--max-tokens", "64", "--window", "32"]) == 0
+    assert run(["evaluate", str(out), "--text", str(text_file("test")), "--max-tokens", "64", "--window", "32"]) == 0
 
 
 def test_streamed_is_the_same_to_rounding(folder, tmp_path):

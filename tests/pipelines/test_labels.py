@@ -206,7 +206,7 @@ def test_measuring_what_does_not_fit_is_one_line(tmp_path: Path, capsys: Any) ->
     language = encoder(tmp_path / "language", "llama")
     for arguments, said in (
         ([str(tmp_path / "model"), "--data", str(strange)], "line 3: 'lots' is none of the model's classes: 'few', 'many'"),
-        ([str(tmp_path / "model")], "is for labels, not for language; measure it on rows with labels: --data FILE.csv"),
+        ([str(tmp_path / "model")], "is for labels, not for language; measure it on rows with labels: --data"),
         ([str(base), "--data", str(rows)], "has no head for labels; train one with: regraft recover"),
         ([str(language), "--data", str(rows)], "has no head for labels"),
         ([str(tmp_path / "model"), "--data", str(rows), "--text", "t.txt"], "give one of the two"),
@@ -240,7 +240,7 @@ def test_figures_are_those_of_scipy() -> None:
 
 
 BAD = {
-    "no data": (["--task", "regression"], "needs texts with labels; give them with --data FILE.csv"),
+    "no data": (["--task", "regression"], "needs texts with labels; give the file with --data"),
     "a teacher": (["--task", "regression", "--data", "ROWS", "--teacher", "dense"], "knows neither --teacher nor --packing"),
     "another task": (["--task", "regresion", "--data", "ROWS"], "--task: should be"),
     "words for numbers": (["--task", "regression", "--data", "ROWS", "--label-column", "sentence2"], "not a number"),

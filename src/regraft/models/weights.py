@@ -154,7 +154,10 @@ def fill(tensor: Tensor, stream: FileIO, stored: StoredTensor, first: int) -> in
 
 def memory_of(tensor: Tensor) -> memoryview:
     """Returns the bytes of a contiguous tensor on the CPU, to be read and written in place."""
-    values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.reshape(-1)
+    if flat.stride(0) != 1:  # a single value that was expanded counts as contiguous and cannot be seen as bytes
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    values: Any = flat.view(torch.uint8).numpy()
     return memoryview(values)
 
 

@@ -115,7 +115,7 @@ def test_a_run_that_stops_before_it_has_decided_leaves_nothing(make_folder, sett
     folder = make_folder("llama")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(Killed):
-        prune(folder, tmp_path / "out", settings(memory="5MB"), say=killed_while("going back through layer 2"))
+        prune(folder, tmp_path / "out", settings(memory="5MB"), say=killed_while("going back through layers: 2 of"))
     assert sorted(tmp_path.iterdir()) == before
 
 
