@@ -73,8 +73,11 @@ def process_count() -> int:
 
 
 def process_index() -> int:
-    """Returns the rank of this process; rank 0 writes the files."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """Returns the rank of this process; rank 0 writes the files. Before the processes have met, the environment tells it."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() and _count("WORLD_SIZE") > 1 else 0
 
 
 def is_main() -> bool:

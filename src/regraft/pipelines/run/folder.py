@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.atomic import MANIFEST, atomic_folder, refuse_existing, sha256_of, sweep, write_text
-from regraft.claims import WORK, claimed, is_mark, is_work_folder, lock_file, remove, resolved
+from regraft.claims import SUFFIX, WORK, claimed, is_mark, is_work_folder, lock_file, remove, resolved
 from regraft.errors import OutputError, shown
 from regraft.reading import entry, read_object
 
@@ -123,6 +123,11 @@ class RunFolder:
         for left in [left for left in self.path.iterdir() if is_work_folder(left)]:
             remove(left)
 
+    def tidy(self) -> None:
+        """Removes the work folders that killed runs have left inside of stages; the run is finished, and this process holds its lock."""
+        for left in [left for left in self.path.rglob(f".*{SUFFIX}") if is_work_folder(left) and left.parent != self.path]:
+            remove(left)
+
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Compares the folder's recipe with this one, or writes this one into a new folder.
 
@@ -201,6 +206,7 @@ def open_run(path: Path, identity: Mapping[str, Any], *, resume: bool, say: Say)
             try:
                 folder.begin(identity)
                 yield folder
+                folder.tidy()
             except Exception:
                 if not resume and not any(path.rglob(MANIFEST)):
                     folder.forget()
