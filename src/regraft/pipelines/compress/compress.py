@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,12 +32,12 @@ from regraft.pipelines.prune.score_cache import checksum_of
 from regraft.pipelines.texts import Texts as Given
 from regraft.pipelines.texts import described, in_memory, path_in
 from regraft.plans import FactorPlan, FactorSpace, LossReport, PrunePlan, to_dict
+from regraft.progress import Say
 from regraft.settings import CompressSettings, LoadSettings
 from regraft.surgery.factorize import check_factor_plan, densified, factorize
 from regraft.surgery.trial_ranks import TrialModel, measured_damage
 from regraft.training.pc_lora import FadeSettings, fade_out
 
-Say = Callable[[str], None]
 PC_LORA = "pc_lora"
 
 

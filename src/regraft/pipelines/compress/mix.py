@@ -8,7 +8,7 @@ budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from regraft.numerics.multiple_choice import Table, solve
 from regraft.pipelines.prune.prune import cut_to_plan
 from regraft.pipelines.prune.resolved import budget_of, resolve
 from regraft.plans import Cut, FactorSite, FactorSpace, Group, Groups, PrunePlan, Scores
+from regraft.progress import Say
 from regraft.selection.budget import best_units
 from regraft.selection.sizes import at_sizes, sizes_of
 from regraft.settings import CompressSettings, PruneSettings
@@ -28,7 +29,6 @@ from regraft.surgery.damage_curves import measure_curves
 
 CRITERION = "surgeon"
 ALIGN = 8
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -16,9 +16,9 @@ from regraft.models.view import ModelView, parameter_count
 from regraft.pipelines.texts import Texts as Given
 from regraft.pipelines.texts import text_for
 from regraft.plans import FactorSpace
+from regraft.progress import Say
 from regraft.settings import CALIBRATION_TOKENS, CompressSettings
 
-Say = Callable[[str], None]
 _JUDGED = 4  # one window in so many judges ranks, where no text of its own does
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,14 +20,13 @@ from regraft.pipelines.prune.removal_record import removed_by, renumbered, toget
 from regraft.pipelines.prune.resolved import ResolvedPrune
 from regraft.pipelines.prune.score_cache import ScoreCache, checksum_of
 from regraft.plans import WHOLE, Curves, Cut, Groups, PrunePlan, Scores
+from regraft.progress import Say
 from regraft.selection import SELECTORS, Budget, select
 from regraft.selection.budget import check_possible
 from regraft.selection.global_threshold import standardised
 from regraft.settings import CALIBRATION_TOKENS
 from regraft.surgery.cut import layers_after
 from regraft.surgery.damage_curves import measure_curves, predict_curves, rescale_curves
-
-Say = Callable[[str], None]
 
 
 def draw_windows(loaded: Loaded, corpus: Corpus, resolved: ResolvedPrune) -> Tensor:

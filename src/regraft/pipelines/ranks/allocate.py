@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +50,7 @@ from regraft.pipelines.results import Saving
 from regraft.pipelines.run.folder import open_run
 from regraft.pipelines.texts import Texts, in_memory, path_in, read
 from regraft.plans import Confirmation, Provenance, RankPlan, RankSearch, RankSpace, RankTrial, from_json, to_json
+from regraft.progress import Say
 from regraft.search.contract import Job
 from regraft.search.pools import Inline, Pool, Processes
 from regraft.search.ray_pool import RayPool, import_ray
@@ -57,8 +58,6 @@ from regraft.search.run import measure_all, open_ledger, search
 from regraft.search.sampler import AllocatorSampler
 from regraft.search.storage import open_storage
 from regraft.settings import TRAINING_TOKENS, AllocateSettings, LoadSettings, RecoverSettings, takes_settings, with_keywords
-
-Say = Callable[[str], None]
 
 SPACE = "space.json"
 _RECOVERIES = ".recoveries"

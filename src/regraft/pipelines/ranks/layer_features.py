@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,10 +23,10 @@ from regraft.models.view import ModelView
 from regraft.paired.adalora_importance import triplet_importance
 from regraft.pipelines.prune.removal_record import in_all
 from regraft.plans import RankSlot
+from regraft.progress import Say
 from regraft.settings import CALIBRATION_TOKENS, AllocateSettings, RecoverSettings
 
 Curves = Mapping[str, tuple[float, ...]]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
