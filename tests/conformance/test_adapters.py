@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from adapter_toys import FORMS, LAYERS, Form, batch, evidence, logits, scramble, toy
 from regraft.adapters import ADAPTERS, Method, make_request, make_specs
@@ -190,5 +191,5 @@ def full(layer: str) -> str:
 
 def test_form_is_complete() -> None:
     """The control: an adapter that is none of the registry is refused by the same door."""
-    with pytest.raises(InputError, match="unknown adapter 'lost'"):
+    with pytest.raises(ValidationError, match="unknown adapter 'lost'"):
         inject(toy(), Form("lost").settings(), None, 0, evidence())

@@ -155,7 +155,7 @@ def test_the_command_trains_and_what_it_writes_is_read(tmp_path: Path, capsys: p
 
 def test_stores_and_priors_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, said in (
-        (["meta", "train", str(tmp_path / "none")], "holds no search"),
+        (["meta", "train", str(tmp_path / "none")], "is no folder"),
         (["meta", "tran", str(tmp_path)], "unknown action 'tran'"),
     ):
         assert run([*arguments, "--output", str(tmp_path / "prior")]) == 2
