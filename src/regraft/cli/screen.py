@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +9,7 @@ from rich.status import Status
 from rich.text import Text
 
 from regraft.errors import shown
+from regraft.progress import Say
 
 _LONGEST_LINE = 4000
 
@@ -41,6 +41,6 @@ class Screen(Console):
         return super().render_str(visible(text), **plain)
 
 
-def saying(status: Status) -> Callable[[str], None]:
+def saying(status: Status) -> Say:
     """Returns what shows a line in a status, which would read it as markup."""
     return lambda line: status.update(Text(visible(line)))

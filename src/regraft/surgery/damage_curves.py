@@ -170,9 +170,7 @@ def _curves(view: ModelView, groups: Groups, unit: CostUnit, values: dict[str, C
     return Curves(groups.fingerprint, unit, fixed, values)
 
 
-def _damages(
-    view: ModelView, groups: Groups, scores: Scores, windows_NT: Tensor, say: Callable[[str], None]
-) -> dict[str, tuple[float, ...]]:
+def _damages(view: ModelView, groups: Groups, scores: Scores, windows_NT: Tensor, say: Say) -> dict[str, tuple[float, ...]]:
     """Returns for each group the divergence at each of its sizes."""
     judged = max(1, min(JUDGED_WINDOWS, windows_NT.shape[0] // 4))
     fitted = windows_NT[:-judged] if windows_NT.shape[0] > 1 else windows_NT

@@ -12,7 +12,7 @@ form. Hidden states are compared relative to the mean square of the original's, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -26,6 +26,7 @@ from regraft.errors import TrainingError
 from regraft.models.precision import float32_on_cpu
 from regraft.models.trainable import only_these_train
 from regraft.numerics.truncation import Factors
+from regraft.progress import Say, say_nothing
 
 Schedule = Literal["linear", "sine", "cosine", "step"]
 STEPS_OF_STEP = 5
@@ -143,7 +144,7 @@ def fade_out(
     transposed: bool = False,
     random: bool = False,
     seed: int = 0,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = say_nothing,
 ) -> dict[str, Factors]:
     """Trains the factors of layers while their weights fade; the model itself is left as it is.
 

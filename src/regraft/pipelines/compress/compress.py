@@ -32,7 +32,7 @@ from regraft.pipelines.prune.score_cache import checksum_of
 from regraft.pipelines.texts import Texts as Given
 from regraft.pipelines.texts import described, in_memory, path_in
 from regraft.plans import FactorPlan, FactorSpace, LossReport, PrunePlan, to_dict
-from regraft.progress import Say
+from regraft.progress import Say, say_nothing
 from regraft.settings import CompressSettings, LoadSettings
 from regraft.surgery.factorize import check_factor_plan, densified, factorize
 from regraft.surgery.trial_ranks import TrialModel, measured_damage
@@ -84,7 +84,7 @@ def compress(
     dry_run: bool = False,
     resume: bool = False,
     command: str = "regraft.compress",
-    say: Say = lambda line: None,
+    say: Say = say_nothing,
 ) -> CompressResult:
     """Compresses a model to a share of its stored parameters.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -24,6 +24,7 @@ from regraft.compression import rank_at_share, settle
 from regraft.errors import InputError
 from regraft.models.precision import float32_on_cpu
 from regraft.plans import FactorSite, FactorSpace, RankSlot, RankSpace, RankTrial
+from regraft.progress import Say
 from regraft.search.contract import Job
 from regraft.search.pools import Inline
 from regraft.search.run import open_ledger, search
@@ -92,7 +93,7 @@ def searched_ranks(
     folder: Path,
     seed: int,
     resume: bool,
-    say: Callable[[str], None],
+    say: Say,
 ) -> tuple[int, ...]:
     """Returns the rank vector with the least objective of those that were measured, what is left of the budget spent.
 

@@ -20,7 +20,7 @@ from regraft.pipelines.prune.removal_record import removed_by, renumbered, toget
 from regraft.pipelines.prune.resolved import ResolvedPrune
 from regraft.pipelines.prune.score_cache import ScoreCache, checksum_of
 from regraft.plans import WHOLE, Curves, Cut, Groups, PrunePlan, Scores
-from regraft.progress import Say
+from regraft.progress import Say, say_nothing
 from regraft.selection import SELECTORS, Budget, select
 from regraft.selection.budget import check_possible
 from regraft.selection.global_threshold import standardised
@@ -75,7 +75,7 @@ class Planning:
 
     resolved: ResolvedPrune
     windows: Tensor | None
-    say: Say = lambda line: None
+    say: Say = say_nothing
 
     def once(self, view: ModelView, groups: Groups, budget: Budget, passes: Passes | None = None) -> PrunePlan:
         """Scores a model and chooses the units to keep.

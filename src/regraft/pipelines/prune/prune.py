@@ -20,7 +20,7 @@ from regraft.models.view import ModelView
 from regraft.pipelines.prune.against_random import worse_than_random
 from regraft.pipelines.prune.effort import EFFORTS, forecast
 from regraft.pipelines.prune.plan_files import settings_of
-from regraft.pipelines.prune.planning import Planning, Say, check_text, composed, draw_windows
+from regraft.pipelines.prune.planning import Planning, check_text, composed, draw_windows
 from regraft.pipelines.prune.record import card_of, record_of
 from regraft.pipelines.prune.resolved import (
     ResolvedPrune,
@@ -36,6 +36,7 @@ from regraft.pipelines.prune.streamed import StreamedPrune, prune_streamed
 from regraft.pipelines.results import Saving
 from regraft.pipelines.texts import Texts, described, in_memory, path_in, text_for
 from regraft.plans import Groups, Provenance, PrunePlan, to_dict
+from regraft.progress import Say, say_nothing
 from regraft.selection import SELECTORS
 from regraft.settings import LoadSettings, PruneSettings, takes_settings, with_keywords
 from regraft.surgery.apply_plan import apply_plan
@@ -139,7 +140,7 @@ def prune(
     in_place: bool = False,
     dry_run: bool = False,
     command: str = "regraft.prune",
-    say: Say = lambda line: None,
+    say: Say = say_nothing,
     **keywords: Any,
 ) -> PruneResult:
     """Prunes a model to a share of all its parameters.
@@ -180,7 +181,7 @@ def replay(
     in_place: bool = False,
     dry_run: bool = False,
     command: str = "regraft.replay",
-    say: Say = lambda line: None,
+    say: Say = say_nothing,
     **keywords: Any,
 ) -> PruneResult:
     """Prunes a model by an existing plan; the weights equal those of the plan's run, byte by byte.
@@ -316,7 +317,7 @@ def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
 
 
 def plan_pruning(
-    model: PreTrainedModel, groups: Groups, resolved: ResolvedPrune, windows: Tensor | None, *, say: Say = lambda line: None
+    model: PreTrainedModel, groups: Groups, resolved: ResolvedPrune, windows: Tensor | None, *, say: Say = say_nothing
 ) -> PrunePlan:
     """Scores the groups of a model and chooses what stays; the model is left as it is.
 
@@ -359,7 +360,7 @@ def cut_to_plan(
     windows: Tensor | None,
     *,
     source_N: Tensor | None = None,
-    say: Say = lambda line: None,
+    say: Say = say_nothing,
 ) -> PreTrainedModel:
     """Returns the pruned model: the projections that read pruned channels are re-fitted, then all groups are cut.
 

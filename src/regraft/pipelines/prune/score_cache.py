@@ -17,6 +17,7 @@ from torch import Tensor
 from regraft.atomic import write_text
 from regraft.errors import OutputError, PlanError
 from regraft.plans import Curves, Groups, Scores, from_json, to_dict, to_json
+from regraft.progress import Say
 
 T = TypeVar("T", Scores, Curves)
 
@@ -46,7 +47,7 @@ class ScoreCache:
             raise OutputError(f"--cache '{folder}' is a file; name a folder")
         self._folder = folder
 
-    def get(self, kind: type[T], made_from: Mapping[str, Any], make: Callable[[], T], say: Callable[[str], None]) -> T:
+    def get(self, kind: type[T], made_from: Mapping[str, Any], make: Callable[[], T], say: Say) -> T:
         """Returns a cached value, or computes and stores it.
 
         Args:

@@ -14,11 +14,12 @@ from regraft.data.text import Corpus
 from regraft.importance import CRITERIA
 from regraft.models.load import Loaded
 from regraft.models.provenance import versions
-from regraft.pipelines.prune.planning import Planning, Say, check_text, draw_windows
+from regraft.pipelines.prune.planning import Planning, check_text, draw_windows
 from regraft.pipelines.prune.record import card_of, record_of
 from regraft.pipelines.prune.resolved import ResolvedPrune, budget_of, kinds_wanted, left_out
 from regraft.pipelines.prune.score_cache import checksum_of
 from regraft.plans import Groups, PrunePlan, to_dict
+from regraft.progress import Say
 from regraft.selection.budget import check_possible
 from regraft.settings import LoadSettings
 from regraft.streaming.hidden import HiddenStates, InMemory, OnDisk, room_for

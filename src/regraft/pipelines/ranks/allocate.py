@@ -50,7 +50,7 @@ from regraft.pipelines.results import Saving
 from regraft.pipelines.run.folder import open_run
 from regraft.pipelines.texts import Texts, in_memory, path_in, read
 from regraft.plans import Confirmation, Provenance, RankPlan, RankSearch, RankSpace, RankTrial, from_json, to_json
-from regraft.progress import Say
+from regraft.progress import Say, say_nothing
 from regraft.search.contract import Job
 from regraft.search.pools import Inline, Pool, Processes
 from regraft.search.ray_pool import RayPool, import_ray
@@ -132,7 +132,7 @@ def allocate_ranks(
     seed: int = 0,
     resume: bool = False,
     work: Path | None = None,
-    say: Say = lambda line: None,
+    say: Say = say_nothing,
     **keywords: Any,
 ) -> RankResult:
     """Searches ranks and writes the plan.

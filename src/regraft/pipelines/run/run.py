@@ -19,11 +19,12 @@ from regraft.models.load import Loaded, load, locate_by, require_tokenizer
 from regraft.models.view import ModelView
 from regraft.pipelines.prune.prune import prune
 from regraft.pipelines.prune.resolved import kinds_wanted, layers_in, resolve
-from regraft.pipelines.run.folder import Say, open_run
+from regraft.pipelines.run.folder import open_run
 from regraft.pipelines.run.recipe import Recipe, find_recipe, read_recipe
 from regraft.pipelines.run.stages import Stages, files_of
 from regraft.pipelines.texts import text_for
 from regraft.plans import Groups, Measurement, PrunePlan, SizeReport
+from regraft.progress import Say, say_nothing
 from regraft.report.summary import RunReport
 from regraft.settings import CALIBRATION_TOKENS, TRAINING_TOKENS
 from regraft.surgery.cut import cut
@@ -63,8 +64,8 @@ def run(
     overrides: Sequence[str] = (),
     resume: bool = False,
     dry_run: bool = False,
-    say: Say = lambda line: None,
-    progress: Say = lambda line: None,
+    say: Say = say_nothing,
+    progress: Say = say_nothing,
 ) -> RunResult:
     """Runs a recipe.
 

@@ -29,9 +29,10 @@ from regraft.pipelines.ranks.allocate import allocate_ranks
 from regraft.pipelines.ranks.files import RANKS, SEARCH
 from regraft.pipelines.ranks.start import decisive
 from regraft.pipelines.recover import LOSS_LOG, recover_model
-from regraft.pipelines.run.folder import TIMINGS, RunFolder, Say
+from regraft.pipelines.run.folder import TIMINGS, RunFolder
 from regraft.pipelines.run.recipe import Recipe, to_yaml
 from regraft.plans import Groups, Measurement, PrunePlan, RankPlan, RankSearch, SpeedReport, from_json, to_dict, to_json
+from regraft.progress import Say
 from regraft.reading import read_bytes, read_object, whole_number
 from regraft.report.page import to_html, to_markdown
 from regraft.report.summary import CurvePoint, RunReport, Width, won_back
