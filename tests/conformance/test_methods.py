@@ -14,11 +14,23 @@ from torch import Tensor
 from adapter_toys import FORMS
 from regraft.allocation import ALLOCATORS
 from regraft.allocation.contract import ClosedForm, Proposal, Ranks
+from regraft.compression import COMPRESSORS
+from regraft.compression.fisher import DAMPING
 from regraft.export import EXPORTERS, AdapterFormat, Exportable
 from regraft.importance import CRITERIA, Criterion, Evidence
+from regraft.numerics.truncation import Truncation
 from regraft.plans import Groups, RankSpace, RankTrial, Scores
 from regraft.selection import SELECTORS, Budget, Selector
-from regraft.testing import NonconformingError, check_adapter, check_allocator, check_criterion, check_exporter, check_selector
+from regraft.testing import (
+    NonconformingError,
+    Watched,
+    check_adapter,
+    check_allocator,
+    check_compressor,
+    check_criterion,
+    check_exporter,
+    check_selector,
+)
 
 
 @pytest.mark.parametrize("name", CRITERIA.names())
@@ -34,6 +46,38 @@ def test_selectors_conform(name: str) -> None:
 @pytest.mark.parametrize("name", ALLOCATORS.names())
 def test_allocators_conform(name: str) -> None:
     check_allocator(ALLOCATORS.get(name))
+
+
+def within_groups(layer: Watched) -> Tensor:
+    """Returns the mean of the covariances within each group of inputs."""
+    return torch.stack([torch.cov(rows.T) for rows in layer.inputs_GNI]).mean(dim=0)
+
+
+def off(layer: Watched, change: Tensor, bias: Tensor) -> Tensor:
+    """Returns how far the mean of the outputs is off; the bias is to make it zero."""
+    return change @ layer.inputs_GNI.flatten(0, 1).mean(dim=0) + bias
+
+
+def fisher_form(layer: Watched, change: Tensor, bias: Tensor) -> float:
+    gradients, mean = layer.gradients_NO, off(layer, change, bias)
+    second = gradients.T @ gradients / len(gradients)
+    metric = (1.0 - DAMPING) * second + DAMPING * second.diagonal().mean() * torch.eye(len(second), dtype=torch.float64)
+    return 0.5 * float((metric @ change @ within_groups(layer) @ change.T).trace() + mean @ metric @ mean)
+
+
+# What each method minimises, from its paper, on rows that the method never sees.
+LOST: dict[str, Callable[[Watched, Tensor, Tensor], float]] = {
+    "svd": lambda layer, change, bias: float(change.square().sum()),
+    "asvd": lambda layer, change, bias: float((change * layer.inputs_GNI.flatten(0, 1).abs().mean(dim=0).sqrt()).square().sum()),
+    "svd_llm": lambda layer, change, bias: float((layer.inputs_GNI.flatten(0, 1) @ change.T + bias).square().sum(dim=1).mean()),
+    "bolaco": lambda layer, change, bias: float((change @ within_groups(layer) @ change.T).trace() + off(layer, change, bias).norm() ** 2),
+    "fisher": fisher_form,
+}
+
+
+@pytest.mark.parametrize("name", COMPRESSORS.names())
+def test_compressors_conform(name: str) -> None:
+    check_compressor(COMPRESSORS.get(name), LOST[name])
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -100,6 +144,37 @@ def test_a_faulty_selector_is_found(fault: str) -> None:
 
     with pytest.raises(NonconformingError, match=message):
         check_selector(Selector("planted", needs_curves=False, choose=choose))
+
+
+BAD_TRUNCATIONS: dict[str, tuple[Callable[[Truncation], Truncation], str]] = {
+    "float32": (lambda found: replace(found, left_OK=found.left_OK.float()), "float64 is wanted"),
+    "one rank": (lambda found: replace(found, left_OK=found.left_OK[:, :3], right_KI=found.right_KI[:3]), "for a full rank of"),
+    "ascending": (
+        lambda found: Truncation(found.left_OK.flip(1), found.right_KI.flip(0), found.price_K),
+        "is predicted to lose",
+    ),
+    "cheap": (lambda found: replace(found, price_K=0.5 * found.price_K), "rank 0 is predicted to lose"),
+    "negative": (lambda found: replace(found, price_K=-found.price_K), "negative"),
+    "damped": (lambda found: replace(found, right_KI=0.999 * found.right_KI), "is predicted to lose"),
+    "drawn": (lambda found: replace(found, left_OK=found.left_OK + torch.rand(1)), "global random generator"),
+    "biased": (
+        lambda found: replace(found, mean_I=torch.zeros(found.right_KI.shape[1]), mean_O=torch.zeros(found.left_OK.shape[0])),
+        "adds_bias=False",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_TRUNCATIONS)
+def test_a_faulty_compression_method_is_found(fault: str) -> None:
+    change, message = BAD_TRUNCATIONS[fault]
+    good = COMPRESSORS.get("svd")
+    with pytest.raises(NonconformingError, match=message):
+        check_compressor(replace(good, truncate=lambda evidence: change(good.truncate(evidence))), LOST["svd"])
+
+
+def test_a_method_judged_by_the_formula_of_another_is_found() -> None:
+    with pytest.raises(NonconformingError, match="is predicted to lose"):
+        check_compressor(COMPRESSORS.get("asvd"), LOST["svd_llm"])
 
 
 BAD_CLOSED_FORMS: dict[str, tuple[Callable[[RankSpace], Ranks], str]] = {

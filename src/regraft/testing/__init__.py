@@ -11,6 +11,7 @@ Example:
 
 from regraft.testing.adapters import AdapterForm, check_adapter
 from regraft.testing.allocators import check_allocator
+from regraft.testing.compressors import Watched, check_compressor
 from regraft.testing.criteria import check_criterion
 from regraft.testing.exporters import check_exporter
 from regraft.testing.planted import World, space_of
@@ -20,9 +21,11 @@ from regraft.testing.selectors import check_selector
 __all__ = [
     "AdapterForm",
     "NonconformingError",
+    "Watched",
     "World",
     "check_adapter",
     "check_allocator",
+    "check_compressor",
     "check_criterion",
     "check_exporter",
     "check_selector",
