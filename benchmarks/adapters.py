@@ -142,6 +142,7 @@ CONTESTANTS = (
     Contestant("deep_lora, outer factors fixed", ours("deep_lora", "gamma=0"), (14, 16, 18)),
     Contestant("nola", ours("nola", sized="bases"), (380, 400, 420), "bases"),
     Contestant("lora_xs", ours("lora_xs"), (27, 28, 29, 30)),
+    Contestant("block_lora", ours("block_lora"), (2,)),
     Contestant("mora, rotation", ours("mora"), (1, 2, 3)),
     Contestant("mora, sharing", ours("mora", "form=sharing"), (1, 2, 3)),
     Contestant("dora", ours("dora"), (1, 2), tuned=False),

@@ -1,6 +1,6 @@
 """Adapters: small trainable changes of frozen weights, one file each, registered by name in :data:`ADAPTERS`."""
 
-from regraft.adapters import adalora, deep_lora, lora_xs, mora, nola, peft_kinds
+from regraft.adapters import adalora, block_lora, deep_lora, lora_xs, mora, nola, peft_kinds
 from regraft.adapters.contract import (
     ADAPTERS,
     Adapter,
@@ -28,6 +28,7 @@ __all__ = [
     "ParameterGroup",
     "Spec",
     "adalora",
+    "block_lora",
     "deep_lora",
     "lora_xs",
     "make_request",
