@@ -23,7 +23,7 @@ from regraft.claims import SUFFIX, claimed, in_work_folder, is_work_folder, left
 from regraft.errors import OutputError, shown
 
 MANIFEST = "manifest.json"
-_ELSEWHERE = "choose another --output"
+_ELSEWHERE = "choose another `output`"
 _FILE_WAIT_SECONDS = 20.0  # a file is written in much less; whoever is second writes after the first
 
 

@@ -164,7 +164,7 @@ def _refusals(path: Path) -> Iterator[None]:
     except OutputError:
         raise
     except OSError as error:
-        raise OutputError(f"cannot write '{shown(path)}': {error.strerror} ({shown(error.filename)}); choose another --output") from None
+        raise OutputError(f"cannot write '{shown(path)}': {error.strerror} ({shown(error.filename)}); choose another `output`") from None
 
 
 def remove(path: Path) -> None:
@@ -178,12 +178,12 @@ def remove(path: Path) -> None:
 def _locked(folder: Path, path: Path, wait_seconds: float) -> int:
     """Makes a work folder and locks it; returns the open mark."""
     if folder.is_symlink() or (os.path.lexists(folder) and not folder.is_dir()):
-        raise OutputError(f"'{shown(folder)}' is in the way and not regraft's; move it elsewhere or choose another --output")
+        raise OutputError(f"'{shown(folder)}' is in the way and not regraft's; move it elsewhere or choose another `output`")
     while True:
         folder.mkdir(exist_ok=True)
         entries = os.listdir(folder)
         if entries and MARK not in entries:
-            raise OutputError(f"'{shown(folder)}' is in the way and not regraft's; move it elsewhere or choose another --output")
+            raise OutputError(f"'{shown(folder)}' is in the way and not regraft's; move it elsewhere or choose another `output`")
         try:
             return _locked_file(folder / MARK, path, wait_seconds)
         except FileNotFoundError:  # its last owner removed it between the two lines above
@@ -205,7 +205,7 @@ def _locked_file(file: Path, path: Path, wait_seconds: float) -> int:
         if owner == "again":
             continue
         if time.monotonic() >= deadline:
-            raise OutputError(f"'{shown(path)}' is in use by {owner}; wait for it or choose another --output")
+            raise OutputError(f"'{shown(path)}' is in use by {owner}; wait for it or choose another `output`")
         time.sleep(_AGAIN_SECONDS)
 
 
@@ -227,7 +227,7 @@ def _try_lock(handle: int, file: Path) -> str | None:
         return "again"
     content = os.pread(handle, _MARK_BYTES, 0)
     if not stat.S_ISREG(os.fstat(handle).st_mode) or (content and _owner_in(content) is None):
-        raise OutputError(f"'{shown(file)}' is in the way and not regraft's; move it elsewhere or choose another --output")
+        raise OutputError(f"'{shown(file)}' is in the way and not regraft's; move it elsewhere or choose another `output`")
     os.ftruncate(handle, 0)
     os.pwrite(handle, _signature(), 0)
     return None

@@ -315,7 +315,7 @@ def test_trials_that_need_more_get_it_unless_a_cost_was_named() -> None:
     assert schedule.elastic == 0
     assert spent_by(AllocateSettings(trials=30), recover) > 4.0
     with pytest.raises(
-        InputError, match=r"--trials 30, --confirm-seeds 5 cost [0-9.]+ full recoveries at least, more than --cost 4; raise"
+        InputError, match=r"`trials=30`, `confirm_seeds=5` cost [0-9.]+ full recoveries at least, more than `cost=4`; raise"
     ):
         schedule_of(AllocateSettings(trials=30, cost=4.0), recover)
 
@@ -351,11 +351,11 @@ BAD: list[tuple[list[str] | Callable[[Path, Path], list[str]], str]] = [
     (["--adapter", "nola"], r"nola"),
     (["--trials", "500"], r"--trials 500, .* cost .* more than --cost 8; raise --cost"),
     (["--confirm-seeds", "1"], r"gives no interval"),
-    (["--method", "bayes", "--elastic", "9"], r"--elastic 9 tells the method bayes nothing; leave it out"),
+    (["--method", "bayes", "--elastic", "9"], r"--elastic 9 has no effect on method 'bayes'; leave it out"),
     (["--prior", "nowhere"], r"prior 'nowhere' cannot be read .*regraft meta train STORE"),
-    (["--method", "bayes", "--prior", "none"], r"--prior tells the method bayes nothing; leave it out"),
-    (["--method", "gradient", "--prior", "none"], r"--prior tells the method gradient nothing; leave it out"),
-    (["--method", "uniform", "--store", "kept"], r"--store keeps searches, and the method uniform makes none"),
+    (["--method", "bayes", "--prior", "none"], r"--prior has no effect on method 'bayes'; leave it out"),
+    (["--method", "gradient", "--prior", "none"], r"--prior has no effect on method 'gradient'; leave it out"),
+    (["--method", "uniform", "--store", "kept"], r"--store keeps searches, and method 'uniform' makes none"),
     (lambda folder, at: ["--store", str(folder / "text.txt")], r"text\.txt' is a file; name a folder"),
     (["--workers", "2", "--ray", "local"], r"leave one of them out"),
     (["--storage", "nonsense"], r"not the URL of a known database"),

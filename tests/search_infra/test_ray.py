@@ -81,6 +81,6 @@ def test_a_node_dies_and_its_candidates_are_measured_elsewhere(cluster: Any, tmp
 
 
 def test_no_cluster_is_said_in_one_line() -> None:
-    with pytest.raises(InputError, match=r"no Ray cluster is at '127\.0\.0\.1:1' .*; begin one with: ray start --head") as caught:
+    with pytest.raises(InputError, match=r"no Ray cluster is at '127\.0\.0\.1:1' .*; begin one with `ray start --head`") as caught:
         RayPool(PlantedMeasure(Path("log")), "127.0.0.1:1")
     assert "\n" not in str(caught.value)

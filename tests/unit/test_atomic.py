@@ -89,7 +89,7 @@ def test_what_exists_is_refused_and_untouched(tmp_path: Path, kind: str) -> None
     else:
         target.symlink_to(tmp_path / "nowhere")
     before = tree(tmp_path)
-    with pytest.raises(OutputError, match=r"exists; choose another --output"), atomic_folder(target):
+    with pytest.raises(OutputError, match=r"exists; choose another `output`"), atomic_folder(target):
         pytest.fail("the block must not run")
     assert tree(tmp_path) == before
 

@@ -45,12 +45,12 @@ def adalora_config(request: AdapterRequest, model: PreTrainedModel) -> AdaLoraCo
     options = cast(AdaLoraOptions, request.options)
     ranks = sorted(set(request.ranks.values()))
     if len(ranks) > 1:
-        raise InputError(f"adapter 'adalora' finds its own ranks, but the plan gives {ranks[0]} to {ranks[-1]}; use --rank")
+        raise InputError(f"adapter 'adalora' finds its own ranks, but the plan gives {ranks[0]} to {ranks[-1]}; use `rank`")
     if request.steps < 1:
-        raise InputError("adapter 'adalora' needs the number of optimizer steps; give --steps")
+        raise InputError("adapter 'adalora' needs the number of optimizer steps; give `steps`")
     rank, steps, settled = ranks[0], request.steps, round(options.settle * request.steps)
     if steps - settled < 2:
-        raise InputError(f"adapter 'adalora' has {steps - settled} of {steps} steps before its ranks settle, too few; give more --steps")
+        raise InputError(f"adapter 'adalora' has {steps - settled} of {steps} steps before its ranks settle, too few; give more `steps`")
     return AdaLoraConfig(
         init_r=max(rank, round(options.init_factor * rank)),
         target_r=rank,

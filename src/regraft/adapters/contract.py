@@ -388,7 +388,7 @@ def make_request(modules: Mapping[str, nn.Module], settings: RecoverSettings, ra
     """
     defaults, options = ADAPTERS.get(settings.adapter).defaults, adapter_options(settings)
     if settings.alpha is not None and defaults.alpha_per_rank is None:
-        raise InputError(f"--alpha {settings.alpha:g} means nothing to adapter '{settings.adapter}', which has no scale; leave it out")
+        raise InputError(f"`alpha={settings.alpha:g}` has no effect on adapter '{settings.adapter}', which has no scale; leave it out")
     if ranks is None:
         chosen = dict.fromkeys(modules, settings.rank)
         alpha = settings.alpha if settings.alpha is not None else (defaults.alpha_per_rank or 1.0) * settings.rank
@@ -438,5 +438,5 @@ def _check_limits(modules: Mapping[str, nn.Module], ranks: Mapping[str, int], *,
     for name, rank in ranks.items():
         if rank > limits[name]:
             rows, columns = shape_of(modules[name])
-            remedy = "lower it in the plan" if from_plan else f"use --rank {min(limits.values())} or less"
+            remedy = "lower it in the plan" if from_plan else f"use `rank={min(limits.values())}` or less"
             raise InputError(f"rank {rank} exceeds the limit {limits[name]} of '{name}' ({rows} x {columns}); {remedy}")

@@ -144,8 +144,8 @@ class ChainDelta(Delta):
         """Returns B = W_L ... W_2 and A = W_1."""
         if self.spec.options.form == "full":
             raise InputError(
-                f"deep_lora of full width has rank {min(self.spec.shape)} in '{self.spec.name}'; trim it first, or fold it in "
-                "with: regraft export ADAPTER --to merged"
+                f"deep_lora of full width has rank {min(self.spec.shape)} in '{self.spec.name}'; trim it first, or fold it into "
+                "the weights with `regraft export ADAPTER --to merged`"
             )
         return self.factored()
 

@@ -139,8 +139,8 @@ class RotationDelta(Delta):
     def low_rank(self) -> LowRank:
         """Raises an error, because the change has full rank."""
         raise InputError(
-            f"mora's rotation has full rank in '{self.spec.name}' and is no plain LoRA; fold it into the weights instead, with: "
-            "regraft export ADAPTER --to merged, or train with --adapter-options form=sharing"
+            f"mora's rotation has full rank in '{self.spec.name}' and is no plain LoRA; fold it into the weights instead, with "
+            "`regraft export ADAPTER --to merged`, or train with `adapter_options=form=sharing`"
         )
 
 
@@ -159,10 +159,10 @@ class Mora(Method):
             most = limit**2 // (spec.rows + spec.columns)
             raise InputError(
                 f"rank {spec.rank} gives '{spec.name}' a matrix of side {size}, above the limit {limit} ({spec.rows} x {spec.columns}); "
-                + (f"use --rank {most} or less" if most else "leave it out with --targets")
+                + (f"use `rank={most}` or less" if most else "leave it out with `targets`")
             )
         if size < 2:
-            raise InputError(f"rank {spec.rank} gives '{spec.name}' a matrix of side {size}, below 2; use a higher --rank")
+            raise InputError(f"rank {spec.rank} gives '{spec.name}' a matrix of side {size}, below 2; use a higher `rank`")
 
     def count(self, spec: Spec) -> int:
         """Returns s^2, at most (out + in) r."""

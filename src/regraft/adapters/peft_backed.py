@@ -70,7 +70,7 @@ class PeftAdapter:
                 adapted = cast(PeftModel, get_peft_model(model, config))
             except (ValueError, TypeError, NotImplementedError) as error:
                 raise InputError(
-                    f"PEFT cannot put this adapter there: {str(error).splitlines()[0].rstrip('.')}; choose other --targets"
+                    f"PEFT cannot put this adapter there: {str(error).splitlines()[0].rstrip('.')}; choose other `targets`"
                 ) from None
             try:
                 self.first(adapted, request, evidence)
@@ -103,7 +103,7 @@ class PeftAdapter:
     def factors(self, adapted: nn.Module) -> dict[str, LowRank]:
         """Returns B and A of every module for its original weight, with the scale in B."""
         if self.whole:
-            raise InputError(f"{self.whole}; fold it into the weights instead, with: regraft export ADAPTER --to merged")
+            raise InputError(f"{self.whole}; fold it into the weights instead, with `regraft export ADAPTER --to merged`")
         return {name: _low_rank(layer) for name, layer in layers_of(cast(PeftModel, adapted))}
 
     def merge(self, adapted: nn.Module) -> PreTrainedModel:
@@ -203,7 +203,7 @@ def stock_factors(adapted: PeftModel) -> dict[str, LowRank]:
         )
     if config.use_dora or (config.modules_to_save and config.task_type != TaskType.SEQ_CLS):
         what = "DoRA" if config.use_dora else "an adapter with modules of its own (modules_to_save)"
-        raise InputError(f"{what} is no plain LoRA; merge it with: regraft export ADAPTER --to merged, or PEFT's merge_and_unload")
+        raise InputError(f"{what} is no plain LoRA; merge it with `regraft export ADAPTER --to merged`, or PEFT's merge_and_unload")
     return {name: _scaled(layer) for name, layer in layers_of(adapted)}
 
 

@@ -105,7 +105,7 @@ def eva_start(model: PeftModel, request: AdapterRequest, evidence: Evidence | No
         with torch.no_grad():
             initialize_lora_eva_weights(model, batches, gather_distributed_inputs=False, show_progress_bar=False)
     except ValueError as error:
-        raise InputError(f"EVA cannot start: {str(error).splitlines()[0].rstrip('.')}; use larger batches or a lower --rank") from None
+        raise InputError(f"EVA cannot start: {str(error).splitlines()[0].rstrip('.')}; use larger batches or a lower `rank`") from None
 
 
 DORA_IS_NO_LORA = "adapter 'dora' normalises every row of the weight, which no plain LoRA does"
@@ -119,7 +119,7 @@ def eva_config(request: AdapterRequest, model: PreTrainedModel) -> LoraConfig:
     """
     for name in request.ranks:
         if isinstance(model.get_submodule(name), nn.Embedding):
-            raise InputError(f"adapter 'eva' starts from the inputs of a module, and '{name}' is an embedding; choose other --targets")
+            raise InputError(f"adapter 'eva' starts from the inputs of a module, and '{name}' is an embedding; choose other `targets`")
     return lora_config(request, model, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
 
 

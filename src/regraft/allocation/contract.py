@@ -113,7 +113,7 @@ class Learner(Protocol):
 
 def refuse_prior(name: str) -> NoReturn:
     """Refuses a prior, for allocators that take none."""
-    raise InputError(f"--prior tells the method {name} nothing; leave it out, or use --method rankadaptor")
+    raise InputError(f"`prior` has no effect on method '{name}'; leave it out, or use `method=rankadaptor`")
 
 
 Allocator = ClosedForm | Learner

@@ -82,4 +82,4 @@ def _standard(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _check(space: RankSpace, name: str) -> None:
     if any(name not in slot.features for slot in space.slots):
         known = ", ".join(sorted(space.slots[0].features)) or "none"
-        raise PlanError(f"the slots have no feature '{name}' (they have: {known}); measure it first, or choose another --method")
+        raise PlanError(f"the slots have no feature '{name}' (they have: {known}); measure it first, or choose another `method`")

@@ -69,9 +69,9 @@ def _check_choices(slots: Sequence[RankSlot], choices: tuple[int, ...]) -> None:
     narrow = min(slots, key=lambda slot: slot.limit)
     wide = max(slots, key=lambda slot: slot.limit)
     if choices[0] > narrow.limit:
-        raise InputError(f"rank {choices[0]} is above the {narrow.limit} that {narrow.name} can hold; give a smaller one in --ranks")
+        raise InputError(f"rank {choices[0]} is above the {narrow.limit} that {narrow.name} can hold; give a smaller one in `ranks`")
     if choices[-1] > wide.limit:
-        raise InputError(f"rank {choices[-1]} is above what any module can hold ({wide.limit} in {wide.name}); take it out of --ranks")
+        raise InputError(f"rank {choices[-1]} is above what any module can hold ({wide.limit} in {wide.name}); take it out of `ranks`")
 
 
 def _budget(slots: Sequence[RankSlot], choices: tuple[int, ...], budget: str | int) -> tuple[int, int]:
@@ -85,21 +85,21 @@ def _budget(slots: Sequence[RankSlot], choices: tuple[int, ...], budget: str | i
     if found[1]:
         narrow = min(slots, key=lambda slot: slot.limit)
         if amount not in choices:
-            raise InputError(f"budget r={amount}: {amount} is not among the ranks {','.join(map(str, choices))}; add it to --ranks")
+            raise InputError(f"budget r={amount}: {amount} is not among the ranks {','.join(map(str, choices))}; add it to `ranks`")
         if amount > narrow.limit:
-            raise InputError(f"budget r={amount}: rank {amount} is above the {narrow.limit} that {narrow.name} can hold; lower --budget")
+            raise InputError(f"budget r={amount}: rank {amount} is above the {narrow.limit} that {narrow.name} can hold; lower `budget`")
     limit = amount * per_rank if found[1] else amount
     named = f"budget r={amount} ({limit:,} parameters)" if found[1] else f"budget {limit:,}"
     if limit < smallest:
         raise InputError(
-            f"{named} is below the smallest plan, rank {choices[0]} everywhere, which has {smallest:,} parameters; raise --budget"
+            f"{named} is below the smallest plan, rank {choices[0]} everywhere, which has {smallest:,} parameters; raise `budget`"
         )
     if limit == smallest:
-        raise InputError(f"{named} allows rank {choices[0]} everywhere and nothing else; raise --budget, or add a smaller rank to --ranks")
+        raise InputError(f"{named} allows rank {choices[0]} everywhere and nothing else; raise `budget`, or add a smaller rank to `ranks`")
     if limit >= largest:
         raise InputError(
             f"{named} is not below the largest plan, which has {largest:,} parameters: every layer can have its largest rank and there is "
-            "nothing to allocate; lower --budget, or add a larger rank to --ranks"
+            "nothing to allocate; lower `budget`, or add a larger rank to `ranks`"
         )
     allowed = [rank for rank in choices if rank * per_rank <= limit and all(rank <= slot.limit for slot in slots)]
     return allowed[-1], limit

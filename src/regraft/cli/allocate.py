@@ -13,6 +13,7 @@ from regraft.cli.later import later
 from regraft.cli.options import ModelArgument, Only, QuietOption, SeedOption, with_settings
 from regraft.cli.progress import progress
 from regraft.cli.screen import Screen
+from regraft.cli.words import as_options
 from regraft.plans import RankSearch
 from regraft.report.ranks import summary
 from regraft.settings import AllocateSettings, LoadSettings, RecoverSettings
@@ -69,7 +70,7 @@ def allocate(
         def say(line: str) -> None:
             heard(line)
             if not quiet:
-                console.print(line, style="dim", markup=False, soft_wrap=True)
+                console.print(as_options(line), style="dim", markup=False, soft_wrap=True)
 
         found = allocate_ranks(model, output, allocate, recover, load=load, seed=seed, resume=resume, say=say)
     show(console, found.search)

@@ -18,16 +18,21 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
 import typer.main
 
+from regraft.cli.later import later
 from regraft.cli.screen import Screen
-from regraft.cli.words import as_options
 from regraft.errors import RegraftError, shown
 from regraft.signals import exit_code
+
+if TYPE_CHECKING:
+    from regraft.cli.words import as_options
+else:
+    as_options = later("regraft.cli.words", "as_options")
 
 # The first line of the help of each command in this folder. A test compares this table with the commands.
 COMMANDS = {
@@ -122,8 +127,7 @@ def run(arguments: Sequence[str]) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except RegraftError as error:
-        # A recipe has keys and no options: there a setting keeps its name.
-        say_error(str(error) if list(arguments[:1]) == ["run"] else as_options(str(error)))
+        say_error(as_options(str(error), of_recipe=list(arguments[:1]) == ["run"]))
     except _USAGE_ERRORS as error:
         message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
         context = error.ctx  # pyright: ignore[reportAttributeAccessIssue]

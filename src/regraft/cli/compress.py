@@ -15,6 +15,7 @@ from regraft.cli.later import later
 from regraft.cli.options import DryRunOption, ModelArgument, QuietOption, SeedOption, command_line, with_settings
 from regraft.cli.progress import progress
 from regraft.cli.screen import Screen
+from regraft.cli.words import as_options
 from regraft.errors import InputError, PlanError
 from regraft.plans import FactorPlan, from_json, to_json
 from regraft.settings import CompressSettings, LoadSettings
@@ -107,4 +108,4 @@ def _show(console: Screen, result: CompressResult) -> None:
         before, after = result.test
         console.print(f"test text '{before.text}': {before.loss_nats:.4f} -> {after.loss_nats:.4f} nats per token", soft_wrap=True)
     for note in result.notes:
-        console.print(note, soft_wrap=True)
+        console.print(as_options(note), soft_wrap=True)

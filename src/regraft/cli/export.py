@@ -11,6 +11,7 @@ from regraft.cli.later import later
 from regraft.cli.options import OutputOption, QuietOption, command_line, with_settings
 from regraft.cli.progress import progress
 from regraft.cli.screen import Screen
+from regraft.cli.words import as_options
 from regraft.settings import ExportSettings, LoadSettings
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def export(
     with progress("exporting", quiet=quiet):
         result = export_to(source_path, output, to, settings=settings, load=load, check=text, command=command_line())
     console = Screen()
-    for line in (f"{result.words} written to {output}", *(f"note: {note}" for note in result.notes)):
+    for line in (f"{result.words} written to {output}", *(f"note: {as_options(note)}" for note in result.notes)):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if result.parity is not None:
         console.print(result.parity.words(), soft_wrap=True, markup=False, highlight=False)

@@ -29,6 +29,7 @@ import typer
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from regraft.cli.words import as_options, flag
 from regraft.errors import ConfigError
 from regraft.settings import Settings, problems_of
 
@@ -113,7 +114,7 @@ def _build(sections: dict[str, type[Settings]], wanted: dict[str, tuple[str, ...
 def _as_option(problem: str) -> str:
     """Replaces the field name at the start of a problem by the name of its option."""
     field, colon, rest = problem.partition(":")
-    return f"{_flag(field.split('.')[0])}{colon}{rest}"
+    return f"{flag(field.split('.')[0])}{colon}{rest}"
 
 
 def _plain(value: Any) -> Any:
@@ -123,21 +124,17 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def _parameter(name: str, field: FieldInfo, section: type[Settings]) -> inspect.Parameter:
     """Makes the option of one field. Values remain text, which the section parses, so that all problems are found together."""
-    flag, default = _flag(name), field.default
+    word, default, text = flag(name), field.default, as_options(field.description or "")
     kind: Any
     if field.annotation is bool:
         kind = bool
-        option = typer.Option(f"{flag}/--no-{flag[2:]}" if default else flag, help=field.description, rich_help_panel=_panel(section))
+        option = typer.Option(f"{word}/--no-{word[2:]}" if default else word, help=text, rich_help_panel=_panel(section))
     else:
         kind = list[str] if get_origin(field.annotation) is tuple else str
         metavar = _metavar(field.annotation)
-        option = typer.Option(flag, metavar=metavar, help=field.description, rich_help_panel=_panel(section))
+        option = typer.Option(word, metavar=metavar, help=text, rich_help_panel=_panel(section))
         if field.is_required():
             default = inspect.Parameter.empty
         elif default in (None, "", ()):

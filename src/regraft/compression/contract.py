@@ -43,7 +43,7 @@ class Evidence:
             InputError: There are none.
         """
         if self.inputs is None or not self.inputs.count:
-            raise InputError(f"the inputs of '{self.name}' were not seen; give calibration text with --calibration")
+            raise InputError(f"the inputs of '{self.name}' were not seen; give calibration text with `calibration`")
         return self.inputs
 
     def felt(self) -> Moments:
@@ -53,7 +53,7 @@ class Evidence:
             InputError: There are none.
         """
         if self.gradients is None or not self.gradients.count:
-            raise InputError(f"no gradients were seen at the outputs of '{self.name}'; give calibration text with --calibration")
+            raise InputError(f"no gradients were seen at the outputs of '{self.name}'; give calibration text with `calibration`")
         return self.gradients
 
 

@@ -99,7 +99,7 @@ def refuse_strange(rows: Tensor, what: str, batch: int) -> None:
     """
     if not bool(torch.isfinite(rows).all()):
         raise InputError(
-            f"{what} hold NaN or infinity in batch {batch} of the calibration text; use --dtype float32 or other calibration text"
+            f"{what} hold NaN or infinity in batch {batch} of the calibration text; use `dtype=float32` or other calibration text"
         )
 
 

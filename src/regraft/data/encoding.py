@@ -24,7 +24,7 @@ def bos_id(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> int | None:
     """
     token: Any = tokenizer.bos_token_id
     if bos is True and token is None:
-        raise InputError("--bos true, but this tokenizer has no BOS token; use --bos auto or --bos false")
+        raise InputError("`bos=True` needs a BOS token, which this tokenizer lacks; use `bos=auto` or `bos=False`")
     if bos == "auto":
         return token if token is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [token] else None
     return token if bos else None

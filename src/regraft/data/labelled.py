@@ -96,7 +96,7 @@ def read_labelled(
     if len(classes) < 2:
         raise DataError(f"'{path}' has the one class '{classes[0]}' in '{label}'; classification takes at least two")
     if len(classes) > max(2, len(named) // 2):
-        raise DataError(f"'{path}' has {len(classes)} classes in {len(named)} rows of '{label}'; for numbers use --task regression")
+        raise DataError(f"'{path}' has {len(classes)} classes in {len(named)} rows of '{label}'; for numbers use `task=regression`")
     number = {name: float(index) for index, name in enumerate(classes)}
     return Labelled(str(path), texts, tuple(number[name] for name in named), tuple(classes))
 
@@ -149,21 +149,21 @@ def _text_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> 
         for names in TEXTS:
             if all(name in columns for name in names):
                 return names
-        raise DataError(f"'{path}' has no column of a usual name for text; its columns: {_listed(columns)}: name them with --text-columns")
+        raise DataError(f"'{path}' has no column of a usual name for text; its columns: {_listed(columns)}: name them with `text_columns`")
     if len(wanted) > 2:
-        raise DataError(f"--text-columns names {len(wanted)} columns; give one, or two for pairs of texts")
+        raise DataError(f"`text_columns` names {len(wanted)} columns; give one, or two for pairs of texts")
     for name in wanted:
-        _check_column(path, columns, name, "--text-columns")
+        _check_column(path, columns, name, "`text_columns`")
     return tuple(wanted)
 
 
 def _label_column(path: Path, columns: Sequence[str], wanted: str | None) -> str:
     if wanted is not None:
-        _check_column(path, columns, wanted, "--label-column")
+        _check_column(path, columns, wanted, "`label_column`")
         return wanted
     found = next((name for name in LABELS if name in columns), None)
     if found is None:
-        raise DataError(f"'{path}' has no column 'label' or 'score'; its columns: {_listed(columns)}: name it with --label-column")
+        raise DataError(f"'{path}' has no column 'label' or 'score'; its columns: {_listed(columns)}: name it with `label_column`")
     return found
 
 
@@ -190,7 +190,7 @@ def _number(path: Path, place: str, name: str, value: Any) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise DataError(f"'{path}', {place}: '{name}' is {str(value)[:40]!r}, not a number; mend it, or use --task classification")
+        raise DataError(f"'{path}', {place}: '{name}' is {str(value)[:40]!r}, not a number; mend it, or use `task=classification`")
     return number
 
 

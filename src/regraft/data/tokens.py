@@ -26,13 +26,13 @@ def context_limit(config: PretrainedConfig) -> int | None:
     return int(limit) if limit else None
 
 
-def check_context(tokens: int, config: PretrainedConfig, option: str, most: int | None = None) -> None:
+def check_context(tokens: int, config: PretrainedConfig, setting: str, most: int | None = None) -> None:
     """Refuses a length beyond a model's context.
 
     Args:
         tokens: The requested length.
         config: Config of the model.
-        option: The option's name for the user, such as ``--seq-len``.
+        setting: Name of the setting that gives the length, such as ``seq_len``.
         most: The model's context, if it is shorter than its config states.
 
     Raises:
@@ -40,24 +40,24 @@ def check_context(tokens: int, config: PretrainedConfig, option: str, most: int 
     """
     limit = most or context_limit(config)
     if limit is not None and tokens > limit:
-        raise InputError(f"{option} {tokens} exceeds the model's context of {limit} tokens; use at most {limit}")
+        raise InputError(f"`{setting}={tokens}` exceeds the model's context of {limit} tokens; use at most {limit}")
 
 
-def window_tokens(asked: int | None, usual: int, config: PretrainedConfig, option: str, most: int | None = None) -> int:
+def window_tokens(asked: int | None, usual: int, config: PretrainedConfig, setting: str, most: int | None = None) -> int:
     """Returns the length of a window: the requested one, or else the usual length, at most the model's context.
 
     Args:
         asked: The requested length in tokens; None for the usual one.
         usual: The usual length in tokens.
         config: Config of the model.
-        option: The option's name for the user, such as ``--seq-len``.
+        setting: Name of the setting that gives the length, such as ``seq_len``.
         most: The model's context, if it is shorter than its config states.
 
     Raises:
         InputError: The requested length exceeds the model's context.
     """
     if asked is not None:
-        check_context(asked, config, option, most)
+        check_context(asked, config, setting, most)
         return asked
     return min(usual, most or context_limit(config) or usual)
 
@@ -97,7 +97,7 @@ def pack(documents: Sequence[Sequence[int]], block: int, separator: int | None =
     stream = list(_joined(documents, separator))
     count = len(stream) // block
     if count == 0:
-        raise DataError(f"the text has {len(stream)} tokens, fewer than one window of {block}; give more text or a shorter --seq-len")
+        raise DataError(f"the text has {len(stream)} tokens, fewer than one window of {block}; give more text or a shorter `seq_len`")
     return torch.tensor(stream[: count * block], dtype=torch.int64).reshape(count, block)
 
 
@@ -140,7 +140,7 @@ def calibration_windows(
     if len(stream) < seq_len:
         raise DataError(
             f"'{corpus.name}' has {len(stream)} tokens, fewer than one calibration window of {seq_len}; "
-            "give a longer --calibration text or a shorter --seq-len"
+            "give a longer `calibration` text or a shorter `seq_len`"
         )
     windows = pack([stream], seq_len)
     return windows[torch.randperm(len(windows), generator=generator)[:samples]]

@@ -71,7 +71,7 @@ def evaluate_loss(
     if not sequences:
         raise DataError(
             f"'{name}' has no token to predict: its documents are one token each and nothing stands before it; "
-            "give more text" + ("" if starts_with_bos else " or --bos true")
+            "give more text" + ("" if starts_with_bos else " or `bos=True`")
         )
     _check_vocabulary(model, sequences)
     tokens = sum(sequence.targets for sequence in sequences)
@@ -104,11 +104,11 @@ def window_and_stride(model: PreTrainedModel, settings: EvaluateSettings) -> tup
     """
     limit = context_limit(model.config)
     window = settings.window or min(DEFAULT_WINDOW_TOKENS, limit or DEFAULT_WINDOW_TOKENS)
-    check_context(window, model.config, "--window")
+    check_context(window, model.config, "window")
     stride = settings.stride or max(1, window // 2)
     if stride > window:
         raise InputError(
-            f"--stride {stride} exceeds the window of {window} tokens and would skip text between two windows; use at most {window}"
+            f"`stride={stride}` exceeds the window of {window} tokens and would skip text between two windows; use at most {window}"
         )
     return window, stride
 
@@ -138,7 +138,7 @@ def _total_nats(
             if not math.isfinite(total_nats):
                 raise ModelError(
                     f"the loss of {type(model).__name__} is {total_nats}: its weights or activations are not finite in "
-                    f"{model.dtype}; try --dtype float32, or take another model"
+                    f"{model.dtype}; try `dtype=float32`, or take another model"
                 )
             done += sum(window.scored for window in batch)
             if progress is not None:

@@ -61,7 +61,7 @@ def refuse_gguf_settings(settings: ExportSettings) -> None:
         InputError: One is given.
     """
     if settings.quantize or settings.architecture or settings.importance:
-        raise InputError("quantize, importance and architecture belong to GGUF; use --to gguf, or --dtype for float types")
+        raise InputError("`quantize`, `importance` and `architecture` belong to GGUF; use `to=gguf`, or `dtype` for float types")
 
 
 def write(loaded: Loaded, folder: Path, settings: ExportSettings) -> Written:
@@ -110,7 +110,7 @@ def _theirs(folder: Path, ids: Sequence[int]) -> Tensor:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:300]
-            raise OutputError(f"transformers does not load what was written: {last}; nothing was kept: export --to gguf")
+            raise OutputError(f"transformers does not load what was written: {last}; nothing was kept: export with `to=gguf`")
         return copy.deepcopy(load_file(wanted["output"])["logits"])
 
 
@@ -119,7 +119,7 @@ FORMAT = ModelFormat(
     (
         Holding("transformers, stock classes", "all of docs/families.md", "", "float32, bfloat16, float16", "nothing", "run"),
         Holding(
-            "transformers with the folder's code; vLLM by `--model-impl transformers`",
+            "transformers with the folder's code; vLLM with `vllm serve FOLDER --model-impl transformers`",
             "all of docs/families.md",
             "query heads, key-value heads, feed-forward width; attention or feed-forward network removed",
             "float32, bfloat16, float16",

@@ -39,7 +39,7 @@ def write(loaded: Loaded, folder: Path, settings: ExportSettings) -> Written:
         before = parameter_count(model)
         model = padded(model, [uniform_sizes(sizes)] * len(sizes))
         if is_own(model):
-            raise InputError(f"no stock class of family '{view.family.model_type}' has layers of these sizes; export --to hf")
+            raise InputError(f"no stock class of family '{view.family.model_type}' has layers of these sizes; export with `to=hf`")
         notes = (
             f"layers were filled up with zeros, {before:,} to {parameter_count(model):,} parameters: the same function, but "
             "neither smaller nor faster than the largest layer everywhere",

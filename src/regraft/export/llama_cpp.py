@@ -67,7 +67,7 @@ class Runtime:
         self._process.wait()
         words = self.last_words()
         self.close()
-        raise OutputError(f"llama.cpp does not load '{self.file.name}': {words}; export without --quantize, or --to hf")
+        raise OutputError(f"llama.cpp does not load '{self.file.name}': {words}; export without `quantize`, or with `to=hf`")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
@@ -107,9 +107,9 @@ class Runtime:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             said = error.read().decode("utf-8", "replace")[:300]
-            raise OutputError(f"llama.cpp refuses {route} for '{self.file.name}': {said}; export with another --to") from error
+            raise OutputError(f"llama.cpp refuses {route} for '{self.file.name}': {said}; export with another `to`") from error
         except (OSError, ValueError) as error:
-            raise OutputError(f"llama.cpp ended while serving '{self.file.name}': {self.last_words()}; export with another --to") from error
+            raise OutputError(f"llama.cpp ended while serving '{self.file.name}': {self.last_words()}; export with another `to`") from error
 
     def token_ids(self, text: str) -> list[int]:
         """Returns the ids of a text, special tokens read as such, with what the file puts in front."""

@@ -139,11 +139,13 @@ def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     for index, block in enumerate(config["block_configs"]):
         place, attention, ffn = f"model.layers.{index}", block["attention"], block["ffn"]
         if attention["no_op"] and index == 0:
-            raise OutputError("readers of nemotron-nas take the cache's shape from layer 0, which has no attention here; export --to gguf")
+            raise OutputError(
+                "readers of nemotron-nas take the cache's shape from layer 0, which has no attention here; export with `to=gguf`"
+            )
         if not attention["no_op"]:
             if heads % attention["n_heads_in_group"]:
                 raise OutputError(
-                    f"layer {index}: groups of {attention['n_heads_in_group']} do not divide {heads} query heads; export --to hf"
+                    f"layer {index}: groups of {attention['n_heads_in_group']} do not divide {heads} query heads; export with `to=hf`"
                 )
             kv = heads // attention["n_heads_in_group"] * head_dim
             shapes = {"q": (heads * head_dim, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, heads * head_dim)}
@@ -166,10 +168,10 @@ def refuse(loaded: Loaded, settings: ExportSettings) -> None:
     refuse_gguf_settings(settings)
     family = ModelView(loaded.model).family.model_type
     if family not in FAMILIES:
-        raise InputError(f"nemotron-nas computes a Llama ({', '.join(FAMILIES)}), not family '{family}'; export --to hf, or --to gguf")
+        raise InputError(f"nemotron-nas computes a Llama ({', '.join(FAMILIES)}), not family '{family}'; export with `to=hf` or `to=gguf`")
     window = getattr(loaded.model.config, "sliding_window", None)
     if window:
-        raise InputError(f"nemotron-nas has no sliding window, this model one of {window} tokens; export --to hf, or --to gguf")
+        raise InputError(f"nemotron-nas has no sliding window, this model one of {window} tokens; export with `to=hf`, or with `to=gguf`")
 
 
 def write(loaded: Loaded, folder: Path, settings: ExportSettings) -> Written:
@@ -202,7 +204,7 @@ def check(loaded: Loaded, folder: Path, written: Written, text: str, settings: E
     for name, shape in expected_shapes(config).items():
         if name not in stored or stored[name].shape != shape:
             there = list(stored[name].shape) if name in stored else "missing"
-            raise OutputError(f"'{name}' is {there}, a reader of nemotron-nas expects {list(shape)}; export --to hf")
+            raise OutputError(f"'{name}' is {there}, a reader of nemotron-nas expects {list(shape)}; export with `to=hf`")
     state = {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
     again = build(conform(loaded.model), read_sizes(config), state if "lm_head.weight" in state else _tied(state))
     ids, lengths = sampled(loaded.model, _ids(loaded, text), settings.check_positions)

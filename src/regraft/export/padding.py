@@ -55,12 +55,12 @@ def refuse_fused(model: PreTrainedModel) -> None:
     blocks = {axis.block for coupling in view.family.couplings for axis in coupling.axes}
     if "fused" in blocks or view.family.transposed or view.family.mlp_parts or view.family.alibi:
         raise InputError(
-            f"layers of family '{view.family.model_type}' keep projections in one matrix, which is not filled up; export --to hf, "
-            "or prune with --shape uniform"
+            f"layers of family '{view.family.model_type}' keep projections in one matrix, which is not filled up; export with `to=hf`, "
+            "or prune with `shape=uniform`"
         )
     for name, parameter in view.layers[0].named_parameters():
         if name.endswith(("q_norm.weight", "k_norm.weight")) and parameter.shape[0] != view.head_dim:
-            raise InputError(f"family '{view.family.model_type}' has norms over all heads, which zeros would change; export --to hf")
+            raise InputError(f"family '{view.family.model_type}' has norms over all heads, which zeros would change; export with `to=hf`")
 
 
 def _layer(view: ModelView, state: Mapping[str, Tensor], index: int, size: LayerSizes, target: LayerSizes) -> dict[str, Tensor]:

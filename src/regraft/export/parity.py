@@ -73,7 +73,7 @@ def refuse_other_ids(ours: Sequence[int], theirs: Sequence[int], tokenizer: PreT
     mine, other = (tokenizer.convert_ids_to_tokens(list(ids[place : place + 4])) for ids in (ours, theirs))
     raise OutputError(
         f"the tokenizer in {runtime} differs from the model's: at token {place} of {len(ours)} it gives {other}, not {mine}; "
-        "the export is refused, as the model would read other text: export --to hf, or --no-check if that does not matter"
+        "the export is refused, as the model would read other text: export with `to=hf`, or `check=None` if that does not matter"
     )
 
 
@@ -164,6 +164,6 @@ def refuse_difference(parity: Parity, bits: float) -> Parity:
     if wrong:
         raise OutputError(
             f"the exported model is not the same: {parity.words()}; the limit is {limit}: nothing was written; "
-            "export --to hf, or --no-check to keep the file all the same"
+            "export with `to=hf`, or `check=None` to keep the file all the same"
         )
     return parity

@@ -119,7 +119,7 @@ def score(criterion: str, evidence: Evidence) -> Scores:
     """
     chosen = CRITERIA.get(criterion)
     if chosen.needs_text and evidence.windows is None:
-        raise InputError(f"criterion '{criterion}' needs calibration text; give one with --calibration")
+        raise InputError(f"criterion '{criterion}' needs calibration text; give one with `calibration`")
     strange = [group for group in evidence.groups.groups if group.kind not in chosen.scores]
     if strange:
         able = ", ".join(name for name in CRITERIA if strange[0].kind in CRITERIA.get(name).scores)

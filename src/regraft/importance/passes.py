@@ -68,7 +68,7 @@ class Passes(ABC):
         Raises:
             InputError: The model is not in memory as a whole.
         """
-        raise InputError("a criterion in nats runs the whole model back, which --memory leaves no room for; use --criterion surgeon")
+        raise InputError("a criterion in nats runs the whole model back, which `memory` leaves no room for; use `criterion=surgeon`")
 
 
 class WholeModel(Passes):
@@ -118,7 +118,7 @@ def refuse_single_tokens(windows_NT: Tensor) -> None:
         InputError: The windows have a single token.
     """
     if windows_NT.shape[1] < 2:
-        raise InputError("windows of 1 token leave nothing to predict; use a --seq-len of at least 2")
+        raise InputError("windows of 1 token leave nothing to predict; use a `seq_len` of at least 2")
 
 
 def mean_gradients(

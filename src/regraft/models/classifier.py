@@ -88,7 +88,7 @@ def load_trained_classifier(source: str | Path, settings: LoadSettings | None = 
     config = _config(folder, None, settings)
     loaded = load_classifier(source, classes_in(config), settings)
     if getattr(loaded.model, _NEW):
-        raise ModelError(f"'{source}' has no head for labels; train one with: regraft recover {source} --task classification --data FILE")
+        raise ModelError(f"'{source}' has no head for labels; train one with `regraft recover {source} --task classification --data FILE`")
     return loaded
 
 

@@ -32,7 +32,7 @@ def natural_gradient(gradient_OI: Tensor, inputs_II: Tensor, outputs_OO: Tensor,
     gradient = gradient_OI.double()
     if not (torch.isfinite(gradient).all() and torch.isfinite(inputs_II).all() and torch.isfinite(outputs_OO).all()):
         raise InputError(
-            "gradients on the calibration text are not finite; use --dtype float32, --reconstruct least_squares or other calibration text"
+            "gradients on the calibration text are not finite; use `dtype=float32`, `reconstruct=least_squares` or other calibration text"
         )
     left = torch.cholesky_solve(gradient, _factor(outputs_OO, damping))
     return torch.cholesky_solve(left.T, _factor(inputs_II, damping)).T

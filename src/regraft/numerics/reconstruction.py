@@ -46,7 +46,7 @@ class NormalEquations:
             InputError: The second moments are not finite.
         """
         if not torch.isfinite(second_II).all():
-            raise InputError("activations on the calibration text are not finite; use --dtype float32 or other calibration text")
+            raise InputError("activations on the calibration text are not finite; use `dtype=float32` or other calibration text")
         right_SO = (self._weight_OI @ second_II)[:, self._kept].T
         gram_SS = second_II[self._kept[:, None], self._kept]
         first = not self._gram_SS.numel()

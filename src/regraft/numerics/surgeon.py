@@ -48,7 +48,7 @@ def removal_order(
     weight = weight_OI.to(second_II)
     squares_II = weight.T @ (weight if metric_OO is None else metric_OO.to(second_II) @ weight)
     if not (torch.isfinite(second_II).all() and torch.isfinite(squares_II).all()):
-        raise InputError("activations on the calibration text are not finite; use --dtype float32 or other calibration text")
+        raise InputError("activations on the calibration text are not finite; use `dtype=float32` or other calibration text")
     ridge = damping * second_II.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     damped_II = second_II.clone()
     damped_II.diagonal().add_(ridge)

@@ -65,6 +65,6 @@ def checked(moments_DD: Tensor, what: str) -> Tensor:
         InputError: They hold NaN or infinity.
     """
     if not bool(torch.isfinite(moments_DD).all()):
-        raise InputError(f"{what} on the calibration text hold NaN or infinity; use --dtype float32 or other calibration text")
+        raise InputError(f"{what} on the calibration text hold NaN or infinity; use `dtype=float32` or other calibration text")
     wide = moments_DD.double()
     return 0.5 * (wide + wide.T)

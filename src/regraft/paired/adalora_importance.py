@@ -56,7 +56,7 @@ def triplet_importance(
         DataError: The text is shorter than one batch.
         TrainingError: The loss is not finite.
     """
-    seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "--seq-len")
+    seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "seq_len")
     short = settings.model_copy(update={"steps": steps, "seq_len": seq_len, "accumulate": 1})
     examples = make_examples(train, tokenizer, seq_len, wanted=steps * settings.batch, seed=seed)
     rows = Ordered(examples, short, seed, train.name)
@@ -92,7 +92,7 @@ def _train(adapted: Any, rows: Ordered, settings: RecoverSettings, steps: int, p
         batch = collate([rows[step * settings.batch + row] for row in range(settings.batch)], padding)
         loss: Tensor = adapted(**{name: tensor.to(adapted.device) for name, tensor in batch.items()}, use_cache=False).loss
         if not torch.isfinite(loss):
-            raise TrainingError(f"the loss of AdaLoRA became {float(loss)} at step {step + 1}; lower --lr, or choose another --method")
+            raise TrainingError(f"the loss of AdaLoRA became {float(loss)} at step {step + 1}; lower `lr`, or choose another `method`")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         adapted.base_model.update_and_allocate(step)

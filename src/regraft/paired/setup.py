@@ -88,7 +88,7 @@ class PairedSetup:
         objective: Literal["loss", "divergence"] = "loss",
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "--seq-len")
+        seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "seq_len")
         packing = settings.packing and bool(train.records) and is_blind_to_neighbours(model)
         _check_target(model, tokenizer, teacher, objective, settings)
         self.model = model
@@ -369,13 +369,13 @@ def _check_target(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teacher: Teacher | None, objective: str, settings: RecoverSettings
 ) -> None:
     if settings.load_in_4bit:
-        raise InputError("--load-in-4bit is not known while ranks are compared; leave it out there, the ranks serve both")
+        raise InputError("`load_in_4bit` is not known while ranks are compared; leave it out there, the ranks serve both")
     if teacher is not None:
         check_vocabulary(teacher, model, tokenizer)
         if settings.distill_hidden > 0.0:
-            raise InputError(f"--distill-hidden {settings.distill_hidden} is not known while ranks are compared; leave it at 0")
+            raise InputError(f"`distill_hidden={settings.distill_hidden}` is not known while ranks are compared; leave it at 0")
     elif objective == "divergence":
-        raise InputError("the divergence from a teacher is measured with a teacher; give one with --teacher")
+        raise InputError("the divergence from a teacher is measured with a teacher; give one with `teacher`")
 
 
 def _sites(modules: Iterable[str], view: ModelView) -> dict[str, nn.Module]:

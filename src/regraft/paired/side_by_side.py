@@ -36,7 +36,7 @@ def check_adapter(adapter: str) -> None:
         InputError: The adapter is not supported; the message names those that are.
     """
     if adapter not in SCALES:
-        raise InputError(f"ranks are compared with {' or '.join(SCALES)}, not with --adapter {adapter}; leave --adapter out")
+        raise InputError(f"ranks are compared with {' or '.join(SCALES)}, not with `adapter={adapter}`; leave `adapter` out")
 
 
 @dataclass(frozen=True)

@@ -70,14 +70,14 @@ def evaluate_labels(
     """
     load = load or LoadSettings()
     if settings.data is None:
-        raise InputError(f"'{source}' is measured on rows with labels; give them with --data FILE.csv")
+        raise InputError(f"'{source}' is measured on rows with labels; give a file of them with `data`")
     loaded = load_adapted(Path(source), load) if is_adapter(source) else load_trained_classifier(source, load)
     model = loaded.model
     if not is_classifier(model):
-        raise InputError(f"'{source}' is for language, not for labels; leave --data out, or give its text with --text")
+        raise InputError(f"'{source}' is for language, not for labels; leave `data` out, or give its text with `text`")
     classes = classes_of(model)
     task = "classification" if classes else "regression"
     rows = read_labelled(settings.data, task, settings.text_columns, settings.label_column, classes)
-    most_tokens = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "--seq-len", row_limit(model))
+    most_tokens = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "seq_len", row_limit(model))
     figures = judged(model, require_tokenizer(loaded), rows, most_tokens, progress)
     return LabelReport(str(source), rows.name, task, len(rows), most_tokens, classes, parameter_count(model), figures)

@@ -42,7 +42,7 @@ def prompt_ids(loaded: Loaded, prompt: str | Sequence[Message], *, plain: bool =
             [dict(message) for message in prompt], add_generation_prompt=True, tokenize=True, return_dict=True
         )
     except Exception as error:  # templates raise what they like
-        raise InputError(f"the chat template refuses the conversation: {error}; leave the system message out, or use --plain") from None
+        raise InputError(f"the chat template refuses the conversation: {error}; leave the system message out, or use `plain`") from None
     return list(found["input_ids"])
 
 

@@ -305,7 +305,7 @@ def _result(
     )
     found: dict[str, float] = {}
     if isinstance(held_out, Labelled):
-        most_tokens = window_tokens(settings.seq_len, TRAINING_TOKENS, loaded.model.config, "`seq_len`", row_limit(loaded.model))
+        most_tokens = window_tokens(settings.seq_len, TRAINING_TOKENS, loaded.model.config, "seq_len", row_limit(loaded.model))
         found = judged(cast(PreTrainedModel, done.model), require_tokenizer(loaded), held_out, most_tokens)
     return RecoverResult(done, loaded, settings, record, None, found)
 
@@ -423,7 +423,8 @@ def _adapter_card(card: str, base: str, model_class: str, *, own: bool) -> str:
     """Turns the card of a model into the card of an adapter of regraft or PEFT."""
     if own:
         what = "It is a compact adapter of regraft: `regraft evaluate FOLDER` measures it on its base,"
-        ways = "`regraft export FOLDER --to peft-lora --output DIR` writes what PEFT loads, `--to merged` the model with it folded in."
+        ways = "`regraft export FOLDER --to peft-lora --output DIR` writes what PEFT loads, "
+        ways += "`regraft export FOLDER --to merged --output DIR` the model with it folded in."
         how = "\n".join(["## How to load it", "", what, ways, ""])
         return card.replace("library_name: transformers", "library_name: regraft", 1).rstrip() + "\n\n" + how
     lines = [

@@ -31,7 +31,7 @@ class Scores:
             if not all(math.isfinite(value) for value in values):
                 raise PlanError(
                     f"scores of {name} are not finite; the model or its gradients hold NaN or infinity: "
-                    "use --dtype float32, or another criterion"
+                    "use `dtype=float32`, or another criterion"
                 )
 
 

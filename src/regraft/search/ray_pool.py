@@ -56,7 +56,7 @@ class RayPool(Pool):
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:160]
             raise InputError(
-                f"no Ray cluster is at '{address}' ({reason}); begin one with: ray start --head, or use --ray local or --workers N"
+                f"no Ray cluster is at '{address}' ({reason}); begin one with `ray start --head`, or use `ray=local` or `workers`"
             ) from None
 
     def busy(self) -> int:

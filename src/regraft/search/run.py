@@ -53,10 +53,10 @@ def open_ledger(storage: Storage, name: str, space: RankSpace, sampler: Allocato
         elif before != identity:
             raise StorageError(
                 f"study '{name}' in storage {storage.shown} was begun with other settings, data or model; "
-                "repeat its own to go on, or use another --storage"
+                "repeat its own to go on, or use another `storage`"
             )
         elif not resume and study.get_trials(deepcopy=False):
-            raise StorageError(f"storage {storage.shown} holds the search '{name}'; go on with --resume, or use another --storage")
+            raise StorageError(f"storage {storage.shown} holds the search '{name}'; go on with `resume`, or use another `storage`")
         ledger = Ledger(study, storage, space, alone=not storage.shared)
         ledger.retire()
     return ledger

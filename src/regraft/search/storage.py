@@ -157,17 +157,17 @@ def _database(url: str) -> URL:
             target = target.set(drivername=f"{target.drivername}+{driver}")
         dialect = target.get_dialect()
     except (ArgumentError, NoSuchModuleError, ValueError, ImportError):
-        raise InputError(f"--storage '{errors.shown(masked(url))}' is not the URL of a known database; {example}") from None
+        raise InputError(f"`storage` '{errors.shown(masked(url))}' is not the URL of a known database; {example}") from None
     if dialect.is_async:
-        raise InputError(f"--storage '{errors.shown(masked(url))}' names a driver that does not wait for answers; {example}")
+        raise InputError(f"`storage` '{errors.shown(masked(url))}' names a driver that does not wait for answers; {example}")
     try:
         dialect.import_dbapi()
     except ImportError as error:
         raise InputError(
-            f"--storage '{errors.shown(masked(url))}' needs a driver that is not installed ({errors.shown(error, 100)}); {example}"
+            f"`storage` '{errors.shown(masked(url))}' needs a driver that is not installed ({errors.shown(error, 100)}); {example}"
         ) from None
     if target.get_backend_name() == "sqlite" and target.query:
-        raise InputError(f"--storage '{errors.shown(masked(url))}' has options, which files do not take; {example}")
+        raise InputError(f"`storage` '{errors.shown(masked(url))}' has options, which files do not take; {example}")
     return target
 
 
@@ -179,7 +179,7 @@ def _check_file(path: Path, shown: str) -> None:
         StorageError: The path is a folder, or the file is unreadable or not a database.
     """
     if not is_folder(path.parent):
-        raise OutputError(f"the folder of storage {shown} does not exist; make it first, or choose another --storage")
+        raise OutputError(f"the folder of storage {shown} does not exist; make it first, or choose another `storage`")
     if is_folder(path):
         raise StorageError(f"storage {shown} is a folder; give the name of a file")
     try:
@@ -224,18 +224,18 @@ def _explained(error: BaseException, shown: str) -> str:
     reason = reason.split(" (Background on")[0][:200]
     low = reason.lower()
     if "locked" in low or "lock timeout" in low:
-        return f"storage {shown} is locked by another program ({reason}); wait for it, or close what holds it, and go on with --resume"
+        return f"storage {shown} is locked by another program ({reason}); wait for it, or close what holds it, and go on with `resume`"
     if any(sign in low for sign in ("malformed", "not a database", "corrupt", "no such column", "no such table")):
         return f"storage {shown} is corrupt ({reason}); restore it from a copy, or remove it to begin anew"
     if "readonly" in low or "read-only" in low or "permission denied" in low:
         return f"storage {shown} cannot be written ({reason}); check its permissions"
     if ("full" in low and ("disk" in low or "database" in low)) or "no space left" in low:
-        return f"the disk of storage {shown} is full ({reason}); free some space and go on with --resume"
+        return f"the disk of storage {shown} is full ({reason}); free some space and go on with `resume`"
     if isinstance(error, OperationalError | InterfaceError):
-        return f"storage {shown} cannot be reached ({reason}); check address, user and password, and go on with --resume"
+        return f"storage {shown} cannot be reached ({reason}); check address, user and password, and go on with `resume`"
     if isinstance(error, DatabaseError):
-        return f"storage {shown} refuses to work ({reason}); check its permissions, or use another --storage"
-    return f"storage {shown} fails ({reason}); use another --storage"
+        return f"storage {shown} refuses to work ({reason}); check its permissions, or use another `storage`"
+    return f"storage {shown} fails ({reason}); use another `storage`"
 
 
 @contextmanager

@@ -124,7 +124,7 @@ def check_possible(groups: Groups, budget: Budget) -> None:
     """
     prunable = budget.prunable(groups)
     if not prunable:
-        raise InputError(f"nothing to prune: no {' or '.join(budget.targets)} in layers {list(budget.layers)}; widen --layers")
+        raise InputError(f"nothing to prune: no {' or '.join(budget.targets)} in layers {list(budget.layers)}; widen `layers`")
     ledger = Ledger(groups, [group.name for group in prunable])
     most = groups.parameters - ledger.left(budget.floors(groups))
     wanted = budget.ratio * groups.parameters
@@ -133,7 +133,7 @@ def check_possible(groups: Groups, budget: Budget) -> None:
         raise InputError(
             f"ratio {budget.ratio:g} would leave a layer empty: at most {most / groups.parameters:.3f} of the "
             f"{groups.parameters:,} parameters can go (one unit of {budget.align} stays in every layer); "
-            "lower --ratio or widen --layers"
+            "lower `ratio` or widen `layers`"
         )
 
 
@@ -146,7 +146,7 @@ def _plan(name: str, groups: Groups, scores: Scores, budget: Budget, kept: Kept)
     )
     left = Ledger(groups, [cut.group for cut in cuts]).left({cut.group: len(cut.kept) for cut in cuts})
     if not cuts:
-        raise InputError(f"ratio {budget.ratio:g} removes less than one unit; raise --ratio, or lower --align (now {budget.align})")
+        raise InputError(f"ratio {budget.ratio:g} removes less than one unit; raise `ratio`, or lower `align` (now {budget.align})")
     return PrunePlan(
         fingerprint=groups.fingerprint,
         criterion=scores.criterion,

@@ -57,7 +57,7 @@ def knapsack(groups: Groups, scores: Scores, budget: Budget) -> Kept:
     if target > most:
         raise InputError(
             f"ratio {budget.ratio:g} would leave a layer empty: at most {most / total:.3f} of the {curves.unit} can go; "
-            "lower --ratio or widen --layers"
+            "lower `ratio` or widen `layers`"
         )
     if budget.shape == "uniform" and not depth:
         return _same_everywhere(options, target)
@@ -67,7 +67,10 @@ def knapsack(groups: Groups, scores: Scores, budget: Budget) -> Kept:
 def _refuse_overlapping(curves: Curves, budget: Budget) -> None:
     if curves.unit == "milliseconds":
         targets = ",".join(budget.targets)
-        raise InputError(f"--targets {targets} share weights, whose milliseconds cannot be told apart; use --budget parameters or bytes")
+        raise InputError(
+            f"`targets={targets}` name parts that share weights, whose milliseconds cannot be measured one by one; "
+            "use `budget=parameters` or `budget=bytes`"
+        )
 
 
 def _options(group: Group, curve: Curve, budget: Budget) -> _Options:

@@ -52,7 +52,7 @@ def nested(groups: Groups, curves: Mapping[str, Curve], budget: Budget) -> Kept:
         if removed <= target or not inner:
             found.append(_inside(kept, damage, inner, ledger, curves, budget, target - removed))
     if not found:
-        raise InputError(f"ratio {budget.ratio:g} is less than one step of the residual width; raise --ratio, or lower --align")
+        raise InputError(f"ratio {budget.ratio:g} is less than one step of the residual width; raise `ratio`, or lower `align`")
     smallest = min(group.unit_parameters * budget.step(group) for group in prunable)
     return best_of(found, smallest).kept
 

@@ -112,7 +112,7 @@ def alike(groups: Sequence[Group]) -> list[tuple[Group, ...]]:
         kinds.setdefault(group.kind, []).append(group)
     for kind, members in kinds.items():
         if len({group.units for group in members}) > 1:
-            raise InputError(f"--shape uniform needs layers of equal size, but the {kind} of this model differ; use --shape per-layer")
+            raise InputError(f"`shape=uniform` needs layers of equal size, but the {kind} of this model differ; use `shape=per-layer`")
     return [tuple(members) for members in kinds.values()]
 
 

@@ -27,9 +27,24 @@ from regraft.settings.sections import (
     option_values,
 )
 
+# Every section: what the command line has options for, and recipes keys.
+SECTIONS: tuple[type[Settings], ...] = (
+    LoadSettings,
+    PruneSettings,
+    CompressSettings,
+    RecoverSettings,
+    AllocateSettings,
+    EvaluateSettings,
+    LabelSettings,
+    SampleSettings,
+    CompletionSettings,
+    ExportSettings,
+)
+
 __all__ = [
     "CALIBRATION_TOKENS",
     "EVERY_PROJECTION",
+    "SECTIONS",
     "TRAINING_TOKENS",
     "AllocateSettings",
     "CompletionSettings",

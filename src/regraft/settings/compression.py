@@ -20,7 +20,7 @@ class CompressSettings(Settings):
     )
     prices: Literal["predicted", "measured"] = Field(
         default="predicted",
-        description="prices that --ranks type, closed and knapsack use: predicted by the method, or corrected by the divergence measured "
+        description="prices that `ranks=type`, closed and knapsack use: predicted by the method, or corrected by the divergence measured "
         "with one layer factored at a time",
     )
     layout: Literal["plain", "pifa"] = Field(default="plain", description="how factors are stored; pifa: by pivot rows, in fewer numbers")
@@ -43,10 +43,10 @@ class CompressSettings(Settings):
         description="text to measure before and after; never the one that anything was chosen by",
         json_schema_extra=NO_EFFECT,
     )
-    trials: Positive = Field(default=50, description="rank vectors that --ranks bayes measures")
-    layer_groups: Positive = Field(default=1, description="groups of layers with ranks of their own in --ranks bayes: 1 or 4 in the paper")
+    trials: Positive = Field(default=50, description="rank vectors that `ranks=bayes` measures")
+    layer_groups: Positive = Field(default=1, description="groups of layers with ranks of their own in `ranks=bayes`: 1 or 4 in the paper")
     kl_weight: float = Field(
-        default=1e-3, ge=0.0, allow_inf_nan=False, description="weight of the divergence, added to the perplexity that --ranks bayes lowers"
+        default=1e-3, ge=0.0, allow_inf_nan=False, description="weight of the divergence, added to the perplexity that `ranks=bayes` lowers"
     )
     warm_start: Literal["fisher", "bolaco", "random"] = Field(
         default="fisher", description="factors that pc_lora starts from; ranks are chosen by the prices of fisher where it is random"

@@ -190,7 +190,7 @@ class PruneSettings(Settings):
 
     aliases: ClassVar[Mapping[str, str]] = {"max_length": "seq_len"}
 
-    ratio: Ratio = Field(default=0.2, description="share of ALL parameters to remove, or of bytes or milliseconds (see --budget)")
+    ratio: Ratio = Field(default=0.2, description="share of ALL parameters to remove, or of bytes or milliseconds (see `budget`)")
     effort: Literal["quick", "default", "thorough"] = Field(
         default="default",
         description="quick: 32 windows and no re-fit to the predictions; thorough: the damage of every group is measured at every size",
@@ -199,7 +199,7 @@ class PruneSettings(Settings):
         default="auto",
         validate_default=False,
         description="criterion for scores of units: random, l1, l2, taylor, wanda, flap, energy, surgeon or surgeon_nats; auto: "
-        "surgeon_nats, or surgeon with --memory and for large models",
+        "surgeon_nats, or surgeon with `memory` and for large models",
     )
     order: Literal["first", "second", "mixed"] = Field(default="first", description="order of the Taylor criterion")
     granularity: Literal["element", "vector"] = Field(
@@ -208,14 +208,14 @@ class PruneSettings(Settings):
     reduce: Reduction = Field(default="sum", description="how the scores of coupled weights are combined")
     shape: Shape = Field(default="per-layer", description="widths of layers; uniform: equal in all layers, loads in stock classes")
     select: Literal["auto", "uniform", "global", "knapsack"] = Field(
-        default="auto", description="method of choosing widths; auto: knapsack, or uniform without text or with --memory"
+        default="auto", description="method of choosing widths; auto: knapsack, or uniform without text or with `memory`"
     )
     reconstruct: Literal["auto", "divergence", "least_squares", "mean", "none"] = Field(
         default="auto",
         description="re-fit of layers that read pruned channels; divergence: least squares, then a fit to the dense predictions; "
-        "auto: divergence, least_squares with --memory and for large models, none for criteria without text",
+        "auto: divergence, least_squares with `memory` and for large models, none for criteria without text",
     )
-    budget: Literal["parameters", "bytes", "milliseconds"] = Field(default="parameters", description="quantity that --ratio is a share of")
+    budget: Literal["parameters", "bytes", "milliseconds"] = Field(default="parameters", description="quantity that `ratio` is a share of")
     rounds: Positive = Field(default=1, description="number of pruning steps, with new scores for each")
     layers: str = Field(default=":", description="range of layers to prune, as a Python slice: 1:-1 spares the first and the last")
     targets: tuple[Target, ...] = Field(
@@ -283,7 +283,7 @@ class RecoverSettings(Settings):
     )
     task: Literal["language", "classification", "regression"] = Field(
         default="language",
-        description="language modelling, or training of an encoder or decoder on classes or numbers in --data (csv, tsv, json, jsonl)",
+        description="language modelling, or training of an encoder or decoder on classes or numbers in `data` (csv, tsv, json, jsonl)",
     )
     text_columns: tuple[str, ...] = Field(
         default=(), description="one or two text columns of labelled data; default: usual names, such as sentence1,sentence2"
@@ -297,7 +297,7 @@ class RecoverSettings(Settings):
     rank: Positive = Field(default=8, description="rank of the adapter")
     alpha: Rate | None = Field(default=None, description="LoRA's alpha; default: depends on the adapter (lora: twice the rank)")
     ranks: Path | RankPlan | None = Field(
-        default=None, description="rank plan (JSON) with a rank for each module, instead of --rank", json_schema_extra=BY_CONTENT
+        default=None, description="rank plan (JSON) with a rank for each module, instead of `rank`", json_schema_extra=BY_CONTENT
     )
     targets: Annotated[tuple[str, ...], BeforeValidator(in_a_list)] = Field(
         default=(), description="modules to adapt, such as q_proj or layers.0.*; default: every projection of every layer"
@@ -309,7 +309,7 @@ class RecoverSettings(Settings):
         json_schema_extra=BY_CONTENT,
     )
     distill: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        default=0.5, description="with --teacher, share of the divergence from it in the loss: 0 none, 1 all"
+        default=0.5, description="with `teacher`, share of the divergence from it in the loss: 0 none, 1 all"
     )
     temperature: Rate = Field(default=1.0, description="temperature of distillation; above 1 the teacher's less likely tokens count more")
     distill_hidden: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(
@@ -321,7 +321,7 @@ class RecoverSettings(Settings):
         json_schema_extra=NO_EFFECT,
     )
     teacher_top_k: Positive = Field(
-        default=64, description="with --teacher-cache, number of the teacher's likeliest tokens to store for each position"
+        default=64, description="with `teacher_cache`, number of the teacher's likeliest tokens to store for each position"
     )
     dropout: float | None = Field(
         default=None, ge=0.0, lt=1.0, description="dropout of the adapter's inputs; default: depends on the adapter (lora: 0.05)"
@@ -334,7 +334,7 @@ class RecoverSettings(Settings):
     )
     steps: Positive = Field(default=200, description="number of optimizer steps")
     epochs: Rate | None = Field(
-        default=None, description="number of passes over the data, instead of --steps; default: as many as --steps makes"
+        default=None, description="number of passes over the data, instead of `steps`; default: as many as `steps` makes"
     )
     batch: Positive = Field(default=8, description="number of windows in one forward pass")
     accumulate: Positive = Field(default=1, description="number of forward passes in one optimizer step")
@@ -407,10 +407,10 @@ class AllocateSettings(Settings):
     trials: Annotated[int, Field(ge=2)] = Field(default=8, description="number of rank vectors in the first, shortest recoveries")
     cost: Rate | Literal["auto"] = Field(
         default="auto",
-        description="largest cost of search and confirmation, in full recoveries; auto: 4, or more if --trials needs it",
+        description="largest cost of search and confirmation, in full recoveries; auto: 4, or more if `trials` needs it",
     )
     elastic: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
-        default="auto", description="number of rank vectors to score by one elastic adapter first; auto: as many as --cost allows"
+        default="auto", description="number of rank vectors to score by one elastic adapter first; auto: as many as `cost` allows"
     )
     confirm_seeds: Annotated[int, Field(ge=0)] = Field(
         default=5, description="number of fresh seeds for confirming the found ranks against uniform ranks; 0: no confirmation"

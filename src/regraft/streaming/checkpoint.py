@@ -1,6 +1,6 @@
 """A safetensors folder that is read piece by piece into ordinary memory.
 
-Files are read and never mapped, because pages of a mapped file count as resident memory, which ``--memory`` limits.
+Files are read and never mapped, because pages of a mapped file count as resident memory, which ``memory`` limits.
 """
 
 from __future__ import annotations

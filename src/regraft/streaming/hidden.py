@@ -128,5 +128,5 @@ def room_for(path: Path, needed_bytes: int) -> None:
     if needed_bytes > free_bytes:
         raise OutputError(
             f"hidden states of the calibration windows need {needed_bytes / 1e9:.2f} GB on the disk of '{path}', which has "
-            f"{free_bytes / 1e9:.2f} GB free; free some space, or use fewer --samples, a shorter --seq-len or more --memory"
+            f"{free_bytes / 1e9:.2f} GB free; free some space, or use fewer `samples`, a shorter `seq_len` or more `memory`"
         )

@@ -18,7 +18,7 @@ from regraft.models.view import ModelView
 from regraft.streaming.passes import BATCH, Limits
 from regraft.streaming.skeleton import Skeleton
 
-# Upper limit for the interpreter and the libraries. Memory of the calling process beyond that is not counted against --memory.
+# Upper limit for the interpreter and the libraries. Memory of the calling process beyond that is not counted against ``memory``.
 MOST_PROGRAM_BYTES = 700_000_000
 # Growth of the program while it runs: buffers of the allocator and of the matrix library, and pieces that are being written.
 SPARE_BYTES = 150_000_000
@@ -84,8 +84,8 @@ def find_room(skeleton: Skeleton, task: Task, bound_bytes: int) -> Room:
     if needed > bound_bytes:
         listed = ", ".join(f"{in_words(value)} for {what}" for what, value in parts.items() if value)
         raise InputError(
-            f"--memory {in_words(bound_bytes)} is below what one layer needs, {in_words(needed)}: {listed}; "
-            f"use --memory {in_words(needed + program)} or more (the program itself takes {in_words(program)})"
+            f"`memory={in_words(bound_bytes)}` is below what one layer needs, {in_words(needed)}: {listed}; "
+            f"use `memory={in_words(needed + program)}` or more (the program itself takes {in_words(program)})"
         )
     spare = max(0, bound_bytes - program - needed)
     backward = task.looks_at == "gradients"
@@ -102,7 +102,7 @@ def find_room(skeleton: Skeleton, task: Task, bound_bytes: int) -> Room:
 
 
 def in_words(count_bytes: int) -> str:
-    """Returns a number of bytes in the format of ``--memory``, rounded up.
+    """Returns a number of bytes in the format of the setting ``memory``, rounded up.
 
     >>> in_words(1_234_567_890), in_words(45_000_001), in_words(1200), in_words(12)
     ('1.24GB', '46MB', '2KB', '12B')

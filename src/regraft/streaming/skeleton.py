@@ -205,16 +205,16 @@ def refuse_beyond_layers(family: Family, groups: Groups) -> None:
     wide = [group.kind for group in groups.groups if group.kind not in WITHIN_A_LAYER]
     if wide:
         raise InputError(
-            f"--targets {','.join(dict.fromkeys(wide))} changes more than one layer at a time, which is all that --memory leaves room "
-            "for; choose other --targets, or leave --memory out"
+            f"`targets={','.join(dict.fromkeys(wide))}` changes more than one layer at a time, which is all that `memory` leaves room "
+            "for; choose other `targets`, or leave `memory` out"
         )
     norms = tuple(f".{norm}.weight" for norm in family.head_norms)
     for group in groups.groups:
         normed = [member.parameter for member in group.members if member.parameter.endswith(norms)] if norms else []
         if group.kind in ("heads", "query_heads") and normed:
             raise InputError(
-                f"'{normed[0]}' normalises all heads of a layer together, and has to be rescaled when one goes, which --memory does not "
-                "do yet; use --targets ffn, or leave --memory out"
+                f"'{normed[0]}' normalises all heads of a layer together, and has to be rescaled when one goes, which `memory` does not "
+                "do yet; use `targets=ffn`, or leave `memory` out"
             )
 
 

@@ -104,7 +104,7 @@ class Adapted(nn.Module):
         """
         weight = weight_of(self.base)
         if not weight.is_floating_point():
-            raise InputError(f"a weight of type {weight.dtype} takes no change; keep the adapter beside it with --no-merge")
+            raise InputError(f"a weight of type {weight.dtype} takes no change; keep the adapter beside it with `merge=False`")
         with torch.no_grad():
             weight.copy_((weight.float() + oriented(self.base, self.change())).to(weight.dtype))
         return self.base

@@ -109,6 +109,6 @@ def _matrices(part: Mapping[str, nn.Module]) -> list[Tensor]:
 def _check(name: str, gradient: Tensor) -> None:
     size = float(gradient.abs().max())
     if not size < float("inf"):
-        raise InputError(f"the first gradient of '{name}' is not finite; use --precision float32, or other data")
+        raise InputError(f"the first gradient of '{name}' is not finite; use `precision=float32`, or other data")
     if size == 0.0:
-        raise InputError(f"the first gradient of '{name}' is zero, so it shows no directions to adapt; leave it out with --targets")
+        raise InputError(f"the first gradient of '{name}' is zero, so it shows no directions to adapt; leave it out with `targets`")

@@ -29,7 +29,7 @@ def find_targets(model: PreTrainedModel, patterns: Iterable[str] = ()) -> dict[s
     if not wanted:
         found = {name: module for name, module in sites.items() if not isinstance(module, nn.Embedding) and _in_a_layer(model, name)}
         if not found:
-            raise InputError(f"no layer of {type(model).__name__} has a linear projection to adapt; name modules with --targets")
+            raise InputError(f"no layer of {type(model).__name__} has a linear projection to adapt; name modules with `targets`")
         return found
     for pattern in wanted:
         if not any(_matches(name, pattern) for name in sites):

@@ -98,7 +98,7 @@ def make_examples(
         InputError: Rows of this length have no token to predict.
     """
     if seq_len < 2:
-        raise InputError(f"--seq-len {seq_len} leaves no token to predict; use at least 2")
+        raise InputError(f"`seq_len={seq_len}` leaves no token to predict; use at least 2")
     generator = torch.Generator().manual_seed(derived_seed(seed, "draw"))
     order: list[int] = torch.randperm(len(corpus), generator=generator).tolist()
     if corpus.records:
@@ -138,7 +138,7 @@ def in_steps(
         return settings
     rows = len(train)
     if isinstance(train, Corpus):
-        seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "`seq_len`")
+        seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "seq_len")
         rows = len(make_examples(train, tokenizer, seq_len, wanted=sys.maxsize, seed=seed, records=record_format(settings)))
     steps = math.ceil(settings.epochs * rows / (settings.batch * settings.accumulate * process_count()))
     return settings.model_copy(update={"steps": max(1, steps), "epochs": None})
@@ -264,7 +264,7 @@ class Ordered(Dataset[Example]):
             together = f"{settings.batch}" if processes == 1 else f"{settings.batch} in each of {processes} processes"
             raise DataError(
                 f"'{name}' gives {len(examples)} training windows of up to {settings.seq_len} tokens, fewer than one batch of "
-                f"{together}; give more data, or lower --batch or --seq-len"
+                f"{together}; give more data, or lower `batch` or `seq_len`"
             )
         self.examples = examples
         self.order = shuffled(len(examples), settings.steps * settings.accumulate * settings.batch * processes, seed)

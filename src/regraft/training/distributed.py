@@ -52,8 +52,8 @@ def _check_alone() -> None:
     announced = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
     if announced and not any(name in os.environ for name in _COUNTS):
         raise InputError(
-            "accelerate launch starts one process on CPUs, however many it is asked for, unless MPI starts them or --multi_gpu is given; "
-            "use: accelerate launch --multi_gpu --num_processes 2 -m regraft ..., or torchrun --nproc-per-node 2 -m regraft ..."
+            "accelerate starts one process on CPUs, however many it is asked for, unless MPI starts them; "
+            "use `accelerate launch --multi_gpu --num_processes 2 -m regraft ...`, or `torchrun --nproc-per-node 2 -m regraft ...`"
         )
 
 

@@ -44,16 +44,16 @@ def check_four_bits(model: PreTrainedModel, compute: torch.dtype) -> None:
     """
     library = import_bitsandbytes()
     if os.environ.get(_SHARDS, "false") == "true":
-        raise InputError("--load-in-4bit keeps the weights whole in every process and FSDP shards them; leave one of the two out")
+        raise InputError("`load_in_4bit` keeps the weights whole in every process and FSDP shards them; leave one of the two out")
     if not _linear_maps(model):
-        raise InputError(f"--load-in-4bit finds no nn.Linear in the layers of {type(model).__name__}; leave it out")
+        raise InputError(f"`load_in_4bit` finds no nn.Linear in the layers of {type(model).__name__}; leave it out")
     try:
         _quantised(library, nn.Linear(64, 64, bias=False, device=model.device), compute)(
             torch.zeros(1, 64, dtype=compute, device=model.device)
         )
     except (RuntimeError, NotImplementedError, AttributeError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"bitsandbytes does not work on {model.device} here ({reason}); leave out --load-in-4bit") from None
+        raise InputError(f"bitsandbytes does not work on {model.device} here ({reason}); leave out `load_in_4bit`") from None
 
 
 @contextmanager

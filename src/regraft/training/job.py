@@ -180,7 +180,7 @@ def prepare(
         check_vocabulary(teacher, model, tokenizer)
     if settings.load_in_4bit:
         check_four_bits(model, compute)
-    seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "--seq-len", row_limit(model))
+    seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "seq_len", row_limit(model))
     packing = settings.packing and isinstance(train, Corpus) and bool(train.records) and is_blind_to_neighbours(model)
     settings = settings.model_copy(update={"seq_len": seq_len, "packing": packing})
     ranks = read_ranks(settings.ranks)
@@ -278,8 +278,8 @@ def _training_device(model: PreTrainedModel) -> torch.device:
     device = model.device
     if device.type == "cuda" and device.index not in (None, int(os.environ.get("LOCAL_RANK", "0"))):
         raise InputError(
-            f"training runs on the first visible GPU, not on --device {device}; "
-            f"set CUDA_VISIBLE_DEVICES={device.index} and use --device cuda"
+            f"training runs on the first visible GPU, not on `device={device}`; "
+            f"set CUDA_VISIBLE_DEVICES={device.index} and use `device=cuda`"
         )
     return device
 

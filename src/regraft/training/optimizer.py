@@ -25,14 +25,19 @@ def parameter_groups(injected: Injected, settings: RecoverSettings) -> list[Para
     trained = {name: parameter for name, parameter in injected.module.named_parameters() if parameter.requires_grad}
     if isinstance(injected.adapter, Grouped):
         if settings.lr_ratio != 1.0:
-            raise InputError(f"--lr-ratio {settings.lr_ratio} is of LoRA+; '{settings.adapter}' has its own ratio: leave --lr-ratio at 1")
+            raise InputError(
+                f"`lr_ratio={settings.lr_ratio}` belongs to LoRA+, and adapter '{settings.adapter}' has its own ratio; "
+                "leave `lr_ratio` at 1"
+            )
         return list(injected.adapter.parameter_groups(injected.module, settings.lr))
     lr = settings.lr if settings.lr is not None else injected.adapter.defaults.lr
     if settings.lr_ratio == 1.0:
         return [ParameterGroup(tuple(trained.values()), lr)]
     second = tuple(parameter for name, parameter in trained.items() if any(f".{part}." in name for part in _LORA_B))
     if not second:
-        raise InputError(f"--lr-ratio {settings.lr_ratio} is of LoRA+, and '{settings.adapter}' has no matrix B; leave --lr-ratio at 1")
+        raise InputError(
+            f"`lr_ratio={settings.lr_ratio}` belongs to LoRA+, and adapter '{settings.adapter}' has no matrix B; leave `lr_ratio` at 1"
+        )
     chosen = set(map(id, second))
     first = tuple(parameter for parameter in trained.values() if id(parameter) not in chosen)
     return [ParameterGroup(first, lr), ParameterGroup(second, lr * settings.lr_ratio)]

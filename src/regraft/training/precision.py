@@ -26,7 +26,7 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     capable = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bfloat16":
         if not capable:
-            raise InputError(f"--precision bfloat16 is not supported by {torch.cuda.get_device_name(device)}; use float32")
+            raise InputError(f"`precision=bfloat16` is not supported by {torch.cuda.get_device_name(device)}; use `precision=float32`")
         return torch.bfloat16
     return torch.bfloat16 if precision == "auto" and device.type == "cuda" and capable else torch.float32
 

@@ -239,7 +239,7 @@ def _filled_cache(job: Job, bar: Bar) -> TeacherCache | None:
     if teacher is None or settings.teacher_cache is None or settings.distill == 0.0:
         return None
     if settings.distill_hidden:
-        raise InputError("--distill-hidden needs the teacher's hidden states, which --teacher-cache does not keep; give one of the two")
+        raise InputError("`distill_hidden` needs the teacher's hidden states, which `teacher_cache` does not keep; give one of the two")
     cache = TeacherCache(settings.teacher_cache, teacher, settings, job.compute)
     cache.fill(teacher, job.rows.wanted(), settings.batch, job.padding, bar.asking)
     teacher.release()
@@ -281,7 +281,7 @@ def _make_folder(work: Path) -> None:
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot write '{work}': {error.strerror}; choose another --output") from None
+        raise OutputError(f"cannot write '{work}': {error.strerror}; choose another `output`") from None
 
 
 @contextmanager

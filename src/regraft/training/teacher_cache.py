@@ -56,7 +56,7 @@ class TeacherCache:
 
     def __init__(self, folder: Path, teacher: Teacher, settings: RecoverSettings, compute: torch.dtype) -> None:
         if folder.exists() and not folder.is_dir():
-            raise OutputError(f"--teacher-cache '{folder}' is a file; name a folder")
+            raise OutputError(f"`teacher_cache` '{folder}' is a file; name a folder")
         self._kept = min(settings.teacher_top_k, vocabulary_of(teacher.present()))
         self._temperature = settings.temperature
         self._compute = compute
@@ -150,4 +150,4 @@ def _opened(path: Path) -> Any:
 
 
 def _damaged(path: Path, reason: str) -> DataError:
-    return DataError(f"the teacher's cache '{path}' is damaged ({reason}); remove that file and go on with --resume")
+    return DataError(f"the teacher's cache '{path}' is damaged ({reason}); remove that file and go on with `resume`")

@@ -155,7 +155,7 @@ class RecoveryTrainer(Trainer):
             if step == 0:
                 raise TrainingError(
                     f"the held-out loss is {loss} before the first step; the model's weights or its number type are at fault: "
-                    "check it with 'regraft evaluate', or use --dtype float32"
+                    "check it with 'regraft evaluate', or use `dtype=float32`"
                 )
             raise TrainingError(_not_finite(f"the held-out loss became {loss} at step {step}"))
         metrics = {f"{metric_key_prefix}_loss": loss}
@@ -180,4 +180,4 @@ def _collate_taught(examples: Sequence[Example], padding: int, cache: TeacherCac
 
 
 def _not_finite(what: str) -> str:
-    return f"{what}; lower --lr, raise --warmup or use --precision float32"
+    return f"{what}; lower `lr`, raise `warmup` or use `precision=float32`"

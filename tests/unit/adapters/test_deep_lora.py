@@ -173,11 +173,11 @@ def test_the_core_stays_in_float32_under_autocast() -> None:
 
 BAD = [
     ({"rank": 7}, "rank 7 of 'layers.0.up_proj' is odd; .* use 6 or 8"),
-    ({"rank": 26}, "rank 26 exceeds the limit 24 .* use --rank 24 or less"),
+    ({"rank": 26}, "rank 26 exceeds the limit 24 .* use `rank=24` or less"),
     ({"adapter_options": ("gamma=-1",)}, r"gamma: should be at least 0.0 \(got '-1'\)"),
     ({"adapter_options": ("gama=0.1",)}, "gama: unknown key; did you mean 'gamma'"),
     ({"adapter_options": ("form=wide",)}, "form: should be"),
-    ({"alpha": 4.0}, "--alpha 4 means nothing to adapter 'deep_lora'"),
+    ({"alpha": 4.0}, "`alpha=4` has no effect on adapter 'deep_lora'"),
     ({"targets": ("up_prj",)}, "target 'up_prj' matches nothing; the model has: .*up_proj.*did you mean 'up_proj'"),
 ]
 

@@ -146,7 +146,7 @@ def test_a_rank_plan_leaves_modules_out(make_model: Callable[..., PreTrainedMode
 @pytest.mark.parametrize(
     ("settings", "ranks", "error", "said"),
     [
-        ({"rank": 25}, None, InputError, r"rank 25 exceeds the limit 24 .*k_proj' \(24 x 48\); use --rank 24 or less"),
+        ({"rank": 25}, None, InputError, r"rank 25 exceeds the limit 24 .*k_proj' \(24 x 48\); use `rank=24` or less"),
         ({"adapter": "lore"}, None, InputError, "unknown adapter 'lore'; known: .*lora.*; did you mean 'lora'"),
         ({}, {"model.layers.9.mlp.up_proj": 2}, PlanError, "'model.layers.9.mlp.up_proj', which this model does not have"),
         ({}, {LAST + "mlp.up_proj": 49}, InputError, "rank 49 exceeds the limit 48 .* lower it in the plan"),

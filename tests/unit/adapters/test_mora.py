@@ -112,8 +112,8 @@ def test_sharing_is_peft_s_mini_miss_where_sizes_divide(rows: int, columns: int,
 
 
 def test_a_matrix_beyond_the_weight_is_refused_with_the_rank_that_fits() -> None:
-    with pytest.raises(InputError, match=r"rank 9 gives 'w' a matrix of side 19, above the limit 12 .* use --rank 3 or less"):
+    with pytest.raises(InputError, match=r"rank 9 gives 'w' a matrix of side 19, above the limit 12 .* use `rank=3` or less"):
         made((12, 30), 9, "sharing")
-    with pytest.raises(InputError, match="leave it out with --targets"):
+    with pytest.raises(InputError, match="leave it out with `targets`"):
         made((6, 61), 1, "sharing")
     made((12, 30), 3, "sharing")

@@ -113,11 +113,11 @@ def test_budgets_in_ranks_and_in_parameters_agree() -> None:
 @pytest.mark.parametrize(
     ("choices", "budget", "said"),
     [
-        ((2, 4), "30", "budget 30 is below the smallest plan, rank 2 everywhere, which has 60 parameters; raise --budget"),
+        ((2, 4), "30", "budget 30 is below the smallest plan, rank 2 everywhere, which has 60 parameters; raise `budget`"),
         ((2, 4), "r=2", "allows rank 2 everywhere and nothing else"),
         ((2, 4), "120", "not below the largest plan, which has 120 parameters"),
-        ((2, 4), "r=3", "3 is not among the ranks 2,4; add it to --ranks"),
-        ((2, 9), "r=2", "rank 9 is above what any module can hold (8 in layers.0); take it out of --ranks"),
+        ((2, 4), "r=3", "3 is not among the ranks 2,4; add it to `ranks`"),
+        ((2, 9), "r=2", "rank 9 is above what any module can hold (8 in layers.0); take it out of `ranks`"),
         ((2, 4), "1e5", "budget '1e5' is neither r=RANK nor a number"),
         ((2,), "r=2", "leave nothing to choose"),
         ((0, 2), "r=2", "not positive"),
@@ -132,9 +132,9 @@ def test_budgets_and_ranks_that_cannot_be(choices: tuple[int, ...], budget: str,
 
 def test_a_smallest_rank_above_the_narrowest_slot_is_refused() -> None:
     narrow = (replace(SLOTS[0], limit=3), SLOTS[1])
-    with pytest.raises(InputError, match=r"rank 4 is above the 3 that layers\.0 can hold; give a smaller one in --ranks"):
+    with pytest.raises(InputError, match=r"rank 4 is above the 3 that layers\.0 can hold; give a smaller one in `ranks`"):
         rank_space("f", "layer", narrow, (4, 6), "r=4")
-    with pytest.raises(InputError, match=r"rank 4 is above the 3 that layers\.0 can hold; lower --budget"):
+    with pytest.raises(InputError, match=r"rank 4 is above the 3 that layers\.0 can hold; lower `budget`"):
         rank_space("f", "layer", narrow, (2, 4, 6), "r=4")
 
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from typer.testing import CliRunner
 
 from regraft.cli.options import ModelArgument, SeedOption, with_settings
+from regraft.cli.words import as_options
 from regraft.errors import ConfigError
 from regraft.settings import EvaluateSettings, LoadSettings, PruneSettings, RecoverSettings, SampleSettings, Settings
 
@@ -115,4 +116,4 @@ def test_every_field_of_every_section_is_an_option_with_its_default_and_help(kin
     for name, field in kind.model_fields.items():
         assert f"--{name.replace('_', '-')}" in text
         assert field.description is not None
-        assert field.description in text
+        assert as_options(field.description) in text

@@ -63,7 +63,7 @@ BAD = {
     "a.txt": ("x", "regression", "has the suffix '.txt'; known: .csv, .tsv, .jsonl, .json"),
     "empty.csv": ("", "regression", "holds no rows"),
     "names-only.csv": ("text,label\n", "regression", "holds no rows"),
-    "no-text.csv": ("words,label\na,1\n", "regression", "its columns: 'words', 'label': name them with --text-columns"),
+    "no-text.csv": ("words,label\na,1\n", "regression", "its columns: 'words', 'label': name them with `text_columns`"),
     "no-label.csv": ("text,mark\na,1\n", "regression", "no column 'label' or 'score'"),
     "no-number.csv": ("text,label\na,1\nb,high\n", "regression", "line 3: 'label' is 'high', not a number"),
     "nan.csv": ("text,label\na,nan\n", "regression", "line 2: 'label' is 'nan', not a number"),
@@ -71,7 +71,7 @@ BAD = {
     "long.csv": ("text,label\na,1\nb,1,2\n", "regression", "line 3 has 3 columns, the first line 2"),
     "blank.csv": ("text,label\n ,1\n", "regression", "line 2: 'text' is empty"),
     "one-class.csv": ("text,label\na,1\nb,1\n", "classification", "has the one class '1'"),
-    "numbers.csv": ("text,label\n" + "".join(f"a,{i}.5\n" for i in range(9)), "classification", "for numbers use --task regression"),
+    "numbers.csv": ("text,label\n" + "".join(f"a,{i}.5\n" for i in range(9)), "classification", "for numbers use `task=regression`"),
     "no-class.jsonl": ('{"text": "a", "label": null}', "classification", "line 1: 'label' is 'None', not a class"),
     "list.jsonl": ("[1]", "classification", "line 1 is a list, not an object"),
     "typed.jsonl": ('{"text": 3, "label": 1}', "regression", "line 1: 'text' is of type int"),
@@ -93,9 +93,9 @@ def test_bad_files_are_one_line(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("columns", "label", "said"),
     [
-        (("sentence3",), None, "no column 'sentence3' (--text-columns); did you mean"),
-        (("a", "b", "c"), None, "--text-columns names 3 columns"),
-        ((), "scores", "no column 'scores' (--label-column); did you mean 'score'"),
+        (("sentence3",), None, "no column 'sentence3' (`text_columns`); did you mean"),
+        (("a", "b", "c"), None, "`text_columns` names 3 columns"),
+        ((), "scores", "no column 'scores' (`label_column`); did you mean 'score'"),
     ],
 )
 def test_columns_that_are_not_there(tmp_path: Path, columns: tuple[str, ...], label: str | None, said: str) -> None:

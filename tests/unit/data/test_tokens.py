@@ -35,7 +35,7 @@ def test_bos_follows_the_tokenizer_unless_told(make_tokenizer: Make) -> None:
     corpus = stories(2)
     assert encode_documents(corpus, with_bos, bos=False) == encode_documents(corpus, without)
     without.bos_token = None
-    with pytest.raises(InputError, match="no BOS token"):
+    with pytest.raises(InputError, match="needs a BOS token"):
         bos_id(without, True)
 
 
@@ -118,6 +118,6 @@ def test_the_context_of_a_model_is_known_and_kept() -> None:
     config = LlamaConfig(max_position_embeddings=64)
     assert context_limit(config) == 64
     assert context_limit(GPT2Config(n_positions=32)) == 32
-    check_context(64, config, "--seq-len")
-    with pytest.raises(InputError, match="--seq-len 65 exceeds the model's context of 64 tokens; use at most 64"):
-        check_context(65, config, "--seq-len")
+    check_context(64, config, "seq_len")
+    with pytest.raises(InputError, match="`seq_len=65` exceeds the model's context of 64 tokens; use at most 64"):
+        check_context(65, config, "seq_len")

@@ -151,7 +151,7 @@ def test_short_texts_give_a_number_or_say_why_not(make_model: MakeModel, make_to
     report = evaluate_loss(model, make_tokenizer(), one)
     assert math.isfinite(report.loss_nats)
     assert (report.tokens, report.bytes) == (1, 1)
-    with pytest.raises(DataError, match=r"'one.txt' has no token to predict.*--bos true"):
+    with pytest.raises(DataError, match=r"'one.txt' has no token to predict.*`bos=True`"):
         evaluate_loss(model, make_tokenizer(bos=False), one)
 
 
@@ -162,9 +162,9 @@ def test_window_and_stride_have_defaults_and_limits(make_model: MakeModel) -> No
     model.config.max_position_embeddings = 64
     assert window_and_stride(model, EvaluateSettings()) == (64, 32)
     assert window_and_stride(model, EvaluateSettings(window=1)) == (1, 1)
-    with pytest.raises(InputError, match="--window 65 exceeds the model's context of 64 tokens; use at most 64"):
+    with pytest.raises(InputError, match="`window=65` exceeds the model's context of 64 tokens; use at most 64"):
         window_and_stride(model, EvaluateSettings(window=65))
-    with pytest.raises(InputError, match="--stride 17 exceeds the window of 16 tokens"):
+    with pytest.raises(InputError, match="`stride=17` exceeds the window of 16 tokens"):
         window_and_stride(model, EvaluateSettings(window=16, stride=17))
 
 

@@ -181,7 +181,7 @@ def test_adalora_wants_steps_to_see_before_it_prunes(base, steps: int) -> None:
     if steps == 3:
         assert inject(model, settings, None, 0).trainable_parameters > 0
         return
-    with pytest.raises(InputError, match=f"1 of {steps} steps before its ranks settle, too few; give more --steps"):
+    with pytest.raises(InputError, match=f"1 of {steps} steps before its ranks settle, too few; give more `steps`"):
         inject(model, settings, None, 0)
 
 

@@ -95,11 +95,11 @@ def test_scores_in_nats_predict_measured_damage_and_measurements_put_them_right(
 
 
 def test_a_model_that_is_not_in_memory_is_refused(make_model: Callable[..., PreTrainedModel]) -> None:
-    with pytest.raises(InputError, match="--criterion surgeon"):
+    with pytest.raises(InputError, match="`criterion=surgeon`"):
         Passes.reader_moments(None, (), 0)  # type: ignore[arg-type]
     model = make_model()
     groups = discover(ModelView(model), ("ffn",))
-    with pytest.raises(InputError, match="--seq-len"):
+    with pytest.raises(InputError, match="`seq_len`"):
         score("surgeon_nats", Evidence(model, groups, WINDOWS[:, :1], 0))
 
 

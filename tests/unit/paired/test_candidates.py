@@ -281,18 +281,18 @@ def test_bad_input_is_one_line(make_tiny: Make, ground_of: Callable[..., PairedS
         candidates.measure([(4, 4)], 0.0, 0)
     with pytest.raises(PlanError, match="are not of this space"):
         candidates.measure([(6, 6)], 1.0, 0)
-    with pytest.raises(InputError, match="lora or rslora, not with --adapter dora"):
+    with pytest.raises(InputError, match="lora or rslora, not with `adapter=dora`"):
         Candidates(ground_of(model, space, adapter="dora"), space)
     teacher = Teacher(make_tiny(vocab_size=50), "small", None, "any")
     with pytest.raises(ModelError, match="'small' has another vocabulary: 50 tokens"):
         ground_of(model, space, teacher=teacher)
-    with pytest.raises(InputError, match="give one with --teacher"):
+    with pytest.raises(InputError, match="give one with `teacher`"):
         ground_of(model, space, objective="divergence")
     other = make_tiny(num_hidden_layers=4)
     with pytest.raises(InputError, match=r"'model\.layers\.2.self_attn\.q_proj', which this model does not have"):
         ground_of(model, layer_space(other))
-    with pytest.raises(InputError, match="--seq-len 600 exceeds"):
+    with pytest.raises(InputError, match="`seq_len=600` exceeds"):
         ground_of(model, space, seq_len=600)
-    with pytest.raises(InputError, match="--load-in-4bit is not known while ranks are compared"):
+    with pytest.raises(InputError, match="`load_in_4bit` is not known while ranks are compared"):
         ground_of(model, space, load_in_4bit=True)
     assert candidates.measure([], 1.0, 0) == []

@@ -117,7 +117,7 @@ def test_a_search_keeps_the_budget_and_goes_on(quickly: Compress, texts: dict[st
     assert first.plan.parameters_before - first.plan.parameters_after >= 0.2 * first.plan.parameters_before
     assert not any(entry.module.endswith("v_proj") for entry in first.plan.factorings)
     assert (tmp_path / "out.search" / "search.db").is_file()
-    with pytest.raises(StorageError, match="--resume"):
+    with pytest.raises(StorageError, match="`resume`"):
         quickly(**few | {"dry_run": True})
     again = quickly(**few | {"dry_run": True, "resume": True})
     assert again.plan == first.plan

@@ -142,7 +142,7 @@ def test_bad_input_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:
 
 
 def test_settings_that_do_not_fit_the_model_are_refused(base: Path, settings: EvaluateSettings) -> None:
-    with pytest.raises(InputError, match="--window 65 exceeds the model's context of 64"):
+    with pytest.raises(InputError, match="`window=65` exceeds the model's context of 64"):
         evaluate_model(base, settings.model_copy(update={"window": 65}))
     (base / "tokenizer.json").unlink()
     (base / "tokenizer_config.json").unlink()

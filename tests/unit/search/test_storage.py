@@ -80,5 +80,5 @@ def test_a_search_that_is_there_is_not_gone_on_with_by_accident(tmp_path: Path) 
     ledger = open_ledger(open_storage(None, tmp_path), "one", SPACE, SAMPLER, "", resume=False)
     with Inline(PlantedMeasure(tmp_path / "log")) as pool:
         search(ledger, SAMPLER, pool, lambda job, trial: None)
-    with pytest.raises(StorageError, match="go on with --resume"):
+    with pytest.raises(StorageError, match="go on with `resume`"):
         open_ledger(open_storage(None, tmp_path), "one", SPACE, SAMPLER, "", resume=False)

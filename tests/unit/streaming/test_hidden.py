@@ -31,5 +31,5 @@ def test_slots_keep_what_was_put(tmp_path, where):
 
 def test_what_the_disk_has_no_room_for_is_refused(tmp_path):
     room_for(tmp_path, 1)
-    with pytest.raises(OutputError, match=r"need 1000000000\.00 GB on the disk of .* free; free some space, or use fewer --samples"):
+    with pytest.raises(OutputError, match=r"need 1000000000\.00 GB on the disk of .* free; free some space, or use fewer `samples`"):
         room_for(tmp_path, 10**18)

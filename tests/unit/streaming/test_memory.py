@@ -47,7 +47,7 @@ def test_what_is_left_goes_to_windows_and_states(make_folder):
     assert (poor.fits, rich.fits) == (False, True)
     assert rich.limits.head_rows == 97
     assert rich.hidden_bytes == 5 * 10 * 32 * 48 * 4
-    with pytest.raises(InputError, match=rf"--memory {in_words(need - 1000)} is below what one layer needs, {in_words(need)}: "):
+    with pytest.raises(InputError, match=rf"`memory={in_words(need - 1000)}` is below what one layer needs, {in_words(need)}: "):
         find_room(skeleton, TAYLOR, need - 1000)
 
 

@@ -199,7 +199,7 @@ def test_knapsack_gives_way_and_it_is_said(make_folder, settings):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"memory": "100KB"}, r"--memory 100KB is below what one layer needs, \d+(K|M)B: .* use --memory \d+(MB|\.\d+GB) or more"),
+        ({"memory": "100KB"}, r"`memory=100KB` is below what one layer needs, \d+(K|M)B: .* use `memory=\d+(MB|\.\d+GB)` or more"),
         (
             {"memory": PLENTY, "select": "knapsack"},
             "`select=knapsack` needs measurements of the whole model.*use `select=global` or `select=uniform`",
@@ -207,8 +207,8 @@ def test_knapsack_gives_way_and_it_is_said(make_folder, settings):
         ({"memory": PLENTY, "budget": "bytes", "select": "auto"}, "`budget=bytes` needs measurements of the whole model"),
         ({"memory": PLENTY, "rounds": 2}, "`rounds=2` prunes the pruned model again.*use `rounds=1`"),
         ({"memory": PLENTY, "targets": ("layers",), "depth": "removal"}, "`depth=removal` looks at several .* use `depth=block_influence`"),
-        ({"memory": PLENTY, "targets": ("residual",)}, "--targets residual changes more than one layer at a time"),
-        ({"memory": PLENTY, "seq_len": 65}, "`seq_len` 65 exceeds the model's context of 64 tokens; use at most 64"),
+        ({"memory": PLENTY, "targets": ("residual",)}, "`targets=residual` changes more than one layer at a time"),
+        ({"memory": PLENTY, "seq_len": 65}, "`seq_len=65` exceeds the model's context of 64 tokens; use at most 64"),
         ({"memory": PLENTY, "ratio": 0.99}, "ratio 0.99 would leave a layer empty"),
         ({"memory": PLENTY, "seq_len": 1, "criterion": "taylor"}, "at least 2"),
     ],
@@ -280,7 +280,7 @@ def test_the_bound_that_is_named_is_enough(make_folder, settings, tmp_path):
     folder = make_folder("llama")
     with pytest.raises(InputError) as refused:
         prune(folder, tmp_path / "out", settings(memory="100KB"))
-    named = str(refused.value).partition("use --memory ")[2].partition(" ")[0]
+    named = str(refused.value).partition("use `memory=")[2].partition("`")[0]
     made = prune(folder, tmp_path / "out", settings(memory=named))
     assert not any("program itself" in note for note in made.notes)
     assert isinstance(made.plan.cuts[0], Cut)

@@ -36,7 +36,7 @@ def test_a_short_text_is_one_short_row(tokenizer: PreTrainedTokenizerFast) -> No
     assert len(row.input_ids) == 6
     with pytest.raises(DataError, match="'t' holds 1 tokens"):
         make_examples(Corpus("t", "train", ("a",)), tokenizer, 64, wanted=4, seed=0)
-    with pytest.raises(InputError, match="--seq-len 1 leaves no token to predict; use at least 2"):
+    with pytest.raises(InputError, match="`seq_len=1` leaves no token to predict; use at least 2"):
         make_examples(Corpus("t", "train", ("abc",)), tokenizer, 1, wanted=4, seed=0)
 
 
@@ -83,5 +83,5 @@ def test_spread_is_even() -> None:
 def test_less_than_one_batch_is_refused() -> None:
     settings = RecoverSettings(batch=4, steps=3, accumulate=2, seq_len=8)
     assert len(Ordered([example(1, 2)] * 4, settings, 0, "t")) == 24
-    with pytest.raises(DataError, match=r"'t' gives 3 training windows of up to 8 tokens, fewer than one batch of 4; .*--batch"):
+    with pytest.raises(DataError, match=r"'t' gives 3 training windows of up to 8 tokens, fewer than one batch of 4; .*`batch`"):
         Ordered([example(1, 2)] * 3, settings, 0, "t")

@@ -220,7 +220,7 @@ def test_a_cache_is_shared_and_gone_on_with(
     damaged.write_bytes(damaged.read_bytes()[:50])
     with pytest.raises(DataError, match=r"teacher's cache '.*rows-.*' is damaged .* remove that file"):
         run(make_tiny, tokenizer, repeating, settings, tmp_path / "d")
-    with pytest.raises(OutputError, match=r"--teacher-cache '.*again' is a file; name a folder"):
+    with pytest.raises(OutputError, match=r"`teacher_cache` '.*again' is a file; name a folder"):
         run(make_tiny, tokenizer, repeating, settings.model_copy(update={"teacher_cache": tmp_path / "again"}), tmp_path / "e")
 
 
@@ -292,5 +292,5 @@ def test_a_teacher_with_another_vocabulary_is_refused(
     with pytest.raises(ModelError, match="has another vocabulary"):
         recover(make_tiny(), tokenizer, *repeating, quick(), seed=0, work=tmp_path / "w", teacher=teacher_of(make_tiny(), renamed))
     both = quick(distill_hidden=1.0, teacher_cache=tmp_path / "cache")
-    with pytest.raises(InputError, match=r"--distill-hidden needs .* give one of the two"):
+    with pytest.raises(InputError, match=r"`distill_hidden` needs .* give one of the two"):
         recover(make_tiny(), tokenizer, *repeating, both, seed=0, work=tmp_path / "w", teacher=teacher_of(make_tiny(), tokenizer))

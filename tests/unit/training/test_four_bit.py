@@ -92,7 +92,7 @@ def test_without_the_library_it_is_one_line(
 
 def test_what_it_cannot_hold_is_refused(make_tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", sys)  # there, and of no use
-    with pytest.raises(InputError, match=r"bitsandbytes does not work on cpu here .*; leave out --load-in-4bit$"):
+    with pytest.raises(InputError, match=r"bitsandbytes does not work on cpu here .*; leave out `load_in_4bit`$"):
         check_four_bits(make_tiny(), torch.float32)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2))
     with pytest.raises(InputError, match=r"finds no nn\.Linear in the layers of GPT2LMHeadModel"):

@@ -237,7 +237,7 @@ def test_a_launcher_that_starts_one_process_of_several_is_told_off(
     """As accelerate's does on CPUs."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with pytest.raises(InputError, match=r"starts one process on CPUs.*use: accelerate launch --multi_gpu .* or torchrun"):
+    with pytest.raises(InputError, match=r"starts one process on CPUs.*use `accelerate launch --multi_gpu .* or `torchrun"):
         recover(make_tiny(), tokenizer, *repeating, quick(steps=2), seed=0, work=tmp_path / "a")
     monkeypatch.delenv("MASTER_ADDR")  # it was asked for one
     assert recover(make_tiny(), tokenizer, *repeating, quick(steps=2, eval_every=2), seed=0, work=tmp_path / "b").log[-1].step == 2
@@ -337,7 +337,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(
     with pytest.raises(TrainingError) as raised:
         recover(make_tiny(), tokenizer, *repeating, quick(steps=30), seed=0, work=tmp_path)
     message = str(raised.value)
-    assert "the training loss became nan at step 13; lower --lr" in message
+    assert "the training loss became nan at step 13; lower `lr`" in message
     assert "the best weights so far (step 10) are in" in message
     assert str(tmp_path / "checkpoint-10") in message
     assert "\n" not in message
@@ -357,8 +357,8 @@ def test_a_model_that_is_broken_from_the_start_is_said_to_be(
 @pytest.mark.parametrize(
     ("settings", "error", "said"),
     [
-        ({"seq_len": 513}, InputError, "--seq-len 513 exceeds the model's context of 512 tokens; use at most 512"),
-        ({"batch": 99}, DataError, "fewer than one batch of 99; give more data, or lower --batch or --seq-len"),
+        ({"seq_len": 513}, InputError, "`seq_len=513` exceeds the model's context of 512 tokens; use at most 512"),
+        ({"batch": 99}, DataError, "fewer than one batch of 99; give more data, or lower `batch` or `seq_len`"),
         ({"rank": 17}, InputError, "rank 17 exceeds the limit 16 of 'model.layers.0.self_attn.k_proj'"),
         ({"adapter": "lorax"}, InputError, "unknown adapter 'lorax'.*did you mean 'lora'"),
         ({"report_to": ("tensorbord",)}, InputError, "unknown tracker 'tensorbord'.*did you mean 'tensorboard'"),

@@ -128,7 +128,7 @@ def test_half_precision_is_kept_on_disk(folder: Path, settings: Callable[..., Re
     ("given", "error", "said"),
     [
         ({"data": "nowhere.txt"}, DataError, "'nowhere.txt' does not exist"),
-        ({"seq_len": 600}, InputError, "--seq-len 600 exceeds the model's context of 512"),
+        ({"seq_len": 600}, InputError, "`seq_len=600` exceeds the model's context of 512"),
         ({"batch": 999}, DataError, "fewer than one batch of 999"),
         ({"rank": 17}, InputError, "rank 17 exceeds the limit 16"),
         ({"adapter": "lorra"}, InputError, "unknown adapter 'lorra'"),
@@ -154,7 +154,7 @@ def test_bad_input_leaves_nothing_behind(
 def test_a_loss_that_explodes_leaves_only_the_checkpoints(
     folder: Path, settings: Callable[..., RecoverSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(TrainingError, match="lower --lr"):
+    with pytest.raises(TrainingError, match="lower `lr`"):
         recover_model(folder, tmp_path / "out", settings(lr=1e35, warmup=0.0, max_grad_norm=1e30))
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / ".out.regraft").exists()  # it exploded before the first checkpoint

@@ -102,7 +102,7 @@ def test_lora_plus_needs_a_matrix_b(
 ) -> None:
     model = make_tiny()
     before = tensors(model)
-    with pytest.raises(InputError, match=r"--lr-ratio 4.0 is of LoRA\+") as raised:
+    with pytest.raises(InputError, match=r"`lr_ratio=4.0` belongs to LoRA\+") as raised:
         recover(model, tokenizer, *repeating, quick(adapter="lora_xs", lr_ratio=4.0), seed=0, work=tmp_path / "w")
     assert "\n" not in str(raised.value)
     assert tensors(model).keys() == before.keys()

@@ -159,7 +159,7 @@ def choose(source: Source, wanted: str = "") -> Architecture:
     known = architectures_for(source.kind)
     if not known:
         families = sorted({family for entry in ARCHITECTURES for family in entry.families})
-        raise InputError(f"family '{source.kind}' has no GGUF form here (known: {', '.join(families)}); export --to hf")
+        raise InputError(f"family '{source.kind}' has no GGUF form here (known: {', '.join(families)}); export with `to=hf`")
     if wanted and wanted not in [entry.name for entry in known]:
         raise InputError(f"GGUF architecture '{wanted}' does not compute family '{source.kind}'; choose {', '.join(e.name for e in known)}")
     reasons: list[str] = []
@@ -171,5 +171,6 @@ def choose(source: Source, wanted: str = "") -> Architecture:
             return entry
         reasons.append(f"{entry.name}: {reason or 'taken only when asked for by name'}")
     raise InputError(
-        f"no GGUF architecture holds this {source.kind} ({'; '.join(reasons)}); export --to hf, or --to hf-uniform and then that --to gguf"
+        f"no GGUF architecture holds this {source.kind} ({'; '.join(reasons)}); "
+        "export with `to=hf`, or with `to=hf-uniform` and then that folder with `to=gguf`"
     )

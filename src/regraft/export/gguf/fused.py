@@ -27,7 +27,7 @@ def phi3(source: Source) -> Layout:
     extra: Metadata = {}
     if parameters.get("rope_type") == "longrope":
         if parameters.get("attention_factor"):
-            raise InputError("a longrope scaling with an attention factor of its own has no form in GGUF here; export --to hf")
+            raise InputError("a longrope scaling with an attention factor of its own has no form in GGUF here; export with `to=hf`")
         for name in ("long", "short"):
             values = torch.tensor(parameters[f"{name}_factor"], dtype=torch.float32)
             tables.append(Entry(f"rope_factors_{name}.weight", tuple(values.shape), lambda values=values: values, exact=True))

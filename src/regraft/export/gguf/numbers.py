@@ -203,7 +203,7 @@ def _quantizer() -> Any:
     try:
         function = ctypes.CDLL(spec.origin).ggml_quantize_chunk
     except (OSError, AttributeError) as error:
-        raise InputError(f"this xllamacpp has no quantiser ({error}); install the pinned one, or use --quantize Q8_0") from None
+        raise InputError(f"this xllamacpp has no quantiser ({error}); install the pinned one, or use `quantize=Q8_0`") from None
     number = ctypes.c_int64
     function.argtypes = [
         ctypes.c_int,

@@ -46,4 +46,4 @@ def rotary(parameters: Mapping[str, Any], config: Any, head_dim: int) -> tuple[d
         dimensions = keys["dimension_count"]
         plain = 1.0 / keys["freq_base"] ** (torch.arange(0, dimensions, 2, dtype=torch.float32) / dimensions)
         return keys, plain / scaled.float()
-    raise InputError(f"rotary scaling of type '{kind}' has no form in GGUF here (default, linear, yarn, llama3); export --to hf")
+    raise InputError(f"rotary scaling of type '{kind}' has no form in GGUF here (default, linear, yarn, llama3); export with `to=hf`")

@@ -19,7 +19,7 @@ from regraft.errors import InputError
 from regraft.models.gguf_tokenizer import RULES, TokenType, splitter
 from regraft.models.tokenizer import PROBE
 
-NO_HOME = "GGUF holds byte-level BPE and SentencePiece tokenizers; export --to hf"
+NO_HOME = "GGUF holds byte-level BPE and SentencePiece tokenizers; export with `to=hf`"
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 SPACE = "\u2581"
 UNREACHABLE = -1e6  # score of a piece that no merge makes
@@ -196,4 +196,4 @@ def _rule(core: Tokenizer) -> str:
     for name, patterns in RULES.items():
         if splitter(patterns).pre_tokenize_str(text) == wanted:
             return name
-    raise InputError(f"the tokenizer splits text by a rule that llama.cpp has no name for (known: {', '.join(RULES)}); export --to hf")
+    raise InputError(f"the tokenizer splits text by a rule that llama.cpp has no name for (known: {', '.join(RULES)}); export with `to=hf`")

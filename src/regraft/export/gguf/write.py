@@ -66,7 +66,7 @@ def write_file(
         block = scheme.usual.block
         return (
             f"{len(coarse)} matrices, such as '{coarse[0]}', have rows that do not divide into blocks of {block}, and are stored finer "
-            f"than {scheme.name}; prune with --align {block} to avoid it where it comes from pruning",
+            f"than {scheme.name}; prune with `align={block}` to avoid it where it comes from pruning",
         )
     return ()
 

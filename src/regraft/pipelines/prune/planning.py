@@ -46,7 +46,7 @@ def draw_windows(loaded: Loaded, corpus: Corpus, resolved: ResolvedPrune) -> Ten
         ModelError: There is no tokenizer.
     """
     settings = resolved.settings
-    seq_len = window_tokens(settings.seq_len, CALIBRATION_TOKENS, loaded.model.config, "`seq_len`")
+    seq_len = window_tokens(settings.seq_len, CALIBRATION_TOKENS, loaded.model.config, "seq_len")
     return calibration_windows(corpus, require_tokenizer(loaded), settings.samples, seq_len, resolved.seed)
 
 

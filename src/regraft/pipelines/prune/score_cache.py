@@ -44,7 +44,7 @@ class ScoreCache:
 
     def __init__(self, folder: Path) -> None:
         if folder.exists() and not folder.is_dir():
-            raise OutputError(f"--cache '{folder}' is a file; name a folder")
+            raise OutputError(f"`cache` '{folder}' is a file; name a folder")
         self._folder = folder
 
     def get(self, kind: type[T], made_from: Mapping[str, Any], make: Callable[[], T], say: Say) -> T:

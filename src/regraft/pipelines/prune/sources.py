@@ -42,7 +42,7 @@ def windows_of(loaded: Loaded, sources: tuple[Source, ...], resolved: ResolvedPr
         DataError: A source is missing, empty or too short, or what the model writes runs in circles.
     """
     settings, seed = resolved.settings, resolved.seed
-    seq_len = window_tokens(settings.seq_len, CALIBRATION_TOKENS, loaded.model.config, "`seq_len`")
+    seq_len = window_tokens(settings.seq_len, CALIBRATION_TOKENS, loaded.model.config, "seq_len")
     counts = counts_of(sources, settings.samples)
     parts = []
     for source, count in zip(sources, counts, strict=True):

@@ -248,17 +248,17 @@ def check_settings(settings: AllocateSettings, recover: RecoverSettings) -> None
         raise InputError("`epochs` is for recoveries; a search for ranks counts in `steps`: give these")
     schedule_of(settings, recover)
     if isinstance(started(settings), ClosedForm) and settings.store is not None:
-        raise InputError(f"--store keeps searches, and the method {settings.method} makes none; leave it out")
+        raise InputError(f"`store` keeps searches, and method '{settings.method}' makes none; leave it out")
     if settings.store is not None and settings.store.is_file():
-        raise InputError(f"--store '{settings.store}' is a file; name a folder, which is made if it is not there")
+        raise InputError(f"`store` '{settings.store}' is a file; name a folder, which is made if it is not there")
     if settings.elastic not in ("auto", 0) and not learns_from_scores(settings.method):
-        raise InputError(f"--elastic {settings.elastic} tells the method {settings.method} nothing; leave it out")
+        raise InputError(f"`elastic={settings.elastic}` has no effect on method '{settings.method}'; leave it out")
     if settings.confirm_seeds == 1:
-        raise InputError("--confirm-seeds 1 gives no interval; use 2 or more, or 0 to take the ranks as they are found")
+        raise InputError("`confirm_seeds=1` gives no interval; use 2 or more, or 0 to take the ranks as they are found")
     if settings.ray is not None:
         import_ray()
         if settings.workers > 1:
-            raise InputError(f"--workers {settings.workers} and --ray {settings.ray} both say who measures; leave one of them out")
+            raise InputError(f"`workers={settings.workers}` and `ray={settings.ray}` both say who measures; leave one of them out")
 
 
 @dataclass(frozen=True)
@@ -310,7 +310,7 @@ def write_space(request: Request, folder: Path) -> None:
         DataError: The text is too short.
     """
     settings = request.settings
-    window_tokens(request.recover.seq_len, TRAINING_TOKENS, request.loaded.model.config, "`seq_len`")
+    window_tokens(request.recover.seq_len, TRAINING_TOKENS, request.loaded.model.config, "seq_len")
     train, _ = training_corpora(request.recover, request.seed, request.loaded)
     bare = bare_slots(ModelView(request.loaded.model), settings.granularity)
     # Checked before anything is measured, so that errors come at once.
@@ -357,7 +357,7 @@ def _searched(request: Request, space: RankSpace, learner: Learner, work: Path, 
     if SHORTEST * request.recover.steps < _FEW_STEPS:
         request.say(
             f"an eighth of {request.recover.steps} steps is little more than the warm-up and tells little; "
-            f"for a search that can be trusted raise --steps to {8 * _FEW_STEPS} or more"
+            f"for a search that can be trusted raise `steps` to {8 * _FEW_STEPS} or more"
         )
     sampler = AllocatorSampler(space, learner, schedule, request.seed)
     storage = open_storage(settings.storage, work)

@@ -29,9 +29,9 @@ def schedule_of(settings: AllocateSettings, recover: RecoverSettings) -> Schedul
     least = confirming + elastic_cost(recover, elastic) + settings.trials * candidate_cost(recover, 0.0, SHORTEST)
     cost = max(_COST, least) if settings.cost == "auto" else settings.cost
     if least > cost + _ROUNDING:
-        asked = f"--trials {settings.trials}, --confirm-seeds {settings.confirm_seeds}" + (f", --elastic {elastic}" if elastic else "")
+        asked = f"`trials={settings.trials}`, `confirm_seeds={settings.confirm_seeds}`" + (f", `elastic={elastic}`" if elastic else "")
         raise InputError(
-            f"{asked} cost {least:.2f} full recoveries at least, more than --cost {cost:g}; raise --cost to that, or lower one of them"
+            f"{asked} cost {least:.2f} full recoveries at least, more than `cost={cost:g}`; raise `cost` to that, or lower one of them"
         )
     if settings.elastic == "auto" and learns_from_scores(settings.method):
         elastic = _scores_for(recover, cost - least)

@@ -126,7 +126,7 @@ def _slot(slot: Bare, ranks: Sequence[int], curves: Mapping[str, Curves], damage
 
 def _windows(loaded: Loaded, train: Corpus, settings: AllocateSettings, seed: int) -> Tensor:
     """Draws windows from the training text, which the recovery's gradients will come from."""
-    seq_len = window_tokens(None, CALIBRATION_TOKENS, loaded.model.config, "--seq-len")
+    seq_len = window_tokens(None, CALIBRATION_TOKENS, loaded.model.config, "seq_len")
     return calibration_windows(train, require_tokenizer(loaded), settings.samples, seq_len, seed)
 
 

@@ -139,7 +139,7 @@ class OpenMeasure:
                 return self._elastic.measure(vectors, first.seed)
             return self._candidates[first.phase].measure(vectors, first.fidelity, first.seed)
         except torch.OutOfMemoryError:
-            raise TrainingError("it does not fit into the GPU's memory; lower --batch or --seq-len") from None
+            raise TrainingError("it does not fit into the GPU's memory; lower `batch` or `seq_len`") from None
 
 
 def candidates_at_once(view: ModelView, settings: RecoverSettings) -> int:

@@ -147,7 +147,7 @@ class RunFolder:
         if differing:
             raise OutputError(
                 f"run folder '{self.path}' was begun differently: {'; '.join(differing)}; undo the change to resume, or choose another "
-                "--output"
+                "`output`"
             )
 
     def _why_not_finished(self, path: Path, inputs: Mapping[str, Any]) -> str | None:
@@ -194,9 +194,9 @@ def open_run(path: Path, identity: Mapping[str, Any], *, resume: bool, say: Say)
         refuse_existing(path, in_place=True)
     path = resolved(path)
     if os.path.lexists(path) and not path.is_dir():
-        raise OutputError(f"output '{shown(path)}' exists and is no folder; choose another --output")
+        raise OutputError(f"output '{shown(path)}' exists and is no folder; choose another `output`")
     if path.is_dir() and not (path / RUN_FILE).is_file() and not all(_left_before_it_began(entry) for entry in path.iterdir()):
-        raise OutputError(f"'{shown(path)}' is not a run folder: it has no {RUN_FILE}; choose another --output")
+        raise OutputError(f"'{shown(path)}' is not a run folder: it has no {RUN_FILE}; choose another `output`")
     made = _make_folder(path)
     try:
         with lock_file(path / LOCK, path):
@@ -226,7 +226,7 @@ def _make_folder(path: Path) -> list[Path]:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot write '{shown(path)}': {error.strerror}; choose another --output") from None
+        raise OutputError(f"cannot write '{shown(path)}': {error.strerror}; choose another `output`") from None
     return missing
 
 

@@ -99,7 +99,7 @@ def read_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(f"recipe '{path}' cannot be read as UTF-8 text: {error}; give a YAML file") from None
     document = read_yaml(text, path.name)
     if not isinstance(document.values, dict):
-        raise ConfigError(path.name, ["not a recipe: it holds no keys; start from one that comes with regraft (regraft run --list)"])
+        raise ConfigError(path.name, ["not a recipe: it holds no keys; start from one that comes with regraft: `regraft run --list`"])
     problems = [*document.problems, *_empty_sections(document)]
     values = {str(key): value for key, value in document.values.items()}
     problems += _override(values, document, overrides)
@@ -239,7 +239,7 @@ def _prune_contradictions(prune: PruneSettings) -> Iterator[str]:
     if prune.memory is not None:
         yield (
             "prune.memory: a run loads the whole model to measure it, so that no bound can hold; leave it out, or prune by itself with "
-            "regraft prune --memory"
+            "`regraft prune MODEL --memory 6GB`"
         )
     if prune.targets:
         yield from _unresolved(prune)

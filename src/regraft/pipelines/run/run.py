@@ -125,7 +125,7 @@ def _checks(recipe: Recipe, dense: Loaded) -> Iterator[tuple[str, Callable[[], o
     if prune is not None:
         layers = len(ModelView(dense.model).layers)
         yield "prune.layers", lambda: layers_in(prune.layers, layers)
-        yield "prune.seq_len", lambda: window_tokens(prune.seq_len, CALIBRATION_TOKENS, config, "`seq_len`")
+        yield "prune.seq_len", lambda: window_tokens(prune.seq_len, CALIBRATION_TOKENS, config, "seq_len")
         yield (
             "prune.calibration",
             lambda: text_for(dense, prune.calibration, "validation", "calibration") if resolve(prune).needs_text else None,
@@ -134,7 +134,7 @@ def _checks(recipe: Recipe, dense: Loaded) -> Iterator[tuple[str, Callable[[], o
         yield "recover.adapter", lambda: ADAPTERS.get(settings.adapter)
         yield "recover.report_to", lambda: check_trackers(settings.report_to)
         yield "recover.ranks", lambda: read_ranks(settings.ranks)
-        yield "recover.seq_len", lambda: window_tokens(settings.seq_len, TRAINING_TOKENS, config, "`seq_len`")
+        yield "recover.seq_len", lambda: window_tokens(settings.seq_len, TRAINING_TOKENS, config, "seq_len")
         yield "recover.data", lambda: text_for(dense, settings.data, "train", "data")
     yield "evaluate.window", lambda: window_and_stride(dense.model, recipe.evaluate)
     yield "evaluate.text", lambda: text_for(dense, recipe.evaluate.text, "test", "text")

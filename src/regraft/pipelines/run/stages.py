@@ -267,7 +267,7 @@ def _read_curve(folder: Path) -> tuple[CurvePoint, ...]:
     except (ValueError, TypeError, KeyError, OverflowError, csv.Error) as error:
         if isinstance(error, PlanError):
             raise
-        raise PlanError(f"'{path}' is damaged ({shown(error, 100)}); remove '{folder}' and run again with --resume") from None
+        raise PlanError(f"'{path}' is damaged ({shown(error, 100)}); remove '{folder}' and run again with `resume`") from None
 
 
 def _read_best_step(folder: Path) -> int:

@@ -172,7 +172,7 @@ def test_the_file_holds_names_and_template(tmp_path: Path) -> None:
         (lambda: uneven(toy("qwen3"), layer1=(2, 1, 96)), {}, "hf-uniform"),
         (lambda: toy("llama"), {"quantize": "Q9"}, "Q4_K_M"),
         (lambda: toy("llama"), {"architecture": "qwen2"}, "deci"),
-        (lambda: toy("opt", ffn_dim=96, word_embed_proj_dim=64), {}, "export --to hf"),
+        (lambda: toy("opt", ffn_dim=96, word_embed_proj_dim=64), {}, "export `to=hf`"),
     ],
 )
 def test_what_no_file_can_hold_is_refused(tmp_path: Path, model: Any, settings: dict[str, Any], words: str) -> None:

@@ -163,10 +163,10 @@ def test_where_a_plan_goes(tmp_path):
     assert plan_path(tmp_path / "a.json") == tmp_path / "a.json"
     assert plan_path(tmp_path / "a") == tmp_path / "a" / "plan.json"
     assert from_json(PrunePlan, write_plan(PLAN, tmp_path / "a").read_bytes()) == PLAN
-    with pytest.raises(OutputError, match="exists; choose another --output"):
+    with pytest.raises(OutputError, match="exists; choose another `output`"):
         write_plan(PLAN, tmp_path / "a")
     write_plan(PLAN, tmp_path / "a.json")
-    with pytest.raises(OutputError, match="exists; choose another --output"):
+    with pytest.raises(OutputError, match="exists; choose another `output`"):
         write_plan(PLAN, tmp_path / "a.json")
 
 

@@ -77,7 +77,7 @@ def test_a_run_makes_its_stages_with_manifests(tmp_path: Path, work: Work) -> No
 def test_a_folder_that_exists_is_refused(tmp_path: Path, work: Work) -> None:
     work.run(tmp_path / "run")
     before = tree(tmp_path)
-    with pytest.raises(OutputError, match="exists; choose another --output"):
+    with pytest.raises(OutputError, match="exists; choose another `output`"):
         work.run(tmp_path / "run")
     assert tree(tmp_path) == before
     assert work.made == ["first", "second"]
@@ -207,7 +207,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, work: Work, 
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError) as caught:
         work.run(tmp_path / name)
-    assert "choose another --output" in str(caught.value)
+    assert "choose another `output`" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert tree(tmp_path) == {"file": b"mine"}
 
@@ -234,7 +234,7 @@ def holder(tmp_path: Path):
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path, work: Work, holder: subprocess.Popen[str]) -> None:
-    said = rf"is in use by process {holder.pid} on \S+ since [\d-]+ [\d:]+; wait for it or choose another --output"
+    said = rf"is in use by process {holder.pid} on \S+ since [\d-]+ [\d:]+; wait for it or choose another `output`"
     with pytest.raises(OutputError, match=said):
         work.run(tmp_path / "run", resume=True)
     assert work.made == []
