@@ -19,14 +19,12 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 
 from regraft.compat import attention_kernel
 from regraft.errors import PlanError
-from regraft.models.family import Family, family_of, matches
+from regraft.models.family import Family, Keys, family_of, matches
 from regraft.models.quiet import in_one_line, quiet
 from regraft.models.uneven import own_config
 from regraft.models.uneven.configuration_regraft import LAYOUT
 from regraft.models.view import LayerSizes, ModelView
 
-# Lists of a config with one entry for each layer.
-PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
 # Config entries that are never copied to another config: our own, and those that transformers writes on saving.
 OURS = ("layout", "alibi_of", "alibi_heads", "norm_width", "factored", "factor_layout")  # known to our own configs only
 DERIVED = ("per_layer_config", "auto_map", "architectures", "model_type", "transformers_version", "_name_or_path")
@@ -105,11 +103,7 @@ def config_for(
     names = base.attribute_map
     values = {key: value for key, value in base.to_dict().items() if key not in DERIVED}
     values |= {names.get("num_hidden_layers", "num_hidden_layers"): len(sizes)}
-    values |= {key: [values[key][index] for index in kept] for key in PER_LAYER_LISTS if values.get(key)}
-    if "max_window_layers" in values:
-        values["max_window_layers"] = sum(index < values["max_window_layers"] for index in kept)
-    if "attention_types" in values:  # GPT-Neo computes its list from this: a pattern and its number of repetitions
-        values["attention_types"] = [[values["attention_layers"], 1]]
+    values |= _entries_of_layers(values, family.keys, kept)
     before = values[names.get("hidden_size", "hidden_size")]
     width = before if hidden_size is None else hidden_size
     projecting = any(values[key] != before for key in family.keys.width)
@@ -128,6 +122,14 @@ def config_for(
     if family.has_alibi(base):
         own |= {"alibi_of": slopes_of, "alibi_heads": None}
     return own_config(family.model_type)(**(values | own), per_layer_config=per_layer or None)
+
+
+def _entries_of_layers(values: Mapping[str, Any], keys: Keys, kept: Sequence[int]) -> dict[str, Any]:
+    """Returns the config entries that list or count layers, for the kept layers alone."""
+    lists = {key: [values[key][index] for index in kept] for key in keys.per_layer if values.get(key)}
+    counts = {key: sum(index < values[key] for index in kept) for key in keys.first_layers if key in values}
+    patterns = {key: [[lists[listed], 1]] for key, listed in keys.patterns.items() if listed in lists}
+    return lists | counts | patterns
 
 
 def _as_computed(layer: LayerSizes, family: Family, width: int) -> bool:

@@ -55,6 +55,9 @@ class Keys:
         ffn: Number of feed-forward channels; empty if it is computed from the hidden size.
         norm_eps: Epsilon of the norms of the residual stream.
         width: Further keys with the value of the hidden size.
+        per_layer: Lists with one entry for each layer, under the usual names of transformers.
+        first_layers: Numbers of layers, counted from the first, that something holds for.
+        patterns: Keys of a pattern and its number of repetitions, each with the list that the family's config computes from it.
     """
 
     heads: str = "num_attention_heads"
@@ -62,6 +65,9 @@ class Keys:
     ffn: str = "intermediate_size"
     norm_eps: str = "rms_norm_eps"
     width: tuple[str, ...] = ()
+    per_layer: tuple[str, ...] = ("layer_types", "mlp_layer_types", "no_rope_layers")
+    first_layers: tuple[str, ...] = ()
+    patterns: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)
