@@ -11,6 +11,7 @@ from regraft.models.provenance import FILE, provenance_text
 from regraft.plans import Provenance
 
 CARD = "README.md"
+WEIGHTS = ("*.safetensors", "*.gguf")
 
 
 def write_folder(partial: Path, provenance: Provenance, card: str | None, files: Mapping[str, str] | None = None) -> Provenance:
@@ -26,7 +27,7 @@ def write_folder(partial: Path, provenance: Provenance, card: str | None, files:
         The record as it was written.
     """
     if files is None:
-        files = {file.name: sha256_of(file) for file in sorted(partial.glob("*.safetensors"))}
+        files = {file.name: sha256_of(file) for pattern in WEIGHTS for file in sorted(partial.glob(pattern))}
     written = dataclasses.replace(provenance, files=files)
     (partial / FILE).write_text(provenance_text(written), encoding="utf-8")
     if card is not None:

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
-from regraft.atomic import atomic_folder, sha256_of
+from regraft.atomic import atomic_folder
 from regraft.errors import MissingDependencyError, ModelError
 from regraft.models.family import families, family_of
+from regraft.models.folder import write_folder
 from regraft.models.gguf_header import FLOATS, GgufHeader, read_gguf_header
 from regraft.models.gguf_tokenizer import byte_level
-from regraft.models.provenance import FILE, provenance_text, versions
+from regraft.models.provenance import FILE, versions
 from regraft.models.quiet import in_one_line, quiet
-from regraft.models.weights import weight_files
 from regraft.plans import Provenance
 
 CACHE = "REGRAFT_CACHE"
@@ -138,9 +138,8 @@ def _unpack(path: Path, header: GgufHeader, folder: Path) -> None:
             seed=0,
             versions=versions(),
             settings={"dequantised from": {kind: count for kind, count in kinds.items() if kind not in FLOATS}, "stored as": kinds},
-            files={file.name: sha256_of(file) for file in weight_files(partial)},
         )
-        (partial / FILE).write_text(provenance_text(provenance), encoding="utf-8")
+        write_folder(partial, provenance, None)
 
 
 def _tokenizer(path: Path, gguf: Any) -> PreTrainedTokenizerBase | None:

@@ -26,17 +26,13 @@ from regraft.errors import RegraftError
 
 DISTRIBUTION = "regraft"
 
-# Optional libraries of some commands. The extra that installs each is found in the package metadata.
-OPTIONAL = {
-    "optuna": "search for ranks and settings",
-    "ray": "parallel trials",
-    "lm_eval": "multiple-choice tasks",
-    "gguf": "export to GGUF",
-    "xllamacpp": "run GGUF files",
-    "bitsandbytes": "8-bit and 4-bit weights on a GPU",
-    "datasets": "data from the hub",
-    "plotly": "interactive plots",
-    "trackio": "experiment tracking",
+# Extras that add something to a command, and what. Their libraries are in the package metadata.
+EXTRAS = {
+    "bnb": "recovery on 4-bit weights (`load_in_4bit`)",
+    "data": "data from the hub",
+    "gguf": "GGUF files: read, write and run",
+    "postgres": "rank searches of several machines on one PostgreSQL database",
+    "ray": "rank searches on a Ray cluster",
 }
 
 Status = Literal["ok", "missing", "outdated", "damaged", "none"]
@@ -123,15 +119,16 @@ def _requirements() -> list[Requirement]:
 
 
 def _optional() -> Iterator[Finding]:
-    extras = {
-        requirement.name.replace("-", "_"): extra for requirement in _requirements() for extra in _extras_of(requirement) if extra != "dev"
-    }
-    for name, use in OPTIONAL.items():
+    for name, extra in optional_libraries():
         try:
-            yield Finding(name, "ok", f"{version(name)}: {use}")
+            yield Finding(name, "ok", f"{version(name)}: {EXTRAS[extra]}")
         except PackageNotFoundError:
-            package = f"'{DISTRIBUTION}[{extras[name]}]'" if name in extras else name.replace("_", "-")
-            yield Finding(name, "missing", use, remedy=f"pip install {package}")
+            yield Finding(name, "missing", EXTRAS[extra], remedy=f"pip install '{DISTRIBUTION}[{extra}]'")
+
+
+def optional_libraries() -> list[tuple[str, str]]:
+    """Returns each library that only some commands use, with the extra that installs it, as the package metadata have them."""
+    return [(requirement.name, extra) for requirement in _requirements() for extra in _extras_of(requirement) if extra in EXTRAS]
 
 
 def _extras_of(requirement: Requirement) -> list[str]:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from regraft.atomic import atomic_folder, sha256_of
+from regraft.atomic import atomic_folder
 from regraft.data.own_text import write_own_text
 from regraft.data.text import read_corpus
 from regraft.data.tokens import context_limit
@@ -15,9 +15,10 @@ from regraft.export import ModelFormat, Parity
 from regraft.export.parity import CHARACTERS, mixed_text
 from regraft.models.card import loading_section, model_card, sizes_section
 from regraft.models.checks import check_finite
+from regraft.models.folder import write_folder
 from regraft.models.load import Loaded
 from regraft.models.precision import float32_on_cpu
-from regraft.models.provenance import FILE, parents_of, provenance_text, versions
+from regraft.models.provenance import parents_of, versions
 from regraft.models.view import ModelView
 from regraft.pipelines.texts import made_from_seedling
 from regraft.plans import Provenance
@@ -88,11 +89,9 @@ def export_loaded(
                 **written.facts,
                 **({"parity": dataclasses.asdict(parity)} if parity else {}),
             },
-            files={file.name: sha256_of(file) for pattern in ("*.safetensors", "*.gguf") for file in sorted(partial.glob(pattern))},
             parents=parents_of(loaded.provenance),
         )
-        (partial / FILE).write_text(provenance_text(provenance), encoding="utf-8")
-        (partial / "README.md").write_text(_card(loaded, provenance, written.words, parity, partial), encoding="utf-8")
+        write_folder(partial, provenance, _card(loaded, provenance, written.words, parity, partial))
     return ModelExport(written.words, (*written.notes, *remarks), parity)
 
 

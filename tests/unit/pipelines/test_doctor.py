@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +14,8 @@ from packaging.requirements import Requirement
 from regraft import seedling
 from regraft.atomic import sha256_of
 from regraft.pipelines import doctor
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_what_is_installed_is_found_with_its_version() -> None:
@@ -41,12 +45,28 @@ def test_optional_libraries_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch)
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(doctor, "version", absent)
-    monkeypatch.setattr(doctor, "requires", lambda _: ["optuna>=4; extra == 'search'", 'gguf; extra == "gguf"', "ruff; extra == 'dev'"])
+    monkeypatch.setattr(doctor, "requires", lambda _: ["ray>=2.40; extra == 'ray'", 'gguf; extra == "gguf"', "ruff; extra == 'dev'"])
     found = {finding.name: finding for finding in doctor.examine().optional}
     assert found["gguf"].remedy == "pip install 'regraft[gguf]'"
-    assert found["optuna"].remedy == "pip install 'regraft[search]'"
-    assert found["lm_eval"].remedy == "pip install lm-eval"
+    assert found["ray"].remedy == "pip install 'regraft[ray]'"
+    assert found.keys() == {"gguf", "ray"}
     assert {finding.status for finding in found.values()} == {"missing"}
+
+
+def test_every_optional_library_is_imported_somewhere() -> None:
+    """A library that no code imports is not named, and one that is imported where it may be missing has an extra."""
+    source = Path(doctor.__file__).parents[1]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in source.rglob("*.py") if path.name != "doctor.py")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = {Requirement(line).name for extra in doctor.EXTRAS for line in extras[extra]}
+    library = rf"({'|'.join(named)})"
+    at_use = [rf"import_module\(\"{library}\"", rf"^ +import {library}$", rf"find_spec\(\"{library}\"", rf"_DRIVERS = .*\"{library}\""]
+    used = {name for pattern in at_use for name in re.findall(pattern, text, re.MULTILINE)}
+    assert used == named
+    refused = set(re.findall(r"MissingDependencyError\(\"\w+\", \"(\w+)\"\)", text))
+    assert refused <= doctor.EXTRAS.keys()
+    for name in ("lm_eval", "plotly", "trackio"):
+        assert name not in {finding.name for finding in doctor.examine().optional}
 
 
 def test_a_missing_library_makes_it_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
