@@ -1,10 +1,11 @@
 """Low-rank compression measured: every method and choice of ranks at one budget, beside pruning, on text of the domain and of another.
 
-    python benchmarks/compression.py [--only quality|bayes|prune|damage|pifa|tables] [--model NAME=FOLDER] [--ratios 0.2 0.3] [--draws N]
+    python benchmarks/compression.py [--only quality|bayes|prune|mix|damage|pifa|tables] [--model NAME=FOLDER] [--ratios 0.2 0.3] [--draws N]
 
 * ``quality``: held-out loss of all methods x choices of ranks, over calibration draws, at 10 to 50 % of all stored parameters.
 * ``bayes``: Bolaco's search with 50 trials, and the same on our prices; its cost in forward passes.
 * ``prune``: pruned models of the same number of parameters.
+* ``mix``: channels and ranks in one knapsack, and what each part of each layer loses in it.
 * ``damage``: predicted against measured damage of one layer at a time.
 * ``pifa``: bytes and speed of PIFA's layout beside plain factors and the dense matrix.
 
@@ -21,8 +22,10 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +41,12 @@ from regraft.data.tokens import calibration_windows
 from regraft.models.load import Loaded, load, require_tokenizer
 from regraft.models.uneven.factored_regraft import FactoredLinear
 from regraft.models.view import ModelView, parameter_count
-from regraft.pipelines.compress.compress import projections_of
+from regraft.pipelines.compress import compress
+from regraft.pipelines.compress.prepare import projections_of
 from regraft.pipelines.compress.search import searched_ranks
 from regraft.pipelines.prune.prune import prune
 from regraft.plans import FactorSpace
-from regraft.settings import PruneSettings
+from regraft.settings import CompressSettings, PruneSettings
 from regraft.surgery.trial_ranks import TrialModel, measured_damage
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -65,6 +69,7 @@ REFERENCE = "fisher knapsack"
 QUALITY = common.RESULTS / "compression_quality.csv"
 DAMAGE = common.RESULTS / "compression_damage.csv"
 PIFA = common.RESULTS / "compression_pifa.csv"
+MIX = common.RESULTS / "compression_mix.csv"
 TABLES = common.RESULTS / "compression.md"
 
 
@@ -250,21 +255,52 @@ def bayes(subject: Subject, ratios: Sequence[float], draws: int, trials: int = 5
             rows.add(subject, names[method, groups], ratio, draw, trial.model, after(space, ranks), passes, seconds)
 
 
-def pruned(subject: Subject, ratios: Sequence[float]) -> None:
+def pruned(subject: Subject, ratios: Sequence[float], draws: int) -> None:
     rows = Rows(QUALITY)
+    with _calibration(subject) as text:
+        for draw, ratio in product(range(draws), ratios):
+            if rows.missing(subject, "pruned", ratio, draw):
+                start = time.perf_counter()
+                settings = PruneSettings(
+                    ratio=ratio, calibration=text, samples=CALIBRATION, shape="per-layer", cache=text.with_name(f"cache-{draw}")
+                )
+                done = prune(subject.folder, None, settings, seed=draw).model
+                assert done is not None
+                done.float()
+                rows.add(subject, "pruned", ratio, draw, done, parameter_count(done), 0, time.perf_counter() - start)
+
+
+def mix(subject: Subject, ratios: Sequence[float], draws: int) -> None:
+    """Channels and ranks together, and how many parts of the model lose which."""
+    rows = Rows(QUALITY)
+    with _calibration(subject) as text:
+        for draw, ratio in product(range(draws), ratios):
+            if not rows.missing(subject, "mix", ratio, draw):
+                continue
+            start = time.perf_counter()
+            settings = CompressSettings(
+                ratio=ratio, mix=True, calibration=text, samples=CALIBRATION + JUDGED, cache=text.with_name("moments")
+            )
+            done = compress(subject.folder, None, settings, seed=draw)
+            assert done.model is not None
+            done.model.float()
+            rows.add(subject, "mix", ratio, draw, done.model, parameter_count(done.model), 0, time.perf_counter() - start)
+            cut = {entry.group for entry in done.pruned.cuts} if done.pruned is not None else set[str]()
+            layers = len(ModelView(subject.loaded.model).layers)
+            for part, group, inside in (("attention", "heads", "attn"), ("feed-forward", "ffn", "mlp")):
+                narrowed = sum(name.endswith(f".{group}") for name in cut)
+                factored = {entry.module.rpartition(".")[0] for entry in done.plan.factorings if inside in entry.module}
+                row = {"model": subject.name, "ratio": f"{ratio:g}", "draw": draw, "part": part, "channels": narrowed}
+                common.add_row(MIX, row | {"ranks": len(factored), "whole": layers - narrowed - len(factored)})
+
+
+@contextmanager
+def _calibration(subject: Subject) -> Iterator[Path]:
+    """Gives a file of the calibration text, in a folder that is removed at the end."""
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "calibration.txt"
         text.write_text("\n<|endoftext|>\n".join(subject.calibration.documents), encoding="utf-8")
-        for ratio in ratios:
-            if rows.missing(subject, "pruned", ratio, 0):
-                start = time.perf_counter()
-                settings = PruneSettings(
-                    ratio=ratio, calibration=text, samples=CALIBRATION, shape="per-layer", cache=Path(folder) / "cache"
-                )
-                done = prune(subject.folder, None, settings).model
-                assert done is not None
-                done.float()
-                rows.add(subject, "pruned", ratio, 0, done, parameter_count(done), 0, time.perf_counter() - start)
+        yield text
 
 
 def put(trial: TrialModel, space: FactorSpace, ranks: Sequence[int]) -> None:
@@ -332,6 +368,7 @@ def tables() -> None:
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         lines += _quality_tables(model, own)
+    lines += _mix_table()
     lines += _damage_table()
     lines += _pifa_table()
     TABLES.write_text("\n".join(lines), encoding="utf-8")
@@ -380,6 +417,16 @@ def _cell(here: dict[str, dict[str, str]], there: dict[str, dict[str, str]], par
     return f"{mean:.3f} ({centre:+.3f} ± {half:.3f})"
 
 
+def _mix_table() -> list[str]:
+    rows = common.read_rows(MIX)
+    if not rows:
+        return []
+    words = "What the knapsack of channels and ranks does with the parts of the model: how many lose channels, lose ranks, or stay whole."
+    head = ["model", "share removed", "draw", "part", "lose channels", "lose ranks", "whole"]
+    body = [[row[key] for key in ("model", "ratio", "draw", "part", "channels", "ranks", "whole")] for row in rows]
+    return ["## Channels and ranks together", "", words, "", *common.table(head, body)]
+
+
 def _damage_table() -> list[str]:
     rows = common.read_rows(DAMAGE)
     if not rows:
@@ -415,7 +462,7 @@ def _pifa_table() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", choices=("quality", "bayes", "prune", "damage", "pifa", "tables"), action="append")
+    parser.add_argument("--only", choices=("quality", "bayes", "prune", "mix", "damage", "pifa", "tables"), action="append")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--subject", action="append", default=[], help="names of the models to measure; default: all")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
@@ -423,7 +470,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=50)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    parts = given.only or ["quality", "damage", "prune", "bayes", "pifa"]
+    parts = given.only or ["quality", "damage", "prune", "mix", "bayes", "pifa"]
     if "pifa" in parts:
         pifa()
     for subject in subjects(given.model) if parts != ["tables"] else ():
@@ -435,7 +482,9 @@ def main() -> None:
             elif part == "bayes":
                 bayes(subject, given.ratios, given.draws, given.trials)
             elif part == "prune":
-                pruned(subject, given.ratios)
+                pruned(subject, given.ratios, given.draws)
+            elif part == "mix":
+                mix(subject, given.ratios, given.draws)
             elif part == "damage":
                 damage(subject)
     tables()

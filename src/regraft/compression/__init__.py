@@ -3,8 +3,9 @@
 from regraft.compression import asvd, bolaco, fisher, svd, svd_llm
 from regraft.compression.choices import RANK_CHOICES, rank_at_share, settle
 from regraft.compression.contract import COMPRESSORS, Compressor, Evidence
-from regraft.compression.decompose import Decomposed, decompose
+from regraft.compression.decompose import Decomposed, decompose, decompose_one
 from regraft.compression.gather import gather
+from regraft.compression.saved_moments import SavedMoments, remembered
 from regraft.compression.space import Priced, factor_plan, factor_space, with_damage
 
 __all__ = [
@@ -14,14 +15,17 @@ __all__ = [
     "Decomposed",
     "Evidence",
     "Priced",
+    "SavedMoments",
     "asvd",
     "bolaco",
     "decompose",
+    "decompose_one",
     "factor_plan",
     "factor_space",
     "fisher",
     "gather",
     "rank_at_share",
+    "remembered",
     "settle",
     "svd",
     "svd_llm",

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from regraft.errors import InputError
 from regraft.numerics.moments import Moments
 from regraft.numerics.pooled import PooledMoments
 from regraft.numerics.truncation import Truncation
+from regraft.numerics.whitening import Metric
 from regraft.registry import NamedRegistry
 
 LooksAt = Literal["weights", "inputs", "gradients"]
@@ -55,6 +57,25 @@ class Evidence:
         if self.gradients is None or not self.gradients.count:
             raise InputError(f"no gradients were seen at the outputs of '{self.name}'; give calibration text with `calibration`")
         return self.gradients
+
+    def second(self) -> Metric:
+        """Returns the second moments of the inputs, not centred, as a metric."""
+        seen = self.seen()
+        return Metric(seen.square_DD, what=f"inputs of '{self.name}'", scale=1.0 / seen.count)
+
+    def covariance(self) -> Metric:
+        """Returns the pooled covariance of the inputs as a metric; the identity where no group has two rows."""
+        seen = self.seen()
+        scale, sums_GD = seen.pooling()
+        what = f"inputs of '{self.name}'"
+        if not scale:
+            return Metric(torch.zeros_like(seen.square_DD), what=what)
+        return Metric(seen.square_DD, what=what, scale=scale, sums_GD=sums_GD)
+
+    def fisher(self, damping: float) -> Metric:
+        """Returns the second moments of the gradients at the outputs as a metric, with a share of the identity mixed in."""
+        felt = self.felt()
+        return Metric(felt.square_DD, damping, f"gradients at '{self.name}'", 1.0 / felt.count)
 
 
 @dataclass(frozen=True)

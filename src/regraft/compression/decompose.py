@@ -55,12 +55,24 @@ def decompose(
         if layer_of(one.name) != layer:
             layer = layer_of(one.name)
             say(f"decomposing layer {layer + 1}")
-        rows, columns = one.weight_OI.shape
-        whole = compressor.truncate(one)
-        most = min(rows, columns) if layout == "pifa" else rows * columns // (rows + columns)
-        own_bias = has_bias(one.name)
-        new_bias = rows if whole.mean_I is not None and not own_bias else 0
-        priced = Priced(one.name, layer, rows, columns, new_bias, whole.damage().cpu())
-        seen = one.inputs.count if one.inputs is not None else 0
-        found.append(Decomposed(priced, whole.shortened(most, torch.float32), seen, own_bias))
+        found.append(decompose_one(one, compressor, layout, layer, has_bias=has_bias(one.name)))
     return found
+
+
+def decompose_one(one: Evidence, compressor: Compressor, layout: FactorLayout, layer: int, *, has_bias: bool) -> Decomposed:
+    """Decomposes one linear layer.
+
+    Args:
+        one: Its evidence.
+        compressor: The method.
+        layout: How factors will be stored.
+        layer: Index of its decoder layer.
+        has_bias: Whether it has a bias.
+    """
+    rows, columns = one.weight_OI.shape
+    whole = compressor.truncate(one)
+    most = min(rows, columns) if layout == "pifa" else rows * columns // (rows + columns)
+    new_bias = rows if whole.mean_I is not None and not has_bias else 0
+    priced = Priced(one.name, layer, rows, columns, new_bias, whole.damage().cpu())
+    seen = one.inputs.count if one.inputs is not None else 0
+    return Decomposed(priced, whole.shortened(most, torch.float32), seen, has_bias)

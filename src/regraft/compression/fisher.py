@@ -19,17 +19,14 @@ from __future__ import annotations
 
 from regraft.compression.contract import COMPRESSORS, Compressor, Evidence
 from regraft.numerics.truncation import Truncation, truncation
-from regraft.numerics.whitening import root_of
 
 DAMPING = 0.1
 
 
 def truncate(evidence: Evidence) -> Truncation:
     """Decomposes ``G^1/2 W C^1/2``; a dropped singular value s costs s^2 / 2 nats of divergence per token."""
-    seen = evidence.seen()
-    inputs = root_of(seen.covariance_DD, what=f"inputs of '{evidence.name}'")
-    outputs = root_of(evidence.felt().second_DD, damping=DAMPING, what=f"gradients at '{evidence.name}'")
-    return truncation(evidence.weight_OI, inputs, outputs, scale=0.5, mean_I=seen.mean_D)
+    mean_I = evidence.seen().mean_D
+    return truncation(evidence.weight_OI, evidence.covariance(), evidence.fisher(DAMPING), scale=0.5, mean_I=mean_I)
 
 
 COMPRESSORS.include(Compressor("fisher", looks_at="gradients", unit="nats", adds_bias=True, truncate=truncate))

@@ -74,7 +74,7 @@ def factor_space(
         most = (dense - least) / parameters
         raise InputError(
             f"ratio {ratio:g} cannot be met by any rank: the layers hold {dense:,} of the {parameters:,} parameters, and at most "
-            f"{most:.3f} of all can go; lower ratio, or prune channels as well"
+            f"{most:.3f} of all can go; lower ratio{' or align' if align is not None and align > 1 else ''}, or prune channels as well"
         )
     return space
 

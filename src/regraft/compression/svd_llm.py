@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from regraft.compression.contract import COMPRESSORS, Compressor, Evidence
 from regraft.numerics.truncation import Truncation, truncation
-from regraft.numerics.whitening import root_of
 
 
 def truncate(evidence: Evidence) -> Truncation:
     """Decomposes ``W C^1/2``; a dropped singular value s costs s^2 of ``E|W x - W' x|^2``."""
-    root = root_of(evidence.seen().second_DD, what=f"inputs of '{evidence.name}'")
-    return truncation(evidence.weight_OI, root, None)
+    return truncation(evidence.weight_OI, evidence.second(), None)
 
 
 COMPRESSORS.include(Compressor("svd_llm", looks_at="inputs", unit="squared error", adds_bias=False, truncate=truncate))

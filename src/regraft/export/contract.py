@@ -136,6 +136,7 @@ class ModelFormat:
         refuse: Called before anything is written; refuses models that the format cannot hold and options that it does not have.
         write: Writes into an empty folder.
         check: Compares the written files, in their runtime, with the model; raises an error if they compute something else.
+        takes_factors: Whether the format holds linear layers that are stored as two factors; where it does not, such models are refused.
     """
 
     summary: str
@@ -143,6 +144,7 @@ class ModelFormat:
     refuse: Callable[[Loaded, ExportSettings], None]
     write: Callable[[Loaded, Path, ExportSettings], Written]
     check: Callable[[Loaded, Path, Written, str, ExportSettings], Parity | None]
+    takes_factors: bool = False
 
 
 Exporter = AdapterFormat | ModelFormat

@@ -130,5 +130,6 @@ FORMAT = ModelFormat(
     refuse,
     write,
     check,
+    takes_factors=True,
 )
 EXPORTERS.add("hf", FORMAT)

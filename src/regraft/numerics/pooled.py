@@ -69,9 +69,11 @@ class PooledMoments:
     @property
     def covariance_DD(self) -> Tensor:
         """Unbiased covariance within the groups, pooled; zero where no group has two rows."""
+        scale, sums_GD = self.pooling()
+        return scale * (self.square_DD - sums_GD.T @ sums_GD)
+
+    def pooling(self) -> tuple[float, Tensor]:
+        """Returns a factor and sums of rows, (groups, width), with ``covariance = factor (square - sums' sums)``."""
         seen = self.counts_G > 0
         freedom = self.count - int(seen.sum())
-        if freedom < 1:
-            return torch.zeros_like(self.square_DD)
-        scaled_GD = self.totals_GD[seen] / self.counts_G[seen].sqrt().unsqueeze(1)
-        return (self.square_DD - scaled_GD.T @ scaled_GD) / freedom
+        return 1.0 / freedom if freedom > 0 else 0.0, self.totals_GD[seen] / self.counts_G[seen].sqrt().unsqueeze(1)

@@ -33,6 +33,55 @@ class Root:
     inverse_DD: Tensor
 
 
+@dataclass(frozen=True)
+class Metric:
+    """Second moments as a metric: what a direction counts, ``M = scale (square - sums' sums)``.
+
+    Attributes:
+        square_DD: Sum of outer products, symmetric positive semidefinite up to rounding, float64 (width, width).
+        damping: Share of the identity that is mixed in, as in :func:`root_of`.
+        what: Names the moments in a message.
+        scale: Factor of the moments.
+        sums_GD: Sums of rows, (groups, width), whose outer products are subtracted, for a covariance; None for none.
+    """
+
+    square_DD: Tensor
+    damping: float = 0.0
+    what: str = "second moments"
+    scale: float = 1.0
+    sums_GD: Tensor | None = None
+
+    def root(self) -> Root:
+        """Returns the root; of the identity where the moments are zero.
+
+        Raises:
+            InputError: The moments hold NaN or infinity.
+        """
+        moments = self.square_DD.double() * self.scale
+        if self.sums_GD is not None:
+            moments.addmm_(self.sums_GD.T, self.sums_GD, alpha=-self.scale)
+        return root_of(moments, damping=self.damping, what=self.what)
+
+    def times(self, columns_DN: Tensor) -> Tensor:
+        """Returns the metric times a matrix, float64 (width, n), without a second matrix of the metric's size.
+
+        Raises:
+            InputError: The moments hold NaN or infinity.
+        """
+        refuse_strange(self.square_DD, self.what)
+        if not self.square_DD.any():
+            return columns_DN
+        found = (self.square_DD.double() @ columns_DN).mul_(self.scale)
+        trace = float(self.square_DD.diagonal().sum())
+        if self.sums_GD is not None:
+            found.addmm_(self.sums_GD.T, self.sums_GD @ columns_DN, alpha=-self.scale)
+            trace -= float(self.sums_GD.square().sum())
+        if self.damping:
+            mean = self.scale * trace / self.square_DD.shape[0]
+            found.mul_(1.0 - self.damping).add_(columns_DN, alpha=self.damping * mean)
+        return found
+
+
 def root_of(moments_DD: Tensor, *, damping: float = 0.0, floor: float = FLOOR, what: str = "second moments") -> Root:
     """Returns the root of damped second moments; of the identity where they are zero, since then nothing depends on them.
 
@@ -64,7 +113,16 @@ def checked(moments_DD: Tensor, what: str) -> Tensor:
     Raises:
         InputError: They hold NaN or infinity.
     """
-    if not bool(torch.isfinite(moments_DD).all()):
-        raise InputError(f"{what} on the calibration text hold NaN or infinity; use `dtype=float32` or other calibration text")
+    refuse_strange(moments_DD, what)
     wide = moments_DD.double()
     return 0.5 * (wide + wide.T)
+
+
+def refuse_strange(moments_DD: Tensor, what: str) -> None:
+    """Refuses moments that are not finite.
+
+    Raises:
+        InputError: They hold NaN or infinity.
+    """
+    if not bool(torch.isfinite(moments_DD).all()):
+        raise InputError(f"{what} on the calibration text hold NaN or infinity; use `dtype=float32` or other calibration text")

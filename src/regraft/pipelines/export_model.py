@@ -10,7 +10,7 @@ from regraft.atomic import atomic_folder
 from regraft.data.own_text import write_own_text
 from regraft.data.text import read_corpus
 from regraft.data.tokens import context_limit
-from regraft.errors import DataError
+from regraft.errors import DataError, ModelError
 from regraft.export import ModelFormat, Parity
 from regraft.export.parity import CHARACTERS, mixed_text
 from regraft.models.card import loading_section, model_card, sizes_section
@@ -70,6 +70,8 @@ def export_loaded(
         OutputError: The output exists or cannot be written, or the exported model computes something else.
     """
     check_finite(loaded.model, loaded.source)
+    if not form.takes_factors:
+        _refuse_factors(loaded, to)
     form.refuse(loaded, settings)
     text, remarks = None, ()
     if check is not None:
@@ -93,6 +95,20 @@ def export_loaded(
         )
         write_folder(partial, provenance, _card(loaded, provenance, written.words, parity, partial))
     return ModelExport(written.words, (*written.notes, *remarks), parity)
+
+
+def _refuse_factors(loaded: Loaded, to: str) -> None:
+    """Refuses a model with factored layers, for a format without a place for them.
+
+    Raises:
+        ModelError: The model has such layers.
+    """
+    factored = ModelView(loaded.model).factored()
+    if factored:
+        raise ModelError(
+            f"'{loaded.source}' stores {len(factored)} layers as two factors, such as '{next(iter(factored))}', and format {to} has no "
+            "place for these; export --to hf, or write dense matrices: regraft compress --dense --method svd_llm, which adds no bias"
+        )
 
 
 def _card(loaded: Loaded, provenance: Provenance, words: str, parity: Parity | None, folder: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from regraft.settings.sections import NO_EFFECT, Positive, Rate, Ratio, Settings
+from regraft.settings.sections import NO_EFFECT, Memory, Positive, Rate, Ratio, Settings
 
 
 class CompressSettings(Settings):
@@ -41,6 +41,16 @@ class CompressSettings(Settings):
     test: Path | None = Field(
         default=None,
         description="text to measure before and after; never the one that anything was chosen by",
+        json_schema_extra=NO_EFFECT,
+    )
+    memory: Memory | None = Field(
+        default=None,
+        description="memory limit, such as 4GB: the model is read and written layer by layer; default: the full model is loaded",
+        json_schema_extra=NO_EFFECT,
+    )
+    cache: Path | None = Field(
+        default=None,
+        description="folder that stores moments of the layers, so that another ratio or method needs no new calibration",
         json_schema_extra=NO_EFFECT,
     )
     trials: Positive = Field(default=50, description="rank vectors that `ranks=bayes` measures")

@@ -8,7 +8,7 @@ assumption is that each logit is treated independently of the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -33,12 +33,81 @@ def loss_gradient(skeleton: Skeleton, windows_NT: Tensor, hidden: HiddenStates, 
     """
     count, length = windows_NT.shape
     targets_NP = windows_NT[:, 1:].to(skeleton.device)
-    normaliser_NP = torch.full((count, length - 1), -torch.inf, device=skeleton.device)
+
+    def slope(window: int, part: slice, first_row: int, log_probabilities_PV: Tensor) -> Tensor:
+        slope_PV = log_probabilities_PV.exp_()
+        column_P = targets_NP[window, part] - first_row
+        here_P = (column_P >= 0) & (column_P < slope_PV.shape[1])
+        slope_PV[here_P, column_P[here_P]] -= 1.0
+        return slope_PV.div_(length - 1)
+
+    _two_sweeps(skeleton, hidden, slot, (count, length - 1), rows, tokens, slope)
+
+
+def drawn_gradient(skeleton: Skeleton, uniforms_NT: Tensor, hidden: HiddenStates, slot: int, rows: int, tokens: int) -> None:
+    """Writes gradients with respect to the hidden states in ``slot`` into slot ``slot + 1``: of the log-likelihood of drawn tokens.
+
+    At every position one token is drawn from the prediction, the first at which the cumulated probability exceeds a uniform number, as in
+    :func:`regraft.compression.gather.drawn_log_likelihood`; the gradients are those of the sum over all positions.
+
+    Args:
+        skeleton: The checkpoint.
+        uniforms_NT: A number from 0 to 1 for every token, float64 (windows, tokens).
+        hidden: Hidden states, with the outputs of the last layer in ``slot``.
+        slot: Slot of the last layer's outputs.
+        rows: Number of rows of the output projection in memory at a time.
+        tokens: Number of tokens whose logits are in memory at a time.
+    """
+    cumulated_NT = torch.zeros(uniforms_NT.shape, dtype=torch.float64, device=skeleton.device)
+    chances_NT = uniforms_NT.to(skeleton.device)
+    total = skeleton.head.weight.shape[0]
+
+    def slope(window: int, part: slice, first_row: int, log_probabilities_PV: Tensor) -> Tensor:
+        slope_PV = log_probabilities_PV.exp_()
+        before_P, chance_P = cumulated_NT[window, part], chances_NT[window, part]
+        after_PV = before_P[:, None] + slope_PV.cumsum(dim=-1, dtype=torch.float64)
+        column_P = (after_PV <= chance_P[:, None]).sum(dim=-1)
+        width = slope_PV.shape[1]
+        if first_row + width == total:  # what rounding left of the last token
+            column_P = column_P.clamp_max(width - 1)
+        here_P = (before_P <= chance_P) & (column_P < width)
+        cumulated_NT[window, part] = after_PV[:, -1]
+        slope_PV.neg_()
+        slope_PV[here_P, column_P[here_P]] += 1.0
+        return slope_PV
+
+    count, length = uniforms_NT.shape
+    _two_sweeps(skeleton, hidden, slot, (count, length), rows, tokens, slope)
+
+
+def _two_sweeps(
+    skeleton: Skeleton,
+    hidden: HiddenStates,
+    slot: int,
+    shape: tuple[int, int],
+    rows: int,
+    tokens: int,
+    slope: Callable[[int, slice, int, Tensor], Tensor],
+) -> None:
+    """Writes a gradient with respect to hidden states, from the log-probabilities of blocks of the vocabulary.
+
+    Args:
+        skeleton: The checkpoint.
+        hidden: Hidden states, with the outputs of the last layer in ``slot``.
+        slot: Slot of the last layer's outputs; the gradient goes into the next.
+        shape: Windows, and positions of each, from the first on, whose predictions count.
+        rows: Number of rows of the output projection in memory at a time.
+        tokens: Number of tokens whose logits are in memory at a time.
+        slope: Returns the gradient with respect to logits, (positions, rows), for a window, some of its positions, the index of the first
+            row and the log-probabilities, which it may overwrite. It is called for the blocks of each position in order.
+    """
+    count, length = shape
+    normaliser_NP = torch.full(shape, -torch.inf, device=skeleton.device)
     blocks = _Blocks(skeleton, rows)
     for _, weight_VD, bias_V in blocks:
         for window in range(count):
             entering_TD = hidden.get(slot, window, 1)[0].to(skeleton.device)
-            for part in _parts(length - 1, tokens):
+            for part in _parts(length, tokens):
                 with torch.no_grad():
                     logits_PV = _logits(skeleton, entering_TD[part], weight_VD, bias_V)
                 normaliser_NP[window, part] = torch.logaddexp(normaliser_NP[window, part], logits_PV.logsumexp(dim=-1))
@@ -46,15 +115,12 @@ def loss_gradient(skeleton: Skeleton, windows_NT: Tensor, hidden: HiddenStates, 
         for window in range(count):
             entering_TD = hidden.get(slot, window, 1)[0].to(skeleton.device)
             gradient_TD = torch.zeros_like(entering_TD) if first_row == 0 else hidden.get(slot + 1, window, 1)[0].to(skeleton.device)
-            for part in _parts(length - 1, tokens):
+            for part in _parts(length, tokens):
                 leaf_PD = entering_TD[part].detach().requires_grad_(True)
                 with torch.enable_grad():
                     logits_PV = _logits(skeleton, leaf_PD, weight_VD, bias_V)
-                slope_PV = (logits_PV.detach() - normaliser_NP[window, part, None]).exp_()
-                column_P = targets_NP[window, part] - first_row
-                here_P = (column_P >= 0) & (column_P < slope_PV.shape[1])
-                slope_PV[here_P, column_P[here_P]] -= 1.0
-                (added_PD,) = torch.autograd.grad(logits_PV, leaf_PD, slope_PV.div_(length - 1))
+                outer_PV = slope(window, part, first_row, logits_PV.detach() - normaliser_NP[window, part, None])
+                (added_PD,) = torch.autograd.grad(logits_PV, leaf_PD, outer_PV)
                 gradient_TD[part] += added_PD
             hidden.put(slot + 1, window, gradient_TD.unsqueeze(0))
 

@@ -7,8 +7,9 @@ otherwise on disk.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import psutil
 
@@ -99,6 +100,72 @@ def find_room(skeleton: Skeleton, task: Task, bound_bytes: int) -> Room:
     slots = len(skeleton.view.layers) + 2 if backward else 1
     hidden = slots * task.windows * task.tokens * sizes.channels * F32
     return Room(limits, hidden <= spare, needed, hidden, program, bound_bytes)
+
+
+@dataclass(frozen=True)
+class MomentsRoom:
+    """Memory plan of a streamed decomposition.
+
+    Attributes:
+        room: Sizes of batches and blocks, and what the run takes.
+        part_bytes: Moments in memory at a time.
+    """
+
+    room: Room
+    part_bytes: int
+
+
+def find_room_for_moments(
+    skeleton: Skeleton,
+    shapes: Sequence[tuple[int, int]],
+    looks_at: Literal["weights", "inputs", "gradients"],
+    size: tuple[int, int],
+    bound_bytes: int,
+) -> MomentsRoom:
+    """Chooses batches and blocks for moments of linear layers and their decompositions within a memory limit.
+
+    Args:
+        skeleton: The checkpoint.
+        shapes: Outputs and inputs of the linear layers.
+        looks_at: What is collected in addition to the weights.
+        size: Number of calibration windows and their tokens; zeros without text.
+        bound_bytes: The limit.
+
+    Raises:
+        InputError: The limit is below the need of one layer; the message gives that need.
+    """
+    sizes, backward, (windows, tokens) = _Sizes.of(skeleton), looks_at == "gradients", size
+    program = min(psutil.Process().memory_info().rss, MOST_PROGRAM_BYTES) + SPARE_BYTES
+    own = max(_moments_of(shape, looks_at) for shape in shapes)
+    widest = max(map(max, shapes))
+    activations = 0
+    if windows:
+        activations = sizes.backward_bytes(tokens) if backward else BATCH * tokens * sizes.features * F32
+        activations += (1 if backward else BATCH) * tokens * widest * F64
+    collecting = sizes.layer * F32 + activations
+    # The weight in float32 and float64, seen through the metric of its smaller side, and what its eigenvectors take.
+    decomposing = max(rows * columns * (F32 + 2 * F64) + max(rows * columns, 6 * min(rows, columns) ** 2) * F64 for rows, columns in shapes)
+    outside = sizes.outside * F32
+    needed = max(collecting, decomposing) + own + outside
+    if needed > bound_bytes:
+        raise InputError(
+            f"`memory={in_words(bound_bytes)}` is below what one layer needs, {in_words(needed)}: {in_words(own)} for moments, "
+            f"{in_words(max(collecting, decomposing))} for a layer in float32 or its decomposition; "
+            f"use `memory={in_words(needed + program)}` or more (the program itself takes {in_words(program)})"
+        )
+    spare = max(0, bound_bytes - program - needed)
+    slots = len(skeleton.view.layers) + 2 if backward else 1
+    hidden = slots * windows * tokens * sizes.channels * F32
+    inside = hidden <= spare // 2
+    spare -= hidden if inside else 0
+    row = sizes.channels * (F32 + skeleton.dtype.itemsize) + 3 * F64 * HEAD_TOKENS
+    limits = Limits(1, max(1, min(sizes.vocabulary, (own + spare) // 2 // row)), HEAD_TOKENS)
+    return MomentsRoom(Room(limits, inside, needed, hidden, program, bound_bytes), own + spare)
+
+
+def _moments_of(shape: tuple[int, int], looks_at: Literal["weights", "inputs", "gradients"]) -> int:
+    rows, columns = shape
+    return {"weights": 0, "inputs": columns * columns, "gradients": columns * columns + rows * rows}[looks_at] * F64
 
 
 def in_words(count_bytes: int) -> str:

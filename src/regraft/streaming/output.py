@@ -154,7 +154,7 @@ class PrunedWriter:
         self._layers = layers_after(groups, plan.cuts)
         self._names = renumbered_names(self._left(), skeleton.view.family.layers, self._layers)
         self._parts = list(self._split_by_layer())
-        self.shards = _shards(self._parts, skeleton.dtype, SHARD_BYTES)
+        self.shards = shards_of(self._parts, skeleton.dtype, SHARD_BYTES)
         sizes = sizes_after(skeleton.view, groups, plan.cuts)
         self.sizes: list[LayerSizes] = [sizes[layer] for layer in self._layers]
 
@@ -195,40 +195,8 @@ class PrunedWriter:
             provenance: Provenance of the model, without the checksums.
             card: Returns the beginning of the model card.
         """
-        folder, skeleton = progress.folder, self._skeleton
-        model_class = self._write_config(folder)
-        if len(self.shards) > 1:
-            mapping = {name: shard.name for shard in self.shards for name in shard.shapes}
-            total = {"total_parameters": self._plan.parameters_after, "total_size": sum(shard.nbytes for shard in self.shards)}
-            index = {"metadata": total, "weight_map": mapping}
-            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        with quiet():
-            if skeleton.loaded.tokenizer is not None:
-                skeleton.loaded.tokenizer.save_pretrained(folder)
-        stored = stored_tensors(folder)
-        for shard in self.shards:
-            for name, shape in shard.shapes.items():
-                if name not in stored or stored[name].shape != shape:
-                    raise OutputError(f"'{name}' was not written as it was meant; start again on another disk")
-        return write_folder(folder, provenance, whole_card(card(provenance), model_class, self.sizes), progress.end())
-
-    def _write_config(self, folder: Path) -> type[PreTrainedModel]:
-        """Writes the config, the generation config, and our modelling code if the model needs it; returns the model's class."""
-        model = self._skeleton.loaded.model
-        config: Any = config_for(model.config, self.sizes, layers=self._layers)
-        register()
-        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        config.dtype = str(self._skeleton.dtype).partition(".")[2]
-        config.architectures = [model_class.__name__]
-        with quiet():
-            config.save_pretrained(folder)
-            mend_generation_config(model)
-            if model.generation_config is not None:
-                model.generation_config.save_pretrained(folder)
-        if config.model_type.startswith("regraft_"):
-            for path in code_paths():
-                (folder / path.name).write_bytes(path.read_bytes())
-        return model_class
+        config = config_for(self._skeleton.loaded.model.config, self.sizes, layers=self._layers)
+        return finish_folder(self._skeleton, progress.folder, config, self.sizes, self.shards, provenance, card, progress.end())
 
     def _write_part(self, writer: ShardWriter, shapes: Mapping[str, Any], changed: Mapping[str, Tensor]) -> None:
         for new in shapes:
@@ -292,11 +260,69 @@ class PrunedWriter:
         return [name for name, _ in self._skeleton.view.model.named_parameters() if name not in gone]
 
 
+def finish_folder(
+    skeleton: Skeleton,
+    folder: Path,
+    config: Any,
+    sizes: Sequence[LayerSizes],
+    shards: Sequence[Shard],
+    provenance: Provenance,
+    card: Callable[[Provenance], str],
+    checksums: Mapping[str, str],
+) -> Provenance:
+    """Writes all files of a model folder other than the weights, after reading their headers back.
+
+    Args:
+        skeleton: The checkpoint that the model was made from.
+        folder: Folder with the shards.
+        config: Config of the new model.
+        sizes: Sizes of its layers.
+        shards: The shards.
+        provenance: Provenance of the model, without the checksums.
+        card: Returns the beginning of the model card.
+        checksums: SHA-256 of the shards by name.
+    """
+    model_class = _write_config(skeleton, folder, config)
+    if len(shards) > 1:
+        mapping = {name: shard.name for shard in shards for name in shard.shapes}
+        count = sum(prod(shape) for shard in shards for name, shape in shard.shapes.items() if name not in shard.others)
+        total = {"total_parameters": count, "total_size": sum(shard.nbytes for shard in shards)}
+        index = {"metadata": total, "weight_map": mapping}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with quiet():
+        if skeleton.loaded.tokenizer is not None:
+            skeleton.loaded.tokenizer.save_pretrained(folder)
+    stored = stored_tensors(folder)
+    for shard in shards:
+        for name, shape in shard.shapes.items():
+            if name not in stored or stored[name].shape != shape:
+                raise OutputError(f"'{name}' was not written as it was meant; start again on another disk")
+    return write_folder(folder, provenance, whole_card(card(provenance), model_class, sizes), checksums)
+
+
+def _write_config(skeleton: Skeleton, folder: Path, config: Any) -> type[PreTrainedModel]:
+    """Writes the config, the generation config, and our modelling code if the model needs it; returns the model's class."""
+    model = skeleton.loaded.model
+    register()
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config.dtype = str(skeleton.dtype).partition(".")[2]
+    config.architectures = [model_class.__name__]
+    with quiet():
+        config.save_pretrained(folder)
+        mend_generation_config(model)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+    if config.model_type.startswith("regraft_"):
+        for path in code_paths():
+            (folder / path.name).write_bytes(path.read_bytes())
+    return model_class
+
+
 def _module_of(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def _shards(parts: Sequence[tuple[int | None, Mapping[str, tuple[int, ...]]]], dtype: torch.dtype, limit_bytes: int) -> list[Shard]:
+def shards_of(parts: Sequence[tuple[int | None, Mapping[str, tuple[int, ...]]]], dtype: torch.dtype, limit_bytes: int) -> list[Shard]:
     """Returns the files, each with as many consecutive parts as fit below the limit."""
     files: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0

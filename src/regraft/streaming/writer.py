@@ -10,7 +10,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from regraft.models.weights import memory_of
 
-NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,23 @@ class Shard:
     Attributes:
         name: Name of the file.
         shapes: Tensor name to shape, in the order in which the tensors are written.
-        dtype: Dtype of all tensors.
+        dtype: Dtype of all tensors that ``others`` does not name.
+        others: Dtypes of tensors that differ, by name.
     """
 
     name: str
     shapes: Mapping[str, tuple[int, ...]]
     dtype: torch.dtype
+    others: Mapping[str, torch.dtype] = field(default_factory=dict[str, torch.dtype])
 
     @property
     def nbytes(self) -> int:
         """Number of bytes of the weights in the file."""
-        return sum(map(prod, self.shapes.values())) * self.dtype.itemsize
+        return sum(prod(shape) * self.dtype_of(name).itemsize for name, shape in self.shapes.items())
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Returns the dtype of a tensor."""
+        return self.others.get(name, self.dtype)
 
 
 class ShardWriter:
@@ -65,8 +71,8 @@ class ShardWriter:
         offset, header = 0, {"__metadata__": {"format": "pt"}}
         entries: dict[str, object] = dict(header)
         for name, shape in self._shard.shapes.items():
-            size = prod(shape) * self._shard.dtype.itemsize
-            entries[name] = {"dtype": NAMES[self._shard.dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            size = prod(shape) * self._shard.dtype_of(name).itemsize
+            entries[name] = {"dtype": NAMES[self._shard.dtype_of(name)], "shape": list(shape), "data_offsets": [offset, offset + size]}
             offset += size
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the reference writer aligns the data to eight bytes
@@ -79,7 +85,7 @@ class ShardWriter:
         assert name == expected, f"'{name}' comes where '{expected}' belongs"
         count = 0
         for piece in pieces:
-            flat = piece.detach().to(device="cpu", dtype=self._shard.dtype).contiguous().reshape(-1)
+            flat = piece.detach().to(device="cpu", dtype=self._shard.dtype_of(name)).contiguous().reshape(-1)
             self._put(memory_of(flat))
             count += flat.numel()
         assert count == prod(self._shard.shapes[name]), f"'{name}' has {count} values, not {self._shard.shapes[name]}"

@@ -35,31 +35,40 @@ def factorize(model: PreTrainedModel, plan: FactorPlan, factors: Mapping[str, Fa
     check_factor_plan(model, plan)
     view = ModelView(model)
     state: dict[str, Tensor] = dict(model.state_dict())
-    prefix = f"{model.base_model_prefix}."
-    described: dict[str, dict[str, Any]] = {}
     for entry in plan.factorings:
         own = factors[entry.module]
         if own.left_OR.shape[1] != entry.rank:
             raise PlanError(f"the factors of '{entry.module}' have rank {own.left_OR.shape[1]}, the plan says {entry.rank}; make them anew")
         bias = state.pop(f"{entry.module}.bias", None)
         del state[f"{entry.module}.weight"]
-        state |= {f"{entry.module}.{name}": value for name, value in _tensors(own, bias, plan.layout, model.dtype).items()}
+        state |= {f"{entry.module}.{name}": value for name, value in factor_tensors(own, bias, plan.layout, model.dtype).items()}
         if (f"{entry.module}.bias" in state) != entry.bias:
             raise PlanError(
                 f"the plan says that '{entry.module}' has {'a' if entry.bias else 'no'} bias, its factors differ; make them anew"
             )
-        described[entry.module.removeprefix(prefix)] = {"rank": entry.rank, "bias": entry.bias}
     sizes = [view.sizes(index) for index in range(len(view.layers))]
-    return build(model, sizes, state, changes={"factored": described, "factor_layout": plan.layout})
+    return build(model, sizes, state, changes=config_changes(model, plan))
 
 
-def check_factor_plan(model: PreTrainedModel, plan: FactorPlan) -> None:
+def config_changes(model: PreTrainedModel, plan: FactorPlan) -> dict[str, Any]:
+    """Returns the entries of a config by which a model's class builds the factored layers of a plan."""
+    prefix = f"{model.base_model_prefix}."
+    described = {entry.module.removeprefix(prefix): {"rank": entry.rank, "bias": entry.bias} for entry in plan.factorings}
+    return {"factored": described, "factor_layout": plan.layout}
+
+
+def check_factor_plan(model: PreTrainedModel, plan: FactorPlan, known: str | None = None) -> None:
     """Refuses a plan that does not fit the model.
+
+    Args:
+        model: The model, whose weights may be absent where its fingerprint is given.
+        plan: The plan.
+        known: Fingerprint of the model; None to compute it.
 
     Raises:
         PlanError: It was made for other weights, or names what is not there.
     """
-    seen = fingerprint(model)
+    seen = fingerprint(model) if known is None else known
     if plan.fingerprint != seen:
         raise PlanError(f"the plan is of a model with fingerprint {plan.fingerprint}, this one has {seen}; make it again for this model")
     for entry in plan.factorings:
@@ -118,8 +127,15 @@ def densified(model: PreTrainedModel) -> PreTrainedModel:
         ) from error
 
 
-def _tensors(factors: Factors, bias: Tensor | None, layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Returns what a factored layer stores, by name."""
+def factor_tensors(factors: Factors, bias: Tensor | None, layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns what a factored layer stores, by name.
+
+    Args:
+        factors: Its factors.
+        bias: Bias of the dense layer; None where it has none.
+        layout: ``plain`` or ``pifa``.
+        dtype: Dtype of the model.
+    """
     left, right = balanced(factors.left_OR.double(), factors.right_RI.double())
     found: dict[str, Tensor] = {"weight": torch.empty(0, dtype=dtype)}
     if layout == PIFA:

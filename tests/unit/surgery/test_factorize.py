@@ -17,10 +17,14 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreT
 
 from regraft.compression import COMPRESSORS, RANK_CHOICES, decompose, factor_plan, factor_space, gather
 from regraft.errors import ModelError, PlanError
+from regraft.export import EXPORTERS, ModelFormat
 from regraft.groups.discover import discover
+from regraft.models.live import held
 from regraft.models.save import save
 from regraft.models.view import ModelView, fingerprint, parameter_count, refuse_factored
+from regraft.pipelines.export_model import export_loaded
 from regraft.plans import Cut, FactorLayout, FactorPlan, Provenance, PrunePlan
+from regraft.settings import ExportSettings
 from regraft.surgery.cut import cut
 from regraft.surgery.factorize import densified, factorize
 
@@ -225,6 +229,17 @@ def test_what_is_factored_is_refused_a_second_time(make_model) -> None:
     with pytest.raises(ModelError, match="is factored already"):
         discover(ModelView(model))
     refuse_factored(make_model("llama"))
+
+
+@pytest.mark.parametrize("to", sorted(name for name in EXPORTERS if isinstance(EXPORTERS.get(name), ModelFormat) and name != "hf"))
+def test_formats_without_a_place_for_factors_refuse_them(make_model, tmp_path: Path, to: str) -> None:
+    """In one line that names the way out, before anything is written; the format of transformers holds them."""
+    model, _, _ = compressed(make_model("llama"))
+    form = EXPORTERS.get(to)
+    assert isinstance(form, ModelFormat)
+    with pytest.raises(ModelError, match=rf"stores \d+ layers as two factors.* format {to} .*compress --dense"):
+        export_loaded(held(model, None), tmp_path / "out", to, form, ExportSettings(), check=None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_plan_of_another_model_is_refused(make_model) -> None:

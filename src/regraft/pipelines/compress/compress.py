@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from regraft.atomic import refuse_existing
 from regraft.compression import COMPRESSORS, RANK_CHOICES, Compressor, Decomposed, factor_plan, with_damage
 from regraft.data.text import Corpus
-from regraft.errors import InputError, PlanError, did_you_mean
+from regraft.errors import InputError, did_you_mean
 from regraft.evaluation.loss import evaluate_loss
 from regraft.groups.discover import discover
 from regraft.models.live import ModelLike, own_tensors, resting, take
@@ -25,16 +25,17 @@ from regraft.models.save import save
 from regraft.models.view import ModelView, fingerprint, parameter_count, refuse_factored
 from regraft.numerics.truncation import Factors
 from regraft.pipelines.compress.mix import mixed, pruned_for
-from regraft.pipelines.compress.prepare import Texts, decomposed, needs_judging, projections_of, read_texts, space_of
-from regraft.pipelines.compress.record import card_of, record_of
+from regraft.pipelines.compress.prepare import Texts, decomposed, moved_plan, needs_judging, projections_of, read_texts, space_of
+from regraft.pipelines.compress.record import card_of, record_of, refuse_short_text
 from regraft.pipelines.compress.search import searched_ranks
+from regraft.pipelines.compress.streamed import StreamedCompress, compress_streamed, refuse_whole_model
 from regraft.pipelines.prune.score_cache import checksum_of
 from regraft.pipelines.texts import Texts as Given
 from regraft.pipelines.texts import described, in_memory, path_in
 from regraft.plans import FactorPlan, FactorSpace, LossReport, PrunePlan, to_dict
 from regraft.progress import Say, say_nothing
 from regraft.settings import CompressSettings, LoadSettings
-from regraft.surgery.factorize import check_factor_plan, densified, factorize
+from regraft.surgery.factorize import densified, factorize
 from regraft.surgery.trial_ranks import TrialModel, measured_damage
 from regraft.training.pc_lora import FadeSettings, fade_out
 
@@ -47,8 +48,8 @@ class CompressResult:
 
     Attributes:
         plan: The factored layers and their ranks.
-        model: The compressed model; None after a dry run.
-        loaded: The uncompressed model with its tokenizer and source.
+        model: The compressed model; None after a dry run, and with ``memory``, which keeps it on disk.
+        loaded: The uncompressed model with its tokenizer and source; with ``memory``, without its weights.
         space: The ranks that were available, with their prices; None for a given plan.
         notes: Remarks for the user, a line each.
         test: Loss on the test text before and after, where one was given.
@@ -114,6 +115,8 @@ def compress(
     _refuse_clashes(settings, plan)
     compressor_of(settings.method if plan is None else plan.method, settings)  # a wrong name is told before a model is loaded
     order = _Order(settings, target, in_memory(calibration), seed, plan, dry_run, resume, command, say)
+    if settings.memory is not None:
+        return _streamed(source, order, load or LoadSettings())
     loaded = take(source, tokenizer, load)
     with resting(loaded.model):
         return _carried_out(loaded, order)
@@ -142,7 +145,7 @@ def _carried_out(loaded: Loaded, order: _Order) -> CompressResult:
     view = ModelView(loaded.model)
     projections = projections_of(view, settings.targets)
     texts = read_texts(loaded, settings, compressor, seed, judging=plan is None and needs_judging(settings), calibration=order.calibration)
-    found = decomposed(view, projections, compressor, settings, texts.fitted, seed, say)
+    found = decomposed(loaded, projections, compressor, settings, texts.fitted, seed, say)
     space: FactorSpace | None = None
     start, pruning = loaded, None
     if settings.mix:
@@ -151,8 +154,8 @@ def _carried_out(loaded: Loaded, order: _Order) -> CompressResult:
         space = space_of(loaded, found, compressor, settings, settings.ratio)
         plan = _choose(loaded, found, space, texts, settings, seed, order.target, resume=order.resume, say=say)
     else:
-        plan = _moved(loaded, plan)
-    _refuse_short_text(plan, found)
+        plan = moved_plan(loaded, plan)
+    refuse_short_text(plan, found)
     if order.dry_run:
         return CompressResult(plan, None, loaded, space, texts.notes, None, pruning)
     by_name = {one.priced.name: one for one in found}
@@ -173,6 +176,21 @@ def _carried_out(loaded: Loaded, order: _Order) -> CompressResult:
             record = replace(record, settings={**record.settings, "calibration": described(texts.given)})
         save(model, loaded.tokenizer, order.target, record, card_of(record, dense=settings.dense))
     return CompressResult(plan, model, loaded, space, texts.notes, test, pruning)
+
+
+def _streamed(source: ModelLike, order: _Order, load: LoadSettings) -> CompressResult:
+    """Compresses within a memory limit; the model stays on disk."""
+    settings, plan = order.settings, order.plan
+    if not isinstance(source, str | Path):
+        raise InputError("`memory` is for models that are not loaded yet; give a folder or a hub id, or leave it out")
+    if order.target is None and not order.dry_run:
+        raise InputError("with `memory` the compressed model stays on disk; say with `output` where it goes, or look first with `dry_run`")
+    method = settings.method if plan is None else plan.method
+    refuse_whole_model(settings, method)
+    output, compressor = None if order.dry_run else order.target, compressor_of(method, settings)
+    request = StreamedCompress(source, output, settings, compressor, order.calibration, load, order.seed, plan, order.command, order.say)
+    done = compress_streamed(request)
+    return CompressResult(done.plan, None, done.loaded, done.space, done.notes)
 
 
 def compressor_of(method: str, settings: CompressSettings) -> Compressor:
@@ -231,7 +249,7 @@ def _mixed(
         return empty, priced, start, [], choice.plan
     view = ModelView(start.model)
     chosen = {name: module for name, module in projections_of(view).items() if name in choice.factored}
-    again = decomposed(view, chosen, compressor, settings, texts.fitted, seed, say)
+    again = decomposed(start, chosen, compressor, settings, texts.fitted, seed, say)
     space = space_of(start, again, compressor, settings, (count - most) / count)
     ranks = RANK_CHOICES.get("knapsack")(space)
     biases = {one.priced.name: one.has_bias or one.truncation.mean_I is not None for one in again}
@@ -301,37 +319,6 @@ def _refuse_clashes(settings: CompressSettings, plan: FactorPlan | None) -> None
         raise InputError("mix chooses channels and ranks anew, and a plan brings ranks; use one of the two")
     if settings.mix and settings.ranks not in ("auto", "knapsack"):
         raise InputError(f"mix is a knapsack of channels and ranks, and ranks {settings.ranks} is another choice; use ranks auto")
-
-
-def _moved(loaded: Loaded, plan: FactorPlan) -> FactorPlan:
-    """Returns a plan for this model; one of another model of the same shape becomes one of this.
-
-    Raises:
-        PlanError: The model has other layers or sizes.
-    """
-    count = parameter_count(loaded.model)
-    if plan.parameters_before != count:
-        raise PlanError(
-            f"the plan is of a model with {plan.parameters_before:,} parameters, '{loaded.source}' has {count:,}; make one for this model"
-        )
-    moved = replace(plan, fingerprint=loaded.fingerprint)
-    check_factor_plan(loaded.model, moved)
-    return moved
-
-
-def _refuse_short_text(plan: FactorPlan, found: list[Decomposed]) -> None:
-    """Refuses calibration text with fewer tokens than a factored layer has directions.
-
-    Raises:
-        InputError: It is too short for a rank.
-    """
-    seen = {one.priced.name: one.rows_seen for one in found if one.rows_seen}
-    for entry in plan.factorings:
-        if entry.module in seen and seen[entry.module] < entry.rank:
-            raise InputError(
-                f"{seen[entry.module]} calibration tokens cannot tell {entry.rank} directions of '{entry.module}' apart; "
-                "give more samples, a longer seq_len, or a larger ratio"
-            )
 
 
 def _tested(loaded: Loaded, model: PreTrainedModel, test: Corpus | None) -> tuple[LossReport, LossReport] | None:

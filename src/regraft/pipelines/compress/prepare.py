@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import Tensor, nn
 
-from regraft.compression import Compressor, Decomposed, decompose, factor_space, gather
+from regraft.compression import Compressor, Decomposed, Evidence, SavedMoments, decompose, factor_space, gather, remembered
+from regraft.compression.gather import weight_of
 from regraft.data.text import Corpus, read_corpus
 from regraft.data.tokens import calibration_windows, window_tokens
-from regraft.errors import InputError, did_you_mean
+from regraft.errors import InputError, PlanError, did_you_mean
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.view import ModelView, parameter_count
+from regraft.pipelines.prune.score_cache import checksum_of
 from regraft.pipelines.texts import Texts as Given
 from regraft.pipelines.texts import text_for
-from regraft.plans import FactorSpace
+from regraft.plans import FactorPlan, FactorSpace
 from regraft.progress import Say
 from regraft.settings import CALIBRATION_TOKENS, CompressSettings
+from regraft.surgery.factorize import check_factor_plan
 
 _JUDGED = 4  # one window in so many judges ranks, where no text of its own does
 
@@ -123,7 +127,7 @@ def _contents(corpus: Corpus) -> set[str]:
 
 
 def decomposed(
-    view: ModelView,
+    loaded: Loaded,
     projections: Mapping[str, nn.Module],
     compressor: Compressor,
     settings: CompressSettings,
@@ -131,17 +135,46 @@ def decomposed(
     seed: int,
     say: Say,
 ) -> list[Decomposed]:
-    """Decomposes projections of a model on the inputs and gradients that they have in it."""
-    evidence = gather(view.model, projections, windows, compressor.looks_at, transposed=view.family.transposed, seed=seed)
-    start = f"{view.family.layers}."
-    return decompose(
+    """Decomposes projections of a model on the inputs and gradients that they have in it, in the order of the model."""
+    view = ModelView(loaded.model)
+    transposed = view.family.transposed
+
+    def gathered(names: Sequence[str]) -> Iterator[Evidence]:
+        wanted = {name: projections[name] for name in names}
+        return gather(view.model, wanted, windows, compressor.looks_at, transposed=transposed, seed=seed)
+
+    evidence = remembered(
+        saved_moments(settings, loaded.fingerprint, windows, seed),
+        {name: partial(weight_of, module, transposed) for name, module in projections.items()},
+        compressor.looks_at,
+        gathered,
+    )
+    found = decompose(
         evidence,
         compressor,
         settings.layout,
-        lambda name: int(name.removeprefix(start).partition(".")[0]),
+        lambda name: layer_of(view, name),
         lambda name: projections[name]._parameters.get("bias") is not None,
         say,
     )
+    places = {name: place for place, name in enumerate(projections)}
+    return sorted(found, key=lambda one: places[one.priced.name])
+
+
+def layer_of(view: ModelView, name: str) -> int:
+    """Returns the index of the decoder layer that a projection is in."""
+    return int(name.removeprefix(f"{view.family.layers}.").partition(".")[0])
+
+
+def saved_moments(settings: CompressSettings, fingerprint: str, windows: Tensor | None, seed: int) -> SavedMoments | None:
+    """Returns the folder of the model's moments on the calibration windows; None where the user asked for none.
+
+    Raises:
+        OutputError: The path of the cache is a file.
+    """
+    if settings.cache is None or windows is None:
+        return None
+    return SavedMoments(settings.cache, {"fingerprint": fingerprint, "windows_sha256": checksum_of(windows)}, seed)
 
 
 def space_of(loaded: Loaded, found: list[Decomposed], compressor: Compressor, settings: CompressSettings, ratio: float) -> FactorSpace:
@@ -156,3 +189,19 @@ def space_of(loaded: Loaded, found: list[Decomposed], compressor: Compressor, se
         ratio=ratio,
         align=settings.align if isinstance(settings.align, int) else None,
     )
+
+
+def moved_plan(loaded: Loaded, plan: FactorPlan) -> FactorPlan:
+    """Returns a plan for this model; one of another model of the same shape becomes one of this.
+
+    Raises:
+        PlanError: The model has other layers or sizes.
+    """
+    count = parameter_count(loaded.model)
+    if plan.parameters_before != count:
+        raise PlanError(
+            f"the plan is of a model with {plan.parameters_before:,} parameters, '{loaded.source}' has {count:,}; make one for this model"
+        )
+    moved = replace(plan, fingerprint=loaded.fingerprint)
+    check_factor_plan(loaded.model, moved, loaded.fingerprint)
+    return moved

@@ -1,9 +1,12 @@
-"""The record and the model card of a compressed model's folder."""
+"""The record and the model card of a compressed model's folder, and the last check of a plan."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from regraft.compression import Decomposed
+from regraft.errors import InputError
 from regraft.models.card import model_card
 from regraft.models.load import Loaded
 from regraft.models.provenance import parents_of, versions
@@ -48,3 +51,18 @@ def facts(plan: FactorPlan, *, dense: bool) -> dict[str, Any]:
     if dense:
         found["stored parameters after"] = f"{plan.parameters_before:,} and new biases: written dense for runtimes that know no factors"
     return found
+
+
+def refuse_short_text(plan: FactorPlan, found: Sequence[Decomposed]) -> None:
+    """Refuses calibration text with fewer tokens than a factored layer has directions.
+
+    Raises:
+        InputError: It is too short for a rank.
+    """
+    seen = {one.priced.name: one.rows_seen for one in found if one.rows_seen}
+    for entry in plan.factorings:
+        if entry.module in seen and seen[entry.module] < entry.rank:
+            raise InputError(
+                f"{seen[entry.module]} calibration tokens cannot tell {entry.rank} directions of '{entry.module}' apart; "
+                "give more samples, a longer seq_len, or a larger ratio"
+            )
