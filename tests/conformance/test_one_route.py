@@ -78,7 +78,20 @@ def steps(recipe: Recipe) -> list[list[str]]:
     made = [["prune", recipe.model, *options(recipe.prune), *load, *seed, "--output", "pruned"]]
     ranks: list[str] = []
     if recipe.allocate is not None:
-        shared = ("merge", "quiet", "report_to", "targets", "rank", "ranks", "alpha", "adapter_options", "task", "patience", "load_in_4bit")
+        shared = (
+            "merge",
+            "quiet",
+            "report_to",
+            "targets",
+            "rank",
+            "ranks",
+            "alpha",
+            "adapter_options",
+            "task",
+            "patience",
+            "load_in_4bit",
+            "lr_sweep",
+        )
         recovery = options(recipe.recover, *shared, "distill_hidden", "teacher_top_k", "gradient_checkpointing", "text_columns")
         made.append(["allocate", "pruned", *options(recipe.allocate), *recovery, *load, *seed, "--output", "ranks.json"])
         ranks = ["--ranks", "ranks.json"]

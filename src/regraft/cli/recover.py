@@ -72,6 +72,8 @@ def show(console: Console, recovered: Recovered, unit: str, judged: Mapping[str,
     for name, value in judged.items():
         table.add_row(f"held-out {name.replace('_', ' ')}", f"{value:.4f}")
     table.add_row("best step", f"{recovered.best_step} of {steps}")
+    if recovered.rates is not None:
+        table.add_row("learning rate", f"{recovered.rates.best:g}, the best of {len(recovered.rates.tried)}")
     table.add_row("trained parameters", f"{recovered.trainable_parameters:,}")
     table.add_row("time", f"{recovered.seconds:.1f} s")
     table.add_row("peak memory", f"{recovered.peak_memory_bytes / 1e6:,.0f} MB")

@@ -311,10 +311,11 @@ def _result(
 
 
 def _counted(done: Recovered) -> dict[str, Any]:
-    """Returns, for the record, what became of instruction records and of rows that could not be read."""
+    """Returns, for the record, the learning rates that were tried, and counts of instruction records and of rows that were skipped."""
     data = done.data
     records = {} if data.records is None else {"records": dataclasses.asdict(data.records)}
-    return records | ({"skipped_rows": data.skipped.rows} if data.skipped.rows else {})
+    rates = {} if done.rates is None else {"rates": dataclasses.asdict(done.rates)}
+    return records | rates | ({"skipped_rows": data.skipped.rows} if data.skipped.rows else {})
 
 
 def load_teacher(settings: RecoverSettings, load: LoadSettings, pruned_from: str | None) -> Teacher | None:
@@ -409,6 +410,7 @@ def facts(recovered: Recovered, settings: RecoverSettings, record: Provenance) -
         "trained parameters": f"{recovered.trainable_parameters:,}",
         "data": str(settings.data) if settings.data else "texts in memory" if "data" in record.settings else BUILT_IN,
         **({"rows of data": "; ".join(recovered.data.lines())} if recovered.data.lines() else {}),
+        **({"learning rate": str(recovered.rates)} if recovered.rates is not None else {}),
         "steps": f"{settings.steps} of {settings.batch * settings.accumulate} windows of up to {settings.seq_len or TRAINING_TOKENS}",
         "held-out loss": f"{recovered.first_loss:.4f} to {recovered.best_loss:.4f} {LOSS_UNITS[settings.task]} "
         f"(step {recovered.best_step})",

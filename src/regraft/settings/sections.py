@@ -327,7 +327,14 @@ class RecoverSettings(Settings):
         default=None, ge=0.0, lt=1.0, description="dropout of the adapter's inputs; default: depends on the adapter (lora: 0.05)"
     )
     lr: float | None = Field(
-        default=None, gt=0.0, allow_inf_nan=False, description="peak learning rate; default: depends on the adapter (lora: 1e-3)"
+        default=None,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="peak learning rate; default: the best of a short sweep around the adapter's own rate (lora: 1e-3)",
+    )
+    lr_sweep: bool = Field(
+        default=True,
+        description="without a learning rate, train an eighth of the steps at two to four rates first; needs 64 steps or more",
     )
     lr_ratio: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = Field(
         default=1.0, description="ratio of the learning rates of LoRA's B and A (LoRA+); 1: equal rates"

@@ -9,8 +9,11 @@ uninterrupted one.
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import os
 import resource
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,28 +28,32 @@ from transformers.utils import logging as transformers_logging
 
 from regraft.adapters import Evidence
 from regraft.adapters.seeding import isolated
+from regraft.atomic import write_text
 from regraft.claims import output_of
 from regraft.data.labelled import Labelled
 from regraft.data.text import Corpus
 from regraft.errors import InputError, OutputError, TrainingError
 from regraft.plans import RankPlan
+from regraft.reading import read_object
 from regraft.settings import RecoverSettings
 from regraft.surgery.adapters import Injected, inject, merge
 from regraft.surgery.adapters import finish as finish_adapter
 from regraft.training.callbacks import AfterStep, Bar, Keeper, LogRow, Pace
-from regraft.training.checkpoint import checkpoints
+from regraft.training.checkpoint import checkpoints, put_tensors, trained_tensors
 from regraft.training.distill import Distillation, Teacher, fit_projections
 from regraft.training.distributed import filled, skeleton_of
 from regraft.training.four_bit import in_four_bits
 from regraft.training.job import DataCounts, Job, prepare
 from regraft.training.optimizer import ParameterGroup, parameter_groups
 from regraft.training.precision import trainable_weights
+from regraft.training.rates import Rate, Rates, shortened, steps_of_a_sweep, try_rates
 from regraft.training.teacher_cache import TeacherCache
 from regraft.training.trainer import RecoveryTrainer
 
 # Number of training batches for fitting the maps from a teacher's hidden states to the width of the student's.
 _PROJECTION_BATCHES = 4
 _TENSORBOARD_FOLDER = "TENSORBOARD_LOGGING_DIR"
+RATES = "rates.json"  # in the work folder: the learning rates that were tried
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class Trained:
         first_loss: Held-out loss before the first step.
         seconds: Wall-clock time of training, over all its sittings.
         peak_memory_bytes: Of the GPU, or of this process.
+        rates: The learning rates that were tried before; None where there was no sweep.
     """
 
     injected: Injected
@@ -70,6 +78,7 @@ class Trained:
     first_loss: float
     seconds: float
     peak_memory_bytes: int
+    rates: Rates | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,7 @@ class Recovered:
         seconds: Wall-clock time of training, summed over interrupted runs.
         peak_memory_bytes: Peak memory of the GPU, or of this process.
         data: What became of the rows of the training data.
+        rates: The learning rates that were tried before; None where there was no sweep.
     """
 
     model: nn.Module
@@ -101,6 +111,7 @@ class Recovered:
     seconds: float
     peak_memory_bytes: int
     data: DataCounts = field(default_factory=DataCounts)
+    rates: Rates | None = None
 
 
 def recover(
@@ -163,13 +174,15 @@ def train_adapter(job: Job, injected: Injected | None = None) -> Trained:
     settings, model, compute = job.settings, job.model, job.compute
     evidence = job.evidence()
     injected = injected if injected is not None else inject(model, settings, job.ranks, job.seed, evidence)
-    groups = _groups_or_nothing(injected, settings)
+    _groups_or_nothing(injected, settings)
     _make_folder(job.work)
     keeper, bar = Keeper(job.work, injected, job.identity, job.resumed, settings.patience), Bar(settings.quiet)
     with _as_it_was(model, job.work), trainable_weights(model, compute), _taught_in(job.teacher, compute), isolated(job.seed):
         cache = _filled_cache(job, bar)
         distillation = _distillation(job, injected, evidence)
         with in_four_bits(injected.model, compute) if settings.load_in_4bit else nullcontext():
+            rates = _swept(job, injected, bar, distillation, cache)
+            groups = parameter_groups(injected, settings if rates is None else settings.model_copy(update={"lr": rates.best}))
             callbacks = (Pace(settings.eval_every, job.seed), AfterStep(injected), keeper, bar)
             trainer = RecoveryTrainer(job, injected, groups, callbacks, distillation, cache)
             injected = _with_best_weights(trainer, keeper, bar, injected, checkpoints(job.work)[-1] if job.resumed else None)
@@ -182,6 +195,7 @@ def train_adapter(job: Job, injected: Injected | None = None) -> Trained:
         first_loss=keeper.first_loss_nats,
         seconds=keeper.seconds,
         peak_memory_bytes=peak_bytes,
+        rates=rates,
     )
 
 
@@ -205,7 +219,49 @@ def finish(job: Job, trained: Trained) -> Recovered:
         seconds=trained.seconds,
         peak_memory_bytes=trained.peak_memory_bytes,
         data=job.data,
+        rates=trained.rates,
     )
+
+
+def _swept(job: Job, injected: Injected, bar: Bar, distillation: Distillation | None, cache: TeacherCache | None) -> Rates | None:
+    """Tries learning rates, and leaves the adapter as it was; a resumed run reads what it tried before its first checkpoint.
+
+    Each short run begins with the same values and draws, so that only the rate differs.
+    """
+    steps, kept = steps_of_a_sweep(job), job.work / RATES
+    if not steps:
+        return None
+    if job.resumed is not None and kept.is_file():
+        values = read_object(kept, TrainingError)
+        return Rates(tuple(Rate(**rate) for rate in values["tried"]), values["steps"])
+    first, state = trained_tensors(injected.module), injected.adapter.state(injected.module)
+    state = {name: tensor.clone() for name, tensor in state.items()}
+
+    def loss_of(lr: float) -> float:
+        short = shortened(job, lr, steps)
+        _make_folder(short.work)
+        keeper = Keeper(short.work, injected, job.identity, None)
+        groups = parameter_groups(injected, short.settings)
+        with isolated(job.seed):
+            trainer = RecoveryTrainer(
+                short, injected, groups, (Pace(steps, job.seed), AfterStep(injected), keeper, bar), distillation, cache
+            )
+            try:
+                _with_best_weights(trainer, keeper, bar, injected, None)
+            except TrainingError:
+                if not keeper.rows:  # not the rate, but the model
+                    raise
+                return math.inf
+            finally:
+                injected.module.zero_grad(set_to_none=True)
+                put_tensors(injected.module, first)
+                injected.adapter.put_state(injected.module, state)
+        return keeper.rows[-1].held_out_loss_nats or math.inf
+
+    rates = Rates(try_rates(injected.adapter.defaults.lr, loss_of), steps)
+    shutil.rmtree(job.work / "rates", ignore_errors=True)
+    write_text(kept, json.dumps(dataclasses.asdict(rates), indent=1) + "\n")
+    return rates
 
 
 def _with_best_weights(trainer: RecoveryTrainer, keeper: Keeper, bar: Bar, injected: Injected, checkpoint: Path | None) -> Injected:
