@@ -215,6 +215,9 @@ class PruneSettings(Settings):
         description="re-fit of layers that read pruned channels; divergence: least squares, then a fit to the dense predictions; "
         "auto: divergence, least_squares with `memory` and for large models, none for criteria without text",
     )
+    bridge: bool = Field(
+        default=False, description="with removed layers, let the layer below each gap take over what it can of them, by its own weights"
+    )
     budget: Literal["parameters", "bytes", "milliseconds"] = Field(default="parameters", description="quantity that `ratio` is a share of")
     rounds: Positive = Field(default=1, description="number of pruning steps, with new scores for each")
     layers: str = Field(default=":", description="range of layers to prune, as a Python slice: 1:-1 spares the first and the last")

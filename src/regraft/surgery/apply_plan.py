@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from regraft.groups.discover import discover
 from regraft.models.view import ModelView
 from regraft.plans import WHOLE, Cut, Group, GroupKind, Groups, PrunePlan
+from regraft.surgery.bridge import bridge
 from regraft.surgery.cut import cut, layers_after
 from regraft.surgery.refit_layerwise import Method, compensate
 
@@ -19,7 +20,14 @@ REFITTED: tuple[GroupKind, ...] = ("heads", "query_heads", "ffn")
 
 
 def apply_plan(
-    view: ModelView, groups: Groups, plan: PrunePlan, windows_NT: Tensor, method: Method, source_N: Tensor | None = None
+    view: ModelView,
+    groups: Groups,
+    plan: PrunePlan,
+    windows_NT: Tensor,
+    method: Method | None,
+    source_N: Tensor | None = None,
+    *,
+    bridged: bool = False,
 ) -> PreTrainedModel:
     """Returns the pruned model, re-fitted on calibration text.
 
@@ -31,14 +39,20 @@ def apply_plan(
         groups: Groups of the model.
         plan: The units to keep.
         windows_NT: Calibration tokens, int64 (windows, tokens).
-        method: Method of re-fitting the reading projections.
+        method: Method of re-fitting the reading projections; None for no re-fit.
         source_N: Kind of text of each window, int64 (windows,); None: all windows are of one kind.
+        bridged: Whether gaps that removed layers leave are bridged by the layers below them, see :mod:`regraft.surgery.bridge`.
+
+    Raises:
+        InputError: Gaps are to be bridged in a family where that is impossible.
     """
     named = groups.named()
     wide = tuple(entry for entry in plan.cuts if named[entry.group].kind not in REFITTED)
     narrow = tuple(entry for entry in plan.cuts if named[entry.group].kind in REFITTED)
     if wide:
         model = cut(view.model, groups, replace(plan, cuts=wide))
+        if bridged:
+            bridge(view, ModelView(model), layers_after(groups, wide), windows_NT)
         if not narrow:
             return model
         view = ModelView(model)
@@ -46,7 +60,8 @@ def apply_plan(
         narrow = renamed(groups, narrow, found, layers_after(groups, wide))
         groups, plan = found, replace(plan, fingerprint=found.fingerprint)
     plan = replace(plan, cuts=narrow)
-    return cut(view.model, groups, plan, compensate(view, groups, narrow, windows_NT, method, source_N))
+    changed = compensate(view, groups, narrow, windows_NT, method, source_N) if method is not None else None
+    return cut(view.model, groups, plan, changed)
 
 
 def split_by_part(groups: Groups, cuts: Sequence[Cut]) -> tuple[tuple[Group, ...], tuple[Cut, ...]]:

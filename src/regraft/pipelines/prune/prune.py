@@ -391,11 +391,12 @@ def _cut(
     windows: Tensor | None,
     source_N: Tensor | None = None,
 ) -> PreTrainedModel:
-    if resolved.refit is None:
+    if resolved.refit is None and not resolved.settings.bridge:
         return cut(model, groups, plan)
     assert windows is not None
-    method = "mean" if resolved.refit == "mean" else "least_squares"  # from where least squares ends it goes on to the predictions
-    return apply_plan(ModelView(model), groups, plan, windows, method, source_N)
+    # From where least squares ends it goes on to the predictions.
+    method = None if resolved.refit is None else "mean" if resolved.refit == "mean" else "least_squares"
+    return apply_plan(ModelView(model), groups, plan, windows, method, source_N, bridged=resolved.settings.bridge)
 
 
 def plan_summary(groups: Groups, plan: PrunePlan) -> list[dict[str, Any]]:

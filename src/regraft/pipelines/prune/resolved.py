@@ -136,6 +136,7 @@ def resolve(settings: PruneSettings, view: ModelView | None = None, seed: int = 
     if not settings.targets:
         raise InputError(f"`targets` names nothing to prune; name one or more of {', '.join(KIND_OF)}")
     strategy = IN_MEMORY if settings.memory is None else STREAMED
+    _check_bridge(settings)
     settings = _with_effort(settings, strategy, view)
     with_text = CRITERIA.get(settings.criterion).needs_text
     select, notes = _select(settings, strategy, with_text)
@@ -166,6 +167,22 @@ def resolve_replay(settings: PruneSettings, view: ModelView | None, seed: int) -
         strategy.refuse(settings.model_copy(update={"select": "uniform", "rounds": 1, "reconstruct": reconstruct}))
     decided = way.settings.model_copy(update={"memory": settings.memory, "reconstruct": reconstruct})
     return ResolvedPrune(decided, seed, way.alignments, needs_text=reconstruct != "none")
+
+
+def _check_bridge(settings: PruneSettings) -> None:
+    """Refuses a bridge where there is no gap, or where the stream or the memory rules it out.
+
+    Raises:
+        InputError: The settings contradict each other.
+    """
+    if not settings.bridge:
+        return
+    if "layers" not in settings.targets:
+        raise InputError("`bridge` is for gaps that removed layers leave; add layers to `targets`, or leave `bridge` out")
+    if "residual" in settings.targets:
+        raise InputError("`bridge` compares streams of one width, which `targets=residual` changes; leave one of the two out")
+    if settings.memory is not None:
+        raise InputError("`bridge` runs the dense and the pruned model beside each other, which `memory` leaves no room for; leave one out")
 
 
 def _with_effort(settings: PruneSettings, strategy: Strategy, view: ModelView | None) -> PruneSettings:
