@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, add_row, interval, machine, read_rows, rounded, table, versions
 from transformers import PreTrainedModel
 
 import regraft
+from common import RESULTS, add_row, interval, machine, read_rows, rounded, table, versions
 from regraft.data.text import Corpus, read_corpus
 from regraft.evaluation.loss import evaluate_loss
 from regraft.evaluation.speed import compare_speed
