@@ -7,7 +7,7 @@ from pathlib import Path
 from regraft.errors import InputError
 from regraft.export.contract import EXPORTERS, Holding, ModelFormat, Parity, Written
 from regraft.export.hf import bits_of, in_transformers, is_own, refuse_gguf_settings, write_folder
-from regraft.export.padding import padded, refuse_fused, uniform_sizes
+from regraft.export.padding import next_even, padded, refuse_fused, uniform_sizes
 from regraft.export.parity import refuse_difference
 from regraft.models.build import conform
 from regraft.models.load import Loaded
@@ -37,7 +37,11 @@ def write(loaded: Loaded, folder: Path, settings: ExportSettings) -> Written:
         view = ModelView(model)
         sizes = [view.sizes(index) for index in range(len(view.layers))]
         before = parameter_count(model)
-        model = padded(model, [uniform_sizes(sizes)] * len(sizes))
+        target = uniform_sizes(sizes)
+        wide = next_even(target, view.width)
+        model = padded(model, [target] * len(sizes))
+        if is_own(model) and wide is not None:  # the stock class asks for heads that divide the width
+            model = padded(model, [wide] * len(sizes))
         if is_own(model):
             raise InputError(f"no stock class of family '{view.family.model_type}' has layers of these sizes; export with `to=hf`")
         notes = (

@@ -26,6 +26,16 @@ def uniform_sizes(sizes: Sequence[LayerSizes]) -> LayerSizes:
     return LayerSizes(kv_heads * group, kv_heads, sizes[0].head_dim, max(max(size.ffn for size in sizes), 1))
 
 
+def next_even(size: LayerSizes, width: int) -> LayerSizes | None:
+    """Returns sizes with the fewest further query heads so that these divide the width of the stream; None where none do."""
+    group = size.query_heads // size.kv_heads
+    counts = [(kv, per) for kv in range(size.kv_heads, width + 1) for per in range(group, width // kv + 1) if width % (kv * per) == 0]
+    if not counts:
+        return None
+    kv_heads, per_group = min(counts, key=lambda count: (count[0] * count[1], count[0]))
+    return LayerSizes(kv_heads * per_group, kv_heads, size.head_dim, size.ffn, size.slopes)
+
+
 def padded(model: PreTrainedModel, targets: Sequence[LayerSizes]) -> PreTrainedModel:
     """Returns a model with its layers filled up to the given sizes.
 

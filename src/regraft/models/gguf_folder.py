@@ -20,8 +20,9 @@ from regraft.atomic import atomic_folder
 from regraft.errors import MissingDependencyError, ModelError
 from regraft.models.family import families, family_of
 from regraft.models.folder import write_folder
+from regraft.models.gguf_config import complete_config
 from regraft.models.gguf_header import FLOATS, GgufHeader, read_gguf_header
-from regraft.models.gguf_tokenizer import byte_level
+from regraft.models.gguf_tokenizer import tokenizer_of
 from regraft.models.provenance import FILE, versions
 from regraft.models.quiet import in_one_line, quiet
 from regraft.plans import Provenance
@@ -106,9 +107,7 @@ def _unpack(path: Path, header: GgufHeader, folder: Path) -> None:
         # The reader shows progress whatever transformers is told.
         with quiet(), open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
             config: Any = AutoConfig.from_pretrained(str(path.parent), **arguments)
-            head_dim = header.metadata.get(f"{header.architecture}.attention.key_length")
-            if head_dim and hasattr(config, "head_dim"):  # for some families the reader leaves it at the class's default
-                config.head_dim = int(head_dim)
+            complete_config(config, header, path)
             loaded: Any = auto.from_pretrained(
                 str(path.parent),
                 config=config,
@@ -119,6 +118,8 @@ def _unpack(path: Path, header: GgufHeader, folder: Path) -> None:
             )
             model, report = loaded
             tokenizer = _tokenizer(path, gguf) or tokenizers.from_pretrained(str(path.parent), **arguments)
+    except ModelError as error:
+        raise ModelError(f"'{path}': {error}") from None
     except Exception as error:  # the reader trusts its input: whatever it stumbles on
         raise ModelError(
             f"'{path}' cannot be read as '{header.architecture}': {in_one_line(error)}; give the Hugging Face folder it was made from"
@@ -143,9 +144,9 @@ def _unpack(path: Path, header: GgufHeader, folder: Path) -> None:
 
 
 def _tokenizer(path: Path, gguf: Any) -> PreTrainedTokenizerBase | None:
-    """Returns a byte-level tokenizer as the file has it; None for other kinds, which transformers reads.
+    """Returns the tokenizer as the file has it; None where only transformers' reader can guess it.
 
-    transformers adds tokens that a file does not have, and knows few rules for splitting text.
+    transformers adds tokens that a file does not have, knows few rules for splitting text, and puts spaces where llama.cpp does not.
     """
     fields = gguf.GGUFReader(path).fields
 
@@ -153,4 +154,4 @@ def _tokenizer(path: Path, gguf: Any) -> PreTrainedTokenizerBase | None:
         field = fields.get(f"tokenizer.{key}")
         return None if field is None else field.contents()
 
-    return byte_level(value)
+    return tokenizer_of(value)

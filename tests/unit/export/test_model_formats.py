@@ -60,6 +60,15 @@ def test_a_head_count_that_llama_refuses_becomes_mistral(tmp_path: Path) -> None
     torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-4)
 
 
+def test_a_head_count_that_no_stock_class_takes_is_filled_up(tmp_path: Path) -> None:
+    model = uneven(toy("llama", attention_bias=True), **{f"layer{index}": (3, 1, 96) for index in range(4)})
+    done = export(as_loaded(model), tmp_path / "out", "hf-uniform", settings=FEW, check=None)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (type(stock).__name__, stock.config.num_attention_heads) == ("LlamaForCausalLM", 4)
+    assert "neither smaller nor faster" in done.notes[0]
+    torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("to", ["hf", "hf-uniform"])
 def test_a_fresh_process_without_regraft_computes_the_same(tmp_path: Path, to: str) -> None:
     done = export(as_loaded(uneven(toy("llama"), **UNEVEN)), tmp_path / "out", to, settings=FEW, check=TEXT)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,11 @@ import torch
 from gguf_toys import as_loaded, byte_level_tokenizer, spaced_tokenizer, toy
 from regraft.cli.app import run
 from regraft.errors import ModelError
+from regraft.export.gguf.catalogue import choose
+from regraft.export.gguf.numbers import SCHEMES
+from regraft.export.gguf.source import source_of
+from regraft.export.gguf.vocabulary import vocabulary_of
+from regraft.export.gguf.write import write_file
 from regraft.models.gguf_folder import CACHE
 from regraft.models.gguf_header import TYPES, read_gguf_header
 from regraft.models.load import load
@@ -45,6 +52,60 @@ def test_a_file_is_read_as_the_model_it_was_made_from(tmp_path: Path, family: st
     text = "the thing in the morning,  and 12 more\n\tthings <s>"
     assert loaded.tokenizer(text).input_ids == byte_level_tokenizer()(text).input_ids
     assert loaded.tokenizer.chat_template == TEMPLATE
+
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + index / 8 for index in range(8)],
+    "long_factor": [2.0 + index / 4 for index in range(8)],
+    "original_max_position_embeddings": 64,
+}
+SMALL_GPT2 = {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128, "n_inner": 96}
+WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama 3": ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, **LLAMA3}}),
+    "llama 3 of its own": (
+        "llama",
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, **LLAMA3, "low_freq_factor": 2.0}},
+    ),
+    "yarn": ("qwen3", {"rope_parameters": YARN}),
+    "yarn of its own": ("llama", {"rope_parameters": YARN | {"beta_fast": 16.0, "attention_factor": 1.2}}),
+    "linear": ("qwen2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}}),
+    "gemma 2": ("gemma2", {"sliding_window": 24, "query_pre_attn_scalar": 10, "final_logit_softcapping": None}),
+    "gemma 3": ("gemma3_text", {"sliding_window": 24, "query_pre_attn_scalar": 10, "num_hidden_layers": 7}),
+    "phi 3": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64, "partial_rotary_factor": 1.0}),
+    "gpt 2": ("gpt2", SMALL_GPT2),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_scales_caps_and_rotations_of_a_file_are_read(tmp_path: Path, name: str) -> None:
+    family, config = WHOLE[name]
+    model = toy(family, **config)
+    export(as_loaded(model), tmp_path / "out", "gguf", check=None)
+    loaded = load(tmp_path / "out" / "model.gguf")
+    ids = torch.arange(100)[None] + 5
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-3)
+    again = export(loaded, tmp_path / "again", "gguf", check=None)
+    assert again.words == export(as_loaded(model), tmp_path / "other", "gguf", check=None).words
+
+
+def test_a_scaling_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    file = written_with(tmp_path, {"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0})
+    with pytest.raises(ModelError, match="'longrope' is not read"):
+        load(file)
+
+
+def written_with(folder: Path, keys: dict[str, Any]) -> Path:
+    """Returns a file of a Llama with further keys."""
+    loaded = as_loaded(toy("llama"))
+    layout = choose(source_of(loaded.model)).lay_out(source_of(loaded.model))
+    layout = dataclasses.replace(layout, metadata=layout.metadata | keys)
+    write_file(folder / "model.gguf", layout, vocabulary_of(loaded.tokenizer, 320), SCHEMES["F32"], {"type": "model"})
+    return folder / "model.gguf"
 
 
 def test_the_record_says_from_what_was_dequantised(tmp_path: Path) -> None:

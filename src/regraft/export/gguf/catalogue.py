@@ -9,6 +9,7 @@ from typing import Any
 from regraft.errors import InputError
 from regraft.export.gguf.fused import gpt2, phi3
 from regraft.export.gguf.llama_like import FOUR_NORMS, TWO_NORMS, Gated, gemma2, gemma3, lay_out, step35
+from regraft.export.gguf.rotary import refusal as rotary_refusal
 from regraft.export.gguf.source import Layout, Source
 
 
@@ -53,6 +54,22 @@ def _gated(kind: Gated, families: str, refusal: Callable[[Source], str], uneven:
     return Architecture(kind.name, tuple(families.split()), uneven, refusal, lambda source: lay_out(kind, source), **more)
 
 
+def _rotary(*, divisors: bool = False) -> Callable[[Source], str]:
+    """Returns the rule that an architecture has a form for the rotary embedding of every kind of layer."""
+
+    def rule(source: Source) -> str:
+        parameters: Any = source.config.rope_parameters
+        kinds = parameters.values() if "rope_type" not in parameters and "full_attention" in parameters else (parameters,)
+        return next((reason for kind in kinds if (reason := rotary_refusal(kind, divisors=divisors))), "")
+
+    return rule
+
+
+def _as_wide(source: Source) -> str:
+    wide = source.sizes[0].query_heads * source.head_dim == source.width
+    return "" if wide else "its heads together must be as wide as the stream"
+
+
 def _no_bias(source: Source) -> str:
     biased = [name for name in source.names if name.endswith("_proj.bias")]
     return "it has no biases in attention and feed-forward network" if biased else ""
@@ -66,13 +83,29 @@ def _pattern(source: Source, full_every: int) -> str:
 
 
 def _gemma2(source: Source) -> str:
-    return _pattern(source, 2) or ("" if _gelu(source) else f"it computes gelu, the model {source.config.hidden_activation}")
+    return (
+        _tied(source)
+        or _no_bias(source)
+        or _rotary()(source)
+        or _pattern(source, 2)
+        or ("" if _gelu(source) else f"it computes gelu, the model {source.config.hidden_activation}")
+    )
 
 
 def _gemma3(source: Source) -> str:
     if getattr(source.config, "final_logit_softcapping", None):
         return "it has no cap on logits"
-    return _pattern(source, 6) or ("" if _gelu(source) else f"it computes gelu, the model {source.config.hidden_activation}")
+    if getattr(source.config, "use_bidirectional_attention", None):
+        return "it looks back only, the model both ways"
+    local = source.config.rope_parameters["sliding_attention"].get("rope_type", "default")
+    if local != "default":
+        return f"it does not scale the rotation within windows, the model does ({local})"
+    return (
+        _no_bias(source)
+        or _rotary()(source)
+        or _pattern(source, 6)
+        or ("" if _gelu(source) else f"it computes gelu, the model {source.config.hidden_activation}")
+    )
 
 
 def _gelu(source: Source) -> bool:
@@ -81,8 +114,8 @@ def _gelu(source: Source) -> bool:
 
 def _gpt2(source: Source) -> str:
     config = source.config
-    if source.sizes[0].query_heads * source.head_dim != source.width:
-        return "its heads together must be as wide as the stream"
+    if _as_wide(source):
+        return _as_wide(source)
     if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights:
         return "it scales attention by the head size alone"
     if getattr(config, "norm_width", None):
@@ -109,9 +142,9 @@ WINDOWLESS = "a sliding window: the context ends where it does"
 ZEROS = f"{WINDOWLESS}; zeros stand for the attention of layer 0, or a feed-forward network alone, where they were removed"
 
 ARCHITECTURES: tuple[Architecture, ...] = (
-    _gated(Gated("llama", TWO_NORMS, permuted=True), "llama mistral", _both(_uneven, _silu), lost=WINDOWLESS),
-    _gated(Gated("qwen2", TWO_NORMS), "qwen2", _both(_uneven, _silu), lost=WINDOWLESS),
-    _gated(Gated("qwen3", TWO_NORMS), "qwen3", _both(_uneven, _silu), lost=WINDOWLESS),
+    _gated(Gated("llama", TWO_NORMS, permuted=True), "llama mistral", _both(_uneven, _silu, _rotary(divisors=True)), lost=WINDOWLESS),
+    _gated(Gated("qwen2", TWO_NORMS), "qwen2", _both(_uneven, _silu, _as_wide, _rotary()), lost=WINDOWLESS),
+    _gated(Gated("qwen3", TWO_NORMS), "qwen3", _both(_uneven, _silu, _no_bias, _rotary()), lost=WINDOWLESS),
     _gated(Gated("gemma2", FOUR_NORMS, window=True, extra=gemma2), "gemma2", _both(_uneven, _gemma2)),
     _gated(Gated("gemma3", FOUR_NORMS, window=True, extra=gemma3), "gemma3_text", _both(_uneven, _gemma3)),
     Architecture("phi3", ("phi3",), "", _both(_uneven, _silu), phi3),
@@ -119,21 +152,21 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _gated(
         Gated("deci", TWO_NORMS, permuted=True, per_layer=True),
         "llama mistral qwen2",
-        _silu,
+        _both(_silu, _rotary(divisors=True)),
         f"{PER_LAYER}; attention or feed-forward network removed",
         lost=ZEROS,
     ),
     _gated(
         Gated("openelm", TWO_NORMS, per_layer=True, fused=True),
         "qwen3",
-        _both(_silu, _tied, _whole, _no_bias),
+        _both(_silu, _tied, _whole, _no_bias, _rotary()),
         PER_LAYER,
         lost=WINDOWLESS,
     ),
     _gated(
         Gated("step35", TWO_NORMS, per_layer=True, window=True, extra=step35),
         "qwen3",
-        _both(_silu, _whole, _one_width, _no_bias),
+        _both(_silu, _whole, _one_width, _no_bias, _rotary()),
         "query heads, key-value heads",
         lost="its name: the file says that it is of another family",
         asked_for=True,
@@ -170,7 +203,5 @@ def choose(source: Source, wanted: str = "") -> Architecture:
         if not reason and (wanted or not entry.asked_for):
             return entry
         reasons.append(f"{entry.name}: {reason or 'taken only when asked for by name'}")
-    raise InputError(
-        f"no GGUF architecture holds this {source.kind} ({'; '.join(reasons)}); "
-        "export with `to=hf`, or with `to=hf-uniform` and then that folder with `to=gguf`"
-    )
+    further = "" if source.is_uniform else ", or with `to=hf-uniform` and then that folder with `to=gguf`"
+    raise InputError(f"no GGUF architecture holds this {source.kind} ({'; '.join(reasons)}); export with `to=hf`{further}")

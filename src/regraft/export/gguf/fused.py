@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.errors import InputError
 from regraft.export.gguf.llama_like import norm, outside
 from regraft.export.gguf.rotary import rotary
 from regraft.export.gguf.source import Entry, Layout, Metadata, Source
@@ -26,13 +25,12 @@ def phi3(source: Source) -> Layout:
     original = int(parameters.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", 0) or 0)
     extra: Metadata = {}
     if parameters.get("rope_type") == "longrope":
-        if parameters.get("attention_factor"):
-            raise InputError("a longrope scaling with an attention factor of its own has no form in GGUF here; export with `to=hf`")
         for name in ("long", "short"):
             values = torch.tensor(parameters[f"{name}_factor"], dtype=torch.float32)
             tables.append(Entry(f"rope_factors_{name}.weight", tuple(values.shape), lambda values=values: values, exact=True))
-        ratio = config.max_position_embeddings / original
-        extra = {"rope.scaling.attn_factor": _attention_factor(ratio, original), "rope.scaling.original_context_length": original}
+        ratio = float(parameters.get("factor") or config.max_position_embeddings / original)
+        factor = float(parameters.get("attention_factor") or _attention_factor(ratio, original))
+        extra = {"rope.scaling.attn_factor": factor, "rope.scaling.original_context_length": original}
         parameters["rope_type"] = "default"
     rope, _ = rotary(parameters, config, source.head_dim)
     context = int(config.max_position_embeddings)

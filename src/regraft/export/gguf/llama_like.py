@@ -15,6 +15,7 @@ from torch import Tensor
 
 from regraft.export.gguf.rotary import FREQUENCIES, rotary
 from regraft.export.gguf.source import Entry, Layout, Metadata, Source
+from regraft.models.gguf_config import NO_CAP, SCALED_BY_WIDTH
 
 PROJECTIONS = {
     "self_attn.q_proj": "attn_q",
@@ -220,7 +221,8 @@ def gemma2(source: Source) -> tuple[Metadata, float]:
     config = source.config
     keys: Metadata = {"attention.sliding_window": int(config.sliding_window)}
     caps = {"attn_logit_softcapping": config.attn_logit_softcapping, "final_logit_softcapping": config.final_logit_softcapping}
-    return keys | {name: float(cap) for name, cap in caps.items() if cap}, _own_scale(source)
+    # The runtime always caps; a cap far beyond every logit changes none.
+    return keys | {name: float(cap or NO_CAP) for name, cap in caps.items()}, _own_scale(source)
 
 
 def gemma3(source: Source) -> tuple[Metadata, float]:
@@ -250,5 +252,10 @@ def step35(source: Source) -> tuple[Metadata, float]:
 
 
 def _own_scale(source: Source) -> float:
-    """Returns what queries are multiplied with so that a runtime's 1/sqrt(head size) becomes the model's scale."""
-    return (source.head_dim / float(source.config.query_pre_attn_scalar)) ** 0.5
+    """Returns what queries are multiplied with so that the runtime's scale of attention becomes the model's.
+
+    The runtime takes 1/sqrt(head size), but for the largest size of each family, which it knows by its number of layers.
+    """
+    by_width = len(source.sizes) == SCALED_BY_WIDTH.get(source.kind.removesuffix("_text"))
+    theirs = source.width / source.sizes[0].query_heads if by_width else source.head_dim
+    return (theirs / float(source.config.query_pre_attn_scalar)) ** 0.5

@@ -6,6 +6,8 @@ probe of mixed text as the tokenizer itself does.
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -13,15 +15,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from regraft.errors import InputError
-from regraft.models.gguf_tokenizer import RULES, TokenType, splitter
+from regraft.export.parity import mixed_text
+from regraft.models.gguf_tokenizer import RULES, WHOLE_PIECES, TokenType, splitter
 from regraft.models.tokenizer import PROBE
 
 NO_HOME = "GGUF holds byte-level BPE and SentencePiece tokenizers; export with `to=hf`"
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 SPACE = "\u2581"
+CONTRACTIONS = "'tis 'Sir I'Dare you'llama we'reach x'S y'M\n \n\n"  # where rules with and without them differ
+PROBE_CHARACTERS = 3000
 UNREACHABLE = -1e6  # score of a piece that no merge makes
 
 
@@ -30,14 +36,15 @@ class Vocabulary:
     """The tokenizer as a file describes it.
 
     Attributes:
-        model: ``gpt2`` for byte-level BPE, ``llama`` for SentencePiece.
+        model: ``gpt2`` for byte-level BPE, ``llama`` for BPE and ``t5`` for Unigram of SentencePiece.
         pre: Name of the splitting rule.
         tokens: The tokens by id, one for each row of the embedding.
         types: Type of each token, as GGUF numbers them.
         merges: Merges of byte-level BPE, in order.
         scores: Scores of SentencePiece.
         ids: Special ids by the name of their key.
-        flags: Whether a beginning, an end, and a leading space are added.
+        flags: Whether a beginning, an end, and a leading space are added; for Unigram, whether runs of spaces become one.
+        charsmap: The table by which SentencePiece's Unigram normalises characters; empty for none.
         template: Chat template in Jinja; empty for none.
         normal_form: Unicode normal form, such as ``NFC``, that the tokenizer applies first and the runtime does not; empty for none.
     """
@@ -50,6 +57,7 @@ class Vocabulary:
     scores: tuple[float, ...] = ()
     ids: Mapping[str, int] = field(default_factory=dict[str, int])
     flags: Mapping[str, bool] = field(default_factory=dict[str, bool])
+    charsmap: bytes = b""
     template: str = ""
     normal_form: str = ""
 
@@ -67,6 +75,8 @@ class Vocabulary:
             found["tokenizer.ggml.scores"] = list(self.scores)
         found |= {f"tokenizer.ggml.{name}_token_id": value for name, value in self.ids.items()}
         found |= {f"tokenizer.ggml.{name}": value for name, value in self.flags.items()}
+        if self.charsmap:
+            found["tokenizer.ggml.precompiled_charsmap"] = self.charsmap
         return found | ({"tokenizer.chat_template": self.template} if self.template else {})
 
 
@@ -88,30 +98,77 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase | None, rows: int, ends: tu
     core: Tokenizer = tokenizer.backend_tokenizer
     stored = json.loads(core.to_str())
     kind = stored["model"]["type"]
-    if kind != "BPE":
+    if kind not in ("BPE", "Unigram"):
         raise InputError(f"the tokenizer is of type {kind}; {NO_HOME}")
-    merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in stored["model"]["merges"]]
+    form = _unigram if kind == "Unigram" else _byte_level if _is_byte_level(stored) else _spaced
+    found = form(core, stored, rows)
+    return dataclasses.replace(
+        found,
+        flags={**found.flags, **_added(tokenizer)},
+        ids=_special_ids(tokenizer, ends),
+        template=_template(tokenizer),
+        normal_form=_normal_form(stored["normalizer"]),
+    )
+
+
+def _byte_level(core: Tokenizer, stored: dict[str, Any], rows: int) -> Vocabulary:
+    """Returns byte-level BPE."""
+    affixes = [name for name in ("continuing_subword_prefix", "end_of_word_suffix") if stored["model"].get(name)]
+    if affixes:
+        raise InputError(f"the tokenizer marks pieces by {affixes[0]}, which GGUF does not know; export with `to=hf`")
+    if core.encode("the", add_special_tokens=False).tokens[0].startswith("\u0120"):
+        raise InputError(
+            "the tokenizer puts a space before every text (add_prefix_space), as llama.cpp's byte-level BPE does not; export with `to=hf`"
+        )
     tokens, types = _tokens(core, stored, rows)
-    common = {
-        "ids": _special_ids(tokenizer, ends),
-        "template": _template(tokenizer),
-        "normal_form": _normal_form(stored["normalizer"]),
-    }
-    flags = _added(tokenizer)
-    if _is_byte_level(stored):
-        pre, text = _rule(core), tuple(" ".join(merge) for merge in merges)
-        flags |= {"add_space_prefix": False}
-        return Vocabulary("gpt2", pre, tokens, types, merges=text, flags=flags, **common)
+    merges = tuple(" ".join(merge) for merge in _merges(stored))
+    return Vocabulary("gpt2", _rule(core, stored), tokens, types, merges=merges, flags={"add_space_prefix": False})
+
+
+def _spaced(core: Tokenizer, stored: dict[str, Any], rows: int) -> Vocabulary:
+    """Returns BPE of SentencePiece."""
     if not stored["model"].get("byte_fallback") or SPACE not in "".join(core.encode(" a b", add_special_tokens=False).tokens):
         raise InputError(f"the tokenizer is BPE, but neither byte-level nor with byte tokens and '{SPACE}' for spaces; {NO_HOME}")
-    flags |= {"add_space_prefix": core.encode("the", add_special_tokens=False).tokens[0].startswith(SPACE)}
-    return Vocabulary("llama", "default", tokens, types, scores=_scores(tokens, merges), flags=flags, **common)
+    tokens, types = _tokens(core, stored, rows)
+    scores = _scores(tokens, _merges(stored))
+    return Vocabulary("llama", "default", tokens, types, scores=scores, flags={"add_space_prefix": _starts_with_space(core)})
+
+
+def _unigram(core: Tokenizer, stored: dict[str, Any], rows: int) -> Vocabulary:
+    """Returns Unigram of SentencePiece, as llama.cpp has it from T5."""
+    if stored["model"].get("byte_fallback"):
+        raise InputError("the tokenizer is Unigram with byte tokens, which llama.cpp's Unigram never uses; export with `to=hf`")
+    if SPACE not in "".join(core.encode(" a b", add_special_tokens=False).tokens):
+        raise InputError(f"the tokenizer is Unigram without '{SPACE}' for spaces; {NO_HOME}")
+    tokens, types = _tokens(core, stored, rows)
+    known = {piece: float(score) for piece, score in stored["model"]["vocab"]}
+    maps = [step["precompiled_charsmap"] for step in _steps(stored["normalizer"], "normalizers") if step["type"] == "Precompiled"]
+    joined = core.encode("a   b", add_special_tokens=False).ids == core.encode("a b", add_special_tokens=False).ids
+    return Vocabulary(
+        "t5",
+        "default",
+        tokens,
+        types,
+        scores=tuple(known.get(token, 0.0) for token in tokens),
+        flags={"add_space_prefix": _starts_with_space(core), "remove_extra_whitespaces": joined},
+        charsmap=base64.b64decode(maps[0]) if maps and maps[0] else b"",
+    )
+
+
+def _merges(stored: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in stored["model"]["merges"]]
+
+
+def _starts_with_space(core: Tokenizer) -> bool:
+    return core.encode("the", add_special_tokens=False).tokens[0].startswith(SPACE)
 
 
 def _tokens(core: Tokenizer, stored: dict[str, Any], rows: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
     known = {number: token for token, number in core.get_vocab(with_added_tokens=True).items()}
     added = {entry["id"]: entry for entry in stored["added_tokens"]}
     unknown = stored["model"].get("unk_token")
+    if stored["model"].get("unk_id") is not None:
+        unknown = stored["model"]["vocab"][stored["model"]["unk_id"]][0]
     tokens, types = list[str](), list[int]()
     for number in range(max(rows, max(known, default=-1) + 1)):
         token = known.get(number)
@@ -184,16 +241,32 @@ def _is_byte_level(stored: dict[str, Any]) -> bool:
     return any(step["type"] == "ByteLevel" for step in _steps(stored["pre_tokenizer"], "pretokenizers"))
 
 
-def _rule(core: Tokenizer) -> str:
+def _rule(core: Tokenizer, stored: dict[str, Any]) -> str:
     """Returns the name of the rule by which a byte-level tokenizer splits text.
 
     Raises:
         InputError: llama.cpp has none that does the same on the probe.
     """
     assert core.pre_tokenizer is not None
-    text = core.normalizer.normalize_str(PROBE) if core.normalizer is not None else PROBE
+    probe = PROBE + CONTRACTIONS + mixed_text((), PROBE_CHARACTERS)
+    text = core.normalizer.normalize_str(probe) if core.normalizer is not None else probe
     wanted = core.pre_tokenizer.pre_tokenize_str(text)
-    for name, patterns in RULES.items():
-        if splitter(patterns).pre_tokenize_str(text) == wanted:
-            return name
-    raise InputError(f"the tokenizer splits text by a rule that llama.cpp has no name for (known: {', '.join(RULES)}); export with `to=hf`")
+    alike = [name for name, patterns in RULES.items() if splitter(patterns).pre_tokenize_str(text) == wanted]
+    if not alike:
+        known = ", ".join(RULES)
+        raise InputError(f"the tokenizer splits text by a rule that llama.cpp has no name for (known: {known}); export with `to=hf`")
+    whole = bool(stored["model"].get("ignore_merges"))
+    fitting = [name for name in alike if (name in WHOLE_PIECES) == whole]
+    if not fitting and not _merges_make_all(core, stored):
+        raise InputError(
+            f"llama.cpp's splitting rule '{alike[0]}' takes pieces {'through merges' if whole else 'that are tokens whole'}, the "
+            f"tokenizer does not; export with `to=hf`"
+        )
+    return (fitting or alike)[0]
+
+
+def _merges_make_all(core: Tokenizer, stored: dict[str, Any]) -> bool:
+    """Returns whether the merges make every token of the vocabulary from its own text, so that taking it whole changes nothing."""
+    model = BPE(vocab=stored["model"]["vocab"], merges=[(first, second) for first, second in _merges(stored)])
+    added = {entry["content"] for entry in stored["added_tokens"]}
+    return all([piece.value for piece in model.tokenize(token)] == [token] for token in stored["model"]["vocab"] if token not in added)

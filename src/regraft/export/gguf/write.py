@@ -78,6 +78,7 @@ def _add(writer: Any, key: str, value: Any) -> None:
         (int, writer.add_uint32),
         (float, writer.add_float32),
         (str, writer.add_string),
+        (bytes, writer.add_array),
         (list, writer.add_array),
     )
     next(add for kind, add in adders if isinstance(value, kind))(key, value)

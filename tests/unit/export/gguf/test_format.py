@@ -30,6 +30,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+OWN_YARN = YARN | {"beta_fast": 16.0, "attention_factor": 1.2}
 EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -37,12 +39,16 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
     "llama 3 frequencies": ("llama", {"rope_parameters": LLAMA3}),
     "llama, linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}}),
+    "llama, yarn": ("llama", {"rope_parameters": YARN}),
+    "llama, yarn with factors of its own": ("llama", {"rope_parameters": OWN_YARN}),
     "mistral": ("mistral", {"sliding_window": None, "num_attention_heads": 6, "num_key_value_heads": 3}),
     "mistral, window": ("mistral", {"sliding_window": 64}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
     "gemma 2": ("gemma2", {"sliding_window": 24, "query_pre_attn_scalar": 10}),
     "gemma 3": ("gemma3_text", {"sliding_window": 24, "query_pre_attn_scalar": 10, "num_hidden_layers": 6}),
+    "gemma 2, no caps": ("gemma2", {"sliding_window": 24, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma 2, 46 layers": ("gemma2", {"sliding_window": 24, "num_hidden_layers": 46, "head_dim": 32}),
     "phi 3": ("phi3", {}),
     "gpt 2": ("gpt2", {"n_embd": 64, "n_head": 4, "n_layer": 3, "n_positions": 128, "n_inner": 96}),
 }
@@ -58,7 +64,7 @@ def test_a_uniform_model_computes_the_same_in_llama_cpp(tmp_path: Path, name: st
     done = export(as_loaded(toy(family, **config)), tmp_path / "out", "gguf", settings=FEW, check=TEXT)
     assert done.parity is not None
     # llama.cpp takes gelu from a table in float16.
-    assert done.parity.largest < (5e-3 if name in ("gemma 2", "gemma 3", "gpt 2") else 1e-3)
+    assert done.parity.largest < (5e-3 if name.startswith(("gemma", "gpt")) else 1e-3)
     assert done.parity.agreement == 1.0
     assert done.parity.characters == 10_000
 
@@ -81,6 +87,23 @@ def test_an_uneven_model_is_written_as_deci(tmp_path: Path, name: str, family: s
     done = export(as_loaded(model), tmp_path / "out", "gguf", settings=FEW, check=TEXT)
     assert done.parity is not None
     assert done.parity.largest < 2e-3
+    assert architecture_of(tmp_path / "out" / "model.gguf") == "deci"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: toy("qwen2", rope_parameters=OWN_YARN),
+        lambda: uneven(toy("qwen2"), **{f"layer{index}": (3, 1, 96) for index in range(4)}),
+        lambda: uneven(toy("llama", rope_parameters=OWN_YARN), layer1=(2, 2, 64)),
+        lambda: uneven(toy("llama", attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3), layer0=(0, 0, 96), layer1=(2, 2, 64)),
+    ],
+    ids=["own rotation", "heads narrower than the stream", "uneven with own rotation", "uneven with biases"],
+)
+def test_deci_takes_what_the_plain_architectures_do_not(tmp_path: Path, make: Any) -> None:
+    done = export(as_loaded(make()), tmp_path / "out", "gguf", settings=FEW, check=TEXT)
+    assert done.parity is not None
+    assert done.parity.largest < 1e-3
     assert architecture_of(tmp_path / "out" / "model.gguf") == "deci"
 
 
@@ -172,7 +195,12 @@ def test_the_file_holds_names_and_template(tmp_path: Path) -> None:
         (lambda: uneven(toy("qwen3"), layer1=(2, 1, 96)), {}, "hf-uniform"),
         (lambda: toy("llama"), {"quantize": "Q9"}, "Q4_K_M"),
         (lambda: toy("llama"), {"architecture": "qwen2"}, "deci"),
-        (lambda: toy("opt", ffn_dim=96, word_embed_proj_dim=64), {}, "export `to=hf`"),
+        (lambda: toy("qwen3", attention_bias=True), {}, "no biases"),
+        (lambda: toy("qwen3", rope_parameters=LLAMA3), {}, "no rotary scaling of type 'llama3'"),
+        (lambda: toy("qwen3", rope_parameters=OWN_YARN), {}, "beta_fast"),
+        (lambda: toy("gemma2", tie_word_embeddings=False), {}, "must be the token embedding"),
+        (lambda: toy("gemma3_text", num_hidden_layers=6, use_bidirectional_attention=True), {}, "looks back only"),
+        (lambda: toy("opt", ffn_dim=96, word_embed_proj_dim=64), {}, "with `to=hf`"),
     ],
 )
 def test_what_no_file_can_hold_is_refused(tmp_path: Path, model: Any, settings: dict[str, Any], words: str) -> None:
