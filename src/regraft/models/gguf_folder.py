@@ -57,7 +57,7 @@ def unpacked(path: Path) -> Path:
     header = read_gguf_header(path)
     _check(path, header)
     status = path.stat()
-    key = hashlib.sha256(f"1 {path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"2 {path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "regraft") / "gguf" / f"{path.stem}-{key}"
     if not (folder / FILE).is_file():
         _unpack(path, header, folder)
