@@ -64,7 +64,11 @@ def command_page(name: str) -> str:
 def _command(name: str) -> list[str]:
     command = load_command(name)
     arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
-    options = [parameter for parameter in command.params if parameter.param_type_name == "option" and parameter.name != "help"]
+    options = [
+        parameter
+        for parameter in command.params
+        if parameter.param_type_name == "option" and parameter.name != "help" and not parameter.hidden
+    ]
     usage = " ".join(argument.metavar if argument.required else f"[{argument.metavar}]" for argument in arguments)
     help_lines = [line.strip() for line in (command.help or "").splitlines()]
     lines = [f"## regraft {name}", "", *help_lines, "", "```", f"regraft {name} {usage} [OPTIONS]".replace("  ", " "), "```", ""]

@@ -83,7 +83,9 @@ MODES = [
 @pytest.mark.parametrize(("targets", "ratio", "unit"), MODES)
 @pytest.mark.parametrize("select_by", ["uniform", "global"])
 def test_the_share_is_met_and_removing_is_zeroing(folder, targets, ratio, unit, select_by):
-    settings = PruneSettings(targets=targets, ratio=ratio, criterion="l1", select=select_by, align=1, depth="block_influence", **QUICK)
+    settings = PruneSettings(
+        targets=targets, ratio=ratio, criterion="l1", select=select_by, shape="per-layer", align=1, depth="block_influence", **QUICK
+    )
     done = prune(folder, None, settings)
     plan = done.plan
     assert parameter_count(done.model) == plan.parameters_after
@@ -158,6 +160,8 @@ def test_the_command_prunes_by_measured_damage(folder, tmp_path, targets):
         "16",
         "--align",
         "1",
+        "--shape",
+        "per-layer",
         "--calibration",
         str(text_file()),
     ]

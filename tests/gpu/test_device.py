@@ -16,7 +16,7 @@ from regraft.pipelines.prune.prune import prune
 from regraft.pipelines.recover import recover_model
 from regraft.settings import EvaluateSettings, LoadSettings, PruneSettings, RecoverSettings
 
-QUICK = {"ratio": 0.2, "samples": 8, "seq_len": 24, "align": 2}
+QUICK = {"ratio": 0.2, "samples": 8, "seq_len": 24, "align": 2, "shape": "per-layer"}
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "wanda", "surgeon"])

@@ -20,7 +20,7 @@ from regraft.settings import LoadSettings, PruneSettings
 from zeroing import Gone, zeroed
 
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(3))
-SMALL = ["--samples", "4", "--seq-len", "16", "--calibration", str(text_file())]
+SMALL = ["--shape", "per-layer", "--samples", "4", "--seq-len", "16", "--calibration", str(text_file())]
 QUICK = {"samples": 4, "seq_len": 16, "calibration": text_file()}
 # Weights stored (in, out) and fused; interleaved heads; fused halves, grouped; four norms and soft caps; slopes and tuples.
 DIFFERENT = ("gpt2", "gpt_neox", "phi3", "gemma2", "bloom")
@@ -47,7 +47,9 @@ def gone(groups: Groups, plan: PrunePlan) -> Gone:
 @pytest.mark.parametrize("criterion", ["taylor", "wanda"])
 def test_what_the_criterion_takes_is_cut_exactly(folder, criterion):
     """Without re-fitting the pruned model is the dense one with the plan's units silenced, by code that knows no plan."""
-    done = prune(folder, None, PruneSettings(criterion=criterion, select="global", reconstruct="none", ratio=0.2, **QUICK))
+    done = prune(
+        folder, None, PruneSettings(criterion=criterion, select="global", shape="per-layer", reconstruct="none", ratio=0.2, **QUICK)
+    )
     assert abs(done.plan.achieved - 0.2) <= 0.01
     dense, family = done.loaded.model, folder.name
     groups, repeats = (3, 2) if family in ("phi3", "gemma2") else (6, 1)
@@ -75,7 +77,7 @@ def test_the_command_prunes_saves_and_measures(folder, tmp_path):
 def test_streamed_is_the_same_to_rounding(folder, tmp_path):
     if folder.name not in ("gpt2", "gpt_neox", "bloom"):
         pytest.skip("stored and called like Llama, which tests/unit/streaming has")
-    settings = PruneSettings(criterion="taylor", select="global", ratio=0.2, align=4, **QUICK)
+    settings = PruneSettings(criterion="taylor", select="global", shape="per-layer", ratio=0.2, align=4, **QUICK)
     whole = prune(folder, tmp_path / "whole", settings)
     streamed = prune(folder, tmp_path / "streamed", settings.model_copy(update={"memory": 3_000_000_000}))
     assert streamed.plan.cuts == whole.plan.cuts

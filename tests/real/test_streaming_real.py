@@ -38,7 +38,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     ids=["taylor", "mixed-uniform", "flap", "surgeon"],
 )
 def test_it_is_the_model_that_memory_gives(tmp_path: Path, given: dict[str, object], memory: str) -> None:
-    usual = {"calibration": STORIES, "samples": 24, "seq_len": 64, "select": "global", "reconstruct": "least_squares"}
+    usual = {"calibration": STORIES, "samples": 24, "seq_len": 64, "select": "global", "shape": "per-layer", "reconstruct": "least_squares"}
     plain = prune(MODEL, tmp_path / "plain", PruneSettings.model_validate(usual | given))
     streamed = prune(MODEL, tmp_path / "streamed", PruneSettings.model_validate(usual | given | {"memory": memory}))
     assert_same_choice(streamed.plan, plain.plan)
@@ -49,7 +49,9 @@ def test_it_is_the_model_that_memory_gives(tmp_path: Path, given: dict[str, obje
 
 
 def test_what_is_written_generates_what_memory_generates(tmp_path: Path) -> None:
-    asked = PruneSettings(criterion="taylor", calibration=STORIES, samples=16, seq_len=64, select="global", reconstruct="least_squares")
+    asked = PruneSettings(
+        criterion="taylor", calibration=STORIES, samples=16, seq_len=64, select="global", reconstruct="least_squares", shape="per-layer"
+    )
     plain = prune(MODEL, None, asked).model
     prune(MODEL, tmp_path / "streamed", asked.model_copy(update={"memory": 2_000_000_000}))
     streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed")
@@ -79,7 +81,7 @@ if sys.argv[1] == "die":
 sys.argv[0] = "regraft"
 sys.exit(app.run(sys.argv[2:]))
 """
-    usual = ["prune", str(MODEL), "--criterion", "taylor", "--memory", "2GB", "--samples", "16", "--seq-len", "64"]
+    usual = ["prune", str(MODEL), "--criterion", "taylor", "--shape", "per-layer", "--memory", "2GB", "--samples", "16", "--seq-len", "64"]
     usual += ["--calibration", str(STORIES), "--output"]
 
     def attempt(how: str, output: Path) -> int:

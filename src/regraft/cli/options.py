@@ -9,8 +9,9 @@ A command has a section as a parameter, and the decorator replaces it by the sec
     app.command()(prune)     # --ratio --criterion … --seq-len … --trust-remote-code/--no-trust-remote-code
 
 ``seq_len`` becomes ``--seq-len``; a bool becomes ``--merge/--no-merge``, or ``--speed`` alone when it is off by default; a tuple
-is repeatable and takes commas, ``--targets heads,ffn``. Options that are not given keep the section's defaults. The command gets the
-sections built and checked; all problems, of all sections, are in one :class:`~regraft.errors.ConfigError` that names the options.
+is repeatable and takes commas, ``--targets heads,ffn``. Options that are not given are not set in the section, which knows its defaults.
+The words of other libraries (``Settings.aliases``) are options too, which the help leaves out: ``--learning-rate`` is ``--lr``. The command
+gets the sections built and checked; all problems, of all sections, are in one :class:`~regraft.errors.ConfigError` that names the options.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from regraft.errors import ConfigError
 from regraft.settings import Settings, problems_of
 
 SOURCE = "command line"
+CONTEXT = "context_of_the_call"
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a model folder, a hub id, or: seedling", show_default=False)]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="folder to write, which must not exist")]
@@ -80,13 +82,18 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         else:
             own.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
     options = [_parameter(name, kind.model_fields[name], kind) for section, kind in sections.items() for name in wanted[section]]
-    parameters = [*own, *options]
+    taken = {parameter.name for parameter in (*own, *options)}
+    words = {section: _other_words(kind, wanted[section], taken) for section, kind in sections.items()}
+    options += [_hidden(word, sections[section].model_fields[name]) for section in sections for word, name in words[section].items()]
+    parameters = [inspect.Parameter(CONTEXT, inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context), *own, *options]
     names = [parameter.name for parameter in parameters]
     assert len(set(names)) == len(names), f"options of {command.__name__} collide: {sorted(names)}"
 
     @wraps(command)
     def wrapper(**given: Any) -> None:
-        built = _build(sections, wanted, given)
+        context: typer.Context = given.pop(CONTEXT)
+        typed = {name: value for name, value in given.items() if _was_given(context, name)}
+        built = _build(sections, {section: {name: name for name in wanted[section]} | words[section] for section in sections}, typed)
         command(**{parameter.name: given[parameter.name] for parameter in own if parameter.name in given}, **built)
 
     wrapper.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
@@ -96,12 +103,29 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def _build(sections: dict[str, type[Settings]], wanted: dict[str, tuple[str, ...]], given: dict[str, Any]) -> dict[str, Settings]:
-    """Builds the sections from the options, given or at their defaults."""
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _other_words(section: type[Settings], wanted: tuple[str, ...], taken: set[str]) -> dict[str, str]:
+    """Returns the words of other libraries for the wanted fields, each with its field, except those that are options already."""
+    return {word: name for word, name in section.aliases.items() if name in wanted and word not in taken}
+
+
+def _build(sections: dict[str, type[Settings]], words: dict[str, dict[str, str]], given: dict[str, Any]) -> dict[str, Settings]:
+    """Builds the sections from the options that were given, by the fields' own names or by other words for them."""
     built: dict[str, Settings] = {}
     problems: list[str] = []
     for section, kind in sections.items():
-        values = {name: _plain(given[name]) for name in wanted[section] if given.get(name) is not None}
+        values: dict[str, Any] = {}
+        by: dict[str, str] = {}
+        for word, name in words[section].items():
+            if given.get(word) is None:
+                continue
+            if name in by:
+                problems.append(f"{flag(by[name])} and {flag(word)} are one setting; give one of the two")
+            values[name], by[name] = _plain(given[word]), word
         try:
             built[section] = kind.model_validate(values)
         except ValidationError as error:
@@ -142,6 +166,14 @@ def _parameter(name: str, field: FieldInfo, section: type[Settings]) -> inspect.
         else:
             default = [str(part) for part in default] if isinstance(default, tuple) else str(default)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+def _hidden(word: str, field: FieldInfo) -> inspect.Parameter:
+    """Makes an option that the help does not list, for another word for a field that is no switch."""
+    assert field.annotation is not bool, f"{word}: a switch has one name"
+    kind = list[str] if get_origin(field.annotation) is tuple else str
+    option = typer.Option(flag(word), hidden=True)
+    return inspect.Parameter(word, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
 
 
 def _panel(section: type[Settings]) -> str:

@@ -29,10 +29,12 @@ else:
     replay = later("regraft.pipelines.prune.prune", "replay")
     prune_model = later("regraft.pipelines.prune.prune", "prune")
 
-UNEVEN = (
-    "its layers differ in size: transformers loads it, programs that know stock classes alone (servers, converters) do not; "
-    "prune with --shape uniform for these, or pad it for them with:"
-)
+OWN_CLASS = """{why}: transformers loads it after `import regraft` or with trust_remote_code=True. What knows stock classes
+alone does not: the models that vLLM and SGLang bring, llama.cpp's converter, most other servers and converters. For these:"""
+UNEVEN_REMEDIES = """  regraft export {folder} --to hf-uniform --output DIR    a stock class, filled up with zeros to equal layers
+  regraft export {folder} --to gguf --output FILE.gguf    llama.cpp, layers as they are
+  regraft prune with --shape uniform, the default         equal layers from the start"""
+EVEN_REMEDY = "  regraft prune with --targets ffn    leaves heads alone, whose number the stock class derives from the width"
 
 
 @with_settings
@@ -74,13 +76,18 @@ def prune(
         console.print(f"plan written to {plan_path(output)}", soft_wrap=True, markup=False)
     else:
         console.print(f"saved to {output}", soft_wrap=True, markup=False)
-        if output is not None and _is_uneven(output):
-            console.print(f"{UNEVEN} regraft export {output} --to hf-uniform", soft_wrap=True, markup=False)
+        if output is not None:
+            console.print(*who_cannot_load(output), sep="\n", end="", soft_wrap=True, markup=False)
 
 
-def _is_uneven(folder: Path) -> bool:
-    """Returns whether a saved model needs our class, since its layers differ in size."""
-    return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]).startswith("regraft_")
+def who_cannot_load(folder: Path) -> list[str]:
+    """Returns lines on the programs that cannot load a saved model and the commands that help; none if it is of a stock class."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not str(config["model_type"]).startswith("regraft_"):
+        return []
+    differ = bool(config.get("per_layer_config"))
+    why = "its layers differ in size" if differ else "its layers are equal, but have sizes that the stock class of its family cannot hold"
+    return [OWN_CLASS.format(why=why), UNEVEN_REMEDIES.format(folder=folder) if differ else EVEN_REMEDY, ""]
 
 
 class Common(TypedDict):

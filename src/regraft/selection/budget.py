@@ -10,9 +10,17 @@ from regraft.groups.parameter_count import Ledger
 from regraft.plans import WHOLE, Curves, Cut, Group, GroupKind, Groups, PrunePlan, Scores, Shape
 from regraft.registry import NamedRegistry
 
-# Alignments for ``auto``, tried from the left: the first, and so the widest, that meets the target within _CLOSE_ENOUGH is taken.
-AUTO_ALIGNMENTS = (16, 8, 4, 2, 1)
+# Alignments for ``auto``, tried from the left: the first, and so the widest, that meets the target closely enough is taken.
+# 256 is the block of K quantization and the widest tile of matrix kernels, 64 the usual tile, 32 the block of other quantizations.
+# They are worth more than the last tenths of the ratio: see closest_wanted.
+WIDE_ALIGNMENTS = (256, 64, 32)
+NARROW_ALIGNMENTS = (16, 8, 4, 2, 1)
 _CLOSE_ENOUGH = 0.0025
+# The share of all parameters, and the share of the ratio, that a wide alignment may cost at most.
+MOST_MISSED = 0.01
+_MOST_OF_RATIO = 0.05
+# A width has at least this many steps of a wide alignment, so that layers and kinds can still differ by what they are worth.
+_FEWEST_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,11 @@ class Budget:
     targets: tuple[GroupKind, ...]
     align: int
     curves: Curves | None = None
+
+    @property
+    def counted(self) -> bool:
+        """Whether the ratio is a share of what can be counted: parameters or bytes, not time."""
+        return self.curves is None or self.curves.unit != "milliseconds"
 
     def prunable(self, groups: Groups) -> tuple[Group, ...]:
         """Returns the groups that may be cut."""
@@ -87,7 +100,7 @@ def select(name: str, groups: Groups, scores: Scores, budget: Budget, *, auto_al
         groups: Groups of the model.
         scores: Scores of the same model.
         budget: The amount to remove.
-        auto_align: Replace ``budget.align`` by the widest of 16, 8, 4, 2 and 1 that meets the target.
+        auto_align: Replace ``budget.align`` by the widest of :func:`alignments_for` that meets the target.
 
     Raises:
         InputError: The budget cannot be met; the message gives the limit.
@@ -96,7 +109,7 @@ def select(name: str, groups: Groups, scores: Scores, budget: Budget, *, auto_al
     if scores.fingerprint != groups.fingerprint:
         raise PlanError(f"the scores are of model {scores.fingerprint}, not of {groups.fingerprint}; score this model again")
     selector = SELECTORS.get(name)
-    alignments = AUTO_ALIGNMENTS if auto_align else (budget.align,)
+    alignments = alignments_for(groups, budget) if auto_align else (budget.align,)
     plans: list[PrunePlan] = []
     refused: InputError | None = None
     for align in alignments:
@@ -107,13 +120,31 @@ def select(name: str, groups: Groups, scores: Scores, budget: Budget, *, auto_al
         except InputError as error:  # a narrower alignment may still be possible
             refused = error
             continue
-        counted = budget.curves is None or budget.curves.unit != "milliseconds"
-        if not counted or abs(plans[-1].achieved - budget.ratio) <= _CLOSE_ENOUGH:
+        if not budget.counted or abs(plans[-1].achieved - budget.ratio) <= closest_wanted(align, budget.ratio):
             return plans[-1]
     if not plans:
         assert refused is not None
         raise refused
     return min(plans, key=lambda plan: abs(plan.achieved - budget.ratio))
+
+
+def alignments_for(groups: Groups, budget: Budget) -> tuple[int, ...]:
+    """Returns the alignments that ``auto`` tries, the widest first.
+
+    A wide one is tried where every width that may be cut has at least eight steps of it, and where parameters are counted.
+    """
+    widths = [group.units for group in budget.prunable(groups) if replace(budget, align=2).step(group) == 2]
+    most = min(widths, default=0) if budget.counted else 0
+    return (*(align for align in WIDE_ALIGNMENTS if _FEWEST_STEPS * align <= most), *NARROW_ALIGNMENTS)
+
+
+def closest_wanted(align: int, ratio: float) -> float:
+    """Returns by which share of all parameters an alignment may miss the target for ``auto`` to take it.
+
+    >>> closest_wanted(64, 0.2), closest_wanted(64, 0.1), closest_wanted(16, 0.2)
+    (0.01, 0.005, 0.0025)
+    """
+    return min(MOST_MISSED, max(_MOST_OF_RATIO * ratio, _CLOSE_ENOUGH)) if align in WIDE_ALIGNMENTS else _CLOSE_ENOUGH
 
 
 def check_possible(groups: Groups, budget: Budget) -> None:
@@ -128,8 +159,7 @@ def check_possible(groups: Groups, budget: Budget) -> None:
     ledger = Ledger(groups, [group.name for group in prunable])
     most = groups.parameters - ledger.left(budget.floors(groups))
     wanted = budget.ratio * groups.parameters
-    counted = budget.curves is None or budget.curves.unit != "milliseconds"
-    if counted and wanted > most:
+    if budget.counted and wanted > most:
         raise InputError(
             f"ratio {budget.ratio:g} would leave a layer empty: at most {most / groups.parameters:.3f} of the "
             f"{groups.parameters:,} parameters can go (one unit of {budget.align} stays in every layer); "
@@ -146,7 +176,7 @@ def _plan(name: str, groups: Groups, scores: Scores, budget: Budget, kept: Kept)
     )
     left = Ledger(groups, [cut.group for cut in cuts]).left({cut.group: len(cut.kept) for cut in cuts})
     if not cuts:
-        raise InputError(f"ratio {budget.ratio:g} removes less than one unit; raise `ratio`, or lower `align` (now {budget.align})")
+        raise InputError(_too_little(budget))
     return PrunePlan(
         fingerprint=groups.fingerprint,
         criterion=scores.criterion,
@@ -158,6 +188,14 @@ def _plan(name: str, groups: Groups, scores: Scores, budget: Budget, kept: Kept)
         parameters_after=round(left),
         cuts=cuts,
     )
+
+
+def _too_little(budget: Budget) -> str:
+    unit = "one unit of every layer" if budget.shape == "uniform" else "one unit"
+    ways = ["raise `ratio`"]
+    ways += ["use `shape=per-layer`"] if budget.shape == "uniform" else []
+    ways += [f"lower `align` (now {budget.align})"] if budget.align > 1 else []
+    return f"ratio {budget.ratio:g} removes less than {unit}; {', or '.join(ways)}"
 
 
 def _without_nested(groups: Groups, kept: Kept) -> dict[str, int]:

@@ -12,13 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from functools import reduce
+
+import numpy as np
 
 from regraft.errors import InputError, PlanError
 from regraft.groups.parameter_count import overlap
 from regraft.numerics.multiple_choice import Table, solve
 from regraft.plans import WHOLE, Curve, Curves, Group, Groups, Scores
-from regraft.selection.budget import SELECTORS, Budget, Kept, Selector
+from regraft.selection.budget import MOST_MISSED, SELECTORS, Budget, Kept, Selector
 from regraft.selection.knapsack_overlapping import nested
 from regraft.selection.knapsack_uniform import same_everywhere
 from regraft.selection.sizes import at_sizes
@@ -60,7 +62,7 @@ def knapsack(groups: Groups, scores: Scores, budget: Budget) -> Kept:
             "lower `ratio` or widen `layers`"
         )
     if budget.shape == "uniform" and not depth:
-        return _same_everywhere(options, target)
+        return _same_everywhere(options, target, total)
     return _solve(options, target)
 
 
@@ -87,23 +89,21 @@ def _solve(options: Sequence[_Options], target: float) -> dict[str, int]:
     return {option.group.name: option.kept[rows[0]] for option, (_, rows) in zip(options, chosen, strict=True)}
 
 
-def _same_everywhere(options: Sequence[_Options], target: float) -> dict[str, int]:
-    """Returns one size for all groups of each kind: the least damage among the choices close to the target."""
+def _same_everywhere(options: Sequence[_Options], target: float, total: float) -> dict[str, int]:
+    """Returns one size for all groups of each kind: the least damage among the choices close to the target, or else the closest choice.
+
+    Close is half of the smallest step, and at most a hundredth of the total.
+    """
     by_name = {option.group.name: option for option in options}
-    kinds = {lane[0].kind: [by_name[group.name] for group in lane] for lane in alike([option.group for option in options])}
-    found: list[tuple[float, float, dict[str, int]]] = []
-    finest = math.inf
-    for indices in product(*(range(len(members[0].kept)) for members in kinds.values())):
-        pairs = [(option, index) for members, index in zip(kinds.values(), indices, strict=True) for option in members]
-        removed = sum(option.removed[index] for option, index in pairs)
-        damage = sum(option.damage[index] for option, index in pairs)
-        found.append((abs(removed - target), damage, {option.group.name: option.kept[index] for option, index in pairs}))
-    for members in kinds.values():
-        finest = min(finest, sum(option.removed[-2] if len(option.removed) > 1 else math.inf for option in members))
-    near = [choice for choice in found if choice[0] <= 0.5 * finest]
-    if near:
-        return min(near, key=lambda choice: choice[1])[2]
-    return min(found, key=lambda choice: choice[0])[2]
+    kinds = [[by_name[group.name] for group in lane] for lane in alike([option.group for option in options])]
+    removed = reduce(np.add.outer, [np.sum([option.removed for option in members], axis=0) for members in kinds])
+    damage = reduce(np.add.outer, [np.sum([option.damage for option in members], axis=0) for members in kinds])
+    finest = min(sum(option.removed[-2] if len(option.removed) > 1 else math.inf for option in members) for members in kinds)
+    missed = np.abs(removed - target)
+    near = (missed <= min(0.5 * finest, MOST_MISSED * total)) & (removed > 0)
+    chosen = np.argmin(np.where(near, damage, np.inf)) if near.any() else np.argmin(missed)
+    indices = np.unravel_index(chosen, missed.shape)
+    return {option.group.name: option.kept[int(index)] for members, index in zip(kinds, indices, strict=True) for option in members}
 
 
 SELECTORS.include(Selector("knapsack", needs_curves=True, choose=knapsack))

@@ -54,7 +54,7 @@ def nested(groups: Groups, curves: Mapping[str, Curve], budget: Budget) -> Kept:
     if not found:
         raise InputError(f"ratio {budget.ratio:g} is less than one step of the residual width; raise `ratio`, or lower `align`")
     smallest = min(group.unit_parameters * budget.step(group) for group in prunable)
-    return best_of(found, smallest).kept
+    return best_of(found, smallest, groups.parameters).kept
 
 
 def _inside(

@@ -40,7 +40,7 @@ def same_everywhere(groups: Groups, curves: Mapping[str, Curve], budget: Budget)
     for sizes in product(_depths(layers, curves, groups.layers), *coarse):
         base = {name: count for part in sizes for name, count in part.items()}
         found += [_choice(groups, base | fine, ledger, curves, goal) for fine in _closings(closing, base, ledger, budget, goal)]
-    return best_of(found, _smallest(closing, budget)).kept
+    return best_of(found, _smallest(closing, budget), groups.parameters).kept
 
 
 def _depths(layers: Sequence[Group], curves: Mapping[str, Curve], total: int) -> list[dict[str, int]]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regraft.plans import Curve, Group
-from regraft.selection.budget import Budget
+from regraft.selection.budget import MOST_MISSED, Budget
 
 # Number of stream widths that are tried together with other cuts, which then close the gap to the target.
 MOST_WIDTHS = 17
@@ -30,9 +30,15 @@ class Choice:
     damage: float
 
 
-def best_of(found: Sequence[Choice], smallest: float) -> Choice:
-    """Returns the choice of least damage within half a smallest step of the target, or else the choice nearest to the target."""
-    near = [choice for choice in found if choice.missed <= 0.5 * smallest]
+def best_of(found: Sequence[Choice], smallest: float, total: float) -> Choice:
+    """Returns the choice of least damage close to the target, or else the choice nearest to the target.
+
+    Args:
+        found: Candidates.
+        smallest: Cost of the smallest step; close is half of it,
+        total: and at most a hundredth of the cost of all.
+    """
+    near = [choice for choice in found if choice.missed <= min(0.5 * smallest, MOST_MISSED * total)]
     return min(near, key=lambda choice: choice.damage) if near else min(found, key=lambda choice: choice.missed)
 
 

@@ -206,7 +206,10 @@ class PruneSettings(Settings):
         default="element", description="for criterion taylor, absolute value before (element) or after (vector) summing over a row"
     )
     reduce: Reduction = Field(default="sum", description="how the scores of coupled weights are combined")
-    shape: Shape = Field(default="per-layer", description="widths of layers; uniform: equal in all layers, loads in stock classes")
+    shape: Shape = Field(
+        default="uniform",
+        description="widths of layers; uniform: equal in all layers, loads in stock classes; per-layer: each layer its own, less loss",
+    )
     select: Literal["auto", "uniform", "global", "knapsack"] = Field(
         default="auto", description="method of choosing widths; auto: knapsack, or uniform without text or with `memory`"
     )
@@ -230,7 +233,8 @@ class PruneSettings(Settings):
         default="auto", description="ranking of layers, attention and mlp for removal; auto: removal, the measured damage without the part"
     )
     align: Positive | Literal["auto"] = Field(
-        default="auto", description="number of which all widths are multiples; auto: 16, or less if 16 misses the target"
+        default="auto",
+        description="number of which all widths are multiples; auto: the largest of 256, 64, 32, 16, 8, 4 and 2 that meets the target",
     )
     calibration: Path | None = Field(
         default=None,

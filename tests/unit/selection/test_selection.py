@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regraft.errors import InputError, PlanError
-from regraft.plans import Group, Groups, Scores
+from regraft.plans import Curves, Group, Groups, Scores
 from regraft.selection import Budget, select
-from regraft.selection.budget import best_units
+from regraft.selection.budget import alignments_for, best_units
 
 
 def groups_of(layers, heads, ffn, head_cost, ffn_cost, rest):
@@ -128,13 +128,64 @@ def test_global_takes_from_the_layer_that_matters_least():
     assert [cut.group for cut in plan.cuts] == ["layers.1.ffn"]
 
 
-def test_alignment_is_lowered_only_where_it_misses():
-    wide = groups_of(4, 4, 4096, 500_000, 3000, 10_000_000)
-    assert select("uniform", wide, scores_of(wide), budget(wide, 0.2), auto_align=True).align == 16
+# Layers, key-value heads, feed-forward channels, parameters of a head, of a channel and of the rest, as models have them.
+SHAPES_OF_MODELS = {
+    1536: (30, 3, 1536, 294_912, 1728, 49152 * 576),
+    172: (5, 4, 172, 3072, 192, 512 * 64),
+    768: (6, 6, 768, 55_296, 864, 32000 * 288),
+    11008: (32, 32, 11008, 2_097_152, 12_288, 64000 * 4096),
+}
+
+
+@pytest.mark.parametrize("shape", ["uniform", "per-layer"])
+@pytest.mark.parametrize(
+    ("ffn", "ratio", "align"),
+    [
+        (1536, 0.2, 64),
+        (1536, 0.3, 32),
+        (172, 0.2, 2),
+        (768, 0.2, 64),
+        (768, 0.05, 16),
+        (11008, 0.2, 256),
+    ],
+)
+def test_auto_takes_the_widest_multiple_that_meets_the_target_within_its_stated_cost(ffn, ratio, align, shape):
+    groups = groups_of(*SHAPES_OF_MODELS[ffn])
+    plan = select("uniform", groups, scores_of(groups), budget(groups, ratio, shape=shape), auto_align=True)
+    assert plan.align == align
+    widths = {len(cut.kept) for cut in plan.cuts if cut.group.endswith("ffn")}
+    assert widths, "no width was cut"
+    assert all(width % align == 0 for width in widths)
+    gone = sum((group.units - len(cut.kept)) * group.unit_parameters for cut in plan.cuts for group in [groups.named()[cut.group]])
+    missed = abs(gone / groups.parameters - ratio)
+    assert missed <= (min(0.01, 0.05 * ratio) if align >= 32 else 0.0025)
+    for wider in (256, 64, 32, 16, 8, 4, 2):
+        if align < wider <= ffn // 8 or align < wider <= 16:
+            other = select("uniform", groups, scores_of(groups), budget(groups, ratio, shape=shape, align=wider))
+            assert abs(other.achieved - ratio) > (min(0.01, 0.05 * ratio) if wider >= 32 else 0.0025), wider
+
+
+def test_a_wide_multiple_needs_eight_steps_and_a_count_of_parameters():
+    groups = groups_of(*SHAPES_OF_MODELS[1536])
+    assert alignments_for(groups, budget(groups, 0.2))[0] == 64
+    assert alignments_for(groups, budget(groups, 0.2, targets=("heads",)))[0] == 16
+    milliseconds = Curves("f", "milliseconds", 1.0, {})
+    assert alignments_for(groups, budget(groups, 0.2, curves=milliseconds))[0] == 16
+
+
+def test_alignment_is_lowered_where_it_misses():
     tiny = groups_of(3, 2, 40, 900, 60, 500)
     plan = select("uniform", tiny, scores_of(tiny), budget(tiny, 0.2), auto_align=True)
     assert plan.align == 1
     assert plan.achieved == pytest.approx(0.2, abs=3 * 60 / tiny.parameters)
+
+
+def test_equal_widths_that_remove_nothing_name_the_shape_that_does():
+    groups = groups_of(layers=40, heads=1, ffn=20, head_cost=900, ffn_cost=30, rest=2000)
+    wanted = budget(groups, 0.005, shape="uniform", align=1)
+    with pytest.raises(InputError, match=r"less than one unit of every layer.*`shape=per-layer`"):
+        select("uniform", groups, scores_of(groups), wanted)
+    assert select("global", groups, scores_of(groups), replace(wanted, shape="per-layer")).cuts
 
 
 @pytest.mark.parametrize("ratio", [0.95, 0.999])

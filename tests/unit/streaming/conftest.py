@@ -43,7 +43,16 @@ def settings(text: Path) -> Callable[..., PruneSettings]:
     """Returns ``settings(**changes)``: few short windows of the text, 20 % by Taylor with one threshold, least squares."""
 
     def make(**changes: Any) -> PruneSettings:
-        usual = {"ratio": 0.2, "criterion": "taylor", "select": "global", "calibration": text, "samples": 11, "seq_len": 24, "align": 2}
+        usual = {
+            "ratio": 0.2,
+            "criterion": "taylor",
+            "select": "global",
+            "shape": "per-layer",
+            "calibration": text,
+            "samples": 11,
+            "seq_len": 24,
+            "align": 2,
+        }
         return PruneSettings(**usual | {"reconstruct": "least_squares"} | changes)
 
     return make

@@ -49,7 +49,12 @@ class Mixed:
 def prune_settings(settings: CompressSettings) -> PruneSettings:
     """Returns the settings that channels are scored and re-fitted with: the calibration text is the same."""
     return PruneSettings(
-        ratio=settings.ratio, calibration=settings.calibration, samples=settings.samples, seq_len=settings.seq_len, align=ALIGN
+        ratio=settings.ratio,
+        calibration=settings.calibration,
+        samples=settings.samples,
+        seq_len=settings.seq_len,
+        shape="per-layer",
+        align=ALIGN,
     )
 
 

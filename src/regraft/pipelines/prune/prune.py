@@ -28,8 +28,10 @@ from regraft.pipelines.prune.resolved import (
     kinds_wanted,
     layers_in,
     left_out,
+    missed_by_shape,
     resolve,
     resolve_replay,
+    with_shape,
 )
 from regraft.pipelines.prune.sources import several_sources, windows_of
 from regraft.pipelines.prune.streamed import StreamedPrune, prune_streamed
@@ -275,8 +277,8 @@ def _streamed(order: _Order, resolved: ResolvedPrune) -> PruneResult:
         raise InputError("`memory` keeps the pruned model on disk; say where with `output`")
     output = None if order.dry_run else order.output
     done = prune_streamed(StreamedPrune(order.model, output, resolved, order.load, order.text, order.plan, order.command, order.say))
-    record = record_of(done.loaded, done.plan, resolved, command=order.command)
-    return PruneResult(done.plan, None, done.loaded, done.groups, resolved, done.notes, record)
+    record = record_of(done.loaded, done.plan, done.resolved, command=order.command)
+    return PruneResult(done.plan, None, done.loaded, done.groups, done.resolved, done.notes, record)
 
 
 def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
@@ -284,7 +286,7 @@ def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
     model = loaded.model
     found = look_for(model, kinds_wanted(order.settings, order.plan))
     groups = found.groups
-    resolved = order.resolved(ModelView(model))
+    resolved = with_shape(order.resolved(ModelView(model)), groups)
     if order.plan is not None:
         check_plan(groups, order.plan)
         check_counts(groups, order.plan)
@@ -298,7 +300,7 @@ def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
         order.say(forecast(ModelView(model), groups, resolved.settings, windows))
     plan = order.plan if order.plan is not None else plan_pruning(model, groups, resolved, windows, say=order.say)
     check_text(plan, windows)
-    notes = (*resolved.notes, *left_out(resolved.settings, found)) if order.plan is None else ()
+    notes = (*resolved.notes, *left_out(resolved.settings, found), *missed_by_shape(plan)) if order.plan is None else ()
     record = record_of(loaded, plan, resolved, command=order.command)
     if corpus is not None and order.calibration is not None:
         record = replace(record, settings={**record.settings, "calibration": described(corpus)})

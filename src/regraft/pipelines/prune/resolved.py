@@ -1,13 +1,16 @@
 """Resolution of "auto": settings become a :class:`ResolvedPrune`, in which only the alignment may still be undecided.
 
+What can be decided from the settings alone is decided by :func:`resolve`, before a model is read; the shape of the layers needs the
+model's groups (:func:`with_shape`).
+
 Two strategies define the defaults and the limits: :data:`IN_MEMORY`, where the model is in memory and can be run any number of times, and
 :data:`STREAMED`, where a memory limit allows one layer at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from regraft.errors import InputError
@@ -17,7 +20,7 @@ from regraft.models.view import ModelView
 from regraft.pipelines.prune.effort import EFFORTS
 from regraft.plans import WHOLE, GroupKind, Groups, PrunePlan
 from regraft.selection import SELECTORS, Budget
-from regraft.selection.budget import AUTO_ALIGNMENTS
+from regraft.selection.budget import MOST_MISSED
 from regraft.settings import PruneSettings, Target
 from regraft.surgery.refit_predictions import refitting_bytes
 
@@ -41,16 +44,14 @@ class ResolvedPrune:
     """Settings of pruning in which every "auto" is replaced by a value.
 
     Attributes:
-        settings: Settings with values in place of "auto". Only ``align`` may still be "auto"; then ``alignments`` are tried.
+        settings: Settings with values in place of "auto". Only ``align`` may still be "auto"; then the selection tries several.
         seed: Seed for the calibration windows and for random scores.
-        alignments: Multiples that widths are rounded to, tried in this order until one meets the target.
         needs_text: Whether planning needs calibration text.
         notes: Remarks for the user on the chosen values, a line each.
     """
 
     settings: PruneSettings
     seed: int
-    alignments: tuple[int, ...]
     needs_text: bool
     notes: tuple[str, ...] = ()
 
@@ -147,7 +148,6 @@ def resolve(settings: PruneSettings, view: ModelView | None = None, seed: int = 
     return ResolvedPrune(
         settings=decided,
         seed=seed,
-        alignments=AUTO_ALIGNMENTS if settings.align == "auto" else (settings.align,),
         needs_text=with_text or select == "knapsack" or reconstruct != "none" or goes_whole(settings),
         notes=notes + more,
     )
@@ -166,7 +166,51 @@ def resolve_replay(settings: PruneSettings, view: ModelView | None, seed: int) -
     if reconstruct == "divergence":
         strategy.refuse(settings.model_copy(update={"select": "uniform", "rounds": 1, "reconstruct": reconstruct}))
     decided = way.settings.model_copy(update={"memory": settings.memory, "reconstruct": reconstruct})
-    return ResolvedPrune(decided, seed, way.alignments, needs_text=reconstruct != "none")
+    return ResolvedPrune(decided, seed, needs_text=reconstruct != "none")
+
+
+def with_shape(resolved: ResolvedPrune, groups: Groups) -> ResolvedPrune:
+    """Returns settings with a shape that the model can have: per-layer in place of ``uniform`` that nobody asked for, with a remark.
+
+    Layers cannot all be alike where they differ already, where some of them are spared, or where attention or feed-forward parts of
+    single layers are removed. If ``uniform`` was asked for, :func:`budget_of` refuses these.
+    """
+    settings = resolved.settings
+    if settings.shape != "uniform" or "shape" in settings.model_fields_set:
+        return resolved
+    reason = _why_not_uniform(settings, groups)
+    if reason is None:
+        return resolved
+    note = f"shape: per-layer, because {reason}"
+    return replace(resolved, settings=settings.model_copy(update={"shape": "per-layer"}), notes=(*resolved.notes, note))
+
+
+def _why_not_uniform(settings: PruneSettings, groups: Groups) -> str | None:
+    parts = [target for target in settings.targets if target in ("attention", "mlp")]
+    if parts:
+        return f"`targets={parts[0]}` is removed in some layers and stays in others"
+    if len(layers_in(settings.layers, groups.layers)) < groups.layers:
+        return f"`layers={settings.layers}` prunes some layers and spares others"
+    return layers_differ(groups, kinds_wanted(settings))
+
+
+def layers_differ(groups: Groups, kinds: Collection[GroupKind]) -> str | None:
+    """Returns in what the layers of a model differ already, in words; None where they are alike."""
+    for kind in kinds:
+        sizes = {group.units for group in groups.of(kind)}
+        if len(sizes) > 1:
+            return f"the layers of this model differ already ({min(sizes)} to {max(sizes)} units of {kind})"
+    return None
+
+
+def missed_by_shape(plan: PrunePlan) -> tuple[str, ...]:
+    """Returns a line on a ratio that layers of equal widths do not meet."""
+    if plan.shape != "uniform" or abs(plan.achieved - plan.ratio) <= MOST_MISSED:
+        return ()
+    counted = plan.made_with.get("settings", {}).get("budget", "parameters")
+    if counted != "parameters":
+        return ()
+    return (f"layers of equal widths come no closer to {plan.ratio:.2%} than {plan.achieved:.2%}; `shape=per-layer` may",)
 
 
 def _check_bridge(settings: PruneSettings) -> None:
@@ -282,8 +326,11 @@ def budget_of(groups: Groups, settings: PruneSettings) -> Budget:
 
     Raises:
         InputError: The range of layers is empty; or it excludes layers, although ``shape=uniform`` or the residual width concerns every
-            layer; or attention or feed-forward parts are to be removed with ``shape=uniform``.
+            layer; or attention or feed-forward parts are to be removed with ``shape=uniform``, or the layers differ already.
     """
+    differ = layers_differ(groups, kinds_wanted(settings))
+    if differ and settings.shape == "uniform":
+        raise InputError(f"`shape=uniform` needs layers of equal size, but {differ}; use `shape=per-layer`")
     parts = [target for target in settings.targets if target in ("attention", "mlp")]
     if parts and settings.shape == "uniform":
         raise InputError(

@@ -16,7 +16,7 @@ from regraft.models.load import Loaded
 from regraft.models.provenance import versions
 from regraft.pipelines.prune.planning import Planning, check_text, draw_windows
 from regraft.pipelines.prune.record import card_of, record_of
-from regraft.pipelines.prune.resolved import ResolvedPrune, budget_of, kinds_wanted, left_out
+from regraft.pipelines.prune.resolved import ResolvedPrune, budget_of, kinds_wanted, left_out, missed_by_shape, with_shape
 from regraft.pipelines.prune.score_cache import checksum_of
 from regraft.plans import Groups, PrunePlan, to_dict
 from regraft.progress import Say
@@ -67,12 +67,14 @@ class Streamed:
         plan: The units to keep.
         loaded: The model without its weights.
         groups: Groups of the model.
+        resolved: The settings, with a value in place of every "auto".
         notes: Notes to the user, one line each.
     """
 
     plan: PrunePlan
     loaded: Loaded
     groups: Groups
+    resolved: ResolvedPrune
     notes: tuple[str, ...]
 
 
@@ -85,10 +87,11 @@ def prune_streamed(request: StreamedPrune) -> Streamed:
         PlanError: The plan to replay belongs to another model.
         OutputError: The output cannot be written; finished shards are kept for the next attempt.
     """
-    resolved = request.resolved
     skeleton = open_skeleton(request.source, request.load)
-    found = skeleton.look_for(kinds_wanted(resolved.settings, request.plan))
+    found = skeleton.look_for(kinds_wanted(request.resolved.settings, request.plan))
     groups = found.groups
+    resolved = with_shape(request.resolved, groups) if request.plan is None else request.resolved
+    request = replace(request, resolved=resolved)
     refuse_beyond_layers(skeleton.view.family, groups)
     if request.plan is not None:
         check_plan(groups, request.plan)
@@ -104,8 +107,8 @@ def prune_streamed(request: StreamedPrune) -> Streamed:
             plan = request.plan or job.plan(Path(work))
     else:
         plan = job.write(request.output)
-    notes = left_out(resolved.settings, found) if request.plan is None else ()
-    return Streamed(plan, skeleton.loaded, groups, (*job.notes(), *notes))
+    notes = (*left_out(resolved.settings, found), *missed_by_shape(plan)) if request.plan is None else ()
+    return Streamed(plan, skeleton.loaded, groups, resolved, (*job.notes(), *notes))
 
 
 class _Job:

@@ -231,7 +231,7 @@ def _contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _prune_contradictions(prune: PruneSettings) -> Iterator[str]:
-    if prune.shape == "uniform" and _spares_layers(prune.layers):
+    if prune.shape == "uniform" and "shape" in prune.model_fields_set and _spares_layers(prune.layers):
         yield (
             f"prune.layers: '{prune.layers}' spares layers, but prune.shape is uniform, the same width in every layer; "
             "drop layers or use shape: per-layer"

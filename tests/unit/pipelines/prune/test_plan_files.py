@@ -36,7 +36,9 @@ def folder(tmp_path: Path, make_model: Callable[..., PreTrainedModel]) -> Path:
 
 
 def settings(folder: Path, **changes: Any) -> PruneSettings:
-    return PruneSettings(**{"calibration": folder.parent / "text.txt", "samples": 10, "seq_len": 20, "align": 2, **changes})
+    return PruneSettings(
+        **{"calibration": folder.parent / "text.txt", "samples": 10, "seq_len": 20, "align": 2, "shape": "per-layer", **changes}
+    )
 
 
 def weights(folder: Path) -> dict[str, bytes]:
