@@ -16,6 +16,7 @@ FORMS: dict[str, Form] = {
     "nola": Form("nola", ("bases=16",)),
     "nola-4bit": Form("nola", ("bases=70", "bits=4")),
     "lora_xs": Form("lora_xs", start=1e-3),
+    "diagonal": Form("diagonal"),
     "block_lora": Form("block_lora", ("blocks=3",)),
     "block_lora-auto": Form("block_lora"),
     "mora-sharing": Form("mora", ("form=sharing",)),

@@ -170,7 +170,7 @@ def test_first_values_follow_the_seed(name: str) -> None:
 
     first, again, other = values(1), values(1), values(2)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    follows_from_the_weights = name in {"mora-sharing", "mora-rotation", "olora", "pissa", "eva"}
+    follows_from_the_weights = name in {"mora-sharing", "mora-rotation", "olora", "pissa", "eva", "diagonal"}
     assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True)) == follows_from_the_weights
 
 

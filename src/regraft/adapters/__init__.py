@@ -1,6 +1,6 @@
 """Adapters: small trainable changes of frozen weights, one file each, registered by name in :data:`ADAPTERS`."""
 
-from regraft.adapters import adalora, block_lora, deep_lora, lora_xs, mora, nola, peft_kinds
+from regraft.adapters import adalora, block_lora, deep_lora, diagonal, lora_xs, mora, nola, peft_kinds
 from regraft.adapters.contract import (
     ADAPTERS,
     Adapter,
@@ -30,6 +30,7 @@ __all__ = [
     "adalora",
     "block_lora",
     "deep_lora",
+    "diagonal",
     "lora_xs",
     "make_request",
     "make_specs",

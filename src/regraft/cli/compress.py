@@ -17,7 +17,7 @@ from regraft.cli.progress import progress
 from regraft.cli.screen import Screen
 from regraft.cli.words import as_options
 from regraft.errors import InputError, PlanError
-from regraft.plans import FactorPlan, from_json, to_json
+from regraft.plans import FactorPlan, RankPlan, from_json, to_json
 from regraft.settings import CompressSettings, LoadSettings
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ def compress(
     console.print("dry run: nothing was written" if dry_run else f"saved to {output}", soft_wrap=True)
 
 
-def _read_plan(path: Path) -> FactorPlan:
-    """Reads a plan, or what ``--json`` wrote.
+def _read_plan(path: Path) -> FactorPlan | RankPlan:
+    """Reads a plan, or what ``--json`` wrote, or for an encoder a rank plan.
 
     Raises:
         PlanError: It cannot be read.
@@ -78,7 +78,7 @@ def _read_plan(path: Path) -> FactorPlan:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"the plan '{path}' cannot be read ({error}); give the file that --json wrote") from None
-    return from_json(FactorPlan, text)
+    return from_json(FactorPlan if '"factorings"' in text else RankPlan if '"ranks"' in text else FactorPlan, text)
 
 
 def _show(console: Screen, result: CompressResult) -> None:

@@ -14,7 +14,9 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
@@ -51,6 +53,7 @@ SEEDLING = "seedling"
 MAPPINGS: Mapping[Any, Any] = {
     AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForSequenceClassification: MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModel: MODEL_MAPPING,
 }
 OWN = "regraft_"  # start of our own model types, whose code never comes from a folder
 MOST_NEW_PARAMETERS = 10**7  # a config may ask for this much more than the files hold before it is looked at tensor by tensor

@@ -299,7 +299,7 @@ class RecoverSettings(Settings):
     adapter: Annotated[str, known_name("adapter")] = Field(
         default="lora",
         validate_default=False,
-        description="kind of adapter: lora, rslora, dora, olora, pissa, eva, adalora, deep_lora, block_lora, nola, lora_xs or mora",
+        description="kind of adapter: lora, rslora, dora, olora, pissa, eva, adalora, deep_lora, block_lora, nola, lora_xs, mora, diagonal",
     )
     rank: Positive = Field(default=8, description="rank of the adapter")
     alpha: Rate | None = Field(default=None, description="LoRA's alpha; default: depends on the adapter (lora: twice the rank)")

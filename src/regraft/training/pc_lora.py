@@ -12,7 +12,7 @@ form. Hidden states are compared relative to the mean square of the original's, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -23,6 +23,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from regraft.errors import TrainingError
+from regraft.models.encoders import pooled
 from regraft.models.precision import float32_on_cpu
 from regraft.models.trainable import only_these_train
 from regraft.numerics.truncation import Factors
@@ -146,7 +147,7 @@ def fade_out(
     seed: int = 0,
     say: Say = say_nothing,
 ) -> dict[str, Factors]:
-    """Trains the factors of layers while their weights fade; the model itself is left as it is.
+    """Trains the factors of a causal language model's layers while their weights fade; the model itself is left as it is.
 
     Args:
         model: In evaluation mode.
@@ -164,6 +165,40 @@ def fade_out(
     Raises:
         TrainingError: The loss is not finite.
     """
+
+    def loss(fade: Fade, generator: torch.Generator) -> Tensor:
+        ids_BT = windows_NT[torch.randint(len(windows_NT), (settings.batch,), generator=generator)].to(model.device)
+        return fading_loss(model, fade, ids_BT, settings.task_weight)
+
+    return fade_by(model, starts, loss, settings, transposed=transposed, random=random, seed=seed, say=say)
+
+
+def fade_by(
+    model: PreTrainedModel,
+    starts: Mapping[str, Factors],
+    loss_of: Callable[[Fade, torch.Generator], Tensor],
+    settings: FadeSettings,
+    *,
+    transposed: bool = False,
+    random: bool = False,
+    seed: int = 0,
+    say: Say = say_nothing,
+) -> dict[str, Factors]:
+    """Trains the factors of any model's layers by a loss; see :func:`fade_out`.
+
+    Args:
+        model: In evaluation mode.
+        starts: Factors to start from, by name of the layer.
+        loss_of: Returns the loss of one step, of a batch that it draws with the generator.
+        settings: Steps and schedule.
+        transposed: Whether weights are stored (in, out).
+        random: Start from ``B = 0`` and a random A instead of the factors.
+        seed: Seed of the generator and of random values.
+        say: Called with a line of progress at intervals.
+
+    Raises:
+        TrainingError: The loss is not finite.
+    """
     generator = torch.Generator().manual_seed(seed)
     fade = Fade()
     layers = {
@@ -177,8 +212,7 @@ def fade_out(
             fade.value = fading(settings.schedule, step / max(1.0, settings.fade * settings.steps))
             for group in optimizer.param_groups:
                 group["lr"] = 0.5 * settings.lr * (1.0 + math.cos(math.pi * step / settings.steps))
-            ids = windows_NT[torch.randint(len(windows_NT), (settings.batch,), generator=generator)].to(model.device)
-            loss = fading_loss(model, fade, ids, settings.task_weight)
+            loss = loss_of(fade, generator)
             if not bool(torch.isfinite(loss)):
                 raise TrainingError(f"the loss is not finite at step {step + 1} of {settings.steps}; lower the learning rate")
             optimizer.zero_grad()
@@ -209,6 +243,33 @@ def fading_loss(model: PreTrainedModel, fade: Fade, ids_BT: Tensor, task_weight:
     pairs = list(zip(found.hidden_states[1:], taught[1:], strict=True))  # the first is the embedding, which is the same
     distances = [(ours - theirs).float().square().mean() / theirs.float().square().mean().clamp_min(_TINY) for ours, theirs in pairs]
     return task_weight * found.loss + (1.0 - task_weight) * torch.stack(distances).mean()
+
+
+def encoder_fading_loss(model: PreTrainedModel, fade: Fade, batch: Mapping[str, Tensor], task_weight: float) -> Tensor:
+    """Returns ``a * task + (1 - a) * features`` of an encoder with fading layers; padding counts nothing.
+
+    The task is what sentence vectors are for: the squared distance between the cosine similarities of all pairs of texts in the batch and
+    the original's, which needs no labels.
+
+    Args:
+        model: The encoder with fading layers in place.
+        fade: State of these layers.
+        batch: ``input_ids`` and ``attention_mask``, (batch, tokens), and what else the encoder takes.
+        task_weight: The weight ``a``.
+    """
+    fade.teaching = True
+    try:
+        with torch.no_grad():
+            taught = model(**batch, output_hidden_states=True).hidden_states
+    finally:
+        fade.teaching = False
+    found = model(**batch, output_hidden_states=True).hidden_states
+    here_BT = batch["attention_mask"].bool()
+    pairs = [(ours[here_BT].float(), theirs[here_BT].float()) for ours, theirs in zip(found[1:], taught[1:], strict=True)]
+    distances = [(ours - theirs).square().mean() / theirs.square().mean().clamp_min(_TINY) for ours, theirs in pairs]
+    ours_BD, theirs_BD = (pooled(hidden[-1].float(), batch["attention_mask"]) for hidden in (found, taught))
+    task = (ours_BD @ ours_BD.T - theirs_BD @ theirs_BD.T).square().mean()
+    return task_weight * task + (1.0 - task_weight) * torch.stack(distances).mean()
 
 
 @contextmanager

@@ -17,10 +17,11 @@ from regraft.compression import COMPRESSORS
 from regraft.data.text import read_corpus
 from regraft.errors import DataError, InputError, ModelError, PlanError, StorageError
 from regraft.models.provenance import read_provenance
-from regraft.models.view import ModelView, parameter_count
+from regraft.models.view import ModelView, fingerprint, parameter_count
 from regraft.pipelines.compress import CompressResult, compress
 from regraft.plans import FactorPlan, from_json, to_json
 from regraft.settings import CompressSettings
+from regraft.training.distill import Teacher
 from regraft.training.recover import recover
 
 Compress = Callable[..., CompressResult]
@@ -170,14 +171,20 @@ def test_pc_lora_ends_without_the_dense_weights(quickly: Compress, make_tiny, tm
         assert torch.equal(again(ids).logits, result.model(ids).logits)
 
 
-def test_recovery_trains_the_factors_and_folds_into_them(quickly: Compress, tokenizer, repeating, quick, tmp_path: Path) -> None:
-    """LoRA on both thin layers; afterwards the model has the same two factors, of the same rank, with other values."""
-    model = quickly(method="svd_llm", ratio=0.3).model
+@pytest.mark.parametrize("adapter", ["lora", "diagonal"])
+def test_recovery_trains_the_factors_and_folds_into_them(
+    quickly: Compress, make_tiny, tokenizer, repeating, quick, tmp_path: Path, adapter: str
+) -> None:
+    """Adapters on both thin layers, distilled from the dense model; afterwards there are the same factors with other values."""
+    dense = make_tiny()
+    model = quickly(dense, method="svd_llm", ratio=0.3).model
     assert model is not None
     before, ranks = parameter_count(model), {name: module.rank for name, module in ModelView(model).factored().items()}
     first = next(iter(ModelView(model).factored().values()))
     old = first.dense_weight().clone()
-    recovered = recover(model, tokenizer, *repeating, quick(), seed=0, work=tmp_path / "work")
+    settings = quick(adapter=adapter, teacher="dense")
+    teacher = Teacher(dense, "dense", tokenizer, fingerprint(dense))
+    recovered = recover(model, tokenizer, *repeating, settings, seed=0, work=tmp_path / "work", teacher=teacher)
     assert isinstance(recovered.model, PreTrainedModel)
     assert {name: module.rank for name, module in ModelView(recovered.model).factored().items()} == ranks
     assert parameter_count(recovered.model) == before

@@ -19,11 +19,13 @@ from regraft.data.text import Corpus
 from regraft.errors import InputError, did_you_mean
 from regraft.evaluation.loss import evaluate_loss
 from regraft.groups.discover import discover
+from regraft.models.encoders import is_encoder, is_encoder_folder, load_encoder
 from regraft.models.live import ModelLike, own_tensors, resting, take
-from regraft.models.load import Loaded, require_tokenizer
+from regraft.models.load import Loaded, locate_by, require_tokenizer
 from regraft.models.save import save
 from regraft.models.view import ModelView, fingerprint, parameter_count, refuse_factored
 from regraft.numerics.truncation import Factors
+from regraft.pipelines.compress.encoder import EncoderOrder, compress_encoder
 from regraft.pipelines.compress.mix import mixed, pruned_for
 from regraft.pipelines.compress.prepare import Texts, decomposed, moved_plan, needs_judging, projections_of, read_texts, space_of
 from regraft.pipelines.compress.record import card_of, record_of, refuse_short_text
@@ -31,8 +33,8 @@ from regraft.pipelines.compress.search import searched_ranks
 from regraft.pipelines.compress.streamed import StreamedCompress, compress_streamed, refuse_whole_model
 from regraft.pipelines.prune.score_cache import checksum_of
 from regraft.pipelines.texts import Texts as Given
-from regraft.pipelines.texts import described, in_memory, path_in
-from regraft.plans import FactorPlan, FactorSpace, LossReport, PrunePlan, to_dict
+from regraft.pipelines.texts import described, in_memory, path_in, text_for
+from regraft.plans import FactorPlan, FactorSpace, LossReport, PrunePlan, RankPlan, to_dict
 from regraft.progress import Say, say_nothing
 from regraft.settings import CompressSettings, LoadSettings
 from regraft.surgery.factorize import densified, factorize
@@ -81,7 +83,7 @@ def compress(
     calibration: Given | None = None,
     load: LoadSettings | None = None,
     seed: int = 0,
-    plan: FactorPlan | None = None,
+    plan: FactorPlan | RankPlan | None = None,
     dry_run: bool = False,
     resume: bool = False,
     command: str = "regraft.compress",
@@ -90,14 +92,16 @@ def compress(
     """Compresses a model to a share of its stored parameters.
 
     Args:
-        source: A folder, a hub id, ``seedling``, or a model in memory, which is left as it is.
+        source: A folder, a hub id, ``seedling``, or a model in memory, which is left as it is; for ``method`` ``pc_lora`` also an encoder
+            without a head.
         output: Where the compressed model is saved; None keeps it in memory.
         settings: Settings of the decomposition and of the choice of ranks.
         tokenizer: The tokenizer for a model in memory.
         calibration: Text like that which the model is to work on: a file, texts, or a data set with a column ``text``.
         load: How a folder is loaded.
         seed: Seed for calibration windows, for tokens drawn from predictions and for proposals.
-        plan: Ranks from an earlier run, on this model or on one of the same shape; the factors are computed again.
+        plan: Ranks from an earlier run, on this model or on one of the same shape, whose factors are computed again; for an encoder a rank
+            for each layer.
         dry_run: Plan only: nothing is factored and nothing is written.
         resume: Go on with a search that was stopped (``ranks bayes``); its trials lie beside the output.
         command: How this was called, for the folder's record.
@@ -112,6 +116,11 @@ def compress(
     target = None if output is None else Path(output)
     if target is not None and not dry_run:
         refuse_existing(target)
+    if settings.method == PC_LORA and _is_encoder(source, load or LoadSettings()):
+        order = _Order(settings, target, calibration, seed, None, dry_run, resume, command, say)
+        return _encoder(source, tokenizer, load or LoadSettings(), plan, order)
+    if isinstance(plan, RankPlan):
+        raise InputError("a rank plan is for encoders and method pc_lora; give a plan that compress wrote")
     _refuse_clashes(settings, plan)
     compressor_of(settings.method if plan is None else plan.method, settings)  # a wrong name is told before a model is loaded
     order = _Order(settings, target, in_memory(calibration), seed, plan, dry_run, resume, command, say)
@@ -176,6 +185,30 @@ def _carried_out(loaded: Loaded, order: _Order) -> CompressResult:
             record = replace(record, settings={**record.settings, "calibration": described(texts.given)})
         save(model, loaded.tokenizer, order.target, record, card_of(record, dense=settings.dense))
     return CompressResult(plan, model, loaded, space, texts.notes, test, pruning)
+
+
+def _is_encoder(source: ModelLike, load: LoadSettings) -> bool:
+    if isinstance(source, Loaded | PreTrainedModel):
+        return is_encoder(source.model if isinstance(source, Loaded) else source)
+    return is_encoder_folder(locate_by(source, load))
+
+
+def _encoder(
+    source: ModelLike, tokenizer: PreTrainedTokenizerBase | None, load: LoadSettings, plan: FactorPlan | RankPlan | None, order: _Order
+) -> CompressResult:
+    """Compresses an encoder, which PC-LoRA alone does."""
+    settings = order.settings
+    if isinstance(plan, FactorPlan):
+        raise InputError("an encoder takes a rank plan: a rank for each layer by its full name; leave the plan out to choose ranks")
+    if isinstance(source, PreTrainedModel):
+        loaded = Loaded(source, tokenizer, source.name_or_path or type(source).__name__, fingerprint(source), None)
+    else:
+        loaded = source if isinstance(source, Loaded) else load_encoder(source, load)
+    corpus = text_for(loaded, settings.calibration if order.calibration is None else order.calibration, "train", "calibration")
+    with resting(loaded.model):
+        wanted = EncoderOrder(settings, corpus, plan, order.target, order.dry_run, order.seed, order.command, order.say)
+        done = compress_encoder(loaded, wanted)
+    return CompressResult(done.plan, done.model, loaded, done.space, done.notes)
 
 
 def _streamed(source: ModelLike, order: _Order, load: LoadSettings) -> CompressResult:
