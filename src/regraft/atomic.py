@@ -4,8 +4,8 @@ Everything is written aside, flushed to the disk and then renamed, so that a cra
 before. Where it is written aside, and who may, is the business of :mod:`regraft.claims`.
 
 One rule says what may be an output: resolved, with all links and ``..`` gone, it is new, or an empty folder, or something that carries
-our own manifest. Of what is replaced, only what the manifest lists is removed, and what is the same in the new one; whatever else is
-found there is put beside it as ``NAME.before``.
+our own manifest. When such a folder is replaced, only what its
+manifest lists is removed, and what is the same in the new one; whatever else is found there is put beside it as ``NAME.before``.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def reserved(path: Path | None) -> Iterator[None]:
     """Claims an output folder before anything is computed for it, while the block runs.
 
     Args:
-        path: To be written by :func:`atomic_folder` within the block; None for no output.
+        path: Folder that :func:`atomic_folder` writes within the block; None for no output.
 
     Raises:
         OutputError: It exists or cannot be written, or another process is writing it.
@@ -87,8 +87,8 @@ def reserved_file(path: Path | None, ours: Callable[[bytes], bool] = lambda cont
     """Claims an output file before anything is computed for it, while the block runs.
 
     Args:
-        path: To be written by :func:`write_text` within the block; None for no output.
-        ours: As of :func:`refuse_foreign`; without it an existing file is refused unless it is empty.
+        path: File that :func:`write_text` writes within the block; None for no output.
+        ours: Test for a file of ours, as in :func:`refuse_foreign`; without it an existing file is refused unless it is empty.
 
     Raises:
         OutputError: It holds something else, or cannot be written, or another process is writing it.

@@ -1,4 +1,4 @@
-"""What is read of others' files and arguments: JSON, numbers and paths, each in one place, with its limits.
+"""Readers of other people's files and arguments: JSON, numbers and paths, each in one place, with its limits.
 
 A file may be a pipe that never ends, a device, a hundred megabytes of brackets, or hold an infinite number where a rank is wanted.
 Nothing of that may hang, fill the memory or end in a traceback: :func:`read_bytes` opens ordinary files alone, up to a size;

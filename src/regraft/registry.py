@@ -25,7 +25,7 @@ class Named(Protocol):
 
     @property
     def name(self) -> str:
-        """As on the command line."""
+        """Name, as on the command line."""
         ...
 
 

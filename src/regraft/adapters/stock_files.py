@@ -1,4 +1,4 @@
-"""What is read of a stock PEFT adapter's ``adapter_config.json`` before PEFT sees it: known kinds, no paths, patterns that end.
+"""Checks of a stock PEFT adapter's ``adapter_config.json`` before PEFT sees it: known kinds, no paths, patterns that end.
 
 PEFT follows what a config says: kinds that start from a file read it as a pickle, and a pattern in ``target_modules`` is matched by a
 matcher that can take longer than the universe is old. Neither reaches it.

@@ -77,7 +77,7 @@ class Learner(Protocol):
 
     @property
     def learns_from_scores(self) -> bool:
-        """Whether the method uses elastic scores in addition to recoveries."""
+        """Returns whether the method uses elastic scores in addition to recoveries."""
         ...
 
     def starting_from(self, prior: Prior) -> Learner:

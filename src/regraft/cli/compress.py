@@ -32,7 +32,7 @@ def compress(
     model: ModelArgument,
     compress: CompressSettings,
     load: LoadSettings,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="folder to write; must not exist")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="folder to write, which must not exist")] = None,
     plan: Annotated[
         Path | None, typer.Option("--plan", metavar="FILE", help="take the ranks of this plan, of this model or one of the same shape")
     ] = None,

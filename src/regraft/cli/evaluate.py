@@ -44,7 +44,7 @@ def evaluate(
     ] = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Measure a model: loss, perplexity, bits per byte, size and, if asked, speed; of one for labels, accuracy or correlation."""
+    """Measure a model: loss, perplexity, bits per byte, size and, if asked, speed; with labels, accuracy or correlation."""
     if labels.data is not None and evaluate.text is not None:
         raise InputError(f"--data {labels.data} is for models for labels, --text {evaluate.text} for language; give one of the two")
     file = json_file if json_file != STDOUT else None

@@ -20,9 +20,9 @@ else:
     written = later("regraft.pipelines.generate", "generate")
     prompt_ids = later("regraft.pipelines.generate", "prompt_ids")
 
-TokensOption = Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="how many tokens at most")]
+TokensOption = Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="largest number of tokens to write")]
 TemperatureOption = Annotated[
-    float, typer.Option("--temperature", metavar="X", min=0.0, help="0: the likeliest token each time; above: drawn")
+    float, typer.Option("--temperature", metavar="X", min=0.0, help="temperature of drawing; 0: the likeliest token each time")
 ]
 
 
@@ -36,7 +36,7 @@ def generate(
     plain: Annotated[bool, typer.Option("--plain", help="continue the text as it stands, without the chat template")] = False,
     seed: SeedOption = 0,
 ) -> None:
-    """Continue a prompt, or answer it where the model has a chat template, as it is written."""
+    """Continue a prompt, or answer it if the model has a chat template; the text is shown as it is written."""
     loaded = load_model(model, load)
     ids = prompt_ids(loaded, sys.stdin.read() if prompt == "-" else prompt, plain=plain)
     written(loaded, ids, tokens=tokens, temperature=temperature, seed=seed, show=lambda piece: typer.echo(piece, nl=False))

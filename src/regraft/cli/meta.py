@@ -30,10 +30,10 @@ def meta(
         "prior"
     ),
 ) -> None:
-    """Train the start of the next search for ranks on past ones.
+    """Train a prior for the next search for ranks on past searches.
 
-    What the features of a layer say of its gain, where gains saturate and what a short recovery shows of them is learned from every
-    search in the store: models, ratios and budgets. Reported is the error on searches that were left out, before any of their trials.
+    The prior holds what the searches in the store have in common: what the features of a layer say about its gain, where gains saturate,
+    and how much of a gain a short recovery shows. The command reports the error on searches that were left out, before any of their trials.
     """
     if action not in ACTIONS:
         raise InputError(f"unknown action '{action}'; known: {', '.join(ACTIONS)}{did_you_mean(action, ACTIONS)}")

@@ -32,7 +32,7 @@ from pydantic.fields import FieldInfo
 
 from regraft.cli.words import as_options, flag
 from regraft.errors import ConfigError
-from regraft.settings import Settings, problems_of
+from regraft.settings import Memory, Settings, problems_of
 
 SOURCE = "command line"
 CONTEXT = "context_of_the_call"
@@ -157,7 +157,7 @@ def _parameter(name: str, field: FieldInfo, section: type[Settings]) -> inspect.
         option = typer.Option(f"{word}/--no-{word[2:]}" if default else word, help=text, rich_help_panel=_panel(section))
     else:
         kind = list[str] if get_origin(field.annotation) is tuple else str
-        metavar = _metavar(field.annotation)
+        metavar = _placeholder(field)
         option = typer.Option(word, metavar=metavar, help=text, rich_help_panel=_panel(section))
         if field.is_required():
             default = inspect.Parameter.empty
@@ -180,8 +180,15 @@ def _panel(section: type[Settings]) -> str:
     return section.__name__.removesuffix("Settings")
 
 
+def _placeholder(field: FieldInfo) -> str:
+    """Returns the placeholder of a field's value in the help: DIR for a folder, SIZE for an amount of memory, else by its type."""
+    if (field.description or "").startswith("folder"):
+        return "DIR"
+    return "SIZE" if Memory in get_args(field.annotation) else _metavar(field.annotation)
+
+
 def _metavar(annotation: Any) -> str:
-    """Returns the placeholder of the value in the help: the choices, N, X, FILE or TEXT."""
+    """Returns the placeholder of a type's values in the help: the choices, N, X, FILE or TEXT."""
     if get_origin(annotation) is Literal:
         return "[" + "|".join(str(choice) for choice in get_args(annotation)) + "]"
     if get_origin(annotation) is tuple:

@@ -42,8 +42,8 @@ class Ratings:
         source: The file.
         user_ids: m different ids, ascending (int64).
         item_ids: n different ids, ascending (int64).
-        rows: For each rating the index of its user in ``user_ids``.
-        columns: For each rating the index of its item in ``item_ids``.
+        rows: Index of the user of each rating, in ``user_ids``.
+        columns: Index of the item of each rating, in ``item_ids``.
         values: The ratings, float64.
     """
 

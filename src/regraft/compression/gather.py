@@ -37,7 +37,7 @@ class Watcher:
 
     Attributes:
         inputs: Moments of each tensor, under the name of the first layer that reads it.
-        reads: For each layer, the key of its inputs in ``inputs``.
+        reads: Key of the inputs of each layer in ``inputs``.
         gradients: Moments of the gradients at the outputs, by layer.
     """
 
@@ -63,7 +63,7 @@ class Watcher:
 
     @property
     def outputs(self) -> list[Tensor]:
-        """What left the layers in the last pass, for gradients with respect to it, in the order of the layers."""
+        """Outputs of the layers in the last pass, for gradients with respect to it, in the order of the layers."""
         return list(self._leaving.values())
 
     def add_inputs(self, group: int, batch: int) -> None:
@@ -126,7 +126,7 @@ def gather(
     """Yields the evidence of every projection, in their order.
 
     Args:
-        model: In evaluation mode; left as it is.
+        model: The model, in evaluation mode; left as it is.
         projections: Its linear layers by full name, in the order in which the model calls them.
         windows_NT: Calibration tokens, int64 (windows, tokens); None where weights alone are looked at.
         looks_at: Evidence that is needed in addition to the weights.

@@ -54,7 +54,7 @@ class EncodedRecord:
 
     @property
     def prompt_tokens(self) -> int:
-        """How many tokens come before the last answer."""
+        """Number of tokens before the last answer."""
         return self.answers[-1][0]
 
     @property
@@ -68,11 +68,11 @@ class EncodedRecord:
 
 @dataclass(frozen=True)
 class RecordCounts:
-    """What became of the records of a corpus when they were encoded for training.
+    """Counts of the records of a corpus when they were encoded for training.
 
     Attributes:
-        records: How many were encoded.
-        dropped: Left out, since no token of an answer fits.
+        records: Number of records that were encoded.
+        dropped: Number of records that were left out, since no token of an answer fits.
         cut: Shortened to the window: with truncation "right" their end is missing, EOS included.
         prompt: The format, ``chat`` or ``alpaca``.
         max_tokens: The window.

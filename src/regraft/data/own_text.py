@@ -42,8 +42,8 @@ def write_own_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
     """Lets a model write windows of text.
 
     Args:
-        model: In evaluation mode; left as it is.
-        tokenizer: For its chat template and its special tokens; None: every window begins at a random token.
+        model: The model, in evaluation mode; left as it is.
+        tokenizer: Source of the chat template and the special tokens; None: every window begins at a random token.
         samples: How many windows.
         seq_len: Tokens of each, the first ones included.
         seed: Seed for everything that is drawn.

@@ -70,7 +70,7 @@ class Corpus:
 
     @property
     def n_bytes(self) -> int:
-        """How many bytes of UTF-8 its texts hold; a record counts with all of its texts."""
+        """Number of bytes of all texts in UTF-8; a record counts with all of its texts."""
         fields = (part for record in self.records for part in record.texts)
         return sum(len(text.encode()) for text in (*self.documents, *fields))
 

@@ -60,7 +60,7 @@ class Holding:
 
 @dataclass(frozen=True)
 class Parity:
-    """How the exported model in its runtime compares with ours on a text.
+    """Comparison of the exported model in its runtime with ours, on a text.
 
     Attributes:
         runtime: The program that ran it.

@@ -1,1 +1,1 @@
-"""Which weights of a model must be cut together."""
+"""Groups of weights that must be cut together."""

@@ -19,7 +19,7 @@ BATCH_TOKENS = 1024
 
 @dataclass
 class ReaderMoments:
-    """What one pass forwards and back tells about a projection.
+    """Second moments on both sides of a projection, from one pass forwards and back.
 
     Attributes:
         inputs: Second moments C of its inputs.
@@ -31,13 +31,13 @@ class ReaderMoments:
 
 
 def reader_moments(model: PreTrainedModel, names: Iterable[str], windows_NT: Tensor, seed: int) -> dict[str, ReaderMoments]:
-    """Returns, by projection, what one pass over the windows tells.
+    """Returns the moments of every projection, from one pass over the windows.
 
     Memory in addition to the model: two matrices of second moments for each projection, and the activations of one batch. No gradient of a
     weight is ever formed.
 
     Args:
-        model: In evaluation mode; left as it is.
+        model: The model, in evaluation mode; left as it is.
         names: Names of projections that read heads or feed-forward channels.
         windows_NT: Tokens, int64 (windows, tokens).
         seed: Seed for the tokens that are drawn.

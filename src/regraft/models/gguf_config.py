@@ -1,4 +1,4 @@
-"""What a GGUF file says of a model beyond what transformers' reader takes over: scaled rotations, caps, scales, sizes of GPT-2.
+"""Config of a model from a GGUF file, beyond what transformers' reader takes over: scaled rotations, caps, scales, sizes of GPT-2.
 
 The reader leaves these at the defaults of the config's class, and the model computes something else without a word.
 """

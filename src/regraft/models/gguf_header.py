@@ -45,13 +45,13 @@ _MOST_DIMENSIONS, _MOST_ALIGNMENT, _LONGEST_NAME = 4, 1 << 20, 1 << 16
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """What the table says of one tensor.
+    """Entry of one tensor in the table of a file.
 
     Attributes:
         kind: Name of the stored type, such as ``Q4_K``.
-        shape: In torch's order.
+        shape: Sizes, in torch's order.
         start: First byte, from the start of the file.
-        size: Bytes.
+        size: Number of bytes.
     """
 
     kind: str
@@ -62,11 +62,11 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a file says of itself.
+    """Metadata and table of tensors of a GGUF file.
 
     Attributes:
         metadata: Scalars, texts, and for lists their length.
-        tensors: By name.
+        tensors: Entries of the tensors, by name.
     """
 
     metadata: Mapping[str, Any]

@@ -62,7 +62,7 @@ WHOLE_PIECES = ("llama-bpe", "tekken")
 
 
 class TokenType(IntEnum):
-    """What a token is, as GGUF numbers it."""
+    """Kind of a token, numbered as in GGUF."""
 
     NORMAL = 1
     UNKNOWN = 2

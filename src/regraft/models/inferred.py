@@ -83,7 +83,7 @@ class Shapes:
 
     @property
     def own_head_dim(self) -> bool:
-        """Whether the family takes a head size that is not hidden size / heads."""
+        """Returns whether the family takes a head size that is not hidden size / heads."""
         return self.head_dim == OWN_HEAD_DIM
 
     @property

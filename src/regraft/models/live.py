@@ -29,7 +29,7 @@ ModelLike = PreTrainedModel | Loaded | str | Path
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where a model object came from, as far as its config says.
+    """Origin of a model object, as far as its config gives it.
 
     Attributes:
         source: Its ``name_or_path``, or the name of its class.

@@ -47,7 +47,7 @@ class StoredTensor:
     """A header's entry for one tensor.
 
     Attributes:
-        dtype: As safetensors writes it, such as ``BF16``.
+        dtype: Number type in the words of safetensors, such as ``BF16``.
         shape: The tensor's shape.
         path: The file that holds it.
         offset: Position of its first byte in the file.

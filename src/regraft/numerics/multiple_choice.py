@@ -37,7 +37,7 @@ Stage = Sequence[Sequence[Table]]
 
 @dataclass(frozen=True)
 class _Walked:
-    """What was noted of one stage on the way forward: the alternative of each place, and for each alternative and table the row."""
+    """Notes on one stage from the way forward: the alternative of each place, and the row for each alternative and table."""
 
     which: NDArray[np.int32]
     rows: list[list[NDArray[np.int32]]]

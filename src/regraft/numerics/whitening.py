@@ -87,7 +87,7 @@ def root_of(moments_DD: Tensor, *, damping: float = 0.0, floor: float = FLOOR, w
 
     Args:
         moments_DD: Symmetric positive semidefinite up to rounding, (width, width).
-        damping: From 0, the moments as they are, to 1, the mean of their diagonal in every direction: what lies between is a mixture
+        damping: Number from 0, the moments as they are, to 1, the mean of their diagonal in every direction: what lies between is a mixture
             ``(1 - damping) M + damping mean(diag M) I``, whose trace stays that of M.
         floor: Least eigenvalue, relative to the largest.
         what: Names the moments in a message.

@@ -75,7 +75,7 @@ class Examination:
 
     @property
     def healthy(self) -> bool:
-        """Whether all requirements are met."""
+        """Returns whether all requirements are met."""
         return all(finding.status == "ok" for finding in (*self.required, self.model))
 
     def to_dict(self) -> dict[str, Any]:

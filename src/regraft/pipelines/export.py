@@ -34,14 +34,14 @@ MERGED = "merged"  # a format of its own: no adapter any more, so that every met
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written.
+    """Result of an export.
 
     Attributes:
-        words: In a few words.
-        modules: How many modules the adapter changes.
+        words: What was written, in a few words.
+        modules: Number of modules that the adapter changes.
         rank: Largest rank of their changes; 0 where the adapter was merged.
         notes: What the user should know, as sentences without a full stop.
-        parity: How a model compares in its runtime; None for an adapter, or where no comparison was made.
+        parity: Comparison of a model in its runtime; None for an adapter, or where no comparison was made.
     """
 
     words: str

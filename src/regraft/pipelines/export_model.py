@@ -30,12 +30,12 @@ OWN_WINDOWS, OWN_TOKENS = 4, 128
 
 @dataclass(frozen=True)
 class ModelExport:
-    """What was written.
+    """Result of writing a model.
 
     Attributes:
-        words: In a few words.
+        words: What was written, in a few words.
         notes: What the user should know, as sentences without a full stop.
-        parity: How it compares in its runtime; None where that was not asked for.
+        parity: Comparison in its runtime; None where that was not asked for.
     """
 
     words: str
@@ -107,7 +107,8 @@ def _refuse_factors(loaded: Loaded, to: str) -> None:
     if factored:
         raise ModelError(
             f"'{loaded.source}' stores {len(factored)} layers as two factors, such as '{next(iter(factored))}', and format {to} has no "
-            "place for these; export --to hf, or write dense matrices: regraft compress --dense --method svd_llm, which adds no bias"
+            "place for these; export with `to=hf`, or write dense matrices with "
+            "`regraft compress MODEL --dense --method svd_llm`, which adds no bias"
         )
 
 

@@ -85,7 +85,7 @@ class RecoverResult(Saving):
 
     @property
     def report(self) -> dict[str, Any]:
-        """What a reader wants to know of the recovery, in words."""
+        """Facts of the recovery for a reader, in words."""
         return facts(self.recovered, self.settings, self.record)
 
     def __repr__(self) -> str:
@@ -181,7 +181,7 @@ def is_finished(model: str | Path, output: Path, settings: RecoverSettings, load
     Args:
         model: A folder, a hub id, or ``seedling``.
         output: The output, which need not be there.
-        settings: Data, adapter and training. Of a data file only the name is compared, as the record of the output holds no more.
+        settings: Data, adapter and training. Only the name of a data file is compared, as the record of the output holds no more.
         load: How the model is loaded.
         seed: Seed for everything random.
 

@@ -1,4 +1,4 @@
-"""What the results of all stages can do: save themselves into a folder, or to the hub."""
+"""Base of the results of all stages, which save themselves into a folder or to the hub."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class FactorSpace:
         layout: How factored layers are stored.
         parameters: All stored parameters of the model before.
         budget: Most parameters that the sites may store together.
-        sites: In the order of the model.
+        sites: Layers, in the order of the model.
     """
 
     fingerprint: str
@@ -120,7 +120,7 @@ class FactorPlan:
         ratio: Share of all stored parameters that was to go.
         parameters_before: Parameters of the uncompressed model, embeddings included, tied ones counted once.
         parameters_after: Parameters stored in the compressed model.
-        factorings: In the order of the model; what is not named stays dense.
+        factorings: Layers that are factored, in the order of the model; what is not named stays dense.
         predicted_nats: Predicted divergence per token; None where damages are not in nats.
         made_with: Settings, seed and checksums of the texts, to make the same factors again.
     """

@@ -46,7 +46,7 @@ class Budget:
 
     @property
     def counted(self) -> bool:
-        """Whether the ratio is a share of what can be counted: parameters or bytes, not time."""
+        """Returns whether the ratio is a share of what can be counted: parameters or bytes, not time."""
         return self.curves is None or self.curves.unit != "milliseconds"
 
     def prunable(self, groups: Groups) -> tuple[Group, ...]:
@@ -141,8 +141,8 @@ def alignments_for(groups: Groups, budget: Budget) -> tuple[int, ...]:
 def closest_wanted(align: int, ratio: float) -> float:
     """Returns by which share of all parameters an alignment may miss the target for ``auto`` to take it.
 
-    >>> closest_wanted(64, 0.2), closest_wanted(64, 0.1), closest_wanted(16, 0.2)
-    (0.01, 0.005, 0.0025)
+    >>> closest_wanted(64, 0.2), closest_wanted(64, 0.16), closest_wanted(16, 0.2)
+    (0.01, 0.008, 0.0025)
     """
     return min(MOST_MISSED, max(_MOST_OF_RATIO * ratio, _CLOSE_ENOUGH)) if align in WIDE_ALIGNMENTS else _CLOSE_ENOUGH
 

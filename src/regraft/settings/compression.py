@@ -11,36 +11,44 @@ from regraft.settings.sections import NO_EFFECT, Memory, Positive, Rate, Ratio, 
 
 
 class CompressSettings(Settings):
-    """How linear layers become two thin ones, and at which ranks."""
+    """Settings of low-rank compression: how linear layers become two thin ones, and at which ranks."""
 
     ratio: Ratio = Field(default=0.2, description="share of ALL stored parameters to remove, embeddings counted")
-    method: str = Field(default="fisher", description="fisher, bolaco, svd_llm, asvd, svd or pc_lora, which trains")
+    method: str = Field(
+        default="fisher", description="method of decomposition: fisher, bolaco, svd_llm, asvd, svd or pc_lora, which trains"
+    )
     ranks: Literal["auto", "uniform", "type", "closed", "knapsack", "bayes"] = Field(
-        default="auto", description="how ranks are chosen; auto: knapsack for fisher, whose prices compare between layers, else uniform"
+        default="auto", description="method of choosing ranks; auto: knapsack for fisher, whose prices compare between layers, else uniform"
     )
     prices: Literal["predicted", "measured"] = Field(
         default="predicted",
-        description="prices that `ranks=type`, closed and knapsack use: predicted by the method, or corrected by the divergence measured "
+        description="prices for `ranks` type, closed and knapsack: predicted by the method, or corrected by the divergence measured "
         "with one layer factored at a time",
     )
-    layout: Literal["plain", "pifa"] = Field(default="plain", description="how factors are stored; pifa: by pivot rows, in fewer numbers")
-    align: Positive | Literal["auto"] = Field(default="auto", description="ranks are multiples of this; auto: 8, less in small layers")
+    layout: Literal["plain", "pifa"] = Field(
+        default="plain", description="form of the stored factors; pifa: by pivot rows, in fewer numbers"
+    )
+    align: Positive | Literal["auto"] = Field(
+        default="auto", description="number of which all ranks are multiples; auto: 8, less in small layers"
+    )
     targets: tuple[str, ...] = Field(default=(), description="names of projections that may be factored, such as q_proj; default: all")
     mix: bool = Field(
-        default=False, description="heads and feed-forward networks lose channels instead, where that costs fewer nats than ranks do"
+        default=False, description="remove heads and feed-forward channels instead, where that costs fewer nats than lower ranks"
     )
     dense: bool = Field(default=False, description="write the product of the factors as a dense matrix, for runtimes that know no factors")
     calibration: Path | None = Field(
         default=None, description="text to calibrate on; built-in text is used only for seedling and models made from it"
     )
-    samples: Positive = Field(default=128, description="calibration windows")
-    seq_len: Positive | None = Field(default=None, description="tokens of a calibration window; default: 128 or the model's limit")
+    samples: Positive = Field(default=128, description="number of calibration windows")
+    seq_len: Positive | None = Field(
+        default=None, description="length of a calibration window in tokens; default: 128 or the model's limit"
+    )
     validation: Path | None = Field(
-        default=None, description="text that a search of ranks is judged on; default: part of the calibration text"
+        default=None, description="text for judging the vectors of a search for ranks; default: part of the calibration text"
     )
     test: Path | None = Field(
         default=None,
-        description="text to measure before and after; never the one that anything was chosen by",
+        description="text for the loss before and after, which nothing was chosen by",
         json_schema_extra=NO_EFFECT,
     )
     memory: Memory | None = Field(
@@ -53,18 +61,24 @@ class CompressSettings(Settings):
         description="folder that stores moments of the layers, so that another ratio or method needs no new calibration",
         json_schema_extra=NO_EFFECT,
     )
-    trials: Positive = Field(default=50, description="rank vectors that `ranks=bayes` measures")
-    layer_groups: Positive = Field(default=1, description="groups of layers with ranks of their own in `ranks=bayes`: 1 or 4 in the paper")
+    trials: Positive = Field(default=50, description="number of rank vectors that `ranks=bayes` measures")
+    layer_groups: Positive = Field(
+        default=1, description="number of groups of layers with ranks of their own in `ranks=bayes`: 1 or 4 in the paper"
+    )
     kl_weight: float = Field(
         default=1e-3, ge=0.0, allow_inf_nan=False, description="weight of the divergence, added to the perplexity that `ranks=bayes` lowers"
     )
     warm_start: Literal["fisher", "bolaco", "random"] = Field(
         default="fisher", description="factors that pc_lora starts from; ranks are chosen by the prices of fisher where it is random"
     )
-    fade_steps: Positive = Field(default=200, description="optimizer steps of pc_lora, on the calibration windows: raise samples with them")
-    fade_batch: Positive = Field(default=8, description="windows in one step of pc_lora")
+    fade_steps: Positive = Field(
+        default=200, description="number of optimizer steps of pc_lora, on the calibration windows; raise `samples` with it"
+    )
+    fade_batch: Positive = Field(default=8, description="number of windows in one step of pc_lora")
     fade_lr: Rate = Field(default=1e-3, description="peak learning rate of pc_lora")
-    fade_schedule: Literal["linear", "sine", "cosine", "step"] = Field(default="cosine", description="how dense weights fade in pc_lora")
+    fade_schedule: Literal["linear", "sine", "cosine", "step"] = Field(
+        default="cosine", description="curve by which dense weights fade in pc_lora"
+    )
     fade_share: float = Field(default=0.7, gt=0.0, le=1.0, description="share of pc_lora's steps until dense weights are gone")
     task_weight: float = Field(
         default=0.2,

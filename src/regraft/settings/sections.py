@@ -193,7 +193,7 @@ class PruneSettings(Settings):
     ratio: Ratio = Field(default=0.2, description="share of ALL parameters to remove, or of bytes or milliseconds (see `budget`)")
     effort: Literal["quick", "default", "thorough"] = Field(
         default="default",
-        description="quick: 32 windows and no re-fit to the predictions; thorough: the damage of every group is measured at every size",
+        description="effort of planning; quick: 32 windows, no re-fit to the predictions; thorough: every group is measured at every size",
     )
     criterion: Annotated[str, known_name("criterion", auto=True)] = Field(
         default="auto",
@@ -205,7 +205,7 @@ class PruneSettings(Settings):
     granularity: Literal["element", "vector"] = Field(
         default="element", description="for criterion taylor, absolute value before (element) or after (vector) summing over a row"
     )
-    reduce: Reduction = Field(default="sum", description="how the scores of coupled weights are combined")
+    reduce: Reduction = Field(default="sum", description="reduction that combines the scores of coupled weights")
     shape: Shape = Field(
         default="uniform",
         description="widths of layers; uniform: equal in all layers, loads in stock classes; per-layer: each layer its own, less loss",
@@ -290,7 +290,7 @@ class RecoverSettings(Settings):
     )
     task: Literal["language", "classification", "regression"] = Field(
         default="language",
-        description="language modelling, or training of an encoder or decoder on classes or numbers in `data` (csv, tsv, json, jsonl)",
+        description="kind of training: language modelling, or, for encoders too, classes or numbers in `data` (csv, tsv, json, jsonl)",
     )
     text_columns: tuple[str, ...] = Field(
         default=(), description="one or two text columns of labelled data; default: usual names, such as sentence1,sentence2"
@@ -475,11 +475,9 @@ class EvaluateSettings(Settings):
         default=None, description="number of tokens between the starts of two windows; default: half the window"
     )
     max_tokens: Annotated[int, Field(gt=0, le=10**12)] | None = Field(
-        default=None, description="stop after this many tokens; default: all of the text"
+        default=None, description="largest number of tokens to measure; default: all of the text"
     )
-    bos: bool | Literal["auto"] = Field(
-        default="auto", description="whether documents start with the BOS token; auto: as the tokenizer does"
-    )
+    bos: bool | Literal["auto"] = Field(default="auto", description="BOS token at the start of documents; auto: as the tokenizer has it")
     speed: bool = Field(default=False, description="also measure the times of prefill and decode, and peak memory")
 
 
@@ -491,7 +489,7 @@ class LabelSettings(Settings):
         default=(), description="one or two text columns of labelled data; default: usual names, such as sentence1,sentence2"
     )
     label_column: str | None = Field(default=None, description="label column of labelled data; default: label or score")
-    seq_len: Positive | None = Field(default=None, description="longest row in tokens; default: 256 or the model's limit")
+    seq_len: Positive | None = Field(default=None, description="length of the longest row in tokens; default: 256 or the model's limit")
 
 
 class SampleSettings(Settings):
@@ -502,7 +500,7 @@ class SampleSettings(Settings):
 
 
 class CompletionSettings(Settings):
-    """How a table of ratings is completed."""
+    """Settings of the completion of a table of ratings."""
 
     rank: Positive | Literal["auto"] = Field(default=10, description="rank of the completion; auto: by held-out error")
     depth: Annotated[int, Field(ge=2)] = Field(default=3, description="number of inner factors of the compressed factorization")
@@ -520,4 +518,4 @@ class CompletionSettings(Settings):
         default="refuse", description="treatment of items that a user rated more than once"
     )
     recommend: Annotated[int, Field(ge=0)] = Field(default=10, description="number of unrated items to recommend to every user; 0: none")
-    device: str = Field(default="cpu", description="cpu, cuda or cuda:N")
+    device: str = Field(default="cpu", description="device: cpu, cuda or cuda:N")

@@ -68,7 +68,7 @@ class Room:
 
     @property
     def fits(self) -> bool:
-        """Whether the run and the program itself together are within the limit."""
+        """Returns whether the run and the program itself together are within the limit."""
         return self.working_bytes + self.program_bytes <= self.bound_bytes
 
 

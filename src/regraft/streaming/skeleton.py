@@ -174,7 +174,7 @@ def open_skeleton(source: str | Path, settings: LoadSettings | None = None) -> S
     """Opens a checkpoint for reading layer by layer, after checking that it is complete and fits its config.
 
     Args:
-        source: As in :func:`regraft.models.load.load`.
+        source: Folder or hub id, as in :func:`regraft.models.load.load`.
         settings: Loading settings. The dtype is that of the written weights; computation is in float32.
 
     Raises:

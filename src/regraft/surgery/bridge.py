@@ -136,7 +136,7 @@ def _fit(walk: Layerwise, layer: int, projection: nn.Module, axis: int, hidden: 
 
 @dataclass
 class _Sums:
-    """What a ridge regression from inputs h to what W h should be needs to know.
+    """Moments for a ridge regression from inputs h to the wanted outputs W h.
 
     Attributes:
         count: Number of rows.

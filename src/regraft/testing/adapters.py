@@ -1,4 +1,4 @@
-"""What every adapter must hold, on every kind of module that it says it can be put on."""
+"""Checks that every adapter must pass, on every kind of module that it says it can be put on."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class AdapterForm:
 
     @property
     def own(self) -> bool:
-        """Whether regraft's own code injects it, and not PEFT's."""
+        """Returns whether regraft's own code injects it, and not PEFT's."""
         return isinstance(ADAPTERS.get(self.adapter), Method)
 
     def settings(self, **more: object) -> RecoverSettings:

@@ -1,4 +1,4 @@
-"""What every allocator must hold."""
+"""Checks that every allocator must pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every compression method must hold."""
+"""Checks that every compression method must pass."""
 
 from __future__ import annotations
 

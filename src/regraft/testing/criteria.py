@@ -1,4 +1,4 @@
-"""What every criterion must hold."""
+"""Checks that every criterion must pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every export format must hold."""
+"""Checks that every export format must pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every selector must hold."""
+"""Checks that every selector must pass."""
 
 from __future__ import annotations
 

@@ -129,12 +129,12 @@ class Keeper(TrainerCallback):
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether the last ``patience`` evaluations found no lower loss."""
+        """Returns whether the last ``patience`` evaluations found no lower loss."""
         return self._is_over(self.rows, self.best_step)
 
     @property
     def resumes_what_has_stopped(self) -> bool:
-        """Whether the checkpoint to resume from belongs to a run that had already stopped by its patience."""
+        """Returns whether the checkpoint to resume from belongs to a run that had already stopped by its patience."""
         if self._resumed is None:
             return False
         progress = self._resumed.progress

@@ -1,4 +1,4 @@
-"""What a recovery is of: every setting resolved and checked, the rows in their order, and the checkpoint to go on from.
+"""Job of a recovery: every setting resolved and checked, the rows in their order, and the checkpoint to go on from.
 
 A job is made before anything is changed: :func:`prepare` leaves the model as it is.
 """
@@ -76,7 +76,7 @@ LABELS = Reading(collate_labelled, summed_labelled, summed_label_loss)
 
 @dataclass(frozen=True)
 class DataCounts:
-    """What became of the rows of training data.
+    """Counts of the rows of training data.
 
     Attributes:
         records: Counts of instruction records; None for text and labels.
@@ -107,9 +107,9 @@ class Job:
     """A recovery that is ready to begin.
 
     Attributes:
-        model: What is trained beside, still without an adapter.
-        settings: Of the recovery; windows and packing are those that this model and these data allow.
-        seed: Of the data's order, the adapter's first values and dropout.
+        model: The model to recover, still without an adapter.
+        settings: Settings of the recovery; windows and packing are those that this model and these data allow.
+        seed: Seed of the data's order, the adapter's first values and dropout.
         work: Folder of the checkpoints.
         ranks: The rank plan that is followed, or None.
         compute: Type of the matrix products of a forward pass.

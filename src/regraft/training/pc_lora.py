@@ -150,7 +150,7 @@ def fade_out(
     """Trains the factors of a causal language model's layers while their weights fade; the model itself is left as it is.
 
     Args:
-        model: In evaluation mode.
+        model: The model, in evaluation mode.
         starts: Factors to start from, by name of the layer; their ranks are those that are trained.
         windows_NT: Training tokens, int64 (windows, tokens).
         settings: Steps, schedule and weights of the losses.

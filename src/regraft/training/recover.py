@@ -67,7 +67,7 @@ class Trained:
         best_loss: Held-out loss there, in nats a token.
         first_loss: Held-out loss before the first step.
         seconds: Wall-clock time of training, over all its sittings.
-        peak_memory_bytes: Of the GPU, or of this process.
+        peak_memory_bytes: Peak memory of the GPU, or of this process.
         rates: The learning rates that were tried before; None where there was no sweep.
     """
 

@@ -82,6 +82,22 @@ def test_a_recipe_keeps_its_keys() -> None:
     assert set(OF_RUN) <= set(options("run"))
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_line_of_help_stands_alone(command: str) -> None:
+    """It begins with what the value is or what the option does, not with one of the values, "how" or a word that needs another line."""
+    for name, option in options(command).items():
+        if name == "help" or option.hidden:
+            continue
+        assert option.help is not None, name
+        first = re.split(r"[ :,;]", option.help)[0]
+        assert first.lower() not in {"how", "whether", "which", "this", "it", "its", "of", "as", "auto", "0", "none"}, (
+            f"{name}: {option.help}"
+        )
+        assert len(option.help.split()) > 1, f"{name}: {option.help}"
+        choices = (option.metavar or "").strip("[],…").split("|")
+        assert len(choices) < 2 or first not in choices, f"{name}: {option.help}"
+
+
 WHOLE_COMMAND = re.compile(r"`(regraft|ray|accelerate|torchrun|vllm|transformers) [^`]*`")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 

@@ -71,12 +71,12 @@ class Scheme:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the file holds the weights as they are in float32."""
+        """Returns whether the file holds the weights as they are in float32."""
         return self.usual is F32
 
     @property
     def is_quantized(self) -> bool:
-        """Whether weights are stored as blocks of integers."""
+        """Returns whether weights are stored as blocks of integers."""
         return self.usual not in FLOATS
 
 

@@ -1,4 +1,4 @@
-"""What GGUF says of rotary embeddings, from the ``rope_parameters`` of a config."""
+"""Metadata of GGUF for rotary embeddings, from the ``rope_parameters`` of a config."""
 
 from __future__ import annotations
 

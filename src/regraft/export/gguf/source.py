@@ -51,7 +51,7 @@ class Source:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all layers have the same sizes and none has lost a part."""
+        """Returns whether all layers have the same sizes and none has lost a part."""
         first = self.sizes[0]
         return all(size == first for size in self.sizes) and first.query_heads > 0 and first.ffn > 0
 

@@ -45,7 +45,7 @@ LAYOUT: dict[str, Any] = {
 
 
 class UnevenConfig:
-    """What turns the config of a family into one with per-layer sizes; mixed in before the family's own config class."""
+    """Per-layer sizes for the config of a family; mixed in before the family's own config class."""
 
     model_type: str
     _auto_class = "AutoConfig"  # makes `save_pretrained` copy this file into the folder

@@ -105,7 +105,7 @@ def fit_layers(model: PreTrainedModel, config: UnevenConfig) -> None:
     """Gives a model that was built from an even config the layers of an uneven one.
 
     Args:
-        model: With its layers where the layout says, in its base model.
+        model: Model whose base model has its layers where the layout says.
         config: What it is to become.
     """
     # Chosen while the even model was built, on its own copy of the config.

@@ -23,14 +23,14 @@ from regraft.surgery.damage_curves import JUDGED_WINDOWS, SHARES
 
 @dataclass(frozen=True)
 class Effort:
-    """What a word stands for.
+    """Meaning of one value of the setting ``effort``.
 
     Attributes:
-        samples: Calibration windows where none are asked for.
-        near_windows: Windows that measure each group once, near the width it is given, where its curve is predicted.
+        samples: Number of calibration windows where none is asked for.
+        near_windows: Number of windows that measure each group once, near the width it is given, where its curve is predicted.
         all_sizes: Whether curves are measured at all sizes although they could be predicted.
         predictions: Whether projections are re-fitted to the dense model's predictions too.
-        steps: Natural-gradient steps at most.
+        steps: Largest number of natural-gradient steps.
         least_gain: A step that lessens the divergence by a smaller share than this is the last one.
     """
 
@@ -53,9 +53,9 @@ def passes_of(settings: PruneSettings, groups: Groups, windows: int) -> float:
     """Returns about how many passes pruning takes at most, with every "auto" decided.
 
     Args:
-        settings: Resolved.
-        groups: Of the model.
-        windows: Calibration windows.
+        settings: Resolved settings.
+        groups: Groups of the model.
+        windows: Number of calibration windows.
     """
     effort, criterion = EFFORTS[settings.effort], CRITERIA.get(settings.criterion)
     units = sum(group.kind not in WHOLE and group.kind != "residual" for group in groups.groups)

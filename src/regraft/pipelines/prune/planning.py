@@ -1,4 +1,4 @@
-"""From resolved settings to a plan, whether the model is in memory or streamed: windows of text, scores, curves, the choice."""
+"""Plan from resolved settings, whether the model is in memory or streamed: windows of text, scores, curves, the choice."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Planning:
 
     @property
     def _predicted(self) -> bool:
-        """Whether curves come from scores, and are measured once for each group."""
+        """Returns whether curves come from scores, and are measured once for each group."""
         settings = self.resolved.settings
         return CRITERIA.get(settings.criterion).in_nats and not EFFORTS[settings.effort].all_sizes
 

@@ -196,7 +196,7 @@ def replay(
         tokenizer: The tokenizer for a model in memory.
         calibration: The text that the plan was made with, where it lies elsewhere now.
         load: How a folder or hub id is loaded.
-        seed: For plans that bring none.
+        seed: Seed for plans that bring none.
         in_place: Whether a model in memory becomes the pruned one.
         dry_run: Look only: nothing is cut and nothing is written.
         command: How this was called, for the folder's record.
@@ -326,7 +326,7 @@ def plan_pruning(
     With several rounds, each round scores and cuts the result of the previous one and removes an equal share of the rest of the target.
 
     Args:
-        model: In evaluation mode.
+        model: The model, in evaluation mode.
         groups: Groups of the model.
         resolved: How it is pruned.
         windows: Calibration tokens, int64 (windows, tokens), from :func:`draw_windows`; None where nothing needs text.
@@ -367,7 +367,7 @@ def cut_to_plan(
     """Returns the pruned model: the projections that read pruned channels are re-fitted, then all groups are cut.
 
     Args:
-        model: In evaluation mode; it is left as it is, and shares what was not cut with the result.
+        model: The model, in evaluation mode; it is left as it is, and shares what was not cut with the result.
         groups: Groups of the model.
         plan: What stays.
         resolved: How projections are re-fitted.

@@ -67,7 +67,7 @@ _CHOSEN_BY_THE_SEARCH = ("rank", "alpha", "patience")
 
 @dataclass(frozen=True, repr=False)
 class RankResult(Saving):
-    """What a search for ranks gave.
+    """Result of a search for ranks.
 
     Attributes:
         search: What was measured, found and confirmed.
@@ -86,7 +86,7 @@ class RankResult(Saving):
 
     @property
     def report(self) -> str:
-        """How the ranks were found, in Markdown."""
+        """Report of how the ranks were found, in Markdown."""
         return self.files()[REPORT]
 
     def __repr__(self) -> str:
@@ -179,7 +179,7 @@ def allocate_ranks(
 
 @dataclass(frozen=True)
 class _Order:
-    """What a call asks for; the fields are parameters of :func:`allocate_ranks`."""
+    """Order of one call; the fields are the parameters of :func:`allocate_ranks`."""
 
     model: ModelLike
     tokenizer: PreTrainedTokenizerBase | None
