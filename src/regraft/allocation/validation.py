@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+from scipy.stats import spearmanr
 
 from regraft.allocation.observations import canonical, group_means, observe
 from regraft.plans import CrossValidation, RankSpace, RankTrial
@@ -65,6 +65,4 @@ def errors(losses: NDArray[np.float64], expected: NDArray[np.float64], folds: in
 
 def rank_correlation(left: NDArray[np.float64], right: NDArray[np.float64]) -> float:
     """Returns Spearman's rank correlation; 0 when either array is constant."""
-    ranks = [rankdata(values) - (len(values) + 1) / 2 for values in (left, right)]
-    scale = float(np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
-    return float(ranks[0] @ ranks[1]) / scale if scale > 0 else 0.0
+    return 0.0 if np.ptp(left) == 0 or np.ptp(right) == 0 else float(spearmanr(left, right).statistic)

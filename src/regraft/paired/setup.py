@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, final
@@ -42,6 +41,7 @@ from regraft.training.batches import (
 )
 from regraft.training.distill import Teacher, check_vocabulary
 from regraft.training.losses import divergence, predicted_tokens, predicting
+from regraft.training.optimizer import rate_shape
 from regraft.training.precision import compute_dtype, trainable_weights
 
 Batch = Mapping[str, Tensor]
@@ -167,7 +167,7 @@ class PairedSetup:
         return self._first_loss
 
     def learning_rate(self, step: int, steps: int | None = None) -> float:
-        """Returns the learning rate at a step as a share of the peak, as in the schedules of transformers.
+        """Returns the learning rate at a step as a share of the peak.
 
         Args:
             step: Index of the step, from 0.
@@ -175,10 +175,7 @@ class PairedSetup:
         """
         steps = steps or self.settings.steps
         warm = round(self.settings.warmup * steps)
-        if step < warm:
-            return step / warm
-        part = (step - warm) / max(1, steps - warm)
-        return {"cosine": 0.5 * (1.0 + math.cos(math.pi * part)), "linear": 1.0 - part, "constant": 1.0}[self.settings.schedule]
+        return rate_shape(self.settings.schedule, warm, steps)(step)
 
     @contextmanager
     def ready(self, seed: int) -> Iterator[None]:

@@ -5,9 +5,14 @@ Legend of shapes: B rows, T tokens of the longest row, C classes (1 for regressi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, root_mean_squared_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,36 +115,18 @@ def judged(
         found.append(model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits.double().cpu())
         if progress is not None:
             progress(min(start + AT_ONCE, len(examples)), len(examples))
-    logits_BC, labels_B = torch.cat(found), torch.tensor(rows.labels, dtype=torch.float64)
+    logits_BC, labels_B = torch.cat(found).numpy(), np.array(rows.labels)
     if rows.classes:
         chosen_B = logits_BC.argmax(-1)
-        return {"accuracy": float((chosen_B == labels_B).double().mean()), "macro_f1": macro_f1(chosen_B, labels_B.long())}
-    values_B = logits_BC.squeeze(-1)
+        return {"accuracy": accuracy_score(labels_B, chosen_B), "macro_f1": f1_score(labels_B, chosen_B, average="macro")}
+    return figures_of_numbers(logits_BC.squeeze(-1), labels_B)
+
+
+def figures_of_numbers(values_B: NDArray[np.float64], labels_B: NDArray[np.float64]) -> dict[str, float]:
+    """Returns ``pearson``, ``spearman`` (NaN if all values or all labels are equal) and ``rmse`` of predicted numbers."""
+    constant = np.ptp(values_B) == 0 or np.ptp(labels_B) == 0
     return {
-        "pearson": correlation(values_B, labels_B),
-        "spearman": correlation(ranked(values_B), ranked(labels_B)),
-        "rmse": float((values_B - labels_B).square().mean().sqrt()),
+        "pearson": math.nan if constant else float(pearsonr(values_B, labels_B).statistic),
+        "spearman": math.nan if constant else float(spearmanr(values_B, labels_B).statistic),
+        "rmse": float(root_mean_squared_error(labels_B, values_B)),
     }
-
-
-def macro_f1(chosen: Tensor, labels: Tensor) -> float:
-    """Returns the mean F1 = 2 tp / (2 tp + fp + fn) over the classes that occur; both tensors are int64 ``(n,)``."""
-    scores: list[float] = []
-    for name in torch.cat([chosen, labels]).unique().tolist():
-        both, either = int(((chosen == name) & (labels == name)).sum()), int((chosen == name).sum() + (labels == name).sum())
-        scores.append(2 * both / either)
-    return sum(scores) / len(scores)
-
-
-def correlation(first: Tensor, second: Tensor) -> float:
-    """Returns Pearson's correlation of two vectors, float64 ``(n,)``; NaN if one of them is constant."""
-    first, second = first - first.mean(), second - second.mean()
-    size = float(first.norm() * second.norm())
-    return float(first @ second) / size if size > 0 else float("nan")
-
-
-def ranked(values: Tensor) -> Tensor:
-    """Returns ranks from 1, with mean ranks for equal values. Pearson's correlation of ranks is Spearman's correlation."""
-    _, places, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[places]

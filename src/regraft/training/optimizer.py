@@ -1,15 +1,21 @@
-"""The optimizer, and its groups of parameters by learning rate."""
+"""The optimizer, its groups of parameters by learning rate, and the schedule of the rates, which is that of transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Literal
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
 
 from regraft.adapters import Grouped, ParameterGroup
 from regraft.errors import InputError
 from regraft.settings import RecoverSettings
 from regraft.surgery.adapters import Injected
+
+Schedule = Literal["cosine", "linear", "constant"]
 
 _LORA_B = ("lora_B", "lora_embedding_B")
 
@@ -49,3 +55,23 @@ def make_optimizer(groups: Sequence[ParameterGroup]) -> torch.optim.AdamW:
         {"params": list(group.parameters), "lr": group.lr, **({"eps": group.eps} if group.eps is not None else {})} for group in groups
     ]
     return torch.optim.AdamW(entries, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+
+
+def scheduler_name(schedule: Schedule) -> str:
+    """Returns the name that a schedule with warm-up has in transformers."""
+    return "constant_with_warmup" if schedule == "constant" else schedule
+
+
+@cache
+def rate_shape(schedule: Schedule, warm: int, steps: int) -> Callable[[int], float]:
+    """Returns the function of transformers from the index of a step to the learning rate, as a share of the peak.
+
+    Args:
+        schedule: The shape after the warm-up.
+        warm: Number of steps of the warm-up.
+        steps: Number of all steps.
+    """
+    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = get_scheduler(scheduler_name(schedule), unused, num_warmup_steps=warm, num_training_steps=steps)
+    assert isinstance(scheduler, LambdaLR)
+    return scheduler.lr_lambdas[0]

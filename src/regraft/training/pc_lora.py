@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, get_scheduler
 
 from regraft.errors import TrainingError
 from regraft.models.encoders import pooled
@@ -207,11 +207,10 @@ def fade_by(
     }
     trained = [parameter for layer in layers.values() for parameter in layer.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0)
+    rates = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=settings.steps)
     with float32_on_cpu(model), only_these_train(model, ()), _in_place(model, layers), torch.enable_grad():
         for step in range(settings.steps):
             fade.value = fading(settings.schedule, step / max(1.0, settings.fade * settings.steps))
-            for group in optimizer.param_groups:
-                group["lr"] = 0.5 * settings.lr * (1.0 + math.cos(math.pi * step / settings.steps))
             loss = loss_of(fade, generator)
             if not bool(torch.isfinite(loss)):
                 raise TrainingError(f"the loss is not finite at step {step + 1} of {settings.steps}; lower the learning rate")
@@ -219,6 +218,7 @@ def fade_by(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
+            rates.step()
             if step % max(1, settings.steps // 20) == 0:
                 say(f"fading, step {step + 1} of {settings.steps}: lambda {fade.value:.2f}, loss {float(loss.detach()):.4f}")
     return {name: layer.factors() for name, layer in layers.items()}

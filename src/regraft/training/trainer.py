@@ -17,7 +17,7 @@ from regraft.surgery.adapters import Injected
 from regraft.training.batches import Example, collate
 from regraft.training.distributed import any_process, is_sharded, process_count, process_index, sum_over_processes
 from regraft.training.job import Job, Objective
-from regraft.training.optimizer import ParameterGroup, make_optimizer
+from regraft.training.optimizer import ParameterGroup, make_optimizer, scheduler_name
 from regraft.training.teacher_cache import TeacherCache
 
 _CHECKPOINTING: dict[str, Any] = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
@@ -32,7 +32,7 @@ def training_arguments(job: Job) -> TrainingArguments:
         per_device_train_batch_size=settings.batch,
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.lr or 1e-3,  # has no effect, because the optimizer's groups have their own rates
-        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+        lr_scheduler_type=scheduler_name(settings.schedule),
         warmup_steps=round(settings.warmup * settings.steps),
         weight_decay=0.0,
         max_grad_norm=settings.max_grad_norm,
