@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from regraft.search.pools import Inline
-from regraft.search.run import open_ledger, search
+from regraft.search.run import open_search, search
 from regraft.search.sampler import AllocatorSampler
 from regraft.search.storage import open_storage
 from search_fakes import SCHEDULE, SPACE, PlantedLearner, PlantedMeasure
@@ -38,11 +38,11 @@ def wait_for(log: Path, lines: int) -> None:
 
 def main(folder: Path, log: Path, seconds: float, url: str | None) -> None:
     sampler = AllocatorSampler(SPACE, PlantedLearner(), SCHEDULE, seed=0)
-    ledger = open_ledger(
+    opened = open_search(
         open_storage(url, folder, heartbeat_seconds=1, grace_seconds=30), "planted", SPACE, sampler, "planted", resume=True
     )
     with Inline(PlantedMeasure(log, seconds)) as pool:
-        found = search(ledger, sampler, pool, lambda job, trial: None)
+        found = search(opened, sampler, pool, lambda job, trial: None)
     print(json.dumps([[job.key, trial.ranks, trial.loss_nats] for job, trial in found]))
 
 

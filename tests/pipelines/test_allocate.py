@@ -28,7 +28,7 @@ from regraft.pipelines.ranks.cost import schedule_of
 from regraft.pipelines.ranks.measuring import Measuring
 from regraft.plans import RankPlan, RankSearch, RankTrial, from_json
 from regraft.search.contract import Job
-from regraft.search.ledger import Ledger
+from regraft.search.leases import Leases
 from regraft.settings import AllocateSettings, RecoverSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -177,7 +177,7 @@ def test_trials_cost_the_same_however_often_a_search_was_stopped(folder: Path, t
     ways = ("--elastic", "6")
     undisturbed = tmp_path / "undisturbed.json"
     assert allocate(folder, undisturbed, *ways) == 0
-    measure, record = measuring.OpenMeasure.__call__, Ledger.record
+    measure, record = measuring.OpenMeasure.__call__, Leases.record
     stopped: set[tuple[str, int]] = set()
 
     def stop_once(name: str, job: Job) -> None:
@@ -195,7 +195,7 @@ def test_trials_cost_the_same_however_often_a_search_was_stopped(folder: Path, t
         stop_once(f"{job.phase} recorded", job)
 
     monkeypatch.setattr(measuring.OpenMeasure, "__call__", measured)
-    monkeypatch.setattr(Ledger, "record", recorded)
+    monkeypatch.setattr(Leases, "record", recorded)
     plan = tmp_path / "plan.json"
     codes = [130]
     while codes[-1] == 130 and len(codes) < 40:

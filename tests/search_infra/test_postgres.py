@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from regraft.errors import StorageError
-from regraft.search.run import open_ledger
+from regraft.search.run import open_search
 from regraft.search.sampler import AllocatorSampler
 from regraft.search.storage import open_storage
 from search_fakes import SCHEDULE, SPACE, PlantedLearner, measured
@@ -87,7 +87,7 @@ def test_a_database_that_is_not_there_is_said_in_one_line(server: str, tmp_path:
 def test_many_searches_stand_in_one_database(server: str, tmp_path: Path) -> None:
     sampler = AllocatorSampler(SPACE, PlantedLearner(), SCHEDULE, seed=0)
     storage = open_storage(server, tmp_path)
-    first, second = (open_ledger(storage, name, SPACE, sampler, name, resume=False) for name in ("one", "two"))
-    first.post(sampler.plan(first.study) or ())
-    assert [len(book.study.trials) for book in (first, second)] == [3, 0]
+    first, second = (open_search(storage, name, SPACE, sampler, name, resume=False) for name in ("one", "two"))
+    first.postings.post(sampler.plan(first.postings.study) or (), give_up=True)
+    assert [len(opened.postings.study.trials) for opened in (first, second)] == [3, 0]
     storage.close()

@@ -17,7 +17,7 @@ import pytest
 from regraft.errors import InputError
 from regraft.search.pools import Inline
 from regraft.search.ray_pool import RayPool
-from regraft.search.run import open_ledger, search
+from regraft.search.run import open_search, search
 from regraft.search.sampler import AllocatorSampler
 from regraft.search.storage import open_storage
 from search_fakes import SCHEDULE, SPACE, PlantedLearner, PlantedMeasure, measured
@@ -66,13 +66,13 @@ def test_a_node_dies_and_its_candidates_are_measured_elsewhere(cluster: Any, tmp
 
     killer = threading.Thread(target=kill_the_second)
     killer.start()
-    ledger = open_ledger(open_storage(None, tmp_path), "planted", SPACE, sampler, "", resume=False)
+    opened = open_search(open_storage(None, tmp_path), "planted", SPACE, sampler, "", resume=False)
     with RayPool(PlantedMeasure(tmp_path / "log", waits_for=tmp_path / "killed"), cluster.address) as pool:
         assert pool.size == 2
-        found = search(ledger, sampler, pool, lambda job, trial: None)
+        found = search(opened, sampler, pool, lambda job, trial: None)
     killer.join()
     (tmp_path / "alone").mkdir()
-    alone = open_ledger(open_storage(None, tmp_path / "alone"), "planted", SPACE, sampler, "", resume=False)
+    alone = open_search(open_storage(None, tmp_path / "alone"), "planted", SPACE, sampler, "", resume=False)
     with Inline(PlantedMeasure(tmp_path / "alone.log")) as pool:
         assert search(alone, sampler, pool, lambda job, trial: None) == found
     begun, expected = Counter(measured(tmp_path / "log")), Counter(measured(tmp_path / "alone.log"))

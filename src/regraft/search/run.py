@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import optuna
@@ -15,8 +16,9 @@ import optuna
 from regraft.errors import StorageError
 from regraft.plans import RankSpace, RankTrial
 from regraft.search.contract import Job
-from regraft.search.ledger import Ledger
+from regraft.search.leases import Leases
 from regraft.search.pools import Pool
+from regraft.search.postings import Postings
 from regraft.search.sampler import AllocatorSampler
 from regraft.search.storage import Storage, quiet_optuna, storage_errors, together
 
@@ -26,8 +28,23 @@ _POLL_SECONDS = 1.0
 Told = Callable[[Job, RankTrial], None]
 
 
-def open_ledger(storage: Storage, name: str, space: RankSpace, sampler: AllocatorSampler, identity: str, *, resume: bool) -> Ledger:
-    """Opens the ledger of a search, or creates it.
+@dataclass(frozen=True)
+class OpenSearch:
+    """A search whose study is open.
+
+    Attributes:
+        postings: Its jobs and results.
+        leases: The jobs that this process measures.
+        storage: Storage of both.
+    """
+
+    postings: Postings
+    leases: Leases
+    storage: Storage
+
+
+def open_search(storage: Storage, name: str, space: RankSpace, sampler: AllocatorSampler, identity: str, *, resume: bool) -> OpenSearch:
+    """Opens a search, or creates it.
 
     Args:
         storage: Storage of the trials.
@@ -57,61 +74,62 @@ def open_ledger(storage: Storage, name: str, space: RankSpace, sampler: Allocato
             )
         elif not resume and study.get_trials(deepcopy=False):
             raise StorageError(f"storage {storage.shown} holds the search '{name}'; go on with `resume`, or use another `storage`")
-        ledger = Ledger(study, storage, space, alone=not storage.shared)
-        ledger.retire()
-    return ledger
+        postings = Postings(study, space)
+        leases = Leases(postings, storage, alone=not storage.shared)
+        leases.retire()
+    return OpenSearch(postings, leases, storage)
 
 
-def search(ledger: Ledger, sampler: AllocatorSampler, pool: Pool, told: Told, at_once: int = 1) -> list[tuple[Job, RankTrial]]:
+def search(opened: OpenSearch, sampler: AllocatorSampler, pool: Pool, told: Told, at_once: int = 1) -> list[tuple[Job, RankTrial]]:
     """Measures until the schedule is finished; returns all measurements of the search, in order.
 
     Args:
-        ledger: Ledger of the search.
+        opened: The search.
         sampler: Sampler that gives the next jobs.
         pool: Pool that measures.
         told: Called after each measurement of this process, once it is on disk.
         at_once: Number of candidates that one process trains in one pass.
 
     Raises:
-        StorageError: The ledger cannot be read or written.
+        StorageError: The storage cannot be read or written.
         RegraftError: An error that all candidates have in common.
     """
-    with ledger.errors(), ledger.alive():
-        while (jobs := sampler.plan(ledger.study)) is not None:
-            _carry_out(ledger, jobs, pool, told, at_once)
-        return [pair for pair in ledger.results() if pair[0].phase == "search"]
+    with storage_errors(opened.storage.shown), opened.leases.kept():
+        while (jobs := sampler.plan(opened.postings.study)) is not None:
+            _measure(opened, jobs, pool, told, at_once)
+        return [pair for pair in opened.postings.results() if pair[0].phase == "search"]
 
 
-def measure_all(ledger: Ledger, jobs: Sequence[Job], pool: Pool, told: Told, at_once: int = 1) -> list[RankTrial]:
+def measure_all(opened: OpenSearch, jobs: Sequence[Job], pool: Pool, told: Told, at_once: int = 1) -> list[RankTrial]:
     """Measures those of the jobs that have no result yet; returns the trials of all jobs, in order. Errors are as in :func:`search`."""
-    with ledger.errors(), ledger.alive():
-        _carry_out(ledger, jobs, pool, told, at_once)
-        results = {job.key: trial for job, trial in ledger.results()}
+    with storage_errors(opened.storage.shown), opened.leases.kept():
+        _measure(opened, jobs, pool, told, at_once)
+        results = {job.key: trial for job, trial in opened.postings.results()}
         return [results[job.key] for job in jobs]
 
 
-def _carry_out(ledger: Ledger, jobs: Sequence[Job], pool: Pool, told: Told, at_once: int) -> None:
-    """Waits until all jobs are measured, by this process or by others that share the ledger."""
+def _measure(opened: OpenSearch, jobs: Sequence[Job], pool: Pool, told: Told, at_once: int) -> None:
+    """Waits until all jobs are measured, by this process or by others that share the storage."""
     while True:
-        ledger.retire()
-        missing = ledger.missing(jobs)
+        opened.leases.retire()
+        missing = opened.postings.missing(jobs)
         if not missing and not pool.busy():
             return
-        ledger.post(missing)
+        opened.postings.post(missing, give_up=not opened.leases.alone)
         free = pool.size - pool.busy()
-        claimed = ledger.claim(missing, _wanted(missing, free, at_once)) if missing and free > 0 else []
-        for group in _groups(claimed, at_once):
+        taken = opened.leases.take(missing, _wanted(missing, free, at_once)) if missing and free > 0 else []
+        for group in _groups(taken, at_once):
             pool.start(group)
         if pool.busy():
             for job, trial in pool.finished(_POLL_SECONDS):
-                ledger.record(job, trial)
+                opened.leases.record(job, trial)
                 told(job, trial)
         elif missing:
             time.sleep(_POLL_SECONDS)  # other processes measure the remaining jobs
 
 
 def _wanted(missing: Sequence[Job], free: int, at_once: int) -> int:
-    """Returns how many jobs to claim. Elastic scores are claimed all together, because their process must train the adapter first."""
+    """Returns how many jobs to take. Elastic scores are taken all together, because their process must train the adapter first."""
     return len(missing) if missing[0].kind == "elastic" else free * at_once
 
 

@@ -12,9 +12,8 @@ from regraft.allocation.schedule import next_request
 from regraft.errors import DataError, StorageError
 from regraft.plans import RankTrial
 from regraft.search.contract import Job
-from regraft.search.ledger import Ledger
 from regraft.search.pools import Inline, Pool, Processes
-from regraft.search.run import measure_all, open_ledger, search
+from regraft.search.run import OpenSearch, measure_all, open_search, search
 from regraft.search.sampler import AllocatorSampler
 from regraft.search.storage import open_storage
 from search_fakes import SCHEDULE, SPACE, PlantedLearner, PlantedMeasure, measured, planted_loss
@@ -26,13 +25,13 @@ def sampler() -> AllocatorSampler:
     return AllocatorSampler(SPACE, PlantedLearner(), SCHEDULE, seed=0)
 
 
-def ledger_in(folder: Path, url: str | None = None) -> Ledger:
-    return open_ledger(open_storage(url, folder), "planted", SPACE, sampler(), "", resume=True)
+def opened_in(folder: Path, url: str | None = None) -> OpenSearch:
+    return open_search(open_storage(url, folder), "planted", SPACE, sampler(), "", resume=True)
 
 
 def run(folder: Path, pool: Pool, at_once: int = 1) -> list[tuple[Job, RankTrial]]:
     with pool:
-        return search(ledger_in(folder), sampler(), pool, lambda job, trial: None, at_once)
+        return search(opened_in(folder), sampler(), pool, lambda job, trial: None, at_once)
 
 
 def by_hand() -> list[RankTrial]:
@@ -78,7 +77,7 @@ def test_a_candidate_that_diverges_is_written_down_and_the_search_goes_on(tmp_pa
     assert [trial.ranks for trial in failed] == [bad]
     assert "nan at step 3" in failed[0].note
     assert max(trial.fidelity for _, trial in found) == 1.0
-    states = Counter(trial.state.name for trial in ledger_in(tmp_path).study.trials)
+    states = Counter(trial.state.name for trial in opened_in(tmp_path).postings.study.trials)
     assert states == {"COMPLETE": len(found) - 1, "FAIL": 1}
 
 
@@ -116,8 +115,8 @@ def test_jobs_that_confirm_stand_in_the_same_book_and_do_not_disturb_the_search(
     spec = PlantedMeasure(tmp_path / "log")
     jobs = [Job("confirm", 0, index, UNIFORM, 1.0, seed=100 + index) for index in range(3)]
     with Inline(spec) as pool:
-        before = measure_all(ledger_in(tmp_path), jobs, pool, lambda job, trial: None)
-        again = measure_all(ledger_in(tmp_path), jobs, pool, lambda job, trial: None)
+        before = measure_all(opened_in(tmp_path), jobs, pool, lambda job, trial: None)
+        again = measure_all(opened_in(tmp_path), jobs, pool, lambda job, trial: None)
     assert before == again
     assert [trial.seed for trial in before] == [100, 101, 102]
     assert len(measured(tmp_path / "log")) == 3
@@ -125,20 +124,20 @@ def test_jobs_that_confirm_stand_in_the_same_book_and_do_not_disturb_the_search(
 
 
 def test_two_that_post_the_same_jobs_have_each_measured_once(tmp_path: Path) -> None:
-    one, other = (ledger_in(tmp_path, f"sqlite:///{tmp_path / 'shared.db'}") for _ in range(2))
-    jobs = sampler().plan(one.study)
+    one, other = (opened_in(tmp_path, f"sqlite:///{tmp_path / 'shared.db'}") for _ in range(2))
+    jobs = sampler().plan(one.postings.study)
     assert jobs is not None
-    assert sampler().plan(other.study) == jobs
-    stale = other._valid()
-    one.post(jobs)
-    other._valid = lambda: stale  # pyright: ignore[reportAttributeAccessIssue]  # as if both had looked before either wrote
-    other.post(jobs)
-    del other._valid
-    assert len(one.study.trials) == 2 * len(jobs)
-    assert one.claim(jobs, 2) == list(jobs[:2])
-    assert other.claim(jobs, 9) == list(jobs[2:])
-    other.retire()
-    assert Counter(trial.user_attrs.get("dropped") for trial in one.study.trials if trial.number >= len(jobs)) == {
+    assert sampler().plan(other.postings.study) == jobs
+    stale = other.postings.valid()
+    one.postings.post(jobs, give_up=True)
+    other.postings.valid = lambda: stale  # pyright: ignore[reportAttributeAccessIssue]  # as if both had looked before either wrote
+    other.postings.post(jobs, give_up=True)
+    del other.postings.valid
+    assert len(one.postings.study.trials) == 2 * len(jobs)
+    assert one.leases.take(jobs, 2) == list(jobs[:2])
+    assert other.leases.take(jobs, 9) == list(jobs[2:])
+    other.leases.retire()
+    assert Counter(trial.user_attrs.get("dropped") for trial in one.postings.study.trials if trial.number >= len(jobs)) == {
         "asked for twice": len(jobs)
     }
 
@@ -162,7 +161,7 @@ def _or_failed(measure: PlantedMeasure, job: Job) -> RankTrial:
 
 
 def test_rounds_that_are_not_ours_are_refused(tmp_path: Path) -> None:
-    book = ledger_in(tmp_path)
-    book.study.set_user_attr("round:0", "[{}]")
+    study = opened_in(tmp_path).postings.study
+    study.set_user_attr("round:0", "[{}]")
     with pytest.raises(StorageError, match="not of regraft"):
-        sampler().plan(book.study)
+        sampler().plan(study)

@@ -10,7 +10,7 @@ import pytest
 from regraft.errors import InputError, OutputError, StorageError
 from regraft.search import storage as module
 from regraft.search.pools import Inline
-from regraft.search.run import open_ledger, search
+from regraft.search.run import open_search, search
 from regraft.search.sampler import AllocatorSampler
 from regraft.search.storage import FILE, masked, open_storage
 from search_fakes import SCHEDULE, SPACE, PlantedLearner, PlantedMeasure
@@ -30,7 +30,7 @@ def test_a_damaged_database_is_corrupt(tmp_path: Path) -> None:
     whole = (tmp_path / FILE).read_bytes()
     (tmp_path / FILE).write_bytes(whole[:4096] + b"\x5a" * (len(whole) - 4096))
     with pytest.raises(StorageError, match="corrupt") as caught:
-        open_ledger(open_storage(None, tmp_path), "one", SPACE, SAMPLER, "", resume=False)
+        open_search(open_storage(None, tmp_path), "one", SPACE, SAMPLER, "", resume=False)
     assert "\n" not in str(caught.value)
 
 
@@ -41,7 +41,7 @@ def test_a_locked_database_is_named_as_such(tmp_path: Path, monkeypatch: pytest.
     other.execute("BEGIN EXCLUSIVE")
     try:
         with pytest.raises(StorageError, match=r"locked by another program .*; wait for it"):
-            open_ledger(storage, "one", SPACE, SAMPLER, "", resume=False)
+            open_search(storage, "one", SPACE, SAMPLER, "", resume=False)
     finally:
         other.close()
 
@@ -71,14 +71,14 @@ def test_a_url_without_password_stays_as_it_is() -> None:
 
 
 def test_a_search_goes_on_only_with_the_same(tmp_path: Path) -> None:
-    open_ledger(open_storage(None, tmp_path), "one", SPACE, SAMPLER, "lr 1", resume=False)
+    open_search(open_storage(None, tmp_path), "one", SPACE, SAMPLER, "lr 1", resume=False)
     with pytest.raises(StorageError, match="begun with other settings"):
-        open_ledger(open_storage(None, tmp_path), "one", SPACE, SAMPLER, "lr 2", resume=True)
+        open_search(open_storage(None, tmp_path), "one", SPACE, SAMPLER, "lr 2", resume=True)
 
 
 def test_a_search_that_is_there_is_not_gone_on_with_by_accident(tmp_path: Path) -> None:
-    ledger = open_ledger(open_storage(None, tmp_path), "one", SPACE, SAMPLER, "", resume=False)
+    opened = open_search(open_storage(None, tmp_path), "one", SPACE, SAMPLER, "", resume=False)
     with Inline(PlantedMeasure(tmp_path / "log")) as pool:
-        search(ledger, SAMPLER, pool, lambda job, trial: None)
+        search(opened, SAMPLER, pool, lambda job, trial: None)
     with pytest.raises(StorageError, match="go on with `resume`"):
-        open_ledger(open_storage(None, tmp_path), "one", SPACE, SAMPLER, "", resume=False)
+        open_search(open_storage(None, tmp_path), "one", SPACE, SAMPLER, "", resume=False)

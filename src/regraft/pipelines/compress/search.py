@@ -27,7 +27,7 @@ from regraft.plans import FactorSite, FactorSpace, RankSlot, RankSpace, RankTria
 from regraft.progress import Say
 from regraft.search.contract import Job
 from regraft.search.pools import Inline
-from regraft.search.run import open_ledger, search
+from regraft.search.run import open_search, search
 from regraft.search.sampler import AllocatorSampler
 from regraft.search.storage import open_storage
 from regraft.surgery.trial_ranks import TrialModel
@@ -132,9 +132,9 @@ def searched_ranks(
     try:
         mark = json.dumps(dict(identity), sort_keys=True)
         name = f"compress-{hashlib.sha256(mark.encode()).hexdigest()[:12]}"
-        ledger = open_ledger(storage, name, slots, sampler, mark, resume=resume)
+        opened = open_search(storage, name, slots, sampler, mark, resume=resume)
         with Inline(objective) as pool:
-            results = [result for _, result in search(ledger, sampler, pool, told)]
+            results = [result for _, result in search(opened, sampler, pool, told)]
     finally:
         storage.close()
     best = winner(slots, results, learner)

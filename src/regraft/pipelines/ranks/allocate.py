@@ -54,7 +54,7 @@ from regraft.progress import Say, say_nothing
 from regraft.search.contract import Job
 from regraft.search.pools import Inline, Pool, Processes
 from regraft.search.ray_pool import RayPool, import_ray
-from regraft.search.run import measure_all, open_ledger, search
+from regraft.search.run import measure_all, open_search, search
 from regraft.search.sampler import AllocatorSampler
 from regraft.search.storage import open_storage
 from regraft.settings import TRAINING_TOKENS, AllocateSettings, LoadSettings, RecoverSettings, takes_settings, with_keywords
@@ -362,7 +362,7 @@ def _searched(request: Request, space: RankSpace, learner: Learner, work: Path, 
     sampler = AllocatorSampler(space, learner, schedule, request.seed)
     storage = open_storage(settings.storage, work)
     # A storage file in a folder that this process has locked belongs to it; opening the folder has already decided about resuming.
-    ledger = open_ledger(storage, name, space, sampler, identity, resume=resume or not storage.shared)
+    opened = open_search(storage, name, space, sampler, identity, resume=resume or not storage.shared)
     source = str(Path(request.source).absolute()) if Path(request.source).is_dir() else request.source
     spec = Measuring(source, request.load, placed(request.recover), to_json(space), work.absolute() / _RECOVERIES, request.seed)
     at_once = 1
@@ -375,11 +375,11 @@ def _searched(request: Request, space: RankSpace, learner: Learner, work: Path, 
         request.say(f"{job.origin}: ranks {' '.join(map(str, job.ranks))}, {share}: {result}")
 
     with _pool(request, spec) as pool:
-        pairs = search(ledger, sampler, pool, told, at_once)
+        pairs = search(opened, sampler, pool, told, at_once)
         trials = [trial for _, trial in pairs]
         found = winner(space, trials, learner)
         compared = finalists(space, trials, learner, found, _from_closed_forms(pairs)) if settings.confirm_seeds else ()
-        confirming = measure_all(ledger, _confirming(request, space, compared), pool, told, at_once)
+        confirming = measure_all(opened, _confirming(request, space, compared), pool, told, at_once)
     confirmation, kept, verdict = _verdict(request, space, found, compared, confirming)
     shutil.rmtree(work / _RECOVERIES, ignore_errors=True)
     plan = rank_plan(space, kept, learner.name if kept == found else f"{learner.name}, {_origin(space, pairs, kept)} kept")
