@@ -18,7 +18,8 @@ from search_fakes import SCHEDULE, SPACE, PlantedLearner, PlantedMeasure
 
 def begin(folder: Path, log: Path, seconds: float, *url: str) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(folder), str(log), str(seconds), *url]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -1,16 +1,20 @@
 """One door for built-ins and for packages from outside.
 
-A registry maps a name to a value of one type: criteria, selectors, allocators, adapters, exporters. Built-ins register on import;
-other packages declare an entry point in the group ``regraft.<kind>`` whose object has the same type. An entry point that cannot be used is
+A registry maps a name to a value of one type: criteria, selectors, allocators, adapters, compressors, exporters. Built-ins are listed in
+``built_in.toml`` with the module that registers each, which is imported when the method is asked for. Other packages declare an entry point
+in the group ``regraft.<kind>`` whose object has the same type. An entry point that cannot be used is
 reported with its name and its package, and left out: what else is installed goes on working.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import tomllib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from importlib.resources import files
 from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import AfterValidator
@@ -33,18 +37,46 @@ N = TypeVar("N", bound=Named)
 T = TypeVar("T")
 
 
-# Where the built-ins of a kind register: imported when somebody asks for the names of that kind and has not imported it.
+# The rooms that make the registries.
 _HOMES = {
     "criterion": "regraft.importance",
     "selector": "regraft.selection",
     "allocator": "regraft.allocation",
     "adapter": "regraft.adapters",
+    "compression method": "regraft.compression",
+    "choice of ranks": "regraft.compression",
+    "export format": "regraft.export",
 }
 _ALL: dict[str, Registry[Any]] = {}
 
 
+@cache
+def built_in(kind: str) -> Mapping[str, str]:
+    """Returns the built-in methods of a kind, each with the module that registers it; nothing is imported.
+
+    >>> built_in("selector")["global"]
+    'regraft.selection.global_threshold'
+    """
+    return _built_in().get(kind, {})
+
+
+@cache
+def _built_in() -> Mapping[str, Mapping[str, str]]:
+    return tomllib.loads((files("regraft") / "built_in.toml").read_text(encoding="utf-8"))
+
+
+def listed(kind: str, *, also: Sequence[str] = (), without: Collection[str] = ()) -> str:
+    """Returns the names of the built-in methods of a kind in words, for help texts.
+
+    >>> listed("selector"), listed("selector", also=("none",), without=("global",))
+    ('uniform, global or knapsack', 'uniform, knapsack or none')
+    """
+    names = [name for name in (*built_in(kind), *also) if name not in without]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
 def registry_of(kind: str) -> Registry[Any]:
-    """Returns the registry of a kind with its built-ins in it.
+    """Returns the registry of a kind.
 
     >>> "taylor" in registry_of("criterion")
     True
@@ -53,12 +85,17 @@ def registry_of(kind: str) -> Registry[Any]:
     return _ALL[kind]
 
 
-def known_name(kind: str, *, auto: bool = False) -> AfterValidator:
-    """Returns a check for a settings field that holds a registered name, or with ``auto`` that word."""
+def known_name(kind: str, *also: str) -> AfterValidator:
+    """Returns a check for a settings field that holds a registered name.
+
+    Args:
+        kind: Kind of the registry.
+        also: Further words that the field takes, such as ``auto``.
+    """
 
     def check(value: str) -> str:
-        if not (auto and value == "auto"):
-            registry_of(kind).get(value)
+        if value not in also and value not in built_in(kind):
+            registry_of(kind).check(value, also)
         return value
 
     return AfterValidator(check)
@@ -116,26 +153,38 @@ class Registry(Generic[T]):
         Raises:
             InputError: Nothing has this name; the message lists what does, or says why the entry point of this name is left out.
         """
-        self._load_outside()
-        if name not in self._values and name in self._broken:
-            raise InputError(self._broken[name])
+        self.check(name)
         if name not in self._values:
-            known = ", ".join(sorted(self._values))
-            hint = did_you_mean(name, self._values)
-            raise InputError(f"unknown {self.kind} '{name}'; known: {known}{hint}")
+            import_module(built_in(self.kind)[name])
         return self._values[name]
 
+    def check(self, name: str, also: Collection[str] = ()) -> None:
+        """Checks that something has this name.
+
+        Args:
+            name: The name.
+            also: Further words that are listed with the names, such as ``auto``.
+
+        Raises:
+            InputError: Nothing has this name; the message lists what does, or says why the entry point of this name is left out.
+        """
+        known = {*self.names(), *also}
+        if name in known:
+            return
+        if name in self._broken:
+            raise InputError(self._broken[name])
+        raise InputError(f"unknown {self.kind} '{name}'; known: {', '.join(sorted(known))}{did_you_mean(name, sorted(known))}")
+
     def names(self) -> tuple[str, ...]:
-        """Returns every registered name, sorted."""
+        """Returns every name, sorted."""
         self._load_outside()
-        return tuple(sorted(self._values))
+        return tuple(sorted({*self._values, *built_in(self.kind)}))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
     def __contains__(self, name: object) -> bool:
-        self._load_outside()
-        return name in self._values
+        return name in self.names()
 
     def broken(self) -> dict[str, str]:
         """Returns why each entry point that cannot be used is left out, by its name."""
@@ -169,7 +218,7 @@ class Registry(Generic[T]):
             return f"it is a {type(value).__name__} without a name"
         if name not in ("", point.name):
             return f"it calls itself '{name}'"
-        if point.name in self._values:
+        if point.name in self._values or point.name in built_in(self.kind):
             return "the name is taken"
         self._values[point.name] = value
         return ""

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 
 import pytest
 
 from regraft import registry as registry_module
-from regraft.errors import InputError
-from regraft.registry import NamedRegistry, Registry
+from regraft.errors import ConfigError, InputError
+from regraft.registry import NamedRegistry, Registry, built_in, registry_of
+from regraft.selection import SELECTORS, Selector
+from regraft.settings import PruneSettings
 
 
 @pytest.fixture
@@ -110,3 +114,43 @@ def test_a_value_that_says_its_own_name_is_named_once(monkeypatch: pytest.Monkey
     assert registry.get("square") is square
     assert "it calls itself 'hexagon'" in registry.broken()["heptagon"]
     assert "it is a int and not a Shape" in registry.broken()["seven"]
+
+
+KINDS = ("criterion", "selector", "allocator", "adapter", "compression method", "choice of ranks", "export format")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_list_of_built_ins_names_every_module_that_registers_and_no_other(kind: str) -> None:
+    registry = registry_of(kind)
+    for name in built_in(kind):
+        assert registry.get(name) is registry._values[name]
+    assert set(registry._values) == set(built_in(kind))
+
+
+def test_names_are_listed_without_importing_a_method() -> None:
+    code = (
+        "import sys; from regraft.registry import listed; from regraft.settings import PruneSettings;"
+        "assert 'taylor, wanda' in listed('criterion');"
+        "PruneSettings(criterion='taylor', select='global'); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_selector_from_outside_is_a_value_of_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = Selector("mine", needs_curves=False, choose=lambda groups, scores, budget: {})
+    with pytest.raises(ConfigError, match="unknown selector 'mine'; known: auto, global, knapsack, uniform"):
+        PruneSettings(select="mine")
+    monkeypatch.setitem(SELECTORS._values, "mine", mine)
+    assert PruneSettings(select="mine").select == "mine"
+    with pytest.raises(ConfigError, match="did you mean 'knapsack'"):
+        PruneSettings(select="knapsak")
+
+
+def test_a_built_in_name_is_taken_before_its_module_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry_module._built_in(), "shape of a test", {"round": "math"})  # pyright: ignore[reportArgumentType]
+    built_in.cache_clear()
+    registry: Registry[float] = Registry("shape of a test", group="regraft.test_shapes")
+    monkeypatch.setattr(registry_module, "entry_points", lambda group: [EntryPoint("round", "math:tau", group)])
+    assert registry.names() == ("round",)
+    assert "the name is taken" in registry.broken()["round"]
+    built_in.cache_clear()

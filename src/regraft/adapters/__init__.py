@@ -1,6 +1,5 @@
 """Adapters: small trainable changes of frozen weights, one file each, registered by name in :data:`ADAPTERS`."""
 
-from regraft.adapters import adalora, block_lora, deep_lora, diagonal, lora_xs, mora, nola, peft_kinds
 from regraft.adapters.contract import (
     ADAPTERS,
     Adapter,
@@ -27,14 +26,6 @@ __all__ = [
     "Method",
     "ParameterGroup",
     "Spec",
-    "adalora",
-    "block_lora",
-    "deep_lora",
-    "diagonal",
-    "lora_xs",
     "make_request",
     "make_specs",
-    "mora",
-    "nola",
-    "peft_kinds",
 ]

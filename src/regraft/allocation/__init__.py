@@ -1,6 +1,5 @@
 """Allocation of LoRA ranks to layers, under one hard budget of trainable parameters."""
 
-from regraft.allocation import adalora, bayes, eva, gradient, perceptron, proportional, uniform
 from regraft.allocation.confirm import confirm
 from regraft.allocation.contract import ALLOCATORS, Allocator, ClosedForm, Learner, Prediction, Proposal, Ranks, refuse_prior
 from regraft.allocation.meta import PAST, add_to_store
@@ -24,22 +23,15 @@ __all__ = [
     "Request",
     "Rung",
     "Schedule",
-    "adalora",
     "add_to_store",
-    "bayes",
     "confirm",
     "default_prior",
-    "eva",
     "finalists",
-    "gradient",
     "load_prior",
     "next_request",
-    "perceptron",
-    "proportional",
     "rank_plan",
     "rank_space",
     "refuse_prior",
     "shipped_prior",
-    "uniform",
     "winner",
 ]

@@ -1,6 +1,5 @@
 """Low-rank compression: linear layers become two factors, whose ranks are chosen under one budget of stored parameters."""
 
-from regraft.compression import asvd, bolaco, fisher, svd, svd_llm
 from regraft.compression.choices import RANK_CHOICES, rank_at_share, settle
 from regraft.compression.contract import COMPRESSORS, Compressor, Evidence
 from regraft.compression.decompose import Decomposed, decompose, decompose_one
@@ -16,18 +15,13 @@ __all__ = [
     "Evidence",
     "Priced",
     "SavedMoments",
-    "asvd",
-    "bolaco",
     "decompose",
     "decompose_one",
     "factor_plan",
     "factor_space",
-    "fisher",
     "gather",
     "rank_at_share",
     "remembered",
     "settle",
-    "svd",
-    "svd_llm",
     "with_damage",
 ]

@@ -1,6 +1,5 @@
 """Export of adapters and models in formats of other programs, found by name in :data:`EXPORTERS`."""
 
-from regraft.export import gguf, hf, hf_uniform, nemotron_nas, ollama, peft_lora
 from regraft.export.contract import EXPORTERS, AdapterFormat, Exportable, Exporter, ModelFormat, Parity, Written
 
 __all__ = [
@@ -11,10 +10,4 @@ __all__ = [
     "ModelFormat",
     "Parity",
     "Written",
-    "gguf",
-    "hf",
-    "hf_uniform",
-    "nemotron_nas",
-    "ollama",
-    "peft_lora",
 ]

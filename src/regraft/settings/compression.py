@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from regraft.registry import known_name, listed
 from regraft.settings.sections import NO_EFFECT, Memory, Positive, Rate, Ratio, Settings
 
 
@@ -14,11 +15,16 @@ class CompressSettings(Settings):
     """Settings of low-rank compression: how linear layers become two thin ones, and at which ranks."""
 
     ratio: Ratio = Field(default=0.2, description="share of ALL stored parameters to remove, embeddings counted")
-    method: str = Field(
-        default="fisher", description="method of decomposition: fisher, bolaco, svd_llm, asvd, svd or pc_lora, which trains"
+    method: Annotated[str, known_name("compression method", "pc_lora")] = Field(
+        default="fisher",
+        validate_default=False,
+        description=f"method of decomposition: {listed('compression method', also=('pc_lora',))}, which trains",
     )
-    ranks: Literal["auto", "uniform", "type", "closed", "knapsack", "bayes"] = Field(
-        default="auto", description="method of choosing ranks; auto: knapsack for fisher, whose prices compare between layers, else uniform"
+    ranks: Annotated[str, known_name("choice of ranks", "auto", "bayes")] = Field(
+        default="auto",
+        validate_default=False,
+        description=f"method of choosing ranks: {listed('choice of ranks', also=('bayes',))}; auto: knapsack for fisher, whose prices "
+        "compare between layers, else uniform",
     )
     prices: Literal["predicted", "measured"] = Field(
         default="predicted",
@@ -68,8 +74,11 @@ class CompressSettings(Settings):
     kl_weight: float = Field(
         default=1e-3, ge=0.0, allow_inf_nan=False, description="weight of the divergence, added to the perplexity that `ranks=bayes` lowers"
     )
-    warm_start: Literal["fisher", "bolaco", "random"] = Field(
-        default="fisher", description="factors that pc_lora starts from; ranks are chosen by the prices of fisher where it is random"
+    warm_start: Annotated[str, known_name("compression method", "random")] = Field(
+        default="fisher",
+        validate_default=False,
+        description="factors that pc_lora starts from: those of a method, or random; ranks are chosen by the prices of fisher where it is "
+        "random",
     )
     fade_steps: Positive = Field(
         default=200, description="number of optimizer steps of pc_lora, on the calibration windows; raise `samples` with it"

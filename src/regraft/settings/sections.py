@@ -25,10 +25,11 @@ from pydantic.config import JsonDict
 
 from regraft.errors import ConfigError
 from regraft.plans import RANK_CHOICES, RankPlan, Shape
-from regraft.registry import known_name
+from regraft.registry import known_name, listed
 from regraft.settings.problems import problems_of
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_OF_PARTS = ("block_influence", "angular", "removal")  # criteria that score layers and their parts, not units
 Reduction = Literal["sum", "mean", "max", "product", "last"]
 Target = Literal["heads", "ffn", "query_heads", "residual", "layers", "attention", "mlp"]
 
@@ -195,10 +196,10 @@ class PruneSettings(Settings):
         default="default",
         description="effort of planning; quick: 32 windows, no re-fit to the predictions; thorough: every group is measured at every size",
     )
-    criterion: Annotated[str, known_name("criterion", auto=True)] = Field(
+    criterion: Annotated[str, known_name("criterion", "auto")] = Field(
         default="auto",
         validate_default=False,
-        description="criterion for scores of units: random, l1, l2, taylor, wanda, flap, energy, surgeon or surgeon_nats; auto: "
+        description=f"criterion for scores of units: {listed('criterion', without=_OF_PARTS)}; auto: "
         "surgeon_nats, or surgeon with `memory` and for large models",
     )
     order: Literal["first", "second", "mixed"] = Field(default="first", description="order of the Taylor criterion")
@@ -210,8 +211,10 @@ class PruneSettings(Settings):
         default="uniform",
         description="widths of layers; uniform: equal in all layers, loads in stock classes; per-layer: each layer its own, less loss",
     )
-    select: Literal["auto", "uniform", "global", "knapsack"] = Field(
-        default="auto", description="method of choosing widths; auto: knapsack, or uniform without text or with `memory`"
+    select: Annotated[str, known_name("selector", "auto")] = Field(
+        default="auto",
+        validate_default=False,
+        description=f"method of choosing widths: {listed('selector')}; auto: knapsack, or uniform without text or with `memory`",
     )
     reconstruct: Literal["auto", "divergence", "least_squares", "mean", "none"] = Field(
         default="auto",
@@ -229,8 +232,11 @@ class PruneSettings(Settings):
         description="parts to prune: heads (KV heads with their query heads), ffn (feed-forward channels), query_heads (equally many in "
         "each KV group), residual (width of the residual stream), layers, attention or mlp (in single layers)",
     )
-    depth: Literal["auto", "block_influence", "angular", "removal"] = Field(
-        default="auto", description="ranking of layers, attention and mlp for removal; auto: removal, the measured damage without the part"
+    depth: Annotated[str, known_name("criterion", "auto")] = Field(
+        default="auto",
+        validate_default=False,
+        description="criterion for the removal of layers, attention and mlp: block_influence, angular or removal; auto: removal, the "
+        "measured damage without the part",
     )
     align: Positive | Literal["auto"] = Field(
         default="auto",
@@ -299,7 +305,7 @@ class RecoverSettings(Settings):
     adapter: Annotated[str, known_name("adapter")] = Field(
         default="lora",
         validate_default=False,
-        description="kind of adapter: lora, rslora, dora, olora, pissa, eva, adalora, deep_lora, block_lora, nola, lora_xs, mora, diagonal",
+        description=f"kind of adapter: {listed('adapter')}",
     )
     rank: Positive = Field(default=8, description="rank of the adapter")
     alpha: Rate | None = Field(default=None, description="LoRA's alpha; default: depends on the adapter (lora: twice the rank)")
@@ -411,7 +417,7 @@ class AllocateSettings(Settings):
     method: Annotated[str, known_name("allocator")] = Field(
         default="rankadaptor",
         validate_default=False,
-        description="method: uniform, proportional, gradient, eva, adalora, bayes, bayes-tpe, rankadaptor or rankadaptor-paper",
+        description=f"method: {listed('allocator')}",
     )
     budget: str = Field(
         default="r=8", description="largest number of trainable parameters: a number, or r=RANK for that rank in every layer"

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from regraft.atomic import refuse_existing
 from regraft.compression import COMPRESSORS, RANK_CHOICES, Compressor, Decomposed, factor_plan, with_damage
 from regraft.data.text import Corpus
-from regraft.errors import InputError, did_you_mean
+from regraft.errors import InputError
 from regraft.evaluation.loss import evaluate_loss
 from regraft.groups.discover import discover
 from regraft.models.encoders import is_encoder, is_encoder_folder, load_encoder
@@ -234,9 +234,6 @@ def compressor_of(method: str, settings: CompressSettings) -> Compressor:
     """
     if method == PC_LORA:
         return COMPRESSORS.get("fisher" if settings.warm_start == "random" else settings.warm_start)
-    if method not in COMPRESSORS:
-        known = sorted((*COMPRESSORS.names(), PC_LORA))
-        raise InputError(f"unknown compression method '{method}'; known: {', '.join(known)}{did_you_mean(method, known)}")
     return COMPRESSORS.get(method)
 
 

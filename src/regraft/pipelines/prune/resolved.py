@@ -143,12 +143,15 @@ def resolve(settings: PruneSettings, view: ModelView | None = None, seed: int = 
     select, notes = _select(settings, strategy, with_text)
     reconstruct, more = _reconstruct(settings, strategy, with_text, view)
     depth = (strategy.depth if goes_whole(settings) else IN_MEMORY.depth) if settings.depth == "auto" else settings.depth
+    if goes_whole(settings) and not set(WHOLE) <= set(CRITERIA.get(depth).scores):
+        fit = [name for name in CRITERIA.names() if set(WHOLE) <= set(CRITERIA.get(name).scores)]
+        raise InputError(f"`depth={depth}` is a criterion of units, not of layers and their parts; use one of {', '.join(fit)}")
     decided = settings.model_copy(update={"select": select, "reconstruct": reconstruct, "depth": depth})
     strategy.refuse(decided)
     return ResolvedPrune(
         settings=decided,
         seed=seed,
-        needs_text=with_text or select == "knapsack" or reconstruct != "none" or goes_whole(settings),
+        needs_text=with_text or SELECTORS.get(select).needs_curves or reconstruct != "none" or goes_whole(settings),
         notes=notes + more,
     )
 
@@ -253,7 +256,7 @@ def _select(settings: PruneSettings, strategy: Strategy, with_text: bool) -> tup
     """Returns the selector and remarks on it for the user."""
     by_curves = settings.budget != "parameters"
     if settings.select != "auto":
-        if by_curves and settings.select != "knapsack":
+        if by_curves and not SELECTORS.get(settings.select).needs_curves:
             raise InputError(f"`budget={settings.budget}` is only known to the knapsack; use `select=knapsack` (now {settings.select})")
         return settings.select, ()
     if by_curves:
