@@ -28,7 +28,10 @@ from regraft.search.storage import Storage, quiet_optuna, storage_errors
 
 _DIED = "whoever measured it died; it was asked for again"
 _WRITE_AGAIN_SECONDS = (0.5, 2.0, 8.0)
-_SIGNING_SECONDS = 0.05  # longer than another process needs from reading a trial to signing it
+# How long to wait after signing a trial: longer than another process needs from reading it to signing it. On a loaded machine that takes
+# long, for this process as for the other, so that the wait is also a multiple of the time that this process needed.
+_SIGNING_SECONDS = 0.05
+_SIGNING_TIMES = 4
 
 
 class Leases:
@@ -58,22 +61,25 @@ class Leases:
                 break
             if posting.state != TrialState.WAITING or posting.job.key not in wanted:
                 continue
-            if self._postings.start(posting) and self._signed(posting):
+            if self._started(posting):
                 beat(self._storage.backend, posting.trial_id)
                 with self._lock:
                     self._mine.add(posting.trial_id)
                 taken.append(posting.job)
         return taken
 
-    def _signed(self, posting: Posting) -> bool:
-        """Signs a trial, and returns whether it is still this process's after a short wait.
+    def _started(self, posting: Posting) -> bool:
+        """Sets a waiting trial to running and signs it; returns whether it is still this process's after a short wait.
 
         SQLite has no row locks: two processes that read a trial as waiting at the same moment may both have set it to running.
         """
+        begun = time.monotonic()
+        if not self._postings.start(posting):
+            return False
         self._postings.sign(posting, self._me)
         if self.alone:
             return True
-        time.sleep(_SIGNING_SECONDS)
+        time.sleep(max(_SIGNING_SECONDS, _SIGNING_TIMES * (time.monotonic() - begun)))
         return any(now.trial_id == posting.trial_id and now.worker == self._me for now in self._postings.all())
 
     def record(self, job: Job, result: RankTrial) -> None:
