@@ -14,6 +14,8 @@ from regraft.adapters import LowRank
 from regraft.models.load import Loaded
 from regraft.registry import Registry
 from regraft.settings import ExportSettings
+from regraft.streaming.once import OnePass
+from regraft.streaming.skeleton import Skeleton
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,14 @@ class Written:
         file: The file or folder that a runtime opens, below the folder that was given.
         notes: Remarks for the user, as sentences without a full stop.
         facts: Further values for the record.
+        files: SHA-256 of the weight files by name, where they are known from writing.
     """
 
     words: str
     file: Path
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    files: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,7 @@ class ModelFormat:
         write: Writes into an empty folder.
         check: Compares the written files, in their runtime, with the model; raises an error if they compute something else.
         takes_factors: Whether the format holds linear layers that are stored as two factors; where it does not, such models are refused.
+        stream: Writes into an empty folder from a checkpoint that is read tensor by tensor; None for a format that needs the whole model.
     """
 
     summary: str
@@ -145,6 +150,7 @@ class ModelFormat:
     write: Callable[[Loaded, Path, ExportSettings], Written]
     check: Callable[[Loaded, Path, Written, str, ExportSettings], Parity | None]
     takes_factors: bool = False
+    stream: Callable[[Skeleton, OnePass, Path, ExportSettings], Written] | None = None
 
 
 Exporter = AdapterFormat | ModelFormat

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,10 @@ from regraft.models.quiet import quiet
 from regraft.models.save import mend_generation_config
 from regraft.models.weights import stored_tensors
 from regraft.settings import ExportSettings
+from regraft.streaming.once import OnePass
+from regraft.streaming.output import shards_of, write_all_but_weights
+from regraft.streaming.skeleton import Skeleton
+from regraft.streaming.writer import ShardWriter
 
 PATIENCE_SECONDS = 1800.0
 
@@ -37,7 +42,7 @@ def write_folder(model: PreTrainedModel, loaded: Loaded, folder: Path, settings:
     """
     with quiet():
         mend_generation_config(model)
-        model.save_pretrained(folder, max_shard_size=settings.shard_size)
+        model.save_pretrained(folder, max_shard_size=shard_bytes(settings))
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(folder)
     if not stored_tensors(folder):
@@ -52,6 +57,7 @@ def is_own(model: PreTrainedModel) -> bool:
 def refuse(loaded: Loaded, settings: ExportSettings) -> None:
     """Refuses settings that this format does not have."""
     refuse_gguf_settings(settings)
+    shard_bytes(settings)
 
 
 def refuse_gguf_settings(settings: ExportSettings) -> None:
@@ -68,9 +74,42 @@ def write(loaded: Loaded, folder: Path, settings: ExportSettings) -> Written:
     """Writes the model as it is."""
     model = conform(loaded.model)
     write_folder(model, loaded, folder, settings)
-    kind = f"{type(model).__name__}, {'code in the folder' if is_own(model) else 'a stock class'}"
-    notes = ("load it after `import regraft`, or with trust_remote_code=True",) if is_own(model) else ()
-    return Written(f"a Hugging Face folder of {kind}", folder, notes)
+    return Written(*described(type(model), is_own(model), folder))
+
+
+def stream(skeleton: Skeleton, once: OnePass, folder: Path, settings: ExportSettings) -> Written:
+    """Writes the checkpoint's tensors, one at a time, into files of at most the size of a shard."""
+    parts = [(None, {name: tuple(parameter.shape)}) for name, parameter in skeleton.loaded.model.named_parameters()]
+    shards = shards_of(parts, skeleton.dtype, shard_bytes(settings))
+    files: dict[str, str] = {}
+    for shard in shards:
+        with ShardWriter(folder, shard) as writer:
+            for name in shard.shapes:
+                writer.write(name, [once.tensor(name)])
+        files[shard.name] = writer.sha256
+    config = skeleton.loaded.model.config
+    found = write_all_but_weights(skeleton, folder, config, shards)
+    own = str(config.model_type).startswith("regraft_")
+    return Written(*described(found, own, folder), files=files)
+
+
+def shard_bytes(settings: ExportSettings) -> int:
+    """Returns the largest size of a weight file, in bytes.
+
+    Raises:
+        InputError: It is not a size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", settings.shard_size.strip().upper())
+    size = int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " ")) if found else 0
+    if size < 1:
+        raise InputError(f"`shard_size` '{settings.shard_size}' is not a size; give one such as 500MB or 5GB")
+    return size
+
+
+def described(kind: type[PreTrainedModel], own: bool, folder: Path) -> tuple[str, Path, tuple[str, ...]]:
+    """Returns a description of a folder, the folder, and how it is loaded where that is not as usual."""
+    words = f"a Hugging Face folder of {kind.__name__}, {'code in the folder' if own else 'a stock class'}"
+    return words, folder, ("load it after `import regraft`, or with trust_remote_code=True",) if own else ()
 
 
 def check(loaded: Loaded, folder: Path, written: Written, text: str, settings: ExportSettings) -> Parity:
@@ -131,5 +170,6 @@ FORMAT = ModelFormat(
     write,
     check,
     takes_factors=True,
+    stream=stream,
 )
 EXPORTERS.add("hf", FORMAT)

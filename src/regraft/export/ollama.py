@@ -16,6 +16,8 @@ from regraft.export.contract import EXPORTERS, Holding, ModelFormat, Parity, Wri
 from regraft.export.gguf import format as gguf_format
 from regraft.models.load import Loaded
 from regraft.settings import ExportSettings
+from regraft.streaming.once import OnePass
+from regraft.streaming.skeleton import Skeleton
 
 MODELFILE = "Modelfile"
 SYSTEM, USER, ANSWER, AGAIN = "\ue000system\ue000", "\ue000user\ue000", "\ue000answer\ue000", "\ue000again\ue000"
@@ -128,7 +130,15 @@ def modelfile(loaded: Loaded, context: int) -> tuple[str, tuple[str, ...]]:
 
 def write(loaded: Loaded, folder: Path, settings: ExportSettings) -> Written:
     """Writes ``model.gguf`` and ``Modelfile``."""
-    written = gguf_format.write(loaded, folder, settings)
+    return _with_modelfile(loaded, folder, gguf_format.write(loaded, folder, settings))
+
+
+def stream(skeleton: Skeleton, once: OnePass, folder: Path, settings: ExportSettings) -> Written:
+    """Writes ``model.gguf`` and ``Modelfile`` from a checkpoint."""
+    return _with_modelfile(skeleton.loaded, folder, gguf_format.stream(skeleton, once, folder, settings))
+
+
+def _with_modelfile(loaded: Loaded, folder: Path, written: Written) -> Written:
     text, notes = modelfile(loaded, written.facts["context"])
     (folder / MODELFILE).write_text(text, encoding="utf-8")
     words = f"{written.words}, with a Modelfile (ollama create NAME -f Modelfile),"
@@ -150,4 +160,4 @@ _HOLDS = (
         "run in llama.cpp; the Modelfile by rules",
     ),
 )
-EXPORTERS.add("ollama", ModelFormat("a GGUF file and a Modelfile", _HOLDS, gguf_format.refuse, write, check))
+EXPORTERS.add("ollama", ModelFormat("a GGUF file and a Modelfile", _HOLDS, gguf_format.refuse, write, check, stream=stream))

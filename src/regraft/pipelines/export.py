@@ -18,10 +18,11 @@ from regraft.models.card import model_card
 from regraft.models.classifier import classes_of, head_parameters, is_classifier, save_classifier
 from regraft.models.folder import write_folder
 from regraft.models.live import ModelLike, resting, take
-from regraft.models.load import Loaded
+from regraft.models.load import Loaded, locate_by
 from regraft.models.provenance import parents_of, versions
 from regraft.models.save import save
 from regraft.pipelines.export_model import export_loaded
+from regraft.pipelines.export_streamed import export_streamed, why_not_compared
 from regraft.plans import Provenance
 from regraft.settings import ExportSettings, LoadSettings
 from regraft.surgery.adapted import adapted_modules
@@ -73,7 +74,8 @@ def export(
         settings: How it is written.
         load: How the model, or the adapter's base, is loaded.
         check: Text of the comparison: a file, the text itself, or empty for text that the model writes (for seedling the
-            built-in text); None for no comparison.
+            built-in text), where the model fits into memory; None for no comparison. Without one, GGUF and ``hf`` are written from a
+            folder tensor by tensor, and the model is never in memory.
         command: How this was called, for the record.
 
     Raises:
@@ -87,11 +89,19 @@ def export(
         if not isinstance(source, str | Path):
             raise InputError(f"'{to}' is a form of adapters, not of a model in memory; give the folder of an adapter")
         return export_adapter(source, output, to, load=load, command=command)
+    options, loading = settings or ExportSettings(), load or LoadSettings()
     with reserved(output):
-        given = _folded(Path(source), load or LoadSettings())[0] if isinstance(source, str | Path) and is_adapter(Path(source)) else source
-        loaded = take(given, tokenizer, load)
+        is_checkpoint = isinstance(source, str | Path) and tokenizer is None and not is_adapter(Path(source))
+        if is_checkpoint and form.stream is not None and options.importance is None and check in (None, ""):
+            folder = locate_by(source, loading)
+            why = why_not_compared(folder, loading) if check is not None else ""
+            if check is None or why:
+                done = export_streamed(folder, output, to, form, options, loading, source=str(source), command=command)
+                return ExportResult(done.words, notes=(*done.notes, *((why,) if why else ())))
+        given = _folded(Path(source), loading)[0] if isinstance(source, str | Path) and is_adapter(Path(source)) else source
+        loaded = take(given, tokenizer, loading)
         with resting(loaded.model):
-            done = export_loaded(loaded, output, to, form, settings or ExportSettings(), check=check, command=command)
+            done = export_loaded(loaded, output, to, form, options, check=check, command=command)
     return ExportResult(done.words, notes=done.notes, parity=done.parity)
 
 

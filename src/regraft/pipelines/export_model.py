@@ -11,7 +11,7 @@ from regraft.data.own_text import write_own_text
 from regraft.data.text import read_corpus
 from regraft.data.tokens import context_limit
 from regraft.errors import DataError, ModelError
-from regraft.export import ModelFormat, Parity
+from regraft.export import ModelFormat, Parity, Written
 from regraft.export.parity import CHARACTERS, mixed_text
 from regraft.models.card import loading_section, model_card, sizes_section
 from regraft.models.checks import check_finite
@@ -71,7 +71,7 @@ def export_loaded(
     """
     check_finite(loaded.model, loaded.source)
     if not form.takes_factors:
-        _refuse_factors(loaded, to)
+        refuse_factors(loaded, to)
     form.refuse(loaded, settings)
     text, remarks = None, ()
     if check is not None:
@@ -79,25 +79,30 @@ def export_loaded(
     with atomic_folder(output) as partial:
         written = form.write(loaded, partial, settings)
         parity = form.check(loaded, partial, written, text, settings) if text is not None else None
-        provenance = Provenance(
-            command=command,
-            source=loaded.source,
-            source_fingerprint=loaded.fingerprint,
-            seed=0,
-            versions=versions(),
-            settings={
-                "to": to,
-                **settings.model_dump(mode="json"),
-                **written.facts,
-                **({"parity": dataclasses.asdict(parity)} if parity else {}),
-            },
-            parents=parents_of(loaded.provenance),
-        )
-        write_folder(partial, provenance, _card(loaded, provenance, written.words, parity, partial))
+        finish(loaded, partial, to, settings, written, parity, command)
     return ModelExport(written.words, (*written.notes, *remarks), parity)
 
 
-def _refuse_factors(loaded: Loaded, to: str) -> None:
+def finish(loaded: Loaded, partial: Path, to: str, settings: ExportSettings, written: Written, parity: Parity | None, command: str) -> None:
+    """Writes the record and the card of an export into its folder."""
+    provenance = Provenance(
+        command=command,
+        source=loaded.source,
+        source_fingerprint=loaded.fingerprint,
+        seed=0,
+        versions=versions(),
+        settings={
+            "to": to,
+            **settings.model_dump(mode="json"),
+            **written.facts,
+            **({"parity": dataclasses.asdict(parity)} if parity else {}),
+        },
+        parents=parents_of(loaded.provenance),
+    )
+    write_folder(partial, provenance, _card(loaded, provenance, written.words, parity, partial), written.files)
+
+
+def refuse_factors(loaded: Loaded, to: str) -> None:
     """Refuses a model with factored layers, for a format without a place for them.
 
     Raises:

@@ -282,6 +282,25 @@ def finish_folder(
         card: Returns the beginning of the model card.
         checksums: SHA-256 of the shards by name.
     """
+    model_class = write_all_but_weights(skeleton, folder, config, shards)
+    return write_folder(folder, provenance, whole_card(card(provenance), model_class, sizes), checksums)
+
+
+def write_all_but_weights(skeleton: Skeleton, folder: Path, config: Any, shards: Sequence[Shard]) -> type[PreTrainedModel]:
+    """Writes config, code, index and tokenizer beside finished shards, and reads the headers of these back.
+
+    Args:
+        skeleton: The checkpoint that the model was made from.
+        folder: Folder with the shards.
+        config: Config of the new model.
+        shards: The shards.
+
+    Returns:
+        The class of the model.
+
+    Raises:
+        OutputError: A shard does not hold what it was meant to hold.
+    """
     model_class = _write_config(skeleton, folder, config)
     if len(shards) > 1:
         mapping = {name: shard.name for shard in shards for name in shard.shapes}
@@ -297,7 +316,7 @@ def finish_folder(
         for name, shape in shard.shapes.items():
             if name not in stored or stored[name].shape != shape:
                 raise OutputError(f"'{name}' was not written as it was meant; start again on another disk")
-    return write_folder(folder, provenance, whole_card(card(provenance), model_class, sizes), checksums)
+    return model_class
 
 
 def _write_config(skeleton: Skeleton, folder: Path, config: Any) -> type[PreTrainedModel]:

@@ -170,12 +170,13 @@ class Skeleton:
         return not inside and name not in (self.embedding_name, self.head_name)
 
 
-def open_skeleton(source: str | Path, settings: LoadSettings | None = None) -> Skeleton:
+def open_skeleton(source: str | Path, settings: LoadSettings | None = None, *, fingerprint: bool = True) -> Skeleton:
     """Opens a checkpoint for reading layer by layer, after checking that it is complete and fits its config.
 
     Args:
         source: Folder or hub id, as in :func:`regraft.models.load.load`.
         settings: Loading settings. The dtype is that of the written weights; computation is in float32.
+        fingerprint: Whether to compute the model's fingerprint now, which reads all weights; empty where not.
 
     Raises:
         ModelError: The model is missing, damaged, unsafe or of an unknown family.
@@ -192,7 +193,8 @@ def open_skeleton(source: str | Path, settings: LoadSettings | None = None) -> S
     ModelView(model)  # refuses a model whose structure differs from its family's
     embedding: Any = model.get_input_embeddings()
     tokenizer = load_tokenizer(folder, embedding.weight.shape[0], trust_remote_code=settings.trust_remote_code)
-    loaded = Loaded(model, tokenizer, str(source), _fingerprint(model, checkpoint, stored, dtype), provenance)
+    known = _fingerprint(model, checkpoint, stored, dtype) if fingerprint else ""
+    loaded = Loaded(model, tokenizer, str(source), known, provenance)
     return Skeleton(loaded, checkpoint, stored, dtype, device)
 
 

@@ -71,7 +71,7 @@ def _as_wide(source: Source) -> str:
 
 
 def _no_bias(source: Source) -> str:
-    biased = [name for name in source.names if name.endswith("_proj.bias")]
+    biased = [name for name in source.shapes if name.endswith("_proj.bias")]
     return "it has no biases in attention and feed-forward network" if biased else ""
 
 

@@ -8,27 +8,29 @@ import torch
 
 from regraft.export.contract import Holding, ModelFormat, Parity, Written
 from regraft.export.gguf.catalogue import ARCHITECTURES, choose
-from regraft.export.gguf.importance import channel_energy
+from regraft.export.gguf.importance import Importance, channel_energy
 from regraft.export.gguf.numbers import FLOATS, K_TYPES, SCHEMES, Scheme, require_gguf, scheme_named
-from regraft.export.gguf.source import source_of
+from regraft.export.gguf.source import Source, source_of
 from regraft.export.gguf.vocabulary import Vocabulary, vocabulary_of
 from regraft.export.gguf.write import write_file
 from regraft.export.llama_cpp import Runtime
 from regraft.export.parity import compare, mixed_text, our_log_probabilities, refuse_difference, refuse_other_ids, sampled
 from regraft.models.load import Loaded
 from regraft.settings import ExportSettings
+from regraft.streaming.once import OnePass
+from regraft.streaming.skeleton import Skeleton
 
 FILE = "model.gguf"
 RUNTIME = "llama.cpp"
 UNWEIGHED = "K quantization weighed the errors of all channels alike; `importance` takes a text that says which matter more"
 
 
-def scheme_of(loaded: Loaded, settings: ExportSettings) -> Scheme:
-    """Returns how matrices are stored: as asked for, or as they are in memory."""
+def scheme_of(dtype: torch.dtype, settings: ExportSettings) -> Scheme:
+    """Returns how matrices are stored: as asked for, or as they are in the model."""
     if settings.quantize:
         return scheme_named(settings.quantize)
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    return SCHEMES[names[loaded.model.dtype]]
+    return SCHEMES[names[dtype]]
 
 
 def refuse(loaded: Loaded, settings: ExportSettings) -> None:
@@ -38,7 +40,7 @@ def refuse(loaded: Loaded, settings: ExportSettings) -> None:
         InputError: No architecture takes the layers, GGUF has no form for the tokenizer, or the quantization is not known.
         MissingDependencyError: gguf-py is not installed.
     """
-    scheme_of(loaded, settings)
+    scheme_of(loaded.model.dtype, settings)
     require_gguf()
     source = source_of(loaded.model)
     choose(source, settings.architecture)
@@ -47,21 +49,31 @@ def refuse(loaded: Loaded, settings: ExportSettings) -> None:
 
 def write(loaded: Loaded, folder: Path, settings: ExportSettings) -> Written:
     """Writes ``model.gguf``."""
-    source, scheme = source_of(loaded.model), scheme_of(loaded, settings)
-    architecture = choose(source, settings.architecture)
-    layout = architecture.lay_out(source)
-    k_types = scheme.usual in K_TYPES
-    importance = channel_energy(loaded, settings.importance) if k_types and settings.importance is not None else None
+    scheme = scheme_of(loaded.model.dtype, settings)
+    weighs = scheme.usual in K_TYPES and settings.importance is not None
+    importance = channel_energy(loaded, settings.importance) if weighs and settings.importance is not None else None
+    return _write(loaded, source_of(loaded.model), scheme, folder, settings, importance)
+
+
+def stream(skeleton: Skeleton, once: OnePass, folder: Path, settings: ExportSettings) -> Written:
+    """Writes ``model.gguf`` from a checkpoint."""
+    source = source_of(skeleton.loaded.model, once.tensor)
+    return _write(skeleton.loaded, source, scheme_of(skeleton.dtype, settings), folder, settings, None)
+
+
+def _write(
+    loaded: Loaded, source: Source, scheme: Scheme, folder: Path, settings: ExportSettings, importance: Importance | None
+) -> Written:
+    layout = choose(source, settings.architecture).lay_out(source)
     about = {"type": "model", "name": Path(loaded.source).name, "quantized_by": "regraft"}
     if not scheme.is_quantized:
         about.pop("quantized_by")
     notes = write_file(folder / FILE, layout, _vocabulary(loaded, source.vocabulary), scheme, about, importance)
     size = (folder / FILE).stat().st_size
-    words = f"GGUF of architecture '{layout.architecture}' in {scheme.name}, {size / 1e6:.1f} MB"
     return Written(
-        words,
+        f"GGUF of architecture '{layout.architecture}' in {scheme.name}, {size / 1e6:.1f} MB",
         folder / FILE,
-        (*layout.notes, *notes, *((UNWEIGHED,) if k_types and importance is None else ())),
+        (*layout.notes, *notes, *((UNWEIGHED,) if scheme.usual in K_TYPES and importance is None else ())),
         {"architecture": layout.architecture, "context": layout.context, "weighed": importance is not None},
     )
 
@@ -73,7 +85,7 @@ def check(loaded: Loaded, folder: Path, written: Written, text: str, settings: E
         MissingDependencyError: llama.cpp is not installed.
         OutputError: Token ids or distributions differ.
     """
-    tokenizer, scheme = loaded.tokenizer, scheme_of(loaded, settings)
+    tokenizer, scheme = loaded.tokenizer, scheme_of(loaded.model.dtype, settings)
     assert tokenizer is not None
     vocabulary = _vocabulary(loaded, 0)
     text_ids = tokenizer(text, verbose=False).input_ids
@@ -113,4 +125,4 @@ def _holdings() -> tuple[Holding, ...]:
     )
 
 
-FORMAT = ModelFormat("one GGUF file for llama.cpp, LM Studio and others", _holdings(), refuse, write, check)
+FORMAT = ModelFormat("one GGUF file for llama.cpp, LM Studio and others", _holdings(), refuse, write, check, stream=stream)

@@ -95,7 +95,7 @@ def gpt2(source: Source) -> Layout:
         for module, stem in names.items():
             entries.append(_matrix(source, index, module, stem, turned=True))
             bias = f"{source.family.layers}.{index}.{module}.bias"
-            shape = tuple(source.tensor(bias).shape)
+            shape = source.shapes[bias]
             entries.append(Entry(f"blk.{index}.{stem}.bias", shape, _tensor(source, bias), exact=True, layer=index))
     entries += _layer_norm(source, source.family.final_norm, "output_norm", -1)
     if not source.tied:
@@ -114,7 +114,7 @@ def _tensor(source: Source, name: str) -> Callable[[], Tensor]:
 
 def _matrix(source: Source, index: int, module: str, stem: str, *, turned: bool) -> Entry:
     name = f"{source.family.layers}.{index}.{module}"
-    shape = tuple(source.tensor(f"{name}.weight").shape)
+    shape = source.shapes[f"{name}.weight"]
 
     def make() -> Tensor:
         tensor = source.tensor(f"{name}.weight")
@@ -125,5 +125,5 @@ def _matrix(source: Source, index: int, module: str, stem: str, *, turned: bool)
 
 def _layer_norm(source: Source, module: str, stem: str, layer: int) -> list[Entry]:
     entries = [norm(source, module, stem, layer)]
-    shape = tuple(source.tensor(f"{module}.bias").shape)
+    shape = source.shapes[f"{module}.bias"]
     return [*entries, Entry(f"{stem}.bias", shape, _tensor(source, f"{module}.bias"), exact=True, layer=layer)]

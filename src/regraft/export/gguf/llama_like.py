@@ -108,7 +108,7 @@ def lay_out(kind: Gated, source: Source) -> Layout:
         entries += _layer(kind, source, index, scale)
     entries.append(norm(source, source.family.final_norm, "output_norm"))
     if not source.tied or kind.name == "step35":  # which has no form without it
-        entries.append(outside(source, source.family.head, "output"))
+        entries.append(outside(source, source.family.embedding if source.tied else source.family.head, "output"))
     return Layout(kind.name, metadata, tuple(entries), context, tuple(notes))
 
 
@@ -156,24 +156,24 @@ def _layer(kind: Gated, source: Source, index: int, scale: float) -> list[Entry]
     entries: list[Entry] = []
     for module, stem in {**kind.norms, **HEAD_NORMS}.items():
         name = f"{source.family.layers}.{index}.{module}"
-        if f"{name}.weight" in source.names:
+        if f"{name}.weight" in source.shapes:
             factor = scale if module == "self_attn.q_norm" else 1.0
             entries.append(norm(source, name, f"blk.{index}.{stem}", index, factor))
         elif module not in HEAD_NORMS and present["attn" if "attn" in stem or "attention" in stem else "ffn"]:
             entries.append(Entry(f"blk.{index}.{stem}.weight", (width,), lambda: torch.ones(width), exact=True, layer=index))
-    in_norm = any(f"{source.family.layers}.{index}.{module}.weight" in source.names for module in HEAD_NORMS)
+    in_norm = any(f"{source.family.layers}.{index}.{module}.weight" in source.shapes for module in HEAD_NORMS)
     for module, stem in PROJECTIONS.items():
         if not present[stem.partition("_")[0]]:
             continue
         name = f"{source.family.layers}.{index}.{module}"
         heads = {"attn_q": size.query_heads, "attn_k": size.kv_heads}.get(stem, 0) if kind.permuted else 0
         factor = scale if stem == "attn_q" and not in_norm else 1.0
-        if f"{name}.weight" not in source.names:
+        if f"{name}.weight" not in source.shapes:
             shape = shapes[stem]
             entries.append(Entry(f"blk.{index}.{stem}.weight", shape, lambda shape=shape: torch.zeros(shape), layer=index))
             continue
         for part, exact in (("weight", False), ("bias", True)):
-            if f"{name}.{part}" in source.names:
+            if f"{name}.{part}" in source.shapes:
                 shape = shapes[stem] if part == "weight" else shapes[stem][:1]
                 make = _made(source, f"{name}.{part}", heads, factor)
                 entries.append(Entry(f"blk.{index}.{stem}.{part}", shape, make, exact, "" if exact else name, index))
@@ -201,14 +201,14 @@ def _fuse(entries: list[Entry], index: int) -> list[Entry]:
 def outside(source: Source, module: str, stem: str) -> Entry:
     """Returns the entry of the token embedding or the output projection."""
     name = f"{module}.weight"
-    reads = module if stem == "output" else ""
+    reads = source.family.head if stem == "output" else ""
     return Entry(f"{stem}.weight", (source.vocabulary, source.width), lambda: source.tensor(name), reads=reads)
 
 
 def norm(source: Source, module: str, stem: str, layer: int = -1, factor: float = 1.0) -> Entry:
     """Returns the entry of a norm whose weight multiplies as it is: families that add one to it have that added."""
     name = f"{module}.weight"
-    shape = tuple(source.tensor(name).shape)
+    shape = source.shapes[name]
 
     def make() -> Tensor:
         return (source.tensor(name).float() + source.family.norm_offset) * factor

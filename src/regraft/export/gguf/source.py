@@ -26,7 +26,7 @@ class Source:
         width: Channels of the residual stream.
         vocabulary: Rows of the token embedding.
         tied: Whether the output projection is the token embedding.
-        names: Names of all tensors.
+        shapes: Shapes of all tensors by name.
         tensor: Returns a tensor by name, computed when it is called.
     """
 
@@ -36,7 +36,7 @@ class Source:
     width: int
     vocabulary: int
     tied: bool
-    names: frozenset[str]
+    shapes: Mapping[str, tuple[int, ...]]
     tensor: Callable[[str], Tensor]
 
     @property
@@ -56,21 +56,27 @@ class Source:
         return all(size == first for size in self.sizes) and first.query_heads > 0 and first.ffn > 0
 
 
-def source_of(model: PreTrainedModel) -> Source:
-    """Returns what is exported of a model in memory."""
+def source_of(model: PreTrainedModel, tensor: Callable[[str], Tensor] | None = None) -> Source:
+    """Returns what is exported of a model.
+
+    Args:
+        model: The model, which gives names and shapes.
+        tensor: Returns the values of a parameter by name; by default those in the model.
+    """
     view = ModelView(model)
     state: Mapping[str, Tensor] = model.state_dict()
-    embedding = state[f"{view.family.embedding}.weight"]
-    head = state.get(f"{view.family.head}.weight")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    embedding = f"{view.family.embedding}.weight"
+    head = parameters.get(f"{view.family.head}.weight")
     return Source(
         config=model.config,
         family=view.family,
         sizes=tuple(view.sizes(index) for index in range(len(view.layers))),
         width=view.width,
-        vocabulary=embedding.shape[0],
-        tied=head is None or head.data_ptr() == embedding.data_ptr(),
-        names=frozenset(state),
-        tensor=lambda name: state[name].detach(),
+        vocabulary=state[embedding].shape[0],
+        tied=head is None or head is parameters[embedding],
+        shapes={name: tuple(values.shape) for name, values in state.items()},
+        tensor=tensor or (lambda name: state[name].detach()),
     )
 
 

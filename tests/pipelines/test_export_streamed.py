@@ -1,0 +1,112 @@
+"""An export that is not compared is written tensor by tensor: the same bytes as from memory, in little memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gguf_toys import as_loaded, byte_level_tokenizer, toy, uneven
+from regraft.errors import InputError, ModelError
+from regraft.models.load import load
+from regraft.models.save import save
+from regraft.pipelines.export import export
+from regraft.plans import Provenance
+from regraft.settings import ExportSettings
+
+pytest.importorskip("gguf")
+
+UNEVEN = {"layer1": (2, 2, 64), "layer2": (0, 0, 64)}
+MODELS: dict[str, Any] = {
+    "llama": lambda: toy("llama"),
+    "tied bfloat16": lambda: toy("qwen3", tie_word_embeddings=True).bfloat16(),
+    "uneven": lambda: uneven(toy("llama"), **UNEVEN),
+    "gemma 2": lambda: toy("gemma2"),
+    "gpt 2": lambda: toy("gpt2", n_embd=64, n_head=4, n_layer=2, n_positions=128, n_inner=96),
+    "phi 3": lambda: toy("phi3").half(),
+}
+
+
+def saved(model: Any, folder: Path) -> Path:
+    record = Provenance(command="test", source="toy", source_fingerprint="", seed=0, versions={}, settings={})
+    save(model, byte_level_tokenizer(), folder, record, "# toy")
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_bytes_and_the_record_are_those_of_the_export_from_memory(tmp_path: Path, name: str) -> None:
+    folder = saved(MODELS[name](), tmp_path / "model")
+    loaded = load(folder)
+    for to, quantize in (("gguf", ""), ("ollama", "Q8_0"), ("hf", "")):
+        settings = ExportSettings(quantize=quantize, shard_size="100KB")
+        from_memory = export(loaded, tmp_path / f"{to}-memory", to, settings=settings, check=None)
+        streamed = export(folder, tmp_path / f"{to}-streamed", to, settings=settings, check=None)
+        assert (streamed.words, streamed.notes) == (from_memory.words, from_memory.notes)
+        records = [json.loads((tmp_path / f"{to}-{way}" / "regraft.json").read_text()) for way in ("memory", "streamed")]
+        assert records[0]["source_fingerprint"] == records[1]["source_fingerprint"]
+        if to != "hf":  # whose files may be divided otherwise
+            assert records[0]["files"] == records[1]["files"]
+    again = load(tmp_path / "hf-streamed")
+    assert len(list((tmp_path / "hf-streamed").glob("*.safetensors"))) > 1
+    assert again.fingerprint == loaded.fingerprint
+    assert type(again.model) is type(loaded.model)
+
+
+def test_a_model_that_does_not_fit_is_written_and_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(toy("llama"), tmp_path / "model")
+    monkeypatch.setattr(import_module("regraft.pipelines.export_streamed"), "free_memory", lambda load: 1000)
+    done = export(folder, tmp_path / "out", "gguf")
+    assert done.parity is None
+    assert any("was not compared with the model" in note for note in done.notes)
+    assert (tmp_path / "out" / "model.gguf").is_file()
+
+
+def test_nan_in_a_checkpoint_leaves_nothing(tmp_path: Path) -> None:
+    toy("llama").save_pretrained(tmp_path / "model")
+    byte_level_tokenizer().save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.3.mlp.down_proj.weight"][5, 7] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    for to in ("gguf", "hf"):
+        with pytest.raises(ModelError, match=r"'model\.layers\.3\.mlp\.down_proj\.weight' holds NaN"):
+            export(tmp_path / "model", tmp_path / "out", to, check=None)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_shard_size_that_is_none_is_refused(tmp_path: Path) -> None:
+    for size in ("much", "0", "-5GB", ""):
+        with pytest.raises(InputError, match="is not a size"):
+            export(as_loaded(toy("llama")), tmp_path / "out", "hf", settings=ExportSettings(shard_size=size), check=None)
+
+
+PEAK = """
+import resource, sys
+from regraft.pipelines.export import export
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+export(sys.argv[1], sys.argv[2], sys.argv[3], check=None)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_the_model_is_never_in_memory(tmp_path: Path) -> None:
+    """A process of its own grows by a few tensors: far less than the 200 MB that the model takes."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 320}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=8, **sizes)).bfloat16()
+    model.save_pretrained(tmp_path / "model")
+    byte_level_tokenizer().save_pretrained(tmp_path / "model")
+    nbytes = sum(parameter.numel() * 2 for parameter in model.parameters())
+    assert nbytes > 190e6
+    del model
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "model"), str(tmp_path / "out"), "gguf"]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert grown < nbytes / 3
