@@ -26,13 +26,15 @@ PAGES = {
     "errors": ("Errors", "Everything that regraft raises for a user.", ["regraft.errors"]),
     "contracts": (
         "Contracts",
-        "What a criterion, a selector, an allocator, an adapter or an export format of your own has to be. See [Plug-ins](../plugins.md).",
+        "What a criterion, a selector, an allocator, an adapter, a compression method or an export format of your own has to be. "
+        "See [Plug-ins](../plugins.md).",
         [
             "regraft.registry",
             "regraft.importance.criteria",
             "regraft.selection.budget",
             "regraft.allocation.contract",
             "regraft.adapters.contract",
+            "regraft.compression.contract",
             "regraft.export.contract",
         ],
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,3 +34,18 @@ def test_every_option_is_on_the_page(page: str) -> None:
     for section in SECTIONS.values():
         if section.__name__ != "SampleSettings":
             assert all(f"--{key.replace('_', '-')}" in text for key in section.model_fields)
+
+
+def test_the_picture_of_the_architecture_is_the_tree() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    picture = text.partition("src/regraft/\n")[2].partition("```")[0]
+    drawn = {line.split()[0].rstrip("/") for line in picture.splitlines() if line.startswith("  ") and line.strip()}
+    there = {path.name for path in (ROOT / "src" / "regraft").iterdir() if path.suffix in ("", ".py")}
+    assert drawn == there - {"__main__.py", "__pycache__"}
+
+
+@pytest.mark.parametrize("page", sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")))
+def test_a_file_that_a_page_names_is_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:\w+/)+\w+\.(?:py|toml|csv|md))`", text)
+    assert [name for name in named if not any((ROOT / place / name).exists() for place in ("", "src/regraft", "tests"))] == []
