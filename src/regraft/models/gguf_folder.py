@@ -104,7 +104,7 @@ def _unpack(path: Path, header: GgufHeader, folder: Path) -> None:
     auto, tokenizers = (AutoModelForCausalLM, AutoTokenizer)
     arguments: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     try:
-        # The reader shows progress whatever transformers is told.
+        # The reader shows progress, whatever the settings of transformers are.
         with quiet(), open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
             config: Any = AutoConfig.from_pretrained(str(path.parent), **arguments)
             complete_config(config, header, path)

@@ -63,7 +63,7 @@ def evaluate_model(
     given = in_memory(text) if in_memory(text) is not None else chosen.text
     if isinstance(model, str | Path) and is_classifier_folder(Path(model)):
         raise _for_labels(model)
-    corpus = read(given, "test", "text") if given is not None else None  # a file that is wrong is told before a model is loaded
+    corpus = read(given, "test", "text") if given is not None else None  # a wrong file is refused before a model is loaded
     loaded, own_folder = _taken(model, tokenizer, load)
     if is_classifier(loaded.model):
         raise _for_labels(loaded.source)

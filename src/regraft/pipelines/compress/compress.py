@@ -122,7 +122,7 @@ def compress(
     if isinstance(plan, RankPlan):
         raise InputError("a rank plan is for encoders and method pc_lora; give a plan that compress wrote")
     _refuse_clashes(settings, plan)
-    compressor_of(settings.method if plan is None else plan.method, settings)  # a wrong name is told before a model is loaded
+    compressor_of(settings.method if plan is None else plan.method, settings)  # a wrong name is refused before a model is loaded
     order = _Order(settings, target, in_memory(calibration), seed, plan, dry_run, resume, command, say)
     if settings.memory is not None:
         return _streamed(source, order, load or LoadSettings())

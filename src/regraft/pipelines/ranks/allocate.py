@@ -224,7 +224,7 @@ def _written(texts: Texts, folder: Path) -> Path:
 def _allocated(order: _Order, output: Path) -> RankResult:
     """Finds ranks, with everything that is measured in a folder beside the plan."""
     if order.settings.storage is not None:
-        open_storage(order.settings.storage, output.parent).close()  # what is wrong with it is told before anything is computed
+        open_storage(order.settings.storage, output.parent).close()  # a wrong storage is refused before anything is computed
     with TemporaryDirectory(prefix="regraft-") as aside:
         request = order.request(Path(aside))
         with open_run(output.with_suffix(".search"), request.identity(), resume=order.resume, say=order.say) as folder:
@@ -356,7 +356,7 @@ def _searched(request: Request, space: RankSpace, learner: Learner, work: Path, 
     )
     if SHORTEST * request.recover.steps < _FEW_STEPS:
         request.say(
-            f"an eighth of {request.recover.steps} steps is little more than the warm-up and tells little; "
+            f"an eighth of {request.recover.steps} steps is little more than the warm-up, which says little about ranks; "
             f"for a search that can be trusted raise `steps` to {8 * _FEW_STEPS} or more"
         )
     sampler = AllocatorSampler(space, learner, schedule, request.seed)
