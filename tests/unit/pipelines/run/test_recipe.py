@@ -15,6 +15,7 @@ seed: 7
 prune:
   ratio: 0.3
   layers: 1:20
+  shape: per-layer
   targets: ffn
 recover:
   lr: 1e-3
@@ -43,7 +44,7 @@ def test_a_recipe_is_read(write) -> None:
     recipe = read_recipe(write(GOOD))
     assert recipe.model == "some/model"
     assert recipe.seed == 7
-    assert recipe.prune == PruneSettings(ratio=0.3, layers="1:20", targets=("ffn",))
+    assert recipe.prune == PruneSettings(ratio=0.3, layers="1:20", shape="per-layer", targets=("ffn",))
     assert recipe.recover == RecoverSettings(lr=0.001)
     assert recipe.evaluate == EvaluateSettings(max_tokens=1000)
     assert recipe.sample is None
