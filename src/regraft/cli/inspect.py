@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,10 +17,8 @@ from regraft.cli.screen import Screen
 from regraft.settings import LoadSettings
 
 if TYPE_CHECKING:
-    from regraft.models.load import load as load_model
     from regraft.pipelines.inspect import inspect_model
 else:
-    load_model = later("regraft.models.load", "load")
     inspect_model = later("regraft.pipelines.inspect", "inspect_model")
 
 
@@ -29,7 +29,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
     """Show the layers of a model, their sizes, what can be pruned, and the parameters."""
-    facts = inspect_model(load_model(model, load))
+    facts = inspect_model(model, load=load)
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
@@ -43,13 +43,20 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
         f"{facts['hidden_size']}, vocabulary {facts['vocabulary']}, embeddings {'tied' if facts['tied_embeddings'] else 'not tied'}"
     )
     table = Table(title=f"{len(facts['layers'])} layers, {'all alike' if facts['uniform'] else 'of different sizes'}")
-    for heading in ("layer", "query heads", "KV heads", "head dim", "FFN", "parameters"):
+    for heading in ("layers", "query heads", "KV heads", "head dim", "FFN", "parameters each"):
         table.add_column(heading, justify="right")
-    for row in facts["layers"]:
-        sizes = (row["layer"], row["query_heads"], row["kv_heads"], row["head_dim"], row["ffn"])
-        table.add_row(*(str(value) for value in sizes), f"{row['parameters']:,}")
+    for first, last, row in _runs(facts["layers"]):
+        sizes = (row["query_heads"], row["kv_heads"], row["head_dim"], row["ffn"])
+        table.add_row(str(first) if first == last else f"{first}-{last}", *(str(value) for value in sizes), f"{row['parameters']:,}")
     console.print(table)
     kinds = {group["kind"]: group for group in facts["groups"]}
     for kind, group in kinds.items():
         count = sum(other["kind"] == kind for other in facts["groups"])
         console.print(f"groups of kind '{kind}': {count}; one unit of {group['name']} holds {group['unit_parameters']:,} parameters")
+
+
+def _runs(layers: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
+    """Yields neighbouring layers of equal sizes together: the first, the last, and the sizes."""
+    for _, run in groupby(layers, key=lambda row: {name: value for name, value in row.items() if name != "layer"}):
+        rows = list(run)
+        yield rows[0]["layer"], rows[-1]["layer"], rows[0]

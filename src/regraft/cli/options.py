@@ -84,7 +84,8 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     options = [_parameter(name, kind.model_fields[name], kind) for section, kind in sections.items() for name in wanted[section]]
     taken = {parameter.name for parameter in (*own, *options)}
     words = {section: _other_words(kind, wanted[section], taken) for section, kind in sections.items()}
-    options += [_hidden(word, sections[section].model_fields[name]) for section in sections for word, name in words[section].items()]
+    hidden = {word: sections[section].model_fields[name] for section in sections for word, name in words[section].items()}
+    options += [_hidden(word, field) for word, field in hidden.items()]  # one for all sections that have the word
     parameters = [inspect.Parameter(CONTEXT, inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context), *own, *options]
     names = [parameter.name for parameter in parameters]
     assert len(set(names)) == len(names), f"options of {command.__name__} collide: {sorted(names)}"

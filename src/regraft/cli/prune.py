@@ -22,10 +22,13 @@ from regraft.progress import Say
 from regraft.settings import LoadSettings, PruneSettings
 
 if TYPE_CHECKING:
-    from regraft.pipelines.prune.prune import plan_summary, replay
     from regraft.pipelines.prune.prune import prune as prune_model
+    from regraft.pipelines.prune.prune import replay
+    from regraft.pipelines.prune.summary import collapsed, plan_summary, why_kept
 else:
-    plan_summary = later("regraft.pipelines.prune.prune", "plan_summary")
+    collapsed = later("regraft.pipelines.prune.summary", "collapsed")
+    plan_summary = later("regraft.pipelines.prune.summary", "plan_summary")
+    why_kept = later("regraft.pipelines.prune.summary", "why_kept")
     replay = later("regraft.pipelines.prune.prune", "replay")
     prune_model = later("regraft.pipelines.prune.prune", "prune")
 
@@ -100,13 +103,15 @@ class Common(TypedDict):
 
 
 def show_plan(console: Console, groups: Groups, plan: PrunePlan) -> None:
-    """Prints the cuts of a plan, group by group, and the sizes before and after."""
+    """Prints the sizes before and after, equal layers in one row, and why a kind of unit loses nothing."""
     table = Table(title=f"{plan.criterion}; selection {plan.selection}, {plan.shape}, aligned to {plan.align}")
     for heading in ("group", "units before", "units after"):
         table.add_column(heading, justify="left" if heading == "group" else "right")
-    for row in plan_summary(groups, plan):
-        table.add_row(row["group"], str(row["before"]), str(row["after"]))
+    for names, before, after in collapsed(plan_summary(groups, plan)):
+        table.add_row(names, str(before), str(after))
     console.print(table)
+    for line in why_kept(groups, plan):
+        console.print(line, soft_wrap=True, markup=False)
     unit = plan.made_with.get("settings", {}).get("budget", "parameters")
     asked = f"{plan.ratio:.2%}" + (f" of the {unit}" if unit != "parameters" else "")
     console.print(f"parameters {plan.parameters_before:,} -> {plan.parameters_after:,}: {plan.achieved:.2%} removed (asked for: {asked})")

@@ -29,6 +29,7 @@ from transformers.models.auto.auto_factory import add_generation_mixin_to_remote
 
 from regraft import seedling
 from regraft.errors import InputError, ModelError, did_you_mean, shown
+from regraft.in_short import in_short
 from regraft.models.checks import (
     SAME_MODEL,
     check_checksums,
@@ -64,7 +65,7 @@ _DEVICES = "cpu, cuda, cuda:N, mps or auto"
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
-@dataclass
+@dataclass(repr=False)
 class Loaded:
     """A loaded and checked model, with its tokenizer and its origin.
 
@@ -81,6 +82,10 @@ class Loaded:
     source: str
     fingerprint: str
     provenance: Provenance | None
+
+    def __repr__(self) -> str:
+        """Returns its attributes in one short line."""
+        return in_short(self)
 
 
 def load(source: str | Path, settings: LoadSettings | None = None) -> Loaded:

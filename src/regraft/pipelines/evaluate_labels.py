@@ -6,20 +6,27 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.data.labelled import read_labelled
 from regraft.data.tokens import window_tokens
-from regraft.errors import InputError
+from regraft.errors import InputError, ModelError
+from regraft.in_short import in_short
 from regraft.models.classifier import classes_of, is_classifier, load_trained_classifier, row_limit
-from regraft.models.load import require_tokenizer
+from regraft.models.live import check_object, fitting_tokenizer, lineage
+from regraft.models.load import Loaded, require_tokenizer
+from regraft.models.trainable import evaluating
 from regraft.models.view import parameter_count
-from regraft.settings import TRAINING_TOKENS, LabelSettings, LoadSettings
+from regraft.reading import is_file
+from regraft.settings import TRAINING_TOKENS, LabelSettings, LoadSettings, takes_settings, with_keywords
 from regraft.surgery.adapter_folder import is_adapter, load_adapted
 from regraft.training.labelled import Progress, judged
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LabelReport:
     """Measures of a classification or regression model.
 
@@ -43,6 +50,10 @@ class LabelReport:
     parameters: int
     figures: Mapping[str, float]
 
+    def __repr__(self) -> str:
+        """Returns its attributes in one short line."""
+        return in_short(self)
+
     def flat(self) -> dict[str, Any]:
         """Returns the report as one flat object of plain JSON types; undefined values are null."""
         rest = {name: getattr(self, name) for name in ("model", "data", "task", "rows", "window_tokens", "parameters")}
@@ -53,31 +64,57 @@ class LabelReport:
         }
 
 
+@takes_settings(LabelSettings, LoadSettings)
 def evaluate_labels(
-    source: str | Path, settings: LabelSettings, *, load: LoadSettings | None = None, progress: Progress | None = None
+    model: PreTrainedModel | PeftModel | str | Path,
+    settings: LabelSettings | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    load: LoadSettings | None = None,
+    progress: Progress | None = None,
+    **keywords: Any,
 ) -> LabelReport:
     """Measures a classification or regression model on all rows of a file.
 
     Args:
-        source: Folder or hub id of a model with a classification head, or the folder of an adapter for one.
+        model: A ``PreTrainedModel`` or ``PeftModel`` with a classification head in memory, which is left as it is; or the folder or hub
+            id of one, or the folder of an adapter for one.
         settings: The rows. Labels are the model's names of the classes, or their numbers.
-        load: Settings for loading the model.
+        tokenizer: The tokenizer for a model in memory.
+        load: How a folder or hub id is loaded.
         progress: Called with the number of finished rows and of all rows.
+        **keywords: Single settings by name, such as ``data="rows.csv"``; they count before those in ``settings`` and ``load``.
 
     Raises:
         InputError: The model has no classification head, or no data are given.
         RegraftError: Anything else that the user can mend, in one line.
     """
-    load = load or LoadSettings()
+    settings, load = with_keywords("regraft.evaluate_labels", keywords, settings or LabelSettings(), load or LoadSettings())
+    named = f"'{model}'" if isinstance(model, str | Path) else type(model).__name__
     if settings.data is None:
-        raise InputError(f"'{source}' is measured on rows with labels; give a file of them with `data`")
-    loaded = load_adapted(Path(source), load) if is_adapter(source) else load_trained_classifier(source, load)
-    model = loaded.model
-    if not is_classifier(model):
-        raise InputError(f"'{source}' is for language, not for labels; leave `data` out, or give its text with `text`")
-    classes = classes_of(model)
+        raise InputError(f"{named} is measured on rows with labels; give a file of them with `data`")
+    if not is_file(settings.data):
+        read_labelled(settings.data, "classification", settings.text_columns, settings.label_column)  # refuses it before a model is read
+    loaded = _taken(model, tokenizer, load)
+    if not is_classifier(loaded.model):
+        raise InputError(f"{named} is for language, not for labels; leave `data` out, or give its text with `text`")
+    classes = classes_of(loaded.model)
     task = "classification" if classes else "regression"
     rows = read_labelled(settings.data, task, settings.text_columns, settings.label_column, classes)
-    most_tokens = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "seq_len", row_limit(model))
-    figures = judged(model, require_tokenizer(loaded), rows, most_tokens, progress)
-    return LabelReport(str(source), rows.name, task, len(rows), most_tokens, classes, parameter_count(model), figures)
+    most_tokens = window_tokens(settings.seq_len, TRAINING_TOKENS, loaded.model.config, "`seq_len`", row_limit(loaded.model))
+    with evaluating(loaded.model):
+        figures = judged(loaded.model, require_tokenizer(loaded), rows, most_tokens, progress)
+    parameters = parameter_count(loaded.model)
+    return LabelReport(loaded.source, rows.name, task, len(rows), most_tokens, classes, parameters, figures)
+
+
+def _taken(model: PreTrainedModel | PeftModel | str | Path, tokenizer: PreTrainedTokenizerBase | None, load: LoadSettings) -> Loaded:
+    if isinstance(model, str | Path):
+        return load_adapted(Path(model), load) if is_adapter(model) else load_trained_classifier(model, load)
+    base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+    if not isinstance(model, PeftModel):
+        check_object(base)
+    if base.config.get_text_config().pad_token_id is None:
+        raise ModelError(f"{type(base).__name__} has no `config.pad_token_id`, which tells where a row ends; set it to the tokenizer's")
+    found = lineage(base)
+    return Loaded(cast(PreTrainedModel, model), fitting_tokenizer(tokenizer, base), found.source, "", found.provenance)

@@ -14,6 +14,7 @@ from regraft.adapters.peft_backed import layers_of, merge_stock, module_names, s
 from regraft.atomic import atomic_folder, reserved
 from regraft.errors import InputError, ModelError
 from regraft.export import EXPORTERS, AdapterFormat, Exportable, ModelFormat, Parity
+from regraft.in_short import in_short
 from regraft.models.card import model_card
 from regraft.models.classifier import classes_of, head_parameters, is_classifier, save_classifier
 from regraft.models.folder import write_folder
@@ -33,7 +34,7 @@ from regraft.surgery.adapters import factors, merge
 MERGED = "merged"  # a format of its own: no adapter any more, so that every method has it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExportResult:
     """Result of an export.
 
@@ -50,6 +51,10 @@ class ExportResult:
     rank: int = 0
     notes: tuple[str, ...] = ()
     parity: Parity | None = None
+
+    def __repr__(self) -> str:
+        """Returns its attributes in one short line."""
+        return in_short(self)
 
 
 def export(

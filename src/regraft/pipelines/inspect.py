@@ -5,18 +5,36 @@ from __future__ import annotations
 from typing import Any
 
 from regraft.groups.discover import discover
+from regraft.models.live import ModelLike, resting, take
 from regraft.models.load import Loaded
 from regraft.models.view import ModelView, parameter_count
+from regraft.settings import LoadSettings, takes_settings, with_keywords
 
 
-def inspect_model(loaded: Loaded) -> dict[str, Any]:
-    """Returns the facts of a loaded model as plain JSON types.
+@takes_settings(LoadSettings)
+def inspect_model(model: ModelLike, *, load: LoadSettings | None = None, **keywords: Any) -> dict[str, Any]:
+    """Returns the facts of a model as plain JSON types.
 
-    Keys: ``source``, ``family``, ``class``, ``fingerprint``, ``dtype``, ``parameters``, ``prunable_parameters``, ``hidden_size``,
+    Args:
+        model: A ``PreTrainedModel`` in memory, which is left as it is; or a folder, a hub id, or ``seedling``.
+        load: How a folder or hub id is loaded.
+        **keywords: Single settings of loading by name, such as ``dtype="float32"``.
+
+    Raises:
+        RegraftError: Anything that the user can mend, in one line.
+
+    The keys are ``source``, ``family``, ``class``, ``fingerprint``, ``dtype``, ``parameters``, ``prunable_parameters``, ``hidden_size``,
     ``vocabulary``, ``tied_embeddings``, ``uniform`` (whether all layers have the same sizes), ``layers`` (a row for each: query
     heads, key-value heads, head dimension, feed-forward channels, parameters) and ``groups`` (a row for each: name, kind, units,
     parameters of one unit).
     """
+    (asked,) = with_keywords("regraft.inspect", keywords, load or LoadSettings())
+    loaded = take(model, None, asked)
+    with resting(loaded.model):
+        return _facts(loaded)
+
+
+def _facts(loaded: Loaded) -> dict[str, Any]:
     model, view = loaded.model, ModelView(loaded.model)
     groups = () if view.factored() else discover(view).groups  # nothing can be cut from what is factored
     sizes = [view.sizes(index) for index in range(len(view.layers))]

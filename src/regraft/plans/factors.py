@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from regraft.in_short import in_short
+
 FactorLayout = Literal["plain", "pifa"]
 
 
@@ -108,7 +110,7 @@ class Factoring:
     bias: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FactorPlan:
     """The layers that are factored, and their ranks.
 
@@ -135,6 +137,10 @@ class FactorPlan:
     factorings: tuple[Factoring, ...]
     predicted_nats: float | None = None
     made_with: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def __repr__(self) -> str:
+        """Returns its attributes in one short line."""
+        return in_short(self)
 
     @property
     def achieved(self) -> float:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from regraft.in_short import in_short
+
 Side = Literal["out", "in"]
 GroupKind = Literal["ffn", "heads", "query_heads", "residual", "attention", "mlp", "layer"]
 WHOLE: tuple[GroupKind, ...] = ("layer", "attention", "mlp")  # kinds of groups with one unit, which is kept or removed
@@ -75,7 +77,7 @@ class Group:
         return next(member for member in self.members if member.side == "in")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Groups:
     """All groups of a model that can be pruned.
 
@@ -94,6 +96,10 @@ class Groups:
     parameters: int
     groups: tuple[Group, ...]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+
+    def __repr__(self) -> str:
+        """Returns its attributes in one short line."""
+        return in_short(self)
 
     def named(self) -> dict[str, Group]:
         """Returns the groups by name."""

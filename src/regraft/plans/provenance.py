@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from regraft.in_short import in_short
 from regraft.plans.factors import FactorPlan
 from regraft.plans.prune import PrunePlan
 from regraft.plans.ranks import RankPlan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Provenance:
     """The history of a model folder, written as ``regraft.json``.
 
@@ -40,3 +41,7 @@ class Provenance:
     files: Mapping[str, str] = field(default_factory=dict[str, str])
     parents: tuple[dict[str, Any], ...] = ()
     factors: FactorPlan | None = None
+
+    def __repr__(self) -> str:
+        """Returns its attributes in one short line."""
+        return in_short(self)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from regraft.errors import PlanError
+from regraft.in_short import in_short
 
 Shape = Literal["uniform", "per-layer"]
 
@@ -88,7 +89,7 @@ class Removed:
     importance: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PrunePlan:
     """The units to keep of each group that loses units; all other groups are unchanged.
 
@@ -118,6 +119,10 @@ class PrunePlan:
     cuts: tuple[Cut, ...]
     made_with: Mapping[str, Any] = field(default_factory=dict[str, Any])
     removed: Mapping[str, Removed] = field(default_factory=dict[str, Removed])
+
+    def __repr__(self) -> str:
+        """Returns its attributes in one short line."""
+        return in_short(self)
 
     @property
     def achieved(self) -> float:

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from regraft.in_short import in_short
+
 ALPHA_PER_RANK = 2.0
 """LoRA's alpha over the rank, where nothing else is asked for."""
 RANK_CHOICES = (2, 4, 6, 8, 10, 12)
 """The ranks that a search chooses from, where nothing else is asked for."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RankPlan:
     """A LoRA rank for every adapted module.
 
@@ -29,6 +31,10 @@ class RankPlan:
     ranks: dict[str, int]
     alpha_per_rank: float = ALPHA_PER_RANK
     trainable_parameters: int = 0
+
+    def __repr__(self) -> str:
+        """Returns its attributes in one short line."""
+        return in_short(self)
 
 
 @dataclass(frozen=True)

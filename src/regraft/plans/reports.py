@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from regraft.in_short import named
+
 LOSS_UNITS = {"language": "nats a token", "classification": "nats a row", "regression": "squared error a row"}
 """Unit of the held-out loss, by task."""
 
@@ -83,7 +85,7 @@ class SpeedReport:
     device: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Measurement:
     """All measurements of one model.
 
@@ -98,3 +100,7 @@ class Measurement:
     loss: LossReport
     size: SizeReport
     speed: SpeedReport | None = None
+
+    def __repr__(self) -> str:
+        """Returns the label, the loss and the parameters in one short line."""
+        return named("Measurement", {"label": self.label, "loss_nats": self.loss.loss_nats, "parameters": self.size.parameters})

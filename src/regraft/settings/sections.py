@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic.config import JsonDict
 
 from regraft.errors import ConfigError
+from regraft.in_short import named
 from regraft.plans import RANK_CHOICES, RankPlan, Shape
 from regraft.registry import known_name, listed
 from regraft.settings.problems import problems_of
@@ -130,6 +131,14 @@ class Settings(BaseModel):
 
         # pydantic calls this as its own __init__ only when asked to make one section; nested sections are checked as data.
         __init__.__pydantic_base_init__ = True
+
+    def __repr__(self) -> str:
+        """Returns the settings that were given and are not the defaults, in one short line."""
+        shown = {name: field for name, field in type(self).model_fields.items() if field.repr and name in self.model_fields_set}
+        given = {name: getattr(self, name) for name in shown}
+        return named(type(self).__name__, {name: value for name, value in given.items() if value != shown[name].default})
+
+    __str__ = __repr__
 
     @classmethod
     def words(cls) -> dict[str, str]:
@@ -489,6 +498,8 @@ class EvaluateSettings(Settings):
 
 class LabelSettings(Settings):
     """Settings of a measurement of a classification or regression model."""
+
+    aliases: ClassVar[Mapping[str, str]] = {"max_length": "seq_len"}
 
     data: Path | None = Field(default=None, description="labelled rows (csv, tsv, json, jsonl), for a classification or regression model")
     text_columns: tuple[str, ...] = Field(

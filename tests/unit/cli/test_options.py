@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from regraft.cli.options import ModelArgument, SeedOption, with_settings
 from regraft.cli.words import as_options
 from regraft.errors import ConfigError
-from regraft.settings import EvaluateSettings, LoadSettings, PruneSettings, RecoverSettings, SampleSettings, Settings
+from regraft.settings import EvaluateSettings, LabelSettings, LoadSettings, PruneSettings, RecoverSettings, SampleSettings, Settings
 
 
 class Sauce(Settings):
@@ -117,3 +117,40 @@ def test_every_field_of_every_section_is_an_option_with_its_default_and_help(kin
         assert f"--{name.replace('_', '-')}" in text
         assert field.description is not None
         assert as_options(field.description) in text
+
+
+KINDS = (LoadSettings, PruneSettings, RecoverSettings, EvaluateSettings, LabelSettings)
+ALIASED = [(kind, word, name) for kind in KINDS for word, name in kind.aliases.items()]
+VALUES = {
+    "dtype": "float32", "device": "cpu", "rank": "3", "alpha": "2.5", "dropout": "0.1", "targets": "q_proj,v_proj", "steps": "7",
+    "epochs": "1", "batch": "3", "accumulate": "2", "lr": "0.01", "lr_ratio": "4", "schedule": "linear", "warmup": "0.1",
+    "eval_every": "5", "patience": "2", "seq_len": "32", "window": "32",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "word", "name"), ALIASED, ids=lambda value: getattr(value, "__name__", value))
+def test_words_of_other_libraries_are_options_too_and_not_in_the_help(kind: type[Settings], word: str, name: str) -> None:
+    seen: list[Settings] = []
+
+    def command(section: Settings) -> None:
+        seen.append(section)
+
+    command.__annotations__["section"] = kind
+    app = typer.Typer()
+    app.command()(with_settings(command))
+    theirs, ours = (f"--{text.replace('_', '-')}" for text in (word, name))
+    for option in (theirs, ours):
+        result = CliRunner().invoke(app, [option, VALUES[name]])
+        assert result.exit_code == 0, result.output
+    assert seen[0] == seen[1] != kind()
+    both = CliRunner().invoke(app, [ours, VALUES[name], theirs, VALUES[name]])
+    assert isinstance(both.exception, ConfigError)
+    assert list(both.exception.problems) == [f"{ours} and {theirs} are one setting; give one of the two"]
+    assert f"{theirs} " not in CliRunner().invoke(app, ["--help"], env={"COLUMNS": "300", "TERMINAL_WIDTH": "300"}).output
+
+
+def test_only_typed_options_are_settings_that_were_asked_for() -> None:
+    sauce, plate, _, _ = serve("--amount", "0.5", "--size-cm", "30")
+    assert sauce.model_fields_set == {"amount"}
+    assert plate.model_fields_set == {"size_cm"}
+    assert serve()[0].model_fields_set == set()

@@ -19,6 +19,7 @@ from regraft.data.text import Corpus
 from regraft.errors import InputError
 from regraft.evaluation.loss import evaluate_loss
 from regraft.groups.discover import discover
+from regraft.in_short import in_short
 from regraft.models.encoders import is_encoder, is_encoder_folder, load_encoder
 from regraft.models.live import ModelLike, own_tensors, resting, take
 from regraft.models.load import Loaded, locate_by, require_tokenizer
@@ -44,7 +45,7 @@ from regraft.training.pc_lora import FadeSettings, fade_out
 PC_LORA = "pc_lora"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CompressResult:
     """Result of compression.
 
@@ -65,6 +66,10 @@ class CompressResult:
     notes: tuple[str, ...] = ()
     test: tuple[LossReport, LossReport] | None = None
     pruned: PrunePlan | None = None
+
+    def __repr__(self) -> str:
+        """Returns its attributes in one short line."""
+        return in_short(self)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the plan and what was measured as plain JSON types."""

@@ -13,6 +13,7 @@ from regraft.atomic import reserved
 from regraft.data.text import Corpus
 from regraft.errors import InputError
 from regraft.groups.discover import discover, look_for
+from regraft.in_short import in_short
 from regraft.models.live import ModelLike, become, own_tensors, resting, take
 from regraft.models.load import Loaded, with_float64
 from regraft.models.save import save
@@ -35,6 +36,7 @@ from regraft.pipelines.prune.resolved import (
 )
 from regraft.pipelines.prune.sources import several_sources, windows_of
 from regraft.pipelines.prune.streamed import StreamedPrune, prune_streamed
+from regraft.pipelines.prune.summary import collapsed, plan_summary, why_kept
 from regraft.pipelines.results import Saving
 from regraft.pipelines.texts import Texts, described, in_memory, path_in, text_for
 from regraft.plans import Groups, Provenance, PrunePlan, to_dict
@@ -46,7 +48,7 @@ from regraft.surgery.cut import check_counts, check_plan, cut, layers_after
 from regraft.surgery.refit_predictions import refit_to_predictions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruneReport:
     """The sizes of a model before and after a plan.
 
@@ -54,6 +56,7 @@ class PruneReport:
         parameters_before: Number of parameters of the unpruned model.
         parameters_after: Number of parameters of the pruned model.
         rows: One for each group: its name, kind, units before and units after.
+        kept: Why kinds of units that could be cut are not, a line each.
         notes: Remarks for the user, a line each.
     """
 
@@ -61,13 +64,18 @@ class PruneReport:
     parameters_after: int
     rows: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Returns its attributes in one short line."""
+        return in_short(self)
 
     def __str__(self) -> str:
         """Returns the sizes before and after, layers that are alike in one line, and the notes."""
         removed = 1.0 - self.parameters_after / self.parameters_before
         lines = [f"parameters {self.parameters_before:,} -> {self.parameters_after:,}: {removed:.2%} removed"]
         lines += [f"{names}: {before} -> {after} units" for names, before, after in collapsed(self.rows)]
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *self.kept, *self.notes])
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,7 +109,7 @@ class PruneResult(Saving):
     def report(self) -> PruneReport:
         """The sizes before and after."""
         rows = tuple(plan_summary(self.groups, self.plan))
-        return PruneReport(self.plan.parameters_before, self.plan.parameters_after, rows, self.notes)
+        return PruneReport(self.plan.parameters_before, self.plan.parameters_after, rows, self.notes, why_kept(self.groups, self.plan))
 
     def __repr__(self) -> str:
         """Returns the parameters and what holds the model, in one line."""
@@ -399,40 +407,6 @@ def _cut(
     # From where least squares ends it goes on to the predictions.
     method = None if resolved.refit is None else "mean" if resolved.refit == "mean" else "least_squares"
     return apply_plan(ModelView(model), groups, plan, windows, method, source_N, bridged=resolved.settings.bridge)
-
-
-def plan_summary(groups: Groups, plan: PrunePlan) -> list[dict[str, Any]]:
-    """Returns one row for each group: its name, kind, units before and units after."""
-    kept = {entry.group: len(entry.kept) for entry in plan.cuts}
-    return [
-        {"group": group.name, "kind": group.kind, "before": group.units, "after": kept.get(group.name, group.units)}
-        for group in groups.groups
-    ]
-
-
-def collapsed(rows: tuple[dict[str, Any], ...] | list[dict[str, Any]]) -> list[tuple[str, int, int]]:
-    """Returns the rows of a plan's summary with neighbouring layers of equal sizes in one: names, units before, units after.
-
-    >>> row = {"kind": "ffn", "before": 64, "after": 48}
-    >>> collapsed([row | {"group": "layers.0.ffn"}, row | {"group": "layers.1.ffn"}, row | {"group": "layers.2.ffn", "after": 32}])
-    [('layers.0-1.ffn', 64, 48), ('layers.2.ffn', 64, 32)]
-    """
-    runs: list[tuple[str, int, int, str, int, int]] = []  # kind, first layer, last layer, rest of the name, before, after
-    whole: list[tuple[str, int, int]] = []
-    for row in sorted(rows, key=lambda row: row["kind"]):
-        head, _, rest = row["group"].partition(".")
-        number, _, rest = rest.partition(".")
-        if head != "layers" or not number.isdigit():
-            whole.append((row["group"], row["before"], row["after"]))
-            continue
-        layer = int(number)
-        last = runs[-1] if runs else None
-        if last is not None and (last[0], last[2] + 1, *last[3:]) == (row["kind"], layer, rest, row["before"], row["after"]):
-            runs[-1] = (last[0], last[1], layer, *last[3:])
-        else:
-            runs.append((row["kind"], layer, layer, rest, row["before"], row["after"]))
-    named = [(f"layers.{first}{f'-{last}' if last > first else ''}.{rest}", before, after) for _, first, last, rest, before, after in runs]
-    return [*named, *whole]
 
 
 def plan_dict(plan: PrunePlan) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from regraft.errors import ConfigError, RegraftError
 from regraft.evaluation.loss import window_and_stride
 from regraft.evaluation.size import measure_size
 from regraft.groups.discover import USUAL, discover
+from regraft.in_short import in_short
 from regraft.models.load import Loaded, load, locate_by, require_tokenizer
 from regraft.models.view import ModelView
 from regraft.pipelines.prune.prune import prune
@@ -31,7 +32,7 @@ from regraft.surgery.cut import cut
 from regraft.training.job import check_trackers, read_ranks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunResult:
     """Result of a run.
 
@@ -50,6 +51,10 @@ class RunResult:
     plan: PrunePlan | None
     sizes: Mapping[str, SizeReport]
     report: RunReport | None
+
+    def __repr__(self) -> str:
+        """Returns its attributes in one short line."""
+        return in_short(self)
 
     @property
     def measurements(self) -> dict[str, Measurement]:

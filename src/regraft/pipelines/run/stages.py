@@ -24,7 +24,8 @@ from regraft.evaluation.speed import compare_speed
 from regraft.models.load import Loaded, load, locate_by, require_tokenizer
 from regraft.models.provenance import versions
 from regraft.pipelines.evaluate import evaluate_model
-from regraft.pipelines.prune.prune import plan_summary, prune
+from regraft.pipelines.prune.prune import prune
+from regraft.pipelines.prune.summary import plan_summary
 from regraft.pipelines.ranks.allocate import allocate_ranks
 from regraft.pipelines.ranks.files import RANKS, SEARCH
 from regraft.pipelines.ranks.start import decisive
