@@ -24,7 +24,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -228,8 +228,15 @@ def _try_lock(handle: int, file: Path) -> str | None:
     content = os.pread(handle, _MARK_BYTES, 0)
     if not stat.S_ISREG(os.fstat(handle).st_mode) or (content and _owner_in(content) is None):
         raise OutputError(f"'{shown(file)}' is in the way and not regraft's; move it elsewhere or choose another `output`")
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, _signature(), 0)
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, _signature(), 0)
+    except OSError:
+        if not content:  # made for this claim, which is none
+            with suppress(OSError):
+                file.unlink()
+                file.parent.rmdir()
+        raise
     return None
 
 

@@ -34,6 +34,42 @@ def shown(value: object, most: int = _LONGEST_VALUE) -> str:
     return "".join(character if _is_harmless(character) else _escaped(character) for character in text)
 
 
+class Markdown(str):
+    """A text that is Markdown already, made here of what others wrote."""
+
+    __slots__ = ()
+
+
+def in_markdown(value: object, most: int = _LONGEST_MESSAGE) -> Markdown:
+    r"""Returns a value as words in Markdown that are read as they stand: no HTML, link, image, code or cell of a table begins in them.
+
+    >>> print(in_markdown("<b>[x](http://y) | ![z]`"))
+    &lt;b&gt;\[x\](http://y) \| !\[z\]\`
+    """
+    if isinstance(value, Markdown):
+        return value
+    text = shown(" ".join(str(value).split("\n")), most).replace("\\", "\\\\")
+    for character, instead in {"&": "&amp;", "<": "&lt;", ">": "&gt;"}.items():
+        text = text.replace(character, instead)
+    for character in "[]|`":
+        text = text.replace(character, f"\\{character}")
+    return Markdown(f"\\{text}" if text.lstrip()[:1] in tuple("#=~") else text)
+
+
+def in_code(value: object) -> Markdown:
+    """Returns a value as code within a line of Markdown, between more backticks than it has itself.
+
+    >>> print(in_code("a"), in_code("<b> ``c``"))
+    `a` ``` <b> ``c`` ```
+    """
+    text = shown(value, _LONGEST_MESSAGE)
+    ticks = "`"
+    while ticks in text:
+        ticks += "`"
+    room = " " if "`" in text or not text.strip() else ""
+    return Markdown(f"{ticks}{room}{text}{room}{ticks}")
+
+
 def _is_harmless(character: str) -> bool:
     """Returns whether a character only shows itself: no control, no line end, no mark of direction, no half of a pair."""
     return character.isprintable() or unicodedata.category(character) in ("Zs", "Co", "Cn")

@@ -21,6 +21,7 @@ from regraft.adapters.linear_like import oriented, untie, weight_of
 from regraft.adapters.plain_lora import CONFIG, tidy_config, write_plain_lora
 from regraft.adapters.seeding import isolated
 from regraft.errors import InputError
+from regraft.models.quiet import in_one_line
 from regraft.settings import Settings
 
 NAME = "default"  # name of the adapter inside the PeftModel
@@ -154,6 +155,13 @@ def trained_whole(adapted: PeftModel) -> dict[str, Tensor]:
     return found
 
 
+def retrained_tokens(adapted: PeftModel) -> tuple[int, ...]:
+    """Returns the token ids whose rows of the embedding PEFT trains beside the adapter (``trainable_token_indices``)."""
+    given = getattr(adapted.peft_config[NAME], "trainable_token_indices", None) or ()
+    rows = given.values() if isinstance(given, Mapping) else [given]
+    return tuple(sorted({int(row) for some in rows for row in some}))
+
+
 def _weights(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Tensor]:
     """Returns copies of weights, so that they can be restored exactly."""
     return {name: weight_of(model.get_submodule(name)).detach().clone() for name in names}
@@ -171,9 +179,12 @@ def merge_stock(adapted: PeftModel) -> PreTrainedModel:
     """Merges a PEFT adapter into the weights in float32 and casts back, one module at a time.
 
     If an embedding and its head share a weight and only one of them was adapted, that one gets its own copy first.
+
+    Raises:
+        InputError: PEFT cannot fold this adapter in, as a bias into a module that has none.
     """
     model = cast(PreTrainedModel, adapted.get_base_model())
-    for _, layer in layers_of(adapted):
+    for name, layer in layers_of(adapted):
         base = layer.get_base_layer()
         if untie(model, base):
             model.config.tie_word_embeddings = False
@@ -181,7 +192,10 @@ def merge_stock(adapted: PeftModel) -> PreTrainedModel:
         dtype = weight.dtype
         # PEFT adds in the dtype of the weight, so that in bfloat16 the sum would be rounded twice.
         weight.data = weight.data.to(torch.float32)
-        layer.merge()
+        try:
+            layer.merge()
+        except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
+            raise InputError(f"PEFT cannot fold the adapter into '{name}' ({in_one_line(error)}); keep it beside its base") from None
         weight.data = weight.data.to(dtype)
     return cast(Any, adapted.base_model).unload()
 
@@ -200,6 +214,12 @@ def stock_factors(adapted: PeftModel) -> dict[str, LowRank]:
         raise InputError(
             f"the adapter started from its weights ({start}) and was not converted when it was saved, so it is wrong beside the original "
             "ones; save it again with PEFT's path_initial_model_for_weight_conversion"
+        )
+    beside = {"bias": config.bias != "none", "lora_bias": config.lora_bias, "trainable_token_indices": config.trainable_token_indices}
+    if own := [name for name, there in beside.items() if there]:
+        raise InputError(
+            f"an adapter with `{own[0]}` changes more than products of two factors, which a plain LoRA has no place for; fold it in with "
+            "`regraft export ADAPTER --to merged`"
         )
     if config.use_dora or (config.modules_to_save and config.task_type != TaskType.SEQ_CLS):
         what = "DoRA" if config.use_dora else "an adapter with modules of its own (modules_to_save)"

@@ -37,6 +37,7 @@ _ITERATIONS = 3
 _DEFAULT_COUNTS_AS = 2.0
 _PARTS = 5
 _FEWEST_TRIALS = 4
+_LARGEST = 1e15  # of any count or feature; above, squares overflow in sums
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,18 @@ def checked_search(search: PastSearch) -> PastSearch:
     space = search.space
     if not space.slots or not space.choices or min(space.choices) < 1 or list(space.choices) != sorted(set(space.choices)):
         raise PlanError("not a PastSearch: it has no slots or no ranks to choose from; remove the file")
+    if space.uniform not in space.choices or not 0 < space.budget < _LARGEST or not 0 <= search.ratio < 1:
+        raise PlanError(
+            f"not a PastSearch: uniform rank {shown(space.uniform, 30)}, budget {shown(space.budget, 30)} or ratio "
+            f"{shown(search.ratio, 30)} cannot be; remove the file"
+        )
+    for slot in space.slots:
+        counts = all(1 <= number < _LARGEST for number in (slot.parameters_per_rank, slot.limit))
+        if not counts or not all(abs(value) < _LARGEST for value in slot.features.values()):  # NaN is below nothing
+            raise PlanError(f"not a PastSearch: the numbers of the slot '{shown(slot.name, 60)}' cannot be; remove the file")
     for trial in search.trials:
         fine = len(trial.ranks) == len(space.slots) and set(trial.ranks) <= set(space.choices)
+        fine = fine and 0 <= trial.cost < _LARGEST
         if not fine or not (math.isfinite(trial.fidelity) and 0 < trial.fidelity <= 1):
             raise PlanError(f"not a PastSearch: the trial of ranks {shown(trial.ranks, 60)} does not fit its space; remove the file")
         if trial.loss_nats is not None and not (math.isfinite(trial.loss_nats) and 0 < trial.loss_nats < 1e4):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from regraft.allocation.contract import Ranks
-from regraft.errors import InputError, PlanError
+from regraft.errors import InputError, PlanError, shown
 from regraft.plans import ALPHA_PER_RANK, RankPlan, RankSlot, RankSpace
 
 """The rank choices of RankAdaptor (arXiv 2406.15734)."""
@@ -78,9 +78,11 @@ def _budget(slots: Sequence[RankSlot], choices: tuple[int, ...], budget: str | i
     """Returns the uniform rank and the limit in trainable parameters."""
     per_rank = sum(slot.parameters_per_rank for slot in slots)
     smallest, largest = choices[0] * per_rank, sum(slot.parameters_per_rank * _most(slot, choices) for slot in slots)
-    found = re.fullmatch(r"\s*(r\s*=\s*)?([0-9]+)\s*", str(budget))
+    found = re.fullmatch(r"\s*(r\s*=\s*)?([0-9]{1,18})\s*", str(budget))
     if found is None:
-        raise InputError(f"budget '{budget}' is neither r=RANK nor a number of trainable parameters; write r=8 or 120000")
+        raise InputError(
+            f"budget '{shown(budget, 40)}' is neither r=RANK nor a number of trainable parameters of at most 18 digits; write r=8 or 120000"
+        )
     amount = int(found[2])
     if found[1]:
         narrow = min(slots, key=lambda slot: slot.limit)

@@ -13,10 +13,9 @@ from regraft.cli.options import ModelArgument, SeedOption, with_settings
 from regraft.settings import LoadSettings
 
 if TYPE_CHECKING:
-    from regraft.models.load import load as load_model
-    from regraft.pipelines.generate import generate, prompt_ids
+    from regraft.pipelines.generate import generate, opened, prompt_ids
 else:
-    load_model = later("regraft.models.load", "load")
+    opened = later("regraft.pipelines.generate", "opened")
     generate = later("regraft.pipelines.generate", "generate")
     prompt_ids = later("regraft.pipelines.generate", "prompt_ids")
 
@@ -34,7 +33,7 @@ def chat(
 
     An empty line, or the end of the input, ends the conversation.
     """
-    loaded = load_model(model, load)
+    loaded = opened(model, load)
     messages = [{"role": "system", "content": system}] if system else []
     prompt_ids(loaded, [*messages, {"role": "user", "content": "Hello"}])  # refuses a model that cannot converse before anybody types
     while True:

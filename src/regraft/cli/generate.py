@@ -12,11 +12,10 @@ from regraft.cli.options import ModelArgument, SeedOption, with_settings
 from regraft.settings import LoadSettings
 
 if TYPE_CHECKING:
-    from regraft.models.load import load as load_model
     from regraft.pipelines.generate import generate as written
-    from regraft.pipelines.generate import prompt_ids
+    from regraft.pipelines.generate import opened, prompt_ids
 else:
-    load_model = later("regraft.models.load", "load")
+    opened = later("regraft.pipelines.generate", "opened")
     written = later("regraft.pipelines.generate", "generate")
     prompt_ids = later("regraft.pipelines.generate", "prompt_ids")
 
@@ -37,7 +36,7 @@ def generate(
     seed: SeedOption = 0,
 ) -> None:
     """Continue a prompt, or answer it if the model has a chat template; the text is shown as it is written."""
-    loaded = load_model(model, load)
+    loaded = opened(model, load)
     ids = prompt_ids(loaded, sys.stdin.read() if prompt == "-" else prompt, plain=plain)
     written(loaded, ids, tokens=tokens, temperature=temperature, seed=seed, show=lambda piece: typer.echo(piece, nl=False))
     typer.echo()

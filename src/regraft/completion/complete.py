@@ -26,7 +26,8 @@ from regraft.completion.held_out import hold_out
 from regraft.completion.ratings import Pairs, Ratings, read_pairs, read_ratings, split_ratings
 from regraft.completion.tuning import Progress
 from regraft.errors import DataError
-from regraft.settings import CompletionSettings
+from regraft.reading import path_of
+from regraft.settings import CompletionSettings, takes_settings
 
 ESTIMATOR_LOG = logging.getLogger("regraft.completion.estimator")
 OURS = "compressed"
@@ -94,6 +95,7 @@ class CompletionReport:
         }
 
 
+@takes_settings()
 def complete_ratings(
     ratings: Path | str,
     output: Path | None = None,
@@ -124,7 +126,7 @@ def complete_ratings(
         OutputError: The folder exists or cannot be written. No half-written folder is left behind.
     """
     with reserved(output):
-        return _completed(Path(ratings), output, settings or CompletionSettings(), pairs, seed, progress or _say_nothing)
+        return _completed(path_of(ratings, "ratings"), output, settings or CompletionSettings(), pairs, seed, progress or _say_nothing)
 
 
 def _completed(

@@ -226,7 +226,7 @@ def _identity(path: Path, line: int, name: str, text: str) -> int:
     except ValueError:
         raise DataError(f"'{path}', line {line}: {name} {text[:40]!r} is not a whole number; number the {name}s") from None
     if not 0 <= number <= LARGEST_ID:
-        raise DataError(f"'{path}', line {line}: {name} {number} is out of range; ids go from 0 to {LARGEST_ID}")
+        raise DataError(f"'{path}', line {line}: {name} {shown(text, 40)} is out of range; ids go from 0 to {LARGEST_ID}")
     return number
 
 

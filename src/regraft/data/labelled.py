@@ -92,13 +92,19 @@ def read_labelled(
     named = [_class(path, place, label, value) for place, value in raw]
     if classes:
         return Labelled(str(path), texts, _among(path, [place for place, _ in raw], named, classes), tuple(classes))
-    classes = sorted(set(named), key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+    classes = sorted(set(named), key=_in_order)
     if len(classes) < 2:
         raise DataError(f"'{path}' has the one class '{classes[0]}' in '{label}'; classification takes at least two")
     if len(classes) > max(2, len(named) // 2):
         raise DataError(f"'{path}' has {len(classes)} classes in {len(named)} rows of '{label}'; for numbers use `task=regression`")
     number = {name: float(index) for index, name in enumerate(classes)}
     return Labelled(str(path), texts, tuple(number[name] for name in named), tuple(classes))
+
+
+def _in_order(name: str) -> tuple[bool, int, str]:
+    """Returns the key by which names of classes are sorted: numbers by value before words, however many digits they have."""
+    digits = name.lstrip("0") if name.isdecimal() else ""
+    return not name.isdecimal(), len(digits), digits + name
 
 
 def _among(path: Path, places: Sequence[str], named: Sequence[str], classes: Sequence[str]) -> tuple[float, ...]:

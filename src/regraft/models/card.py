@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from regraft.errors import Markdown, in_code, in_markdown
 from regraft.models.view import LayerSizes
 from regraft.plans import Provenance
 
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_BAR = re.compile(r"(?<!\\)\|")  # would end a cell, in code too
 TAGS = ("regraft", "pruning", "compression")
 
 
@@ -23,8 +25,8 @@ def model_card(provenance: Provenance, facts: Mapping[str, Any] | None = None) -
         facts: Further rows of the card: name to value in words, in order.
     """
     rows = {
-        "made from": f"`{provenance.source}` (fingerprint `{provenance.source_fingerprint}`)",
-        "command": f"`{provenance.command}`",
+        "made from": Markdown(f"{in_code(provenance.source)} (fingerprint {in_code(provenance.source_fingerprint)})"),
+        "command": in_code(provenance.command),
         "seed": provenance.seed,
         **(facts or {}),
         "versions": ", ".join(f"{name} {number}" for name, number in provenance.versions.items()),
@@ -34,7 +36,7 @@ def model_card(provenance: Provenance, facts: Mapping[str, Any] | None = None) -
         [
             *_front_matter(provenance.source),
             "",
-            f"# {title}, changed with regraft",
+            f"# {in_markdown(title)}, changed with regraft",
             "",
             "## What was done",
             "",
@@ -85,10 +87,10 @@ def sizes_section(sizes: Sequence[LayerSizes]) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Returns the lines of a Markdown table."""
+    """Returns the lines of a Markdown table; cells are shown as they stand."""
 
     def line(cells: Sequence[Any]) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        return "| " + " | ".join(_BAR.sub(r"\|", in_markdown(cell)) for cell in cells) + " |"
 
     return [line(head), "|" + " --- |" * len(head), *(line(row) for row in rows)]
 

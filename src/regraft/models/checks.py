@@ -18,7 +18,7 @@ from regraft.models.family import families, family_of
 from regraft.models.provenance import FILE
 from regraft.models.weights import INDEX, SINGLE
 from regraft.plans import Provenance
-from regraft.reading import read_json
+from regraft.reading import read_json, read_object
 
 # Weights of trained language models stay below a few hundred. A flipped top exponent bit makes 1e30 and more.
 LARGEST_PLAUSIBLE = 1e6
@@ -34,8 +34,11 @@ def check_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise ModelError(f"'{folder}' is an adapter without its model; merge it into the model first, or give the model's folder")
+        if (base := adapter_base(folder)) is not None:
+            raise ModelError(
+                f"'{shown(folder)}' is an adapter on the base '{shown(base)}', not a model; fold it in first with "
+                f"`regraft export {shown(folder)} --to merged --output DIR`"
+            )
         raise ModelError(f"'{folder}' has no config.json; give the folder of a Hugging Face model")
     config = read_json(path, ModelError)
     model_type = config.get("model_type") if isinstance(config, dict) else None
@@ -58,6 +61,14 @@ def check_config(folder: Path) -> dict[str, Any]:
             f"'{folder}' is quantized ({shown(method, 40)}); give the model in float32, bfloat16 or float16 that it was made from"
         )
     return config
+
+
+def adapter_base(folder: Path) -> str | None:
+    """Returns the base that the adapter in a folder names, or None where there is no adapter of ours or PEFT's."""
+    for name, key in (("adapter_config.json", "base_model_name_or_path"), ("adapter.json", "base")):
+        if (folder / name).is_file():
+            return str(read_object(folder / name, ModelError).get(key) or "unknown")
+    return None
 
 
 def check_checksums(folder: Path, provenance: Provenance | None) -> None:
@@ -88,7 +99,7 @@ def check_layer_count(folder: Path, config: Mapping[str, Any], tensors: Iterable
     """
     model_type = str(config["model_type"])
     container = family_of(model_type).layers.rpartition(".")[2]
-    numbered = re.compile(rf"(?:^|\.){container}\.(\d+)\.")
+    numbered = re.compile(rf"(?:^|\.){container}\.([0-9]{{1,9}})\.")
     held = max((int(match[1]) for name in tensors if (match := numbered.search(name))), default=-1) + 1
     said = config.get("num_hidden_layers", config.get("n_layer"))  # as GPT-2 and BLOOM have it
     may_be_empty = model_type.startswith("regraft_") and isinstance(said, int) and held <= said <= held + MOST_EMPTY_LAYERS

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from regraft.atomic import sha256_of
+from regraft.models.places import places_of
 from regraft.models.provenance import FILE, provenance_text
 from regraft.plans import Provenance
 
 CARD = "README.md"
 WEIGHTS = ("*.safetensors", "*.gguf")
+FOUND_AT = "found_at"  # the setting of a record that finds the source again
 
 
 def write_folder(partial: Path, provenance: Provenance, card: str | None, files: Mapping[str, str] | None = None) -> Provenance:
@@ -28,7 +30,9 @@ def write_folder(partial: Path, provenance: Provenance, card: str | None, files:
     """
     if files is None:
         files = {file.name: sha256_of(file) for pattern in WEIGHTS for file in sorted(partial.glob(pattern))}
-    written = dataclasses.replace(provenance, files=files)
+    places = places_of(provenance.source, partial)
+    found_at = {FOUND_AT: places} if len(places) > 1 else {}
+    written = dataclasses.replace(provenance, files=files, settings={**provenance.settings, **found_at})
     (partial / FILE).write_text(provenance_text(written), encoding="utf-8")
     if card is not None:
         (partial / CARD).write_text(card.rstrip() + "\n", encoding="utf-8")

@@ -31,7 +31,7 @@ CACHE = "REGRAFT_CACHE"
 SUFFIX = ".gguf"
 # Architectures whose name is not that of the family; all others are looked for as they are.
 NAMES = {"gemma3": "gemma3_text"}
-_LAYER = re.compile(r"blk\.(\d+)\.")
+_LAYER = re.compile(r"blk\.([0-9]{1,9})\.")
 
 
 def is_gguf(path: Path) -> bool:

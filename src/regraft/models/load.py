@@ -100,6 +100,8 @@ def load(source: str | Path, settings: LoadSettings | None = None) -> Loaded:
         InputError: The device does not exist.
     """
     settings = settings or LoadSettings()
+    if settings.base is not None:
+        raise InputError(f"`base={shown(settings.base)}` is for the folder of an adapter, and '{shown(source)}' is a model; leave it out")
     device = device_named(settings.device)
     folder = locate_by(source, settings)
     name = str(source)

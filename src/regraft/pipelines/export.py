@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from regraft.adapters.peft_backed import layers_of, merge_stock, module_names, stock_factors, trained_whole
+from regraft.adapters.peft_backed import layers_of, merge_stock, module_names, retrained_tokens, stock_factors, trained_whole
 from regraft.atomic import atomic_folder, reserved
 from regraft.errors import InputError, ModelError
 from regraft.export import EXPORTERS, AdapterFormat, Exportable, ModelFormat, Parity
@@ -22,14 +22,17 @@ from regraft.models.live import ModelLike, resting, take
 from regraft.models.load import Loaded, locate_by
 from regraft.models.provenance import parents_of, versions
 from regraft.models.save import save
+from regraft.models.view import fingerprint
 from regraft.pipelines.export_model import export_loaded
 from regraft.pipelines.export_streamed import export_streamed, why_not_compared
+from regraft.pipelines.proved import prove_adapter, prove_model
 from regraft.plans import Provenance
 from regraft.settings import ExportSettings, LoadSettings
 from regraft.surgery.adapted import adapted_modules
 from regraft.surgery.adapter_files import is_master, read_master
-from regraft.surgery.adapter_folder import base_of, is_adapter, load_adapted, load_master
+from regraft.surgery.adapter_folder import attached, base_record, is_adapter, load_adapted, load_master, named_base
 from regraft.surgery.adapters import factors, merge
+from regraft.surgery.probe import Probe, probe, refuse_other
 
 MERGED = "merged"  # a format of its own: no adapter any more, so that every method has it
 
@@ -144,26 +147,29 @@ def export_adapter(
 
 def _factored(folder: Path, output: Path, form: AdapterFormat, to: str, settings: LoadSettings, command: str) -> ExportResult:
     """Writes the factors of an adapter."""
-    loaded, adapter = _exportable(folder, settings)
+    base, adapted, adapter = _exportable(folder, settings)
+    classes = {"classes": list(classes_of(adapter.model))} if is_classifier(adapter.model) else {}
+    trained = probe(adapted)
     with atomic_folder(output) as partial:
         words = form.write(adapter, partial)
         provenance = Provenance(
             command=command,
             source=str(folder),
-            source_fingerprint=loaded.fingerprint,
+            source_fingerprint=fingerprint(adapted),
             seed=0,
             versions=versions(),
-            settings={"to": to, **({"classes": list(classes_of(adapter.model))} if is_classifier(adapter.model) else {})},
-            parents=parents_of(loaded.provenance),
+            settings={"to": to, "base": base_record(adapter.base, base, output), **classes},
+            parents=parents_of(base.provenance),
         )
         write_folder(partial, provenance, None)
+        prove_adapter(partial, base, trained, settings)
     rank = max(factor.right.shape[0] for factor in adapter.factors.values())
     return ExportResult(words, len(adapter.factors), rank)
 
 
 def _merged(folder: Path, output: Path, settings: LoadSettings, command: str) -> ExportResult:
     """Folds an adapter into its base and saves a model folder."""
-    loaded, count = _folded(folder, settings)
+    loaded, count, trained = _folded(folder, settings)
     model = loaded.model
     provenance = Provenance(
         command=command,
@@ -175,36 +181,44 @@ def _merged(folder: Path, output: Path, settings: LoadSettings, command: str) ->
         parents=parents_of(loaded.provenance),
     )
     keep = save_classifier if is_classifier(model) else save
-    keep(model, loaded.tokenizer, output, provenance, model_card(provenance))
+    with atomic_folder(output) as partial:
+        keep(model, loaded.tokenizer, partial, provenance, model_card(provenance))
+        prove_model(partial, model, trained, settings)
     return ExportResult("the model with the adapter in its weights", count, 0)
 
 
-def _folded(folder: Path, settings: LoadSettings) -> tuple[Loaded, int]:
-    """Returns the base of an adapter with the adapter in its weights, and how many modules that changed."""
+def _folded(folder: Path, settings: LoadSettings) -> tuple[Loaded, int, Probe]:
+    """Returns the base of an adapter with the adapter in its weights, how many modules that changed, and what was computed before.
+
+    Raises:
+        OutputError: The model computes something else with the adapter in its weights.
+    """
     if is_master(folder):
         loaded, injected = load_master(folder, settings)
-        count = len(adapted_modules(loaded.model))
-        return replace(loaded, model=merge(injected)), count
-    loaded = load_adapted(folder, settings)
-    adapted = cast(PeftModel, loaded.model)
-    count = sum(1 for _ in layers_of(adapted))
-    return replace(loaded, model=merge_stock(adapted)), count
+        count, trained = len(adapted_modules(loaded.model)), probe(loaded.model)
+        model = merge(injected)
+    else:
+        loaded = load_adapted(folder, settings)
+        adapted = cast(PeftModel, loaded.model)
+        count, trained = sum(1 for _ in layers_of(adapted)), probe(adapted, retrained_tokens(adapted))
+        model = merge_stock(adapted)
+    refuse_other(trained, model, f"the adapter '{folder}', folded in,", "keep it beside its base, and report this: it is a fault of ours")
+    return replace(loaded, model=model), count, trained
 
 
-def _exportable(folder: Path, settings: LoadSettings) -> tuple[Loaded, Exportable]:
-    """Loads an adapter on its base and returns its factors."""
+def _exportable(folder: Path, settings: LoadSettings) -> tuple[Loaded, nn.Module, Exportable]:
+    """Loads an adapter on its base; returns the base, the model with the adapter, and its factors."""
     if is_master(folder):
         loaded, injected = load_master(folder, settings)
         places = adapted_modules(loaded.model)
         modules: dict[str, nn.Module] = {name: place.base for name, place in places.items()}
         inside = {id(part) for place in places.values() for part in (place.base, place.deltas, *place.deltas.modules())}
         names = tuple(name for name, module in loaded.model.named_modules() if id(module) not in inside)
-        return loaded, Exportable(
-            loaded.model, read_master(folder).base, factors(injected), modules, names, dict(head_parameters(loaded.model))
-        )
-    loaded = load_adapted(folder, settings)
-    adapted = cast(PeftModel, loaded.model)
+        head = dict(head_parameters(loaded.model))
+        return loaded, loaded.model, Exportable(loaded.model, read_master(folder).base, factors(injected), modules, names, head)
+    loaded, model = attached(folder, settings)
+    adapted = cast(PeftModel, model)
     modules = {name: layer.get_base_layer() for name, layer in layers_of(adapted)}
-    model = cast(PreTrainedModel, adapted.get_base_model())
-    head = trained_whole(adapted)
-    return loaded, Exportable(model, base_of(folder), stock_factors(adapted), modules, module_names(adapted), head)
+    plain = cast(PreTrainedModel, adapted.get_base_model())
+    base, head = named_base(folder), trained_whole(adapted)
+    return loaded, model, Exportable(plain, base, stock_factors(adapted), modules, module_names(adapted), head)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,21 @@ from transformers import GenerationConfig, TextStreamer
 from regraft.data.tokens import context_limit
 from regraft.errors import InputError
 from regraft.models.load import Loaded, require_tokenizer
+from regraft.models.load import load as load_model
+from regraft.settings import LoadSettings
+from regraft.surgery.adapter_folder import is_adapter, load_adapted
 
 Message = Mapping[str, str]
 Show = Callable[[str], None]
+
+
+def opened(source: str, load: LoadSettings) -> Loaded:
+    """Loads what is to write: a model, or an adapter on its base.
+
+    Raises:
+        RegraftError: It cannot be loaded.
+    """
+    return load_adapted(Path(source), load) if is_adapter(source) else load_model(source, load)
 
 
 def prompt_ids(loaded: Loaded, prompt: str | Sequence[Message], *, plain: bool = False) -> list[int]:

@@ -21,21 +21,25 @@ from regraft.claims import WORK, claimed, remove, work_folder
 from regraft.data.labelled import Labelled, read_labelled, split_labelled
 from regraft.data.text import BUILT_IN, Corpus, split_corpus
 from regraft.data.tokens import window_tokens
-from regraft.errors import InputError, OutputError
+from regraft.errors import InputError, ModelError, OutputError
 from regraft.models.card import model_card
 from regraft.models.classifier import classes_of, is_classifier, load_classifier, row_limit, save_classifier
-from regraft.models.folder import write_folder
+from regraft.models.folder import FOUND_AT, write_folder
 from regraft.models.live import ModelLike, fitting_tokenizer, lineage, take
 from regraft.models.load import SEEDLING, Loaded, locate, require_tokenizer
 from regraft.models.load import load as load_model
+from regraft.models.places import where_it_may_be
 from regraft.models.provenance import parents_of, read_provenance, versions
 from regraft.models.save import save
 from regraft.models.view import fingerprint
+from regraft.pipelines.proved import prove_adapter, prove_model
 from regraft.pipelines.results import Saving
 from regraft.pipelines.texts import Texts, described, in_memory, path_in, read, text_for
 from regraft.plans import LOSS_UNITS, Provenance
+from regraft.reading import is_folder
 from regraft.settings import TRAINING_TOKENS, LoadSettings, RecoverSettings, takes_settings, with_keywords
 from regraft.surgery.adapter_files import is_master
+from regraft.surgery.adapter_folder import base_record
 from regraft.surgery.adapters import Injected, adapter_config, continued, save_adapter
 from regraft.training.batches import in_steps
 from regraft.training.callbacks import log_csv
@@ -43,7 +47,7 @@ from regraft.training.checkpoint import checkpoints
 from regraft.training.distill import Teacher
 from regraft.training.distributed import is_main, join_processes, local_device, wait_for_all
 from regraft.training.four_bit import import_bitsandbytes
-from regraft.training.job import check_trackers, read_ranks
+from regraft.training.job import check_made_for, check_trackers, read_ranks
 from regraft.training.labelled import judged
 from regraft.training.recover import Recovered, recover
 
@@ -157,7 +161,7 @@ def recover_model(
     _check_early(chosen)
     with _work_folder(output, work, resume=resume) as kept:
         chosen, loaded, injected, corpora = _prepared(model, tokenizer, chosen, load, in_memory(data), seed=seed, in_place=in_place)
-        teacher = load_teacher(chosen, load, loaded.provenance.source if loaded.provenance else None)
+        teacher = load_teacher(chosen, load, loaded)
         done = recover(
             loaded.model,
             require_tokenizer(loaded),
@@ -222,6 +226,7 @@ def _prepared(
     given = texts if texts is not None else settings.data
     corpora = training_rows(settings, seed, given) if given is not None or settings.task != "language" else None
     loaded, injected = _student(model, tokenizer, corpora, settings, load, seed=seed, in_place=in_place)
+    check_made_for(settings.ranks, loaded.fingerprint)
     if corpora is None:
         corpora = built_in_rows(loaded)
     if injected is not None:
@@ -318,13 +323,14 @@ def _counted(done: Recovered) -> dict[str, Any]:
     return records | rates | ({"skipped_rows": data.skipped.rows} if data.skipped.rows else {})
 
 
-def load_teacher(settings: RecoverSettings, load: LoadSettings, pruned_from: str | None) -> Teacher | None:
+def load_teacher(settings: RecoverSettings, load: LoadSettings, pruned: Loaded) -> Teacher | None:
     """Loads the teacher, if the settings name one.
 
     Args:
-        settings: Settings with the teacher's name; ``dense`` is the model before pruning.
+        settings: Settings with the teacher's name; ``dense`` is the model before pruning, which is looked for by the name that it had,
+            beside the pruned one, and where it lay then.
         load: Settings for loading the teacher.
-        pruned_from: The model before pruning, if it is known.
+        pruned: The model that is to learn.
 
     Raises:
         InputError: The name is ``dense`` and the model before pruning is not known.
@@ -332,11 +338,20 @@ def load_teacher(settings: RecoverSettings, load: LoadSettings, pruned_from: str
     """
     if settings.teacher is None:
         return None
-    if settings.teacher == DENSE and pruned_from is None:
+    if settings.teacher != DENSE:
+        loaded = load_model(settings.teacher, load)
+        return Teacher(loaded.model, settings.teacher, loaded.tokenizer, loaded.fingerprint)
+    before = pruned.provenance
+    if before is None:
         raise InputError("`teacher=dense`: the model's folder does not say what it was pruned from; name the teacher itself")
-    name = pruned_from if settings.teacher == DENSE and pruned_from is not None else settings.teacher
-    loaded = load_model(name, load)
-    return Teacher(loaded.model, name, loaded.tokenizer, loaded.fingerprint)
+    folder = Path(pruned.source) if is_folder(Path(pruned.source)) else None
+    places = where_it_may_be(before.source, folder, before.settings.get(FOUND_AT))
+    try:
+        candidates = [load_model(place, load) for place in places]
+    except ModelError as error:
+        raise ModelError(f"`teacher=dense`, the model before pruning: {error}; or name its folder with `teacher`") from None
+    chosen = next((one for one in candidates if one.fingerprint == before.source_fingerprint), candidates[0])
+    return Teacher(chosen.model, before.source, chosen.tokenizer, chosen.fingerprint)
 
 
 def training_rows(settings: RecoverSettings, seed: int, given: Texts | None) -> tuple[Corpus, Corpus] | tuple[Labelled, Labelled]:
@@ -390,11 +405,16 @@ def _save(
         if recovered.injected is None:
             keep = save_classifier if is_classifier(model) else save
             written = keep(model, loaded.tokenizer, partial, record, card)
+            if recovered.trained is not None:
+                prove_model(partial, model, recovered.trained)
         else:
             base = str(locate(SEEDLING)) if loaded.source == SEEDLING else loaded.source
             save_adapter(recovered.injected, partial, base)
             card = _adapter_card(card, base, own=is_master(partial), model_class=_auto_class(model))
+            record = dataclasses.replace(record, settings={**record.settings, "base": base_record(base, loaded, output)})
             written = write_folder(partial, record, card)
+            if recovered.trained is not None:
+                prove_adapter(partial, loaded, recovered.trained)
         (partial / LOSS_LOG).write_text(log_csv(recovered.log), encoding="utf-8")
         (partial / TIMINGS).write_text(_timings(recovered), encoding="utf-8")
     return written

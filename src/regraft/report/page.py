@@ -8,6 +8,7 @@ from html import escape
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from regraft.errors import in_code, in_markdown, shown
 from regraft.plans import Measurement
 from regraft.report.curve import loss_curve
 from regraft.report.ranks import slots_table, summary
@@ -26,35 +27,36 @@ pre{background:#f5f7f9;padding:.8rem;overflow-x:auto;white-space:pre-wrap;border
 def screen_table(measurements: Sequence[Measurement]) -> Table:
     """Returns the table of the models, for a terminal."""
     heading, *rows = table(measurements)
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
+    screen = Table(box=SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(heading):
-        shown.add_column(name, justify="right" if index else "left")
+        screen.add_column(name, justify="right" if index else "left")
     for row in rows:
-        shown.add_row(*row)
-    return shown
+        screen.add_row(*row)
+    return screen
 
 
 def to_markdown(report: RunReport) -> str:
     """Returns the report as Markdown."""
-    lines = [f"# {report.title}", "", *([report.description, ""] if report.description else []), *_lead(report)]
+    described = [in_markdown(report.description), ""] if report.description else []
+    lines = [f"# {in_markdown(report.title)}", "", *described, *_lead(report)]
     lines += [*_markdown_table(*table(report.measurements)), ""]
-    lines += [line for note in _notes(report) for line in (note, "")]
+    lines += [line for note in _notes(report) for line in (in_markdown(note), "")]
     if report.plan is not None:
-        lines += ["## What was cut", "", *(f"- {line}" for line in plan_lines(report)), ""]
+        lines += ["## What was cut", "", *(f"- {in_markdown(line)}" for line in plan_lines(report)), ""]
         cells = [[width.group, str(width.before), str(width.after)] for width in report.widths]
         lines += [*_markdown_table(["group", "units before", "units after"], *cells), ""]
     if report.ranks is not None:
         heading, rows = slots_table(report.ranks)
-        lines += ["## Ranks", "", report.ranks.verdict, "", *summary(report.ranks), "", *_markdown_table(heading, *rows), ""]
+        lines += ["## Ranks", "", in_markdown(report.ranks.verdict), "", *summary(report.ranks), "", *_markdown_table(heading, *rows), ""]
     if report.curve:
         lines += ["## Loss while recovering", "", f"Step {report.best_step} was kept.", ""]
         cells = [[str(point.step), _number(point.train_nats), _number(point.held_out_nats)] for point in report.curve]
         lines += [*_markdown_table(["step", "train, nats", "held out, nats"], *cells), ""]
     if report.samples:
-        lines += ["## Samples", "", f"Prompt: `{report.prompt!r}`, greedy.", ""]
-        lines += [line for label, text in report.samples.items() for line in (f"**{label}**", "", *_fenced(text), "")]
-    lines += ["## How it came to be", "", *(f"- {name}: {value}" for name, value in report.facts.items()), ""]
-    return "\n".join([*lines, "```yaml", report.recipe.rstrip(), "```", ""])
+        lines += ["## Samples", "", f"Prompt: {in_code(repr(report.prompt))}, greedy.", ""]
+        lines += [line for label, text in report.samples.items() for line in (f"**{in_markdown(label)}**", "", *_fenced(text), "")]
+    lines += ["## How it came to be", "", *(f"- {in_markdown(name)}: {in_markdown(value)}" for name, value in report.facts.items()), ""]
+    return "\n".join([*lines, *_fenced(report.recipe.rstrip(), "yaml"), ""])
 
 
 def to_html(report: RunReport) -> str:
@@ -100,8 +102,8 @@ def _notes(report: RunReport) -> list[str]:
 
 
 def _markdown_table(headings: Sequence[str], *cells: Sequence[str]) -> list[str]:
-    head = ["| " + " | ".join(headings) + " |", "|" + "|".join(["---", *["---:"] * (len(headings) - 1)]) + "|"]
-    return head + ["| " + " | ".join(row) + " |" for row in cells]
+    head = ["| " + " | ".join(map(in_markdown, headings)) + " |", "|" + "|".join(["---", *["---:"] * (len(headings) - 1)]) + "|"]
+    return head + ["| " + " | ".join(map(in_markdown, row)) + " |" for row in cells]
 
 
 def _html_table(headings: Sequence[str], *cells: Sequence[str]) -> str:
@@ -120,12 +122,12 @@ def _widths(report: RunReport) -> str:
     return f"<table><thead><tr><th>group</th><th>units kept</th><th></th></tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
-def _fenced(text: str) -> list[str]:
+def _fenced(text: str, language: str = "text") -> list[str]:
     """Returns the text in a code fence that is longer than any run of backticks in the text."""
     fence = "```"
     while fence in text:
         fence += "`"
-    return [fence + "text", text, fence]
+    return [fence + language, "\n".join(shown(line, len(line) + 1) for line in text.split("\n")), fence]
 
 
 def _number(value: float | None) -> str:

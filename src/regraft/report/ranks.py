@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 
+from regraft.errors import in_markdown
 from regraft.plans import Confirmation, RankSearch, RankTrial
 
 _FEATURES = ("share_pruned", "importance_removed")
@@ -13,7 +14,7 @@ _FEATURES = ("share_pruned", "importance_removed")
 
 def to_markdown(search: RankSearch) -> str:
     """Returns the chosen ranks, the measurements and their confirmation, as Markdown."""
-    lines = [f"# Ranks by {search.plan.method}", "", f"**{search.verdict}**", ""]
+    lines = [f"# Ranks by {in_markdown(search.plan.method)}", "", f"**{in_markdown(search.verdict)}**", ""]
     lines += [*summary(search), ""]
     lines += ["## Ranks", "", *_table(*slots_table(search)), ""]
     if search.trials:
@@ -119,5 +120,5 @@ def _spaced(ranks: Sequence[int]) -> str:
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(heading)} |", "|" + "---|" * len(heading)]
-    return [*lines, *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)]
+    lines = [f"| {' | '.join(map(in_markdown, heading))} |", "|" + "---|" * len(heading)]
+    return [*lines, *(f"| {' | '.join(map(in_markdown, row))} |" for row in rows)]

@@ -12,7 +12,7 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Any, final
 
-from regraft.errors import InputError, MissingDependencyError, RegraftError
+from regraft.errors import InputError, MissingDependencyError, RegraftError, shown
 from regraft.plans import RankTrial
 from regraft.search.contract import Measure, MeasureSpec
 from regraft.search.pools import MAX_ATTEMPTS, Finished, Group, Pool, died, measure_group
@@ -50,14 +50,11 @@ class RayPool(Pool):
 
     def _connect(self, address: str) -> None:
         where: dict[str, Any] = {"address": address} if address != "local" else {"address": "local", "include_dashboard": False}
+        refuse_nobody(address)
         try:
-            _knock(address)
             self._ray.init(**where, logging_level="ERROR", log_to_driver=False)
         except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise InputError(
-                f"no Ray cluster is at '{address}' ({reason}); begin one with `ray start --head`, or use `ray=local` or `workers`"
-            ) from None
+            raise _nobody(address, error) from None
 
     def busy(self) -> int:
         """Returns the number of unfinished tasks."""
@@ -93,15 +90,28 @@ class RayPool(Pool):
             self._ray.shutdown()
 
 
-def _knock(address: str) -> None:
-    """Tries to connect to ``host:port``, because Ray itself would wait for minutes.
+def refuse_nobody(address: str) -> None:
+    """Refuses an address of a cluster that cannot be one or where nobody answers, because Ray itself would wait for minutes.
 
     Raises:
-        OSError: No program answers there.
+        InputError: It is neither ``local`` nor ``auto`` nor ``host:port``, or no program answers there.
     """
+    if address in ("local", "auto") or "//" in address:
+        return
     host, _, port = address.rpartition(":")
-    if host and "//" not in address and port.isdecimal():
+    if not (host and port.isascii() and port.isdecimal() and 0 < int(port[:9]) < 2**16):
+        raise _nobody(address, "an address is local, auto or HOST:PORT")
+    try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise _nobody(address, error) from None
+
+
+def _nobody(address: str, reason: object) -> InputError:
+    why = shown(" ".join(str(reason).split()), 160)
+    return InputError(
+        f"no Ray cluster is at '{shown(address, 100)}' ({why}); begin one with `ray start --head`, or use `ray=local` or `workers`"
+    )
 
 
 def import_ray() -> Any:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, overload
+from functools import wraps
+from typing import Any, TypeVar, cast, overload
 
 from pydantic import ValidationError
 
-from regraft.errors import ConfigError, did_you_mean
+from regraft.errors import ConfigError, InputError, did_you_mean
+from regraft.reading import LARGEST_SEED, path_of, whole_number
 from regraft.settings.problems import problems_of
 from regraft.settings.sections import Settings
 
@@ -65,7 +67,7 @@ def _changed(section: Settings, values: Mapping[str, Any]) -> Settings:
 
 
 def takes_settings(*kinds: type[Settings]) -> Callable[[F], F]:
-    """Shows the settings among the parameters of a function that takes them as ``**keywords``, for ``help`` and completion."""
+    """Shows the settings among the parameters of a function that takes them as ``**keywords``, and checks what it is called with."""
 
     def shown(function: F) -> F:
         signature = inspect.signature(function)
@@ -76,7 +78,31 @@ def takes_settings(*kinds: type[Settings]) -> Callable[[F], F]:
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.annotation)
             for name, field in fields.items()
         ]
-        function.__signature__ = signature.replace(parameters=[*own, *more])  # pyright: ignore[reportFunctionMemberAccess]
-        return function
+
+        @wraps(function)
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            _check_call(dict(zip(signature.parameters, arguments, strict=False)) | keywords)
+            return function(*arguments, **keywords)
+
+        call.__signature__ = signature.replace(parameters=[*own, *more])  # pyright: ignore[reportAttributeAccessIssue]
+        return cast(F, call)
 
     return shown
+
+
+def _check_call(given: Mapping[str, Any]) -> None:
+    """Checks the arguments that every public call has: the seed, paths of outputs, and sections of settings.
+
+    Raises:
+        InputError: One is of another kind; the message says which is wanted.
+    """
+    if "seed" in given:
+        whole_number(given["seed"], "`seed`", 0, LARGEST_SEED)
+    for name in ("output", "work", "folder"):
+        if given.get(name) is not None:
+            path_of(given[name], name)
+    for name in ("settings", "load", "recover"):
+        value = given.get(name)
+        if value is not None and not isinstance(value, Settings):
+            what = f"a {type(value).__name__}, no section of settings"
+            raise InputError(f"{name} is {what}; give such as PruneSettings(ratio=0.2), or single settings as keywords: ratio=0.2")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic.config import JsonDict
 
-from regraft.errors import ConfigError
+from regraft.errors import ConfigError, shown
 from regraft.in_short import named
 from regraft.plans import RANK_CHOICES, RankPlan, Shape
 from regraft.registry import known_name, listed
@@ -43,6 +43,10 @@ def _countable(value: int) -> int:
 
 
 Positive = Annotated[int, Field(gt=0), AfterValidator(_countable)]
+Count = Annotated[int, Field(ge=0), AfterValidator(_countable)]
+TwoOrMore = Annotated[int, Field(ge=2), AfterValidator(_countable)]
+
+MOST_FACTORS = 1000  # of a completion; its memory and time are proportional to them
 
 # Default lengths of windows in tokens; shorter if the model's context is shorter.
 CALIBRATION_TOKENS = 128
@@ -109,6 +113,11 @@ def option_values(options: Iterable[str]) -> dict[str, str]:
 Options = Annotated[tuple[str, ...], BeforeValidator(options_in)]
 
 
+def _takes_bool(annotation: Any) -> bool:
+    """Returns whether true and false are among the values of an annotation."""
+    return annotation in (bool, Any) or any(_takes_bool(part) for part in get_args(annotation))
+
+
 # Declarations on a field (``json_schema_extra``). The value of a field without a declaration affects the result.
 NO_EFFECT: JsonDict = {"affects_result": False}
 BY_CONTENT: JsonDict = {"affects_result": "by content"}  # keys of results use a digest of the contents that the field points to
@@ -159,6 +168,16 @@ class Settings(BaseModel):
             named[name], words[name] = value, word
         return named
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_a_kind(cls, value: Any, about: ValidationInfo) -> Any:
+        """Refuses what pydantic takes for something else: a name with a zero byte, and true for the number 1."""
+        if isinstance(value, str | PurePath) and "\0" in str(value):
+            raise ValueError(f"'{shown(value, 80)}' has a zero byte, which no name has; choose another")
+        if isinstance(value, bool) and about.field_name is not None and not _takes_bool(cls.model_fields[about.field_name].annotation):
+            raise ValueError(f"{str(value).lower()} is no number and no text")
+        return value
+
     def decisive(self, *, varied: Iterable[str] = ()) -> dict[str, Any]:
         """Returns the values that affect the result, as plain JSON types: all fields except those declared otherwise.
 
@@ -192,6 +211,12 @@ class LoadSettings(Settings):
     )
     attn_implementation: str | None = Field(
         default=None, description="attention kernel, as in transformers: eager, sdpa, ...; default: the best available one"
+    )
+    base: str | None = Field(
+        default=None,
+        description="where the base of an adapter lies, if not where its files say",
+        json_schema_extra=NO_EFFECT,
+        exclude=True,
     )
 
 
@@ -433,15 +458,15 @@ class AllocateSettings(Settings):
     )
     granularity: Literal["layer", "module"] = Field(default="layer", description="unit that gets its own rank")
     ranks: tuple[Positive, ...] = Field(default=RANK_CHOICES, description="ranks to choose from")
-    trials: Annotated[int, Field(ge=2)] = Field(default=8, description="number of rank vectors in the first, shortest recoveries")
+    trials: TwoOrMore = Field(default=8, description="number of rank vectors in the first, shortest recoveries")
     cost: Rate | Literal["auto"] = Field(
         default="auto",
         description="largest cost of search and confirmation, in full recoveries; auto: 4, or more if `trials` needs it",
     )
-    elastic: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+    elastic: Count | Literal["auto"] = Field(
         default="auto", description="number of rank vectors to score by one elastic adapter first; auto: as many as `cost` allows"
     )
-    confirm_seeds: Annotated[int, Field(ge=0)] = Field(
+    confirm_seeds: Count = Field(
         default=5, description="number of fresh seeds for confirming the found ranks against uniform ranks; 0: no confirmation"
     )
     confirm_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
@@ -520,7 +545,9 @@ class CompletionSettings(Settings):
     """Settings of the completion of a table of ratings."""
 
     rank: Positive | Literal["auto"] = Field(default=10, description="rank of the completion; auto: by held-out error")
-    depth: Annotated[int, Field(ge=2)] = Field(default=3, description="number of inner factors of the compressed factorization")
+    depth: Annotated[TwoOrMore, Field(le=MOST_FACTORS)] = Field(
+        default=3, description="number of inner factors of the compressed factorization"
+    )
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         default=0.1, description="share of the ratings on which the error is measured"
     )
@@ -534,5 +561,5 @@ class CompletionSettings(Settings):
     duplicates: Literal["refuse", "mean", "last"] = Field(
         default="refuse", description="treatment of items that a user rated more than once"
     )
-    recommend: Annotated[int, Field(ge=0)] = Field(default=10, description="number of unrated items to recommend to every user; 0: none")
+    recommend: Count = Field(default=10, description="number of unrated items to recommend to every user; 0: none")
     device: str = Field(default="cpu", description="device: cpu, cuda or cuda:N")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,12 +16,14 @@ from regraft.models.checks import check_finite
 from regraft.models.classifier import HEADS, load_classifier, named_classes
 from regraft.models.load import Loaded
 from regraft.models.load import load as load_model
+from regraft.models.places import NAME, places_of, where_it_may_be
+from regraft.models.provenance import read_provenance
 from regraft.models.quiet import quiet
 from regraft.models.view import fingerprint
 from regraft.models.weights import StoredTensor, read_header
 from regraft.reading import is_folder, path_of
 from regraft.settings import LoadSettings
-from regraft.surgery.adapter_files import is_master, read_master
+from regraft.surgery.adapter_files import base_fingerprint, is_master, read_master
 from regraft.surgery.adapters import Injected, load_adapter
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -39,9 +41,9 @@ def load_adapted(folder: Path, settings: LoadSettings) -> Loaded:
     """Loads the base of an adapter and puts the adapter on it, without folding it into the weights.
 
     Args:
-        folder: An adapter of ours, or one of PEFT with ``adapter_config.json`` and ``adapter_model.safetensors``. A base with a
-            relative path is looked for from here, then from the adapter's folder.
-        settings: How the base is loaded.
+        folder: An adapter of ours, or one of PEFT with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        settings: How the base is loaded, and with ``base`` from where. Without it, it is looked for by the name that the adapter gives,
+            beside the adapter, and where it lay when regraft saved the adapter.
 
     Returns:
         The base's tokenizer and provenance; ``model`` is the ``PeftModel``, in evaluation mode.
@@ -52,18 +54,37 @@ def load_adapted(folder: Path, settings: LoadSettings) -> Loaded:
     if is_master(folder):
         loaded, injected = load_master(folder, settings)
         return replace(loaded, source=str(folder), fingerprint=fingerprint(injected.model))
-    base = base_of(folder)
+    base, adapted = attached(folder, settings)
+    return replace(base, model=adapted, source=str(folder), fingerprint=fingerprint(adapted))
+
+
+def attached(folder: Path, settings: LoadSettings) -> tuple[Loaded, PreTrainedModel]:
+    """Loads the base of a stock adapter and puts the adapter on it.
+
+    Returns:
+        The base, with the fingerprint that it has alone, and the ``PeftModel`` around it in evaluation mode.
+
+    Raises:
+        ModelError: As :func:`load_adapted`.
+    """
+    named = named_base(folder)
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise ModelError(f"'{folder}' has no {ADAPTER_WEIGHTS}; save the adapter as safetensors (pickles are not read)")
     header = read_header(weights)
     stored, labels = set(header), _labels_of(header)
-    try:
-        loaded = load_classifier(base, named_classes(folder, labels), settings) if labels else load_model(base, settings)
-    except InputError as error:
-        raise ModelError(f"the base model of the adapter '{folder}': {error}") from None
+
+    def opened(place: str, plain: LoadSettings) -> Loaded:
+        return load_classifier(place, named_classes(folder, labels), plain) if labels else load_model(place, plain)
+
+    loaded, base = _base(folder, named, settings, opened, "" if labels else None)
     check_patterns(folder, read_stock_config(folder), (name for name, _ in loaded.model.named_modules()))
     own = {f"{_PREFIX}{name}" for name in loaded.model.state_dict()}
+    # PEFT stores the table of an embedding that it adapts, once more in a wrapper's own name, as it was in its base.
+    own |= {
+        f"{name.removesuffix('.weight')}.{part}.weight" for name in own for part in ("base_layer", "modules_to_save", "original_module")
+    }
+    _check_rows(folder, base, loaded.model, header)
     adapted = _attached(loaded.model, folder)
     # PEFT at most warns where the two differ: the one would stay as at the start of training, the other be left out.
     with quiet():
@@ -72,7 +93,7 @@ def load_adapted(folder: Path, settings: LoadSettings) -> Loaded:
         if names:
             raise ModelError(f"the adapter '{folder}' does not fit its base '{base}': {problem} '{shown(min(names))}'; give its own base")
     check_finite(adapted, str(folder))
-    return replace(loaded, model=adapted, source=str(folder), fingerprint=fingerprint(adapted))
+    return loaded, adapted
 
 
 def load_master(folder: Path, settings: LoadSettings) -> tuple[Loaded, Injected]:
@@ -82,29 +103,93 @@ def load_master(folder: Path, settings: LoadSettings) -> tuple[Loaded, Injected]
         ModelError: The adapter or its base is missing or damaged, or it was saved for another base.
     """
     stored = read_master(folder)
-    base = _found_from(folder, stored.base)
-    try:
-        loaded = load_classifier(base, stored.classes, settings) if stored.head else load_model(base, settings)
-    except InputError as error:
-        raise ModelError(f"the base model of the adapter '{folder}': {error}") from None
+
+    def opened(place: str, plain: LoadSettings) -> Loaded:
+        return load_classifier(place, stored.classes, plain) if stored.head else load_model(place, plain)
+
+    loaded, _ = _base(folder, stored.base, settings, opened, stored.base_fingerprint)
     injected = load_adapter(loaded.model, folder)
     loaded.model.eval()
     return loaded, injected
 
 
-def base_of(folder: Path) -> str:
+def named_base(folder: Path) -> str:
     """Returns the base model that an adapter of PEFT names."""
     base = read_stock_config(folder).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         path = folder / ADAPTER_CONFIG
         raise ModelError(f"'{path}' names no base model; set base_model_name_or_path to the folder or hub id of the model")
-    return _found_from(folder, base)
+    return str(path_of(base, "base model")) if "\0" in base else base
 
 
-def _found_from(folder: Path, base: str) -> str:
-    """Returns a base that is named by a path relative to here or to its adapter."""
-    beside = folder / path_of(base, "base model")
-    return str(beside) if not is_folder(Path(base)) and is_folder(beside) else base
+def base_record(base: str, loaded: Loaded, folder: Path) -> dict[str, str]:
+    """Returns what finds the base of an adapter again, for the record of the adapter's folder.
+
+    Args:
+        base: The base, as its users name it.
+        loaded: The base as it was loaded.
+        folder: The adapter's folder.
+    """
+    opened = str(loaded.model.name_or_path or "") or None
+    return {**places_of(base, folder, opened), "fingerprint": loaded.fingerprint, "dtype": str(loaded.model.dtype)}
+
+
+def _base(
+    folder: Path, named: str, settings: LoadSettings, opened: Callable[[str, LoadSettings], Loaded], own: str | None
+) -> tuple[Loaded, str]:
+    """Loads the base of an adapter from the first place that holds the model it was trained on; returns the place too.
+
+    Args:
+        folder: The adapter's folder.
+        named: Its base, as its users name it.
+        settings: How the base is loaded, and perhaps from where.
+        opened: Loads a model.
+        own: Fingerprint of the base by :func:`base_fingerprint`; empty for none, None for that of the folder's record.
+
+    Raises:
+        ModelError: It is nowhere, or cannot be loaded, or every model that was found is another.
+    """
+    provenance = read_provenance(folder)
+    recorded = provenance.settings.get("base") if provenance is not None else None
+    recorded = recorded if isinstance(recorded, Mapping) and recorded.get(NAME) == named else {}
+    plain = settings.model_copy(update={"base": None})
+    places = [settings.base] if settings.base else where_it_may_be(str(path_of(named, "base model")), folder, recorded)
+    for place in places:
+        try:
+            loaded = opened(place, plain)
+        except InputError as error:
+            remedy = "" if settings.base or is_folder(Path(place)) else "; say with `base` where it lies"
+            raise ModelError(f"the base model of the adapter '{folder}': {error}{remedy}") from None
+        if own is None:
+            same = recorded.get("dtype") != str(loaded.model.dtype) or recorded.get("fingerprint") == loaded.fingerprint
+        else:
+            same = len(places) == 1 or not own or base_fingerprint(loaded.model) == own
+        if same:
+            return loaded, place
+    raise ModelError(
+        f"the adapter '{folder}' was saved for another base: '{shown(named)}' with fingerprint "
+        f"{shown(own or recorded.get('fingerprint'), 40)}, '{shown(places[-1])}' is another model; say with `base` where its own lies"
+    )
+
+
+def _check_rows(folder: Path, base: str, model: PreTrainedModel, header: Mapping[str, StoredTensor]) -> None:
+    """Refuses an adapter that was trained on a base with more or fewer rows in its embedding, by the number of rows.
+
+    Raises:
+        ModelError: The two numbers differ.
+    """
+    ends: Any = (model.get_input_embeddings(), model.get_output_embeddings())
+    rows = int(ends[0].weight.shape[0])
+    names = {name for name, module in model.named_modules() if any(module is end for end in ends)}
+    rows_at = {"lora_embedding_A": 1, "lora_B.weight": 0, "base_layer.weight": 0, "weight": 0, "modules_to_save.weight": 0}
+    for name, tensor in header.items():
+        parts = name.removeprefix(_PREFIX)
+        axis = next((axis for end, axis in rows_at.items() if parts.removesuffix(f".{end}") in names), None)
+        if axis is not None and len(tensor.shape) > axis and tensor.shape[axis] != rows:
+            raise ModelError(
+                f"the adapter '{folder}' was trained with {tensor.shape[axis]} rows in the embedding against {rows} of its base '{base}'; "
+                "resize the base as it was then, model.resize_token_embeddings(...), save it, and give that folder with `base`"
+            )
 
 
 def _labels_of(header: Mapping[str, StoredTensor]) -> int:

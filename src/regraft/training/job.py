@@ -229,6 +229,23 @@ def read_ranks(ranks: Path | RankPlan | None) -> RankPlan | None:
     return plan
 
 
+def check_made_for(plan: Path | RankPlan | None, model: str) -> None:
+    """Refuses a rank plan that was made for another model; one with an empty fingerprint is for any.
+
+    Args:
+        plan: The plan as it was read; None for no plan.
+        model: Fingerprint of the model that is trained.
+
+    Raises:
+        PlanError: The fingerprints differ.
+    """
+    if isinstance(plan, RankPlan) and plan.fingerprint not in ("", model):
+        raise PlanError(
+            f"the rank plan is for the model with the fingerprint {shown(plan.fingerprint, 40)}, this one has {model}; plan ranks for this "
+            'model, load it with the `dtype` of then, or empty the plan\'s "fingerprint" to use it all the same'
+        )
+
+
 def check_trackers(names: Sequence[str]) -> None:
     """Refuses trackers that the Trainer does not know or that are not installed.
 

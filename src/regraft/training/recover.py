@@ -38,10 +38,11 @@ from regraft.reading import read_object
 from regraft.settings import RecoverSettings
 from regraft.surgery.adapters import Injected, inject, merge
 from regraft.surgery.adapters import finish as finish_adapter
+from regraft.surgery.probe import Probe, probe
 from regraft.training.callbacks import AfterStep, Bar, Keeper, LogRow, Pace
 from regraft.training.checkpoint import checkpoints, put_tensors, trained_tensors
 from regraft.training.distill import Distillation, Teacher, fit_projections
-from regraft.training.distributed import filled, skeleton_of
+from regraft.training.distributed import filled, is_main, skeleton_of
 from regraft.training.four_bit import in_four_bits
 from regraft.training.job import DataCounts, Job, prepare
 from regraft.training.optimizer import ParameterGroup, parameter_groups
@@ -98,6 +99,7 @@ class Recovered:
         peak_memory_bytes: Peak memory of the GPU, or of this process.
         data: What became of the rows of the training data.
         rates: The learning rates that were tried before; None where there was no sweep.
+        trained: What the model computed on a few tokens before the adapter was merged; None in a process that saves nothing.
     """
 
     model: nn.Module
@@ -112,6 +114,7 @@ class Recovered:
     peak_memory_bytes: int
     data: DataCounts = field(default_factory=DataCounts)
     rates: Rates | None = None
+    trained: Probe | None = None
 
 
 def recover(
@@ -206,6 +209,7 @@ def finish(job: Job, trained: Trained) -> Recovered:
     # In the types of training: what an adapter in float32 is folded into is rounded once, at the end.
     with trainable_weights(injected.model, job.compute), isolated(job.seed):
         finish_adapter(injected)
+        computed = probe(injected.module) if is_main() else None
         model = injected.module if keep else merge(injected)
     return Recovered(
         model=model.eval(),
@@ -220,6 +224,7 @@ def finish(job: Job, trained: Trained) -> Recovered:
         peak_memory_bytes=trained.peak_memory_bytes,
         data=job.data,
         rates=trained.rates,
+        trained=computed,
     )
 
 

@@ -145,7 +145,7 @@ def test_without_config(make_folder):
     (folder / "config.json").unlink()
     refused(folder, "has no config.json")
     (folder / "adapter_config.json").write_text("{}")
-    refused(folder, "is an adapter without its model")
+    refused(folder, "is an adapter on the base 'unknown', not a model; fold it in first with `regraft export")
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_the_page_says_what_was_chosen_how_it_was_measured_and_how_sure_it_is() 
     page = to_markdown(search())
     assert "**The new ranks beat uniform by +0.05000 nats on 3 fresh seeds" in page
     assert "| gradient | 8 4 | 25.0% | 2.85000 | +0.05000 | 0.250 |" in page
-    assert "| random | 4 8 | 25.0% | the training loss became nan / at step 3 |  | 0.100 |" in page
+    assert r"| random | 4 8 | 25.0% | the training loss became nan \| at step 3 |  | 0.100 |" in page
     assert "| 8 | +0.25 | 0.01250 | +0.50 |" in page
     assert "| 1 | 2.89300 | 2.84300 | +0.05000 |" in page
 

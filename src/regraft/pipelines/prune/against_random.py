@@ -8,15 +8,26 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from regraft.data.own_text import write_own_text
+from regraft.data.tokens import context_limit
 from regraft.errors import InputError
 from regraft.importance import Evidence, score
+from regraft.models.load import Loaded
 from regraft.models.precision import float32_on_cpu
 from regraft.plans import Groups, PrunePlan
 from regraft.selection import Budget, select
 from regraft.surgery.cut import cut
 
 WINDOWS = 32
+OWN_WINDOWS, OWN_TOKENS = 8, 32  # of text that the model writes, where nothing else read any
 CLEARLY = 0.95  # share of the loss of chance that a clearly better choice stays below; few windows show no smaller difference
+
+
+def windows_to_judge(loaded: Loaded, seed: int) -> Tensor:
+    """Returns a few windows that a model writes, int64 (windows, tokens), for choices that read no text; none where it cannot write."""
+    limit = context_limit(loaded.model.config)
+    tokens = min(OWN_TOKENS, limit) if limit else OWN_TOKENS
+    return write_own_text(loaded.model, loaded.tokenizer, OWN_WINDOWS, tokens, seed).windows_NT
 
 
 def worse_than_random(
@@ -48,8 +59,8 @@ def worse_than_random(
     if ours <= CLEARLY * theirs:
         return ()
     return (
-        f"no better or worse than random removal of the same size: {ours:.3f} nats a token on calibration text, against {theirs:.3f} where "
-        "random units go, the same share in every layer; choose another `criterion` or `select`",
+        f"no better or worse than random removal of the same size: {ours:.3f} nats a token on the text that was read, against {theirs:.3f} "
+        "where random units go, the same share in every layer; choose another `criterion` or `select`",
     )
 
 

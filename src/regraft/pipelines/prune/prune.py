@@ -18,7 +18,7 @@ from regraft.models.live import ModelLike, become, own_tensors, resting, take
 from regraft.models.load import Loaded, with_float64
 from regraft.models.save import save
 from regraft.models.view import ModelView
-from regraft.pipelines.prune.against_random import worse_than_random
+from regraft.pipelines.prune.against_random import windows_to_judge, worse_than_random
 from regraft.pipelines.prune.effort import EFFORTS, forecast
 from regraft.pipelines.prune.plan_files import settings_of
 from regraft.pipelines.prune.planning import Planning, check_text, composed, draw_windows
@@ -318,8 +318,9 @@ def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
     pruned = cut_to_plan(model, groups, plan, resolved, windows, source_N=source_N, say=order.say)
     if live:
         own_tensors(pruned, model)
-    if order.plan is None and windows is not None and SELECTORS.get(resolved.settings.select).compares_layers:
-        notes = (*notes, *worse_than_random(model, pruned, groups, budget_of(groups, resolved.settings), plan, windows, seed=resolved.seed))
+    if order.plan is None and SELECTORS.get(resolved.settings.select).compares_layers:
+        read = windows if windows is not None else windows_to_judge(loaded, resolved.seed)
+        notes = (*notes, *worse_than_random(model, pruned, groups, budget_of(groups, resolved.settings), plan, read, seed=resolved.seed))
     result = PruneResult(plan, pruned, loaded, groups, resolved, notes, record)
     if order.output is not None:
         result.save_pretrained(order.output)

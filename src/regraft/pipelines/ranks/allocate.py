@@ -18,6 +18,7 @@ from regraft.adapters.seeding import derived_seed
 from regraft.allocation import (
     ALLOCATORS,
     MOST_FINALISTS,
+    PAST,
     ClosedForm,
     Learner,
     Ranks,
@@ -28,7 +29,7 @@ from regraft.allocation import (
     rank_space,
     winner,
 )
-from regraft.atomic import atomic_folder, json_with, reserved_file, sha256_of, write_text
+from regraft.atomic import atomic_folder, json_with, refuse_special, reserved_file, sha256_of, write_text
 from regraft.data.tokens import window_tokens
 from regraft.errors import InputError
 from regraft.models.card import model_card
@@ -53,7 +54,7 @@ from regraft.plans import Confirmation, Provenance, RankPlan, RankSearch, RankSp
 from regraft.progress import Say, say_nothing
 from regraft.search.contract import Job
 from regraft.search.pools import Inline, Pool, Processes
-from regraft.search.ray_pool import RayPool, import_ray
+from regraft.search.ray_pool import RayPool, import_ray, refuse_nobody
 from regraft.search.run import measure_all, open_search, search
 from regraft.search.sampler import AllocatorSampler
 from regraft.search.storage import open_storage
@@ -251,12 +252,15 @@ def check_settings(settings: AllocateSettings, recover: RecoverSettings) -> None
         raise InputError(f"`store` keeps searches, and method '{settings.method}' makes none; leave it out")
     if settings.store is not None and settings.store.is_file():
         raise InputError(f"`store` '{settings.store}' is a file; name a folder, which is made if it is not there")
+    if settings.store is not None:
+        refuse_special(settings.store / PAST)  # what it would be written to is looked at before anything is computed
     if settings.elastic not in ("auto", 0) and not learns_from_scores(settings.method):
         raise InputError(f"`elastic={settings.elastic}` has no effect on method '{settings.method}'; leave it out")
     if settings.confirm_seeds == 1:
         raise InputError("`confirm_seeds=1` gives no interval; use 2 or more, or 0 to take the ranks as they are found")
     if settings.ray is not None:
         import_ray()
+        refuse_nobody(settings.ray)
         if settings.workers > 1:
             raise InputError(f"`workers={settings.workers}` and `ray={settings.ray}` both say who measures; leave one of them out")
 

@@ -113,7 +113,7 @@ class OpenMeasure:
     def __init__(self, spec: Measuring) -> None:
         space = from_json(RankSpace, spec.space)
         loaded = load(spec.source, spec.load)
-        teacher = load_teacher(spec.recover, spec.load, loaded.provenance.source if loaded.provenance else None)
+        teacher = load_teacher(spec.recover, spec.load, loaded)
         train, held_out = training_corpora(spec.recover, spec.seed, loaded)
         modules = [module for slot in space.slots for module in slot.modules]
         tokenizer = require_tokenizer(loaded)

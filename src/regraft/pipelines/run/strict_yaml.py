@@ -154,8 +154,9 @@ def _refuse_bomb(node: yaml.Node) -> None:
             parts: list[yaml.Node] = []
             if isinstance(node, yaml.MappingNode):
                 for key, value in node.value:
-                    if not isinstance(key, yaml.ScalarNode):
-                        raise ValueError(f"line {key.start_mark.line + 1}: a key that is no text")
+                    if not isinstance(key, yaml.ScalarNode) or key.tag.removeprefix(_CORE) not in ("str", "merge"):
+                        what = f"the key {shown(key.value, 40)} is" if isinstance(key, yaml.ScalarNode) else "a key is"
+                        raise ValueError(f"line {key.start_mark.line + 1}: {what} no text; give the name of a setting")
                     parts.append(value)
             elif isinstance(node, yaml.SequenceNode):
                 parts = node.value

@@ -1,0 +1,85 @@
+"""What a model computes on a few tokens, to be compared with what it computes after it was merged, saved and loaded again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regraft.data.tokens import context_limit
+from regraft.errors import OutputError
+from regraft.models.precision import float32_on_cpu
+
+WINDOWS, TOKENS = 4, 32
+# Root of the mean squared difference, as a share of the spread of the logits. A weight that is merged in float32 and stored in 16 bits is
+# rounded once; a change that was lost or applied twice is far above.
+LARGEST_SHARE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Token ids and what a model made of them.
+
+    Attributes:
+        ids_NT: Token ids, int64 (windows, tokens).
+        logits_NL: The logits of every window, flat, float32 (windows, numbers).
+        largest_share: The difference that rounding explains, as a share of the spread of the logits.
+    """
+
+    ids_NT: Tensor
+    logits_NL: Tensor
+    largest_share: float
+
+
+def probe(model: nn.Module, also: Sequence[int] = ()) -> Probe:
+    """Returns what a model computes on tokens that are drawn from its whole vocabulary, the same every time.
+
+    Args:
+        model: A model with embeddings and logits, with or without an adapter; it is left in evaluation mode.
+        also: Token ids that have to be among them.
+    """
+    inner: Any = model
+    rows = int(inner.config.get_text_config().vocab_size)
+    limit = context_limit(inner.config)
+    length = min(TOKENS, limit) if limit else TOKENS
+    drawn = torch.randint(rows, (WINDOWS, length), generator=torch.Generator().manual_seed(11))
+    places = drawn.view(-1)[: len(also)]
+    places.copy_(torch.tensor(list(also[: len(places)]), dtype=torch.int64))
+    dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), torch.float32)
+    return Probe(drawn, logits_of(model, drawn), LARGEST_SHARE[dtype])
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, ids_NT: Tensor) -> Tensor:
+    """Returns the logits of each window, flat, in float32: of every token, or of labels where the model has a head for them."""
+    device = next(model.parameters()).device
+    model.eval()
+    with float32_on_cpu(model):
+        return torch.stack([model(input_ids=ids.to(device)).logits.float().cpu().view(-1) for ids in ids_NT.split(1)])
+
+
+def refuse_other(before: Probe, after: nn.Module, what: str, remedy: str) -> None:
+    """Refuses a model that does not compute what was computed before.
+
+    Args:
+        before: What it has to compute.
+        after: The model that was merged, or loaded again.
+        what: What was done with it, for the message.
+        remedy: What the user can do.
+
+    Raises:
+        OutputError: The two differ by more than rounding.
+    """
+    found = logits_of(after, before.ids_NT)
+    if found.shape == before.logits_NL.shape:
+        spread = float(before.logits_NL.std()) or 1.0
+        share = float((found - before.logits_NL).square().mean().sqrt()) / spread
+        if share <= before.largest_share:
+            return
+        how = f"its logits differ by {share:.2g} of their spread, above {before.largest_share:g}"
+    else:
+        how = f"it gives {found[0].numel():,} numbers a window, not {before.logits_NL[0].numel():,}"
+    raise OutputError(f"{what} is not what was trained: {how}; nothing was written: {remedy}")
