@@ -118,7 +118,12 @@ def explained_recipe() -> str:
         if name not in SECTIONS:
             lines += _key(name, given.get(name, field.default), field.description or "", "")
     for name, section in SECTIONS.items():
-        lines += ["", f"# {Recipe.model_fields[name].description}", f"{name}:", *_section(section)]
+        written = [f"{name}:", *_section(section)]
+        note = f"# {Recipe.model_fields[name].description}"
+        if name == "compress":  # excludes allocate, which is here too
+            note += "; take the signs away, and leave allocate out"
+            written = [f"# {line}" for line in written]
+        lines += ["", note, *written]
     return "\n".join(lines) + "\n"
 
 

@@ -28,6 +28,13 @@ SHRUNK = (
     "recover.data=text.txt",
     "recover.held_out=0.2",
     "evaluate.text=text.txt",
+    "compress.calibration=text.txt",
+    "compress.samples=12",
+    "compress.seq_len=24",
+    "compress.ratio=0.2",
+    "compress.trials=2",
+    "compress.fade_steps=2",
+    "compress.fade_batch=2",
     "prune.samples=4",
     "prune.seq_len=24",
     "recover.steps=4",
@@ -51,7 +58,9 @@ def changes(recipe: Recipe) -> list[str]:
     wanted = [*SHRUNK, *(CLOSED_FORM if recipe.allocate is not None else ())]
     if recipe.recover is not None and recipe.allocate is not None:
         wanted.append("recover.alpha=null")
-    present = {name for name in ("prune", "allocate", "recover", "evaluate", "load") if getattr(recipe, name) is not None}
+    if recipe.recover is not None and recipe.compress is not None:
+        wanted.append("recover.rank=2")  # factors of a tiny model are thin
+    present = {name for name in ("prune", "compress", "allocate", "recover", "evaluate", "load") if getattr(recipe, name) is not None}
     return [change for change in wanted if change.split(".")[0] in present or change.startswith("model=")]
 
 
@@ -70,14 +79,32 @@ def options(section: Settings, *without: str) -> list[str]:
     return found
 
 
+def models(recipe: Recipe) -> dict[str, str]:
+    """The models of a recipe: label to the folder that the commands write, and the run too unless it is the first."""
+    made = {"dense": recipe.model}
+    if recipe.prune is not None:
+        made["pruned"] = "pruned"
+    if recipe.compress is not None:
+        made["compressed"] = "compressed" if recipe.recover is not None else "model"
+    if recipe.recover is not None:
+        made["recovered"] = "model"
+    return made
+
+
 def steps(recipe: Recipe) -> list[list[str]]:
-    """The commands that do what a recipe does; the models are called as in a run that ends with the recovered one."""
+    """The commands that do what a recipe does; the models are called as in the run."""
     load, seed = options(recipe.load), ["--seed", str(recipe.seed)]
-    assert recipe.prune is not None
-    assert recipe.recover is not None
-    made = [["prune", recipe.model, *options(recipe.prune), *load, *seed, "--output", "pruned"]]
+    made: list[list[str]] = []
+    named, before = models(recipe), recipe.model
+    if recipe.prune is not None:
+        made.append(["prune", before, *options(recipe.prune), *load, *seed, "--output", "pruned"])
+        before = "pruned"
+    if recipe.compress is not None:
+        made.append(["compress", before, *options(recipe.compress), *load, *seed, "--output", named["compressed"]])
+        before = named["compressed"]
     ranks: list[str] = []
     if recipe.allocate is not None:
+        assert recipe.recover is not None
         shared = (
             "merge",
             "quiet",
@@ -93,11 +120,11 @@ def steps(recipe: Recipe) -> list[list[str]]:
             "lr_sweep",
         )
         recovery = options(recipe.recover, *shared, "distill_hidden", "teacher_top_k", "gradient_checkpointing", "text_columns")
-        made.append(["allocate", "pruned", *options(recipe.allocate), *recovery, *load, *seed, "--output", "ranks.json"])
+        made.append(["allocate", before, *options(recipe.allocate), *recovery, *load, *seed, "--output", "ranks.json"])
         ranks = ["--ranks", "ranks.json"]
-    made.append(["recover", "pruned", *options(recipe.recover, "ranks"), *ranks, *load, *seed, "--output", "model"])
-    for model in (recipe.model, "pruned", "model"):
-        made.append(["evaluate", model, *options(recipe.evaluate), *load, *seed, "--json", f"{model}.json"])
+    if recipe.recover is not None:
+        made.append(["recover", before, *options(recipe.recover, "ranks"), *ranks, *load, *seed, "--output", "model"])
+    made += [["evaluate", model, *options(recipe.evaluate), *load, *seed, "--json", f"{model}.json"] for model in named.values()]
     return made
 
 
@@ -133,7 +160,7 @@ def test_a_recipe_and_its_steps_by_commands_agree(
     for arguments in steps(recipe):
         call(*arguments)
     whole = tmp_path / "run"
-    for folder in ("pruned", "model"):
+    for folder in list(models(recipe).values())[1:]:
         ours, theirs = whole / folder, tmp_path / folder
         weights = sorted(path.name for path in theirs.glob("*.safetensors"))
         assert weights
@@ -144,6 +171,6 @@ def test_a_recipe_and_its_steps_by_commands_agree(
     if recipe.allocate is not None:
         assert (whole / "ranks" / "ranks.json").read_bytes() == (tmp_path / "ranks.json").read_bytes()
     results = json.loads((whole / "results.json").read_text(encoding="utf-8"))
-    for label, model in (("dense", recipe.model), ("pruned", "pruned"), ("recovered", "model")):
+    for label, model in models(recipe).items():
         measured = json.loads((tmp_path / f"{model}.json").read_text(encoding="utf-8"))
         assert all(results[label][key] == value for key, value in measured.items() if key != "model"), label

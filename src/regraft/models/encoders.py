@@ -83,9 +83,10 @@ def load_encoder(source: str | Path, settings: LoadSettings | None = None) -> Lo
         if missing:
             raise ModelError(f"'{folder}': the weights lack '{missing[0]}' ({len(missing)} in all); use a complete checkpoint")
     check_finite(model, str(source))
-    rows = model.get_input_embeddings().weight.shape[0]
-    model = model.to(device).eval()
-    return Loaded(model, load_tokenizer(folder, rows, trust_remote_code=False), str(source), fingerprint(model), provenance)
+    embedding: Any = model.get_input_embeddings()
+    rows = int(embedding.weight.shape[0])
+    model = model.to(device)  # pyright: ignore[reportArgumentType]
+    return Loaded(model.eval(), load_tokenizer(folder, rows, trust_remote_code=False), str(source), fingerprint(model), provenance)
 
 
 def encoder_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:

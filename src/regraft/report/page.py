@@ -12,7 +12,7 @@ from regraft.errors import in_code, in_markdown, shown
 from regraft.plans import Measurement
 from regraft.report.curve import loss_curve
 from regraft.report.ranks import slots_table, summary
-from regraft.report.summary import RunReport, caption, plan_lines, speed_note, table, won_back
+from regraft.report.summary import RunReport, caption, factor_lines, plan_lines, speed_note, table, won_back
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem;color:#1c2733;background:#fff}
@@ -45,6 +45,8 @@ def to_markdown(report: RunReport) -> str:
         lines += ["## What was cut", "", *(f"- {in_markdown(line)}" for line in plan_lines(report)), ""]
         cells = [[width.group, str(width.before), str(width.after)] for width in report.widths]
         lines += [*_markdown_table(["group", "units before", "units after"], *cells), ""]
+    if report.factors is not None:
+        lines += ["## What was factored", "", *(f"- {line}" for line in factor_lines(report.factors)), ""]
     if report.ranks is not None:
         heading, rows = slots_table(report.ranks)
         lines += ["## Ranks", "", in_markdown(report.ranks.verdict), "", *summary(report.ranks), "", *_markdown_table(heading, *rows), ""]
@@ -72,6 +74,8 @@ def to_html(report: RunReport) -> str:
         body.append("<h2>What was cut</h2>")
         body += [f"<p>{escape(line)}</p>" for line in plan_lines(report)]
         body.append(_widths(report))
+    if report.factors is not None:
+        body += ["<h2>What was factored</h2>", *(f"<p>{escape(line)}</p>" for line in factor_lines(report.factors))]
     if report.ranks is not None:
         heading, rows = slots_table(report.ranks)
         body += ["<h2>Ranks</h2>", f"<p>{escape(report.ranks.verdict)}</p>"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from regraft.plans import Measurement, PrunePlan, RankSearch
+from regraft.plans import FactorPlan, Measurement, PrunePlan, RankSearch
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,10 @@ class RunReport:
         title: Name of the run.
         description: One line for people, or empty.
         recipe: The recipe as YAML, with every key written out.
-        measurements: Measurements of those of the dense, the pruned and the recovered model that exist.
+        measurements: Measurements of those of the dense, the pruned, the compressed and the recovered model that exist.
         plan: The prune plan; None when nothing was cut.
         widths: Numbers of units, one entry for each group of the plan.
+        factors: The factored layers; None when none were.
         ranks: The rank search for recovery; None when the ranks were given.
         curve: The loss log of recovery; empty when there was none.
         best_step: The step that recovery kept; None when there was none.
@@ -58,6 +59,7 @@ class RunReport:
     measurements: tuple[Measurement, ...]
     plan: PrunePlan | None = None
     widths: tuple[Width, ...] = ()
+    factors: FactorPlan | None = None
     ranks: RankSearch | None = None
     curve: tuple[CurvePoint, ...] = ()
     best_step: int | None = None
@@ -68,15 +70,17 @@ class RunReport:
 
 @dataclass(frozen=True)
 class WonBack:
-    """The part of pruning's loss increase that recovery undid.
+    """The part of the loss increase of pruning, or of compression, that recovery undid.
 
     Attributes:
-        cost_nats: Loss of the pruned model minus that of the dense one, in nats a token.
-        gain_nats: Loss of the pruned model minus that of the recovered one, in nats a token.
+        cost_nats: Loss of the model before recovery minus that of the dense one, in nats a token.
+        gain_nats: Loss of the model before recovery minus that of the recovered one, in nats a token.
+        by: What made it smaller.
     """
 
     cost_nats: float
     gain_nats: float
+    by: str = "pruning"
 
     @property
     def share(self) -> float | None:
@@ -92,10 +96,10 @@ class WonBack:
         cost, gain = _nats(self.cost_nats), _nats(self.gain_nats)
         if self.share is None:
             changed = "lowered" if self.gain_nats > 0 else "raised"
-            return f"pruning cost nothing ({cost} nats better than dense); recovery {changed} the loss by {gain} nats"
+            return f"{self.by} cost nothing ({cost} nats better than dense); recovery {changed} the loss by {gain} nats"
         if self.gain_nats < 0:
-            return f"recovery lost {gain} nats more, on top of the {cost} nats that pruning cost"
-        return f"recovery won back {self.share * 100:.0f} % of the {cost} nats that pruning cost"
+            return f"recovery lost {gain} nats more, on top of the {cost} nats that {self.by} cost"
+        return f"recovery won back {self.share * 100:.0f} % of the {cost} nats that {self.by} cost"
 
 
 def _nats(value: float) -> str:
@@ -104,11 +108,13 @@ def _nats(value: float) -> str:
 
 
 def won_back(measurements: Sequence[Measurement]) -> WonBack | None:
-    """Returns cost and gain from the dense, the pruned and the recovered model, or None unless all three were measured."""
+    """Returns cost and gain of the model that was recovered, or None unless the dense, a smaller and the recovered model were measured."""
     loss = {measurement.label: measurement.loss.loss_nats for measurement in measurements}
-    if not {"dense", "pruned", "recovered"} <= loss.keys():
+    before = next((label for label in ("compressed", "pruned") if label in loss), None)
+    if before is None or not {"dense", "recovered"} <= loss.keys():
         return None
-    return WonBack(loss["pruned"] - loss["dense"], loss["pruned"] - loss["recovered"])
+    by = {"pruned": "pruning", "compressed": "pruning and compression" if "pruned" in loss else "compression"}[before]
+    return WonBack(loss[before] - loss["dense"], loss[before] - loss["recovered"], by)
 
 
 def table(measurements: Sequence[Measurement]) -> list[list[str]]:
@@ -169,6 +175,21 @@ def plan_lines(report: RunReport) -> list[str]:
         f"{plan.achieved:.2%} of all parameters removed (asked for: {plan.ratio:.2%}): "
         f"{plan.parameters_before:,} to {plan.parameters_after:,}",
         f"criterion {plan.criterion}; selection {plan.selection}; shape {plan.shape}; widths aligned to {plan.align}",
+    ]
+
+
+def factor_lines(plan: FactorPlan) -> list[str]:
+    """Returns a factor plan in words: its size, then the ranks of each kind of projection."""
+    kinds: dict[str, list[int]] = {}
+    for entry in plan.factorings:
+        kinds.setdefault(entry.module.rpartition(".")[2], []).append(entry.rank)
+    ranks = "; ".join(f"{kind} {', '.join(map(str, found))}" for kind, found in kinds.items())
+    return [
+        f"{plan.achieved:.2%} of all stored parameters removed (asked for: {plan.ratio:.2%}): "
+        f"{plan.parameters_before:,} to {plan.parameters_after:,}",
+        f"method {plan.method}; ranks by {plan.choice}; {plan.layout} layout; {len(plan.factorings)} layers factored",
+        f"ranks from the first layer to the last: {ranks}",
+        "a smaller file; faster only where measured",
     ]
 
 

@@ -35,7 +35,7 @@ from regraft.pipelines.compress.streamed import StreamedCompress, compress_strea
 from regraft.pipelines.prune.score_cache import checksum_of
 from regraft.pipelines.texts import Texts as Given
 from regraft.pipelines.texts import described, in_memory, path_in, text_for
-from regraft.plans import FactorPlan, FactorSpace, LossReport, PrunePlan, RankPlan, to_dict
+from regraft.plans import FactorPlan, FactorSpace, LossReport, Provenance, PrunePlan, RankPlan, to_dict
 from regraft.progress import Say, say_nothing
 from regraft.settings import CompressSettings, LoadSettings
 from regraft.surgery.factorize import densified, factorize
@@ -57,6 +57,7 @@ class CompressResult:
         notes: Remarks for the user, a line each.
         test: Loss on the test text before and after, where one was given.
         pruned: Plan of the channels that were cut first, where channels and ranks were mixed; ``plan`` is for the model after this cut.
+        record: How the model came to be; None after a dry run, for an encoder, and with ``memory``, where the folder has it.
     """
 
     plan: FactorPlan
@@ -66,6 +67,23 @@ class CompressResult:
     notes: tuple[str, ...] = ()
     test: tuple[LossReport, LossReport] | None = None
     pruned: PrunePlan | None = None
+    record: Provenance | None = None
+
+    def save_pretrained(self, folder: str | Path, *, replace: bool = False) -> None:
+        """Writes the compressed causal language model with its tokenizer, record and card, completely or not at all.
+
+        Args:
+            folder: The folder to write.
+            replace: Whether an existing folder is replaced.
+
+        Raises:
+            InputError: There is no model in memory, or it is an encoder.
+            OutputError: The folder exists or cannot be written.
+        """
+        if self.model is None or self.record is None:
+            raise InputError("there is no compressed language model in memory to save; compress with `output`, without `dry_run`")
+        dense = bool(self.record.settings["compress"].get("dense"))
+        save(self.model, self.loaded.tokenizer, folder, self.record, card_of(self.record, dense=dense), replace=replace)
 
     def __repr__(self) -> str:
         """Returns its attributes in one short line."""
@@ -91,6 +109,7 @@ def compress(
     plan: FactorPlan | RankPlan | None = None,
     dry_run: bool = False,
     resume: bool = False,
+    work: Path | None = None,
     command: str = "regraft.compress",
     say: Say = say_nothing,
 ) -> CompressResult:
@@ -108,7 +127,8 @@ def compress(
         plan: Ranks from an earlier run, on this model or on one of the same shape, whose factors are computed again; for an encoder a rank
             for each layer.
         dry_run: Plan only: nothing is factored and nothing is written.
-        resume: Go on with a search that was stopped (``ranks bayes``); its trials lie beside the output.
+        resume: Go on with a search that was stopped (``ranks bayes``); its trials lie beside the output, or in ``work``.
+        work: Folder of the trials of a search; None for one beside the output.
         command: How this was called, for the folder's record.
         say: Called with a line of progress at intervals.
 
@@ -122,13 +142,13 @@ def compress(
     if target is not None and not dry_run:
         refuse_existing(target)
     if settings.method == PC_LORA and _is_encoder(source, load or LoadSettings()):
-        order = _Order(settings, target, calibration, seed, None, dry_run, resume, command, say)
+        order = _Order(settings, target, calibration, seed, None, dry_run, resume, work, command, say)
         return _encoder(source, tokenizer, load or LoadSettings(), plan, order)
     if isinstance(plan, RankPlan):
         raise InputError("a rank plan is for encoders and method pc_lora; give a plan that compress wrote")
     _refuse_clashes(settings, plan)
     compressor_of(settings.method if plan is None else plan.method, settings)  # a wrong name is refused before a model is loaded
-    order = _Order(settings, target, in_memory(calibration), seed, plan, dry_run, resume, command, say)
+    order = _Order(settings, target, in_memory(calibration), seed, plan, dry_run, resume, work, command, say)
     if settings.memory is not None:
         return _streamed(source, order, load or LoadSettings())
     loaded = take(source, tokenizer, load)
@@ -147,6 +167,7 @@ class _Order:
     plan: FactorPlan | None
     dry_run: bool
     resume: bool
+    work: Path | None
     command: str
     say: Say
 
@@ -166,7 +187,7 @@ def _carried_out(loaded: Loaded, order: _Order) -> CompressResult:
         plan, space, start, found, pruning = _mixed(loaded, found, compressor, texts, settings, seed, say)
     elif plan is None:
         space = space_of(loaded, found, compressor, settings, settings.ratio)
-        plan = _choose(loaded, found, space, texts, settings, seed, order.target, resume=order.resume, say=say)
+        plan = _choose(loaded, found, space, texts, settings, seed, _trials_in(order), resume=order.resume, say=say)
     else:
         plan = moved_plan(loaded, plan)
     refuse_short_text(plan, found)
@@ -184,12 +205,13 @@ def _carried_out(loaded: Loaded, order: _Order) -> CompressResult:
         model = densified(model)
     own_tensors(model, loaded.model)
     test = _tested(loaded, model, texts.test)
+    record = record_of(loaded, plan, settings, seed=seed, command=order.command, pruning=pruning)
+    if texts.given is not None:
+        record = replace(record, settings={**record.settings, "calibration": described(texts.given)})
+    result = CompressResult(plan, model, loaded, space, texts.notes, test, pruning, record)
     if order.target is not None:
-        record = record_of(loaded, plan, settings, seed=seed, command=order.command, pruning=pruning)
-        if texts.given is not None:
-            record = replace(record, settings={**record.settings, "calibration": described(texts.given)})
-        save(model, loaded.tokenizer, order.target, record, card_of(record, dense=settings.dense))
-    return CompressResult(plan, model, loaded, space, texts.notes, test, pruning)
+        result.save_pretrained(order.target)
+    return result
 
 
 def _is_encoder(source: ModelLike, load: LoadSettings) -> bool:
@@ -292,6 +314,13 @@ def _mixed(
     return plan, space, start, again, choice.plan
 
 
+def _trials_in(order: _Order) -> Path | None:
+    """Returns the folder of the trials of a search; None for one that is removed afterwards."""
+    if order.work is not None or order.target is None:
+        return order.work
+    return order.target.with_name(f"{order.target.name}.search")
+
+
 def _choose(
     loaded: Loaded,
     found: list[Decomposed],
@@ -299,7 +328,7 @@ def _choose(
     texts: Texts,
     settings: CompressSettings,
     seed: int,
-    target: Path | None,
+    trials: Path | None,
     *,
     resume: bool,
     say: Say,
@@ -322,7 +351,7 @@ def _choose(
     if choice == "bayes":
         assert texts.judging is not None
         with TemporaryDirectory(prefix="regraft-") as scratch:
-            folder = Path(scratch) if target is None else target.with_name(f"{target.name}.search")
+            folder = Path(scratch) if trials is None else trials
             folder.mkdir(parents=True, exist_ok=True)
             ranks = searched_ranks(
                 TrialModel(loaded.model, truncations),

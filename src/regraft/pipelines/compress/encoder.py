@@ -216,7 +216,8 @@ def _faded(loaded: Loaded, starts: Mapping[str, Factors], rows: Sequence[Tensor]
     """Trains the factors on batches of texts of like length."""
     settings, model = order.settings, loaded.model
     by_length = sorted(rows, key=len)
-    padding = require_tokenizer(loaded).pad_token_id or 0
+    tokenizer: Any = require_tokenizer(loaded)
+    padding = int(tokenizer.pad_token_id or 0)
 
     def loss(fade: Fade, generator: torch.Generator) -> Tensor:
         size = min(settings.fade_batch, len(by_length))

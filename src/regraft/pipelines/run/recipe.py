@@ -1,8 +1,8 @@
 """A recipe: the model and the settings of all stages, checked completely before anything is computed.
 
 A recipe is a YAML file whose sections are those of :mod:`regraft.settings`. An absent section means that its stage is left out (``prune``,
-``allocate``, ``recover``, ``sample``) or uses its defaults (``load``, ``evaluate``); ``prune: {}`` requests the stage with its defaults.
-Relative paths, in the file and in overrides, are relative to the current directory.
+``compress``, ``allocate``, ``recover``, ``sample``) or uses its defaults (``load``, ``evaluate``); ``prune: {}`` requests the stage with
+its defaults. Relative paths, in the file and in overrides, are relative to the current directory.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from regraft.reading import is_file, is_folder, read_bytes
 from regraft.settings import (
     EVERY_PROJECTION,
     AllocateSettings,
+    CompressSettings,
     EvaluateSettings,
     LoadSettings,
     PruneSettings,
@@ -34,6 +35,7 @@ from regraft.settings import (
 SECTIONS: dict[str, type[Settings]] = {
     "load": LoadSettings,
     "prune": PruneSettings,
+    "compress": CompressSettings,
     "allocate": AllocateSettings,
     "recover": RecoverSettings,
     "evaluate": EvaluateSettings,
@@ -52,6 +54,7 @@ class Recipe(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="seed of everything that is random")
     load: LoadSettings = Field(default=LoadSettings(), description="how the model is loaded")
     prune: PruneSettings | None = Field(default=None, description="what is cut; left out: nothing")
+    compress: CompressSettings | None = Field(default=None, description="linear layers as two thin ones, after the cut; left out: none")
     allocate: AllocateSettings | None = Field(default=None, description="how a rank is found for every layer; left out: one for all")
     recover: RecoverSettings | None = Field(default=None, description="how quality is won back; left out: not at all")
     evaluate: EvaluateSettings = Field(default=EvaluateSettings(), description="what is measured, and on what")
@@ -214,6 +217,8 @@ def _contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
     evaluate: EvaluateSettings | None = sections.get("evaluate")
     if prune is not None:
         yield from _prune_contradictions(prune)
+    if sections.get("compress") is not None:
+        yield from _compress_contradictions(sections["compress"], allocating=sections.get("allocate") is not None)
     if recover is not None and recover.data is not None:
         yield from _no_file("recover.data", recover.data)
     if recover is not None and recover.task != "language":
@@ -247,6 +252,21 @@ def _prune_contradictions(prune: PruneSettings) -> Iterator[str]:
         yield "prune.targets: names nothing to prune; use heads, ffn or others"
     if prune.calibration is not None:
         yield from _no_file("prune.calibration", prune.calibration)
+
+
+def _compress_contradictions(compress: CompressSettings, *, allocating: bool) -> Iterator[str]:
+    if compress.memory is not None:
+        yield (
+            "compress.memory: a run loads the whole model to measure it, so that no bound can hold; leave it out, or compress by itself "
+            "with regraft compress --memory"
+        )
+    if compress.test is not None:
+        yield "compress.test: a run measures every model on evaluate.text; leave it out"
+    if allocating:
+        yield "allocate: ranks of adapters are not searched for factored layers; leave allocate or compress out"
+    for key, path in (("compress.calibration", compress.calibration), ("compress.validation", compress.validation)):
+        if path is not None:
+            yield from _no_file(key, path)
 
 
 def _allocate_contradictions(allocate: AllocateSettings, recover: RecoverSettings | None) -> Iterator[str]:

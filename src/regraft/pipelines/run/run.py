@@ -18,6 +18,8 @@ from regraft.groups.discover import USUAL, discover
 from regraft.in_short import in_short
 from regraft.models.load import Loaded, load, locate_by, require_tokenizer
 from regraft.models.view import ModelView
+from regraft.pipelines.compress.compress import compressor_of
+from regraft.pipelines.compress.prepare import needs_judging, projections_of
 from regraft.pipelines.prune.prune import prune
 from regraft.pipelines.prune.resolved import kinds_wanted, layers_in, resolve
 from regraft.pipelines.run.folder import open_run
@@ -27,7 +29,7 @@ from regraft.pipelines.texts import text_for
 from regraft.plans import Groups, Measurement, PrunePlan, SizeReport
 from regraft.progress import Say, say_nothing
 from regraft.report.summary import RunReport
-from regraft.settings import CALIBRATION_TOKENS, TRAINING_TOKENS
+from regraft.settings import CALIBRATION_TOKENS, TRAINING_TOKENS, CompressSettings
 from regraft.surgery.cut import cut
 from regraft.training.job import check_trackers, read_ranks
 
@@ -58,7 +60,7 @@ class RunResult:
 
     @property
     def measurements(self) -> dict[str, Measurement]:
-        """The measurements by label: dense, pruned, recovered; empty after a dry run."""
+        """The measurements by label: dense, pruned, compressed, recovered; empty after a dry run."""
         return {entry.label: entry for entry in self.report.measurements} if self.report is not None else {}
 
 
@@ -135,6 +137,15 @@ def _checks(recipe: Recipe, dense: Loaded) -> Iterator[tuple[str, Callable[[], o
             "prune.calibration",
             lambda: text_for(dense, prune.calibration, "validation", "calibration") if resolve(prune).needs_text else None,
         )
+    compressing = recipe.compress
+    if compressing is not None:
+        yield "compress.method", lambda: compressor_of(compressing.method, compressing)
+        yield "compress.seq_len", lambda: window_tokens(compressing.seq_len, CALIBRATION_TOKENS, config, "`seq_len`")
+        yield "compress.targets", lambda: projections_of(ModelView(dense.model), compressing.targets)
+        yield (
+            "compress.calibration",
+            lambda: text_for(dense, compressing.calibration, "validation", "calibration") if _reads_calibration(compressing) else None,
+        )
     if settings is not None:
         yield "recover.adapter", lambda: ADAPTERS.get(settings.adapter)
         yield "recover.report_to", lambda: check_trackers(settings.report_to)
@@ -143,6 +154,11 @@ def _checks(recipe: Recipe, dense: Loaded) -> Iterator[tuple[str, Callable[[], o
         yield "recover.data", lambda: text_for(dense, settings.data, "train", "data")
     yield "evaluate.window", lambda: window_and_stride(dense.model, recipe.evaluate)
     yield "evaluate.text", lambda: text_for(dense, recipe.evaluate.text, "test", "text")
+
+
+def _reads_calibration(compress: CompressSettings) -> bool:
+    fits = compressor_of(compress.method, compress).looks_at != "weights"
+    return fits or (needs_judging(compress) and compress.validation is None)
 
 
 def _identity(recipe: Recipe, dense: Loaded) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The stages of a run: prune, allocate ranks, recover, measure and sample every model by one harness, report.
+"""The stages of a run: prune, compress, allocate ranks, recover, measure and sample every model by one harness, report.
 
 Every stage reads its inputs from the folders of earlier stages, also in an uninterrupted run, so that a killed and resumed run computes the
 same results.
@@ -23,6 +23,7 @@ from regraft.evaluation.sample import continue_text
 from regraft.evaluation.speed import compare_speed
 from regraft.models.load import Loaded, load, locate_by, require_tokenizer
 from regraft.models.provenance import versions
+from regraft.pipelines.compress import compress
 from regraft.pipelines.evaluate import evaluate_model
 from regraft.pipelines.prune.prune import prune
 from regraft.pipelines.prune.summary import plan_summary
@@ -32,15 +33,16 @@ from regraft.pipelines.ranks.start import decisive
 from regraft.pipelines.recover import LOSS_LOG, recover_model
 from regraft.pipelines.run.folder import TIMINGS, RunFolder
 from regraft.pipelines.run.recipe import Recipe, to_yaml
-from regraft.plans import Groups, Measurement, PrunePlan, RankPlan, RankSearch, SpeedReport, from_json, to_dict, to_json
+from regraft.plans import FactorPlan, Groups, Measurement, PrunePlan, RankPlan, RankSearch, SpeedReport, from_json, to_dict, to_json
 from regraft.progress import Say
 from regraft.reading import read_bytes, read_object, whole_number
 from regraft.report.page import to_html, to_markdown
 from regraft.report.summary import CurvePoint, RunReport, Width, won_back
 from regraft.surgery.adapter_folder import is_adapter, load_adapted
 
-PLAN, RECOVERY, MEASUREMENT, SAMPLE = "plan.json", "recovery.json", "measurement.json", "sample.txt"
+PLAN, FACTORS, RECOVERY, MEASUREMENT, SAMPLE = "plan.json", "factors.json", "recovery.json", "measurement.json", "sample.txt"
 SCORES = "scores"  # folder of the score cache, which another ratio can use
+MOMENTS = "moments"  # the same for the moments of compression
 
 
 def files_of(recipe: Recipe) -> dict[str, Path]:
@@ -48,6 +50,8 @@ def files_of(recipe: Recipe) -> dict[str, Path]:
     named: dict[str, Any] = {"evaluate.text": recipe.evaluate.text}
     if recipe.prune is not None:
         named["prune.calibration"] = recipe.prune.calibration
+    if recipe.compress is not None:
+        named |= {"compress.calibration": recipe.compress.calibration, "compress.validation": recipe.compress.validation}
     if recipe.recover is not None:
         named |= {"recover.data": recipe.recover.data, "recover.ranks": recipe.recover.ranks}
     return {key: path for key, path in named.items() if isinstance(path, Path)}
@@ -88,13 +92,17 @@ class Stages:
         plan = None
         self._folder.write("recipe.yaml", to_yaml(recipe))
         if recipe.prune is not None:
-            models["pruned"] = pruned = self._prune("pruned" if recipe.recover is not None else "model")
+            models["pruned"] = pruned = self._prune("pruned" if recipe.recover or recipe.compress else "model")
             plan = from_json(PrunePlan, (pruned / PLAN).read_bytes())
             self._folder.write(PLAN, to_json(plan) + "\n")
+        if recipe.compress is not None:
+            models["compressed"] = made = self._compress(models.get("pruned"), "compressed" if recipe.recover else "model")
+            self._folder.write(FACTORS, (made / FACTORS).read_text(encoding="utf-8"))
         self._dense = None
-        ranks = self._allocate(models.get("pruned")) if recipe.allocate is not None else None
+        before = models.get("compressed", models.get("pruned"))
+        ranks = self._allocate(before) if recipe.allocate is not None else None
         if recipe.recover is not None:
-            models["recovered"] = self._recover(models.get("pruned"), ranks)
+            models["recovered"] = self._recover(before, ranks)
         measured = {label: self._measure(label, source) for label, source in models.items()}
         measurements = self._with_speed(models, [_read_measurement(path) for path in measured.values()])
         return plan, self._report(plan, ranks, measurements, measured, models)
@@ -121,6 +129,30 @@ class Stages:
 
         inputs = self._inputs(self._recipe.model, prune=settings.model_dump(mode="json"), seed=seed)
         return self._folder.stage("prune", inputs, make, folder=name)
+
+    def _compress(self, pruned: str | Path | None, name: str) -> Path:
+        settings, seed = self._recipe.compress, self._recipe.seed
+        assert settings is not None
+        source = pruned if pruned is not None else self._recipe.model
+
+        def make(folder: Path) -> None:
+            loaded = self._dense if pruned is None else replace(load(source, self._recipe.load), source=self._named(pruned))
+            assert loaded is not None
+            kept = settings if settings.cache is not None else settings.model_copy(update={"cache": self._folder.path / MOMENTS})
+            work = self._folder.work("compress")
+            result = compress(loaded, None, kept, seed=seed, resume=True, work=work, command=self._command, say=self._progress)
+            for note in result.notes:
+                self._say(note)
+            result.save_pretrained(folder, replace=True)
+            write_text(folder / FACTORS, to_json(result.plan) + "\n")
+
+        path = self._folder.stage("compress", self._inputs(source, compress=settings.model_dump(mode="json"), seed=seed), make, folder=name)
+        self._folder.discard("compress")
+        return path
+
+    def _named(self, made: str | Path | None) -> str:
+        """Returns the name of a model in records: a relative path, because the full path would differ between two runs of one recipe."""
+        return f"../{made.name}" if isinstance(made, Path) else self._recipe.model
 
     def _allocate(self, pruned: str | Path | None) -> Path:
         settings, recover_settings, seed = self._recipe.allocate, self._recipe.recover, self._recipe.seed
@@ -151,9 +183,7 @@ class Stages:
         source = pruned if pruned is not None else self._recipe.model
 
         def make(folder: Path) -> None:
-            # A relative path, because the full path would differ between two runs of one recipe.
-            named = f"../{pruned.name}" if isinstance(pruned, Path) else self._recipe.model
-            loaded = replace(load(source, self._recipe.load), source=named)
+            loaded = replace(load(source, self._recipe.load), source=self._named(pruned))
             work = self._folder.work("recover")
             result = recover_model(loaded, None, settings, load=self._recipe.load, seed=seed, resume=True, work=work, command=self._command)
             result.save_pretrained(folder, replace=True)
@@ -212,7 +242,7 @@ class Stages:
         models: Mapping[str, str | Path],
     ) -> RunReport:
         """Writes the summaries of the run: results, samples and the page."""
-        recipe, final = self._recipe, models.get("recovered", models.get("pruned"))
+        recipe, final = self._recipe, list(models.values())[-1]
         recovered = models.get("recovered")
         report = RunReport(
             title=self._name,
@@ -221,6 +251,7 @@ class Stages:
             measurements=tuple(measurements),
             plan=plan,
             widths=_widths(self._groups, plan) if plan is not None else (),
+            factors=self._factors(models.get("compressed")),
             ranks=from_json(RankSearch, (ranks / SEARCH).read_bytes()) if ranks is not None else None,
             curve=_read_curve(recovered) if isinstance(recovered, Path) else (),
             best_step=_read_best_step(recovered) if isinstance(recovered, Path) else None,
@@ -236,6 +267,9 @@ class Stages:
         self._folder.write("report.md", to_markdown(report))
         self._folder.write("report.html", to_html(report))
         return report
+
+    def _factors(self, compressed: str | Path | None) -> FactorPlan | None:
+        return from_json(FactorPlan, (compressed / FACTORS).read_bytes()) if isinstance(compressed, Path) else None
 
     def _facts(self, final: str | Path | None) -> dict[str, Any]:
         """Returns the provenance of the run for its page."""
