@@ -77,7 +77,7 @@ def row_of(name: str, kind: str, file: Path, arguments: argparse.Namespace) -> d
     settings = EvaluateSettings(window=512, max_tokens=arguments.tokens)
     measured = evaluate_model(str(file), settings, text=arguments.text)
     row: dict[str, Any] = {"model": Path(arguments.model).name, "variant": name, "type": kind, "bytes": file.stat().st_size}
-    row |= {"loss": round(measured.loss, 4), "tokens": arguments.tokens, "prefill": "", "decode": "", "runs": ""}
+    row |= {"loss": round(measured.loss.loss_nats, 4), "tokens": arguments.tokens, "prefill": "", "decode": "", "runs": ""}
     return row | {"machine": machine(), "versions": versions("torch", "transformers", "gguf", "xllamacpp")}
 
 

@@ -37,6 +37,10 @@ def export(
         typer.Option("--check", metavar="TEXT", help="text of the comparison, or a file of it; default: text that the model writes itself"),
     ] = "",
     no_check: Annotated[bool, typer.Option("--no-check", help="do not compare the result in its runtime")] = False,
+    push_to_hub: Annotated[
+        str, typer.Option("--push-to-hub", metavar="NAME/MODEL", help="then commit the folder to this repository on the Hugging Face hub")
+    ] = "",
+    private: Annotated[bool, typer.Option("--private", help="with --push-to-hub: a new repository is private")] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Write a model or an adapter for another program, and prove that it computes the same there."""
@@ -49,3 +53,7 @@ def export(
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if result.parity is not None:
         console.print(result.parity.words(), soft_wrap=True, markup=False, highlight=False)
+    if push_to_hub:
+        with progress("uploading", quiet=quiet):
+            address = result.push_to_hub(push_to_hub, private=private or None, token=load.token)
+        console.print(f"committed to {address}", soft_wrap=True, markup=False, highlight=False)

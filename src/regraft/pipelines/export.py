@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.adapters.peft_backed import layers_of, merge_stock, module_names, retrained_tokens, stock_factors, trained_whole
 from regraft.atomic import atomic_folder, reserved
-from regraft.errors import InputError, ModelError
+from regraft.errors import InputError, ModelError, OutputError
 from regraft.export import EXPORTERS, AdapterFormat, Exportable, ModelFormat, Parity
 from regraft.in_short import in_short
 from regraft.models.card import model_card
@@ -26,6 +26,7 @@ from regraft.models.view import fingerprint
 from regraft.pipelines.export_model import export_loaded
 from regraft.pipelines.export_streamed import export_streamed, why_not_compared
 from regraft.pipelines.proved import prove_adapter, prove_model
+from regraft.pipelines.results import upload
 from regraft.plans import Provenance
 from regraft.settings import ExportSettings, LoadSettings
 from regraft.surgery.adapted import adapted_modules
@@ -47,6 +48,7 @@ class ExportResult:
         rank: Largest rank of their changes; 0 where the adapter was merged.
         notes: What the user should know, as sentences without a full stop.
         parity: Comparison of a model in its runtime; None for an adapter, or where no comparison was made.
+        folder: The folder that was written.
     """
 
     words: str
@@ -54,6 +56,26 @@ class ExportResult:
     rank: int = 0
     notes: tuple[str, ...] = ()
     parity: Parity | None = None
+    folder: Path | None = None
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None) -> str:
+        """Commits the folder that was written to a repository on the Hugging Face hub, which is created if it does not exist.
+
+        Args:
+            repo_id: Such as ``name/model``.
+            private: Whether a new repository is private; None for the owner's default on the hub.
+            token: Access token for the hub; None for that of ``hf auth login``.
+            revision: Branch to commit to; None: the main branch.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            OutputError: The folder is gone, the hub cannot be reached, or it refuses.
+        """
+        if self.folder is None or not self.folder.is_dir():
+            raise OutputError(f"there is no folder '{self.folder}' any more; export again")
+        return upload(self.folder, repo_id, private=private, token=token, revision=revision)
 
     def __repr__(self) -> str:
         """Returns its attributes in one short line."""
@@ -99,18 +121,19 @@ def export(
         return export_adapter(source, output, to, load=load, command=command)
     options, loading = settings or ExportSettings(), load or LoadSettings()
     with reserved(output):
-        is_checkpoint = isinstance(source, str | Path) and tokenizer is None and not is_adapter(Path(source))
-        if is_checkpoint and form.stream is not None and options.importance is None and check in (None, ""):
+        given = source
+        if isinstance(source, str | Path) and is_adapter(Path(source)):
+            given = _folded(Path(source), loading)[0]
+        elif isinstance(source, str | Path) and form.stream and tokenizer is None and options.importance is None and not check:
             folder = locate_by(source, loading)
             why = why_not_compared(folder, loading) if check is not None else ""
             if check is None or why:
                 done = export_streamed(folder, output, to, form, options, loading, source=str(source), command=command)
-                return ExportResult(done.words, notes=(*done.notes, *((why,) if why else ())))
-        given = _folded(Path(source), loading)[0] if isinstance(source, str | Path) and is_adapter(Path(source)) else source
+                return ExportResult(done.words, notes=(*done.notes, *((why,) if why else ())), folder=output)
         loaded = take(given, tokenizer, loading)
         with resting(loaded.model):
             done = export_loaded(loaded, output, to, form, options, check=check, command=command)
-    return ExportResult(done.words, notes=done.notes, parity=done.parity)
+    return ExportResult(done.words, notes=done.notes, parity=done.parity, folder=output)
 
 
 def export_adapter(
@@ -164,7 +187,7 @@ def _factored(folder: Path, output: Path, form: AdapterFormat, to: str, settings
         write_folder(partial, provenance, None)
         prove_adapter(partial, base, trained, settings)
     rank = max(factor.right.shape[0] for factor in adapter.factors.values())
-    return ExportResult(words, len(adapter.factors), rank)
+    return ExportResult(words, len(adapter.factors), rank, folder=output)
 
 
 def _merged(folder: Path, output: Path, settings: LoadSettings, command: str) -> ExportResult:
@@ -185,6 +208,8 @@ def _merged(folder: Path, output: Path, settings: LoadSettings, command: str) ->
         keep(model, loaded.tokenizer, partial, provenance, model_card(provenance))
         prove_model(partial, model, trained, settings)
     return ExportResult("the model with the adapter in its weights", count, 0)
+    keep(model, loaded.tokenizer, output, provenance, model_card(provenance))
+    return ExportResult("the model with the adapter in its weights", count, 0, folder=output)
 
 
 def _folded(folder: Path, settings: LoadSettings) -> tuple[Loaded, int, Probe]:

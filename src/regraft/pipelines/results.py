@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import HfApi
 
 from regraft.errors import OutputError
-from regraft.models.quiet import in_one_line
+from regraft.models.quiet import in_one_line, quiet
 from regraft.plans import Provenance
 
 
@@ -35,15 +35,25 @@ class Saving(ABC):
         Raises:
             OutputError: The hub cannot be reached, or refuses.
         """
-        api = HfApi(token=token)
         with TemporaryDirectory(prefix="regraft-") as work:
             folder = Path(work) / "result"
             self.save_pretrained(folder)
-            try:
-                api.create_repo(repo_id, private=private, exist_ok=True)
-                commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Upload by regraft")
-            except Exception as error:  # the hub's client lets many kinds through: sockets, certificates, its own
-                raise OutputError(
-                    f"'{repo_id}' cannot be written to the hub: {in_one_line(error)}; check the name, and log in with: hf auth login"
-                ) from None
-        return str(commit)
+            return upload(folder, repo_id, private=private, token=token, revision=revision)
+
+
+def upload(folder: Path, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None) -> str:
+    """Commits a folder to a repository on the hub, which is created if it does not exist; see :meth:`Saving.push_to_hub`.
+
+    Raises:
+        OutputError: The hub cannot be reached, or refuses.
+    """
+    api = HfApi(token=token)
+    try:
+        with quiet():
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Upload by regraft")
+    except Exception as error:  # the hub's client lets many kinds through: sockets, certificates, its own
+        raise OutputError(
+            f"'{repo_id}' cannot be written to the hub: {in_one_line(error)}; check the name, and log in with: hf auth login"
+        ) from None
+    return str(commit)
