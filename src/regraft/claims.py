@@ -164,7 +164,8 @@ def _refusals(path: Path) -> Iterator[None]:
     except OutputError:
         raise
     except OSError as error:
-        raise OutputError(f"cannot write '{shown(path)}': {error.strerror} ({shown(error.filename)}); choose another `output`") from None
+        where = f" ({shown(error.filename)})" if error.filename is not None else ""
+        raise OutputError(f"cannot write '{shown(path)}': {error.strerror}{where}; choose another `output`") from None
 
 
 def remove(path: Path) -> None:

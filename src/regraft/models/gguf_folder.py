@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
 from regraft.atomic import atomic_folder
+from regraft.claims import claimed
 from regraft.errors import MissingDependencyError, ModelError
 from regraft.models.family import families, family_of
 from regraft.models.folder import write_folder
@@ -31,6 +32,7 @@ CACHE = "REGRAFT_CACHE"
 SUFFIX = ".gguf"
 # Architectures whose name is not that of the family; all others are looked for as they are.
 NAMES = {"gemma3": "gemma3_text"}
+_UNPACKING_SECONDS = 600.0  # how long a second process waits for the first
 _LAYER = re.compile(r"blk\.([0-9]{1,9})\.")
 
 
@@ -60,7 +62,9 @@ def unpacked(path: Path) -> Path:
     key = hashlib.sha256(f"2 {path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "regraft") / "gguf" / f"{path.stem}-{key}"
     if not (folder / FILE).is_file():
-        _unpack(path, header, folder)
+        with claimed(folder, wait_seconds=_UNPACKING_SECONDS):
+            if not (folder / FILE).is_file():  # another process may have unpacked it meanwhile
+                _unpack(path, header, folder)
     return folder
 
 

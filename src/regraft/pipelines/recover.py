@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +159,8 @@ def recover_model(
         chosen = chosen.model_copy(update={"data": path_in(data)})
     output = Path(output) if output is not None else None
     _check_early(chosen)
-    with _work_folder(output, work, resume=resume) as kept:
+    given = in_memory(data) if in_memory(data) is not None else chosen.data
+    with _work_folder(output, work, resume=resume, data=lambda: training_rows(chosen, seed, given) if given is not None else None) as kept:
         chosen, loaded, injected, corpora = _prepared(model, tokenizer, chosen, load, in_memory(data), seed=seed, in_place=in_place)
         teacher = load_teacher(chosen, load, loaded)
         done = recover(
@@ -480,8 +481,14 @@ def _check_early(settings: RecoverSettings) -> None:
 
 
 @contextmanager
-def _work_folder(output: Path | None, work: Path | None, *, resume: bool) -> Iterator[Path]:
+def _work_folder(output: Path | None, work: Path | None, *, resume: bool, data: Callable[[], object]) -> Iterator[Path]:
     """Opens the folder of the checkpoints, which is kept only if the block fails after a checkpoint was written.
+
+    Args:
+        output: What is written; None for nothing.
+        work: The folder, where the caller has one.
+        resume: Whether to go on with an unfinished run.
+        data: Reads the training data; called where an unfinished run is refused, so that data that cannot be read are said first.
 
     Raises:
         OutputError: The output exists, or there is an unfinished run and ``resume`` is False.
@@ -498,6 +505,7 @@ def _work_folder(output: Path | None, work: Path | None, *, resume: bool) -> Ite
         work = aside / WORK
         unfinished = checkpoints(work)
         if unfinished and not resume:
+            data()
             step = unfinished[-1].name.rpartition("-")[2]
             raise OutputError(
                 f"a run to '{output}' was stopped after step {step}; go on with `resume=True`, or remove '{aside}' to begin anew"

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from regraft.atomic import refuse_existing
+from regraft.atomic import reserved
 from regraft.compression import COMPRESSORS, RANK_CHOICES, Compressor, Decomposed, factor_plan, with_damage
 from regraft.data.text import Corpus
 from regraft.errors import InputError
@@ -139,21 +139,20 @@ def compress(
     if calibration is not None:
         settings = settings.model_copy(update={"calibration": path_in(calibration)})
     target = None if output is None else Path(output)
-    if target is not None and not dry_run:
-        refuse_existing(target)
-    if settings.method == PC_LORA and _is_encoder(source, load or LoadSettings()):
-        order = _Order(settings, target, calibration, seed, None, dry_run, resume, work, command, say)
-        return _encoder(source, tokenizer, load or LoadSettings(), plan, order)
-    if isinstance(plan, RankPlan):
-        raise InputError("a rank plan is for encoders and method pc_lora; give a plan that compress wrote")
-    _refuse_clashes(settings, plan)
-    compressor_of(settings.method if plan is None else plan.method, settings)  # a wrong name is refused before a model is loaded
-    order = _Order(settings, target, in_memory(calibration), seed, plan, dry_run, resume, work, command, say)
-    if settings.memory is not None:
-        return _streamed(source, order, load or LoadSettings())
-    loaded = take(source, tokenizer, load)
-    with resting(loaded.model):
-        return _carried_out(loaded, order)
+    with reserved(None if dry_run else target):
+        if settings.method == PC_LORA and _is_encoder(source, load or LoadSettings()):
+            order = _Order(settings, target, calibration, seed, None, dry_run, resume, work, command, say)
+            return _encoder(source, tokenizer, load or LoadSettings(), plan, order)
+        if isinstance(plan, RankPlan):
+            raise InputError("a rank plan is for encoders and method pc_lora; give a plan that compress wrote")
+        _refuse_clashes(settings, plan)
+        compressor_of(settings.method if plan is None else plan.method, settings)  # a wrong name is refused before a model is loaded
+        order = _Order(settings, target, in_memory(calibration), seed, plan, dry_run, resume, work, command, say)
+        if settings.memory is not None:
+            return _streamed(source, order, load or LoadSettings())
+        loaded = take(source, tokenizer, load)
+        with resting(loaded.model):
+            return _carried_out(loaded, order)
 
 
 @dataclass(frozen=True)
