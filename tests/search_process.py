@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import fresh
 from regraft.search.pools import Inline
 from regraft.search.run import open_search, search
 from regraft.search.sampler import AllocatorSampler
@@ -16,15 +15,12 @@ from regraft.search.storage import open_storage
 from search_fakes import SCHEDULE, SPACE, PlantedLearner, PlantedMeasure
 
 
-def begin(folder: Path, log: Path, seconds: float, *url: str) -> subprocess.Popen[str]:
+def begin(folder: Path, log: Path, seconds: float, *url: str) -> fresh.Process:
     folder.mkdir(exist_ok=True)
-    paths = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(folder), str(log), str(seconds), *url]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return fresh.Process([__file__, str(folder), str(log), str(seconds), *url])
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+def finish(process: fresh.Process) -> str:
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     return out

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+import fresh
 from folders import edit_json, tiny_tokenizer
 from regraft.cli.app import run
 
@@ -158,7 +157,7 @@ def test_a_full_disk_leaves_the_old_state(folder, tmp_path):
         "from regraft.cli.app import run; sys.exit(run(sys.argv[1:]))"
     )
     arguments = ["prune", str(folder), "--criterion", "l2", "--output", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    done = fresh.run(["-c", code, *arguments])
     assert done.returncode == 2, done.stderr
     assert "disk is full" in done.stderr
     assert "Traceback" not in done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import fresh
 from regraft.groups.discover import discover, refusals
 from regraft.models.build import declared_sizes
 from regraft.models.family import families
@@ -153,11 +153,8 @@ def test_without_regraft_the_code_in_the_folder_is_enough(tmp_path):
         folders[family], want[family] = str(tmp_path / family), logits(pruned)
     path = [entry for entry in sys.path if "regraft" not in entry and not entry.rstrip("/").endswith("src")]
     hidden = "import sys; sys.modules['regraft'] = None\n"  # an editable installation would still be found
-    command = [sys.executable, "-c", hidden + PROGRAM.replace('"regraft" not in sys.modules', "sys.modules['regraft'] is None")]
-    environment = {"PYTHONPATH": ":".join(path), "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, json.dumps(folders), str(tmp_path / "out.safetensors")], capture_output=True, text=True, check=False, env=environment
-    )
+    code = hidden + PROGRAM.replace('"regraft" not in sys.modules', "sys.modules['regraft'] is None")
+    done = fresh.run(["-c", code, json.dumps(folders), str(tmp_path / "out.safetensors")], env={"PYTHONPATH": ":".join(path)})
     assert done.returncode == 0, done.stderr[-2000:]
     got = load_file(tmp_path / "out.safetensors")
     for family in ALL:

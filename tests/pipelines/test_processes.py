@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import fresh
 from regraft.pipelines.recover import recover_model
 from regraft.settings import RecoverSettings
 from regraft.surgery.adapters import inject
@@ -75,16 +75,15 @@ def free_port() -> int:
 def launched(folder: Path, arguments: list[str]) -> list[subprocess.CompletedProcess[str]]:
     """Starts the processes as `accelerate launch` is started on each of two machines."""
     (folder / "driver.py").write_text(DRIVER)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(WORLD), "--num_machines", "1"]
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(WORLD), "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_ip", "127.0.0.1"]
     launcher += ["--main_process_port", str(free_port()), "driver.py", *arguments]
     running = []
     for rank in range(WORLD):
         who = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD), "OMP_NUM_THREADS": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        running.append(subprocess.Popen(launcher, cwd=folder, env={**os.environ, **who}, **pipes))
+        running.append(fresh.Process(launcher, env=os.environ | who, cwd=folder))
     done = [(process, *process.communicate(timeout=280)) for process in running]
-    return [subprocess.CompletedProcess(launcher, process.returncode, out, err) for process, out, err in done]
+    return [subprocess.CompletedProcess(launcher, process.wait(), out, err) for process, out, err in done]
 
 
 def curve(folder: Path) -> list[dict[str, str]]:
@@ -124,7 +123,7 @@ def test_two_processes_are_one_with_twice_the_batch(folder: Path, monkeypatch: p
 
 SHARDED = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {paths!r}
 from test_processes import sharded_process
 sharded_process({port})
 """
@@ -196,12 +195,8 @@ def sharded_process(port: int) -> None:
 @pytest.mark.slow
 def test_sharded_weights_are_kept_put_back_and_made_whole(tmp_path: Path) -> None:
     script = tmp_path / "sharded.py"
-    script.write_text(SHARDED.format(tests=str(Path(__file__).parent), port=free_port()))
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = []
-    for rank in range(WORLD):
-        environment = {**os.environ, "RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        running.append(subprocess.Popen([sys.executable, str(script)], env=environment, **pipes))
+    script.write_text(SHARDED.format(paths=[str(Path(__file__).parent), str(Path(__file__).parents[1])], port=free_port()))
+    running = [fresh.Process([str(script)], env=os.environ | {"RANK": str(rank)}) for rank in range(WORLD)]
     done = [process.communicate(timeout=200) for process in running]
-    assert [process.returncode for process in running] == [0, 0], done[0][1][-2000:] + done[1][1][-2000:]
+    assert [process.wait() for process in running] == [0, 0], done[0][1][-2000:] + done[1][1][-2000:]
     assert "THE SAME" in done[0][0]

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import fresh
 from regraft.pipelines.run.recipe import SECTIONS, Recipe, read_recipe
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_commands_and_the_explained_recipe_are_up_to_date() -> None:
-    done = subprocess.run([sys.executable, "scripts/make_docs.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = fresh.run(["scripts/make_docs.py", "--check"], cwd=ROOT)
     assert done.returncode == 0, done.stderr + "\nrun: python scripts/make_docs.py"
 
 

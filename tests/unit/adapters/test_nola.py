@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import fresh
 from adapter_toys import evidence, scramble, toy
 from regraft.adapters import AdapterRequest, make_specs, nola
 from regraft.adapters.nola import BLOCK, Nola, NolaDelta, NolaOptions, dequantised, quantised
@@ -135,7 +134,7 @@ torch.save(logits(load_adapter(toy(), Path(sys.argv[1])).module), sys.argv[1] + 
 """
     tests = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])}
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, env=environment)
+    assert fresh.run(["-c", script, str(tmp_path)], env=environment).returncode == 0
     with torch.no_grad():
         here = injected.module.eval()(input_ids=torch.randint(0, 40, (4, 12), generator=torch.Generator().manual_seed(0))).logits
     assert torch.equal(torch.load(tmp_path / "logits.pt"), here)

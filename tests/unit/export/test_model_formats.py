@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import fresh
 from gguf_toys import as_loaded, byte_level_tokenizer, toy, uneven
 from regraft.errors import InputError, OutputError
 from regraft.export import hf
@@ -116,7 +115,7 @@ def test_the_config_of_nemotron_nas_is_read_by_attributes(tmp_path: Path) -> Non
         "import sys; from transformers import AutoConfig; c = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True); "
         "print(c.block_configs[2].attention.no_op, c.block_configs[1].attention.n_heads_in_group, c.block_configs[3].ffn.no_op)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, check=True)
+    done = fresh.run(["-c", code, str(tmp_path / "out")])
     assert done.stdout.split() == ["True", "2", "True"]
 
 

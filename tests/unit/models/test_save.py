@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import fresh
 from folders import UNEVEN, provenance, tiny_tokenizer
 from regraft.atomic import sha256_of
 from regraft.errors import ModelError, OutputError
@@ -190,7 +190,7 @@ def test_files_that_cannot_grow(make_folder, tmp_path):
     write(load(source).model, target)
     before = files_of(tmp_path)
     code = FILLS_UP.format(paths=[entry for entry in sys.path if entry], source=str(source), target=str(target))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = fresh.run(["-c", code])
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert len(lines) == 3

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
+import fresh
 from regraft.compression import COMPRESSORS, RANK_CHOICES, decompose, factor_plan, factor_space, gather
 from regraft.errors import ModelError, PlanError
 from regraft.export import EXPORTERS, ModelFormat
@@ -166,9 +165,8 @@ def test_it_loads_without_regraft(make_model, tmp_path: Path, layout: FactorLayo
         "assert 'regraft' not in sys.modules\n"
         f"print(json.dumps(model(input_ids=torch.tensor({IDS.tolist()})).logits.tolist()))\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={"HF_HOME": str(tmp_path / "hf"), "PATH": ""}
-    )
+    run = fresh.run(["-c", script], env={"PATH": ""})
+    assert run.returncode == 0, run.stderr
     torch.testing.assert_close(torch.tensor(json.loads(run.stdout.splitlines()[-1])), logits(model), rtol=1e-5, atol=1e-5)
 
 
