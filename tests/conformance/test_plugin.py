@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import fresh
-
 ROOT = Path(__file__).parents[2]
 BROKEN = """
 [build-system]
@@ -45,7 +43,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(installed: Path, *command: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join([str(installed), str(ROOT / "src")])
-    return fresh.run(list(command), env=os.environ | {"PYTHONPATH": paths})
+    return subprocess.run([sys.executable, *command], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from regraft.completion.estimator import CompressedMatrixCompletion
-from regraft.models.load import load
+from regraft.data.text import read_corpus, split_corpus
+from regraft.models.load import load, require_tokenizer
 from regraft.numerics import counter
 from regraft.pipelines.evaluate import evaluate_model
 from regraft.pipelines.prune.prune import prune
 from regraft.pipelines.recover import recover_model
 from regraft.settings import EvaluateSettings, LoadSettings, PruneSettings, RecoverSettings
+from regraft.training.batches import collate, make_examples, spread
+from regraft.training.losses import mean_loss
 
 QUICK = {"ratio": 0.2, "samples": 8, "seq_len": 24, "align": 2, "shape": "per-layer"}
 
@@ -48,8 +51,11 @@ def test_recovery_in_bfloat16_learns_and_saves_what_it_measured(folder: Path, te
     settings = RecoverSettings(data=text, steps=30, batch=8, seq_len=48, eval_every=10, lr=1e-2, held_out=0.2, quiet=True)
     result = recover_model(folder, tmp_path / "recovered", settings, load=LoadSettings(device=device), seed=0)
     assert result.recovered.best_loss < result.recovered.first_loss - 0.1
-    model = load(tmp_path / "recovered").model
-    assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+    loaded = load(tmp_path / "recovered")
+    _, held_out = split_corpus(read_corpus(text, "train"), settings.held_out, 0)
+    rows = make_examples(held_out, require_tokenizer(loaded), settings.seq_len, wanted=settings.held_out_windows, seed=0)
+    saved = mean_loss(loaded.model, [collate(spread(rows, settings.held_out_windows), 2)], torch.device("cpu"))
+    assert saved == pytest.approx(result.recovered.best_loss, abs=0.05)  # in float32, here; the training measured in bfloat16
 
 
 def test_speed_reports_the_memory_of_the_device(folder: Path, text: Path, device: str) -> None:

@@ -69,8 +69,8 @@ def test_the_command_prunes_saves_and_measures(folder, tmp_path):
     assert "surgeon" in record["plan"]["criterion"]
     loaded = AutoModelForCausalLM.from_pretrained(out).eval()
     assert parameter_count(loaded) == record["plan"]["parameters_after"] < record["plan"]["parameters_before"]
-    with torch.no_grad():
-        assert torch.isfinite(loaded(IDS).logits).all()
+    with torch.no_grad():  # as transformers loads it, and as we do
+        assert torch.equal(loaded(IDS).logits, load(out).model(IDS).logits)
     assert run(["evaluate", str(out), "--text", str(text_file("test")), "--max-tokens", "64", "--window", "32"]) == 0
 
 

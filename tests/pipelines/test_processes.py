@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,15 +76,16 @@ def free_port() -> int:
 def launched(folder: Path, arguments: list[str]) -> list[subprocess.CompletedProcess[str]]:
     """Starts the processes as `accelerate launch` is started on each of two machines."""
     (folder / "driver.py").write_text(DRIVER)
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(WORLD), "--num_machines", "1"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(WORLD), "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_ip", "127.0.0.1"]
     launcher += ["--main_process_port", str(free_port()), "driver.py", *arguments]
     running = []
     for rank in range(WORLD):
         who = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD), "OMP_NUM_THREADS": "1"}
-        running.append(fresh.Process(launcher, env=os.environ | who, cwd=folder))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen(launcher, cwd=folder, env={**os.environ, **who}, **pipes))
     done = [(process, *process.communicate(timeout=280)) for process in running]
-    return [subprocess.CompletedProcess(launcher, process.wait(), out, err) for process, out, err in done]
+    return [subprocess.CompletedProcess(launcher, process.returncode, out, err) for process, out, err in done]
 
 
 def curve(folder: Path) -> list[dict[str, str]]:

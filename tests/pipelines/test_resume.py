@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-import fresh
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "then", "saw", "two", "birds", "under", "that", "old", "tree", "again")
 
@@ -135,7 +135,8 @@ def test_killed_anywhere_and_resumed_it_ends_with_the_same_bytes(
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(**tiny, shape=shape, merge=merge), encoding="utf-8")
-    done = fresh.run(["-c", DRIVER, str(recipe), str(tmp_path / "runs"), str(moments), "11"])
+    command = [sys.executable, "-c", DRIVER, str(recipe), str(tmp_path / "runs"), str(moments), "11"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout.partition("REPORT ")[2])
     weights = "model/model.safetensors" if merge == "true" else "model/adapter_model.safetensors"

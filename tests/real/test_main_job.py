@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import fresh
 from regraft.data.text import Corpus, read_corpus
 from regraft.evaluation.loss import evaluate_loss
 from regraft.models.load import load
@@ -58,7 +59,7 @@ def fresh_logits(way: str, folder: Path, ids: torch.Tensor, work: Path) -> tuple
     """Returns the class and the logits of a saved model in a process that knows nothing of this one."""
     tensors = work / "ids.safetensors"
     save_file({"ids": ids}, tensors)
-    done = fresh.run(["-c", FRESH, way, str(folder), str(tensors)])
+    done = subprocess.run([sys.executable, "-c", FRESH, way, str(folder), str(tensors)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.split()[-1], load_file(f"{tensors}.out")["logits"]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import fresh
 from choices import assert_same_choice
 from regraft.pipelines.prune.prune import prune
 from regraft.settings import PruneSettings
@@ -83,7 +85,9 @@ sys.exit(app.run(sys.argv[2:]))
     usual += ["--calibration", str(STORIES), "--output"]
 
     def attempt(how: str, output: Path) -> int:
-        return fresh.run(["-c", script, how, *usual, str(output)]).returncode
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", script, how, *usual, str(output)]
+        return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
 
     assert attempt("live", tmp_path / "through") == 0
     assert attempt("die", tmp_path / "out") == -9

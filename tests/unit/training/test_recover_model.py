@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import fresh
 from regraft.cli.app import load_command, run
 from regraft.errors import ConfigError, DataError, InputError, ModelError, OutputError, RegraftError, TrainingError
 from regraft.models.load import load
@@ -306,7 +307,14 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(
     undisturbed = tmp_path / "first" / "out"
     recover_model(folder, undisturbed, settings(dropout=0.3), seed=3, resume=True)
     killed = tmp_path / "second" / "out"
-    done = fresh.run(["-c", KILLED, str(folder), str(data), str(killed)])
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(folder), str(data), str(killed)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "arm []",
