@@ -13,7 +13,7 @@ All criteria compare hidden states of the residual stream with and without a par
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.nn import functional
 from regraft.importance.criteria import CRITERIA, Criterion, Evidence
 from regraft.models.layerwise import Layerwise, emptied, silenced
 from regraft.models.view import ModelView
+from regraft.numerics.divergence import log_probabilities, mean_divergence
 from regraft.plans import WHOLE, Group
 
 Compare = Callable[[Tensor, Tensor], Tensor]
@@ -135,7 +136,7 @@ def removal_units(evidence: Evidence) -> Mapping[str, Tensor]:
     """Returns the scores of ``removal``, in nats per token."""
     walk = _walked(evidence)
     states = _states(walk)
-    dense = [functional.log_softmax(logits.float(), dim=-1) for logits in walk.logits(states[-1])]
+    dense = [log_probabilities(logits) for logits in walk.logits(states[-1])]
     return {group.name: torch.tensor([divergence_without(walk, group, states, dense)]).double() for group in evidence.groups.groups}
 
 
@@ -153,16 +154,6 @@ def divergence_without(walk: Layerwise, group: Group, states: list[list[Tensor]]
     for above in range(group.layer + 1, len(walk.view.layers)):
         hidden = walk.run(above, hidden)
     return max(0.0, mean_divergence(walk.logits(hidden), dense))
-
-
-def mean_divergence(logits: Iterable[Tensor], dense: list[Tensor]) -> float:
-    """Returns the mean divergence per token, in nats, of logits (batch, tokens, vocabulary) from the dense model's log-probabilities."""
-    total, tokens = 0.0, 0
-    for batch, before in zip(logits, dense, strict=True):
-        after = functional.log_softmax(batch.float(), dim=-1)
-        total += float(functional.kl_div(after, before, reduction="sum", log_target=True))
-        tokens += before.shape[0] * before.shape[1]
-    return total / tokens
 
 
 CRITERIA.include(

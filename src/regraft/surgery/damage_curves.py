@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from regraft.importance.depth import divergence_without, mean_divergence
+from regraft.importance.depth import divergence_without
 from regraft.models.layerwise import Layerwise, watched_inputs
 from regraft.models.precision import float32_on_cpu
 from regraft.models.view import ModelView
+from regraft.numerics.divergence import log_probabilities, mean_divergence
 from regraft.numerics.moments import Moments
 from regraft.plans import WHOLE, Curve, Curves, Cut, Group, Groups, PrunePlan, Scores
 from regraft.progress import Say, Step, say_nothing
@@ -137,7 +138,7 @@ def rescale_curves(
         with watched_inputs({name: view.model.get_submodule(name) for name in inputs}, _adder(judged)):
             for layer in range(len(view.layers)):
                 entering.append(walk.run(layer, entering[-1]))
-        dense = [functional.log_softmax(logits.float(), dim=-1) for logits in walk.logits(entering[-1])]
+        dense = [log_probabilities(logits) for logits in walk.logits(entering[-1])]
         for layer in range(len(view.layers)):
             for group in (group for group in groups.groups if group.layer == layer and group.name in values and group.kind not in WHOLE):
                 curve, own = values[group.name], scores.values[group.name]
@@ -178,7 +179,7 @@ def _damages(view: ModelView, groups: Groups, scores: Scores, windows_NT: Tensor
     fit_hidden, inputs = fit_walk.first, [judge_walk.first]
     for layer in range(len(view.layers)):
         inputs.append(judge_walk.run(layer, inputs[-1]))
-    dense = [functional.log_softmax(logits.float(), dim=-1) for logits in judge_walk.logits(inputs[-1])]
+    dense = [log_probabilities(logits) for logits in judge_walk.logits(inputs[-1])]
     found: dict[str, tuple[float, ...]] = {}
     for layer in range(len(view.layers)):
         here = [group for group in groups.groups if group.layer == layer]

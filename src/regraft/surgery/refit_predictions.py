@@ -17,12 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from regraft.models.precision import float32_on_cpu
 from regraft.models.trainable import only_these_train
 from regraft.models.view import ModelView
+from regraft.numerics.divergence import log_probabilities, summed_divergence
 from regraft.numerics.moments import Moments
 from regraft.numerics.natural_gradient import natural_gradient
 from regraft.progress import Say, Step, say_nothing
@@ -77,7 +77,9 @@ def refit_to_predictions(
         aims = [_log_probabilities(dense, ids) for ids in judged]
 
         def divergence() -> float:
-            return sum(_divergence(pruned.model, ids, aim) for ids, aim in zip(judged, aims, strict=True)) / windows_NT[-judges:].numel()
+            pairs = zip(judged, aims, strict=True)
+            total = sum(float(summed_divergence(_log_probabilities(pruned.model, ids), aim)) for ids, aim in pairs)
+            return total / windows_NT[-judges:].numel()
 
         found = [divergence()]
         for step in range(steps):
@@ -192,7 +194,7 @@ def _gather(
             aim = _log_probabilities(dense, ids)
             with torch.enable_grad():
                 now = _log_probabilities(model, ids)
-                loss = functional.kl_div(now, aim, reduction="sum", log_target=True) / tokens
+                loss = summed_divergence(now, aim) / tokens
                 found = torch.autograd.grad(loss, list(weights.values()), retain_graph=generator is not None)
                 if generator is not None:
                     _add_drawn(drawn, outputs, now, generator)
@@ -220,8 +222,4 @@ def _weight(reader: nn.Module) -> nn.Parameter:
 
 def _log_probabilities(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     """Returns the log-probabilities of all tokens, float32 (batch, tokens, vocabulary)."""
-    return functional.log_softmax(model(input_ids=ids_BT, use_cache=False).logits.float(), dim=-1)
-
-
-def _divergence(model: PreTrainedModel, ids: Tensor, aim: Tensor) -> float:
-    return float(functional.kl_div(_log_probabilities(model, ids), aim, reduction="sum", log_target=True))
+    return log_probabilities(model(input_ids=ids_BT, use_cache=False).logits)

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from regraft.models.layerwise import Layerwise
 from regraft.models.precision import float32_on_cpu
 from regraft.models.view import ModelView
+from regraft.numerics.divergence import log_probabilities, summed_divergence
 from regraft.numerics.truncation import Factors, Truncation
 from regraft.plans import FactorSpace
 
@@ -92,7 +92,7 @@ def measured_damage(
         inputs = [walk.first]
         for layer in range(len(view.layers)):
             inputs.append(walk.run(layer, inputs[-1]))
-        dense = [functional.log_softmax(logits.float(), dim=-1) for logits in walk.logits(inputs[-1])]
+        dense = [log_probabilities(logits) for logits in walk.logits(inputs[-1])]
         for site in space.sites:
             ranks = _measured_at(space, site.ranks, site.rows, site.columns)
             ratios: list[float] = []
@@ -103,7 +103,8 @@ def measured_damage(
                 hidden = walk.run(site.layer, inputs[site.layer], module)
                 for above in range(site.layer + 1, len(view.layers)):
                     hidden = walk.run(above, hidden)
-                total = sum(_divergence(logits, aim) for logits, aim in zip(walk.logits(hidden), dense, strict=True))
+                pairs = zip(walk.logits(hidden), dense, strict=True)
+                total = sum(float(summed_divergence(log_probabilities(logits), aim)) for logits, aim in pairs)
                 measured = total / windows_NT[:JUDGED_WINDOWS].numel()
                 ratios.append(max(measured, _LEAST) / max(site.damage[site.ranks.index(rank)], _LEAST))
             found[site.name] = _corrected(site.ranks, site.damage, ranks, ratios)
@@ -130,11 +131,6 @@ def _corrected(choices: Sequence[int], damage: Sequence[float], ranks: Sequence[
             factor = (1.0 - share) * known[0] + share * known[-1]
         found.append(price * float(factor.exp()))
     return tuple(torch.tensor(found, dtype=torch.float64).flip(0).cummax(0).values.flip(0).tolist())
-
-
-def _divergence(logits: Tensor, aim: Tensor) -> float:
-    now = functional.log_softmax(logits.float(), dim=-1)
-    return float(functional.kl_div(now, aim, reduction="sum", log_target=True))
 
 
 def _kept(module: nn.Module) -> tuple[Tensor, nn.Parameter | None]:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from regraft.data.instructions import IGNORED
 from regraft.models.trainable import evaluating
+from regraft.numerics.divergence import summed_divergence
 
 
 def predicted_tokens(labels: Tensor) -> int:
@@ -74,7 +75,7 @@ def divergence(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Te
     """
     log_q_NV = torch.log_softmax(student_NV / temperature, dim=-1)
     log_p_NV = torch.log_softmax(teacher_NV.to(student_NV.dtype) / temperature, dim=-1)
-    return temperature**2 * F.kl_div(log_q_NV, log_p_NV, log_target=True, reduction="sum")
+    return temperature**2 * summed_divergence(log_q_NV, log_p_NV)
 
 
 def divergence_of_top(student_NV: Tensor, log_p_NK: Tensor, tokens_NK: Tensor, temperature: float) -> Tensor:

@@ -17,12 +17,12 @@ from typing import final
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from regraft.allocation import ALLOCATORS, ClosedForm, Rung, Schedule, winner
 from regraft.compression import rank_at_share, settle
 from regraft.errors import InputError
 from regraft.models.precision import float32_on_cpu
+from regraft.numerics.divergence import log_probabilities, summed_divergence
 from regraft.plans import FactorSite, FactorSpace, RankSlot, RankSpace, RankTrial
 from regraft.progress import Say
 from regraft.search.contract import Job
@@ -74,9 +74,9 @@ class Objective:
         with float32_on_cpu(self.trial.model):
             for window, aim in zip(self.windows_NT, self.aims, strict=True):
                 ids = window.unsqueeze(0).to(self.trial.model.device)
-                now = functional.log_softmax(self.trial.model(input_ids=ids, use_cache=False).logits.float(), dim=-1)
+                now = log_probabilities(self.trial.model(input_ids=ids, use_cache=False).logits)
                 nats -= float(now[0, :-1].gather(1, ids[0, 1:, None]).sum())
-                divergence += float(functional.kl_div(now, aim, reduction="sum", log_target=True))
+                divergence += float(summed_divergence(now, aim))
         count, width = self.windows_NT.shape
         return math.exp(min(nats / (count * (width - 1)), 100.0)) + self.kl_weight * divergence / (count * width)
 
@@ -122,7 +122,7 @@ def searched_ranks(
     with torch.no_grad(), float32_on_cpu(trial.model):
         device = trial.model.device
         logits = (trial.model(input_ids=window.unsqueeze(0).to(device), use_cache=False).logits for window in windows_NT)
-        aims = tuple(functional.log_softmax(one.float(), dim=-1) for one in logits)
+        aims = tuple(log_probabilities(one) for one in logits)
     objective = Objective(trial, space, slots, windows_NT, aims, kl_weight)
 
     def told(job: Job, result: RankTrial) -> None:
