@@ -25,7 +25,7 @@ from regraft.models.classifier import head_modules, head_parameters
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."  # what PEFT puts before the names of the base's own tensors
 
 
 def write_plain_lora(
@@ -60,9 +60,9 @@ def write_plain_lora(
         first, second = (
             ("lora_embedding_A", "lora_embedding_B") if isinstance(modules[name], nn.Embedding) else ("lora_A.weight", "lora_B.weight")
         )
-        tensors[f"{_PREFIX}{name}.{first}"] = right.to("cpu").contiguous()
-        tensors[f"{_PREFIX}{name}.{second}"] = left.to("cpu").contiguous()
-    tensors |= {f"{_PREFIX}{name}": value.detach().to("cpu").contiguous() for name, value in head.items()}
+        tensors[f"{PEFT_PREFIX}{name}.{first}"] = right.to("cpu").contiguous()
+        tensors[f"{PEFT_PREFIX}{name}.{second}"] = left.to("cpu").contiguous()
+    tensors |= {f"{PEFT_PREFIX}{name}": value.detach().to("cpu").contiguous() for name, value in head.items()}
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.models.precision import round_weights
+from regraft.models.trainable import replaced_forwards
 from regraft.models.view import ModelView
 from regraft.plans import Group
 
@@ -149,7 +150,7 @@ def _record(view: ModelView, ids: Tensor) -> tuple[Tensor, list[tuple[tuple[Any,
         notes.append((positional[1:], named))
         return _as_returned(view, hidden)
 
-    with _replaced_forward(view, note), torch.no_grad():
+    with replaced_forwards(dict.fromkeys(view.layers, note)), torch.no_grad():
         view.model(input_ids=ids.to(view.model.device), use_cache=False, logits_to_keep=1)
     return entering[0], notes
 
@@ -218,23 +219,10 @@ def watched_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor]
 @contextmanager
 def layers_give(view: ModelView, hidden: Tensor) -> Iterator[None]:
     """Makes every layer return the same hidden states inside the block, so that only the modules after the layers are computed."""
-    with _replaced_forward(view, lambda *positional, **named: _as_returned(view, hidden)):
+    with replaced_forwards(dict.fromkeys(view.layers, lambda *positional, **named: _as_returned(view, hidden))):
         yield
 
 
 def _as_returned(view: ModelView, hidden: Tensor) -> Any:
     """Returns hidden states in the form that the family's layers return."""
     return (hidden,) if view.family.layer_output == "tuple" else hidden
-
-
-@contextmanager
-def _replaced_forward(view: ModelView, forward: Any) -> Iterator[None]:
-    """Replaces the forward pass of every layer inside the block, and restores it at the end."""
-    layers: list[nn.Module] = list(view.layers)
-    try:
-        for layer in layers:
-            layer.__dict__["forward"] = forward
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)

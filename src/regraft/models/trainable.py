@@ -1,9 +1,10 @@
-"""Modes of a model for a while: evaluation without gradients, and gradients of chosen parameters alone."""
+"""Modes of a model for a while: evaluation without gradients, gradients of chosen parameters alone, and other forward passes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,3 +44,22 @@ def only_these_train(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator
             parameter.requires_grad_(flag)
         for module in training:
             module.training = True
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Replaces the forward passes of modules inside the block; at the end, each module has the one that it had before.
+
+    Args:
+        forwards: Module to the function that is called in place of its ``forward``, with the same arguments.
+    """
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.__dict__["forward"] = forward

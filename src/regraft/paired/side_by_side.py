@@ -21,6 +21,7 @@ from regraft.adapters import AdapterRequest
 from regraft.adapters.linear_like import shape_of
 from regraft.adapters.nested_init import first_rows
 from regraft.errors import InputError
+from regraft.models.trainable import replaced_forwards
 
 SCALES: Mapping[str, Callable[[float, int], float]] = {
     "lora": lambda alpha, rank: alpha / rank,
@@ -66,16 +67,8 @@ def adapted(sites: Mapping[str, nn.Module], factors: Callable[[str], Factors], d
         factors: Returns the present factors of a module; called on every forward pass.
         dropout: Returns the present dropout rate of the inputs.
     """
-    before = {name: site.__dict__.get("forward") for name, site in sites.items()}
-    try:
-        for name, site in sites.items():
-            site.__dict__["forward"] = _forward(name, site.forward, factors, dropout)
+    with replaced_forwards({site: _forward(name, site.forward, factors, dropout) for name, site in sites.items()}):
         yield
-    finally:
-        for name, site in sites.items():
-            site.__dict__.pop("forward", None)
-            if before[name] is not None:
-                site.__dict__["forward"] = before[name]
 
 
 def _forward(

@@ -10,6 +10,7 @@ from typing import Any, cast
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
+from regraft.adapters.plain_lora import PEFT_PREFIX
 from regraft.adapters.stock_files import check_patterns, read_stock_config
 from regraft.errors import InputError, ModelError, shown
 from regraft.models.checks import check_finite
@@ -28,7 +29,6 @@ from regraft.surgery.adapters import Injected, load_adapter
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # what PEFT puts before the names of the base's own tensors
 
 
 def is_adapter(source: str | Path) -> bool:
@@ -79,7 +79,7 @@ def attached(folder: Path, settings: LoadSettings) -> tuple[Loaded, PreTrainedMo
 
     loaded, base = _base(folder, named, settings, opened, "" if labels else None)
     check_patterns(folder, read_stock_config(folder), (name for name, _ in loaded.model.named_modules()))
-    own = {f"{_PREFIX}{name}" for name in loaded.model.state_dict()}
+    own = {f"{PEFT_PREFIX}{name}" for name in loaded.model.state_dict()}
     # PEFT stores the table of an embedding that it adapts, once more in a wrapper's own name, as it was in its base.
     own |= {
         f"{name.removesuffix('.weight')}.{part}.weight" for name in own for part in ("base_layer", "modules_to_save", "original_module")
@@ -183,7 +183,7 @@ def _check_rows(folder: Path, base: str, model: PreTrainedModel, header: Mapping
     names = {name for name, module in model.named_modules() if any(module is end for end in ends)}
     rows_at = {"lora_embedding_A": 1, "lora_B.weight": 0, "base_layer.weight": 0, "weight": 0, "modules_to_save.weight": 0}
     for name, tensor in header.items():
-        parts = name.removeprefix(_PREFIX)
+        parts = name.removeprefix(PEFT_PREFIX)
         axis = next((axis for end, axis in rows_at.items() if parts.removesuffix(f".{end}") in names), None)
         if axis is not None and len(tensor.shape) > axis and tensor.shape[axis] != rows:
             raise ModelError(
@@ -194,8 +194,8 @@ def _check_rows(folder: Path, base: str, model: PreTrainedModel, header: Mapping
 
 def _labels_of(header: Mapping[str, StoredTensor]) -> int:
     """Returns how many outputs the head has that an adapter of PEFT brings for a model for labels; 0 where it brings none."""
-    heads = [name for name in header if name.removeprefix(_PREFIX).split(".")[0] in HEADS and name.endswith(".weight")]
-    last = max(heads, key=lambda name: (f"{_PREFIX}pre_" not in name, name), default="")
+    heads = [name for name in header if name.removeprefix(PEFT_PREFIX).split(".")[0] in HEADS and name.endswith(".weight")]
+    last = max(heads, key=lambda name: (f"{PEFT_PREFIX}pre_" not in name, name), default="")
     if last and len(header[last].shape) != 2:
         raise ModelError(f"the adapter's head '{shown(last)}' has the shape {list(header[last].shape)}, not outputs x width; copy it again")
     return header[last].shape[0] if last else 0
