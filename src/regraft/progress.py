@@ -31,6 +31,9 @@ class Step(str):
 Say = Callable[[str], None]
 """Called with one line, often a :class:`Step`, whenever a stage gets on."""
 
+SayCount = Callable[[int, int], None]
+"""Called with how many are finished and how many there are."""
+
 
 def say_nothing(line: str) -> None:
     """Shows no progress."""

@@ -70,14 +70,14 @@ from regraft.cli import app
 from regraft.streaming import output, writer
 output.SHARD_BYTES = 1 << 21
 if sys.argv[1] == "die":
-    put, count = output.Progress.add, 0
+    put, count = output.PartialOutput.add, 0
     def add(self, shard, sha256):
         global count
         put(self, shard, sha256)
         count += 1
         if count == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-    output.Progress.add = add
+    output.PartialOutput.add = add
 sys.argv[0] = "regraft"
 sys.exit(app.run(sys.argv[2:]))
 """

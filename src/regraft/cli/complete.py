@@ -22,7 +22,7 @@ from regraft.settings import CompletionSettings
 
 if TYPE_CHECKING:
     from regraft.completion.complete import CompletionReport, complete_ratings
-    from regraft.completion.tuning import Progress as Told
+    from regraft.completion.tuning import SayShare
 else:
     complete_ratings = later("regraft.completion.complete", "complete_ratings")
 
@@ -77,7 +77,7 @@ def complete(
 
 
 @contextmanager
-def _bar() -> Iterator[Told]:
+def _bar() -> Iterator[SayShare]:
     """Shows the current step in a progress bar, on the standard error and only if that is a terminal; removes it at the end."""
     console = Screen(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

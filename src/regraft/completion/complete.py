@@ -24,7 +24,7 @@ from regraft.completion.estimator import CompressedMatrixCompletion
 from regraft.completion.files import recommendations, write_pairs, write_predictions, write_rows
 from regraft.completion.held_out import hold_out
 from regraft.completion.ratings import Pairs, Ratings, read_pairs, read_ratings, split_ratings
-from regraft.completion.tuning import Progress
+from regraft.completion.tuning import SayShare
 from regraft.errors import DataError
 from regraft.reading import path_of
 from regraft.settings import CompletionSettings, takes_settings
@@ -103,7 +103,7 @@ def complete_ratings(
     *,
     pairs: Path | str | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: SayShare | None = None,
 ) -> CompletionReport:
     """Completes a table of ratings and reports its error on held-out ratings, together with those of four baselines.
 
@@ -130,7 +130,7 @@ def complete_ratings(
 
 
 def _completed(
-    ratings: Path, output: Path | None, settings: CompletionSettings, pairs: Path | str | None, seed: int, progress: Progress
+    ratings: Path, output: Path | None, settings: CompletionSettings, pairs: Path | str | None, seed: int, progress: SayShare
 ) -> CompletionReport:
     started = time.perf_counter()
     progress("reading", 0.0)
@@ -200,7 +200,7 @@ def _asked_for(model: CompressedMatrixCompletion, table: Ratings, pairs: Pairs) 
     return _predicted(model, limits, rows, columns), int(strange.sum())
 
 
-def _estimator(settings: CompletionSettings, seed: int, progress: Progress) -> CompressedMatrixCompletion:
+def _estimator(settings: CompletionSettings, seed: int, progress: SayShare) -> CompressedMatrixCompletion:
     return CompressedMatrixCompletion(
         settings.rank,
         settings.depth,

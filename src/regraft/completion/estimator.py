@@ -21,7 +21,7 @@ from regraft.completion.entries import EntryList, entries_of
 from regraft.completion.exact import ExactSettings
 from regraft.completion.held_out import hold_out
 from regraft.completion.inputs import Numbers, as_device, as_entries, as_indices, as_seed, as_values, check_range
-from regraft.completion.tuning import Choice, Completion, Progress, Search, choose_rank, complete_as
+from regraft.completion.tuning import Completion, CompletionChoice, SayShare, Search, choose_rank, complete_as
 from regraft.errors import DataError, InputError
 from regraft.numerics.checks import checked_number, checked_rank
 
@@ -63,7 +63,7 @@ class CompressedMatrixCompletion(BaseEstimator):
 
     Attributes:
         rank_: The rank.
-        choice_: The chosen rank, biases, threshold and scales (:class:`~regraft.completion.tuning.Choice`).
+        choice_: The chosen rank, biases, threshold and scales (:class:`~regraft.completion.tuning.CompletionChoice`).
         left_: m x r; zero in rows without entries.
         right_: n x r; zero in columns without entries.
         offsets_: Mean and biases.
@@ -102,7 +102,7 @@ class CompressedMatrixCompletion(BaseEstimator):
         validation_fraction: float = 0.1,
         random_state: Any = None,
         device: str = "cpu",
-        progress: Progress | None = None,
+        progress: SayShare | None = None,
     ) -> None:
         self.rank: int | Auto = rank
         self.depth = depth
@@ -238,7 +238,7 @@ class CompressedMatrixCompletion(BaseEstimator):
         if self.rank != "auto":
             checked_rank(self.rank, entries.shape[0], entries.shape[1])
         if self.rank != "auto" and self.threshold == 0 and self.biases is False:
-            choice, error = Choice(int(self.rank), False, 0.0, 0.0), float("nan")
+            choice, error = CompletionChoice(int(self.rank), False, 0.0, 0.0), float("nan")
         else:
             slices = hold_out(entries, self.validation_fraction, torch.Generator().manual_seed(seed))
             search = Search(slices, exact, seed, self.progress)

@@ -41,12 +41,12 @@ IMPROVED = 0.999
 SAME = 1.01
 """Mean squared errors within this factor count as equal."""
 
-Progress = Callable[[str, float], None]
+SayShare = Callable[[str, float], None]
 """Called with the name of the current step and the share of it that is done."""
 
 
 @dataclass(frozen=True)
-class Choice:
+class CompletionChoice:
     """Settings of one completion, with nothing left open.
 
     Attributes:
@@ -78,7 +78,7 @@ class Completion:
         loss: Relative squared error on the entries after those steps.
     """
 
-    choice: Choice
+    choice: CompletionChoice
     offsets: Biases
     factors: Factors
     iterations: int = 0
@@ -89,7 +89,7 @@ class Completion:
         return self.offsets.at(rows, columns) + entries_of(self.factors.left, self.factors.right, rows, columns)
 
 
-def offsets_of(entries: EntryList, choice: Choice) -> Biases:
+def offsets_of(entries: EntryList, choice: CompletionChoice) -> Biases:
     """Returns mean and biases of the entries, or zeros when the choice does not remove them."""
     if choice.biases:
         return fit_biases(entries, choice.shrinkage)
@@ -101,7 +101,9 @@ def without(entries: EntryList, offsets: Biases) -> EntryList:
     return entries.with_values(entries.values - offsets.at(entries.rows, entries.columns))
 
 
-def complete_as(choice: Choice, entries: EntryList, exact: ExactSettings, seed: int, progress: Progress | None = None) -> Completion:
+def complete_as(
+    choice: CompletionChoice, entries: EntryList, exact: ExactSettings, seed: int, progress: SayShare | None = None
+) -> Completion:
     """Fits one chosen completion to entries.
 
     Args:
@@ -138,9 +140,9 @@ class Search:
         progress: Called with the name of the current step and the share of it that is done.
     """
 
-    def __init__(self, slices: Slices, exact: ExactSettings, seed: int, progress: Progress | None = None) -> None:
+    def __init__(self, slices: Slices, exact: ExactSettings, seed: int, progress: SayShare | None = None) -> None:
         self._slices, self._exact, self._seed = slices, exact, seed
-        self._progress: Progress = progress or _say_nothing
+        self._progress: SayShare = progress or _say_nothing
         self._shrinkage: float | None = None
 
     @property
@@ -155,7 +157,7 @@ class Search:
             self._shrinkage, _ = least(SHRINKAGES, lambda strength: self._slices.rmse(fit_biases(fitted, strength).at))
         return self._shrinkage
 
-    def best(self, rank: int, biases: bool | Literal["auto"], threshold: float | Literal["auto"]) -> tuple[Choice, Tensor]:
+    def best(self, rank: int, biases: bool | Literal["auto"], threshold: float | Literal["auto"]) -> tuple[CompletionChoice, Tensor]:
         """Returns the best choice and the squared error of each held-out entry under it.
 
         Args:
@@ -163,16 +165,16 @@ class Search:
             biases: Whether to remove mean and biases; ``auto`` tries both.
             threshold: Share of the top singular value, 0 for the exact dynamics; ``auto`` searches.
         """
-        found: list[tuple[Choice, Tensor]] = []
+        found: list[tuple[CompletionChoice, Tensor]] = []
         for removed in (True, False) if biases == "auto" else (bool(biases),):
-            base = Choice(rank, removed, self.shrinkage() if removed else 0.0, 0.0)
+            base = CompletionChoice(rank, removed, self.shrinkage() if removed else 0.0, 0.0)
             found += [self._exactly(base)] if threshold == 0 else [self._shrunk(base, threshold)]
         best = min(found, key=_mean_error)
         if threshold == "auto" and best[0].threshold <= SHARES[-2]:  # hardly any shrinkage: perhaps none is better still
             found += [self._exactly(replace(choice, threshold=0.0, scales=UNSCALED)) for choice, _ in found]
         return min(found, key=_mean_error)
 
-    def _shrunk(self, base: Choice, threshold: float | Literal["auto"]) -> tuple[Choice, Tensor]:
+    def _shrunk(self, base: CompletionChoice, threshold: float | Literal["auto"]) -> tuple[CompletionChoice, Tensor]:
         """Searches the threshold, then the scales at that threshold, then the two neighbouring thresholds at the best scales."""
         offsets = offsets_of(self._slices.fitted, base)
         residuals = without(self._slices.fitted, offsets)
@@ -203,7 +205,7 @@ class Search:
         scales, share = min(tried, key=lambda key: float(tried[key].mean()))
         return replace(base, threshold=share, scales=scales), tried[scales, share]
 
-    def _exactly(self, base: Choice) -> tuple[Choice, Tensor]:
+    def _exactly(self, base: CompletionChoice) -> tuple[CompletionChoice, Tensor]:
         """Runs the exact dynamics and returns the choice with the iteration of least held-out error."""
         offsets = offsets_of(self._slices.fitted, base)
         residuals = without(self._slices.fitted, offsets)
@@ -227,7 +229,7 @@ class Search:
 
 def choose_rank(
     search: Search, shape: tuple[int, int], biases: bool | Literal["auto"], threshold: float | Literal["auto"]
-) -> tuple[Choice, Tensor]:
+) -> tuple[CompletionChoice, Tensor]:
     """Finds the smallest rank whose held-out error is within one standard error of the least.
 
     Ranks are tried from 1 upwards until two in a row are no better. The errors of two ranks are compared entry by entry, so that the
@@ -239,7 +241,7 @@ def choose_rank(
         biases: As in :meth:`Search.best`.
         threshold: As in :meth:`Search.best`.
     """
-    found: list[tuple[Choice, Tensor]] = []
+    found: list[tuple[CompletionChoice, Tensor]] = []
     limit = min(shape) // 2
     checked_rank(1, shape[0], shape[1])
 
@@ -251,7 +253,7 @@ def choose_rank(
     return within_one_standard_error(found, 1e-6 * search.variance)
 
 
-def within_one_standard_error(found: Sequence[tuple[Choice, Tensor]], floor: float) -> tuple[Choice, Tensor]:
+def within_one_standard_error(found: Sequence[tuple[CompletionChoice, Tensor]], floor: float) -> tuple[CompletionChoice, Tensor]:
     """Returns the first candidate whose mean error exceeds the least one by at most one standard error or ``floor``."""
     least_errors = min(found, key=_mean_error)[1]
     for choice, errors in found:
@@ -262,7 +264,7 @@ def within_one_standard_error(found: Sequence[tuple[Choice, Tensor]], floor: flo
     raise AssertionError("the best candidate is within any error of itself")
 
 
-def _mean_error(found: tuple[Choice, Tensor]) -> float:
+def _mean_error(found: tuple[CompletionChoice, Tensor]) -> float:
     return float(found[1].mean())
 
 

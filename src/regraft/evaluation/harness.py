@@ -10,10 +10,11 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.data.text import Corpus
-from regraft.evaluation.loss import Progress, evaluate_loss
+from regraft.evaluation.loss import evaluate_loss
 from regraft.evaluation.size import measure_size
 from regraft.evaluation.speed import compare_speed
 from regraft.plans import Measurement, to_dict
+from regraft.progress import SayCount
 from regraft.settings import EvaluateSettings
 
 
@@ -41,7 +42,7 @@ def measure(
     folder: Path | None = None,
     *,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: SayCount | None = None,
 ) -> Measurement:
     """Measures one model: loss on a corpus, size, and with ``settings.speed`` also speed.
 
@@ -60,7 +61,7 @@ def measure_together(
     settings: EvaluateSettings | None = None,
     *,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: SayCount | None = None,
 ) -> dict[str, Measurement]:
     """Measures several models on the same text. Speeds are measured in turns, so that their ratios hold on a busy machine.
 

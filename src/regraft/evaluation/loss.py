@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,10 @@ from regraft.evaluation.inference import input_device, vocabulary_size
 from regraft.evaluation.sequences import TokenSequence, Window, sequences_of, windows_of
 from regraft.models.trainable import evaluating
 from regraft.plans import LossReport
+from regraft.progress import SayCount
 from regraft.settings import EvaluateSettings
 
 DEFAULT_WINDOW_TOKENS = 512
-
-Progress = Callable[[int, int], None]
-"""Called with the number of finished tokens and the number of all tokens."""
 
 # Upper limit for the float32 logits of one forward pass; a pass always has at least one window.
 _LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
@@ -42,7 +40,7 @@ def evaluate_loss(
     device: torch.device | str | None = None,
     *,
     batch_windows: int | None = None,
-    progress: Progress | None = None,
+    progress: SayCount | None = None,
 ) -> LossReport:
     """Measures loss, perplexity and bits per byte.
 
@@ -125,7 +123,7 @@ def _total_nats(
     windows: Sequence[Window],
     device: torch.device | str | None,
     batch_windows: int | None,
-    progress: Progress | None,
+    progress: SayCount | None,
 ) -> float:
     """Returns the summed negative log-likelihood of all scored tokens; raises an error as soon as the sum is not finite."""
     where = torch.device(device) if device is not None else input_device(model)

@@ -25,7 +25,7 @@ from regraft.adapters import AdapterRequest, LowRank, ParameterGroup, make_reque
 from regraft.adapters.seeding import derived_seed
 from regraft.allocation.spaces import rank_plan
 from regraft.errors import InputError
-from regraft.paired.partial_runs import Kept, Progress
+from regraft.paired.partial_runs import PartialRun, PartialRuns
 from regraft.paired.setup import PairedSetup
 from regraft.paired.side_by_side import SCALES, Stack, adapted, check_adapter, clip_each
 from regraft.plans import RankSpace, RankTrial
@@ -42,7 +42,7 @@ class _Member:
     place: int
     ranks: tuple[int, ...]
     request: AdapterRequest
-    progress: Progress | None
+    progress: PartialRun | None
 
     @property
     def steps(self) -> int:
@@ -68,7 +68,7 @@ class Candidates:
         self.setup = setup
         self.space = space
         self._together = together
-        self._kept = Kept(folder)
+        self._kept = PartialRuns(folder)
         check_adapter(setup.settings.adapter)
 
     def measure(self, ranks: Sequence[tuple[int, ...]], fidelity: float, seed: int) -> list[RankTrial]:
@@ -178,7 +178,7 @@ class Candidates:
         for index, member in enumerate(run.members):
             loss = min(run.best[index], float(seen[index]))
             trials[member.place] = self._trial(member, loss, until - start, looks, seed, "")
-            finished = Progress(until, run.best[index], run.taken(index), loss, trials[member.place].cost, member.ranks)
+            finished = PartialRun(until, run.best[index], run.taken(index), loss, trials[member.place].cost, member.ranks)
             self._kept.put(self._key(member.ranks, seed), finished)
         return trials
 
@@ -186,7 +186,7 @@ class Candidates:
         return RankTrial(member.ranks, loss, 1.0, self.setup.cost(steps, looks), "recovery", seed, note)
 
 
-def _finished(member: _Member, progress: Progress, seed: int) -> RankTrial:
+def _finished(member: _Member, progress: PartialRun, seed: int) -> RankTrial:
     """Returns the trial of a measurement that was finished and stored before."""
     return RankTrial(member.ranks, progress.loss_nats, 1.0, progress.cost, "recovery", seed, "")
 
@@ -236,6 +236,6 @@ class _Run:
         members = [replace(self.members[index], progress=self._progress(index, steps)) for index in kept]
         return _Run(self._setup, members, steps, self._seed)
 
-    def _progress(self, index: int, steps: int) -> Progress:
+    def _progress(self, index: int, steps: int) -> PartialRun:
         """Returns the state of one candidate in the middle of a measurement, which is stored nowhere."""
-        return Progress(steps, self.best[index], self.taken(index), math.nan, math.nan, self.members[index].ranks)
+        return PartialRun(steps, self.best[index], self.taken(index), math.nan, math.nan, self.members[index].ranks)

@@ -32,7 +32,7 @@ from regraft.adapters.nested_init import first_rows
 from regraft.adapters.seeding import derived_seed
 from regraft.allocation.fill import random_vectors
 from regraft.errors import InputError
-from regraft.paired.partial_runs import Kept, Progress
+from regraft.paired.partial_runs import PartialRun, PartialRuns
 from regraft.paired.setup import PairedSetup
 from regraft.paired.side_by_side import SCALES, Factors, adapted, check_adapter
 from regraft.plans import ALPHA_PER_RANK, RankSpace, RankTrial
@@ -84,7 +84,7 @@ class Elastic:
         self.setup = setup
         self.space = space
         self.settings = settings or ElasticSettings()
-        self._kept = Kept(folder)
+        self._kept = PartialRuns(folder)
         self._trained: tuple[int, _Nested, Ranks, float] | None = None
 
     def measure(self, ranks: Sequence[Ranks], seed: int) -> list[RankTrial]:
@@ -128,7 +128,7 @@ class Elastic:
         if kept is None:
             self._train(nested, steps, seed)
             cost = setup.cost(steps, 0, settings.vectors)
-            kept = Progress(steps, math.nan, nested.taken(), math.nan, cost, ranks[0] if ranks else ())
+            kept = PartialRun(steps, math.nan, nested.taken(), math.nan, cost, ranks[0] if ranks else ())
             self._kept.put(key, kept)
         else:
             nested.put(kept.tensors)

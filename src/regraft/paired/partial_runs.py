@@ -15,7 +15,7 @@ from regraft.atomic import atomic_file
 
 
 @dataclass(frozen=True)
-class Progress:
+class PartialRun:
     """State of an unfinished training.
 
     Attributes:
@@ -36,7 +36,7 @@ class Progress:
 
 
 @final
-class Kept:
+class PartialRuns:
     """A store of unfinished trainings by key.
 
     Args:
@@ -45,9 +45,9 @@ class Kept:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
-        self._memory: dict[str, Progress] = {}
+        self._memory: dict[str, PartialRun] = {}
 
-    def get(self, key: str) -> Progress | None:
+    def get(self, key: str) -> PartialRun | None:
         """Returns the stored state or None; a damaged file also gives None, so that its steps are repeated."""
         if self._folder is None:
             return self._memory.get(key)
@@ -56,13 +56,13 @@ class Kept:
                 values = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
             ranks = tuple(int(rank) for rank in values["ranks"].split())
-            return Progress(
+            return PartialRun(
                 int(values["steps"]), float(values["best_nats"]), tensors, float(values["loss_nats"]), float(values["cost"]), ranks
             )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
 
-    def put(self, key: str, progress: Progress) -> None:
+    def put(self, key: str, progress: PartialRun) -> None:
         """Stores a training's state, unless a state with as many or more steps is stored.
 
         Raises:

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.errors import InputError
 from regraft.evaluation.harness import measure
-from regraft.evaluation.loss import Progress
 from regraft.models.classifier import is_classifier, is_classifier_folder
 from regraft.models.live import ModelLike, check_object, fitting_tokenizer, lineage
 from regraft.models.load import Loaded, locate_by, require_tokenizer
@@ -18,6 +17,7 @@ from regraft.models.load import load as load_model
 from regraft.models.trainable import evaluating
 from regraft.pipelines.texts import Texts, in_memory, path_in, read, text_for
 from regraft.plans import Measurement
+from regraft.progress import SayCount
 from regraft.settings import EvaluateSettings, LoadSettings, takes_settings, with_keywords
 from regraft.surgery.adapter_folder import is_adapter, load_adapted
 
@@ -33,7 +33,7 @@ def evaluate_model(
     seed: int = 0,
     label: str | None = None,
     folder: Path | None = None,
-    progress: Progress | None = None,
+    progress: SayCount | None = None,
     **keywords: Any,
 ) -> Measurement:
     """Measures a model by the common harness.

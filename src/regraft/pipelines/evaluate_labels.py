@@ -20,10 +20,11 @@ from regraft.models.live import check_object, fitting_tokenizer, lineage
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.trainable import evaluating
 from regraft.models.view import parameter_count
+from regraft.progress import SayCount
 from regraft.reading import is_file
 from regraft.settings import TRAINING_TOKENS, LabelSettings, LoadSettings, takes_settings, with_keywords
 from regraft.surgery.adapter_folder import is_adapter, load_adapted
-from regraft.training.labelled import Progress, judged
+from regraft.training.labelled import judged
 
 
 @dataclass(frozen=True, repr=False)
@@ -71,7 +72,7 @@ def evaluate_labels(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     load: LoadSettings | None = None,
-    progress: Progress | None = None,
+    progress: SayCount | None = None,
     **keywords: Any,
 ) -> LabelReport:
     """Measures a classification or regression model on all rows of a file.

@@ -22,7 +22,7 @@ PIECE_BYTES = 1 << 25
 _digests: dict[tuple[Any, ...], bytes] = {}  # of tensors, by file, its size and time, and place in it
 
 
-class Checkpoint:
+class CheckpointFiles:
     """The tensors of a model folder, by name.
 
     Args:

@@ -15,7 +15,7 @@ from regraft.models.build import config_for
 from regraft.numerics.truncation import Factors, Truncation
 from regraft.plans import FactorPlan, Provenance
 from regraft.progress import Say, Step, say_nothing
-from regraft.streaming.checkpoint import Checkpoint
+from regraft.streaming.checkpoint import CheckpointFiles
 from regraft.streaming.output import SHARD_BYTES, finish_folder, shards_of
 from regraft.streaming.skeleton import Skeleton
 from regraft.streaming.writer import ShardWriter
@@ -42,7 +42,7 @@ class StoredFactors:
 
     def at(self, name: str, rank: int) -> Factors:
         """Returns the factors of a layer at a rank."""
-        stored = Checkpoint(self._folder, [self._path(name)])
+        stored = CheckpointFiles(self._folder, [self._path(name)])
         left_OR, right_RI = stored.rows("left", 0, rank).T, stored.rows("right", 0, rank)
         if "mean_inputs" not in stored.places:
             return Factors(left_OR, right_RI, None)

@@ -29,7 +29,7 @@ from regraft.models.view import LayerSizes
 from regraft.models.weights import INDEX, SINGLE, stored_tensors
 from regraft.plans import WHOLE, Groups, Provenance, PrunePlan, from_json, to_dict
 from regraft.progress import Say, Step, say_nothing
-from regraft.streaming.checkpoint import Checkpoint
+from regraft.streaming.checkpoint import CheckpointFiles
 from regraft.streaming.skeleton import Skeleton
 from regraft.streaming.writer import Shard, ShardWriter
 from regraft.surgery.cut import layers_after, removed_indices, removed_parameters, renumbered_names, sizes_after
@@ -39,8 +39,8 @@ NOTE = "progress.json"
 SHARD_BYTES = 1 << 28
 
 
-class Progress:
-    """Progress of a run that can be resumed: the plan and the finished shards.
+class PartialOutput:
+    """Output of a run that can be resumed: the plan and the finished shards.
 
     Args:
         folder: Temporary folder next to the output.
@@ -88,7 +88,7 @@ class Progress:
 
 
 @contextmanager
-def resumable(output: Path, asked: Mapping[str, Any]) -> Iterator[Progress]:
+def resumable(output: Path, asked: Mapping[str, Any]) -> Iterator[PartialOutput]:
     """Opens the folder of an interrupted run with the same settings, or an empty folder.
 
     Args:
@@ -112,7 +112,7 @@ def resumable(output: Path, asked: Mapping[str, Any]) -> Iterator[Progress]:
         with atomic_folder(output, keep=worth_keeping) as folder:
             left.append(folder)
             try:
-                yield Progress(folder, asked)
+                yield PartialOutput(folder, asked)
             except ModelError:
                 damaged = True
                 raise
@@ -158,7 +158,7 @@ class PrunedWriter:
         sizes = sizes_after(skeleton.view, groups, plan.cuts)
         self.sizes: list[LayerSizes] = [sizes[layer] for layer in self._layers]
 
-    def write(self, progress: Progress, refit: Refit | None, say: Say = say_nothing) -> None:
+    def write(self, progress: PartialOutput, refit: Refit | None, say: Say = say_nothing) -> None:
         """Writes every shard that is not finished.
 
         Args:
@@ -174,7 +174,7 @@ class PrunedWriter:
         )
         refitted: Iterator[tuple[int, dict[str, Tensor]]] = iter(())
         if refit is not None and finished < len(self._skeleton.view.layers):
-            source = Checkpoint(progress.folder, [progress.folder / name for name in sorted(written)])
+            source = CheckpointFiles(progress.folder, [progress.folder / name for name in sorted(written)])
             refitted = refit(finished, lambda layer, module: self._restore(source, layer, module))
         for number, shard in enumerate(self.shards[done:], start=done + 1):
             say(Step("writing shards", number, len(self.shards)))
@@ -187,11 +187,11 @@ class PrunedWriter:
                         self._write_part(writer, shapes, changed)
             progress.add(shard, writer.sha256)
 
-    def finish(self, progress: Progress, provenance: Provenance, card: Callable[[Provenance], str]) -> Provenance:
+    def finish(self, progress: PartialOutput, provenance: Provenance, card: Callable[[Provenance], str]) -> Provenance:
         """Writes all files other than the weights.
 
         Args:
-            progress: Progress with all shards finished.
+            progress: Output with all shards finished.
             provenance: Provenance of the model, without the checksums.
             card: Returns the beginning of the model card.
         """
@@ -216,7 +216,7 @@ class PrunedWriter:
         return keep.nonzero().squeeze(1)
 
     @torch.no_grad()
-    def _restore(self, source: Checkpoint, layer: int, module: nn.Module) -> None:
+    def _restore(self, source: CheckpointFiles, layer: int, module: nn.Module) -> None:
         """Loads the tensors written for a layer into the layer at full size, with zeros in the removed columns.
 
         In an uninterrupted run the hidden states pass through this full-size layer, not through the narrow one.

@@ -34,7 +34,7 @@ from regraft.models.view import ModelView, fingerprint_of
 from regraft.models.weights import weights_dtype
 from regraft.plans import WHOLE, GroupKind, Groups
 from regraft.settings import LoadSettings
-from regraft.streaming.checkpoint import Checkpoint
+from regraft.streaming.checkpoint import CheckpointFiles
 
 # Kinds of groups within one layer, which can be cut while the layer is written.
 WITHIN_A_LAYER: tuple[GroupKind, ...] = ("heads", "query_heads", "ffn", *WHOLE)
@@ -51,7 +51,9 @@ class Skeleton:
         device: Device on which layers are computed.
     """
 
-    def __init__(self, loaded: Loaded, checkpoint: Checkpoint, stored: Mapping[str, str], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, loaded: Loaded, checkpoint: CheckpointFiles, stored: Mapping[str, str], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.loaded = loaded
         self.view = ModelView(loaded.model)
         self.checkpoint = checkpoint
@@ -187,7 +189,7 @@ def open_skeleton(source: str | Path, settings: LoadSettings | None = None, *, f
     folder = locate_by(source, settings)
     tensors, provenance = check_folder(folder)
     dtype = weights_dtype(tensors) if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    checkpoint = Checkpoint(folder)
+    checkpoint = CheckpointFiles(folder)
     model = _empty_model(folder, device, trust_remote_code=settings.trust_remote_code)
     stored = _stored_names(model, checkpoint, dtype)
     ModelView(model)  # refuses a model whose structure differs from its family's
@@ -242,7 +244,7 @@ def _empty_model(folder: Path, device: torch.device, *, trust_remote_code: bool)
     return model.eval()
 
 
-def _stored_names(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, str]:
+def _stored_names(model: PreTrainedModel, checkpoint: CheckpointFiles, dtype: torch.dtype) -> dict[str, str]:
     """Returns the stored name of each parameter; unties tied parameters that the file holds twice with different values.
 
     Raises:
@@ -275,7 +277,7 @@ def _stored_names(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.d
     return found
 
 
-def _stored_name(model: PreTrainedModel, name: str, checkpoint: Checkpoint) -> str | None:
+def _stored_name(model: PreTrainedModel, name: str, checkpoint: CheckpointFiles) -> str | None:
     """Returns the name of a parameter in the file. The names of a checkpoint of the base model have no prefix."""
     module, _, last = name.rpartition(".")
     renamed = f"{family_of(model.config.model_type).stored_as.get(module, module)}.{last}"
@@ -283,7 +285,7 @@ def _stored_name(model: PreTrainedModel, name: str, checkpoint: Checkpoint) -> s
     return next((candidate for candidate in (name, renamed, bare) if candidate in checkpoint.places), None)
 
 
-def _equal(checkpoint: Checkpoint, first: str, second: str, dtype: torch.dtype) -> bool:
+def _equal(checkpoint: CheckpointFiles, first: str, second: str, dtype: torch.dtype) -> bool:
     if checkpoint.places[first].shape != checkpoint.places[second].shape:
         return False
     pairs = zip(checkpoint.pieces(first), checkpoint.pieces(second), strict=True)
@@ -297,7 +299,7 @@ def _untie(model: Any) -> None:
     model.config.tie_word_embeddings = False
 
 
-def _fingerprint(model: PreTrainedModel, checkpoint: Checkpoint, stored: Mapping[str, str], dtype: torch.dtype) -> str:
+def _fingerprint(model: PreTrainedModel, checkpoint: CheckpointFiles, stored: Mapping[str, str], dtype: torch.dtype) -> str:
     """Returns the fingerprint of the model in memory, from the file."""
     return fingerprint_of(
         (name, tuple(parameter.shape), dtype, checkpoint.digest(stored[name], dtype)) for name, parameter in model.named_parameters()

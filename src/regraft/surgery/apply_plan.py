@@ -13,7 +13,7 @@ from regraft.models.view import ModelView
 from regraft.plans import WHOLE, Cut, Group, GroupKind, Groups, PrunePlan
 from regraft.surgery.bridge import bridge
 from regraft.surgery.cut import cut, layers_after
-from regraft.surgery.refit_layerwise import Method, compensate
+from regraft.surgery.refit_layerwise import RefitMethod, compensate
 
 # Kinds of groups whose channels have a single reading projection, which can be re-fitted.
 REFITTED: tuple[GroupKind, ...] = ("heads", "query_heads", "ffn")
@@ -24,7 +24,7 @@ def apply_plan(
     groups: Groups,
     plan: PrunePlan,
     windows_NT: Tensor,
-    method: Method | None,
+    method: RefitMethod | None,
     source_N: Tensor | None = None,
     *,
     bridged: bool = False,
@@ -39,7 +39,7 @@ def apply_plan(
         groups: Groups of the model.
         plan: The units to keep.
         windows_NT: Calibration tokens, int64 (windows, tokens).
-        method: Method of re-fitting the reading projections; None for no re-fit.
+        method: RefitMethod of re-fitting the reading projections; None for no re-fit.
         source_N: Kind of text of each window, int64 (windows,); None: all windows are of one kind.
         bridged: Whether gaps that removed layers leave are bridged by the layers below them, see :mod:`regraft.surgery.bridge`.
 

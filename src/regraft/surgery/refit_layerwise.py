@@ -22,11 +22,11 @@ from regraft.numerics.moments import Moments
 from regraft.numerics.reconstruction import NormalEquations, best_damping
 from regraft.plans import Cut, Group, Groups
 
-Method = Literal["least_squares", "mean"]
+RefitMethod = Literal["least_squares", "mean"]
 
 
 def compensate(
-    view: ModelView, groups: Groups, cuts: tuple[Cut, ...], windows_NT: Tensor, method: Method, source_N: Tensor | None = None
+    view: ModelView, groups: Groups, cuts: tuple[Cut, ...], windows_NT: Tensor, method: RefitMethod, source_N: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Returns new tensors for the reading projections of the cut groups, at full width.
 
@@ -48,7 +48,7 @@ def compensate(
 
 
 def refitted(
-    walk: Walk, groups: Groups, cuts: tuple[Cut, ...], method: Method, source_N: Tensor | None = None
+    walk: Walk, groups: Groups, cuts: tuple[Cut, ...], method: RefitMethod, source_N: Tensor | None = None
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Yields each layer with the new tensors of its reading projections; :func:`compensate` returns those of all layers."""
     named = groups.named()
@@ -76,7 +76,7 @@ def refit(
     fit: Moments,
     judges: Sequence[Moments],
     channels: Tensor,
-    method: Method,
+    method: RefitMethod,
     damping: float | None = None,
 ) -> None:
     """Re-fits a projection in place so that it uses only ``channels`` of its input.

@@ -6,7 +6,7 @@ Legend of shapes: B rows, T tokens of the longest row, C classes (1 for regressi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -19,12 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.data.labelled import Labelled
 from regraft.models.trainable import evaluating
+from regraft.progress import SayCount
 from regraft.training.batches import Example, padding_token
 
 AT_ONCE = 32  # rows that are evaluated together
-
-Progress = Callable[[int, int], None]
-"""Called with the number of finished rows and the number of all rows."""
 
 
 def labelled_examples(rows: Labelled, tokenizer: PreTrainedTokenizerBase, most_tokens: int) -> list[Example]:
@@ -92,7 +90,7 @@ def summed_labelled(model: nn.Module, batches: Iterable[dict[str, Tensor]], devi
 
 @torch.no_grad()
 def judged(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Labelled, most_tokens: int, progress: Progress | None = None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Labelled, most_tokens: int, progress: SayCount | None = None
 ) -> dict[str, float]:
     """Returns the usual measures of a classification or regression model.
 

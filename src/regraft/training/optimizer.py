@@ -15,7 +15,7 @@ from regraft.errors import InputError
 from regraft.settings import RecoverSettings
 from regraft.surgery.adapters import Injected
 
-Schedule = Literal["cosine", "linear", "constant"]
+RateSchedule = Literal["cosine", "linear", "constant"]
 
 _LORA_B = ("lora_B", "lora_embedding_B")
 
@@ -57,13 +57,13 @@ def make_optimizer(groups: Sequence[ParameterGroup]) -> torch.optim.AdamW:
     return torch.optim.AdamW(entries, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
 
-def scheduler_name(schedule: Schedule) -> str:
+def scheduler_name(schedule: RateSchedule) -> str:
     """Returns the name that a schedule with warm-up has in transformers."""
     return "constant_with_warmup" if schedule == "constant" else schedule
 
 
 @cache
-def rate_shape(schedule: Schedule, warm: int, steps: int) -> Callable[[int], float]:
+def rate_shape(schedule: RateSchedule, warm: int, steps: int) -> Callable[[int], float]:
     """Returns the function of transformers from the index of a step to the learning rate, as a share of the peak.
 
     Args:

@@ -29,12 +29,12 @@ from regraft.models.trainable import only_these_train
 from regraft.numerics.truncation import Factors
 from regraft.progress import Say, say_nothing
 
-Schedule = Literal["linear", "sine", "cosine", "step"]
+FadeCurve = Literal["linear", "sine", "cosine", "step"]
 STEPS_OF_STEP = 5
 _TINY = 1e-12
 
 
-def fading(schedule: Schedule, done: float) -> float:
+def fading(schedule: FadeCurve, done: float) -> float:
     """Returns lambda: 1 at the start, 0 from ``done = 1`` on, exactly.
 
     Args:
@@ -73,7 +73,7 @@ class FadeSettings:
     steps: int = 200
     lr: float = 1e-3
     batch: int = 8
-    schedule: Schedule = "cosine"
+    schedule: FadeCurve = "cosine"
     fade: float = 0.7
     task_weight: float = 0.2
 

@@ -13,7 +13,7 @@ from regraft.completion.baselines import PlainProblem, filled_svd, fit_baselines
 from regraft.completion.entries import EntryList
 from regraft.completion.exact import ExactSettings
 from regraft.completion.held_out import hold_out, least
-from regraft.completion.tuning import Choice, Search, choose_rank, within_one_standard_error
+from regraft.completion.tuning import CompletionChoice, Search, choose_rank, within_one_standard_error
 from regraft.errors import DataError, InputError
 from regraft.numerics.svd import top_triplets
 
@@ -110,9 +110,9 @@ def test_the_smallest_rank_within_one_standard_error_is_taken() -> None:
     jitter = 0.2 * torch.randn(400, generator=generator, dtype=torch.float64)
     jitter -= jitter.mean()
     found = [
-        (Choice(1, False, 0.0, 0.0), base + 0.5),
-        (Choice(2, False, 0.0, 0.0), base + 0.005 + jitter),  # worse by half a standard error of 0.01
-        (Choice(3, False, 0.0, 0.0), base),
+        (CompletionChoice(1, False, 0.0, 0.0), base + 0.5),
+        (CompletionChoice(2, False, 0.0, 0.0), base + 0.005 + jitter),  # worse by half a standard error of 0.01
+        (CompletionChoice(3, False, 0.0, 0.0), base),
     ]
     assert within_one_standard_error(found, 0.0)[0].rank == 2
     found[1] = (found[1][0], base + 0.02 + jitter)

@@ -16,7 +16,7 @@ from regraft.data.text import Corpus
 from regraft.errors import InputError
 from regraft.paired.candidates import Candidates
 from regraft.paired.elastic import Elastic, ElasticSettings, agreement
-from regraft.paired.partial_runs import Kept
+from regraft.paired.partial_runs import PartialRuns
 from regraft.paired.setup import PairedSetup
 from regraft.plans import RankTrial
 from regraft.settings import RecoverSettings
@@ -45,8 +45,8 @@ def test_a_score_is_the_loss_of_the_leading_parts(
     """Folded into the weights by hand, measured by transformers."""
     space = layer_space(ground.model)
     stored: dict[str, torch.Tensor] = {}
-    put = Kept.put
-    monkeypatch.setattr(Kept, "put", lambda self, key, progress: (stored.update(progress.tensors), put(self, key, progress))[1])
+    put = PartialRuns.put
+    monkeypatch.setattr(PartialRuns, "put", lambda self, key, progress: (stored.update(progress.tensors), put(self, key, progress))[1])
     trials = Elastic(ground, space, folder=tmp_path).measure([(6, 2), (1, 6), (4, 4)], seed=2)
     ids = collate(spread(make_examples(repeating[1], tokenizer, 24, wanted=4, seed=0), 4), 2)["input_ids"]
     for trial in trials:

@@ -13,7 +13,7 @@ from regraft.atomic import sha256_of
 from regraft.errors import ModelError
 from regraft.models.view import digest_of
 from regraft.streaming import checkpoint
-from regraft.streaming.checkpoint import Checkpoint
+from regraft.streaming.checkpoint import CheckpointFiles
 from regraft.streaming.writer import Shard, ShardWriter
 
 
@@ -23,7 +23,7 @@ def test_every_way_of_reading_gives_what_was_saved(make_folder, monkeypatch):
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) > 2, "the test wants several shards"
     whole = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    source = Checkpoint(folder)
+    source = CheckpointFiles(folder)
     assert sorted(source.places) == sorted(whole)
     for name, tensor in whole.items():
         assert torch.equal(source.read(name), tensor)
@@ -41,7 +41,7 @@ def test_every_way_of_reading_gives_what_was_saved(make_folder, monkeypatch):
 def test_a_digest_is_read_anew_when_the_file_has_changed(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.arange(5.0), "scalar": torch.tensor(2.5)}, path)
-    source = Checkpoint(tmp_path)
+    source = CheckpointFiles(tmp_path)
     before = source.bytes_read
     first = source.digest("scalar", torch.float32)
     assert first == digest_of(torch.tensor(2.5))
@@ -51,13 +51,13 @@ def test_a_digest_is_read_anew_when_the_file_has_changed(tmp_path):
     assert source.bytes_read == once
     save_file({"a": torch.arange(5.0), "scalar": torch.tensor(3.5)}, path)
     os.utime(path, ns=(1, 1))
-    assert Checkpoint(tmp_path).digest("scalar", torch.float32) == digest_of(torch.tensor(3.5))
+    assert CheckpointFiles(tmp_path).digest("scalar", torch.float32) == digest_of(torch.tensor(3.5))
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(100), "b": torch.zeros(100)}, path)
-    source = Checkpoint(tmp_path)
+    source = CheckpointFiles(tmp_path)
     path.write_bytes(path.read_bytes()[:-40])
     assert source.read("a").shape == (100,)
     with pytest.raises(ModelError, match="ended while it was read, 40 bytes too early"):

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from regraft.models.view import ModelView
 from regraft.numerics.truncation import Factors, truncation
-from regraft.training.pc_lora import Fade, FadeSettings, FadingLinear, Schedule, fade_out, fading, fading_loss
+from regraft.training.pc_lora import Fade, FadeCurve, FadeSettings, FadingLinear, fade_out, fading, fading_loss
 
 WINDOWS = torch.randint(3, 97, (24, 12), generator=torch.Generator().manual_seed(5))
-SCHEDULES: tuple[Schedule, ...] = ("linear", "sine", "cosine", "step")
+SCHEDULES: tuple[FadeCurve, ...] = ("linear", "sine", "cosine", "step")
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_lambda_falls_from_one_to_exactly_zero(schedule: Schedule) -> None:
+def test_lambda_falls_from_one_to_exactly_zero(schedule: FadeCurve) -> None:
     values = [fading(schedule, step / 20) for step in range(30)]
     assert values[0] == 1.0
     assert values == sorted(values, reverse=True)

@@ -192,13 +192,13 @@ class _Order:
     resume: bool
     say: Say
 
-    def request(self, beside: Path) -> Request:
+    def request(self, beside: Path) -> SearchOrder:
         """Loads the model; puts what is in memory into a folder, since whoever measures may be another process."""
         loaded = take(self.model, self.tokenizer, self.load)
         recover = self.recover
         if self.texts is not None:
             recover = recover.model_copy(update={"data": _written(self.texts, beside)})
-        return Request(loaded, self._source(loaded, beside), self.settings, recover, self.load, self.seed, self.say)
+        return SearchOrder(loaded, self._source(loaded, beside), self.settings, recover, self.load, self.seed, self.say)
 
     def _source(self, loaded: Loaded, beside: Path) -> str:
         if isinstance(self.model, str | Path | Loaded):
@@ -266,7 +266,7 @@ def check_settings(settings: AllocateSettings, recover: RecoverSettings) -> None
 
 
 @dataclass(frozen=True)
-class Request:
+class SearchOrder:
     """All inputs of a rank search.
 
     Attributes:
@@ -305,7 +305,7 @@ class Request:
         }
 
 
-def write_space(request: Request, folder: Path) -> None:
+def write_space(request: SearchOrder, folder: Path) -> None:
     """Measures the features of the slots and writes the space of the search.
 
     Raises:
@@ -327,7 +327,7 @@ def write_space(request: Request, folder: Path) -> None:
     write_text(folder / SPACE, to_json(space) + "\n")
 
 
-def find_ranks(request: Request, slots: Path, work: Path, *, resume: bool) -> RankSearch:
+def find_ranks(request: SearchOrder, slots: Path, work: Path, *, resume: bool) -> RankSearch:
     """Searches ranks; measurements are stored in a folder, so that a killed search can be resumed.
 
     Args:
@@ -349,7 +349,7 @@ def find_ranks(request: Request, slots: Path, work: Path, *, resume: bool) -> Ra
     return found
 
 
-def _searched(request: Request, space: RankSpace, learner: Learner, work: Path, *, resume: bool) -> RankSearch:
+def _searched(request: SearchOrder, space: RankSpace, learner: Learner, work: Path, *, resume: bool) -> RankSearch:
     settings = request.settings
     identity = json.dumps(request.identity(), sort_keys=True)
     name = f"regraft-{request.loaded.fingerprint}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
@@ -420,7 +420,7 @@ def _agreement(trials: Sequence[RankTrial]) -> float | None:
     return None
 
 
-def _pool(request: Request, spec: Measuring) -> Pool:
+def _pool(request: SearchOrder, spec: Measuring) -> Pool:
     settings = request.settings
     if settings.ray is not None:
         return RayPool(spec, settings.ray, gpus=1.0 if device_named(request.load.device).type == "cuda" else 0.0)
@@ -438,7 +438,7 @@ def _origin(space: RankSpace, pairs: Sequence[tuple[Job, RankTrial]], ranks: Ran
     return "uniform" if ranks == space.uniform_ranks else next(job.origin for job, _ in pairs if job.ranks == ranks)
 
 
-def _confirming(request: Request, space: RankSpace, compared: Sequence[Ranks]) -> list[Job]:
+def _confirming(request: SearchOrder, space: RankSpace, compared: Sequence[Ranks]) -> list[Job]:
     """Returns the confirming jobs: the finalists and uniform on seeds that the search did not use; none without finalists.
 
     With fewer finalists than the maximum, the same cost pays for more seeds.
@@ -456,7 +456,7 @@ def _confirming(request: Request, space: RankSpace, compared: Sequence[Ranks]) -
 
 
 def _verdict(
-    request: Request, space: RankSpace, found: Ranks, compared: Sequence[Ranks], confirming: list[RankTrial]
+    request: SearchOrder, space: RankSpace, found: Ranks, compared: Sequence[Ranks], confirming: list[RankTrial]
 ) -> tuple[Confirmation | None, Ranks, str]:
     """Returns the confirmation, the ranks to use, and the result in words."""
     if request.settings.confirm_seeds == 0 and found != space.uniform_ranks:
