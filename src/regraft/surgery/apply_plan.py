@@ -39,7 +39,7 @@ def apply_plan(
         groups: Groups of the model.
         plan: The units to keep.
         windows_NT: Calibration tokens, int64 (windows, tokens).
-        method: RefitMethod of re-fitting the reading projections; None for no re-fit.
+        method: Method of re-fitting the reading projections; None for no re-fit.
         source_N: Kind of text of each window, int64 (windows,); None: all windows are of one kind.
         bridged: Whether gaps that removed layers leave are bridged by the layers below them, see :mod:`regraft.surgery.bridge`.
 
