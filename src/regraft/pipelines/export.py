@@ -207,8 +207,6 @@ def _merged(folder: Path, output: Path, settings: LoadSettings, command: str) ->
     with atomic_folder(output) as partial:
         keep(model, loaded.tokenizer, partial, provenance, model_card(provenance))
         prove_model(partial, model, trained, settings)
-    return ExportResult("the model with the adapter in its weights", count, 0)
-    keep(model, loaded.tokenizer, output, provenance, model_card(provenance))
     return ExportResult("the model with the adapter in its weights", count, 0, folder=output)
 
 
