@@ -16,7 +16,7 @@ RATINGS = "\n".join(
     ["user,item,rating", *(f"{user},{item},{user * item % 5 + 1}" for user in range(12) for item in range(10) if (user + item) % 3)]
 )
 _TRAIN = ["--data", "text.txt", "--seq-len", "16", "--batch", "2", "--held-out-windows", "4", "--device", "cpu"]
-_CHEAPLY = ["--elastic", "0", "--confirm-seeds", "0", "--ranks", "1,2", "--budget", "1200"]
+_CHEAPLY = ["--elastic", "0", "--confirm-seeds", "0", "--ranks", "1,2,3", "--budget", "r=2"]
 _RECOVER = ["recover", "pruned", *_TRAIN, "--steps", "4", "--eval-every", "1", "--rank", "2", "--quiet"]
 
 
