@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 # Every page under docs/ but the one that is made from the commands, whose blocks are lines of usage: tests/unit/test_docs.py compares them.
 MADE = ["docs/commands.md"]
 PAGES = [page for path in sorted((ROOT / "docs").rglob("*.md")) if (page := path.relative_to(ROOT).as_posix()) not in MADE]
-PAGES += ["CONTRIBUTING.md"]
+PAGES += ["CONTRIBUTING.md", "README.md"]
 SHELL = ("console", "sh", "bash", "shell")
 OTHER = ("toml", "yaml", "json", "text", "csv")
 
@@ -61,6 +61,7 @@ PYTHON = {
     "steps=10": "steps=2",
     "max_tokens=20_000": "max_tokens=300",
     "max_tokens=4000": "max_tokens=300",
+    "max_tokens=20_000": "max_tokens=300",
     "calibration=texts": "calibration=texts, settings=regraft.CompressSettings(samples=4, seq_len=16)",
     "rank=10, depth=3": "rank=4, depth=3",
     '"MODEL"': '"model"',
