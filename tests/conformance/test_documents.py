@@ -61,7 +61,6 @@ PYTHON = {
     "steps=10": "steps=2",
     "max_tokens=20_000": "max_tokens=300",
     "max_tokens=4000": "max_tokens=300",
-    "max_tokens=20_000": "max_tokens=300",
     "calibration=texts": "calibration=texts, settings=regraft.CompressSettings(samples=4, seq_len=16)",
     "rank=10, depth=3": "rank=4, depth=3",
     '"MODEL"': '"model"',
