@@ -12,7 +12,7 @@ import pytest
 from forked import Command, Forks
 from stages import STAGES, Stage, clear, contents, make_start
 
-KILLS = 3  # of each command; benchmarks/faults.py makes more
+KILLS = 2  # of each command
 
 
 @pytest.fixture(scope="module")
