@@ -258,7 +258,7 @@ def _compress_contradictions(compress: CompressSettings, *, allocating: bool) ->
     if compress.memory is not None:
         yield (
             "compress.memory: a run loads the whole model to measure it, so that no bound can hold; leave it out, or compress by itself "
-            "with regraft compress --memory"
+            "with `regraft compress MODEL --memory 4GB`"
         )
     if compress.test is not None:
         yield "compress.test: a run measures every model on evaluate.text; leave it out"
