@@ -14,6 +14,7 @@ import csv
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from scipy.stats import spearmanr
@@ -38,8 +39,8 @@ def pairs(name: str) -> list[tuple[str, str, float]]:
 
 def spearman(loaded: Loaded) -> float:
     dev = pairs("dev")
-    one, other = (sentence_vectors(loaded.model, loaded.tokenizer, [row[side] for row in dev]) for side in (0, 1))
-    return float(spearmanr((one * other).sum(dim=1).numpy(), [row[2] for row in dev]).statistic)
+    one, other = (sentence_vectors(loaded.model, loaded.tokenizer, [str(row[side]) for row in dev]) for side in (0, 1))
+    return float(cast(Any, spearmanr((one * other).sum(dim=1).numpy(), [row[2] for row in dev])).statistic)
 
 
 def main() -> None:

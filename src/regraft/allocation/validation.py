@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,4 +66,4 @@ def errors(losses: NDArray[np.float64], expected: NDArray[np.float64], folds: in
 
 def rank_correlation(left: NDArray[np.float64], right: NDArray[np.float64]) -> float:
     """Returns Spearman's rank correlation; 0 when either array is constant."""
-    return 0.0 if np.ptp(left) == 0 or np.ptp(right) == 0 else float(spearmanr(left, right).statistic)
+    return 0.0 if np.ptp(left) == 0 or np.ptp(right) == 0 else float(cast(Any, spearmanr(left, right)).statistic)

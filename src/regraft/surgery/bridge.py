@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -187,7 +188,11 @@ def _factor(walk: Layerwise, layer: int, projection: nn.Module, hidden_BTD: Tens
     """
     before = walk.call(layer, hidden_BTD)
     change = torch.randn(before.shape, generator=torch.Generator().manual_seed(0)).to(before) * before.std()
-    handle = projection.register_forward_hook(lambda _module, _inputs, output: output + change.reshape(output.shape))
+
+    def moved(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        return output + change.reshape(output.shape)
+
+    handle = projection.register_forward_hook(cast(Any, moved))
     try:
         answer = walk.call(layer, hidden_BTD) - before
     finally:

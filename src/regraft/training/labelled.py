@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -124,7 +125,7 @@ def figures_of_numbers(values_B: NDArray[np.float64], labels_B: NDArray[np.float
     """Returns ``pearson``, ``spearman`` (NaN if all values or all labels are equal) and ``rmse`` of predicted numbers."""
     constant = np.ptp(values_B) == 0 or np.ptp(labels_B) == 0
     return {
-        "pearson": math.nan if constant else float(pearsonr(values_B, labels_B).statistic),
-        "spearman": math.nan if constant else float(spearmanr(values_B, labels_B).statistic),
+        "pearson": math.nan if constant else float(cast(Any, pearsonr(values_B, labels_B)).statistic),
+        "spearman": math.nan if constant else float(cast(Any, spearmanr(values_B, labels_B)).statistic),
         "rmse": float(root_mean_squared_error(labels_B, values_B)),
     }
