@@ -48,8 +48,13 @@ def probe(model: nn.Module, also: Sequence[int] = ()) -> Probe:
     drawn = torch.randint(rows, (WINDOWS, length), generator=torch.Generator().manual_seed(11))
     places = drawn.view(-1)[: len(also)]
     places.copy_(torch.tensor(list(also[: len(places)]), dtype=torch.int64))
-    dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), torch.float32)
-    return Probe(drawn, logits_of(model, drawn), LARGEST_SHARE[dtype])
+    return Probe(drawn, logits_of(model, drawn), share_by_rounding(model))
+
+
+def share_by_rounding(model: nn.Module) -> float:
+    """Returns the difference that the rounding of a model's weights explains: that of its coarsest dtype."""
+    shares = (LARGEST_SHARE.get(parameter.dtype, 0.0) for parameter in model.parameters())
+    return max(shares, default=LARGEST_SHARE[torch.float32])
 
 
 @torch.no_grad()
@@ -77,9 +82,10 @@ def refuse_other(before: Probe, after: nn.Module, what: str, remedy: str) -> Non
     if found.shape == before.logits_NL.shape:
         spread = float(before.logits_NL.std()) or 1.0
         share = float((found - before.logits_NL).square().mean().sqrt()) / spread
-        if share <= before.largest_share:
+        limit = max(before.largest_share, share_by_rounding(after))  # weights in float32 may have been stored in 16 bits
+        if share <= limit:
             return
-        how = f"its logits differ by {share:.2g} of their spread, above {before.largest_share:g}"
+        how = f"its logits differ by {share:.2g} of their spread, above {limit:g}"
     else:
         how = f"it gives {found[0].numel():,} numbers a window, not {before.logits_NL[0].numel():,}"
     raise OutputError(f"{what} is not what was trained: {how}; nothing was written: {remedy}")
