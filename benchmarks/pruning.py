@@ -3,7 +3,7 @@
     python benchmarks/pruning.py [--only rivals|paired|wide|modes|speed|growth|tables] [--minutes N] [--threads N] [--work DIR]
 
 * ``rivals``: every setting of Torch-Pruning and optipfair (``rivals.py``) at 10, 20, 30 and 50 % of all parameters, on one calibration seed.
-* ``paired``: our defaults, plain Taylor and the best settings of each rival over calibration seeds, seed by seed on the same windows.
+* ``paired``: our default and its variants, plain Taylor and the best settings of each rival over calibration seeds, seed by seed on the same windows.
 * ``wide``: held-out loss of the criteria x selections x re-fits, one calibration seed.
 * ``modes``: what can be cut, by itself and together, at 20 %.
 * ``speed`` and ``growth``: see ``pruning_cost.py``.
@@ -85,7 +85,9 @@ MODES: dict[str, dict[str, Any]] = {
     "heads and ffn, in 3 rounds": {"rounds": 3},
 }
 OURS: dict[str, dict[str, Any]] = {
-    "regraft, defaults": {},
+    "regraft, default: equal layers": {"shape": "uniform"},
+    "regraft, per-layer": {},
+    "regraft, per-layer, surgeon": {"criterion": "surgeon", "effort": "thorough"},
     "Taylor, uniform, heads and ffn": {"criterion": "taylor", "select": "uniform", "reconstruct": "none"},
     "Taylor, uniform, ffn": {"criterion": "taylor", "select": "uniform", "reconstruct": "none", "targets": ("ffn",)},
 }

@@ -26,9 +26,9 @@ PROMPT_TOKENS, NEW_TOKENS = 256, 64
 VARIANTS: tuple[tuple[str, dict[str, Any] | None], ...] = (
     ("dense", None),
     ("20 % uniform", {"ratio": 0.2, "shape": "uniform"}),
-    ("20 % uneven", {"ratio": 0.2, "select": "global"}),
+    ("20 % uneven", {"ratio": 0.2, "shape": "per-layer", "select": "global"}),
     ("50 % uniform", {"ratio": 0.5, "shape": "uniform"}),
-    ("50 % uneven", {"ratio": 0.5, "select": "global"}),
+    ("50 % uneven", {"ratio": 0.5, "shape": "per-layer", "select": "global"}),
 )
 
 

@@ -140,10 +140,12 @@ def test_the_uniform_knapsack_finds_the_best_of_all_choices(groups):
         half = 0.5 * 3 * 16 * groups.of("ffn")[0].unit_parameters
         wanted = groups.parameters * (1 - goal)
         assert abs(plan.parameters_after - wanted) <= half
-        best = min(damage for left, damage in every if abs(left - wanted) <= half)
+        close = min(half, 0.01 * groups.parameters)
+        near = [damage for left, damage in every if abs(left - wanted) <= close]
+        nearest = min(every, key=lambda choice: abs(choice[0] - wanted))[1]
         found = {entry.group: len(entry.kept) for entry in plan.cuts}
         damage = sum(curves[name].damage_nats[curves[name].kept.index(count)] for name, count in found.items())
-        assert damage == pytest.approx(best)
+        assert damage == pytest.approx(min(near, default=nearest))
 
 
 @pytest.mark.parametrize("targets", ["residual,ffn", "layers,heads,query_heads,ffn", "attention,mlp,ffn,residual"])
