@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from folders import tiny_tokenizer
 from regraft.cli.app import run
+from regraft.models.folder import FOUND_AT
 from regraft.pipelines.run.recipe import Recipe, read_recipe, shipped_recipes
 from regraft.settings import Settings
 
@@ -137,7 +138,12 @@ def record(folder: Path) -> dict[str, Any]:
 
     def comparable(values: Mapping[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in values.items() if key != "command"}
-        return kept | {"source": Path(kept["source"]).name, "parents": [comparable(parent) for parent in kept.get("parents", ())]}
+        settings = {key: value for key, value in kept["settings"].items() if key != FOUND_AT}  # paths as seen from the folder
+        return kept | {
+            "settings": settings,
+            "source": Path(kept["source"]).name,
+            "parents": [comparable(parent) for parent in kept.get("parents", ())],
+        }
 
     return comparable(json.loads((folder / "regraft.json").read_text(encoding="utf-8")))
 
