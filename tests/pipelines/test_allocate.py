@@ -389,6 +389,11 @@ def test_a_plan_for_other_shapes_is_refused(folder: Path, found: Path, tmp_path:
     tiny_tokenizer().save_pretrained(tmp_path / "two")
     given = ["--data", str(folder / "text.txt"), "--ranks", str(found), "--output", str(tmp_path / "out"), *RECOVERY]
     assert run(["recover", str(tmp_path / "two"), *given]) == 2
+    assert "the rank plan is for the model with the fingerprint" in capsys.readouterr().err
+    plan = json.loads(found.read_text(encoding="utf-8"))
+    (tmp_path / "any.json").write_text(json.dumps(plan | {"fingerprint": ""}), encoding="utf-8")
+    given[3] = str(tmp_path / "any.json")
+    assert run(["recover", str(tmp_path / "two"), *given]) == 2
     assert "model.layers.2" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from regraft.data.tokens import context_limit
 from regraft.errors import OutputError
+from regraft.models.classifier import row_limit
 from regraft.models.precision import float32_on_cpu
 
 WINDOWS, TOKENS = 4, 32
@@ -43,8 +44,8 @@ def probe(model: nn.Module, also: Sequence[int] = ()) -> Probe:
     """
     inner: Any = model
     rows = int(inner.config.get_text_config().vocab_size)
-    limit = context_limit(inner.config)
-    length = min(TOKENS, limit) if limit else TOKENS
+    limits = [limit for limit in (row_limit(model), context_limit(inner.config)) if limit]
+    length = min(TOKENS, *limits)
     drawn = torch.randint(rows, (WINDOWS, length), generator=torch.Generator().manual_seed(11))
     places = drawn.view(-1)[: len(also)]
     places.copy_(torch.tensor(list(also[: len(places)]), dtype=torch.int64))

@@ -16,6 +16,7 @@ from regraft.settings import PruneSettings, checked
 FILE = "plan.json"
 # Settings that may be given together with a plan: the way of the replay, and the present location of the plan's text.
 BESIDE = ("memory", "cache", "calibration")
+_MADE_WITH = {"settings", "seed", "windows_sha256"}
 
 
 def plan_path(output: Path) -> Path:
@@ -103,6 +104,9 @@ def settings_of(plan: PrunePlan, given: PruneSettings) -> tuple[PruneSettings, i
     if not plan.made_with:
         return given, None
     try:
+        unknown = sorted(set(plan.made_with) - _MADE_WITH)
+        if unknown:
+            raise ValueError(f"'{shown(unknown[0], 40)}' is none of its keys")
         own = checked(PruneSettings, plan.made_with["settings"], "the plan's made_with")
         seed = int(plan.made_with["seed"])
     except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
