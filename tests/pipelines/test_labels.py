@@ -233,7 +233,7 @@ def test_measuring_what_does_not_fit_is_one_line(tmp_path: Path, capsys: Any) ->
     for arguments, said in (
         ([str(tmp_path / "model"), "--data", str(strange)], "line 3: 'lots' is none of the model's classes: 'few', 'many'"),
         ([str(tmp_path / "model")], "is for labels, not for language; measure it on rows with labels: --data"),
-        ([str(base), "--data", str(rows)], "has no head for labels; train one with: regraft recover"),
+        ([str(base), "--data", str(rows)], "has no head for labels; train one with `regraft recover"),
         ([str(language), "--data", str(rows)], "has no head for labels"),
         ([str(tmp_path / "model"), "--data", str(rows), "--text", "t.txt"], "give one of the two"),
     ):

@@ -45,7 +45,7 @@ def probe(model: nn.Module, also: Sequence[int] = ()) -> Probe:
     inner: Any = model
     rows = int(inner.config.get_text_config().vocab_size)
     limits = [limit for limit in (row_limit(model), context_limit(inner.config)) if limit]
-    length = min(TOKENS, *limits)
+    length = min([TOKENS, *limits])
     drawn = torch.randint(rows, (WINDOWS, length), generator=torch.Generator().manual_seed(11))
     places = drawn.view(-1)[: len(also)]
     places.copy_(torch.tensor(list(also[: len(places)]), dtype=torch.int64))
