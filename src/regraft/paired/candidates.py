@@ -95,13 +95,14 @@ class Candidates:
             raise InputError(f"fidelity {fidelity} is not in (0, 1]; it is the share of a full recovery's steps")
         until = max(1, round(fidelity * self.setup.settings.steps))
         members = [self._member(place, each, seed, until) for place, each in enumerate(ranks)]
-        trials = {member.place: _finished(member, member.progress, seed) for member in members if member.progress and member.steps == until}
-        left = [member for member in members if member.place not in trials]
+        stored = {member.place: _finished(member, member.progress, seed) for member in members if member.progress and member.steps == until}
+        begun = [self._at_its_beginning(member, seed, until) if member.place in stored else member for member in members]
+        trials = dict(stored)
         with self.setup.ready(seed):
-            for start in sorted({member.steps for member in left}):
-                group = [member for member in left if member.steps == start]
-                for part in self._parts(group):
-                    trials |= self._recovered(part, start, until, seed)
+            for start in sorted({member.steps for member in begun}):
+                for part in self._parts([member for member in begun if member.steps == start]):
+                    if any(member.place not in stored for member in part):
+                        trials |= self._recovered(part, start, until, seed)
         return [replace(trials[place], fidelity=fidelity) for place in range(len(members))]
 
     def change(self, ranks: tuple[int, ...], seed: int) -> dict[str, LowRank] | None:
@@ -126,6 +127,15 @@ class Candidates:
         request = make_request(self.setup.sites, self.setup.settings, plan, seed)
         progress = self._kept.get(self._key(ranks, seed))
         return _Member(place, ranks, request, progress if progress is not None and progress.steps <= until else None)
+
+    def _at_its_beginning(self, member: _Member, seed: int, until: int) -> _Member:
+        """Returns a member as it was before a measurement that was stored.
+
+        A search that was killed while the members of a pass were stored trains all of them again: alone, the others would round
+        differently, and the search would not end with the bytes of one that was not killed.
+        """
+        earlier = self._kept.earlier(self._key(member.ranks, seed))
+        return replace(member, progress=earlier if earlier is not None and earlier.steps < until else None)
 
     def _key(self, ranks: tuple[int, ...], seed: int) -> str:
         named = {module: rank for slot, rank in zip(self.space.slots, ranks, strict=True) for module in slot.modules}

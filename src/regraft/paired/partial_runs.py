@@ -13,6 +13,8 @@ from torch import Tensor
 
 from regraft.atomic import atomic_file
 
+_EARLIER = "-earlier"
+
 
 @dataclass(frozen=True)
 class PartialRun:
@@ -62,8 +64,12 @@ class PartialRuns:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
 
+    def earlier(self, key: str) -> PartialRun | None:
+        """Returns the state that the stored one continues, or None: it began with the first step."""
+        return self.get(f"{key}{_EARLIER}")
+
     def put(self, key: str, progress: PartialRun) -> None:
-        """Stores a training's state, unless a state with as many or more steps is stored.
+        """Stores a training's state, unless a state with as many or more steps is stored; the state before stays as the earlier one.
 
         Raises:
             OutputError: The file cannot be written.
@@ -71,6 +77,11 @@ class PartialRuns:
         before = self.get(key)
         if before is not None and before.steps >= progress.steps:
             return
+        if before is not None:
+            self._store(f"{key}{_EARLIER}", before)
+        self._store(key, progress)
+
+    def _store(self, key: str, progress: PartialRun) -> None:
         if self._folder is None:
             self._memory[key] = progress
             return
