@@ -15,6 +15,7 @@ import random
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 
 from common import RESULTS, machine, read_rows, table, versions, write_rows
@@ -22,12 +23,11 @@ from common import RESULTS, machine, read_rows, table, versions, write_rows
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "faults"))
 
-import test_kills
-import test_races
 
 from forked import Command, Forks
 from stages import STAGES, clear, contents, make_start
 
+test_kills, test_races = import_module("test_kills"), import_module("test_races")
 ROUND = 5
 
 
