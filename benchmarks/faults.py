@@ -5,7 +5,7 @@
 A kill is a SIGKILL before a drawn write, rename, flush or removal; the command is then begun again (with ``--resume`` where it has that).
 A race is the same command twice on one output, the second up to a second later: one has to write all of it, the other to say so in one line.
 Every file is compared but the database of a search and files of seconds. Rounds of five go through all commands, so that a run that
-ends early has tried all of them; counts are written to ``results/faults.csv`` after every round, and the table is drawn from them.
+ends early has tried all of them; counts are written to ``results/faults_kills.csv`` and ``faults_races.csv`` after every round.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from common import RESULTS, machine, read_rows, table, versions, write_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "faults"))
-
 
 from forked import Command, Forks
 from stages import STAGES, clear, contents, make_start

@@ -177,7 +177,7 @@ def train_adapter(job: Job, injected: Injected | None = None) -> Trained:
     settings, model, compute = job.settings, job.model, job.compute
     evidence = job.evidence()
     injected = injected if injected is not None else inject(model, settings, job.ranks, job.seed, evidence)
-    _groups_or_nothing(injected, settings)
+    groups = _groups_or_nothing(injected, settings)
     _make_folder(job.work)
     keeper, bar = Keeper(job.work, injected, job.identity, job.resumed, settings.patience), Bar(settings.quiet)
     with _as_it_was(model, job.work), trainable_weights(model, compute), _taught_in(job.teacher, compute), isolated(job.seed):
@@ -185,7 +185,8 @@ def train_adapter(job: Job, injected: Injected | None = None) -> Trained:
         distillation = _distillation(job, injected, evidence)
         with in_four_bits(injected.model, compute) if settings.load_in_4bit else nullcontext():
             rates = _swept(job, injected, bar, distillation, cache)
-            groups = parameter_groups(injected, settings if rates is None else settings.model_copy(update={"lr": rates.best}))
+            if rates is not None:
+                groups = parameter_groups(injected, settings.model_copy(update={"lr": rates.best}))
             callbacks = (Pace(settings.eval_every, job.seed), AfterStep(injected), keeper, bar)
             trainer = RecoveryTrainer(job, injected, groups, callbacks, distillation, cache)
             injected = _with_best_weights(trainer, keeper, bar, injected, checkpoints(job.work)[-1] if job.resumed else None)
