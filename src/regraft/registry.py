@@ -85,17 +85,22 @@ def registry_of(kind: str) -> Registry[Any]:
     return _ALL[kind]
 
 
-def known_name(kind: str, *also: str) -> AfterValidator:
+def known_name(kind: str, *also: str, unfit: Mapping[str, str] | None = None) -> AfterValidator:
     """Returns a check for a settings field that holds a registered name.
 
     Args:
         kind: Kind of the registry.
         also: Further words that the field takes, such as ``auto``.
+        unfit: Registered names that this field does not take, each with the reason in words; they are not listed as known.
     """
+    unfit = unfit or {}
 
     def check(value: str) -> str:
+        if value in unfit:
+            names = [name for name in (*also, *registry_of(kind)) if name not in unfit]
+            raise InputError(f"{kind} '{value}' {unfit[value]}; use one of {', '.join(names)}")
         if value not in also and value not in built_in(kind):
-            registry_of(kind).check(value, also)
+            registry_of(kind).check(value, also, unfit)
         return value
 
     return AfterValidator(check)
@@ -158,12 +163,13 @@ class Registry(Generic[T]):
             import_module(built_in(self.kind)[name])
         return self._values[name]
 
-    def check(self, name: str, also: Collection[str] = ()) -> None:
+    def check(self, name: str, also: Collection[str] = (), unlisted: Collection[str] = ()) -> None:
         """Checks that something has this name.
 
         Args:
             name: The name.
             also: Further words that are listed with the names, such as ``auto``.
+            unlisted: Names that the message does not list.
 
         Raises:
             InputError: Nothing has this name; the message lists what does, or says why the entry point of this name is left out.
@@ -173,7 +179,8 @@ class Registry(Generic[T]):
             return
         if name in self._broken:
             raise InputError(self._broken[name])
-        raise InputError(f"unknown {self.kind} '{name}'; known: {', '.join(sorted(known))}{did_you_mean(name, sorted(known))}")
+        listed = sorted(known - {*unlisted})
+        raise InputError(f"unknown {self.kind} '{name}'; known: {', '.join(listed)}{did_you_mean(name, listed)}")
 
     def names(self) -> tuple[str, ...]:
         """Returns every name, sorted."""

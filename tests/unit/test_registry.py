@@ -154,3 +154,12 @@ def test_a_built_in_name_is_taken_before_its_module_is_imported(monkeypatch: pyt
     assert registry.names() == ("round",)
     assert "the name is taken" in registry.broken()["round"]
     built_in.cache_clear()
+
+
+@pytest.mark.parametrize(("field", "name", "other"), [("criterion", "removal", "depth"), ("depth", "taylor", "criterion")])
+def test_names_of_another_field_are_neither_listed_nor_taken(field: str, name: str, other: str) -> None:
+    with pytest.raises(ConfigError, match=f"`{other}`; use one of auto"):
+        PruneSettings(**{field: name})
+    with pytest.raises(ConfigError, match=f"unknown criterion '{name}s'; known: ") as caught:
+        PruneSettings(**{field: f"{name}s"})
+    assert f"{name}," not in str(caught.value).partition("known:")[2]

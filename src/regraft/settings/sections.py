@@ -26,11 +26,17 @@ from pydantic.config import JsonDict
 from regraft.errors import ConfigError, shown
 from regraft.in_short import named
 from regraft.plans import RANK_CHOICES, RankPlan, Shape
-from regraft.registry import known_name, listed
+from regraft.registry import built_in, known_name, listed
 from regraft.settings.problems import problems_of
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _OF_PARTS = ("block_influence", "angular", "removal")  # criteria that score layers and their parts, not units
+_NOT_OF_UNITS = dict.fromkeys(_OF_PARTS, "does not score heads or channels, but layers and their parts: it is one for `depth`")
+_NOT_OF_PARTS = {
+    name: "does not score layers or their parts, but heads and channels: it is one for `criterion`"
+    for name in built_in("criterion")
+    if name not in _OF_PARTS
+}
 Reduction = Literal["sum", "mean", "max", "product", "last"]
 Target = Literal["heads", "ffn", "query_heads", "residual", "layers", "attention", "mlp"]
 
@@ -230,7 +236,7 @@ class PruneSettings(Settings):
         default="default",
         description="effort of planning; quick: 32 windows, no re-fit to the predictions; thorough: every group is measured at every size",
     )
-    criterion: Annotated[str, known_name("criterion", "auto")] = Field(
+    criterion: Annotated[str, known_name("criterion", "auto", unfit=_NOT_OF_UNITS)] = Field(
         default="auto",
         validate_default=False,
         description=f"criterion for scores of units: {listed('criterion', without=_OF_PARTS)}; auto: "
@@ -266,7 +272,7 @@ class PruneSettings(Settings):
         description="parts to prune: heads (KV heads with their query heads), ffn (feed-forward channels), query_heads (equally many in "
         "each KV group), residual (width of the residual stream), layers, attention or mlp (in single layers)",
     )
-    depth: Annotated[str, known_name("criterion", "auto")] = Field(
+    depth: Annotated[str, known_name("criterion", "auto", unfit=_NOT_OF_PARTS)] = Field(
         default="auto",
         validate_default=False,
         description="criterion for the removal of layers, attention and mlp: block_influence, angular or removal; auto: removal, the "

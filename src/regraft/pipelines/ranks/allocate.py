@@ -228,7 +228,10 @@ def _allocated(order: _Order, output: Path) -> RankResult:
         open_storage(order.settings.storage, output.parent).close()  # a wrong storage is refused before anything is computed
     with TemporaryDirectory(prefix="regraft-") as aside:
         request = order.request(Path(aside))
-        with open_run(output.with_suffix(".search"), request.identity(), resume=order.resume, say=order.say) as folder:
+        search = output.with_suffix(".search")
+        if search.exists() and not order.resume:
+            training_corpora(request.recover, request.seed, request.loaded)  # data that cannot be read are said before a search left there
+        with open_run(search, request.identity(), resume=order.resume, say=order.say) as folder:
             slots = folder.stage("slots", request.identity(), lambda partial: write_space(request, partial))
             result = request.result(find_ranks(request, slots, folder.path, resume=order.resume))
             for name, text in result.files().items():

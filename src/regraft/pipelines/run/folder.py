@@ -173,6 +173,17 @@ class RunFolder:
         self.write(TIMINGS, _json(self.seconds() | {name: round(seconds, 3)}))
 
 
+def refuse_begun(path: Path) -> None:
+    """Refuses an output that is neither new nor an empty folder; a run that is there already is named as one.
+
+    Raises:
+        OutputError: The message says which.
+    """
+    if (path / RUN_FILE).is_file():
+        raise OutputError(f"'{shown(path)}' exists and holds a run: go on with it by `resume=True`, or choose another `output`")
+    refuse_existing(path, in_place=True)
+
+
 @contextmanager
 def open_run(path: Path, identity: Mapping[str, Any], *, resume: bool, say: Say) -> Iterator[RunFolder]:
     """Opens a run folder for this process alone.
@@ -191,7 +202,7 @@ def open_run(path: Path, identity: Mapping[str, Any], *, resume: bool, say: Say)
             with another recipe.
     """
     if not resume:
-        refuse_existing(path, in_place=True)
+        refuse_begun(path)
     path = resolved(path)
     if os.path.lexists(path) and not path.is_dir():
         raise OutputError(f"output '{shown(path)}' exists and is no folder; choose another `output`")

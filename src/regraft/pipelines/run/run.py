@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.adapters import ADAPTERS
-from regraft.atomic import refuse_existing, sha256_of
+from regraft.atomic import sha256_of
 from regraft.data.tokens import window_tokens
 from regraft.errors import ConfigError, RegraftError
 from regraft.evaluation.loss import window_and_stride
@@ -22,7 +22,7 @@ from regraft.pipelines.compress.compress import compressor_of
 from regraft.pipelines.compress.prepare import needs_judging, projections_of
 from regraft.pipelines.prune.prune import prune
 from regraft.pipelines.prune.resolved import kinds_wanted, layers_in, resolve
-from regraft.pipelines.run.folder import open_run
+from regraft.pipelines.run.folder import open_run, refuse_begun
 from regraft.pipelines.run.recipe import Recipe, find_recipe, read_recipe
 from regraft.pipelines.run.stages import Stages, files_of
 from regraft.pipelines.texts import text_for
@@ -95,7 +95,7 @@ def run(
     name = file.stem
     path = Path(output) if output is not None else Path("runs") / name
     if not (resume or dry_run):
-        refuse_existing(path)
+        refuse_begun(path)
     dense = load(recipe.model, recipe.load)
     check_fit(recipe, dense, file.name)
     groups = discover(dense.model, kinds_wanted(recipe.prune) if recipe.prune is not None else USUAL)

@@ -77,7 +77,7 @@ def test_a_run_makes_its_stages_with_manifests(tmp_path: Path, work: Work) -> No
 def test_a_folder_that_exists_is_refused(tmp_path: Path, work: Work) -> None:
     work.run(tmp_path / "run")
     before = tree(tmp_path)
-    with pytest.raises(OutputError, match="exists; choose another `output`"):
+    with pytest.raises(OutputError, match="exists and holds a run: go on with it by `resume=True`"):
         work.run(tmp_path / "run")
     assert tree(tmp_path) == before
     assert work.made == ["first", "second"]
