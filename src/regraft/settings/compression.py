@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,6 +14,14 @@ from regraft.settings.sections import NO_EFFECT, Memory, Positive, Rate, Ratio, 
 
 class CompressSettings(Settings):
     """Settings of low-rank compression: how linear layers become two thin ones, and at which ranks."""
+
+    aliases: ClassVar[Mapping[str, str]] = {
+        "max_length": "seq_len",
+        "target_modules": "targets",
+        "max_steps": "fade_steps",
+        "learning_rate": "fade_lr",
+        "per_device_train_batch_size": "fade_batch",
+    }
 
     ratio: Ratio = Field(default=0.2, description="share of ALL stored parameters to remove, embeddings counted")
     method: Annotated[str, known_name("compression method", "pc_lora")] = Field(

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from regraft.cli.app import run
 from regraft.compression import COMPRESSORS
 from regraft.data.text import read_corpus
-from regraft.errors import DataError, InputError, ModelError, PlanError, StorageError
+from regraft.errors import ConfigError, DataError, InputError, ModelError, PlanError, StorageError
 from regraft.models.provenance import read_provenance
 from regraft.models.view import ModelView, fingerprint, parameter_count
 from regraft.pipelines.compress import CompressResult, compress
-from regraft.plans import FactorPlan, from_json, to_json
+from regraft.plans import FactorPlan, RankPlan, from_json, to_json
 from regraft.settings import CompressSettings
 from regraft.training.distill import Teacher
 from regraft.training.recover import recover
@@ -149,6 +149,20 @@ def test_channels_and_ranks_in_one_knapsack(quickly: Compress, make_tiny, tmp_pa
         quickly(mix=True, ranks="uniform")
     with pytest.raises(InputError, match="a plan brings ranks"):
         quickly(mix=True, plan=result.plan)
+
+
+def test_pc_lora_takes_a_rank_plan_and_a_call_takes_keywords(make_tiny, tokenizer, texts: dict[str, Path]) -> None:
+    one, other = "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"
+    ranks = RankPlan("of a search", "rankadaptor", {other: 3, one: 5})
+    fast = {"calibration": str(texts["calibration"]), "samples": 8, "max_length": 24, "fade_steps": 2, "fade_batch": 2}
+    result = compress(make_tiny(), tokenizer=tokenizer, method="pc_lora", plan=ranks, **fast)
+    assert result.plan.ranks() == {one: 5, other: 3}
+    assert result.model is not None
+    assert parameter_count(result.model) == result.plan.parameters_after
+    with pytest.raises(InputError, match="a rank plan is for method pc_lora, not for svd"):
+        compress(make_tiny(), tokenizer=tokenizer, method="svd", plan=ranks, **fast)
+    with pytest.raises(ConfigError, match="rtio: unknown keyword; did you mean 'ratio'"):
+        compress(make_tiny(), tokenizer=tokenizer, rtio=0.2)
 
 
 @pytest.mark.parametrize("warm_start", ["bolaco", "random"])

@@ -81,7 +81,7 @@ def test_ranks_come_from_a_rank_plan(folder: Path) -> None:
             compress(folder, None, CompressSettings(**FEW), calibration=TEXTS, plan=RankPlan("any", "by hand", wrong), dry_run=True)
     with pytest.raises(InputError, match="mix is for causal language models"):
         compress(folder, None, CompressSettings(**FEW, mix=True), calibration=TEXTS)
-    with pytest.raises(InputError, match="a rank plan is for encoders"):
+    with pytest.raises(InputError, match="a rank plan is for method pc_lora, not for svd"):
         compress(folder, None, CompressSettings(method="svd"), calibration=TEXTS, plan=ranks)
 
 

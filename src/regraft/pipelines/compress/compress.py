@@ -28,7 +28,16 @@ from regraft.models.view import ModelView, fingerprint, parameter_count, refuse_
 from regraft.numerics.truncation import Factors
 from regraft.pipelines.compress.encoder import EncoderOrder, compress_encoder
 from regraft.pipelines.compress.mix import mixed, pruned_for
-from regraft.pipelines.compress.prepare import Texts, decomposed, moved_plan, needs_judging, projections_of, read_texts, space_of
+from regraft.pipelines.compress.prepare import (
+    Texts,
+    decomposed,
+    moved_plan,
+    needs_judging,
+    plan_from_ranks,
+    projections_of,
+    read_texts,
+    space_of,
+)
 from regraft.pipelines.compress.record import card_of, record_of, refuse_short_text
 from regraft.pipelines.compress.search import searched_ranks
 from regraft.pipelines.compress.streamed import StreamedCompress, compress_streamed, refuse_whole_model
@@ -37,7 +46,7 @@ from regraft.pipelines.texts import Texts as Given
 from regraft.pipelines.texts import described, in_memory, path_in, text_for
 from regraft.plans import FactorPlan, FactorSpace, LossReport, Provenance, PrunePlan, RankPlan, to_dict
 from regraft.progress import Say, say_nothing
-from regraft.settings import CompressSettings, LoadSettings
+from regraft.settings import CompressSettings, LoadSettings, takes_settings, with_keywords
 from regraft.surgery.factorize import densified, factorize
 from regraft.surgery.trial_ranks import TrialModel, measured_damage
 from regraft.training.pc_lora import FadeSettings, fade_out
@@ -97,6 +106,7 @@ class CompressResult:
         return found
 
 
+@takes_settings(CompressSettings, LoadSettings)
 def compress(
     source: ModelLike,
     output: str | Path | None = None,
@@ -112,6 +122,7 @@ def compress(
     work: Path | None = None,
     command: str = "regraft.compress",
     say: Say = say_nothing,
+    **keywords: Any,
 ) -> CompressResult:
     """Compresses a model to a share of its stored parameters.
 
@@ -124,32 +135,33 @@ def compress(
         calibration: Text like that which the model is to work on: a file, texts, or a data set with a column ``text``.
         load: How a folder is loaded.
         seed: Seed for calibration windows, for tokens drawn from predictions and for proposals.
-        plan: Ranks from an earlier run, on this model or on one of the same shape, whose factors are computed again; for an encoder a rank
-            for each layer.
+        plan: Ranks from an earlier run, on this model or on one of the same shape, whose factors are computed again; for method ``pc_lora``
+            also a rank plan: a rank for each layer, and those without one stay dense.
         dry_run: Plan only: nothing is factored and nothing is written.
         resume: Go on with a search that was stopped (``ranks bayes``); its trials lie beside the output, or in ``work``.
         work: Folder of the trials of a search; None for one beside the output.
         command: How this was called, for the folder's record.
         say: Called with a line of progress at intervals.
+        **keywords: Single settings by name, such as ``ratio=0.2``; they count before those in ``settings`` and ``load``.
 
     Raises:
         RegraftError: Anything that the user can mend, in one line.
     """
-    settings = settings or CompressSettings()
+    settings, load = with_keywords(command, keywords, settings or CompressSettings(), load or LoadSettings())
     if calibration is not None:
         settings = settings.model_copy(update={"calibration": path_in(calibration)})
     target = None if output is None else Path(output)
     with reserved(None if dry_run else target):
-        if settings.method == PC_LORA and _is_encoder(source, load or LoadSettings()):
+        if settings.method == PC_LORA and _is_encoder(source, load):
             order = _Order(settings, target, calibration, seed, None, dry_run, resume, work, command, say)
-            return _encoder(source, tokenizer, load or LoadSettings(), plan, order)
-        if isinstance(plan, RankPlan):
-            raise InputError("a rank plan is for encoders and method pc_lora; give a plan that compress wrote")
+            return _encoder(source, tokenizer, load, plan, order)
         _refuse_clashes(settings, plan)
-        compressor_of(settings.method if plan is None else plan.method, settings)  # a wrong name is refused before a model is loaded
+        if resume and settings.ranks != "bayes":
+            say(f"`resume` goes on with a search, and `ranks={settings.ranks}` makes none: it begins anew")
+        compressor_of(_method_of(settings, plan), settings)  # a wrong name is refused before a model is loaded
         order = _Order(settings, target, in_memory(calibration), seed, plan, dry_run, resume, work, command, say)
         if settings.memory is not None:
-            return _streamed(source, order, load or LoadSettings())
+            return _streamed(source, order, load)
         loaded = take(source, tokenizer, load)
         with resting(loaded.model):
             return _carried_out(loaded, order)
@@ -163,7 +175,7 @@ class _Order:
     target: Path | None
     calibration: Given | None
     seed: int
-    plan: FactorPlan | None
+    plan: FactorPlan | RankPlan | None
     dry_run: bool
     resume: bool
     work: Path | None
@@ -173,7 +185,7 @@ class _Order:
 
 def _carried_out(loaded: Loaded, order: _Order) -> CompressResult:
     settings, plan, seed, say = order.settings, order.plan, order.seed, order.say
-    method = settings.method if plan is None else plan.method
+    method = _method_of(settings, plan)
     compressor = compressor_of(method, settings)
     refuse_factored(loaded.model, f"'{loaded.source}'")
     view = ModelView(loaded.model)
@@ -187,6 +199,8 @@ def _carried_out(loaded: Loaded, order: _Order) -> CompressResult:
     elif plan is None:
         space = space_of(loaded, found, compressor, settings, settings.ratio)
         plan = _choose(loaded, found, space, texts, settings, seed, _trials_in(order), resume=order.resume, say=say)
+    elif isinstance(plan, RankPlan):
+        plan = plan_from_ranks(plan, found, loaded.fingerprint, parameter_count(loaded.model), settings)
     else:
         plan = moved_plan(loaded, plan)
     refuse_short_text(plan, found)
@@ -244,12 +258,18 @@ def _streamed(source: ModelLike, order: _Order, load: LoadSettings) -> CompressR
         raise InputError("`memory` is for models that are not loaded yet; give a folder or a hub id, or leave it out")
     if order.target is None and not order.dry_run:
         raise InputError("with `memory` the compressed model stays on disk; say with `output` where it goes, or look first with `dry_run`")
-    method = settings.method if plan is None else plan.method
-    refuse_whole_model(settings, method)
+    method = _method_of(settings, plan)
+    refuse_whole_model(settings, method)  # among them is the one method that takes a rank plan
+    assert not isinstance(plan, RankPlan)
     output, compressor = None if order.dry_run else order.target, compressor_of(method, settings)
     request = StreamedCompress(source, output, settings, compressor, order.calibration, load, order.seed, plan, order.command, order.say)
     done = compress_streamed(request)
     return CompressResult(done.plan, None, done.loaded, done.space, done.notes)
+
+
+def _method_of(settings: CompressSettings, plan: FactorPlan | RankPlan | None) -> str:
+    """Returns the method of a call: a plan of compress brings its own."""
+    return plan.method if isinstance(plan, FactorPlan) else settings.method
 
 
 def compressor_of(method: str, settings: CompressSettings) -> Compressor:
@@ -372,12 +392,14 @@ def _choose(
     return replace(factor_plan(space, ranks, name, settings.ratio, biases), made_with=made_with)
 
 
-def _refuse_clashes(settings: CompressSettings, plan: FactorPlan | None) -> None:
+def _refuse_clashes(settings: CompressSettings, plan: FactorPlan | RankPlan | None) -> None:
     """Refuses settings of which two would make the same choice.
 
     Raises:
         InputError: Two of them choose the same.
     """
+    if isinstance(plan, RankPlan) and settings.method != PC_LORA:
+        raise InputError(f"a rank plan is for method pc_lora, not for {settings.method}; give a plan that compress wrote")
     if settings.mix and plan is not None:
         raise InputError("mix chooses channels and ranks anew, and a plan brings ranks; use one of the two")
     if settings.mix and settings.ranks not in ("auto", "knapsack"):

@@ -19,14 +19,15 @@ from regraft.compression import COMPRESSORS, RANK_CHOICES, Decomposed, decompose
 from regraft.compression.gather import GROUPS, Watcher
 from regraft.data.text import Corpus
 from regraft.data.tokens import context_limit
-from regraft.errors import InputError, PlanError
+from regraft.errors import InputError
 from regraft.models.encoders import encoder_linears, factored_encoder, save_encoder
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.precision import float32_on_cpu
 from regraft.models.view import parameter_count
 from regraft.numerics.truncation import Factors
+from regraft.pipelines.compress.prepare import plan_from_ranks
 from regraft.pipelines.compress.record import card_of, record_of, refuse_short_text
-from regraft.plans import Factoring, FactorPlan, FactorSpace, RankPlan, stored_numbers
+from regraft.plans import FactorPlan, FactorSpace, RankPlan
 from regraft.progress import Say
 from regraft.settings import CompressSettings
 from regraft.surgery.factorize import factor_tensors
@@ -171,45 +172,6 @@ def _planned(loaded: Loaded, found: Sequence[Decomposed], order: EncoderOrder) -
     biases = dict.fromkeys((site.name for site in space.sites), True)
     plan = factor_plan(space, RANK_CHOICES.get(choice)(space), choice, settings.ratio, biases)
     return space, replace(plan, made_with={"settings": settings.decisive() | {"ranks": choice}, "seed": order.seed})
-
-
-def plan_from_ranks(
-    ranks: RankPlan, found: Sequence[Decomposed], fingerprint: str, parameters: int, settings: CompressSettings
-) -> FactorPlan:
-    """Returns the factors' plan of a rank plan: layers that it does not name, or gives rank 0, stay dense.
-
-    Args:
-        ranks: The rank plan.
-        found: The decomposed layers.
-        fingerprint: Fingerprint of the model.
-        parameters: All parameters of the model.
-        settings: The layout.
-
-    Raises:
-        PlanError: It names no layer of the model, or a rank that saves nothing.
-    """
-    sites = {one.priced.name: one for one in found}
-    saved, entries = 0, list[Factoring]()
-    for name, rank in ranks.ranks.items():
-        if name not in sites:
-            raise PlanError(f"the rank plan names '{name}', which is no linear layer of this model; make the plan for this model")
-        priced = sites[name].priced
-        if not rank:
-            continue
-        dense = priced.rows * priced.columns
-        stored = stored_numbers(priced.rows, priced.columns, rank, settings.layout) + priced.new_bias
-        if rank < 0 or stored >= dense:
-            raise PlanError(f"rank {rank} of '{name}' ({priced.rows} x {priced.columns}) stores {stored:,} of {dense:,} numbers; lower it")
-        saved += dense - stored
-        entries.append(Factoring(name, rank, True))
-    if not entries:
-        raise PlanError("the rank plan gives no layer a rank; give at least one layer a rank of 1 or more")
-    order = {name: place for place, name in enumerate(sites)}
-    entries.sort(key=lambda entry: order[entry.module])
-    ratio = saved / parameters
-    made_with = {"rank_plan": ranks.method, "settings": settings.decisive()}
-    after = parameters - saved
-    return FactorPlan(fingerprint, "pc_lora", "rank plan", settings.layout, ratio, parameters, after, tuple(entries), None, made_with)
 
 
 def _faded(loaded: Loaded, starts: Mapping[str, Factors], rows: Sequence[Tensor], order: EncoderOrder) -> dict[str, Factors]:

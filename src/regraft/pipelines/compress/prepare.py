@@ -18,7 +18,7 @@ from regraft.models.view import ModelView, parameter_count
 from regraft.pipelines.prune.score_cache import checksum_of
 from regraft.pipelines.texts import Texts as Given
 from regraft.pipelines.texts import text_for
-from regraft.plans import FactorPlan, FactorSpace
+from regraft.plans import Factoring, FactorPlan, FactorSpace, RankPlan, stored_numbers
 from regraft.progress import Say
 from regraft.settings import CALIBRATION_TOKENS, CompressSettings
 from regraft.surgery.factorize import check_factor_plan
@@ -189,6 +189,46 @@ def space_of(loaded: Loaded, found: list[Decomposed], compressor: Compressor, se
         ratio=ratio,
         align=settings.align if isinstance(settings.align, int) else None,
     )
+
+
+def plan_from_ranks(
+    ranks: RankPlan, found: Sequence[Decomposed], fingerprint: str, parameters: int, settings: CompressSettings
+) -> FactorPlan:
+    """Returns the factors' plan of a rank plan: layers that it does not name, or gives rank 0, stay dense.
+
+    Args:
+        ranks: The rank plan.
+        found: The decomposed layers.
+        fingerprint: Fingerprint of the model.
+        parameters: All parameters of the model.
+        settings: The layout.
+
+    Raises:
+        PlanError: It names no layer of the model, or a rank that saves nothing.
+    """
+    sites = {one.priced.name: one for one in found}
+    saved, entries = 0, list[Factoring]()
+    for name, rank in ranks.ranks.items():
+        if name not in sites:
+            raise PlanError(f"the rank plan names '{name}', which is no linear layer of this model; make the plan for this model")
+        priced = sites[name].priced
+        if not rank:
+            continue
+        dense = priced.rows * priced.columns
+        stored = stored_numbers(priced.rows, priced.columns, rank, settings.layout) + priced.new_bias
+        if rank < 0 or stored >= dense:
+            raise PlanError(f"rank {rank} of '{name}' ({priced.rows} x {priced.columns}) stores {stored:,} of {dense:,} numbers; lower it")
+        saved += dense - stored
+        one = sites[name]
+        entries.append(Factoring(name, rank, one.has_bias or one.truncation.mean_I is not None))
+    if not entries:
+        raise PlanError("the rank plan gives no layer a rank; give at least one layer a rank of 1 or more")
+    order = {name: place for place, name in enumerate(sites)}
+    entries.sort(key=lambda entry: order[entry.module])
+    ratio = saved / parameters
+    made_with = {"rank_plan": ranks.method, "settings": settings.decisive()}
+    after = parameters - saved
+    return FactorPlan(fingerprint, "pc_lora", "rank plan", settings.layout, ratio, parameters, after, tuple(entries), None, made_with)
 
 
 def moved_plan(loaded: Loaded, plan: FactorPlan) -> FactorPlan:
