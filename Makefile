@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-fast coverage lint format docs bench wheel clean setup
+.PHONY: demo test test-fast test-eval coverage lint format docs bench wheel clean setup
 
 # torch first and pinned: a bare `torch` may bring gigabytes of other builds.
 $(READY): constraints.txt pyproject.toml
@@ -27,6 +27,11 @@ test: $(READY)
 # Everything but the tests that take more than about ten seconds each, and those that need servers, devices or ../shared.
 test-fast: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" tests/unit tests/conformance
+
+# What needs lm-evaluation-harness, which CI does not install: about a minute of installing and 15,000 files.
+test-eval: $(READY)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[eval]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/pipelines/test_evaluate_tasks.py tests/pipelines/test_lm_eval.py
 
 # Which lines the fast tests run; the report is printed, and lies in htmlcov/ for reading.
 coverage: $(READY)

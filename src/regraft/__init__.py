@@ -5,8 +5,8 @@ plug-ins (``docs/plugins.md``) gives to authors of methods. Everything else may 
 
 >>> import regraft
 >>> [name for name in dir(regraft) if name.islower()]  # doctest: +NORMALIZE_WHITESPACE
-['allocate_ranks', 'complete_ratings', 'compress', 'evaluate', 'evaluate_labels', 'export', 'inspect',
- 'load', 'prune', 'read_plan', 'recover', 'replay', 'run', 'save']
+['allocate_ranks', 'compare_tasks', 'complete_ratings', 'compress', 'evaluate', 'evaluate_labels', 'evaluate_tasks', 'export',
+ 'inspect', 'load', 'prune', 'read_plan', 'recover', 'replay', 'run', 'save']
 
 ``import regraft`` is light: it makes the Auto classes of transformers know our unevenly pruned models as soon as they are used, and
 the names import what they need when they are first asked for.
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from regraft.completion.estimator import CompressedMatrixCompletion as CompressedMatrixCompletion
     from regraft.errors import ConfigError as ConfigError
     from regraft.errors import RegraftError as RegraftError
+    from regraft.evaluation.scores import compare as compare_tasks
     from regraft.models.load import Loaded as Loaded
     from regraft.models.load import load as load
     from regraft.models.save import save as save
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from regraft.pipelines.evaluate import evaluate_model as evaluate
     from regraft.pipelines.evaluate_labels import LabelReport as LabelReport
     from regraft.pipelines.evaluate_labels import evaluate_labels as evaluate_labels
+    from regraft.pipelines.evaluate_tasks import evaluate_tasks as evaluate_tasks
     from regraft.pipelines.export import ExportResult as ExportResult
     from regraft.pipelines.export import export as export
     from regraft.pipelines.inspect import inspect_model as inspect
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from regraft.plans import Measurement as Measurement
     from regraft.plans import PrunePlan as PrunePlan
     from regraft.plans import RankPlan as RankPlan
+    from regraft.plans import TaskReport as TaskReport
     from regraft.settings import AllocateSettings as AllocateSettings
     from regraft.settings import CompressSettings as CompressSettings
     from regraft.settings import EvaluateSettings as EvaluateSettings
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
     from regraft.settings import LoadSettings as LoadSettings
     from regraft.settings import PruneSettings as PruneSettings
     from regraft.settings import RecoverSettings as RecoverSettings
+    from regraft.settings import TaskSettings as TaskSettings
 
 __all__ = [
     "AllocateSettings",
@@ -82,11 +86,15 @@ __all__ = [
     "RecoverSettings",
     "RegraftError",
     "RunResult",
+    "TaskReport",
+    "TaskSettings",
     "allocate_ranks",
+    "compare_tasks",
     "complete_ratings",
     "compress",
     "evaluate",
     "evaluate_labels",
+    "evaluate_tasks",
     "export",
     "inspect",
     "load",
@@ -121,11 +129,15 @@ _PUBLIC = {
     "RecoverSettings": ("regraft.settings", "RecoverSettings"),
     "RegraftError": ("regraft.errors", "RegraftError"),
     "RunResult": ("regraft.pipelines.run.run", "RunResult"),
+    "TaskReport": ("regraft.plans", "TaskReport"),
+    "TaskSettings": ("regraft.settings", "TaskSettings"),
     "allocate_ranks": ("regraft.pipelines.ranks.allocate", "allocate_ranks"),
+    "compare_tasks": ("regraft.evaluation.scores", "compare"),
     "complete_ratings": ("regraft.completion.complete", "complete_ratings"),
     "compress": ("regraft.pipelines.compress.compress", "compress"),
     "evaluate": ("regraft.pipelines.evaluate", "evaluate_model"),
     "evaluate_labels": ("regraft.pipelines.evaluate_labels", "evaluate_labels"),
+    "evaluate_tasks": ("regraft.pipelines.evaluate_tasks", "evaluate_tasks"),
     "export": ("regraft.pipelines.export", "export"),
     "inspect": ("regraft.pipelines.inspect", "inspect_model"),
     "load": ("regraft.models.load", "load"),

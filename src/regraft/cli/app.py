@@ -40,7 +40,7 @@ COMMANDS = {
     "prune": "Remove heads, feed-forward channels, and with --targets more, until a share of all parameters is gone.",
     "compress": "Replace linear layers by two thin ones, the rank of each chosen under one budget: a smaller file, faster where measured.",
     "recover": "Train a small adapter on a pruned model and fold it in: text or instructions, best checkpoint by held-out loss.",
-    "evaluate": "Measure a model: loss, perplexity, bits per byte, size and, if asked, speed; with labels, accuracy or correlation.",
+    "evaluate": "Measure a model: loss, perplexity, bits per byte, size and, if asked, speed; on tasks or labels, accuracy.",
     "generate": "Continue a prompt, or answer it if the model has a chat template; the text is shown as it is written.",
     "chat": "Talk to a model in the terminal; its chat template is applied.",
     "export": "Write a model or an adapter for another program, and prove that it computes the same there.",

@@ -17,18 +17,21 @@ from regraft.atomic import json_with, reserved_file, write_text
 from regraft.cli.later import later
 from regraft.cli.options import ModelArgument, SeedOption, with_settings
 from regraft.cli.screen import Screen
+from regraft.cli.tasks import show_tasks, tasks_json
 from regraft.errors import InputError
-from regraft.plans import Measurement
-from regraft.settings import EvaluateSettings, LabelSettings, LoadSettings
+from regraft.plans import Measurement, TaskReport
+from regraft.settings import EvaluateSettings, LabelSettings, LoadSettings, TaskSettings
 
 if TYPE_CHECKING:
     from regraft.evaluation.harness import flat
     from regraft.pipelines.evaluate import evaluate_model
     from regraft.pipelines.evaluate_labels import LabelReport, evaluate_labels
+    from regraft.pipelines.evaluate_tasks import evaluate_tasks
 else:
     flat = later("regraft.evaluation.harness", "flat")
     evaluate_model = later("regraft.pipelines.evaluate", "evaluate_model")
     evaluate_labels = later("regraft.pipelines.evaluate_labels", "evaluate_labels")
+    evaluate_tasks = later("regraft.pipelines.evaluate_tasks", "evaluate_tasks")
 
 STDOUT = Path("-")
 
@@ -37,22 +40,37 @@ STDOUT = Path("-")
 def evaluate(
     model: ModelArgument,
     evaluate: EvaluateSettings,
+    tasks: TaskSettings,
     labels: LabelSettings,
     load: LoadSettings,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="MODEL", help="a second model, compared with the first item by item; for tasks")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="file for the figures as flat JSON; - for the screen")
     ] = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Measure a model: loss, perplexity, bits per byte, size and, if asked, speed; with labels, accuracy or correlation."""
+    """Measure a model: loss, perplexity, bits per byte, size and, if asked, speed; on tasks or labels, accuracy."""
+    asked = bool(tasks.tasks or tasks.texts)
+    if labels.data is not None and asked:
+        raise InputError(f"--data {labels.data} is for models for labels, --tasks and --texts for language; give one of the two")
+    if against is not None and not asked:
+        raise InputError(f"--against {against} compares models on tasks; name some: --tasks continuation")
     if labels.data is not None and evaluate.text is not None:
         raise InputError(f"--data {labels.data} is for models for labels, --text {evaluate.text} for language; give one of the two")
+    reports: list[TaskReport] = []
+    lines: list[tuple[str, str]] = []
     file = json_file if json_file != STDOUT else None
     with reserved_file(file, json_with("model", "parameters")):
         with progress_bar() as progress:
             if labels.data is not None:
                 report = evaluate_labels(model, labels, load=load, progress=progress)
                 figures, lines = report.flat(), label_rows(report)
+            elif asked:
+                names = [model] if against is None else [model, against]
+                reports = [evaluate_tasks(name, tasks, evaluate=evaluate, load=load, seed=seed, progress=progress) for name in names]
+                figures = tasks_json(reports, seed)
             else:
                 measurement = evaluate_model(model, evaluate, load=load, seed=seed, progress=progress)
                 figures, lines = flat(measurement), rows(measurement)
@@ -62,7 +80,10 @@ def evaluate(
     if json_file == STDOUT:
         print(text, end="")
         return
-    show_figures(Screen(), model, lines)
+    if reports:
+        show_tasks(Screen(), reports, seed)
+    else:
+        show_figures(Screen(), model, lines)
     if file is not None:
         Screen().print(f"written to {file}", soft_wrap=True, markup=False, highlight=False)
 
@@ -119,4 +140,15 @@ def rows(measurement: Measurement) -> list[tuple[str, str]]:
             ("peak memory", f"{speed.peak_memory_bytes / 1e6:,.1f} MB ({speed.device}, {speed.threads} threads)"),
             ("speed is", f"the median of {speed.repeats} repeats"),
         ]
+        if speed.prefill_flop:
+            found += [
+                ("prefill, fastest to slowest", f"{1e3 * speed.prefill_low_seconds:,.1f} to {1e3 * speed.prefill_high_seconds:,.1f} ms"),
+                (
+                    "decode, fastest to slowest",
+                    f"{1e3 * speed.decode_low_seconds_per_token:,.2f} to {1e3 * speed.decode_high_seconds_per_token:,.2f} ms/token",
+                ),
+                ("they enclose the median", f"with a confidence of {speed.confidence:.1%}"),
+                ("floor of the prefill", f"{1e3 * speed.prefill_floor_seconds:,.1f} ms ({speed.prefill_flop / 1e9:,.3g} GFLOP)"),
+                ("floor of decoding", f"{1e3 * speed.decode_floor_seconds:,.2f} ms/token ({speed.decode_bytes / 1e6:,.1f} MB of weights)"),
+            ]
     return found

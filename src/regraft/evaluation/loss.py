@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.data.encoding import bos_id
@@ -71,7 +72,7 @@ def evaluate_loss(
             f"'{name}' has no token to predict: its documents are one token each and nothing stands before it; "
             "give more text" + ("" if starts_with_bos else " or `bos=True`")
         )
-    _check_vocabulary(model, sequences)
+    check_vocabulary(model, sequences)
     tokens = sum(sequence.targets for sequence in sequences)
     n_bytes = sum(sequence.n_bytes for sequence in sequences)
     windows = [part for sequence in sequences for part in windows_of(sequence, window, stride)]
@@ -111,7 +112,12 @@ def window_and_stride(model: PreTrainedModel, settings: EvaluateSettings) -> tup
     return window, stride
 
 
-def _check_vocabulary(model: PreTrainedModel, sequences: Sequence[TokenSequence]) -> None:
+def check_vocabulary(model: PreTrainedModel, sequences: Sequence[TokenSequence]) -> None:
+    """Checks that a model has every token of some sequences.
+
+    Raises:
+        ModelError: The tokenizer gives a token that the model lacks.
+    """
     rows = vocabulary_size(model)
     largest = max(max(sequence.ids) for sequence in sequences)
     if largest >= rows:
@@ -127,11 +133,11 @@ def _total_nats(
 ) -> float:
     """Returns the summed negative log-likelihood of all scored tokens; raises an error as soon as the sum is not finite."""
     where = torch.device(device) if device is not None else input_device(model)
-    most_tokens = _LOGITS_BYTES.get(where.type, _LOGITS_BYTES["cpu"]) // (4 * vocabulary_size(model))
+    most_tokens = most_tokens_on(where, model)
     tokens = sum(window.scored for window in windows)
     total_nats, done = 0.0, 0
     with evaluating(model):
-        for batch in _batches(windows, most_tokens, batch_windows):
+        for batch in batches_of(windows, most_tokens, batch_windows):
             total_nats += _batch_nats(model, batch, where)
             if not math.isfinite(total_nats):
                 raise ModelError(
@@ -144,7 +150,12 @@ def _total_nats(
     return total_nats
 
 
-def _batches(windows: Sequence[Window], most_tokens: int, batch_windows: int | None) -> Iterator[list[Window]]:
+def most_tokens_on(device: torch.device, model: PreTrainedModel) -> int:
+    """Returns how many tokens one forward pass may have, so that its float32 logits stay within the limit of the device."""
+    return _LOGITS_BYTES.get(device.type, _LOGITS_BYTES["cpu"]) // (4 * vocabulary_size(model))
+
+
+def batches_of(windows: Sequence[Window], most_tokens: int, batch_windows: int | None) -> Iterator[list[Window]]:
     """Yields batches of windows of about equal length, longest first."""
     batch: list[Window] = []
     for window in sorted(windows, key=len, reverse=True):
@@ -158,10 +169,20 @@ def _batches(windows: Sequence[Window], most_tokens: int, batch_windows: int | N
 
 
 def _batch_nats(model: PreTrainedModel, batch: Sequence[Window], device: torch.device) -> float:
-    """Returns the loss of a batch, summed in float64.
+    """Returns the loss of a batch, summed in float64."""
+    ids_BL, targets_BL = inputs_of(batch)
+    logits_BLV = model(input_ids=ids_BL.to(device), use_cache=False).logits
+    scored_BL = (targets_BL != IGNORED).to(logits_BLV.device)
+    targets_N = targets_BL.to(logits_BLV.device)[scored_BL]
+    nats_N = F.cross_entropy(logits_BLV[scored_BL].float(), targets_N, reduction="none")
+    return nats_N.double().sum().item()
+
+
+def inputs_of(batch: Sequence[Window]) -> tuple[Tensor, Tensor]:
+    """Returns token ids and targets of a batch whose longest window is the first, each of shape ``(windows, length)``.
 
     Shorter windows are padded on the right. Attention is causal, so that no scored token attends to the padding: no mask is needed, and
-    attention can use its fast implementation.
+    attention can use its fast implementation. Targets that are not scored are ``IGNORED``.
     """
     length = len(batch[0])
     ids_BL = torch.zeros(len(batch), length, dtype=torch.int64)
@@ -172,8 +193,4 @@ def _batch_nats(model: PreTrainedModel, batch: Sequence[Window], device: torch.d
         ids_BL[row, len(window) :] = ids[0]
         first = window.first_scored - window.start
         targets_BL[row, first : len(window)] = ids[1 + first :]
-    logits_BLV = model(input_ids=ids_BL.to(device), use_cache=False).logits
-    scored_BL = (targets_BL != IGNORED).to(logits_BLV.device)
-    targets_N = targets_BL.to(logits_BLV.device)[scored_BL]
-    nats_N = F.cross_entropy(logits_BLV[scored_BL].float(), targets_N, reduction="none")
-    return nats_N.double().sum().item()
+    return ids_BL, targets_BL

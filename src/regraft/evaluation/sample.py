@@ -33,13 +33,24 @@ def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, se
         InputError: The prompt fills the context, or is empty while the tokenizer has neither BOS nor EOS.
     """
     settings = settings or SampleSettings()
-    prompt_1L = _prompt(tokenizer, settings.prompt)
-    length, limit = prompt_1L.shape[1], context_limit(model.config)
-    if limit is not None and length >= limit:
-        raise InputError(f"the prompt has {length} tokens and the model's context {limit}: nothing can follow; shorten the prompt")
+    prompt = prompt_ids(tokenizer, settings.prompt)
+    text = tokenizer.decode(prompt + continuation_ids(model, tokenizer, prompt, settings.tokens), skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
+
+
+def continuation_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: int) -> list[int]:
+    """Returns what a model writes after a prompt by greedy decoding, as token ids without the prompt.
+
+    Raises:
+        InputError: The prompt fills the model's context.
+    """
+    limit = context_limit(model.config)
+    if limit is not None and len(prompt) >= limit:
+        raise InputError(f"the prompt has {len(prompt)} tokens and the model's context {limit}: nothing can follow; shorten the prompt")
     eos = _eos(model, tokenizer)
     generation = GenerationConfig(
-        max_new_tokens=settings.tokens if limit is None else min(settings.tokens, limit - length),
+        max_new_tokens=tokens if limit is None else min(tokens, limit - len(prompt)),
         do_sample=False,
         num_beams=1,
         use_cache=True,
@@ -47,27 +58,29 @@ def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, se
         eos_token_id=eos,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0] if eos else 0,
     )
-    prompt_1L = prompt_1L.to(input_device(model))
+    prompt_1L = torch.tensor([prompt]).to(input_device(model))
     stops = {} if model.generation_config is None or model.generation_config.stop_strings is None else {"tokenizer": tokenizer}
     with evaluating(model):
         ids_1L = model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=prompt_1L, attention_mask=torch.ones_like(prompt_1L), generation_config=generation, **stops
         )
     assert isinstance(ids_1L, Tensor)
-    text = tokenizer.decode(ids_1L[0].tolist(), skip_special_tokens=True)
-    assert isinstance(text, str)
-    return text
+    return ids_1L[0].tolist()[len(prompt) :]
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Returns the prompt's token ids, shape ``(1, length)``."""
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Returns the token ids of a prompt, with BOS as the tokenizer has it; of an empty one, BOS or else EOS.
+
+    Raises:
+        InputError: The prompt is empty and the tokenizer has neither BOS nor EOS.
+    """
     first: Any = bos_id(tokenizer) if text else (tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
     ids = [] if first is None else [first]
     if text:
         ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore[reportOperatorIssue]
     if not ids:
         raise InputError("the prompt is empty and the tokenizer has neither BOS nor EOS to start from; give a prompt")
-    return torch.tensor([ids])
+    return ids
 
 
 def _eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,7 +1,8 @@
 """Speed and peak memory of models.
 
-Times are medians of repeats after a warm-up. Several models are measured in turns, repeat by repeat, so that other load on the machine
-slows all of them equally and their ratios are reliable. Memory is measured in a separate pass, because sampling it takes time.
+Times are medians of repeats after a warm-up, with the fastest and the slowest, and beside them the least that they can be. Several models
+are measured in turns, repeat by repeat, so that other load on the machine slows all of them equally and their ratios are reliable. Memory
+is measured in a separate pass, because sampling it takes time.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import gc
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 
 from regraft.data.tokens import context_limit
 from regraft.errors import InputError
+from regraft.evaluation.floors import rates_of, work_of
 from regraft.evaluation.inference import input_device, vocabulary_size
 from regraft.models.trainable import evaluating
 from regraft.plans import SpeedReport
@@ -84,19 +86,37 @@ def compare_speed(
             measured = _run(model, prompts[label], lengths[1])
             if turn:
                 passes[label].append(measured)
-    return {
-        label: SpeedReport(
-            prefill_seconds=statistics.median(one.prefill for one in passes[label]),
-            decode_seconds_per_token=statistics.median(one.decode for one in passes[label]) / lengths[1],
-            peak_memory_bytes=_peak_memory_bytes(model, prompts[label], lengths[1]) - _bytes_of_others(model, models),
-            prompt_tokens=lengths[0],
-            decoded_tokens=lengths[1],
-            repeats=repeats,
-            threads=torch.get_num_threads(),
-            device=str(input_device(model)),
-        )
-        for label, model in models.items()
+    peaks = {
+        label: _peak_memory_bytes(model, prompts[label], lengths[1]) - _bytes_of_others(model, models) for label, model in models.items()
     }
+    return {label: _report(model, passes[label], peaks[label], lengths) for label, model in models.items()}
+
+
+def _report(model: PreTrainedModel, passes: Sequence[_Pass], peak_memory_bytes: int, lengths: tuple[int, int]) -> SpeedReport:
+    """Returns medians, the fastest and the slowest repeat, and what a pass takes at least."""
+    prompt, decoded = lengths
+    prefill, decode = [one.prefill for one in passes], [one.decode / decoded for one in passes]
+    filling = work_of(model, prompt, (prompt + 1) // 2)
+    step = work_of(model, 1, prompt + (decoded + 1) // 2)
+    rates = rates_of(model)
+    return SpeedReport(
+        prefill_seconds=statistics.median(prefill),
+        decode_seconds_per_token=statistics.median(decode),
+        peak_memory_bytes=peak_memory_bytes,
+        prompt_tokens=prompt,
+        decoded_tokens=decoded,
+        repeats=len(passes),
+        threads=torch.get_num_threads(),
+        device=str(input_device(model)),
+        prefill_low_seconds=min(prefill),
+        prefill_high_seconds=max(prefill),
+        decode_low_seconds_per_token=min(decode),
+        decode_high_seconds_per_token=max(decode),
+        prefill_flop=filling.flop,
+        prefill_floor_seconds=rates.floor_seconds(filling),
+        decode_bytes=step.bytes,
+        decode_floor_seconds=rates.floor_seconds(step),
+    )
 
 
 def _lengths(models: Mapping[str, PreTrainedModel], prompt: int | None, decoded: int | None) -> tuple[int, int]:

@@ -62,11 +62,11 @@ def evaluate_model(
         chosen = chosen.model_copy(update={"text": path_in(text)})
     given = in_memory(text) if in_memory(text) is not None else chosen.text
     if isinstance(model, str | Path) and is_classifier_folder(Path(model)):
-        raise _for_labels(model)
+        raise not_for_labels(model)
     corpus = read(given, "test", "text") if given is not None else None  # a wrong file is refused before a model is loaded
-    loaded, own_folder = _taken(model, tokenizer, load)
+    loaded, own_folder = taken(model, tokenizer, load)
     if is_classifier(loaded.model):
-        raise _for_labels(loaded.source)
+        raise not_for_labels(loaded.source)
     if corpus is None:
         corpus = text_for(loaded, None, "test", "text")
     name = label if label is not None else (str(model) if isinstance(model, str | Path) else loaded.source)
@@ -75,8 +75,12 @@ def evaluate_model(
         return measure(name, loaded.model, require_tokenizer(loaded), corpus, chosen, where, seed=seed, progress=progress)
 
 
-def _taken(model: ModelLike | PeftModel, tokenizer: PreTrainedTokenizerBase | None, load: LoadSettings) -> tuple[Loaded, Path | None]:
-    """Returns the model to measure and the folder of its files."""
+def taken(model: ModelLike | PeftModel, tokenizer: PreTrainedTokenizerBase | None, load: LoadSettings) -> tuple[Loaded, Path | None]:
+    """Returns the model to measure and the folder of its files.
+
+    Raises:
+        RegraftError: The model cannot be loaded, or is none.
+    """
     if isinstance(model, Loaded):
         return model, None
     if isinstance(model, str | Path):
@@ -92,5 +96,6 @@ def _taken(model: ModelLike | PeftModel, tokenizer: PreTrainedTokenizerBase | No
     return Loaded(cast(PreTrainedModel, model), fitting_tokenizer(tokenizer, base), found.source, "", found.provenance), None
 
 
-def _for_labels(source: str | Path) -> InputError:
+def not_for_labels(source: str | Path) -> InputError:
+    """Returns the error for a model for labels that is measured as one for language."""
     return InputError(f"'{source}' is for labels, not for language; measure it on rows with labels: `data`")

@@ -23,6 +23,7 @@ from regraft.plans.ranks import (
     RankTrial,
 )
 from regraft.plans.reports import LOSS_UNITS, LossReport, Measurement, SizeReport, SpeedReport
+from regraft.plans.tasks import PairedScore, TaskReport, TaskScore
 
 __all__ = [
     "ALPHA_PER_RANK",
@@ -46,6 +47,7 @@ __all__ = [
     "LossReport",
     "Measurement",
     "Member",
+    "PairedScore",
     "PastSearch",
     "Provenance",
     "PrunePlan",
@@ -60,6 +62,8 @@ __all__ = [
     "Side",
     "SizeReport",
     "SpeedReport",
+    "TaskReport",
+    "TaskScore",
     "from_json",
     "stored_numbers",
     "to_dict",

@@ -73,6 +73,14 @@ class SpeedReport:
         repeats: Number of measurements for the medians.
         threads: Number of CPU threads in use.
         device: Device of the measurement.
+        prefill_low_seconds: The fastest repeat of the prefill.
+        prefill_high_seconds: The slowest; fastest and slowest enclose the median with a confidence of ``1 - 2 ** (1 - repeats)``.
+        decode_low_seconds_per_token: The fastest repeat of decoding.
+        decode_high_seconds_per_token: The slowest.
+        prefill_flop: Operations of the prefill; a multiply-accumulate is two.
+        prefill_floor_seconds: The least time for these and for reading the weights once, at rates that the machine reached.
+        decode_bytes: Bytes of the weights that each step of decoding reads.
+        decode_floor_seconds: The least time of a step.
     """
 
     prefill_seconds: float
@@ -83,6 +91,20 @@ class SpeedReport:
     repeats: int
     threads: int
     device: str
+    # Zero in records of versions that did not measure them.
+    prefill_low_seconds: float = 0.0
+    prefill_high_seconds: float = 0.0
+    decode_low_seconds_per_token: float = 0.0
+    decode_high_seconds_per_token: float = 0.0
+    prefill_flop: int = 0
+    prefill_floor_seconds: float = 0.0
+    decode_bytes: int = 0
+    decode_floor_seconds: float = 0.0
+
+    @property
+    def confidence(self) -> float:
+        """The confidence with which the fastest and the slowest repeat enclose the median."""
+        return 1 - 2.0 ** (1 - self.repeats)
 
 
 @dataclass(frozen=True, repr=False)

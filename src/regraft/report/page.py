@@ -12,7 +12,7 @@ from regraft.errors import in_code, in_markdown, shown
 from regraft.plans import Measurement
 from regraft.report.curve import loss_curve
 from regraft.report.ranks import slots_table, summary
-from regraft.report.summary import RunReport, caption, factor_lines, plan_lines, speed_note, table, won_back
+from regraft.report.summary import RunReport, caption, factor_lines, plan_lines, speed_note, table, tasks_table, won_back
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem;color:#1c2733;background:#fff}
@@ -41,6 +41,8 @@ def to_markdown(report: RunReport) -> str:
     lines = [f"# {in_markdown(report.title)}", "", *described, *_lead(report)]
     lines += [*_markdown_table(*table(report.measurements)), ""]
     lines += [line for note in _notes(report) for line in (in_markdown(note), "")]
+    if report.tasks:
+        lines += ["## Tasks", "", *_markdown_table(*tasks_table(report.tasks)), ""]
     if report.plan is not None:
         lines += ["## What was cut", "", *(f"- {in_markdown(line)}" for line in plan_lines(report)), ""]
         cells = [[width.group, str(width.before), str(width.after)] for width in report.widths]

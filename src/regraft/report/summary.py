@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from regraft.plans import FactorPlan, Measurement, PrunePlan, RankSearch
+from regraft.plans import FactorPlan, Measurement, PrunePlan, RankSearch, TaskReport, TaskScore
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class RunReport:
         prompt: Prompt that the samples continue.
         samples: Label of a model to its sample.
         facts: Provenance of the run: command, seed, versions, checksums.
+        tasks: Scores on tasks and further texts, one entry for each model; empty when none were asked for.
     """
 
     title: str
@@ -66,6 +67,7 @@ class RunReport:
     prompt: str = ""
     samples: Mapping[str, str] = field(default_factory=dict[str, str])
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    tasks: tuple[TaskReport, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,34 @@ def table(measurements: Sequence[Measurement]) -> list[list[str]]:
             ["peak memory", *(scaled(speed.peak_memory_bytes, "B") if speed else "" for speed in speeds)],
         ]
     return rows
+
+
+def tasks_table(tasks: Sequence[TaskReport]) -> list[list[str]]:
+    """Returns the table of tasks: a heading, then one row for each metric and text, with a cell for each model.
+
+    A score has its standard error behind it, a loss is a perplexity. The last row is the mean of ``acc`` over the tasks that have it.
+    """
+    rows = [["", *(report.label for report in tasks)]]
+    for index, score in enumerate(tasks[0].scores):
+        shots = f", {score.shots} shots" if score.shots else ""
+        name = f"{score.task}, {score.metric} ({score.items:,} items{shots}, version {score.version or 'unknown'})"
+        rows.append([name, *(_score(report.scores[index]) for report in tasks)])
+    means = [_mean_accuracy(report) for report in tasks]
+    if all(mean is not None for mean in means):
+        rows.append(["mean of acc", *(f"{mean:.4f}" for mean in means)])
+    for index, loss in enumerate(tasks[0].losses):
+        rows.append([f"{loss.text}, perplexity at window {loss.window_tokens}", *(f"{one.losses[index].perplexity:,.2f}" for one in tasks)])
+    return rows
+
+
+def _score(score: TaskScore) -> str:
+    return f"{score.value:.4f}" if score.stderr is None else f"{score.value:.4f} ± {score.stderr:.4f}"
+
+
+def _mean_accuracy(report: TaskReport) -> float | None:
+    """Returns the mean accuracy over tasks, each once; None for less than two."""
+    values = {score.task: score.value for score in report.scores if score.metric == "acc"}
+    return sum(values.values()) / len(values) if len(values) > 1 else None
 
 
 def caption(measurements: Sequence[Measurement]) -> str:

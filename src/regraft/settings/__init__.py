@@ -25,6 +25,7 @@ from regraft.settings.sections import (
     SampleSettings,
     Settings,
     Target,
+    TaskSettings,
     option_values,
 )
 
@@ -36,6 +37,7 @@ SECTIONS: tuple[type[Settings], ...] = (
     RecoverSettings,
     AllocateSettings,
     EvaluateSettings,
+    TaskSettings,
     LabelSettings,
     SampleSettings,
     CompletionSettings,
@@ -62,6 +64,7 @@ __all__ = [
     "SampleSettings",
     "Settings",
     "Target",
+    "TaskSettings",
     "checked",
     "option_values",
     "problems_of",

@@ -527,6 +527,25 @@ class EvaluateSettings(Settings):
     speed: bool = Field(default=False, description="also measure the times of prefill and decode, and peak memory")
 
 
+class TaskSettings(Settings):
+    """Settings of tasks and of several texts, which are measured with one model or two."""
+
+    tasks: tuple[str, ...] = Field(
+        default=(),
+        description="tasks: names of lm-evaluation-harness (boolq,piqa,...), files with questions, or continuation and repetition, which "
+        "are made from the held-out text",
+    )
+    limit: Positive | None = Field(default=None, description="largest number of items of each task; default: 200 of those made from text")
+    shots: Annotated[int, Field(ge=0, le=100)] | None = Field(
+        default=None, description="solved examples before each question; default: none, or what the harness has for its task"
+    )
+    answer_tokens: Positive = Field(default=32, description="longest answer in tokens, of tasks that are answered in words")
+    texts: tuple[Path, ...] = Field(default=(), description="held-out texts to measure the loss on, the worst of which is named")
+    windows: tuple[Positive, ...] = Field(
+        default=(), description="lengths of the context for the texts, such as 128,2048; default: that of the other measurement"
+    )
+
+
 class LabelSettings(Settings):
     """Settings of a measurement of a classification or regression model."""
 

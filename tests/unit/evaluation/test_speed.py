@@ -27,6 +27,15 @@ def test_a_larger_model_is_slower_and_needs_more_memory() -> None:
     assert large.peak_memory_bytes > small.peak_memory_bytes > 0
     assert (large.prompt_tokens, large.decoded_tokens, large.repeats) == (64, 4, 3)
     assert (large.threads, large.device) == (torch.get_num_threads(), "cpu")
+    for one in (large, small):
+        assert 0 < one.prefill_low_seconds <= one.prefill_seconds <= one.prefill_high_seconds
+        assert 0 < one.decode_low_seconds_per_token <= one.decode_seconds_per_token <= one.decode_high_seconds_per_token
+    # By hand: 97 * 512 of the head, and in each of 8 layers 4 projections and 3 of the feed-forward, then the products of attention.
+    weights = 97 * 512 + 8 * (4 * 512 * 512 + 3 * 512 * 1024)
+    assert large.prefill_flop == 2 * 64 * (weights + 8 * 2 * 512 * 32)
+    assert large.decode_bytes == pytest.approx(4 * weights, rel=0.01)  # norms and rotary frequencies are small, the embedding is looked up
+    assert 0 < large.prefill_floor_seconds < 2 * large.prefill_high_seconds  # a guess of the machine's rates, on a busy machine
+    assert large.confidence == 0.75
 
 
 def test_models_are_measured_in_turns_and_the_first_turn_does_not_count(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:

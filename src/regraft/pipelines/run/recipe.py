@@ -1,8 +1,8 @@
 """A recipe: the model and the settings of all stages, checked completely before anything is computed.
 
-A recipe is a YAML file whose sections are those of :mod:`regraft.settings`. An absent section means that its stage is left out (``prune``,
-``compress``, ``allocate``, ``recover``, ``sample``) or uses its defaults (``load``, ``evaluate``); ``prune: {}`` requests the stage with
-its defaults. Relative paths, in the file and in overrides, are relative to the current directory.
+A recipe is a YAML file whose sections are those of :mod:`regraft.settings`. An absent section means that its stage is left out
+(``prune``, ``compress``, ``allocate``, ``recover``, ``tasks``, ``sample``) or uses its defaults (``load``, ``evaluate``); ``prune: {}``
+requests the stage with its defaults. Relative paths, in the file and in overrides, are relative to the current directory.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_origin
 
 from pydantic import Field, ValidationError
 
+from regraft.data.hub import is_dataset
 from regraft.errors import ConfigError, InputError, RegraftError, did_you_mean
 from regraft.pipelines.prune.resolved import resolve
 from regraft.pipelines.ranks.allocate import check_settings
@@ -29,6 +30,7 @@ from regraft.settings import (
     RecoverSettings,
     SampleSettings,
     Settings,
+    TaskSettings,
     problems_of,
 )
 
@@ -39,6 +41,7 @@ SECTIONS: dict[str, type[Settings]] = {
     "allocate": AllocateSettings,
     "recover": RecoverSettings,
     "evaluate": EvaluateSettings,
+    "tasks": TaskSettings,
     "sample": SampleSettings,
 }
 _SUFFIXES = (".yaml", ".yml")
@@ -58,6 +61,7 @@ class Recipe(Settings):
     allocate: AllocateSettings | None = Field(default=None, description="how a rank is found for every layer; left out: one for all")
     recover: RecoverSettings | None = Field(default=None, description="how quality is won back; left out: not at all")
     evaluate: EvaluateSettings = Field(default=EvaluateSettings(), description="what is measured, and on what")
+    tasks: TaskSettings | None = Field(default=None, description="tasks and more texts for every model; left out: none")
     sample: SampleSettings | None = Field(default=None, description="a sample of text from each model; left out: none")
 
 
@@ -233,6 +237,10 @@ def _contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
             )
         if evaluate.text is not None:
             yield from _no_file("evaluate.text", evaluate.text)
+    tasks: TaskSettings | None = sections.get("tasks")
+    if tasks is not None:
+        for path in [*tasks.texts, *(Path(name) for name in tasks.tasks if Path(name).suffix)]:
+            yield from _no_file("tasks", path)
 
 
 def _prune_contradictions(prune: PruneSettings) -> Iterator[str]:
@@ -299,7 +307,7 @@ def _spares_layers(layers: str) -> bool:
 
 
 def _no_file(key: str, path: Path) -> Iterator[str]:
-    if not is_file(path):
+    if not is_file(path) and not is_dataset(path):
         yield f"{key}: no file at '{path}'; paths are relative to the current directory"
 
 

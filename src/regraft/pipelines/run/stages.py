@@ -25,6 +25,7 @@ from regraft.models.load import Loaded, load, locate_by, require_tokenizer
 from regraft.models.provenance import versions
 from regraft.pipelines.compress import compress
 from regraft.pipelines.evaluate import evaluate_model
+from regraft.pipelines.evaluate_tasks import evaluate_tasks
 from regraft.pipelines.prune.prune import prune
 from regraft.pipelines.prune.summary import plan_summary
 from regraft.pipelines.ranks.allocate import allocate_ranks
@@ -33,20 +34,33 @@ from regraft.pipelines.ranks.start import decisive
 from regraft.pipelines.recover import LOSS_LOG, recover_model
 from regraft.pipelines.run.folder import TIMINGS, RunFolder
 from regraft.pipelines.run.recipe import Recipe, to_yaml
-from regraft.plans import FactorPlan, Groups, Measurement, PrunePlan, RankPlan, RankSearch, SpeedReport, from_json, to_dict, to_json
+from regraft.plans import (
+    FactorPlan,
+    Groups,
+    Measurement,
+    PrunePlan,
+    RankPlan,
+    RankSearch,
+    SpeedReport,
+    TaskReport,
+    from_json,
+    to_dict,
+    to_json,
+)
 from regraft.progress import Say
-from regraft.reading import read_bytes, read_object, whole_number
+from regraft.reading import is_file, read_bytes, read_object, whole_number
 from regraft.report.page import to_html, to_markdown
 from regraft.report.summary import CurvePoint, RunReport, Width, won_back
 from regraft.surgery.adapter_folder import is_adapter, load_adapted
 
-PLAN, FACTORS, RECOVERY, MEASUREMENT, SAMPLE = "plan.json", "factors.json", "recovery.json", "measurement.json", "sample.txt"
+PLAN, FACTORS, RECOVERY = "plan.json", "factors.json", "recovery.json"
+MEASUREMENT, SAMPLE, TASKS = "measurement.json", "sample.txt", "tasks.json"
 SCORES = "scores"  # folder of the score cache, which another ratio can use
 MOMENTS = "moments"  # the same for the moments of compression
 
 
 def files_of(recipe: Recipe) -> dict[str, Path]:
-    """Returns the files that a recipe names, by key."""
+    """Returns the files that a recipe names, by key; data sets of the hub and in folders are known by their names alone."""
     named: dict[str, Any] = {"evaluate.text": recipe.evaluate.text}
     if recipe.prune is not None:
         named["prune.calibration"] = recipe.prune.calibration
@@ -54,7 +68,9 @@ def files_of(recipe: Recipe) -> dict[str, Path]:
         named |= {"compress.calibration": recipe.compress.calibration, "compress.validation": recipe.compress.validation}
     if recipe.recover is not None:
         named |= {"recover.data": recipe.recover.data, "recover.ranks": recipe.recover.ranks}
-    return {key: path for key, path in named.items() if isinstance(path, Path)}
+    if recipe.tasks is not None:
+        named |= {f"tasks.{path}": path for path in (*recipe.tasks.texts, *map(Path, recipe.tasks.tasks))}
+    return {key: path for key, path in named.items() if isinstance(path, Path) and is_file(path)}
 
 
 class Stages:
@@ -105,7 +121,8 @@ class Stages:
             models["recovered"] = self._recover(before, ranks)
         measured = {label: self._measure(label, source) for label, source in models.items()}
         measurements = self._with_speed(models, [_read_measurement(path) for path in measured.values()])
-        return plan, self._report(plan, ranks, measurements, measured, models)
+        tasks = [self._on_tasks(label, source) for label, source in models.items()] if self._has_tasks else []
+        return plan, self._report(plan, ranks, measurements, measured, models, tasks)
 
     def _inputs(self, source: str | Path, **settings: Any) -> dict[str, Any]:
         """Returns the inputs of a stage: the checksums of its model, and settings."""
@@ -212,6 +229,27 @@ class Stages:
         inputs = self._inputs(source, evaluate=settings, sample=sample)
         return self._folder.stage(f"measure {label}", inputs, make, folder=f"measured/{label}")
 
+    @property
+    def _has_tasks(self) -> bool:
+        tasks = self._recipe.tasks
+        return tasks is not None and bool(tasks.tasks or tasks.texts)
+
+    def _on_tasks(self, label: str, source: str | Path) -> TaskReport:
+        """Scores a model on the tasks and texts of the recipe."""
+        recipe, tasks = self._recipe, self._recipe.tasks
+        assert tasks is not None
+
+        def make(folder: Path) -> None:
+            loaded, _ = self._loaded(source)
+            report = evaluate_tasks(loaded, tasks, evaluate=recipe.evaluate, seed=recipe.seed, label=label)
+            write_text(folder / TASKS, to_json(report) + "\n")
+
+        inputs = self._inputs(
+            source, tasks=tasks.model_dump(mode="json"), evaluate=recipe.evaluate.model_dump(mode="json", exclude={"speed"})
+        )
+        path = self._folder.stage(f"tasks {label}", inputs, make, folder=f"tasks/{label}")
+        return from_json(TaskReport, (path / TASKS).read_bytes())
+
     def _with_speed(self, models: Mapping[str, str | Path], measurements: Sequence[Measurement]) -> list[Measurement]:
         """Adds speeds, measured in turns, if the recipe requests them."""
         if not self._recipe.evaluate.speed:
@@ -240,6 +278,7 @@ class Stages:
         measurements: Sequence[Measurement],
         measured: Mapping[str, Path],
         models: Mapping[str, str | Path],
+        tasks: Sequence[TaskReport],
     ) -> RunReport:
         """Writes the summaries of the run: results, samples and the page."""
         recipe, final = self._recipe, list(models.values())[-1]
@@ -260,6 +299,7 @@ class Stages:
             if recipe.sample is not None
             else {},
             facts=self._facts(final),
+            tasks=tuple(tasks),
         )
         self._folder.write("results.json", _json(_results(measurements)))
         if report.samples:

@@ -56,7 +56,7 @@ def recipe(tmp_path: Path, model: Path, text: Path) -> Callable[..., Path]:
             "sample": {"prompt": "the cat", "tokens": 4},
         }
         for name, section in sections.items():
-            values[name] = (values[name] or {}) | section if isinstance(section, dict) else section
+            values[name] = (values.get(name) or {}) | section if isinstance(section, dict) else section
         path = tmp_path / "tiny.yaml"
         path.write_text(yaml.safe_dump({name: value for name, value in values.items() if value is not None}), encoding="utf-8")
         return path
@@ -283,3 +283,25 @@ def test_a_folder_that_exists_is_refused_before_the_model_is_loaded(tmp_path: Pa
     with pytest.raises(OutputError, match="exists"):
         run(recipe(model="nowhere/at-all"), tmp_path / "run")
     assert names(tmp_path / "run") == {"mine"}
+
+
+def test_every_model_is_scored_on_tasks_and_texts(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text(" ".join(f"{WORDS[(step * step) % len(WORDS)]}{step}" for step in range(400)), encoding="utf-8")
+    file = tmp_path / "q.jsonl"
+    rows = [{"question": "the cat", "choices": ["sat", "saw"], "answer": number % 2} for number in range(4)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tasks = {"tasks": ["repetition", str(file)], "limit": 3, "answer_tokens": 4, "texts": [str(words)], "windows": [8, 16]}
+    source = recipe(recover=None, sample=None, evaluate={"text": str(words)}, tasks=tasks)
+    done = run(source, tmp_path / "run")
+    assert done.report is not None
+    dense, pruned = done.report.tasks
+    assert (dense.label, pruned.label) == ("dense", "pruned")
+    assert [(one.metric, one.items) for one in pruned.scores] == [("repeated_4grams", 3), ("acc", 3), ("acc_norm", 3)]
+    assert [loss.window_tokens for loss in pruned.losses] == [8, 16]
+    assert f"| {file}, acc (3 items, version 1) |" in (tmp_path / "run" / "report.md").read_text()
+    said: list[str] = []
+    run(source, tmp_path / "run", resume=True, say=said.append)
+    assert any(line.startswith("tasks dense: finished before") for line in said)
+    with pytest.raises(ConfigError, match=r"tasks .*: no file at 'gone\.jsonl'"):
+        run(recipe(tasks=tasks | {"tasks": ["gone.jsonl"]}), tmp_path / "other")
