@@ -1,11 +1,12 @@
 """Kills and races in real processes: of every command, the files that are left against those of an undisturbed run.
 
-    python benchmarks/faults.py [--count 50] [--minutes N] [--only kills|races]
+    python benchmarks/faults.py [--count 50] [--minutes N] [--only kills|races] [--commands allocate,run]
 
 A kill is a SIGKILL before a drawn write, rename, flush or removal; the command is then begun again (with ``--resume`` where it has that).
 A race is the same command twice on one output, the second up to a second later: one has to write all of it, the other to say so in one line.
-Every file is compared but the database of a search and files of seconds. Rounds of five go through all commands, so that a run that
-ends early has tried all of them; counts are written to ``results/faults_kills.csv`` and ``faults_races.csv`` after every round.
+Every file is compared but the database of a search and files of seconds. Rounds of five go through all commands, the least tried first;
+counts are written to ``results/faults_kills.csv`` and ``faults_races.csv`` after every round. A further call adds to the counts that are
+there, at other moments: whoever changes what a command writes removes its rows first.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from common import RESULTS, machine, read_rows, table, versions, write_rows
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "faults"))
 
-from forked import Command, Forks
-from stages import STAGES, clear, contents, make_start
+from forked import Command, Ended, Forks
+from stages import DEAR_STAGES, STAGES, clear, contents, make_start
 
 test_kills, test_races = import_module("test_kills"), import_module("test_races")
 ROUND = 5
+ALL = STAGES | DEAR_STAGES
 
 
 def main() -> None:
@@ -35,54 +37,72 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--only", choices=("kills", "races"), default=None)
+    parser.add_argument("--commands", default=",".join(STAGES))
     asked = parser.parse_args()
     end = time.monotonic() + 60 * asked.minutes
     for what in ("kills", "races") if asked.only is None else (asked.only,):
         with Forks() as forks, tempfile.TemporaryDirectory() as name:
-            tried(forks, Path(name), what, asked.count, end)
+            make_start(forks, Path(name))
+            tried(forks, Path(name), Counts(what), asked.commands.split(","), asked.count, end)
     draw()
 
 
-def tried(forks: Forks, folder: Path, what: str, count: int, end: float) -> None:
-    """Tries a number of kills or races of every command, and writes the counts after every round."""
-    make_start(forks, folder)
-    alone: dict[str, dict[str, str]] = {}
-    writes: dict[str, int] = {}
-    seconds: dict[str, float] = {}
-    for name, stage in STAGES.items():
-        done = forks.run(folder, *stage.line, "-o", stage.output)
-        alone[name], writes[name], seconds[name] = contents(folder, stage), done.writes, done.seconds
-        clear(folder, stage)
-    draw_moment = random.Random(what)
-    done_of, problems = dict.fromkeys(STAGES, 0), {name: list[str]() for name in STAGES}
-    for _ in range(0, count, ROUND):
-        for name, stage in STAGES.items():
-            for _ in range(ROUND):
-                if time.monotonic() > end:
-                    break
-                line = (*stage.line, "-o", stage.output)
-                if what == "kills":
-                    kill = Command(str(folder), line, die_at=draw_moment.randint(1, writes[name]))
-                    found = test_kills.problem(forks, folder, stage, kill, alone[name])
-                else:
-                    ended = test_races.race(forks, folder, stage, draw_moment.random() * min(1.0, seconds[name]))
-                    found = test_races.problem(folder, stage, ended, alone[name])
-                done_of[name] += 1
-                if found:
-                    problems[name].append(found)
-                    print(what, name, found, flush=True)
-                clear(folder, stage)
-        rows = [
-            {
+class Counts:
+    """How often every command was tried, and with what outcome: the rows of one table, kept in its file."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self._file = what, RESULTS / f"faults_{what}.csv"
+        kept = {row["command"]: row for row in read_rows(self._file)}
+        self._rows = {
+            name: {
                 "what": what,
                 "command": name,
-                "tried": done_of[name],
-                "problems": len(problems[name]),
-                "first": (problems[name] or [""])[0][:200],
+                "tried": int(kept[name]["tried"]) if name in kept else 0,
+                "problems": int(kept[name]["problems"]) if name in kept else 0,
+                "first": kept[name]["first"] if name in kept else "",
             }
-            for name in STAGES
-        ]
-        write_rows(RESULTS / f"faults_{what}.csv", rows)
+            for name in ALL
+        }
+
+    def tried(self, command: str) -> int:
+        return int(self._rows[command]["tried"])
+
+    def add(self, command: str, problem: str) -> None:
+        row = self._rows[command]
+        row["tried"] = int(row["tried"]) + 1
+        if problem:
+            row["problems"] = int(row["problems"]) + 1
+            row["first"] = row["first"] or problem[:200]
+            print(self.what, command, problem, flush=True)
+
+    def write(self) -> None:
+        write_rows(self._file, list(self._rows.values()))
+
+
+def tried(forks: Forks, folder: Path, counts: Counts, commands: list[str], count: int, end: float) -> None:
+    """Tries kills or races until every command has its number of them, and writes the counts after every round."""
+    alone: dict[str, tuple[dict[str, str], Ended]] = {}
+    while time.monotonic() < end:
+        name = min(commands, key=counts.tried)
+        begun = counts.tried(name)
+        if begun >= count:
+            break
+        stage, draw_moment = ALL[name], random.Random(f"{counts.what} {name} {begun}")
+        if name not in alone:
+            done = forks.run(folder, *stage.line, "-o", stage.output, limit_s=test_kills.PATIENCE_S)
+            alone[name] = contents(folder, stage), done
+            clear(folder, stage)
+        files, done = alone[name]
+        for _ in range(min(ROUND, count - begun)):
+            if counts.what == "kills":
+                kill = Command(str(folder), (*stage.line, "-o", stage.output), die_at=draw_moment.randint(1, done.writes))
+                found = test_kills.problem(forks, folder, stage, kill, files)
+            else:
+                ended = test_races.race(forks, folder, stage, draw_moment.random() * min(1.0, done.seconds))
+                found = test_races.problem(folder, stage, ended, files)
+            counts.add(name, found)
+            clear(folder, stage)
+        counts.write()
 
 
 def draw() -> None:

@@ -43,6 +43,8 @@ class Stage:
         return (*self.line, "-o", self.output, *(["--resume"] if self.resume else []))
 
 
+_ALLOCATE = ("allocate", "pruned", *_TRAIN, "--steps", "8", "--samples", "2", "--trials", "2", *_CHEAPLY)
+
 STAGES = {
     "prune": Stage(("prune", "model", "--criterion", "l2", "--device", "cpu")),
     "prune --memory": Stage(("prune", "model", "--criterion", "l2", "--memory", "1GB", "--device", "cpu")),
@@ -52,14 +54,11 @@ STAGES = {
     "complete": Stage(("complete", "r.csv", "--rank", "2", "--threshold", "0.1", "--recommend", "2")),
     "recover": Stage(tuple(_RECOVER), resume=True),
     "compress": Stage(("compress", "model", "--calibration", "text.txt", "--samples", "4", "--seq-len", "16", "--device", "cpu")),
-    "allocate": Stage(
-        ("allocate", "pruned", *_TRAIN, "--steps", "8", "--samples", "2", "--trials", "2", *_CHEAPLY),
-        "out.json",
-        ("out.search",),
-        resume=True,
-    ),
+    "allocate": Stage(_ALLOCATE, "out.json", ("out.search",), resume=True),
     "run": Stage(("run", "recipe.yaml"), resume=True),
 }
+# Its workers import everything anew, which takes 20 s of processor time each time: tried by benchmarks/faults.py alone.
+DEAR_STAGES = {"allocate --workers 2": Stage((*_ALLOCATE, "--workers", "2"), "out.json", ("out.search",), resume=True)}
 
 
 def make_start(forks: Forks, folder: Path) -> None:

@@ -42,6 +42,8 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
         f"{facts['parameters']:,} parameters, {facts['prunable_parameters']:,} of them in prunable groups; hidden size "
         f"{facts['hidden_size']}, vocabulary {facts['vocabulary']}, embeddings {'tied' if facts['tied_embeddings'] else 'not tied'}"
     )
+    if "adapter" in facts:
+        console.print(_adapter_line(facts["adapter"]), soft_wrap=True)
     table = Table(title=f"{len(facts['layers'])} layers, {'all alike' if facts['uniform'] else 'of different sizes'}")
     for heading in ("layers", "query heads", "KV heads", "head dim", "FFN", "parameters each"):
         table.add_column(heading, justify="right")
@@ -53,6 +55,14 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
     for kind, group in kinds.items():
         count = sum(other["kind"] == kind for other in facts["groups"])
         console.print(f"groups of kind '{kind}': {count}; one unit of {group['name']} holds {group['unit_parameters']:,} parameters")
+
+
+def _adapter_line(facts: Mapping[str, Any]) -> str:
+    ranks = " to ".join(str(rank) for rank in dict.fromkeys(facts["ranks"]))
+    return (
+        f"an adapter on the base {facts['base']}, whose layers these are: {facts['method']}{f' of rank {ranks}' if ranks else ''} on "
+        f"{facts['modules']} modules, {facts['parameters']:,} parameters"
+    )
 
 
 def _runs(layers: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int, Mapping[str, Any]]]:

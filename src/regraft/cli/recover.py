@@ -18,11 +18,10 @@ from regraft.plans import LOSS_UNITS
 from regraft.settings import LoadSettings, RecoverSettings
 
 if TYPE_CHECKING:
-    from regraft.pipelines.recover import is_finished, recover_model
+    from regraft.pipelines.recover import recover_model
     from regraft.training.distributed import is_main
     from regraft.training.recover import Recovered
 else:
-    is_finished = later("regraft.pipelines.recover", "is_finished")
     recover_model = later("regraft.pipelines.recover", "recover_model")
     is_main = later("regraft.training.distributed", "is_main")
 
@@ -37,14 +36,13 @@ def recover(
     seed: SeedOption = 0,
 ) -> None:
     """Train a small adapter on a pruned model and fold it in: text or instructions, best checkpoint by held-out loss."""
-    if resume and is_finished(model, output, recover, load, seed):
-        if is_main():
-            Screen().print(f"{output} was finished before, with the same settings, seed and source; nothing is left to do", soft_wrap=True)
-        return
     result = recover_model(model, output, recover, load=load, seed=seed, resume=resume, command=recorded(command_line()))
     if not is_main():
         return
     console = Screen()
+    if result.finished_before:
+        console.print(f"{output} was finished before, with the same settings, seed and source; nothing is left to do", soft_wrap=True)
+        return
     show(console, result.recovered, LOSS_UNITS[recover.task], result.judged)
     for line in result.recovered.data.lines():
         console.print(as_options(line), soft_wrap=True, style="yellow" if line.startswith("warning") else None)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from regraft.atomic import sha256_of
-from regraft.errors import ModelError, shown
+from regraft.errors import InputError, ModelError, shown
 from regraft.models.family import families, family_of
 from regraft.models.provenance import FILE
 from regraft.models.weights import INDEX, SINGLE
@@ -26,20 +26,39 @@ MOST_EMPTY_LAYERS = 1000  # at the end of one of our models: far more than anyon
 SAME_MODEL = "use the config and the weights of the same model"
 
 
-def check_config(folder: Path) -> dict[str, Any]:
-    """Checks the config of a model folder and returns it as plain values.
+def check_is_model(folder: Path, base: str | None = None) -> None:
+    """Refuses a folder that holds no model: an adapter on a base, or anything else without a config; and a base for what is a model.
+
+    Args:
+        folder: The folder.
+        base: Where the base of an adapter lies, if the user said so.
+
+    Raises:
+        ModelError: The message names the command that folds the adapter in, with the base that was given.
+        InputError: There is a model, and a base for it.
+    """
+    if (folder / "config.json").is_file():
+        if base is not None:
+            raise InputError(f"`base={shown(base)}` is for the folder of an adapter, and '{shown(folder)}' is a model; leave it out")
+        return
+    if (named := adapter_base(folder)) is not None:
+        given = f" --base {shown(base)}" if base is not None else ""
+        raise ModelError(
+            f"'{shown(folder)}' is an adapter on the base '{shown(base or named)}', not a model; fold it in first with "
+            f"`regraft export {shown(folder)} --to merged{given} --output DIR`, and give that"
+        )
+    raise ModelError(f"'{folder}' has no config.json; give the folder of a Hugging Face model")
+
+
+def check_config(folder: Path, base: str | None = None) -> dict[str, Any]:
+    """Checks the config of a model folder and returns it as plain values; ``base`` is that of :func:`check_is_model`.
 
     Raises:
         ModelError: There is none, it cannot be read, or its family is not known.
+        InputError: A base was given for a model.
     """
+    check_is_model(folder, base)
     path = folder / "config.json"
-    if not path.is_file():
-        if (base := adapter_base(folder)) is not None:
-            raise ModelError(
-                f"'{shown(folder)}' is an adapter on the base '{shown(base)}', not a model; fold it in first with "
-                f"`regraft export {shown(folder)} --to merged --output DIR`"
-            )
-        raise ModelError(f"'{folder}' has no config.json; give the folder of a Hugging Face model")
     config = read_json(path, ModelError)
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(model_type, str) or not model_type:

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from regraft.atomic import atomic_folder
 from regraft.errors import ModelError, shown
-from regraft.models.checks import check_checksums, check_finite
+from regraft.models.checks import check_checksums, check_finite, check_is_model
 from regraft.models.folder import write_folder
 from regraft.models.load import Loaded, checkpoint_as, device_named, locate_by, read_config
 from regraft.models.provenance import read_provenance
@@ -208,9 +208,8 @@ def save_classifier(
 
 def _config(folder: Path, classes: Sequence[str] | None, settings: LoadSettings) -> PreTrainedConfig:
     """Returns the config of a model folder, changed to these classes; with None unchanged."""
+    check_is_model(folder, settings.base)
     path = folder / "config.json"
-    if not path.is_file():
-        raise ModelError(f"'{folder}' has no config.json; give the folder of a Hugging Face model")
     kind = read_object(path, ModelError).get("model_type")
     if kind not in ARCHITECTURES and not settings.trust_remote_code:
         raise ModelError(f"'{folder}': transformers has no model for sequence classification of type '{shown(kind)}'; use another model")

@@ -100,12 +100,10 @@ def load(source: str | Path, settings: LoadSettings | None = None) -> Loaded:
         InputError: The device does not exist.
     """
     settings = settings or LoadSettings()
-    if settings.base is not None:
-        raise InputError(f"`base={shown(settings.base)}` is for the folder of an adapter, and '{shown(source)}' is a model; leave it out")
     device = device_named(settings.device)
     folder = locate_by(source, settings)
     name = str(source)
-    tensors, provenance = check_folder(folder)
+    tensors, provenance = check_folder(folder, settings.base)
     dtype = weights_dtype(tensors) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     model = _load_model(folder, dtype, settings)
     check_finite(model, name)
@@ -116,14 +114,19 @@ def load(source: str | Path, settings: LoadSettings | None = None) -> Loaded:
     return Loaded(model, tokenizer, name, fingerprint(model), provenance)
 
 
-def check_folder(folder: Path) -> tuple[dict[str, StoredTensor], Provenance | None]:
+def check_folder(folder: Path, base: str | None = None) -> tuple[dict[str, StoredTensor], Provenance | None]:
     """Returns the stored tensors and the provenance of a model folder, after all checks that are possible before weights are read.
 
+    Args:
+        folder: The folder.
+        base: The base that was given for an adapter, which a model has not.
+
     Raises:
-        ModelError: The folder is damaged, or its config and its weights are of different models.
+        ModelError: The folder is damaged or an adapter, or its config and its weights are of different models.
+        InputError: A base was given for a model.
     """
     try:
-        config = check_config(folder)
+        config = check_config(folder, base)
         tensors = stored_tensors(folder)
         provenance = read_provenance(folder)
         check_layer_count(folder, config, tensors)

@@ -25,7 +25,7 @@ from regraft.models.save import save
 from regraft.models.view import fingerprint
 from regraft.pipelines.export_model import export_loaded
 from regraft.pipelines.export_streamed import export_streamed, why_not_compared
-from regraft.pipelines.proved import prove_adapter, prove_model
+from regraft.pipelines.proved import prove_adapter, prove_model, text_ids
 from regraft.pipelines.results import upload
 from regraft.plans import Provenance
 from regraft.settings import ExportSettings, LoadSettings
@@ -172,7 +172,7 @@ def _factored(folder: Path, output: Path, form: AdapterFormat, to: str, settings
     """Writes the factors of an adapter."""
     base, adapted, adapter = _exportable(folder, settings)
     classes = {"classes": list(classes_of(adapter.model))} if is_classifier(adapter.model) else {}
-    trained = probe(adapted)
+    trained = probe(adapted, texts=text_ids(base.tokenizer))
     with atomic_folder(output) as partial:
         words = form.write(adapter, partial)
         provenance = Provenance(
@@ -218,12 +218,12 @@ def _folded(folder: Path, settings: LoadSettings) -> tuple[Loaded, int, Probe]:
     """
     if is_master(folder):
         loaded, injected = load_master(folder, settings)
-        count, trained = len(adapted_modules(loaded.model)), probe(loaded.model)
+        count, trained = len(adapted_modules(loaded.model)), probe(loaded.model, texts=text_ids(loaded.tokenizer))
         model = merge(injected)
     else:
         loaded = load_adapted(folder, settings)
         adapted = cast(PeftModel, loaded.model)
-        count, trained = sum(1 for _ in layers_of(adapted)), probe(adapted, retrained_tokens(adapted))
+        count, trained = sum(1 for _ in layers_of(adapted)), probe(adapted, retrained_tokens(adapted), text_ids(loaded.tokenizer))
         model = merge_stock(adapted)
     refuse_other(trained, model, f"the adapter '{folder}', folded in,", "keep it beside its base, and report this: it is a fault of ours")
     return replace(loaded, model=model), count, trained

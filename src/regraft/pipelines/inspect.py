@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from regraft.groups.discover import discover
@@ -9,6 +10,7 @@ from regraft.models.live import ModelLike, resting, take
 from regraft.models.load import Loaded
 from regraft.models.view import ModelView, parameter_count
 from regraft.settings import LoadSettings, takes_settings, with_keywords
+from regraft.surgery.adapter_folder import bare_base, is_adapter
 
 
 @takes_settings(LoadSettings)
@@ -16,7 +18,7 @@ def inspect_model(model: ModelLike, *, load: LoadSettings | None = None, **keywo
     """Returns the facts of a model as plain JSON types.
 
     Args:
-        model: A ``PreTrainedModel`` in memory, which is left as it is; or a folder, a hub id, or ``seedling``.
+        model: A ``PreTrainedModel`` in memory, which is left as it is; or a folder, a hub id, ``seedling``, or the folder of an adapter.
         load: How a folder or hub id is loaded.
         **keywords: Single settings of loading by name, such as ``dtype="float32"``.
 
@@ -26,9 +28,14 @@ def inspect_model(model: ModelLike, *, load: LoadSettings | None = None, **keywo
     The keys are ``source``, ``family``, ``class``, ``fingerprint``, ``dtype``, ``parameters``, ``prunable_parameters``, ``hidden_size``,
     ``vocabulary``, ``tied_embeddings``, ``uniform`` (whether all layers have the same sizes), ``layers`` (a row for each: query
     heads, key-value heads, head dimension, feed-forward channels, parameters) and ``groups`` (a row for each: name, kind, units,
-    parameters of one unit).
+    parameters of one unit). Of an adapter, these are the facts of its base, and ``adapter`` says what it is: ``folder``, ``method``,
+    ``modules``, ``ranks`` (the smallest and the largest; none for methods without), ``parameters`` and ``base`` (where that was found).
     """
     (asked,) = with_keywords("regraft.inspect", keywords, load or LoadSettings())
+    if isinstance(model, str | Path) and is_adapter(model):
+        base, facts = bare_base(Path(model), asked)
+        with resting(base.model):
+            return _facts(base) | {"source": str(model), "adapter": facts}
     loaded = take(model, None, asked)
     with resting(loaded.model):
         return _facts(loaded)

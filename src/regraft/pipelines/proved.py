@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.errors import InputError, OutputError
 from regraft.models.classifier import classes_of, is_classifier, load_classifier
@@ -14,7 +14,15 @@ from regraft.settings import LoadSettings
 from regraft.surgery.adapter_folder import load_adapted
 from regraft.surgery.probe import Probe, refuse_other
 
+# Of several scripts, so that most tokenizers give tokens of many kinds.
+_TEXT = """The mill by the river was built in 1874, and its wheel has turned ever since; on a good day it grinds 3.5 tonnes of rye.
+def mean(values): return sum(values) / len(values)  # naïve, für viele Zahlen zu ungenau — 数字が多いと誤差が出る. Что дальше?"""
 _TELL = "free memory or take another disk and repeat the command; where it fails again, this is a fault of ours: please report it"
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
+    """Returns the token ids of the text that models are compared on, line by line; none without a tokenizer."""
+    return [list(tokenizer(line, verbose=False).input_ids) for line in _TEXT.split("\n")] if tokenizer is not None else []
 
 
 def prove_model(folder: Path, model: PreTrainedModel, trained: Probe, load: LoadSettings | None = None) -> None:

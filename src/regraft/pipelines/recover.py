@@ -32,6 +32,8 @@ from regraft.models.places import where_it_may_be
 from regraft.models.provenance import parents_of, read_provenance, versions
 from regraft.models.save import save
 from regraft.models.view import fingerprint
+from regraft.pipelines.finished_recovery import LOSS_LOG as LOSS_LOG
+from regraft.pipelines.finished_recovery import TIMINGS, TRAINED, read_finished
 from regraft.pipelines.proved import prove_adapter, prove_model
 from regraft.pipelines.results import Saving
 from regraft.pipelines.texts import Texts, described, in_memory, path_in, read, text_for
@@ -39,7 +41,7 @@ from regraft.plans import LOSS_UNITS, Provenance
 from regraft.reading import is_folder
 from regraft.settings import TRAINING_TOKENS, LoadSettings, RecoverSettings, takes_settings, with_keywords
 from regraft.surgery.adapter_files import is_master
-from regraft.surgery.adapter_folder import base_record
+from regraft.surgery.adapter_folder import ADAPTER_WEIGHTS, attached, base_record, fingerprint_without, is_adapter
 from regraft.surgery.adapters import Injected, adapter_config, continued, save_adapter
 from regraft.training.batches import in_steps
 from regraft.training.callbacks import log_csv
@@ -51,9 +53,8 @@ from regraft.training.job import check_made_for, check_trackers, read_ranks
 from regraft.training.labelled import judged
 from regraft.training.recover import Recovered, recover
 
-LOSS_LOG = "training_log.csv"
-TIMINGS = "timings.json"
 DENSE = "dense"
+_BEGAN_WITH = ("data", "continued")  # keys of the record: texts in memory, and the adapter whose training went on
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,6 +69,7 @@ class RecoverResult(Saving):
         provenance: The record as it was written; None when nothing was saved.
         judged: For a task with labels: accuracy and macro F1, or Pearson's and Spearman's correlation and the root of the mean squared
             error, on the held-out rows. The best checkpoint was chosen by these rows, so test the model on others.
+        finished_before: Whether the output was there already, whole and of the same settings, seed and source, so that it was only read.
     """
 
     recovered: Recovered
@@ -76,6 +78,7 @@ class RecoverResult(Saving):
     record: Provenance
     provenance: Provenance | None
     judged: Mapping[str, float] = field(default_factory=dict[str, float])
+    finished_before: bool = False
 
     @property
     def model(self) -> PreTrainedModel:
@@ -95,7 +98,8 @@ class RecoverResult(Saving):
     def __repr__(self) -> str:
         """Returns the held-out loss before and after, in one line."""
         done = self.recovered
-        return f"RecoverResult(held-out loss {done.first_loss:.4f} -> {done.best_loss:.4f}, {type(self.model).__name__})"
+        before = "finished before, " if self.finished_before else ""
+        return f"RecoverResult({before}held-out loss {done.first_loss:.4f} -> {done.best_loss:.4f}, {type(self.model).__name__})"
 
     def save_pretrained(self, folder: str | Path, *, replace: bool = False) -> Provenance:
         """Saves the model, or its adapter, with its card, its loss log and how it came to be.
@@ -135,8 +139,8 @@ def recover_model(
     them train and the first one saves.
 
     Args:
-        model: A ``PreTrainedModel`` in memory, which is left as it is; a ``PeftModel``, whose LoRA is trained on; or a folder, a hub id, or
-            ``seedling``.
+        model: A ``PreTrainedModel`` in memory, which is left as it is; a ``PeftModel``, or the folder of a LoRA of PEFT, which is trained
+            on; or a folder, a hub id, or ``seedling``.
         output: A model folder when the adapter is folded in, else a PEFT adapter folder; None writes nothing.
         settings: Data, adapter and training.
         tokenizer: The tokenizer for a model in memory.
@@ -144,7 +148,8 @@ def recover_model(
         load: How a folder or hub id is loaded.
         seed: Seed for everything random.
         in_place: Whether a model in memory is itself trained, which saves the memory of a copy.
-        resume: Go on from the checkpoints of a run that was stopped; with none there, begin.
+        resume: Go on from the checkpoints of a run that was stopped; with none there, begin. An output that holds already what this call
+            would write is success: it is read, and the result says so by ``finished_before``.
         work: Folder for checkpoints, in place of one next to the output; the caller removes it.
         command: How this was called, for the folder's record.
         **keywords: Single settings by name, such as ``rank=8``; they count before those in ``settings`` and ``load``.
@@ -160,8 +165,13 @@ def recover_model(
     output = Path(output) if output is not None else None
     _check_early(chosen)
     given = in_memory(data) if in_memory(data) is not None else chosen.data
+    if resume and output is not None and work is None:
+        prepared = _prepared_before(model, output, chosen, load, seed, tokenizer, in_memory(data))
+        if prepared is not None:
+            return _read_again(output, prepared, load)
     with _work_folder(output, work, resume=resume, data=lambda: training_rows(chosen, seed, given) if given is not None else None) as kept:
         chosen, loaded, injected, corpora = _prepared(model, tokenizer, chosen, load, in_memory(data), seed=seed, in_place=in_place)
+        began_with = _began_with(model, corpora, in_memory(data))
         teacher = load_teacher(chosen, load, loaded)
         done = recover(
             loaded.model,
@@ -174,41 +184,57 @@ def recover_model(
             teacher=teacher,
             injected=injected,
         )
-        result = _result(done, loaded, chosen, corpora, in_memory(data) is not None, seed=seed, command=command)
+        result = _result(done, loaded, chosen, corpora, began_with, seed=seed, command=command)
         if output is not None and is_main():
             result = dataclasses.replace(result, provenance=result.save_pretrained(output))
     return result
 
 
-def is_finished(model: str | Path, output: Path, settings: RecoverSettings, load: LoadSettings, seed: int) -> bool:
-    """Returns whether an output holds already what :func:`recover_model` would write; then what a killed run left beside it is removed.
+Prepared = tuple[RecoverSettings, Loaded, Injected | None, tuple[Corpus, Corpus] | tuple[Labelled, Labelled]]
 
-    Args:
-        model: A folder, a hub id, or ``seedling``.
-        output: The output, which need not be there.
-        settings: Data, adapter and training. Only the name of a data file is compared, as the record of the output holds no more.
-        load: How the model is loaded.
-        seed: Seed for everything random.
+
+def _prepared_before(
+    model: ModelLike | PeftModel,
+    output: Path,
+    settings: RecoverSettings,
+    load: LoadSettings,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: Texts | None,
+) -> Prepared | None:
+    """Returns what :func:`recover_model` would begin with if its output holds already what it would write, and None otherwise.
+
+    Only the name of a data file is compared, as the record of the output holds no more. What a killed run left beside it is removed.
 
     Raises:
         OutputError: Another process is writing this output.
         RegraftError: Anything else that the user can mend, in one line.
     """
-    record = read_provenance(output) if output.is_dir() else None
+    record = read_provenance(output) if is_folder(output) else None
     if record is None or "recover" not in record.settings or record.seed != seed:
-        return False
+        return None
     if not record.files or any(not (output / name).is_file() or sha256_of(output / name) != sha for name, sha in record.files.items()):
-        return False
-    load = load.model_copy(update={"device": local_device(load.device)})
-    _check_early(settings)
-    settings, loaded, _, _ = _prepared(model, None, settings, load, None, seed=seed, in_place=False)
+        return None
+    prepared = _prepared(model, tokenizer, settings, load, texts, seed=seed, in_place=False)
+    decided, loaded, _, corpora = prepared
+    wanted = decided.model_dump(mode="json", exclude={"quiet"}), loaded.fingerprint, _began_with(model, corpora, texts)
     written = {name: value for name, value in record.settings["recover"].items() if name != "quiet"}
-    if record.source_fingerprint != loaded.fingerprint or written != settings.model_dump(mode="json", exclude={"quiet"}):
-        return False
+    if (written, record.source_fingerprint, {name: record.settings[name] for name in _BEGAN_WITH if name in record.settings}) != wanted:
+        return None
     if is_main():
         with claimed(output) as aside:
             remove(aside / WORK)
-    return True
+    return prepared
+
+
+def _read_again(output: Path, prepared: Prepared, load: LoadSettings) -> RecoverResult:
+    """Returns the result of a recovery from the folder that it was saved to."""
+    settings, loaded, _, corpora = prepared
+    record = read_provenance(output)
+    assert record is not None
+    classes = corpora[1].classes if isinstance(corpora[1], Labelled) else None
+    done = read_finished(output, record, settings, load, classes)
+    return RecoverResult(done, loaded, settings, record, record, _judged(done, loaded, corpora[1], settings), finished_before=True)
 
 
 def _prepared(
@@ -254,6 +280,9 @@ def _student(
             raise InputError("`in_place` is for a model in memory; leave it out for a folder, and say with `output` where the result goes")
         if labelled is not None:
             return load_classifier(model, labelled.classes, load, seed=seed), None
+        if is_adapter(model) and not is_master(Path(model)):
+            base, adapted = attached(Path(model), load)
+            return base, continued(cast(PeftModel, adapted))
         return take(model, tokenizer, load), None
     if labelled is not None:
         raise InputError(f"`task={settings.task}` makes a head for labels as it loads a model; give a folder or a hub id")
@@ -263,7 +292,7 @@ def _student(
         injected = continued(model if in_place else copy.deepcopy(model))
         found = lineage(injected.model)
         fitting = fitting_tokenizer(tokenizer, injected.model)
-        return Loaded(injected.model, fitting, found.source, fingerprint(injected.model), found.provenance), injected
+        return Loaded(injected.model, fitting, found.source, fingerprint_without(injected.model), found.provenance), injected
     loaded = take(model, tokenizer)
     return (loaded if in_place else dataclasses.replace(loaded, model=copy.deepcopy(loaded.model))), None
 
@@ -289,7 +318,7 @@ def _result(
     loaded: Loaded,
     settings: RecoverSettings,
     corpora: tuple[Corpus, Corpus] | tuple[Labelled, Labelled],
-    given: bool,
+    began_with: Mapping[str, Any],
     *,
     seed: int,
     command: str,
@@ -297,8 +326,6 @@ def _result(
     """Returns the result with its record, and what was found on held-out rows with labels."""
     model = cast(PreTrainedModel, done.model) if done.injected is None else done.injected.model
     classes = {"classes": list(classes_of(model))} if is_classifier(model) else {}
-    train, held_out = corpora
-    in_memory_data = {"data": described(train)} if given and isinstance(train, Corpus) else {}
     record = Provenance(
         command=command,
         source=loaded.source,
@@ -306,22 +333,41 @@ def _result(
         seed=seed,
         versions=versions(),
         ranks=done.ranks,
-        settings={"recover": settings.model_dump(mode="json"), **classes, **in_memory_data, **_counted(done)},
+        settings={"recover": settings.model_dump(mode="json"), **classes, **began_with, **_counted(done)},
         parents=parents_of(loaded.provenance),
     )
-    found: dict[str, float] = {}
-    if isinstance(held_out, Labelled):
-        most_tokens = window_tokens(settings.seq_len, TRAINING_TOKENS, loaded.model.config, "seq_len", row_limit(loaded.model))
-        found = judged(cast(PreTrainedModel, done.model), require_tokenizer(loaded), held_out, most_tokens)
-    return RecoverResult(done, loaded, settings, record, None, found)
+    return RecoverResult(done, loaded, settings, record, None, _judged(done, loaded, corpora[1], settings))
+
+
+def _judged(done: Recovered, loaded: Loaded, held_out: Corpus | Labelled, settings: RecoverSettings) -> dict[str, float]:
+    """Returns what was found on held-out rows with labels; nothing of text."""
+    if not isinstance(held_out, Labelled):
+        return {}
+    most_tokens = window_tokens(settings.seq_len, TRAINING_TOKENS, loaded.model.config, "seq_len", row_limit(loaded.model))
+    return judged(cast(PreTrainedModel, done.model), require_tokenizer(loaded), held_out, most_tokens)
+
+
+def _began_with(
+    model: ModelLike | PeftModel, corpora: tuple[Corpus, Corpus] | tuple[Labelled, Labelled], texts: Texts | None
+) -> dict[str, Any]:
+    """Returns, for the record, what a recovery began with besides its settings: texts in memory, and an adapter that it goes on with."""
+    found: dict[str, Any] = {}
+    if texts is not None and isinstance(corpora[0], Corpus):
+        found["data"] = described(corpora[0])
+    if isinstance(model, str | Path) and is_adapter(model):
+        found["continued"] = {"adapter": str(model), "sha256": sha256_of(Path(model) / ADAPTER_WEIGHTS)}
+    elif isinstance(model, PeftModel):
+        base = cast(PreTrainedModel, cast(PeftModel, model).get_base_model())
+        found["continued"] = {"adapter": "in memory", "fingerprint": fingerprint(base)}
+    return found
 
 
 def _counted(done: Recovered) -> dict[str, Any]:
-    """Returns, for the record, the learning rates that were tried, and counts of instruction records and of rows that were skipped."""
+    """Returns, for the record, the learning rates that were tried, and counts: of parameters, instruction records and skipped rows."""
     data = done.data
     records = {} if data.records is None else {"records": dataclasses.asdict(data.records)}
     rates = {} if done.rates is None else {"rates": dataclasses.asdict(done.rates)}
-    return records | rates | ({"skipped_rows": data.skipped.rows} if data.skipped.rows else {})
+    return {TRAINED: done.trainable_parameters} | records | rates | ({"skipped_rows": data.skipped.rows} if data.skipped.rows else {})
 
 
 def load_teacher(settings: RecoverSettings, load: LoadSettings, pruned: Loaded) -> Teacher | None:

@@ -187,7 +187,7 @@ def open_skeleton(source: str | Path, settings: LoadSettings | None = None, *, f
     settings = settings or LoadSettings()
     device = device_named(settings.device)
     folder = locate_by(source, settings)
-    tensors, provenance = check_folder(folder)
+    tensors, provenance = check_folder(folder, settings.base)
     dtype = weights_dtype(tensors) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     checkpoint = CheckpointFiles(folder)
     model = _empty_model(folder, device, trust_remote_code=settings.trust_remote_code)

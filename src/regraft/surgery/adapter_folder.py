@@ -10,6 +10,7 @@ from typing import Any, cast
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
+from regraft.adapters.peft_backed import layers_of
 from regraft.adapters.plain_lora import PEFT_PREFIX
 from regraft.adapters.stock_files import check_patterns, read_stock_config
 from regraft.errors import InputError, ModelError, shown
@@ -20,10 +21,11 @@ from regraft.models.load import load as load_model
 from regraft.models.places import NAME, places_of, where_it_may_be
 from regraft.models.provenance import read_provenance
 from regraft.models.quiet import quiet
-from regraft.models.view import fingerprint
+from regraft.models.view import digest_of, fingerprint, fingerprint_of
 from regraft.models.weights import StoredTensor, read_header
 from regraft.reading import is_folder, path_of
 from regraft.settings import LoadSettings
+from regraft.surgery.adapted import adapted_modules, unwrap
 from regraft.surgery.adapter_files import base_fingerprint, is_master, read_master
 from regraft.surgery.adapters import Injected, load_adapter
 
@@ -111,6 +113,44 @@ def load_master(folder: Path, settings: LoadSettings) -> tuple[Loaded, Injected]
     injected = load_adapter(loaded.model, folder)
     loaded.model.eval()
     return loaded, injected
+
+
+def bare_base(folder: Path, settings: LoadSettings) -> tuple[Loaded, dict[str, Any]]:
+    """Returns the base of an adapter as it is without it, and what the adapter is, after it was put on to see that it fits.
+
+    Returns:
+        The base; and ``folder``, ``method``, ``modules`` (how many), ``ranks`` (the smallest and the largest), ``parameters`` and ``base``.
+
+    Raises:
+        ModelError: As :func:`load_adapted`.
+    """
+    if is_master(folder):
+        stored = read_master(folder)
+        loaded, injected = load_master(folder, settings)
+        ranks = [int(spec["rank"]) for spec in stored.modules.values()]
+        parts = [*stored.head.values(), *(tensor for tensors in stored.tensors.values() for tensor in tensors.values())]
+        count, method, modules = sum(tensor.numel() for tensor in parts), stored.method, len(stored.modules)
+        for name, module in adapted_modules(injected.model).items():
+            unwrap(injected.model, name, module.base)
+    else:
+        loaded, model = attached(folder, settings)
+        adapted = cast(PeftModel, model)
+        layers = list(layers_of(adapted))
+        method, modules = str(read_stock_config(folder)["peft_type"]).lower(), len(layers)
+        ranks = [int(rank) for _, layer in layers for rank in getattr(layer, "r", {}).values()]
+        count = sum(tensor.numel for tensor in read_header(folder / ADAPTER_WEIGHTS).values())
+        cast(Any, adapted.base_model).unload()
+    facts = {"folder": str(folder), "method": method, "modules": modules, "ranks": [min(ranks), max(ranks)] if ranks else []}
+    return loaded, {**facts, "parameters": count, "base": loaded.source}
+
+
+def fingerprint_without(model: PreTrainedModel) -> str:
+    """Returns the fingerprint that a model with a LoRA of PEFT in it has without it: that of its base."""
+    return fingerprint_of(
+        (name.replace(".base_layer.", "."), tuple(parameter.shape), parameter.dtype, digest_of(parameter))
+        for name, parameter in model.named_parameters()
+        if "lora_" not in name
+    )
 
 
 def named_base(folder: Path) -> str:

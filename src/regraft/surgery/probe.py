@@ -15,6 +15,7 @@ from regraft.models.classifier import row_limit
 from regraft.models.precision import float32_on_cpu
 
 WINDOWS, TOKENS = 4, 32
+TEXTS = 2  # windows of text at most
 # Root of the mean squared difference, as a share of the spread of the logits. A weight that is merged in float32 and stored in 16 bits is
 # rounded once; a change that was lost or applied twice is far above.
 LARGEST_SHARE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -35,12 +36,13 @@ class Probe:
     largest_share: float
 
 
-def probe(model: nn.Module, also: Sequence[int] = ()) -> Probe:
-    """Returns what a model computes on tokens that are drawn from its whole vocabulary, the same every time.
+def probe(model: nn.Module, also: Sequence[int] = (), texts: Sequence[Sequence[int]] = ()) -> Probe:
+    """Returns what a model computes on tokens that are drawn from its whole vocabulary, the same every time, and on text.
 
     Args:
         model: A model with embeddings and logits, with or without an adapter; it is left in evaluation mode.
-        also: Token ids that have to be among them.
+        also: Token ids that have to be among those drawn.
+        texts: Token ids of texts, of which the first two that are not empty count: as many ids as a window has, and shorter ones repeated.
     """
     inner: Any = model
     rows = int(inner.config.get_text_config().vocab_size)
@@ -49,7 +51,9 @@ def probe(model: nn.Module, also: Sequence[int] = ()) -> Probe:
     drawn = torch.randint(rows, (WINDOWS, length), generator=torch.Generator().manual_seed(11))
     places = drawn.view(-1)[: len(also)]
     places.copy_(torch.tensor(list(also[: len(places)]), dtype=torch.int64))
-    return Probe(drawn, logits_of(model, drawn), share_by_rounding(model))
+    windows = [(list(text) * length)[:length] for text in texts if len(text) > 0][:TEXTS]
+    ids = torch.cat([drawn, torch.tensor(windows, dtype=torch.int64)]) if windows else drawn
+    return Probe(ids, logits_of(model, ids), share_by_rounding(model))
 
 
 def share_by_rounding(model: nn.Module) -> float:

@@ -38,7 +38,7 @@ from regraft.reading import read_object
 from regraft.settings import RecoverSettings
 from regraft.surgery.adapters import Injected, inject, merge
 from regraft.surgery.adapters import finish as finish_adapter
-from regraft.surgery.probe import Probe, probe
+from regraft.surgery.probe import TEXTS, Probe, probe
 from regraft.training.callbacks import AfterStep, Bar, Keeper, LogRow, Pace
 from regraft.training.checkpoint import checkpoints, put_tensors, trained_tensors
 from regraft.training.distill import Distillation, Teacher, fit_projections
@@ -210,7 +210,8 @@ def finish(job: Job, trained: Trained) -> Recovered:
     # In the types of training: what an adapter in float32 is folded into is rounded once, at the end.
     with trainable_weights(injected.model, job.compute), isolated(job.seed):
         finish_adapter(injected)
-        computed = probe(injected.module) if is_main() else None
+        texts = [row.input_ids.tolist() for row in job.held_out[:TEXTS]]
+        computed = probe(injected.module, texts=texts) if is_main() else None
         model = injected.module if keep else merge(injected)
     return Recovered(
         model=model.eval(),

@@ -53,6 +53,31 @@ def test_equal_layers_are_one_row_on_the_screen(make_model: Make, tmp_path: Path
     assert "0-1" in capsys.readouterr().out
 
 
+def test_an_adapter_is_inspected_with_its_base(make_model: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, text = tmp_path / "base", tmp_path / "text.txt"
+    make_model("llama").save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    text.write_text("a cat and a dog sat on the mat " * 40)
+    for method in ("lora", "nola"):
+        ways = {"data": text, "steps": 1, "seq_len": 8, "batch": 2, "lr": 0.01, "merge": False, "quiet": True}
+        regraft.recover(base, tmp_path / method, adapter=method, rank=3, **ways)
+        facts = regraft.inspect(tmp_path / method)
+        about = facts.pop("adapter")
+        assert about["folder"] == facts["source"] == str(tmp_path / method)
+        assert (about["method"], about["base"], about["ranks"]) == (method, str(base), [3, 3])
+        assert without_source(facts) == without_source(regraft.inspect(base))
+        assert run(["inspect", str(tmp_path / method)]) == 0
+        assert f"{method} of rank 3 on {about['modules']} modules" in " ".join(capsys.readouterr().out.split())
+    base.rename(tmp_path / "moved")
+    assert run(["inspect", str(tmp_path / "lora")]) == 2
+    assert "--base" in capsys.readouterr().err
+    assert run(["inspect", str(tmp_path / "lora"), "--base", str(tmp_path / "moved")]) == 0
+    for command in ("prune", "compress"):
+        capsys.readouterr()
+        assert run([command, str(tmp_path / "lora"), "--base", str(tmp_path / "moved"), "-o", str(tmp_path / "out")]) == 2
+        assert f"`regraft export {tmp_path / 'lora'} --to merged --base {tmp_path / 'moved'}" in capsys.readouterr().err
+
+
 def classifier() -> BertForSequenceClassification:
     torch.manual_seed(3)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}

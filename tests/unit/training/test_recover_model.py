@@ -25,6 +25,7 @@ from regraft.pipelines import recover as pipeline
 from regraft.pipelines.recover import recover_model
 from regraft.plans import Provenance
 from regraft.settings import LoadSettings, RecoverSettings
+from regraft.surgery.adapter_folder import load_adapted
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 
@@ -240,6 +241,52 @@ def test_what_was_finished_before_a_kill_is_success(
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert recovering("--resume") == 2, "what is damaged is not finished"
     assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("given", [{}, {"merge": False}, {"merge": False, "adapter": "nola"}], ids=["model", "lora", "nola"])
+def test_what_is_finished_is_read_again(
+    folder: Path, settings: Callable[..., RecoverSettings], tmp_path: Path, given: dict[str, Any]
+) -> None:
+    first = recover_model(folder, tmp_path / "out", settings(**given), seed=3)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    again = recover_model(folder, tmp_path / "out", settings(**given), seed=3, resume=True)
+    assert again.finished_before
+    assert not first.finished_before
+    assert "finished before" in repr(again)
+    torch.testing.assert_close(logits(again.model), logits(first.model), rtol=0, atol=1e-6)
+    losses = [(done.best_step, done.best_loss, done.first_loss, done.trainable_parameters) for done in (first.recovered, again.recovered)]
+    assert losses[0] == losses[1]
+    again.save_pretrained(tmp_path / "copy")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    weights = next(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert (tmp_path / "copy" / weights).read_bytes() == before[weights]
+    with pytest.raises(OutputError, match="exists"):
+        recover_model(folder, tmp_path / "out", settings(**given, lr=0.5), seed=3, resume=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_the_lora_in_a_folder_is_trained_on(folder: Path, settings: Callable[..., RecoverSettings], tmp_path: Path) -> None:
+    first = recover_model(folder, tmp_path / "a", settings(merge=False, dropout=0.0), seed=3)
+    more = RecoverSettings(
+        **settings().model_dump(include={"data", "held_out", "steps", "batch", "seq_len", "eval_every", "lr", "quiet", "held_out_windows"})
+    )
+    result = recover_model(tmp_path / "a", tmp_path / "b", more, seed=3)
+    assert result.recovered.first_loss == pytest.approx(first.recovered.best_loss, abs=1e-5)
+    assert result.recovered.best_loss < result.recovered.first_loss
+    base, record = load(folder), read_provenance(tmp_path / "b")
+    assert record is not None
+    assert record.settings["base"]["fingerprint"] == base.fingerprint == record.source_fingerprint
+    assert record.settings["continued"]["adapter"] == str(tmp_path / "a")
+    torch.testing.assert_close(logits(load_adapted(tmp_path / "b", LoadSettings()).model), logits(result.model), rtol=0, atol=1e-6)
+    assert recover_model(tmp_path / "a", tmp_path / "b", more, seed=3, resume=True).finished_before
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match="`base`"):
+        recover_model(tmp_path / "a", tmp_path / "c", more)
+    assert recover_model(tmp_path / "a", None, more, base=str(tmp_path / "elsewhere")).recovered.first_loss < 4
+    recover_model(tmp_path / "elsewhere", tmp_path / "nola", settings(merge=False, adapter="nola"))
+    with pytest.raises(ModelError, match=r"fold it in first with `regraft export .*nola --to merged --base else --output DIR`"):
+        recover_model(tmp_path / "nola", tmp_path / "c", more, base="else")
 
 
 # Runs in a process of its own, which forks before any tensor is computed: each child is killed at one moment of its run.
