@@ -249,6 +249,30 @@ matrix's sides say what it reads and writes, and silencing a part says which nor
 but the residual width is cut in this way, in memory and layer by layer; `tests/conformance/test_inferred.py` shows it for Gemma, Granite,
 Cohere, OLMo, OLMo 3, Phi, GLM 4, SmolLM 3, GPT-J, CodeGen, Persimmon, Nemotron, Helium, XGLM, Apertus and BitNet. Heads stay where a family
 cannot have any number of them (CodeGen), and what a norm inside runs over stays too (the heads of OLMo 3, heads and channels of BitNet).
-A target that cannot be cut beside others that can is left out, and the command says so. Mixtures of experts, layers of several kinds, and
-what is not causal are refused with what is in the way.
+A target that cannot be cut beside others that can is left out, and the command says so. What is not causal, and what has no attention or no
+feed-forward network of its own, as mixtures of experts, is refused with what is in the way.
+
+## Layers of several kinds
+
+Hybrids have attention in some layers and a *mixer* in the others: linear attention, a short convolution, a state space model. A group of a
+kind exists in the layers that have it. Mixers, with experts among them, stay as they are, and everything beside them is cut: the
+channels of feed-forward networks, heads of the layers with attention, whole layers. The config's lists and numbers of layers
+(`layer_types`, `layers_block_type`, `no_rope_layers`, `mlp_only_layers`) follow the layers that are left, an interval that does not hold
+any more (`full_attention_interval`) is dropped, and a width means what it says (`block_auto_adjust_ff_dim` is false).
+
+`tests/conformance/test_mixed_layers.py` shows, for each of these on a random model, that removing equals silencing to 1e-5, that text is
+generated alike with and without cache, and that a fresh process loads what was saved:
+
+| family | heads, query heads | FFN channels | attention alone, FFN alone | whole layers |
+|---|---|---|---|---|
+| Qwen 3.5 (`qwen3_5_text`), Qwen3-Next without experts | in layers with attention | yes | yes | yes |
+| LFM2, LFM3 | in layers with attention | yes | yes | yes |
+| Granite 4 (`granitemoehybrid`), without experts | in layers with attention | of the shared MLP | yes | yes |
+| OLMo-Hybrid | no [4] | yes | no [5] | yes |
+| Nemotron-H | in layers with attention | in layers with an MLP | no [6] | yes |
+| Granite SWA (a sink goes with its head), SmolLM3, Ministral 3, Arcee, Hunyuan dense, ERNIE 4.5 | yes | yes | yes | yes |
+
+4. Its norms of queries and keys run over all heads.
+5. A norm of one name serves the attention in some layers and the feed-forward network in others.
+6. Its attention and its feed-forward network are layers of their own.
 """

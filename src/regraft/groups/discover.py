@@ -12,7 +12,7 @@ from regraft.groups import declared, traced
 from regraft.groups.traced import Refusal, Traced
 from regraft.models.family import matches
 from regraft.models.view import ModelView, refuse_factored
-from regraft.plans import GroupKind, Groups
+from regraft.plans import Group, GroupKind, Groups
 
 USUAL: tuple[GroupKind, ...] = ("heads", "ffn")
 
@@ -67,6 +67,19 @@ def refusals(model: PreTrainedModel | ModelView) -> tuple[Refusal, ...]:
     return _traced(model if isinstance(model, ModelView) else ModelView(model)).refusals
 
 
+def _unlike_table(view: ModelView, group: Group) -> str:
+    """Returns why a part of a layer cannot be removed: this model computes with other modules in it than its family; else nothing."""
+    if group.kind not in ("attention", "mlp"):
+        return ""
+    prefix = f"{view.layer_name(group.layer or 0)}."
+    modules = tuple(f"{module}." for module in view.family.parts(view.model.config)[group.kind])
+    owned = {name.removeprefix(prefix) for name in view.model.state_dict() if name.startswith(prefix)}
+    different = sorted(
+        {member.parameter.removeprefix(prefix) for member in group.members} ^ {name for name in owned if name.startswith(modules)}
+    )
+    return f"'{prefix}{different[0]}' serves more than its {group.kind} in some models of this family" if different else ""
+
+
 def _traced(view: ModelView) -> Traced:
     """Traces a model; refuses the groups that the classes of its family cannot express after a cut."""
     family, config = view.family, view.model.config
@@ -78,5 +91,7 @@ def _traced(view: ModelView) -> Traced:
     )
     fixed = [Refusal(entry.kind, None, entry.why) for entry in family.fixed if matches(entry.when, config)]
     barred = {refusal.kind for refusal in fixed}
-    kept = tuple(group for group in found.groups.groups if group.kind not in barred)
+    odd = {group.name: Refusal(group.kind, group.layer, why) for group in found.groups.groups if (why := _unlike_table(view, group))}
+    fixed += odd.values()
+    kept = tuple(group for group in found.groups.groups if group.kind not in barred and group.name not in odd)
     return Traced(replace(found.groups, groups=kept), (*found.refusals, *fixed))

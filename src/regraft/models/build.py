@@ -13,9 +13,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from regraft.compat import attention_kernel
 from regraft.errors import PlanError
@@ -27,6 +28,7 @@ from regraft.models.view import LayerSizes, ModelView
 
 # Config entries that are never copied to another config: our own, and those that transformers writes on saving.
 OURS = ("layout", "alibi_of", "alibi_heads", "norm_width", "factored", "factor_layout")  # known to our own configs only
+INTERVALS = ("full_attention_interval",)  # numbers that lists of layers were once made from, and that nothing reads beside these
 DERIVED = ("per_layer_config", "auto_map", "architectures", "model_type", "transformers_version", "_name_or_path")
 
 
@@ -103,7 +105,9 @@ def config_for(
     names = base.attribute_map
     values = {key: value for key, value in base.to_dict().items() if key not in DERIVED}
     values |= {names.get("num_hidden_layers", "num_hidden_layers"): len(sizes)}
-    values |= _entries_of_layers(values, family.keys, kept)
+    values |= _entries_of_layers(values, family.keys, kept) | dict(family.settings)
+    if len(kept) < base.num_hidden_layers:
+        values = {key: value for key, value in values.items() if key not in INTERVALS}
     before = values[names.get("hidden_size", "hidden_size")]
     width = before if hidden_size is None else hidden_size
     projecting = any(values[key] != before for key in family.keys.width)
@@ -113,12 +117,13 @@ def config_for(
     common = _common(sizes, family)
     values |= {names.get(key, key): value for key, value in common.items()}
     per_layer = _overrides(sizes, family, common, _cut_slopes(sizes, slopes_of, family.has_alibi(base)))
-    if not per_layer and _as_computed(sizes[0], family, width) and not (values.get("norm_width") or values.get("factored")):
+    shown = next((layer for layer in sizes if layer.query_heads), sizes[0])  # one with heads, where not all have some
+    if not per_layer and _as_computed(shown, family, width) and not (values.get("norm_width") or values.get("factored")):
         for candidate in (family.model_type, family.stand_in):
-            config = _stock_config(_stock_values(values, sizes[0], family), family.model_type, candidate) if candidate else None
+            config = _stock_config(_stock_values(values, shown, family), family.model_type, candidate) if candidate else None
             if config is not None:
                 return config
-    own = {"head_dim": sizes[0].head_dim, "layout": _layout(family, base, projecting=projecting)}
+    own = {"head_dim": shown.head_dim, "layout": _layout(family, base, projecting=projecting)}
     if family.has_alibi(base):
         own |= {"alibi_of": slopes_of, "alibi_heads": None}
     return own_config(family.model_type)(**(values | own), per_layer_config=per_layer or None)
@@ -127,9 +132,11 @@ def config_for(
 def _entries_of_layers(values: Mapping[str, Any], keys: Keys, kept: Sequence[int]) -> dict[str, Any]:
     """Returns the config entries that list or count layers, for the kept layers alone."""
     lists = {key: [values[key][index] for index in kept] for key in keys.per_layer if values.get(key)}
+    place = {old: new for new, old in enumerate(kept)}
+    indices = {key: [place[old] for old in values[key] if old in place] for key in keys.indices if values.get(key)}
     counts = {key: sum(index < values[key] for index in kept) for key in keys.first_layers if key in values}
     patterns = {key: [[lists[listed], 1]] for key, listed in keys.patterns.items() if listed in lists}
-    return lists | counts | patterns
+    return lists | indices | counts | patterns
 
 
 def _as_computed(layer: LayerSizes, family: Family, width: int) -> bool:
@@ -184,6 +191,10 @@ def _cut_slopes(sizes: Sequence[LayerSizes], total: int, has_alibi: bool) -> lis
 def declared_sizes(config: PreTrainedConfig) -> tuple[LayerSizes, ...]:
     """Returns the sizes of each layer according to a config, with zeros for skipped parts."""
     family = family_of(config.model_type)
+    if family.mixed:
+        with torch.device("meta"), quiet():
+            view = ModelView(AutoModelForCausalLM.from_config(config))
+        return tuple(view.sizes(index) for index in range(len(view.layers)))
     keys = family.keys
     single = bool(family.single_kv_when) and matches(family.single_kv_when, config)
     found: list[LayerSizes] = []
@@ -275,7 +286,7 @@ def _overrides(
     found: dict[str, dict[str, Any]] = {}
     for index, layer in enumerate(sizes):
         entry: dict[str, Any] = {key: value for key, value in _own_sizes(layer, family).items() if value and value != common[key]}
-        skip = [part for part, width in (("attention", layer.query_heads), ("mlp", layer.ffn)) if not width]
+        skip = list(layer.removed)
         if skip:
             entry["skip"] = skip
         if slopes[index]:
@@ -318,7 +329,7 @@ def _is_removed(
         return False
     index, _, inside = rest.partition(".")
     layer = sizes[int(index)]
-    gone = (*(parts["attention"] if not layer.query_heads else ()), *(parts["mlp"] if not layer.ffn else ()))
+    gone = [module for part in layer.removed for module in parts[part]]
     return any(inside.startswith(f"{part}.") for part in gone)
 
 

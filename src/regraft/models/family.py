@@ -18,7 +18,7 @@ from regraft.errors import ModelError, did_you_mean
 from regraft.models.inferred import describe
 from regraft.plans import GroupKind, Side
 
-Block = Literal["one", "head", "query_group", "fused"]
+Block = Literal["one", "head", "query_group", "gated", "each", "fused"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class CoupledAxis:
         module: Name within the layer, such as ``mlp.up_proj``.
         side: Side of the units: output or input channels.
         block: Channels of one unit: ``one``, a ``head`` of the head dimension, the ``query_group`` of all query heads that share one
-            key-value head, or ``fused`` if one matrix holds several projections.
+            key-value head, ``gated`` if a gate of their size is beside these in one matrix, ``each`` for one channel of each query head,
+            or ``fused`` if one matrix holds several projections.
     """
 
     module: str
@@ -56,6 +57,7 @@ class Keys:
         norm_eps: Epsilon of the norms of the residual stream.
         width: Further keys with the value of the hidden size.
         per_layer: Lists with one entry for each layer, under the usual names of transformers.
+        indices: Lists of the indices of layers.
         first_layers: Numbers of layers, counted from the first, that something holds for.
         patterns: Keys of a pattern and its number of repetitions, each with the list that the family's config computes from it.
     """
@@ -66,6 +68,7 @@ class Keys:
     norm_eps: str = "rms_norm_eps"
     width: tuple[str, ...] = ()
     per_layer: tuple[str, ...] = ("layer_types", "mlp_layer_types", "no_rope_layers")
+    indices: tuple[str, ...] = ()
     first_layers: tuple[str, ...] = ()
     patterns: Mapping[str, str] = field(default_factory=dict[str, str])
 
@@ -133,6 +136,8 @@ class Family:
         stored_as: Modules with another name in checkpoints, and that name.
         layer_output: Return value of a decoder layer: the hidden states, or a ``tuple`` that begins with them.
         single_kv_when: Config values with which all query heads share one key-value head, in spite of the config's number.
+        mixed: Whether layers are of several kinds, of which some lack the attention or the feed-forward network.
+        settings: Config values with which the widths in a config are meant as they are.
     """
 
     model_type: str
@@ -165,6 +170,8 @@ class Family:
     stored_as: Mapping[str, str] = field(default_factory=dict[str, str])
     layer_output: Literal["tensor", "tuple"] = "tensor"
     single_kv_when: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    mixed: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def has_alibi(self, config: Any) -> bool:
         """Returns whether the heads of a model have different position slopes."""

@@ -10,7 +10,7 @@ epsilon.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from regraft.compat import own_parameters
 from regraft.errors import ModelError
+from regraft.models.mixers import first_stack, mixers_of
 from regraft.models.quiet import in_one_line
 from regraft.models.small_model import (
     FFN,
@@ -29,12 +30,16 @@ from regraft.models.small_model import (
     FIRST_LAYERS_KEYS,
     HEAD_DIM,
     HEADS,
+    INDEX_KEYS,
     KV_HEADS,
     KV_KEYS,
-    LAYERS,
+    LITERAL,
     OTHER_HEADS,
     OTHER_KV_HEADS,
     OWN_HEAD_DIM,
+    PER_LAYER_KEYS,
+    SHARED_FFN,
+    SHARED_FFN_KEYS,
     USUAL_FFN,
     WIDTH,
     SmallModel,
@@ -59,7 +64,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Shapes:
-    """The role of every matrix of a layer.
+    """The role of every matrix of the layers.
 
     Attributes:
         out: Matrix with which the attention writes the stream.
@@ -70,6 +75,8 @@ class Shapes:
         ffn: Channels of the feed-forward network.
         kv_key: Config key of the number of key-value heads; empty if every query head has its own.
         ffn_key: Config key of the feed-forward width; empty if it is computed from the hidden size.
+        attending: Indices of the layers with this attention, of one layer of each kind.
+        feeding: Indices of the layers with this feed-forward network, of one layer of each kind.
     """
 
     out: Matrix
@@ -80,6 +87,8 @@ class Shapes:
     ffn: int
     kv_key: str
     ffn_key: str
+    attending: tuple[int, ...]
+    feeding: tuple[int, ...]
 
     @property
     def own_head_dim(self) -> bool:
@@ -131,13 +140,15 @@ def _table(small: SmallModel, shapes: Shapes) -> dict[str, Any]:
     if not shapes.attention:
         raise ModelError("the matrices of its attention are not in one module")
     model: Any = small.model
-    writers = {"attention": shapes.out.name, "mlp": shapes.down.name}
-    serving = {name: part_served(small, name, writers) for name in _stream_norms(small, shapes)}
+    serving = _serving(small, shapes)
+    mixed = len(small.kinds) > 1
     fixed = (
         _fixed("residual", "the norms of a family without a table cannot be rescaled with certainty"),
         *_unreplaceable(small, shapes),
-        *_unscalable(small, shapes),
+        *_unscalable(small, shapes, mixed=mixed),
+        *_intertwined(shapes, serving),
     )
+    first_norm = next(((layer, name) for layer, name, _ in serving), None)
     return {
         "model_type": small.model_type,
         "model_class": type(model).__name__,
@@ -148,27 +159,74 @@ def _table(small: SmallModel, shapes: Shapes) -> dict[str, Any]:
         "attention": shapes.attention,
         "mlp": shapes.mlp or shapes.down.name,
         "mlp_parts": () if shapes.mlp else (*(matrix.name for matrix in shapes.up), shapes.down.name),
-        "attention_norms": tuple(name for name, part in serving.items() if part == "attention"),
-        "mlp_norms": tuple(name for name, part in serving.items() if part == "mlp"),
+        "attention_norms": _norms_of("attention", serving),
+        "mlp_norms": _norms_of("mlp", serving),
         "discovery": "traced",
-        "transposed": isinstance(small.layer.get_submodule(shapes.out.name), Conv1D),
+        "transposed": isinstance(small.layers[shapes.attending[0]].get_submodule(shapes.out.name), Conv1D),
         "head_size": "explicit" if shapes.own_head_dim else "derived",
         "writers": shapes.writers,
         # Norms without weights are layer norms.
-        "norm": "layer" if not serving or subtracts_mean(small, next(iter(serving))) else "rms",
-        "layer_output": "tuple" if isinstance(seen_at(small, "")[1], tuple) else "tensor",
+        "norm": "layer" if first_norm is None or subtracts_mean(small, *first_norm) else "rms",
+        "layer_output": "tuple" if isinstance(seen_at(small, 0, "")[1], tuple) else "tensor",
         "keys": {
             "kv_heads": shapes.kv_key,
             "ffn": shapes.ffn_key,
             "first_layers": tuple(key for key in FIRST_LAYERS_KEYS if key in small.known),
+            "indices": tuple(key for key in INDEX_KEYS if key in small.known),
+            "per_layer": (*_lists_of_layers(small),),
         },
         "fixed": fixed,
         "couplings": _couplings(shapes),
+        "mixed": mixed,
+        "settings": {key: value for key, value in LITERAL.items() if key in small.known},
     }
 
 
+def _serving(small: SmallModel, shapes: Shapes) -> list[tuple[int, str, str]]:
+    """Returns the norms of one layer of each kind: index of the layer, name, and the only part that it serves or an empty string."""
+    found: list[tuple[int, str, str]] = []
+    for layer in small.kinds:
+        parts = (("attention", shapes.out, shapes.attending), ("mlp", shapes.down, shapes.feeding))
+        writers = {part: matrix.name for part, matrix, layers in parts if layer in layers}
+        found += [(layer, name, part_served(small, layer, name, writers)) for name in _stream_norms(small, layer, shapes)]
+    return found
+
+
+def _norms_of(part: str, serving: Sequence[tuple[int, str, str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for _, name, served in serving if served == part))
+
+
+def _intertwined(shapes: Shapes, serving: Sequence[tuple[int, str, str]]) -> list[dict[str, Any]]:
+    """Returns refusals for parts that have one name, or a norm of one name, in layers of different kinds."""
+    both = set(_norms_of("attention", serving)) & set(_norms_of("mlp", serving))
+    if shapes.attention == shapes.mlp:
+        why = "its attention and its feed-forward network are layers of their own: remove the layer"
+    elif both:
+        why = f"'{min(both)}' serves its attention in some layers and its feed-forward network in others"
+    else:
+        return []
+    return [_fixed(kind, why) for kind in ("attention", "mlp")]
+
+
+def _lists_of_layers(small: SmallModel) -> list[str]:
+    """Returns the config keys of the lists with an entry for each layer."""
+    config_class: Any = type(small.model.config)
+    count = config_class.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    usual = config_class.attribute_map.get("layer_types", "layer_types")
+    try:
+        first, second = (config_class(**{count: number}).to_dict() for number in (5, 6))
+    except Exception:  # a family may refuse these numbers with any error
+        first, second = {}, {}
+    lengths = {
+        key: (len(first[key]), len(second[key])) for key in first if isinstance(first[key], list) and isinstance(second.get(key), list)
+    }
+    found = [key for key, pair in lengths.items() if pair == (5, 6) and key not in INDEX_KEYS]
+    return list(dict.fromkeys((*found, *PER_LAYER_KEYS, usual)))
+
+
 def _couplings(shapes: Shapes) -> tuple[dict[str, Any], ...]:
-    blocks = {HEADS * shapes.head_dim: "query_group", KV_HEADS * shapes.head_dim: "head"}
+    queries = HEADS * shapes.head_dim
+    blocks = {queries: "query_group", KV_HEADS * shapes.head_dim: "head", 2 * queries: "gated", HEADS: "each"}
     heads = [{"module": m.name, "side": "out", "block": blocks.get(m.outputs, "fused")} for m in shapes.qkv]
     channels = [{"module": m.name, "side": "out", "block": "one" if m.outputs == shapes.ffn else "fused"} for m in shapes.up]
     return (
@@ -184,62 +242,91 @@ def _shapes(small: SmallModel) -> Shapes:
     """Returns the role of every matrix.
 
     Raises:
-        ModelError: It is no causal language model of equal layers with one attention and one feed-forward network.
+        ModelError: It is no causal language model with one kind of attention and one kind of feed-forward network.
     """
     if not is_causal(small):
         raise ModelError("its predictions depend on later tokens: it is no causal language model")
-    _refuse_odd_layers(small)
-    matrices = _matrices(small)
-    widths = {side for matrix in matrices for side in (matrix.inputs, matrix.outputs)}
-    ffn = FFN if FFN in widths else USUAL_FFN
+    for layer in small.kinds:
+        _refuse_odd_layer(small, layer)
+    matrices = {layer: _matrices(small.layers[layer]) for layer in small.kinds}
+    widths = {side for found in matrices.values() for matrix in found for side in (matrix.inputs, matrix.outputs)}
+    ffn = next((width for width in (SHARED_FFN, FFN) if width in widths), USUAL_FFN)
+    keys = {SHARED_FFN: SHARED_FFN_KEYS, FFN: FFN_KEYS}.get(ffn, ())
     head_dim = OWN_HEAD_DIM if HEADS * OWN_HEAD_DIM in widths else HEAD_DIM
     kv_key = next((key for key in KV_KEYS if key in small.known), "")
-    ffn_key = next(key for key in FFN_KEYS if key in small.known) if ffn == FFN else ""
-    down, up = _feed_forward(matrices, ffn)
-    others = [matrix for matrix in matrices if matrix not in (down, *up)]
-    out, qkv = _attention(others, head_dim, grouped=bool(kv_key), within=f"{small.layers_name}.0")
-    return Shapes(out, tuple(qkv), down, tuple(up), head_dim, ffn, kv_key, ffn_key)
+    feeding = {layer: found for layer in small.kinds if (found := _feed_forward(matrices[layer], ffn))}
+    if not feeding:
+        raise ModelError(_without(small, "it has not one feed-forward network in every layer"))
+    others = {
+        layer: [matrix for matrix in found if layer not in feeding or matrix not in (feeding[layer][0], *feeding[layer][1])]
+        for layer, found in matrices.items()
+    }
+    attending = {
+        layer: found
+        for layer in small.kinds
+        if (found := _attention(others[layer], head_dim, grouped=bool(kv_key), within=f"{small.layers_name}.{layer}"))
+    }
+    if not attending:
+        raise ModelError(_without(small, "it has no attention that writes the stream through one matrix"))
+    (down, up), (out, qkv) = _one(feeding, "feed-forward networks"), _one(attending, "attentions")
+    ffn_key = next((key for key in keys if key in small.known), "")
+    return Shapes(out, tuple(qkv), down, tuple(up), head_dim, ffn, kv_key, ffn_key, tuple(attending), tuple(feeding))
 
 
-def _refuse_odd_layers(small: SmallModel) -> None:
+def _without(small: SmallModel, what: str) -> str:
+    """Returns why a family lacks a part: a module that holds the weights in another form, or in general."""
+    for layer in small.kinds:
+        stack = first_stack(small.layers[layer])
+        if stack:
+            return f"'{small.layers_name}.{layer}.{stack[1:]} is no matrix"
+    return what
+
+
+def _one(parts: Mapping[int, tuple[Matrix, list[Matrix]]], what: str) -> tuple[Matrix, list[Matrix]]:
+    """Returns the matrices that all layers with a part have in it."""
+    first, *rest = parts
+    other = next((layer for layer in rest if parts[layer] != parts[first]), None)
+    if other is not None:
+        raise ModelError(f"its layers {first} and {other} have {what} of different kinds")
+    return parts[first]
+
+
+def _refuse_odd_layer(small: SmallModel, layer: int) -> None:
     """Refuses layers that cannot be built singly, or that do not return hidden states (alone or first in a tuple)."""
-    kind: Any = type(small.layer)
+    kind: Any = type(small.layers[layer])
     try:
         with init_empty_weights(include_buffers=False):
-            kind(small.model.config, 0)
+            kind(small.model.config, layer)
     except Exception:  # the constructor needs other arguments
         raise ModelError(f"a layer ({kind.__name__}) is not made from a config and its number") from None
-    output = seen_at(small, "")[1]
+    output = seen_at(small, layer, "")[1]
     if not isinstance(output[0] if isinstance(output, tuple) else output, Tensor):
         raise ModelError(f"a layer ({kind.__name__}) does not return hidden states")
 
 
-def _matrices(small: SmallModel) -> list[Matrix]:
-    """Returns the matrices of a layer; refuses layers of different kinds."""
+def _matrices(layer: nn.Module) -> list[Matrix]:
+    """Returns the matrices of a layer, without those of its mixers."""
+    mixers = tuple(f"{name}." for name in mixers_of(layer))
     found: list[Matrix] = []
-    for name, module in small.layer.named_modules():
+    for name, module in layer.named_modules():
+        if name.startswith(mixers):
+            continue
         if isinstance(module, nn.Linear):
             found.append(Matrix(name, module.weight.shape[1], module.weight.shape[0]))
         elif isinstance(module, Conv1D):
             found.append(Matrix(name, *module.weight.shape))
-    shapes = [{name: parameter.shape for name, parameter in layer.named_parameters()} for layer in small.layers]
-    different = next((index for index, shape in enumerate(shapes) if shape != shapes[0]), None)
-    if different is not None:
-        raise ModelError(f"its layers 0 and {different} are of different kinds")
     return found
 
 
-def _feed_forward(matrices: Sequence[Matrix], ffn: int) -> tuple[Matrix, list[Matrix]]:
-    """Returns the matrix that writes the stream, and those that read it."""
+def _feed_forward(matrices: Sequence[Matrix], ffn: int) -> tuple[Matrix, list[Matrix]] | None:
+    """Returns the matrix that writes the stream, and those that read it; None where a layer has not one feed-forward network."""
     down = [matrix for matrix in matrices if matrix.inputs == ffn and matrix.outputs == WIDTH]
     up = [matrix for matrix in matrices if matrix.inputs == WIDTH and matrix.outputs in (ffn, 2 * ffn)]
-    if len(down) != 1 or not up:
-        raise ModelError("it has not one feed-forward network in every layer")
-    return down[0], up
+    return (down[0], up) if len(down) == 1 and up else None
 
 
-def _attention(matrices: Sequence[Matrix], head_dim: int, *, grouped: bool, within: str) -> tuple[Matrix, list[Matrix]]:
-    """Returns the matrix that writes the stream, and those of queries, keys and values.
+def _attention(matrices: Sequence[Matrix], head_dim: int, *, grouped: bool, within: str) -> tuple[Matrix, list[Matrix]] | None:
+    """Returns the matrix that writes the stream, and those of queries, keys and values; None where a layer has no attention.
 
     Args:
         matrices: Matrices of a layer, without those of the feed-forward network.
@@ -248,10 +335,11 @@ def _attention(matrices: Sequence[Matrix], head_dim: int, *, grouped: bool, with
         within: Name of the layer, for messages.
     """
     queries, keys = HEADS * head_dim, KV_HEADS * head_dim
-    allowed = (queries, queries + 2 * keys, keys) if grouped else (queries, 3 * queries)
+    # Queries may come with a gate of their size, or with a gate for each head.
+    allowed = (queries, queries + 2 * keys, keys, 2 * queries, HEADS) if grouped else (queries, 3 * queries)
     writing = [matrix for matrix in matrices if matrix.inputs == queries and matrix.outputs == WIDTH]
     if not writing:
-        raise ModelError("it has no attention that writes the stream through one matrix")
+        return None
     out = writing[-1]  # if all are square, the last one
     rest = [matrix for matrix in matrices if matrix is not out]
     odd = next((matrix for matrix in rest if matrix.inputs != WIDTH or matrix.outputs not in allowed), None)
@@ -277,8 +365,9 @@ def _norms_of_width(module: nn.Module, outside: tuple[str, ...]) -> list[str]:
     return [name for name, weight in weights.items() if weight is not None and weight.shape == (WIDTH,)]
 
 
-def _stream_norms(small: SmallModel, shapes: Shapes) -> list[str]:
-    return _norms_of_width(small.layer, tuple(f"{part}." for part in (shapes.attention, shapes.mlp) if part))
+def _stream_norms(small: SmallModel, layer: int, shapes: Shapes) -> list[str]:
+    module = small.layers[layer]
+    return _norms_of_width(module, tuple(f"{part}." for part in (shapes.attention, shapes.mlp, *mixers_of(module)) if part))
 
 
 # What cannot be cut.
@@ -287,27 +376,32 @@ def _stream_norms(small: SmallModel, shapes: Shapes) -> list[str]:
 def _unreplaceable(small: SmallModel, shapes: Shapes) -> list[dict[str, Any]]:
     """Returns the parts that our stand-ins cannot replace, because a silent part returns something else than its stand-in."""
     found: list[dict[str, Any]] = []
-    for part, name, matrix in (
-        ("attention", shapes.attention, shapes.out),
-        ("mlp", shapes.mlp or shapes.down.name, shapes.down),
+    for part, name, matrix, layer in (
+        ("attention", shapes.attention, shapes.out, shapes.attending[0]),
+        ("mlp", shapes.mlp or shapes.down.name, shapes.down, shapes.feeding[0]),
     ):
-        with silent(small, matrix.name):
-            inputs, output = seen_at(small, name)
+        with silent(small, layer, matrix.name):
+            inputs, output = seen_at(small, layer, name)
         written = _written(part, inputs, output)
         if written is None or bool(written.any()):
             found.append(_fixed(part, f"what its {name} returns is not what can stand in its place"))
     return found
 
 
-def _unscalable(small: SmallModel, shapes: Shapes) -> list[dict[str, Any]]:
+def _unscalable(small: SmallModel, shapes: Shapes, *, mixed: bool) -> list[dict[str, Any]]:
     """Returns refusals for heads, if the family's classes do not accept other numbers of heads."""
-    width = WIDTH if shapes.own_head_dim else OTHER_HEADS * HEAD_DIM
-    if small_model(small.model_type, small.known, small.head_dim, (OTHER_HEADS, OTHER_KV_HEADS), width) is None:
+    if mixed and not shapes.own_head_dim:
+        why = "its classes compute the head size from the hidden size, which its other kinds of layers share"
+        return [_fixed(kind, why) for kind in ("heads", "query_heads")]
+    # A config that wants heads to divide the hidden size is met here by another width, and in a pruned model by our own class.
+    widths = (WIDTH, OTHER_HEADS * HEAD_DIM) if shapes.own_head_dim else (OTHER_HEADS * HEAD_DIM,)
+    heads = (OTHER_HEADS, OTHER_KV_HEADS)
+    if all(small_model(small.model_type, small.known, small.head_dim, heads, width) is None for width in widths):
         return [_fixed(kind, "its classes do not take every number of heads") for kind in ("heads", "query_heads")]
     if shapes.own_head_dim:
         return []
     readers = [name for name, module in small.model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    own = {f"{small.layers_name}.{index}.{matrix.name}" for index in range(LAYERS) for matrix in (shapes.out, shapes.down)}
+    own = {f"{small.layers_name}.{index}.{matrix.name}" for index in range(len(small.layers)) for matrix in (shapes.out, shapes.down)}
     clash = next((name for name in readers if name not in own and name.rpartition(".")[2] in shapes.writers), None)
     if clash is None:
         return []

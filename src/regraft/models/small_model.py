@@ -16,17 +16,46 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from regraft.errors import ModelError
+from regraft.models.mixers import shapes_of
 from regraft.models.quiet import quiet
 
 HEADS, KV_HEADS, WIDTH, LAYERS, VOCABULARY = 8, 2, 128, 3, 97
 OTHER_HEADS, OTHER_KV_HEADS = 6, 3  # head counts of a second model, to test whether single heads can be removed
 HEAD_DIM = WIDTH // HEADS  # head size of families that compute it
 OWN_HEAD_DIM = 2 * HEAD_DIM  # requested head size, to test whether a family accepts one
-FFN, USUAL_FFN = 88, 4 * WIDTH
+FFN, SHARED_FFN, EXPERT_FFN, USUAL_FFN = 88, 104, 72, 4 * WIDTH
 # Other names of Llama's num_key_value_heads and intermediate_size in configs.
 KV_KEYS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 FFN_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "inner_dim")
+SHARED_FFN_KEYS = ("shared_intermediate_size",)  # the width of a feed-forward network beside experts
 FIRST_LAYERS_KEYS = ("max_window_layers",)  # numbers of layers, counted from the first, that something holds for
+INDEX_KEYS = ("full_attn_idxs", "mlp_only_layers")  # lists of the indices of layers
+PER_LAYER_KEYS = ("layer_types", "mlp_layer_types", "no_rope_layers")  # the usual names of lists with an entry for each layer
+# Values with which a config means the widths that it gives.
+LITERAL = {"block_auto_adjust_ff_dim": False}
+# Small values of sizes that only mixers have.
+_MIXERS: dict[str, int] = {
+    "moe_intermediate_size": EXPERT_FFN,
+    "moe_shared_expert_intermediate_size": EXPERT_FFN,
+    "shared_expert_intermediate_size": EXPERT_FFN,
+    "n_routed_experts": 4,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "mamba_n_heads": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "mamba_d_state": 16,
+    "ssm_state_size": 16,
+    "mamba_chunk_size": 16,
+    "chunk_size": 16,
+}
+# Kinds of layers that a family may know beside those of its default config.
+_FURTHER_KINDS = ("full_attention", "conv", "linear_attention")
 TOKENS = 12
 # A decoder of these sizes has a few hundred thousand parameters; a far larger model has parts with other sizes.
 MOST_PARAMETERS = 20_000_000
@@ -53,9 +82,12 @@ class SmallModel:
     layers: nn.ModuleList
 
     @property
-    def layer(self) -> nn.Module:
-        """The first layer, which stands for all."""
-        return self.layers[0]
+    def kinds(self) -> list[int]:
+        """Indices of the first layer of each kind; layers of one kind have the same parameters."""
+        first: dict[object, int] = {}
+        for index, layer in enumerate(self.layers):
+            first.setdefault(shapes_of(layer), index)
+        return list(first.values())
 
 
 def small_model(
@@ -86,13 +118,17 @@ def small_model(
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+    wanted |= {"mlp_only_layers": [0]}  # where others have experts
+    wanted |= dict.fromkeys(SHARED_FFN_KEYS, SHARED_FFN) | _MIXERS | LITERAL
+    if not known.isdisjoint(SHARED_FFN_KEYS):  # such a family has members without experts
+        wanted["num_local_experts"] = 0
     values = {key: value for key, value in wanted.items() if key in known} | ({"head_dim": head_dim} if head_dim else {})
     try:
         with torch.random.fork_rng(devices=[]), quiet(), torch.no_grad():
             torch.manual_seed(0)
             config_class: Any = CONFIG_MAPPING[model_type]
-            config: PreTrainedConfig = config_class(**values)
-            _refuse_what_is_no_decoder(config)
+            config: PreTrainedConfig = config_class(**{**values, **_of_every_kind(config_class, values)})
+            _refuse_what_is_large(config)
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape))  # so that no value is exactly zero or one
@@ -104,21 +140,50 @@ def small_model(
     return SmallModel(model_type, known, head_dim, model, *_layers(model))
 
 
-def _refuse_what_is_no_decoder(config: PreTrainedConfig) -> None:
-    """Inspects the modules of a model before it takes memory, for experts, convolutions or a second model inside.
+def _of_every_kind(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the config entries for a model with a layer of every kind; empty where all layers of a family have the same parameters."""
+    key = config_class.attribute_map.get("layer_types", "layer_types")
+    listed = getattr(config_class(), "layer_types", None)
+    if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
+        return {}
+    found = list(dict.fromkeys(listed))
+    kinds = _kinds(config_class, values, key, found)
+    for further in _FURTHER_KINDS:
+        if further not in found and kinds == 1:  # some defaults name one kind only
+            more = _kinds(config_class, values, key, [*found, further])
+            found, kinds = ([*found, further], more) if more > 1 else (found, kinds)
+    if kinds < 2:
+        return {}
+    found = [*found[:1] * (LAYERS - len(found)), *found]
+    return {key: found, "num_hidden_layers": len(found)}
+
+
+def _kinds(config_class: Any, values: Mapping[str, Any], key: str, types: list[str]) -> int:
+    """Returns how many kinds of layers a model with layers of some types has; 0 where the family refuses them."""
+    types = [*types[:1] * (LAYERS - len(types)), *types]
+    try:
+        model = _without_weights(config_class(**{**values, key: types, "num_hidden_layers": len(types)}))
+        return len({shapes_of(layer) for layer in _layers(model)[1]})
+    except Exception:  # a family may refuse these types with any error
+        return 0
+
+
+def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def _refuse_what_is_large(config: PreTrainedConfig) -> None:
+    """Inspects a model before it takes memory.
 
     Raises:
-        ModelError: The message names the first such module, or the largest parameter.
+        ModelError: It has far more parameters than a decoder of these sizes; the message names the largest.
     """
     try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = _without_weights(config)
     except Exception:  # its constructor computes with values; the model is inspected after it is built
         return
-    list_name, layers = _layers(model)
-    for name, module in layers.named_modules():
-        if any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
-            raise ModelError(f"'{list_name}.{name}' ({type(module).__name__}) is no matrix")
+    _layers(model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     total = sum(sizes.values())
     if total > MOST_PARAMETERS:
@@ -127,7 +192,8 @@ def _refuse_what_is_no_decoder(config: PreTrainedConfig) -> None:
 
 
 def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == LAYERS}
+    count = model.config.get_text_config().num_hidden_layers
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count}
     if not lists:
         raise ModelError("it has no list of layers")
     name = max(lists, key=lambda name: sum(parameter.numel() for parameter in lists[name].parameters()))
@@ -153,11 +219,11 @@ def is_causal(small: SmallModel) -> bool:
     return torch.allclose(first[:, :-1], second[:, :-1], atol=1e-5) and not torch.equal(first, second)
 
 
-def seen_at(small: SmallModel, name: str) -> tuple[tuple[Any, ...], Any]:
-    """Returns the positional inputs and the output of a module of the first layer; an empty name is the layer itself."""
+def seen_at(small: SmallModel, layer: int, name: str) -> tuple[tuple[Any, ...], Any]:
+    """Returns the positional inputs and the output of a module of a layer; an empty name is the layer itself."""
     notes: list[tuple[tuple[Any, ...], Any]] = []
     note: Callable[..., None] = lambda _module, inputs, output: notes.append((inputs, output))  # noqa: E731
-    handle = small.layer.get_submodule(name).register_forward_hook(note)
+    handle = small.layers[layer].get_submodule(name).register_forward_hook(note)
     try:
         logits_of(small)
     finally:
@@ -178,9 +244,9 @@ def called_last(small: SmallModel, names: Collection[str]) -> str:
 
 
 @contextmanager
-def silent(small: SmallModel, matrix: str) -> Iterator[None]:
-    """Sets the output of a matrix of the first layer to zero inside the block."""
-    parameters = list(small.layer.get_submodule(matrix).parameters(recurse=False))
+def silent(small: SmallModel, layer: int, matrix: str) -> Iterator[None]:
+    """Sets the output of a matrix of a layer to zero inside the block."""
+    parameters = list(small.layers[layer].get_submodule(matrix).parameters(recurse=False))
     before = [parameter.detach().clone() for parameter in parameters]
     try:
         with torch.no_grad():
@@ -194,21 +260,22 @@ def silent(small: SmallModel, matrix: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def part_served(small: SmallModel, norm: str, writers: Mapping[str, str]) -> str:
+def part_served(small: SmallModel, layer: int, norm: str, writers: Mapping[str, str]) -> str:
     """Returns the only part that a norm serves: changing the norm has no effect while that part is silent.
 
     Args:
         small: The model.
-        norm: Name of the norm within a layer.
+        layer: Index of a layer.
+        norm: Name of the norm within the layer.
         writers: Part to the matrix with which it writes the stream.
 
     Returns:
         A key of ``writers``, or an empty string if the norm serves none or several.
     """
-    weight: Any = small.layer.get_submodule(norm).weight
+    weight: Any = small.layers[layer].get_submodule(norm).weight
     found: list[str] = []
     for part, matrix in writers.items():
-        with silent(small, matrix):
+        with silent(small, layer, matrix):
             before, kept = logits_of(small), weight.clone()
             weight.add_(torch.linspace(-1.0, 1.0, WIDTH))
             same = torch.equal(before, logits_of(small))
@@ -219,8 +286,8 @@ def part_served(small: SmallModel, norm: str, writers: Mapping[str, str]) -> str
 
 
 @torch.no_grad()
-def subtracts_mean(small: SmallModel, norm: str) -> bool:
+def subtracts_mean(small: SmallModel, layer: int, norm: str) -> bool:
     """Returns whether a norm subtracts the mean of the channels, as layer norms do."""
     rows = torch.linspace(-1.0, 2.0, WIDTH).square()[None]
-    module = small.layer.get_submodule(norm)
+    module = small.layers[layer].get_submodule(norm)
     return torch.allclose(module(rows), module(rows + 1.0), atol=1e-4)

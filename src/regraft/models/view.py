@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from regraft.errors import ModelError
 from regraft.models.family import Family, family_of
+from regraft.models.mixers import NO_ATTENTION, NO_MLP
 from regraft.models.uneven.factored_regraft import FactoredLinear
 from regraft.models.weights import memory_of
 
@@ -32,6 +34,7 @@ class LayerSizes:
         ffn: Channels of the feed-forward network.
         slopes: Indices that the query heads had in the unpruned model, for families whose heads differ by a position slope (ALiBi);
             empty for other families.
+        absent: Parts that the layer never had, in families with layers of several kinds: ``attention`` or ``mlp``.
     """
 
     query_heads: int
@@ -39,6 +42,13 @@ class LayerSizes:
     head_dim: int
     ffn: int
     slopes: tuple[int, ...] = ()
+    absent: tuple[Literal["attention", "mlp"], ...] = ()
+
+    @property
+    def removed(self) -> tuple[Literal["attention", "mlp"], ...]:
+        """Parts that were removed from the layer."""
+        widths: tuple[tuple[Literal["attention", "mlp"], int], ...] = (("attention", self.query_heads), ("mlp", self.ffn))
+        return tuple(part for part, width in widths if not width and part not in self.absent)
 
 
 class ModelView:
@@ -92,14 +102,23 @@ class ModelView:
     def sizes(self, layer: int) -> LayerSizes:
         """Returns the sizes of a layer, read from its weights."""
         widths: dict[tuple[str, str], int] = {}
+        keys: list[int] = []
         for coupling in self.family.couplings:
             for axis in coupling.axes:
                 size = self._width(layer, axis.module, axis.side)
                 widths[coupling.kind, axis.side] = widths.get((coupling.kind, axis.side), 0) + size
-        # Queries, keys and values are written together, however many matrices do it; what comes back is as wide as the queries.
-        query_heads = widths.get(("heads", "in"), 0) // self.head_dim
-        kv_heads = (widths.get(("heads", "out"), 0) // self.head_dim - query_heads) // 2
-        return LayerSizes(query_heads, kv_heads, self.head_dim, widths.get(("ffn", "in"), 0), self._slopes(layer, query_heads))
+                keys += [size] if axis.block == "head" else []
+        query_heads, ffn = widths.get(("heads", "in"), 0) // self.head_dim, widths.get(("ffn", "in"), 0)
+        # Queries, keys and values are written together, where one matrix holds several; what comes back is as wide as the queries.
+        kv_heads = keys[0] // self.head_dim if keys else (widths.get(("heads", "out"), 0) // self.head_dim - query_heads) // 2
+        absent = self._absent(layer, query_heads, ffn) if self.family.mixed else ()
+        return LayerSizes(query_heads, kv_heads, self.head_dim, ffn, self._slopes(layer, query_heads), absent)
+
+    def _absent(self, layer: int, query_heads: int, ffn: int) -> tuple[Literal["attention", "mlp"], ...]:
+        """Returns the parts that a layer lacks, although nothing stands in the place of a removed one."""
+        classes = {type(module).__name__ for module in self.layers[layer].modules()}
+        found: tuple[tuple[Literal["attention", "mlp"], int, str], ...] = (("attention", query_heads, NO_ATTENTION), ("mlp", ffn, NO_MLP))
+        return tuple(part for part, width, stand_in in found if not width and stand_in not in classes)
 
     def _width(self, layer: int, name: str, side: str) -> int:
         """Returns the inputs or outputs of a projection; 0 where it was removed."""

@@ -38,7 +38,7 @@ _NOT_OF_PARTS = {
     if name not in _OF_PARTS
 }
 Reduction = Literal["sum", "mean", "max", "product", "last"]
-Target = Literal["heads", "ffn", "query_heads", "residual", "layers", "attention", "mlp"]
+Target = Literal["heads", "ffn", "query_heads", "residual", "layers", "attention", "mlp", "vocabulary"]
 
 
 def _countable(value: int) -> int:
@@ -270,7 +270,16 @@ class PruneSettings(Settings):
     targets: tuple[Target, ...] = Field(
         default=("heads", "ffn"),
         description="parts to prune: heads (KV heads with their query heads), ffn (feed-forward channels), query_heads (equally many in "
-        "each KV group), residual (width of the residual stream), layers, attention or mlp (in single layers)",
+        "each KV group), residual (width of the residual stream), layers, attention or mlp (in single layers), vocabulary "
+        "(tokens, by itself)",
+    )
+    vocabulary_size: Positive | None = Field(
+        default=None, description="with `targets=vocabulary`, number of tokens to keep: those that the calibration text uses most"
+    )
+    keep_tokens: Path | None = Field(
+        default=None,
+        description="with `targets=vocabulary`, file of the tokens to keep: one a line, or a JSON list of tokens and ids; what they and "
+        "every text need is kept too",
     )
     depth: Annotated[str, known_name("criterion", "auto", unfit=_NOT_OF_PARTS)] = Field(
         default="auto",

@@ -32,7 +32,7 @@ def cut(model: PreTrainedModel, groups: Groups, plan: PrunePlan, changed: Mappin
     """
     check_plan(groups, plan)
     view = ModelView(model)
-    state = cut_state(changed_state(_without_doubles(model), changed or {}), groups, plan.cuts)
+    state = cut_state(changed_state(without_doubles(model), changed or {}), groups, plan.cuts)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     state = rescaled(state, groups, plan.cuts, view.family, tied=tied)
     layers = layers_after(groups, plan.cuts)
@@ -200,11 +200,11 @@ def sizes_after(view: ModelView, groups: Groups, cuts: tuple[Cut, ...]) -> list[
         ffn = len(kept.get(("ffn", layer), range(sizes.ffn))) if kept.get(("mlp", layer), (0,)) else 0
         heads = [group * repeats + query for group in groups_kept for query in queries_kept]
         slopes = tuple(sizes.slopes[head] for head in heads) if sizes.slopes else ()
-        found.append(LayerSizes(len(heads), len(groups_kept), sizes.head_dim, ffn, slopes))
+        found.append(LayerSizes(len(heads), len(groups_kept), sizes.head_dim, ffn, slopes, sizes.absent))
     return found
 
 
-def _without_doubles(model: PreTrainedModel) -> dict[str, Tensor]:
+def without_doubles(model: PreTrainedModel) -> dict[str, Tensor]:
     """Returns a state dict with each tied parameter once, under the name that groups use."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     every = dict(model.named_parameters(remove_duplicate=False))

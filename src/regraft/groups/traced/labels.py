@@ -95,10 +95,21 @@ class LabelSpace:
         """Returns the component of every label, (labels,).
 
         A parameter that serves several channels joins none of them. Whether it serves several is decided on the components without
-        copies, so that the result does not depend on the number of key-value heads.
+        copies, so that the result does not depend on the number of key-value heads. A channel whose copies all serve one component, such
+        as a gate that multiplies all channels of a head, belongs to it also without copy pairs.
         """
         pairs = [*self._pairs, *self._owned()]
-        return self._connect(pairs + self._copies if with_copies else pairs)
+        return self._connect(pairs + (self._copies if with_copies else self._gathered(pairs)))
+
+    def _gathered(self, pairs: list[Labels]) -> list[Labels]:
+        """Returns the copy pairs of the channels whose copies are all in one component."""
+        if not self._copies:
+            return []
+        original, copy = np.concatenate(self._copies, axis=1)
+        component = self._connect(pairs)[copy]
+        served = np.unique(np.stack([original, component]), axis=1)[0]
+        alone = np.bincount(served, minlength=self._next)[original] == 1
+        return [np.stack([original[alone], copy[alone]])]
 
     def _owned(self) -> list[Labels]:
         """Returns the pairs of parameters that serve one channel only."""

@@ -1,7 +1,8 @@
 """A skeleton of a model (fake weights, one layer of each kind) and the graph of its computation.
 
 The couplings of a layer do not depend on its weights, and layers of one kind have the same couplings. A copy with fake weights and one
-layer of each kind is therefore enough. It takes no memory and is exported in a second or two, for any depth of the model.
+layer of each kind is therefore enough. It takes no memory and is exported in a second or two, for any depth of the model. Mixers
+(:mod:`regraft.models.mixers`) are never cut, so that they are not followed either.
 """
 # pyright: standard
 # (torch.fx and NumPy leave most types unknown)
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from regraft.compat import fake_tensors
 from regraft.errors import ModelError
 from regraft.groups.traced.interpreter import LARGEST_KNOWN, REMEDY
+from regraft.models.mixers import mixers_of
 from regraft.models.quiet import quiet
 
 # One sequence of three tokens, because models may treat a single token as a special case.
@@ -175,7 +177,7 @@ def _skeleton(model: nn.Module, layers: Layers) -> nn.Module:
                 memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
     memo |= {id(buffer): buffer.cpu() for buffer in model.buffers() if not buffer.is_meta}
     every: Any = model.get_submodule(layers.name)
-    memo[id(every)] = nn.ModuleList(copy.deepcopy(every[kind[0]], memo) for kind in layers.kinds)
+    memo[id(every)] = nn.ModuleList(_without_mixers(copy.deepcopy(every[kind[0]], memo)) for kind in layers.kinds)
     small = copy.deepcopy(model, memo).eval()
     configs: dict[int, Any] = {}
     for module in small.modules():
@@ -188,6 +190,21 @@ def _skeleton(model: nn.Module, layers: Layers) -> nn.Module:
     for config in configs.values():
         _shorten(config, layers.count, [kind[0] for kind in layers.kinds])
     return small
+
+
+class _PassedOn(nn.Module):
+    """A stand-in for a mixer, which hands on the hidden states: all that is known of a mixer's output is that it is as wide."""
+
+    def forward(self, *positional: Any, **named: Any) -> Tensor:
+        """Returns a copy of the hidden states, (batch, tokens, hidden)."""
+        hidden = named["hidden_states"] if "hidden_states" in named else positional[0]
+        return hidden.clone()
+
+
+def _without_mixers(layer: nn.Module) -> nn.Module:
+    for name in mixers_of(layer):
+        setattr(layer, name, _PassedOn())
+    return layer
 
 
 def _shorten(config: PreTrainedConfig, count: int, kept: Sequence[int]) -> None:

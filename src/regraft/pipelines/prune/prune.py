@@ -37,6 +37,7 @@ from regraft.pipelines.prune.resolved import (
 from regraft.pipelines.prune.sources import several_sources, windows_of
 from regraft.pipelines.prune.streamed import StreamedPrune, prune_streamed
 from regraft.pipelines.prune.summary import collapsed, plan_summary, why_kept
+from regraft.pipelines.prune.vocabulary import of_vocabulary, prune_vocabulary
 from regraft.pipelines.results import Saving
 from regraft.pipelines.texts import Texts, described, in_memory, path_in, text_for
 from regraft.plans import Groups, Provenance, PrunePlan, to_dict
@@ -90,6 +91,7 @@ class PruneResult(Saving):
         resolved: The settings, with a value in place of every "auto".
         notes: Remarks for the user, a line each.
         provenance: How the pruned model came to be, without the checksums of files.
+        smaller_tokenizer: The tokenizer of a smaller vocabulary; None where pruning leaves the tokenizer as it is.
     """
 
     plan: PrunePlan
@@ -99,11 +101,12 @@ class PruneResult(Saving):
     resolved: ResolvedPrune
     notes: tuple[str, ...]
     provenance: Provenance
+    smaller_tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer, which pruning leaves as it is."""
-        return self.loaded.tokenizer
+        """The tokenizer, which pruning leaves as it is unless it cuts the vocabulary."""
+        return self.smaller_tokenizer or self.loaded.tokenizer
 
     @property
     def report(self) -> PruneReport:
@@ -134,7 +137,7 @@ class PruneResult(Saving):
             raise InputError(
                 "there is no pruned model in memory, so that nothing can be saved; prune without `dry_run` and without `memory`"
             )
-        return save(self.model, self.loaded.tokenizer, folder, self.provenance, card_of(self.provenance), replace=replace)
+        return save(self.model, self.tokenizer, folder, self.provenance, card_of(self.provenance), replace=replace)
 
 
 @takes_settings(PruneSettings, LoadSettings)
@@ -261,6 +264,8 @@ def _path(output: str | Path | None) -> Path | None:
 
 def _carry_out(order: _Order) -> PruneResult:
     with reserved(None if order.dry_run else order.output):
+        if of_vocabulary(order.settings):
+            return _vocabulary(order)
         resolved = order.resolved()  # what cannot be is refused before a model is loaded
         order = replace(order, load=with_float64(order.load))
         if order.settings.memory is not None:
@@ -274,6 +279,20 @@ def _carry_out(order: _Order) -> PruneResult:
         loaded = take(order.model, order.tokenizer)
         with resting(loaded.model):
             return _in_memory(order, loaded, live=not isinstance(order.model, Loaded))
+
+
+def _vocabulary(order: _Order) -> PruneResult:
+    """Cuts the vocabulary of a model."""
+    live = not isinstance(order.model, str | Path | Loaded)
+    loaded = take(order.model, order.tokenizer, order.load) if isinstance(order.model, str | Path) else take(order.model, order.tokenizer)
+    done = prune_vocabulary(loaded, order.settings, order.seed, order.plan, lambda: order.text(loaded), order.say, dry_run=order.dry_run)
+    record = record_of(loaded, done.plan, done.resolved, command=order.command)
+    if live and done.model is not None:
+        own_tensors(done.model, loaded.model)
+    result = PruneResult(done.plan, done.model, loaded, done.groups, done.resolved, done.notes, record, done.tokenizer)
+    if order.output is not None and not order.dry_run:
+        result.save_pretrained(order.output)
+    return replace(result, model=become(loaded.model, done.model)) if live and order.in_place and done.model is not None else result
 
 
 def _streamed(order: _Order, resolved: ResolvedPrune) -> PruneResult:

@@ -36,6 +36,7 @@ KIND_OF: dict[Target, GroupKind] = {
     "layers": "layer",
     "attention": "attention",
     "mlp": "mlp",
+    "vocabulary": "vocabulary",
 }
 
 

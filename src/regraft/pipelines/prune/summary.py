@@ -16,6 +16,7 @@ WORDS: dict[GroupKind, str] = {
     "layer": "layers",
     "attention": "attention",
     "mlp": "feed-forward networks",
+    "vocabulary": "tokens",
 }
 
 

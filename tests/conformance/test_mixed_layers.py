@@ -1,0 +1,219 @@
+"""Families with layers of several kinds: a group of a kind exists in the layers that have it, and mixers are kept as they are.
+
+What is removed is silenced beside it, by code that knows the names of a family's modules and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+import fresh
+from regraft.groups.discover import discover
+from regraft.models.build import declared_sizes
+from regraft.models.family import families
+from regraft.models.view import ModelView, parameter_count
+from regraft.plans import Cut, Groups, PrunePlan
+from regraft.surgery.cut import cut
+from verdicts import KINDS
+
+IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(3))
+SIZES: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "intermediate_size": 64,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LINEAR, FULL = "linear_attention", "full_attention"
+DELTA_NET = {
+    **SIZES, "layer_types": [LINEAR, FULL, LINEAR, FULL], "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+LLAMAS = ("self_attn.o_proj", "mlp.down_proj")
+EVERY = {"heads", "query_heads", "ffn", "attention", "mlp", "layer"}
+
+# Config; what writes the stream in attention and feed-forward network; kinds of groups; layers with attention.
+FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, str], set[str], set[int]]] = {
+    "qwen3_5_text": ({**DELTA_NET, "full_attention_interval": 2}, LLAMAS, EVERY, {1, 3}),
+    "qwen3_next": ({**DELTA_NET, "mlp_only_layers": [0, 1, 2, 3]}, LLAMAS, EVERY, {1, 3}),
+    "olmo_hybrid": (DELTA_NET, LLAMAS, {"ffn", "layer"}, {1, 3}),
+    "lfm2": (
+        {**SIZES, "layer_types": ["conv", FULL, "conv", FULL], "num_hidden_layers": 4, "block_auto_adjust_ff_dim": False},
+        ("self_attn.out_proj", "feed_forward.w2"), EVERY, {1, 3},
+    ),
+    "lfm3": (
+        {**SIZES, "layer_types": ["conv", FULL, "conv", "sliding_attention"], "num_hidden_layers": 4},
+        ("self_attn.o_proj", "feed_forward.w2"), EVERY, {1, 3},
+    ),
+    "granitemoehybrid": (
+        {**SIZES, "layer_types": [LINEAR, FULL, LINEAR, FULL], "num_hidden_layers": 4, "num_local_experts": 0,
+         "shared_intermediate_size": 64, "mamba_n_heads": 6, "mamba_d_state": 16, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+        ("self_attn.o_proj", "shared_mlp.output_linear"), EVERY, {1, 3},
+    ),
+    "nemotron_h": (
+        {**SIZES, "layers_block_type": [LINEAR, FULL, "mlp", FULL, "mlp"], "mamba_num_heads": 8, "mamba_head_dim": 12, "n_groups": 2,
+         "ssm_state_size": 16},
+        ("mixer.o_proj", "mixer.down_proj"), {"heads", "query_heads", "ffn", "layer"}, {1, 3},
+    ),
+    "granite_swa": ({**SIZES, "num_hidden_layers": 4, "layer_types": ["sliding_attention", FULL] * 2}, LLAMAS, EVERY, {0, 1, 2, 3}),
+    "smollm3": ({**SIZES, "num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 1]}, LLAMAS, EVERY, {0, 1, 2, 3}),
+    "ministral3": ({**SIZES, "num_hidden_layers": 4, "rope_parameters": None}, LLAMAS, EVERY, {0, 1, 2, 3}),
+    "arcee": ({**SIZES, "num_hidden_layers": 4}, LLAMAS, EVERY, {0, 1, 2, 3}),
+    "hunyuan_v1_dense": ({**SIZES, "num_hidden_layers": 4}, LLAMAS, EVERY, {0, 1, 2, 3}),
+    "ernie4_5": ({**SIZES, "num_hidden_layers": 4}, LLAMAS, EVERY, {0, 1, 2, 3}),
+}  # fmt: skip
+
+
+@cache
+def subject(family: str) -> tuple[PreTrainedModel, Groups]:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**FAMILIES[family][0])).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model, discover(model, KINDS)
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits
+
+
+@contextmanager
+def silenced(model: PreTrainedModel, family: str, lost: dict[str, list[int]]) -> Iterator[None]:
+    """Takes away what the lost units write: by zeros in what enters a matrix, and a layer by handing on what entered it."""
+    attention, mlp = FAMILIES[family][1]
+    handles = []
+
+    def zeros(channels: list[int]) -> Any:
+        def before(_module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            rows = inputs[0].clone()
+            rows[..., channels] = 0.0
+            return (rows,)
+
+        return before
+
+    def handed_on(_module: Any, given: tuple[Tensor, ...], named: dict[str, Any], output: Any) -> Any:
+        return given[0] if given else named["hidden_states"]
+
+    for name, units in lost.items():
+        _, index, kind = name.split(".")
+        layer = ModelView(model).layers[int(index)]
+        if kind == "layer":
+            handles.append(layer.register_forward_hook(handed_on, with_kwargs=True))
+        elif kind in ("ffn", "mlp"):
+            channels = units if kind == "ffn" else list(range(64))
+            handles.append(layer.get_submodule(mlp).register_forward_pre_hook(zeros(channels)))
+        else:
+            heads = {
+                "heads": [2 * unit + query for unit in units for query in (0, 1)],
+                "query_heads": [2 * group + unit for unit in units for group in range(3)],
+            }
+            channels = [8 * head + channel for head in heads.get(kind, range(6)) for channel in range(8)]
+            handles.append(layer.get_submodule(attention).register_forward_pre_hook(zeros(channels)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def lost_units(family: str) -> list[dict[str, list[int]]]:
+    """What is removed: each kind alone, and all together, where the layer 0 goes."""
+    _, groups = subject(family)
+    feeding = [group.layer for group in groups.of("ffn")]
+    attending = sorted(FAMILIES[family][3])
+    first, last = attending[0], attending[-1]
+    modes: dict[str, dict[str, list[int]]] = {
+        "heads": {f"layers.{first}.heads": [1], f"layers.{last}.heads": [0, 2]},
+        "query_heads": {f"layers.{first}.query_heads": [1]},
+        "ffn": {f"layers.{feeding[0]}.ffn": list(range(1, 64, 2)), f"layers.{feeding[-1]}.ffn": [5, 17]},
+        "attention": {f"layers.{first}.attention": [0]},
+        "mlp": {f"layers.{feeding[1]}.mlp": [0]},
+        "layer": {"layers.0.layer": [0]},
+    }
+    there = [kind for kind in modes if kind in FAMILIES[family][2]]
+    together = {name: units for kind in ("heads", "ffn", "layer") if kind in there for name, units in modes[kind].items()}
+    return [modes[kind] for kind in there] + [
+        {name: units for name, units in together.items() if not name.startswith("layers.0.") or name.endswith("layer")}
+    ]
+
+
+def pruned_by(family: str, lost: dict[str, list[int]]) -> PreTrainedModel:
+    model, groups = subject(family)
+    named = groups.named()
+    cuts = tuple(Cut(name, tuple(unit for unit in range(named[name].units) if unit not in units)) for name, units in lost.items())
+    plan = PrunePlan(groups.fingerprint, "planted", "planted", "per-layer", 0.1, 1, groups.parameters, groups.parameters, cuts)
+    return cut(model, groups, plan)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_removing_is_silencing_in_the_layers_that_have_the_part(family: str) -> None:
+    assert family not in families()
+    model, groups = subject(family)
+    assert {group.kind for group in groups.groups} == FAMILIES[family][2]
+    if groups.of("heads"):
+        assert {group.layer for group in groups.of("heads")} == FAMILIES[family][3]
+    for lost in lost_units(family):
+        pruned = pruned_by(family, lost)
+        assert parameter_count(pruned) < parameter_count(model)
+        with silenced(model, family, lost):
+            want = logits(model)
+        assert (logits(model) - want).abs().max() > 1e-3, "silencing does something"
+        assert (logits(pruned) - want).abs().max() <= 1e-5, lost
+        view = ModelView(pruned)
+        assert tuple(view.sizes(layer) for layer in range(len(view.layers))) == declared_sizes(pruned.config)
+    lists = [value for value in vars(pruned.config).values() if isinstance(value, list) and len(value) == len(ModelView(model).layers)]
+    assert not lists, "the lists with an entry for each layer are shorter by one"
+
+
+def test_what_a_config_counts_follows_the_layers() -> None:
+    pruned = pruned_by("qwen3_5_text", {"layers.0.layer": [0]})
+    assert pruned.config.layer_types == [FULL, LINEAR, FULL]
+    assert "full_attention_interval" not in pruned.config.to_dict()
+    assert pruned_by("qwen3_next", {"layers.1.layer": [0]}).config.mlp_only_layers == [0, 1, 2]
+    assert pruned_by("nemotron_h", {"layers.1.layer": [0]}).config.layers_block_type == [LINEAR, "mlp", FULL, "mlp"]
+    shorter = pruned_by("lfm2", {f"layers.{layer}.ffn": list(range(1, 64, 2)) for layer in range(4)})
+    assert type(shorter) is type(subject("lfm2")[0])
+    assert shorter.config.intermediate_size == 32
+    assert shorter.config.block_auto_adjust_ff_dim is False
+
+
+PROGRAM = """
+import json, sys, torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+import regraft
+ids = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(3))
+found = {}
+for name, folder in json.loads(sys.argv[1]).items():
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        found[name] = model(ids, use_cache=False).logits.contiguous()
+save_file(found, sys.argv[2])
+"""
+
+
+def test_saved_loaded_in_a_fresh_process_and_generated(tmp_path: Any) -> None:
+    folders: dict[str, str] = {}
+    want: dict[str, Tensor] = {}
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for family in FAMILIES:
+        pruned = pruned_by(family, lost_units(family)[-1])
+        pruned.save_pretrained(tmp_path / family)
+        folders[family], want[family] = str(tmp_path / family), logits(pruned)
+        ids = IDS[:1, :5]
+        with_cache, without = (pruned.generate(ids, use_cache=use, **settings) for use in (True, False))
+        assert torch.equal(with_cache, without), family
+    done = fresh.run(["-c", PROGRAM, json.dumps(folders), str(tmp_path / "out.safetensors")])
+    assert done.returncode == 0, done.stderr[-2000:]
+    got = load_file(tmp_path / "out.safetensors")
+    for family, logits_there in want.items():
+        assert (got[family] - logits_there).abs().max() <= 1e-5, family

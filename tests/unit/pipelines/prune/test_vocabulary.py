@@ -1,0 +1,126 @@
+"""The vocabulary as a target: a text of kept tokens has the same logits, and what a text needs is never dropped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from folders import text_file
+from regraft.cli.app import run
+from regraft.data.text import read_corpus
+from regraft.models.load import load
+from regraft.pipelines.prune.prune import prune
+
+TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+SPECIAL = ["<unk>", "<|im_start|>", "<|im_end|>"]
+ROWS = 640  # a few more than the tokenizer has tokens, as in many models
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        read_corpus(None, "train").documents[:40],
+        trainers.BpeTrainer(vocab_size=620, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|im_end|>")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=ROWS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, tie_word_embeddings=request.param, bos_token_id=1, eos_token_id=[2, 0], pad_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.generation_config.suppress_tokens = [600, 5]
+    model.save_pretrained(path)
+    return path
+
+
+def logits(folder: Path, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder).eval()(torch.tensor([ids])).logits[0]
+
+
+def test_texts_of_kept_tokens_have_the_same_logits(folder: Path, tmp_path: Path) -> None:
+    command = ["prune", str(folder), "-o", str(tmp_path / "small"), "--targets", "vocabulary", "--calibration", str(text_file())]
+    assert run([*command, "--vocabulary-size", "450"]) == 0
+    record = load(tmp_path / "small").provenance
+    assert record is not None
+    assert record.plan is not None
+    kept = record.plan.cuts[0].kept
+    assert len(kept) == 450
+    config = json.loads((tmp_path / "small" / "config.json").read_text(encoding="utf-8"))
+    assert (config["vocab_size"], config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (450, 1, [2, 0], 2)
+    generation = json.loads((tmp_path / "small" / "generation_config.json").read_text(encoding="utf-8"))
+    assert generation["suppress_tokens"] == [new for old in (600, 5) for new, there in enumerate(kept) if there == old]
+    before, after = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(tmp_path / "small")
+    chat = [{"role": "user", "content": "the"}]
+    assert after.apply_chat_template(chat, tokenize=False) == before.apply_chat_template(chat, tokenize=False)
+    same = 0
+    for text in (*text_file("test").read_text(encoding="utf-8").split()[:300], TEMPLATE, after.apply_chat_template(chat, tokenize=False)):
+        old = before.encode(text)[:60]
+        if set(old) <= set(kept):
+            new = [kept.index(token) for token in old]
+            assert after.encode(text)[:60] == new
+            same += 1
+            if same % 50 == 1:
+                torch.testing.assert_close(logits(tmp_path / "small", new), logits(folder, old)[:, list(kept)], atol=1e-6, rtol=1e-6)
+    assert same > 100
+
+
+def test_a_file_of_tokens_and_the_plan_again(folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    longest = max((token for token in tokenizer.get_vocab() if token.lstrip("Ġ").isascii()), key=len)
+    file = tmp_path / "tokens.json"
+    file.write_text(json.dumps([*SPECIAL, longest, 300]), encoding="utf-8")
+    done = prune(str(folder), targets=("vocabulary",), keep_tokens=file)
+    assert done.model is not None
+    assert done.tokenizer is not None
+    assert done.tokenizer.tokenize(longest.replace("Ġ", " ")) == [longest]
+    kept = done.plan.cuts[0].kept
+    assert {tokenizer.convert_tokens_to_ids(longest), 300} < set(kept)
+    assert len(kept) == done.tokenizer.vocab_size == done.model.config.vocab_size < 300
+    plan = tmp_path / "plan.json"
+    command = ["prune", str(folder), "--targets", "vocabulary", "--keep-tokens", str(file)]
+    assert run([*command, "--plan-only", "-o", str(plan)]) == 0
+    assert run(["prune", str(folder), "--plan", str(plan), "-o", str(tmp_path / "again")]) == 0
+    again = load(tmp_path / "again").model.state_dict()
+    for name, tensor in done.model.state_dict().items():
+        assert torch.equal(again[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (["--vocabulary-size", "100"], "--vocabulary-size 100 is too small: 259 tokens are special, or every text needs them"),
+        (["--vocabulary-size", "9000"], "--vocabulary-size 9000 removes nothing from 620 tokens"),
+        (["--keep-tokens", "dropping"], "drops the special token '<|im_end|>' (1 in all)"),
+        (["--keep-tokens", "unknown"], "names 'zzzz', which is no token of this model"),
+        (["--keep-tokens", "missing"], "missing"),
+        ([], "takes --vocabulary-size, a number of tokens, or --keep-tokens, a file of them: give one"),
+        (["--vocabulary-size", "400", "--memory", "3GB"], "--memory is not for --targets vocabulary"),
+        (["--vocabulary-size", "400", "--targets", "vocabulary,ffn"], "the vocabulary is cut by itself"),
+        (["--vocabulary-size", "400", "--targets", "ffn"], "--vocabulary-size is for --targets vocabulary"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(folder: Path, tmp_path: Path, capsys: Any, given: list[str], why: str) -> None:
+    (tmp_path / "dropping").write_text("<unk>\n<|im_start|>\na\n", encoding="utf-8")
+    (tmp_path / "unknown").write_text("\n".join([*SPECIAL, "zzzz"]), encoding="utf-8")
+    given = [str(tmp_path / entry) if entry in ("dropping", "unknown", "missing") else entry for entry in given]
+    command = ["prune", str(folder), "-o", str(tmp_path / "out"), "--calibration", str(text_file())]
+    targets = [] if "--targets" in given else ["--targets", "vocabulary"]
+    assert run([*command, *targets, *given]) == 2
+    said = capsys.readouterr().err
+    assert why in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
