@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from regraft.models.layerwise import stopped_at, watched_inputs
 from regraft.models.precision import float32_on_cpu
 from regraft.models.trainable import only_these_train
-from regraft.numerics.moments import Moments
+from regraft.numerics.moments import Moments, adder
 
 BATCH_TOKENS = 1024
+# Gradients cost more than inputs, and their moments, of a narrower side, need fewer tokens.
+_FEWEST_GRADIENTS, _GRADIENT_SHARE = 8, 4
 
 
 @dataclass
@@ -23,7 +27,7 @@ class ReaderMoments:
 
     Attributes:
         inputs: Second moments C of its inputs.
-        outputs: Second moments G of the gradients in its outputs.
+        outputs: Second moments G of the gradients in its outputs, from a quarter of the windows, or from eight of them.
     """
 
     inputs: Moments
@@ -43,40 +47,44 @@ def reader_moments(model: PreTrainedModel, names: Iterable[str], windows_NT: Ten
         seed: Seed for the tokens that are drawn.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
-    found: dict[str, ReaderMoments] = {}
-    entering: dict[str, Tensor] = {}
+    inputs: dict[str, Moments] = {}
+    outputs: dict[str, Moments] = {}
+    readers = {name: model.get_submodule(name) for name in names}
+    per_batch = max(1, BATCH_TOKENS // windows_NT.shape[1])
+    drawn = max(_FEWEST_GRADIENTS, len(windows_NT) // _GRADIENT_SHARE)
+    last = ""
+    with float32_on_cpu(model), only_these_train(model, ()), watched_inputs(readers, adder(inputs)):
+        for ids_BT in windows_NT[:drawn].split(per_batch):
+            with _graph_from(readers) as leaving, torch.enable_grad():
+                likelihood = _drawn_likelihood(model, ids_BT.to(model.device), generator)
+                gradients = torch.autograd.grad(likelihood, list(leaving.values()))
+            for name, gradient_BTO in zip(leaving, gradients, strict=True):
+                adder(outputs)(name, gradient_BTO)
+                last = name
+        for ids_BT in windows_NT[drawn:].split(per_batch) if len(windows_NT) > drawn else ():
+            with torch.no_grad(), stopped_at(readers[last]):
+                model(input_ids=ids_BT.to(model.device), use_cache=False)
+    return {name: ReaderMoments(inputs[name], outputs[name]) for name in readers}
+
+
+@contextmanager
+def _graph_from(readers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Yields the outputs of the readers in the order in which they ran; the graph begins at the first of them."""
     leaving: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[..., Tensor]:
-        def see(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            # The graph begins at the first projection: nothing before it is asked for a gradient.
+        def see(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             leaving[name] = output if output.requires_grad else output.detach().requires_grad_()
-            entering[name] = inputs[0]
             return leaving[name]
 
         return see
 
-    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+    handles = [reader.register_forward_hook(watch(name)) for name, reader in readers.items()]
     try:
-        with float32_on_cpu(model), only_these_train(model, ()):
-            for ids_BT in windows_NT.split(max(1, BATCH_TOKENS // windows_NT.shape[1])):
-                with torch.enable_grad():
-                    drawn = _drawn_likelihood(model, ids_BT.to(model.device), generator)
-                    gradients = torch.autograd.grad(drawn, list(leaving.values()))
-                for name, gradient_BTO in zip(leaving, gradients, strict=True):
-                    rows_BTI = entering[name].detach()
-                    if name not in found:
-                        found[name] = ReaderMoments(
-                            Moments.empty(rows_BTI.shape[-1], rows_BTI.device), Moments.empty(gradient_BTO.shape[-1], rows_BTI.device)
-                        )
-                    found[name].inputs.add(rows_BTI)
-                    found[name].outputs.add(gradient_BTO)
-                entering.clear()
-                leaving.clear()
+        yield leaving
     finally:
         for handle in handles:
             handle.remove()
-    return found
 
 
 def _drawn_likelihood(model: PreTrainedModel, ids_BT: Tensor, generator: torch.Generator) -> Tensor:

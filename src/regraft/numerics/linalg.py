@@ -85,6 +85,15 @@ def inverse(matrix: Tensor) -> Tensor:
     return torch.linalg.inv(matrix)
 
 
+def inverse_of_positive(matrix: Tensor) -> Tensor | None:
+    """Returns the inverse of a symmetric positive definite matrix, symmetric itself; None where it is not positive definite."""
+    factor = cholesky_if_positive(matrix)
+    if factor is None:
+        return None
+    found = torch.cholesky_inverse(factor)
+    return found.add_(found.T.clone()).mul_(0.5)
+
+
 def solve_right(matrix: Tensor, upper: Tensor) -> Tensor:
     """Solves ``x @ upper = matrix`` for an upper triangular ``upper``."""
     return torch.linalg.solve_triangular(upper, matrix, upper=True, left=False)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 # From this width on a product in float64 takes a noticeable part of a pass over the model.
-_WIDE = 1024
+_WIDE = 512
 _ROWS = 512
 
 
@@ -78,6 +79,17 @@ class Moments:
             return torch.zeros_like(self.total_D)
         centred = self.square_DD.diagonal() - self.count * self.mean_D.square()
         return centred.clamp_min(0.0) / (self.count - 1)
+
+
+def adder(found: dict[str, Moments]) -> Callable[[str, Tensor], None]:
+    """Returns a function that adds rows to the moments of a name, which begin with its first rows."""
+
+    def add(name: str, rows: Tensor) -> None:
+        if name not in found:
+            found[name] = Moments.empty(rows.shape[-1], rows.device)
+        found[name].add(rows)
+
+    return add
 
 
 @dataclass

@@ -10,6 +10,7 @@ With ``C = E[x x']`` over calibration activations and S the kept channels, the w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from regraft.errors import InputError
 from regraft.numerics import linalg
-from regraft.numerics.moments import Moments
 
 DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -38,6 +38,12 @@ class NormalEquations:
         self._kept = kept
         self._gram_SS = weight_OI.new_zeros(0)
         self._right_SO = weight_OI.new_zeros(0)
+        self._power = 0.0
+
+    @property
+    def power(self) -> float:
+        """Summed square ``W C W'`` of the old output, over all outputs."""
+        return self._power
 
     def add(self, second_II: Tensor) -> None:
         """Adds second moments of the inputs, float64 (in, in).
@@ -45,13 +51,21 @@ class NormalEquations:
         Raises:
             InputError: The second moments are not finite.
         """
-        if not torch.isfinite(second_II).all():
+        right_OI = self._weight_OI @ second_II
+        power = float((right_OI * self._weight_OI).sum())
+        if not math.isfinite(power):
             raise InputError("activations on the calibration text are not finite; use `dtype=float32` or other calibration text")
-        right_SO = (self._weight_OI @ second_II)[:, self._kept].T
-        gram_SS = second_II[self._kept[:, None], self._kept]
+        self._gather(second_II[self._kept[:, None], self._kept], right_OI[:, self._kept].T, power)
+
+    def include(self, other: NormalEquations) -> None:
+        """Adds the moments that other equations of the same weights and channels have seen."""
+        self._gather(other._gram_SS.clone(), other._right_SO, other._power)
+
+    def _gather(self, gram_SS: Tensor, right_SO: Tensor, power: float) -> None:
         first = not self._gram_SS.numel()
         self._gram_SS = gram_SS if first else self._gram_SS.add_(gram_SS)
         self._right_SO = right_SO if first else self._right_SO + right_SO
+        self._power += power
 
     def solve(self, damping: float) -> Tensor:
         """Returns the weights on the kept channels, float64 (out, kept), for a ridge relative to the mean of the diagonal."""
@@ -67,6 +81,10 @@ class NormalEquations:
             return torch.cholesky_solve(right_SO, factor).T
         finally:
             diagonal_S.copy_(undamped_S)
+
+    def error(self, new_OS: Tensor) -> float:
+        """Returns the summed squared error of new weights W', ``|W x|^2 - 2 W x . W' x_S + |W' x_S|^2``, on what was added."""
+        return self._power + float(((new_OS @ self._gram_SS) * new_OS).sum()) - 2.0 * float((self._right_SO.T * new_OS).sum())
 
 
 def reconstruct(weight_OI: Tensor, second_II: Tensor, kept: Tensor, damping: float) -> Tensor:
@@ -96,33 +114,33 @@ def error(weight_OI: Tensor, second_II: Tensor, kept: Tensor, new_OS: Tensor) ->
     return float((difference_OI @ second_II).mul_(difference_OI).sum())
 
 
-def choose_damping(weight_OI: Tensor, fit: Moments, held_out: Moments, kept: Tensor, dampings: Sequence[float] = DAMPINGS) -> float:
-    """Returns the damping whose weights, fitted on one part of the calibration text, have the least error on the other part."""
-    equations = NormalEquations(weight_OI, kept)
-    equations.add(fit.square_DD)
-    return best_damping(equations, weight_OI, [held_out], kept, dampings)
-
-
-def best_damping(
-    equations: NormalEquations, weight_OI: Tensor, held_out: Sequence[Moments], kept: Tensor, dampings: Sequence[float] = DAMPINGS
-) -> float:
+def best_damping(equations: NormalEquations, held_out: Sequence[NormalEquations], dampings: Sequence[float] = DAMPINGS) -> float:
     """Returns the damping with the least error on the kind of held-out text that it fits worst.
+
+    The error falls with the damping and then rises, so that it is followed downhill from the middle of the choices.
 
     Args:
         equations: Normal equations of the part of the calibration text that is fitted.
-        weight_OI: Weights before, (out, in).
-        held_out: Moments of the inputs on other text, one for each kind of text. With several, each counts by its error over the
-            power of the old output on it, so that the kind that is fitted worst decides.
-        kept: Indices of the channels that stay, int64 (kept,), ascending.
-        dampings: The choices.
+        held_out: Those of other text, one for each kind of text. With several, each counts by its error over the power of the old output
+            on it, so that the kind that is fitted worst decides.
+        dampings: The choices, ascending.
     """
-    nothing = kept[:0]
-    empty = weight_OI.new_zeros(weight_OI.shape[0], 0, dtype=torch.float64)
-    powers = [error(weight_OI, part.square_DD, nothing, empty) if len(held_out) > 1 else 1.0 for part in held_out]
+    tiny = torch.finfo(torch.float64).tiny
+    powers = [max(part.power, tiny) if len(held_out) > 1 else 1.0 for part in held_out]
 
-    def worst(damping: float) -> float:
-        new_OS = equations.solve(damping)
-        errors = (error(weight_OI, part.square_DD, kept, new_OS) for part in held_out)
-        return max(found / max(power, torch.finfo(torch.float64).tiny) for found, power in zip(errors, powers, strict=True))
+    def worst(place: int) -> float:
+        new_OS = equations.solve(dampings[place])
+        return max(part.error(new_OS) / power for part, power in zip(held_out, powers, strict=True))
 
-    return min(dampings, key=worst)
+    best = len(dampings) // 2
+    least = worst(best)
+    for step in (-1, 1):
+        start = best
+        while 0 <= best + step < len(dampings):
+            found = worst(best + step)
+            if found >= least:
+                break
+            best, least = best + step, found
+        if best != start:
+            break
+    return dampings[best]

@@ -52,65 +52,71 @@ def removal_order(
     ridge = damping * second_II.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     damped_II = second_II.clone()
     damped_II.diagonal().add_(ridge)
-    inverse_II = linalg.inverse(damped_II)
-    inverse_II = inverse_II.add_(inverse_II.T.clone()).mul_(0.5)
+    inverse_II = linalg.inverse_of_positive(damped_II)
+    if inverse_II is None:  # silent inputs, or rounding errors larger than the ridge
+        inverse_II = linalg.inverse(damped_II)
+        inverse_II = inverse_II.add_(inverse_II.T.clone()).mul_(0.5)
     return _one_by_one(squares_II, inverse_II) if block == 1 else _blockwise(squares_II, inverse_II, block)
 
 
 def _one_by_one(squares_II: Tensor, inverse_II: Tensor) -> tuple[list[int], list[float]]:
-    """Removes single channels, panel after panel, from ``A = W' M W`` and P."""
+    """Removes single channels, panel after panel, from ``A = W' M W`` and P; both are overwritten."""
     left = torch.arange(inverse_II.shape[0], device=inverse_II.device)
+    gone = torch.zeros_like(left, dtype=torch.bool)
     order: list[int] = []
     costs: list[float] = []
-    while len(left):
-        gone, paid, squares_II, inverse_II = _panel(squares_II, inverse_II, min(_PANEL, len(left)))
-        order += left[gone].cpu().numpy().tolist()
+    here = len(left)
+    while here:
+        places, paid = _panel(squares_II, inverse_II, gone, min(_PANEL, here))
+        order += left[places].cpu().numpy().tolist()
         costs += paid
-        stays = torch.ones(len(left), dtype=torch.bool, device=left.device)
-        stays[gone] = False
-        left = left[stays]
-        squares_II, inverse_II = squares_II[stays][:, stays], inverse_II[stays][:, stays]
+        here -= len(places)
+        if 4 * here <= 3 * len(left):  # rows of what has left are carried along until they are worth a copy
+            stay = (~gone).nonzero().squeeze(1)
+            left, gone = left[stay], gone[stay]
+            squares_II, inverse_II = squares_II[stay[:, None], stay], inverse_II[stay[:, None], stay]
     return order, costs
 
 
-def _panel(squares_II: Tensor, inverse_II: Tensor, size: int) -> tuple[Tensor, list[float], Tensor, Tensor]:
-    """Removes ``size`` channels; returns their places, what each cost, and both matrices after them, rows of removed channels included.
+def _panel(squares_II: Tensor, inverse_II: Tensor, gone: Tensor, size: int) -> tuple[list[int], list[float]]:
+    """Removes ``size`` channels: returns their places and what each cost, marks them in ``gone``, and updates both matrices in place.
 
     In steps 0 to k, with ``l = P_j / sqrt(P_jj)`` the scaled column of what leaves and ``u`` its scaled weights: ``P - L L'`` and
-    ``W - U L'`` are what is left. ``H = W' M U`` and ``K = U' M U`` stand for U, which is never formed.
+    ``W - U L'`` are what is left. ``H = W' M U`` and ``K = U' M U`` stand for U, which is never formed. Columns of L and H are rows here,
+    and columns of the symmetric matrices are read as rows, which lie together in memory.
     """
     width = len(inverse_II)
-    l_IK, h_IK = inverse_II.new_zeros(width, size), inverse_II.new_zeros(width, size)
+    l_KI, h_KI = inverse_II.new_zeros(size, width), inverse_II.new_zeros(size, width)
     k_KK = inverse_II.new_zeros(size, size)
     variances_I, norms_I = inverse_II.diagonal().clone(), squares_II.diagonal().clone()
-    gone: list[int] = []
+    places: list[int] = []
     costs: list[float] = []
-    removed = torch.zeros(width, dtype=torch.bool, device=inverse_II.device)
     for step in range(size):
-        prices = (norms_I / variances_I).masked_fill_(removed, torch.inf)
+        prices = (norms_I / variances_I).masked_fill_(gone, torch.inf)
         unit = int(prices.argmin())
         costs.append(max(0.0, float(prices[unit])))
-        gone.append(unit)
-        removed[unit] = True
+        places.append(unit)
+        gone[unit] = True
         before = slice(0, step)
-        own_K, root = l_IK[unit, before].clone(), variances_I[unit].sqrt()
-        l_I = inverse_II[:, unit].addmv(l_IK[:, before], own_K, alpha=-1.0).div_(root)
-        h_I = squares_II[:, unit].addmv(h_IK[:, before], own_K, alpha=-1.0).div_(root)
+        own_K, root = l_KI[before, unit].clone(), variances_I[unit].sqrt()
+        l_I = inverse_II[unit].addmv(l_KI[before].T, own_K, alpha=-1.0).div_(root)
+        h_I = squares_II[unit].addmv(h_KI[before].T, own_K, alpha=-1.0).div_(root)
         # What the columns before have taken from this one's products: (U'M u) of the steps so far, and (W - U L')' M u of all channels.
-        k_K = (h_IK[unit, before] - k_KK[before, before] @ own_K).div_(root)
+        k_K = (h_KI[before, unit] - k_KK[before, before] @ own_K).div_(root)
         own = (h_I[unit] - own_K @ k_K) / root
-        products_I = h_I.addmv(l_IK[:, before], k_K, alpha=-1.0)
+        products_I = h_I.addmv(l_KI[before].T, k_K, alpha=-1.0)
         norms_I.addcmul_(l_I, products_I, value=-2.0).addcmul_(l_I, l_I * own).clamp_min_(0.0)
         variances_I.addcmul_(l_I, l_I, value=-1.0)
         # A pivot that rounding left behind would look cheap or explode.
         variances_I.clamp_min_(torch.finfo(torch.float64).tiny)
-        l_IK[:, step], h_IK[:, step] = l_I, h_I
+        l_KI[step], h_KI[step] = l_I, h_I
         k_KK[step, before] = k_K
         k_KK[before, step] = k_K
         k_KK[step, step] = own
-    cross_II = h_IK @ l_IK.T
-    squares_II = squares_II - cross_II - cross_II.T + l_IK @ k_KK @ l_IK.T
-    return torch.tensor(gone, device=inverse_II.device), costs, squares_II, inverse_II - l_IK @ l_IK.T
+    half_KI = h_KI.addmm_(k_KK, l_KI, alpha=-0.5)
+    squares_II.addmm_(half_KI.T, l_KI, alpha=-1.0).addmm_(l_KI.T, half_KI, alpha=-1.0)
+    inverse_II.addmm_(l_KI.T, l_KI, alpha=-1.0)
+    return places, costs
 
 
 def _blockwise(squares_II: Tensor, inverse_II: Tensor, block: int) -> tuple[list[int], list[float]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Literal
@@ -24,7 +24,7 @@ from regraft.models.layerwise import Layerwise, watched_inputs
 from regraft.models.precision import float32_on_cpu
 from regraft.models.view import ModelView
 from regraft.numerics.divergence import log_probabilities, mean_divergence
-from regraft.numerics.moments import Moments
+from regraft.numerics.moments import Moments, adder
 from regraft.plans import WHOLE, Curve, Curves, Cut, Group, Groups, PrunePlan, Scores
 from regraft.progress import Say, Step, say_nothing
 from regraft.surgery.cut import cut
@@ -35,6 +35,8 @@ SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 FINE_STEPS = 32
 # Limit for the measuring windows. Each window is run for every size of every group, and more of them improve the curves too little.
 JUDGED_WINDOWS = 16
+# So many layers correct the predicted curves.
+MEASURED_LAYERS = 8
 FEWEST_TURNS, MOST_TURNS, SECONDS_OF_TIMING = 5, 200, 0.5  # how often, and for how long, sizes are timed
 CostUnit = Literal["parameters", "bytes", "milliseconds"]
 
@@ -116,8 +118,10 @@ def rescale_curves(
 ) -> Curves:
     """Returns predicted curves times what measurements near the sizes that they led to say of them, group by group.
 
-    Each group is measured once, at the size that it was given; one that was left whole, where the first of it would go. A prediction to
-    second order has the right order of sizes and of groups of a kind, but is too low for large parts, such as one of three heads.
+    The groups of at most eight layers are measured, once each, at the size that they were given; one that was left whole, where the first
+    of it would go. Groups of the layers between get the factor between. A prediction to second order has the right order of sizes and of
+    groups of a kind, but is too low for large parts, such as one of three heads. Each measurement runs the layers above: measured in
+    every layer, the time would grow with the square of their number.
 
     Args:
         view: The dense model; left as it is.
@@ -131,30 +135,59 @@ def rescale_curves(
         say: Called with one line for each layer.
     """
     values = dict(curves.values)
+    factors: dict[str, dict[int, float]] = {}
     with float32_on_cpu(view.model):
         walk = Layerwise(view, windows_NT)
         entering = [walk.first]
         judged: dict[str, Moments] = {}
-        with watched_inputs({name: view.model.get_submodule(name) for name in inputs}, _adder(judged)):
+        with watched_inputs({name: view.model.get_submodule(name) for name in inputs}, adder(judged)):
             for layer in range(len(view.layers)):
                 entering.append(walk.run(layer, entering[-1]))
         dense = [log_probabilities(logits) for logits in walk.logits(entering[-1])]
-        for layer in range(len(view.layers)):
+        layers = measured_layers(len(view.layers))
+        for step, layer in enumerate(layers):
             for group in (group for group in groups.groups if group.layer == layer and group.name in values and group.kind not in WHOLE):
-                curve, own = values[group.name], scores.values[group.name]
-                size = kept.get(group.name, group.units)
-                if size == group.units:
-                    size = curve.kept[-2] if len(curve.kept) > 1 else size
-                promised = _predicted(own, [size])[0]
+                size = _near(group, values[group.name], kept)
+                promised = _predicted(scores.values[group.name], [size])[0]
                 if size == group.units or promised <= 0:
                     continue
                 reader = group.reader.parameter.rpartition(".")[0]
                 seen = inputs[reader].without(judged[reader])
-                found = _divergence(view, walk, layer, entering[layer], dense, group, own, size, seen)
-                factor = max(0.0, found) / promised
-                values[group.name] = replace(curve, damage_nats=tuple(factor * damage for damage in curve.damage_nats))
-            say(Step("measuring the damage near the chosen widths of layers", layer + 1, len(view.layers)))
+                found = _divergence(view, walk, layer, entering[layer], dense, group, scores.values[group.name], size, seen)
+                factors.setdefault(group.kind, {})[layer] = max(0.0, found) / promised
+            say(Step("measuring the damage near the chosen widths in layers", step + 1, len(layers)))
+    for group in groups.groups:
+        if group.name in values and group.layer is not None and factors.get(group.kind):
+            factor = _between(factors[group.kind], group.layer)
+            values[group.name] = replace(
+                values[group.name], damage_nats=tuple(factor * damage for damage in values[group.name].damage_nats)
+            )
     return replace(curves, values=values)
+
+
+def measured_layers(layers: int) -> tuple[int, ...]:
+    """Returns the layers whose groups are measured: all of a few, otherwise some at equal distances, the first and the last among them.
+
+    >>> measured_layers(4), measured_layers(30)
+    ((0, 1, 2, 3), (0, 4, 8, 12, 17, 21, 25, 29))
+    """
+    return tuple(sorted({round(place * (layers - 1) / (MEASURED_LAYERS - 1)) for place in range(MEASURED_LAYERS)}))
+
+
+def _near(group: Group, curve: Curve, kept: Mapping[str, int]) -> int:
+    """Returns the size at which a group is measured: the one that it was given, or the largest cut size where it was left whole."""
+    size = kept.get(group.name, group.units)
+    return curve.kept[-2] if size == group.units and len(curve.kept) > 1 else size
+
+
+def _between(known: Mapping[int, float], layer: int) -> float:
+    """Returns the value of a layer, linear between the measured layers on both sides of it, and constant beyond the outermost."""
+    below, above = [near for near in known if near <= layer], [near for near in known if near >= layer]
+    if not below or not above:
+        return known[min(above) if above else max(below)]
+    low, high = max(below), min(above)
+    share = (layer - low) / (high - low) if high > low else 0.0
+    return (1.0 - share) * known[low] + share * known[high]
 
 
 def _predicted(scores: Sequence[float], sizes: Sequence[int]) -> tuple[float, ...]:
@@ -185,7 +218,7 @@ def _damages(view: ModelView, groups: Groups, scores: Scores, windows_NT: Tensor
         here = [group for group in groups.groups if group.layer == layer]
         projections = {group.name: _reading_module(view, group) for group in here if group.kind not in WHOLE}
         moments: dict[str, Moments] = {}
-        with watched_inputs(projections, _adder(moments)):
+        with watched_inputs(projections, adder(moments)):
             fit_hidden = fit_walk.run(layer, fit_hidden)
         for group in here:
             if group.kind in WHOLE:
@@ -232,15 +265,6 @@ def _fine_sizes(group: Group) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(step * group.units / FINE_STEPS)) for step in range(1, FINE_STEPS + 1)}))
 
 
-def _adder(moments: dict[str, Moments]) -> Callable[[str, Tensor], None]:
-    def see(name: str, rows: Tensor) -> None:
-        if name not in moments:
-            moments[name] = Moments.empty(rows.shape[-1], rows.device)
-        moments[name].add(rows)
-
-    return see
-
-
 def _reading_module(view: ModelView, group: Group) -> nn.Module:
     return view.model.get_submodule(group.reader.parameter.rpartition(".")[0])
 
@@ -263,7 +287,7 @@ def _divergence(
     name = reader.parameter.removeprefix(f"{view.layer_name(layer)}.").rpartition(".")[0]
     ranked = sorted(range(group.units), key=lambda unit: (-scores[unit], unit))[:size]
     channels = torch.tensor(sorted(index for unit in ranked for index in reader.indices(unit)), device=moments.total_D.device)
-    refit(module.get_submodule(name), reader.axis, moments, [moments], channels, "least_squares", damping=1e-3)
+    refit(module.get_submodule(name), reader.axis, moments, (), channels, "least_squares", damping=1e-3)
     hidden = walk.run(layer, entering, module)
     for above in range(layer + 1, len(view.layers)):
         hidden = walk.run(above, hidden)

@@ -95,12 +95,11 @@ def refit(
     old_OI = (weight if axis == 1 else weight.T).double()
     new_OI = torch.zeros_like(old_OI)
     if method == "least_squares":
-        fit_II, judges_II = _seen(fit, bias is not None), [_seen(judge, bias is not None) for judge in judges]
-        equations = NormalEquations(old_OI, channels)
-        equations.add(fit_II.square_DD)
-        chosen = best_damping(equations, old_OI, judges_II, channels) if damping is None else damping
-        for judge_II in judges_II:
-            equations.add(judge_II.square_DD)
+        equations = _equations(old_OI, channels, fit, centred=bias is not None)
+        others = [_equations(old_OI, channels, judge, centred=bias is not None) for judge in judges]
+        chosen = best_damping(equations, others) if damping is None else damping
+        for other in others:
+            equations.include(other)
         new_OI[:, channels] = equations.solve(chosen)
     else:
         new_OI[:, channels] = old_OI[:, channels]
@@ -111,12 +110,14 @@ def refit(
     weight.copy_(new_OI if axis == 1 else new_OI.T)
 
 
-def _seen(moments: Moments, centred: bool) -> Moments:
-    """Returns the moments unchanged or, if a bias absorbs the mean, centred."""
-    if not centred:
-        return moments
-    about_mean_DD = torch.addr(moments.square_DD, moments.mean_D, moments.mean_D, alpha=-moments.count)
-    return Moments(moments.count, torch.zeros_like(moments.total_D), about_mean_DD)
+def _equations(old_OI: Tensor, channels: Tensor, moments: Moments, *, centred: bool) -> NormalEquations:
+    """Returns the normal equations of moments, which are centred where a bias absorbs the mean."""
+    square_DD = moments.square_DD
+    if centred:
+        square_DD = torch.addr(square_DD, moments.mean_D, moments.mean_D, alpha=-moments.count)
+    found = NormalEquations(old_OI, channels)
+    found.add(square_DD)
+    return found
 
 
 def _moments(walk: Walk, layer: int, module: nn.Module, projection: nn.Module, source_N: Tensor | None) -> tuple[Moments, list[Moments]]:

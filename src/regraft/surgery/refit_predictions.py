@@ -7,23 +7,27 @@ including those of layers that were not cut.
 
 This is a fit to the calibration windows, not a training: there are no labels, no learning rate and no optimizer state. Each step takes one
 forward pass of both models and one backward pass of the pruned one. The step length is halved until the divergence falls on windows that
-the gradients did not use; if no length helps, the fit ends. In addition to both models it needs memory for a gradient and two matrices of
-second moments for each reading projection.
+the gradients did not use; if no length helps, the fit ends. Second moments are those of the first step, and the outputs of the dense
+model's last layer are kept, so that only its head runs again. In addition to both models it needs memory for a gradient and two
+matrices of second moments for each reading projection.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from regraft.models.layerwise import layers_give
 from regraft.models.precision import float32_on_cpu
 from regraft.models.trainable import only_these_train
 from regraft.models.view import ModelView
 from regraft.numerics.divergence import log_probabilities, summed_divergence
-from regraft.numerics.moments import Moments
+from regraft.numerics.moments import Moments, adder
 from regraft.numerics.natural_gradient import natural_gradient
 from regraft.progress import Say, Step, say_nothing
 
@@ -32,6 +36,8 @@ STEPS = 4
 JUDGED_WINDOWS = 16
 _BATCH_WINDOWS = 8
 _HALVINGS = 8
+# The Fisher information is estimated from this share of the windows: its matrices are narrow, and it only shapes the step.
+_DRAWN_SHARE = 4
 
 
 def refit_to_predictions(
@@ -70,11 +76,12 @@ def refit_to_predictions(
     for reader in readers.values():  # a weight that was not cut may be shared with the dense model
         reader.register_parameter("weight", nn.Parameter(_weight(reader).detach().clone()))
     stored = {name: _weight(reader).dtype for name, reader in readers.items()}
-    curvature: Mapping[str, Moments] | None = None
     length = 1.0 / max(1, len(readers))
+    aim = _Aim(dense)
     training = only_these_train(pruned.model, [_weight(reader) for reader in readers.values()])
     with float32_on_cpu(pruned.model), float32_on_cpu(dense), training, torch.no_grad():
         aims = [_log_probabilities(dense, ids) for ids in judged]
+        metrics: _Metrics | None = None
 
         def divergence() -> float:
             pairs = zip(judged, aims, strict=True)
@@ -83,10 +90,12 @@ def refit_to_predictions(
 
         found = [divergence()]
         for step in range(steps):
-            gradients, inputs, drawn = _gather(pruned.model, dense, readers, fitted, generator if curvature is None else None)
-            curvature = drawn if curvature is None else curvature
+            metrics, fresh = (_Metrics({}, {}), generator) if metrics is None else (metrics, None)
+            gradients = _gather(pruned.model, aim, readers, fitted, metrics, fresh)
             directions = {
-                name: natural_gradient(gradient.T if transposed else gradient, inputs[name].second_DD, curvature[name].second_DD)
+                name: natural_gradient(
+                    gradient.T if transposed else gradient, metrics.inputs[name].second_DD, metrics.outputs[name].second_DD
+                )
                 for name, gradient in gradients.items()
             }
             taken, reached = _search(readers, stored, directions, length, divergence, found[-1], transposed)
@@ -161,59 +170,96 @@ def _search(
     return best, reached
 
 
+@dataclass(frozen=True)
+class _Metrics:
+    """Second moments of the inputs of projections, and of the gradients in their outputs, by name; empty before the first step."""
+
+    inputs: dict[str, Moments]
+    outputs: dict[str, Moments]
+
+
+class _Aim:
+    """Predictions of the dense model, batch by batch: after the first time from the kept outputs of its last layer.
+
+    Args:
+        model: The dense model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._view = ModelView(model)
+        self._last: dict[int, Tensor] = {}
+
+    def of(self, batch: int, ids_BT: Tensor) -> Tensor:
+        """Returns log-probabilities, float32 (batch, tokens, vocabulary), of the batch with this number."""
+        if batch in self._last:
+            with layers_give(self._view, self._last[batch]):
+                return _log_probabilities(self._view.model, ids_BT)
+
+        def keep(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+            self._last[batch] = output[0] if isinstance(output, tuple) else output
+
+        handle = self._view.layers[-1].register_forward_hook(keep)
+        try:
+            return _log_probabilities(self._view.model, ids_BT)
+        finally:
+            handle.remove()
+
+
 def _gather(
     model: PreTrainedModel,
-    dense: PreTrainedModel,
+    aim: _Aim,
     readers: Mapping[str, nn.Module],
     batches: Sequence[Tensor],
+    metrics: _Metrics,
     generator: torch.Generator | None,
-) -> tuple[dict[str, Tensor], dict[str, Moments], dict[str, Moments]]:
-    """Returns for each projection the gradient of the mean divergence, float64 of the weight's shape, and the moments of its inputs.
+) -> dict[str, Tensor]:
+    """Returns for each projection the gradient of the mean divergence, float64 of the weight's shape.
 
-    With a generator it also returns moments of the gradients with respect to its outputs, for the log-likelihood of tokens drawn from the
-    model's predictions.
+    With a generator it also fills ``metrics``: the moments of the projections' inputs and, from a part of the batches, of the gradients
+    with respect to their outputs, for the log-likelihood of tokens drawn from the model's predictions.
     """
     gradients: dict[str, Tensor] = {}
-    inputs: dict[str, Moments] = {}
-    drawn: dict[str, Moments] = {}
     outputs: dict[str, Tensor] = {}
     weights = {name: _weight(reader) for name, reader in readers.items()}
     tokens = sum(ids.numel() for ids in batches)
+    see_input = adder(metrics.inputs)
 
     def watch(name: str) -> Callable[..., None]:
         def see(_module: nn.Module, entering: tuple[Tensor, ...], leaving: Tensor) -> None:
-            rows = entering[0].detach()
-            inputs.setdefault(name, Moments.empty(rows.shape[-1], rows.device)).add(rows)
+            see_input(name, entering[0].detach())
             outputs[name] = leaving
 
         return see
 
-    handles = [reader.register_forward_hook(watch(name)) for name, reader in readers.items()]
+    watched = readers if generator is not None else {}
+    handles = [reader.register_forward_hook(watch(name)) for name, reader in watched.items()]
     try:
-        for ids in batches:
-            aim = _log_probabilities(dense, ids)
+        for place, ids in enumerate(batches):
+            drawing = generator is not None and place < max(1, len(batches) // _DRAWN_SHARE)
+            dense_BTV = aim.of(place, ids)
             with torch.enable_grad():
                 now = _log_probabilities(model, ids)
-                loss = summed_divergence(now, aim) / tokens
-                found = torch.autograd.grad(loss, list(weights.values()), retain_graph=generator is not None)
-                if generator is not None:
-                    _add_drawn(drawn, outputs, now, generator)
+                loss = summed_divergence(now, dense_BTV) / tokens
+                found = torch.autograd.grad(loss, list(weights.values()), retain_graph=drawing)
+                if drawing:
+                    assert generator is not None
+                    _add_drawn(metrics.outputs, outputs, now, generator)
+            outputs.clear()
             for name, gradient in zip(weights, found, strict=True):
                 gradients[name] = gradients[name] + gradient.double() if name in gradients else gradient.double()
     finally:
         for handle in handles:
             handle.remove()
-    return gradients, inputs, drawn
+    return gradients
 
 
 def _add_drawn(drawn: dict[str, Moments], outputs: Mapping[str, Tensor], now_BTV: Tensor, generator: torch.Generator) -> None:
     """Draws a token from every prediction; adds the gradients of the log-likelihood with respect to the outputs, a row for each token."""
     rows_NV = now_BTV.flatten(0, 1)
+    see = adder(drawn)
     tokens_N1 = torch.multinomial(rows_NV.detach().exp(), 1, generator=generator)
-    for (name, output), gradient in zip(
-        outputs.items(), torch.autograd.grad(rows_NV.gather(1, tokens_N1).sum(), list(outputs.values())), strict=True
-    ):
-        drawn.setdefault(name, Moments.empty(output.shape[-1], output.device)).add(gradient)
+    for name, gradient in zip(outputs, torch.autograd.grad(rows_NV.gather(1, tokens_N1).sum(), list(outputs.values())), strict=True):
+        see(name, gradient)
 
 
 def _weight(reader: nn.Module) -> nn.Parameter:

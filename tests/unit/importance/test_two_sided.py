@@ -16,7 +16,9 @@ from regraft.importance import Evidence, score
 from regraft.importance.passes import Passes
 from regraft.importance.reader_moments import reader_moments
 from regraft.models.view import ModelView
+from regraft.plans import Curves
 from regraft.selection import Budget, select
+from regraft.surgery import damage_curves
 from regraft.surgery.damage_curves import measure_curves, predict_curves, rescale_curves
 
 WINDOWS = torch.randint(3, 96, (24, 12), generator=torch.Generator().manual_seed(3))
@@ -30,7 +32,7 @@ def test_outputs_are_the_fisher_information_by_its_definition(make_model: Callab
     axis = next(axis for coupling in view.family.couplings if coupling.kind == "ffn" for axis in coupling.axes if axis.side == "in")
     name = f"{view.layer_name(last)}.{axis.module}"
     window = WINDOWS[:1, :2]
-    seen = reader_moments(model, [name], window.repeat(6000, 1), seed=0)[name]
+    seen = reader_moments(model, [name], window.repeat(24_000, 1), seed=0)[name]
     hidden: list[torch.Tensor] = []
     handle = model.get_submodule(name).register_forward_hook(lambda module, inputs, output: hidden.append(output.detach()))
     with torch.no_grad():
@@ -47,7 +49,7 @@ def test_outputs_are_the_fisher_information_by_its_definition(make_model: Callab
     jacobian = torch.autograd.functional.jacobian(log_probabilities, hidden[0].reshape(2, -1)).double()  # (T, V, T, O)
     chances = log_probabilities(hidden[0]).detach().exp().double()
     exact = sum(torch.einsum("v,vi,vj->ij", chances[t], jacobian[t, :, t], jacobian[t, :, t]) for t in range(2)) / 2
-    assert seen.outputs.count == 12_000
+    assert (seen.inputs.count, seen.outputs.count) == (48_000, 12_000)
     assert float((seen.outputs.second_DD - exact).norm() / exact.norm()) < 0.1
     assert float((2.0 * seen.outputs.second_DD - exact).norm() / exact.norm()) > 0.5
 
@@ -69,8 +71,10 @@ def test_inputs_are_plain_second_moments_and_nothing_is_left_behind(make_model: 
     assert not model.get_submodule(name)._forward_hooks
 
 
-def test_scores_in_nats_predict_measured_damage_and_measurements_put_them_right(make_model: Callable[..., PreTrainedModel]) -> None:
-    model = make_model(tie_word_embeddings=True)
+def test_scores_in_nats_predict_measured_damage_and_measurements_put_them_right(
+    make_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama-bias", tie_word_embeddings=True, num_hidden_layers=3)
     view, groups = ModelView(model), discover(ModelView(model), ("heads", "ffn"))
     scores = score("surgeon_nats", Evidence(model, groups, WINDOWS, 0))
     names = [group.name for group in groups.groups]
@@ -90,6 +94,12 @@ def test_scores_in_nats_predict_measured_damage_and_measurements_put_them_right(
         size = half[name]
         if size in truth.kept and size in curve.kept:
             assert curve.damage_nats[curve.kept.index(size)] == pytest.approx(truth.damage_nats[truth.kept.index(size)], rel=0.3)
+    monkeypatch.setattr(damage_curves, "MEASURED_LAYERS", 2)
+    fewer = rescale_curves(view, groups, scores, judged, predicted, half, inputs)
+    whole = [{group.layer: _factor(curves, predicted, group.name) for group in groups.of("ffn")} for curves in (right, fewer)]
+    last = groups.layers - 1
+    assert last == 2, "one layer lies between"
+    assert whole[1] == pytest.approx({0: whole[0][0], 1: (whole[0][0] + whole[0][2]) / 2, 2: whole[0][2]}, rel=1e-6)
     budget = Budget(0.1, "per-layer", tuple(range(groups.layers)), ("heads", "ffn"), 1, right)
     assert select("knapsack", groups, scores, budget).achieved == pytest.approx(0.1, abs=0.01)
 
@@ -101,6 +111,10 @@ def test_a_model_that_is_not_in_memory_is_refused(make_model: Callable[..., PreT
     groups = discover(ModelView(model), ("ffn",))
     with pytest.raises(InputError, match="`seq_len`"):
         score("surgeon_nats", Evidence(model, groups, WINDOWS[:, :1], 0))
+
+
+def _factor(curves: Curves, predicted: Curves, name: str) -> float:
+    return curves.values[name].damage_nats[0] / predicted.values[name].damage_nats[0]
 
 
 def _readers(view: ModelView) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 
 from regraft.errors import InputError
 from regraft.numerics.moments import Moments
-from regraft.numerics.reconstruction import DAMPINGS, NormalEquations, best_damping, choose_damping, error, reconstruct
+from regraft.numerics.reconstruction import DAMPINGS, NormalEquations, best_damping, error, reconstruct
 from regraft.numerics.surgeon import removal_order
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -65,9 +65,26 @@ def test_singular_moments_are_solved():
 def test_damping_is_chosen_by_the_part_that_was_not_fitted():
     fit, judge = moments(X[:9]), moments(X[9:])
     kept = torch.tensor([0, 1, 2, 3, 4])
-    chosen = choose_damping(W, fit, judge, kept)
+    chosen = best_damping(seen(W, fit, kept), [seen(W, judge, kept)])
     errors = {damping: error(W, judge.second_DD, kept, reconstruct(W, fit.second_DD, kept, damping)) for damping in (1e-6, 1e-2, chosen)}
     assert errors[chosen] == min(errors.values())
+
+
+def seen(weight: torch.Tensor, part: Moments, kept: torch.Tensor) -> NormalEquations:
+    found = NormalEquations(weight, kept)
+    found.add(part.square_DD)
+    return found
+
+
+def test_equations_know_the_error_of_any_weights_and_several_parts_add_up() -> None:
+    kept = torch.tensor([0, 2, 3, 6])
+    first, then = moments(X[:9]), moments(X[9:])
+    both = seen(W, first, kept)
+    both.include(seen(W, then, kept))
+    for new in (W[:, kept], torch.randn(len(W), 4, dtype=torch.float64)):
+        direct = float((X @ W.T - X[:, kept] @ new.T).square().sum())
+        assert both.error(new) == pytest.approx(direct, rel=1e-9)
+    torch.testing.assert_close(both.solve(1e-6), seen(W, moments(X), kept).solve(1e-6))
 
 
 @pytest.mark.parametrize("outputs", [5, 20])
@@ -127,18 +144,17 @@ def test_with_several_kinds_of_text_the_one_that_is_fitted_worst_chooses_the_dam
     weight = torch.randn(6, 12, dtype=torch.float64)
     kept = torch.arange(8)
 
-    def seen(mixing: torch.Tensor, rows: int) -> Moments:
+    def drawn(mixing: torch.Tensor, rows: int) -> Moments:
         moments = Moments.empty(12)
         moments.add(torch.randn(rows, 12, dtype=torch.float64) @ mixing)
         return moments
 
     own = torch.randn(12, 12, dtype=torch.float64)
     other = torch.randn(12, 12, dtype=torch.float64)
-    fit, same, strange = seen(own, 200), seen(own, 200), seen(other, 200)
-    equations = NormalEquations(weight, kept)
-    equations.add(fit.square_DD)
-    alone = best_damping(equations, weight, [same], kept)
-    both = best_damping(equations, weight, [same, strange], kept)
+    fit, same, strange = drawn(own, 200), drawn(own, 200), drawn(other, 200)
+    equations, alike, unlike = (seen(weight, part, kept) for part in (fit, same, strange))
+    alone = best_damping(equations, [alike])
+    both = best_damping(equations, [alike, unlike])
     assert both > alone
 
     def relative(part: Moments, damping: float) -> float:
@@ -147,4 +163,4 @@ def test_with_several_kinds_of_text_the_one_that_is_fitted_worst_chooses_the_dam
 
     worst = {damping: max(relative(same, damping), relative(strange, damping)) for damping in DAMPINGS}
     assert worst[both] == min(worst.values())
-    assert best_damping(equations, weight, [same, same], kept) == alone
+    assert best_damping(equations, [alike, alike]) == alone
