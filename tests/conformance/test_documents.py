@@ -56,11 +56,14 @@ SHORT = {
 }
 NAMES = {"seedling": "model", "MODEL": "model", "other": "model", "PRUNED": "pruned", "ENCODER": "encoder"}
 PYTHON = {
-    "samples=16": "samples=2, seq_len=32",
-    "steps=20": "steps=2",
-    "steps=10": "steps=2",
-    "max_tokens=20_000": "max_tokens=300",
-    "max_tokens=4000": "max_tokens=300",
+    '"seedling"': '"model"',
+    "samples=16": 'samples=2, seq_len=16, align=1, calibration=Path("text.txt")',
+    "steps=20": 'steps=2, held_out=0.2, data=Path("text.txt")',
+    "steps=10": 'steps=2, held_out=0.2, data=Path("text.txt")',
+    "max_length=128": "max_length=16",
+    "seq_len=128": "seq_len=16",
+    "max_tokens=20_000": 'max_tokens=300, window=16, text=Path("text.txt")',
+    "max_tokens=4000": 'max_tokens=300, window=16, text=Path("text.txt")',
     "calibration=texts": "calibration=texts, settings=regraft.CompressSettings(samples=4, seq_len=16)",
     "rank=10, depth=3": "rank=4, depth=3",
     '"MODEL"': '"model"',
