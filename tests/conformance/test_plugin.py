@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import fresh
+
 ROOT = Path(__file__).parents[2]
 BROKEN = """
 [build-system]
@@ -43,7 +45,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(installed: Path, *command: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join([str(installed), str(ROOT / "src")])
-    return subprocess.run([sys.executable, *command], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    return fresh.run([*command], env=os.environ | {"PYTHONPATH": paths})
 
 
 @pytest.mark.slow

@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -30,6 +29,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fresh
 from tiny_inputs import make_inputs
 
 RECORDED = Path(__file__).with_name("same_as_before.json")
@@ -153,13 +153,8 @@ def measure(work: Path) -> dict[str, Any]:
 
 def in_a_process_of_its_own(work: Path) -> dict[str, Any]:
     """Runs the commands on one thread in a new process, which no other test can have changed, and measures what they wrote."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
-    done = subprocess.run([sys.executable, __file__, "--run"], cwd=work, env=environment, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = fresh.run([__file__, "--run"], env=environment, cwd=work)  # its server has one thread
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return measure(work)
 
