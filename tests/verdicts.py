@@ -275,4 +275,10 @@ generated alike with and without cache, and that a fresh process loads what was 
 4. Its norms of queries and keys run over all heads.
 5. A norm of one name serves the attention in some layers and the feed-forward network in others.
 6. Its attention and its feed-forward network are layers of their own.
+
+## Towers
+
+The language model of a multimodal checkpoint (`mistral3`, `gemma3`, `qwen3_5`) is pruned by `regraft prune DIR --tower text`, and saved as a
+model of its own or, with `--keep-rest`, inside the checkpoint. `tests/unit/models/test_towers.py` shows that both give the same logits, and
+that no other tensor of the checkpoint changes. Layers that predict several tokens ahead (`mtp.`) are left out, and a line says so.
 """

@@ -73,7 +73,7 @@ def build(
             )
     except (ValueError, TypeError, AttributeError, AssertionError) as error:  # the family's code refuses these sizes
         raise PlanError(f"no {model_class.__name__} of these sizes can be built: {in_one_line(error)}; choose other targets") from error
-    _refuse_misfits(report)
+    refuse_misfits(report)
     model.generation_config = copy.deepcopy(like.generation_config)
     model.config.name_or_path = model.name_or_path = like.name_or_path
     return model.train(like.training)
@@ -333,7 +333,7 @@ def _is_removed(
     return any(inside.startswith(f"{part}.") for part in gone)
 
 
-def _refuse_misfits(report: Mapping[str, Any]) -> None:
+def refuse_misfits(report: Mapping[str, Any]) -> None:
     """Refuses a model that is incomplete or has unused tensors.
 
     Raises:

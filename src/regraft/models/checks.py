@@ -67,7 +67,30 @@ def check_config(folder: Path, base: str | None = None) -> dict[str, Any]:
     try:
         family_of(model_type)
     except ModelError as error:
-        raise ModelError(f"'{folder}': {error}") from None
+        towers = (
+            "; to prune the language model inside it, use `regraft prune` with `tower=text`" if isinstance(config.get("text_config"), dict) else ""
+        )
+        raise ModelError(f"'{folder}': {error}{towers}") from None
+    _check_weights_named(path, config)
+    return config
+
+
+def check_towers_config(folder: Path) -> None:
+    """Checks the config of a folder that may hold several towers.
+
+    Raises:
+        ModelError: It is missing, damaged or quantized.
+    """
+    check_is_model(folder, None)
+    path = folder / "config.json"
+    config = read_json(path, ModelError)
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelError(f"'{path}' has no model_type; give the folder of a multimodal model")
+    _check_weights_named(path, config)
+
+
+def _check_weights_named(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuses a config whose weights lie elsewhere, or are quantized."""
     elsewhere = config.get("transformers_weights")
     if elsewhere not in (None, SINGLE, INDEX):
         raise ModelError(
@@ -77,9 +100,8 @@ def check_config(folder: Path, base: str | None = None) -> dict[str, Any]:
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise ModelError(
-            f"'{folder}' is quantized ({shown(method, 40)}); give the model in float32, bfloat16 or float16 that it was made from"
+            f"'{path.parent}' is quantized ({shown(method, 40)}); give the model in float32, bfloat16 or float16 that it was made from"
         )
-    return config
 
 
 def adapter_base(folder: Path) -> str | None:

@@ -273,6 +273,12 @@ class PruneSettings(Settings):
         "each KV group), residual (width of the residual stream), layers, attention or mlp (in single layers), vocabulary "
         "(tokens, by itself)",
     )
+    tower: Literal["text"] | None = Field(
+        default=None, description="the part of a multimodal checkpoint that is pruned, and saved as a model of its own; default: the model"
+    )
+    keep_rest: bool = Field(
+        default=False, description="with `tower`, save the pruned tower inside the checkpoint, whose other tensors stay as they are"
+    )
     vocabulary_size: Positive | None = Field(
         default=None, description="with `targets=vocabulary`, number of tokens to keep: those that the calibration text uses most"
     )

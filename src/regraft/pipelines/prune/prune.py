@@ -17,6 +17,7 @@ from regraft.in_short import in_short
 from regraft.models.live import ModelLike, become, own_tensors, resting, take
 from regraft.models.load import Loaded, with_float64
 from regraft.models.save import save
+from regraft.models.towers import left_behind, load_tower, save_inside
 from regraft.models.view import ModelView
 from regraft.pipelines.prune.against_random import windows_to_judge, worse_than_random
 from regraft.pipelines.prune.effort import EFFORTS, forecast
@@ -242,6 +243,7 @@ class _Order:
     plan: PrunePlan | None
     command: str
     say: Say
+    checkpoint: str | Path | None = None  # where a tower was taken from
 
     def resolved(self, view: ModelView | None = None) -> ResolvedPrune:
         return (resolve if self.plan is None else resolve_replay)(self.settings, view, self.seed)
@@ -264,6 +266,7 @@ def _path(output: str | Path | None) -> Path | None:
 
 def _carry_out(order: _Order) -> PruneResult:
     with reserved(None if order.dry_run else order.output):
+        order = _with_tower(order)
         if of_vocabulary(order.settings):
             return _vocabulary(order)
         resolved = order.resolved()  # what cannot be is refused before a model is loaded
@@ -281,6 +284,40 @@ def _carry_out(order: _Order) -> PruneResult:
             return _in_memory(order, loaded, live=not isinstance(order.model, Loaded))
 
 
+def _with_tower(order: _Order) -> _Order:
+    """Returns an order for the model that a tower of a multimodal checkpoint is, where one is asked for."""
+    settings = order.settings
+    if settings.tower is None:
+        if settings.keep_rest:
+            raise InputError("`keep_rest` keeps what a multimodal checkpoint holds beside its `tower`; name one, or leave it out")
+        return order
+    if not isinstance(order.model, str | Path):
+        raise InputError("`tower` is for a checkpoint on disk; give its folder or hub id, or the language model itself without `tower`")
+    if settings.memory is not None:
+        raise InputError(
+            "`memory` does not read single towers; prune with `tower` and without it, or take the tower out of the folder first"
+        )
+    if settings.keep_rest and "vocabulary" in settings.targets:
+        raise InputError("the other towers use token ids of their own; leave `keep_rest` out, or `vocabulary` out of `targets`")
+    return replace(order, model=load_tower(order.model, settings.tower, with_float64(order.load)), checkpoint=order.model)
+
+
+def _write(order: _Order, result: PruneResult) -> PruneResult:
+    """Saves a result where it was asked for."""
+    if order.output is None:
+        return result
+    if order.checkpoint is None or result.model is None:
+        result.save_pretrained(order.output)
+        return result
+    notes = (left_behind(order.checkpoint, order.load),)
+    if order.settings.keep_rest:
+        card = card_of(result.provenance)
+        save_inside(result.model, result.tokenizer, order.checkpoint, order.output, result.provenance, card, order.load)
+    else:
+        result.save_pretrained(order.output)
+    return replace(result, notes=(*result.notes, *(note for note in notes if note)))
+
+
 def _vocabulary(order: _Order) -> PruneResult:
     """Cuts the vocabulary of a model."""
     live = not isinstance(order.model, str | Path | Loaded)
@@ -290,8 +327,8 @@ def _vocabulary(order: _Order) -> PruneResult:
     if live and done.model is not None:
         own_tensors(done.model, loaded.model)
     result = PruneResult(done.plan, done.model, loaded, done.groups, done.resolved, done.notes, record, done.tokenizer)
-    if order.output is not None and not order.dry_run:
-        result.save_pretrained(order.output)
+    if not order.dry_run:
+        result = _write(order, result)
     return replace(result, model=become(loaded.model, done.model)) if live and order.in_place and done.model is not None else result
 
 
@@ -341,8 +378,7 @@ def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
         read = windows if windows is not None else windows_to_judge(loaded, resolved.seed)
         notes = (*notes, *worse_than_random(model, pruned, groups, budget_of(groups, resolved.settings), plan, read, seed=resolved.seed))
     result = PruneResult(plan, pruned, loaded, groups, resolved, notes, record)
-    if order.output is not None:
-        result.save_pretrained(order.output)
+    result = _write(order, result)
     return replace(result, model=become(model, pruned)) if live and order.in_place else result
 
 
