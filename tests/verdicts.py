@@ -278,7 +278,7 @@ generated alike with and without cache, and that a fresh process loads what was 
 
 ## Towers
 
-The language model of a multimodal checkpoint (`mistral3`, `gemma3`, `qwen3_5`) is pruned by `regraft prune DIR --tower text`, and saved as a
-model of its own or, with `--keep-rest`, inside the checkpoint. `tests/unit/models/test_towers.py` shows that both give the same logits, and
-that no other tensor of the checkpoint changes. Layers that predict several tokens ahead (`mtp.`) are left out, and a line says so.
+The language model of a multimodal checkpoint (`mistral3`, `gemma3`, `qwen3_5`) is pruned by `regraft prune DIR --tower text`, and saved
+as a model of its own or, with `--keep-rest`, inside the checkpoint. `tests/unit/models/test_towers.py` shows that both agree in logits,
+and that no other tensor of the checkpoint changes. Layers that predict several tokens ahead (`mtp.`) are left out, and a line says so.
 """

@@ -68,7 +68,9 @@ def check_config(folder: Path, base: str | None = None) -> dict[str, Any]:
         family_of(model_type)
     except ModelError as error:
         towers = (
-            "; to prune the language model inside it, use `regraft prune` with `tower=text`" if isinstance(config.get("text_config"), dict) else ""
+            "; to prune the language model inside it, use `regraft prune` with `tower=text`"
+            if isinstance(config.get("text_config"), dict)
+            else ""
         )
         raise ModelError(f"'{folder}': {error}{towers}") from None
     _check_weights_named(path, config)
