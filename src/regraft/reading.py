@@ -12,9 +12,9 @@ import math
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from regraft.errors import InputError, RegraftError, shown
 
@@ -50,7 +50,11 @@ def home_expanded(path: Path) -> Path:
 
 def reason_of(error: OSError | ValueError) -> str:
     """Returns why the operating system refused something, in a few words."""
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+    match error:
+        case OSError(strerror=str(reason)) if reason:
+            return reason
+        case _:
+            return str(error)
 
 
 def is_there(path: Path) -> bool:
@@ -157,13 +161,33 @@ def read_object(path: Path, error: type[RegraftError] = InputError) -> dict[str,
     return value
 
 
+def text_in(value: object) -> str | None:
+    """Returns a value of other people's JSON that is a text, and None for anything else."""
+    return value if isinstance(value, str) else None
+
+
+def object_in(value: object) -> Mapping[str, Any]:
+    """Returns a value of other people's JSON that is an object, and an empty one for anything else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def list_in(value: object) -> Sequence[Any]:
+    """Returns a value of other people's JSON that is a list, and an empty one for anything else."""
+    return value if isinstance(value, list | tuple) else ()
+
+
+def is_whole(value: object, least: float, most: float) -> TypeGuard[int]:
+    """Returns whether a value is a whole number within limits; True and 1.5 are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
 def whole_number(value: object, what: str, least: int, most: int, error: type[RegraftError] = InputError) -> int:
     """Returns a whole number within limits; True and 1.5 are none.
 
     Raises:
         RegraftError: The value or file is not as described; the exception has the type ``error``.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+    if not is_whole(value, least, most):
         raise error(f"{what} {_short(value)} is not a whole number from {least} to {most}")
     return value
 
@@ -174,10 +198,11 @@ def real_number(value: object, what: str, least: float, most: float, error: type
     Raises:
         RegraftError: The value or file is not as described; the exception has the type ``error``.
     """
-    fine = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 and math.isfinite(value)
-    if not fine or not least < value <= most:  # pyright: ignore[reportOperatorIssue]
-        raise error(f"{what} {_short(value)} is not a number above {least:g} and up to {most:g}")
-    return float(value)  # pyright: ignore[reportArgumentType]
+    match value:
+        case int() | float() if value is not True and value is not False and abs(value) < 1e300 and least < value <= most:
+            return float(value)
+        case _:
+            raise error(f"{what} {_short(value)} is not a number above {least:g} and up to {most:g}")
 
 
 def entry(values: Mapping[str, Any], key: str, kinds: type | tuple[type, ...], what: str, error: type[RegraftError] = InputError) -> Any:
@@ -195,7 +220,7 @@ def entry(values: Mapping[str, Any], key: str, kinds: type | tuple[type, ...], w
 
 
 def _short(value: object) -> str:
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**30:
+    if is_whole(value, -math.inf, math.inf) and abs(value) >= 10**30:
         return "of more than 30 digits"  # printing thousands of digits is refused by Python itself
     return shown(repr(value), 80)
 

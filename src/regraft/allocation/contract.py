@@ -62,6 +62,19 @@ class ClosedForm:
     name: str
     allocate: Callable[[RankSpace], Ranks]
 
+    @property
+    def learns_from_scores(self) -> bool:
+        """Returns False: nothing is measured."""
+        return False
+
+    def starting_from(self, prior: Prior) -> NoReturn:
+        """Refuses a prior.
+
+        Raises:
+            InputError: Always.
+        """
+        refuse_prior(self.name)
+
 
 class Learner(Protocol):
     """An allocator that learns from trials.

@@ -114,9 +114,9 @@ def load_prior(folder: Path) -> Prior:
         features, made_from = tuple(described["features"]), dict(described["made_from"])
         mean, covariance = arrays["mean"], arrays["covariance"]
         (spread, spread_sd), (noise, noise_sd) = arrays["log_spread"].tolist(), arrays["log_noise"].tolist()
+    except PlanError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        if isinstance(error, PlanError):
-            raise
         raise PlanError(f"prior '{folder}' cannot be read ({error}); train it again: regraft meta train STORE") from None
     size = len(BASE_NAMES) + len(features)
     if mean.shape != (size,) or covariance.shape != (size, size) or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-from regraft.data.text import TABLES, read_objects, read_table, read_text
+from regraft.data.records import Record
+from regraft.data.text import TABLES, Skipped, read_objects, read_table, read_text
 from regraft.errors import DataError, did_you_mean
 
 LabelTask = Literal["classification", "regression"]
@@ -47,6 +48,16 @@ class Labelled:
     texts: tuple[tuple[str, ...], ...]
     labels: tuple[float, ...]
     classes: tuple[str, ...]
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """Instruction records: none."""
+        return ()
+
+    @property
+    def skipped(self) -> Skipped:
+        """Rows that were left out: none, since a row that cannot be read is refused."""
+        return Skipped()
 
     @property
     def task(self) -> LabelTask:
@@ -144,9 +155,11 @@ def _rows(path: Path) -> Sequence[tuple[str, Mapping[str, Any]]]:
 def _objects(path: Path, text: str) -> list[tuple[str, Mapping[str, Any]]]:
     rows: list[tuple[str, Mapping[str, Any]]] = []
     for place, value in read_objects(path, text):
-        if not isinstance(value, dict):
-            raise DataError(f"'{path}', {place} is a {type(value).__name__}, not an object with texts and a label")
-        rows.append((place, value))
+        match value:
+            case dict():
+                rows.append((place, value))
+            case _:
+                raise DataError(f"'{path}', {place} is a {type(value).__name__}, not an object with texts and a label")
     return rows
 
 
@@ -183,16 +196,19 @@ def _listed(columns: Sequence[str]) -> str:
 
 
 def _text(path: Path, place: str, row: Mapping[str, Any], name: str) -> str:
-    value = row.get(name)
-    if not isinstance(value, str) or not value.strip():
-        problem = "is empty" if isinstance(value, str) else f"is of type {type(value).__name__}" if name in row else "is missing"
-        raise DataError(f"'{path}', {place}: '{name}' {problem}; give text, or remove the row")
-    return value
+    match row.get(name):
+        case str(text) if text.strip():
+            return text
+        case str():
+            problem = "is empty"
+        case value:
+            problem = f"is of type {type(value).__name__}" if name in row else "is missing"
+    raise DataError(f"'{path}', {place}: '{name}' {problem}; give text, or remove the row")
 
 
 def _number(path: Path, place: str, name: str, value: Any) -> float:
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
+        number = math.nan if value is True or value is False else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
@@ -201,6 +217,8 @@ def _number(path: Path, place: str, name: str, value: Any) -> float:
 
 
 def _class(path: Path, place: str, name: str, value: Any) -> str:
-    if not isinstance(value, str | int) or not str(value).strip():
-        raise DataError(f"'{path}', {place}: '{name}' is {str(value)[:40]!r}, not a class; give a name or a whole number")
-    return str(value).strip()
+    match value:
+        case str() | int() if str(value).strip():
+            return str(value).strip()
+        case _:
+            raise DataError(f"'{path}', {place}: '{name}' is {str(value)[:40]!r}, not a class; give a name or a whole number")

@@ -8,7 +8,7 @@ allowed and not read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +22,6 @@ PARTS = {
     "input": ("input", "context"),
     "output": ("output", "response", "completion", "answer"),
 }
-_CHATS = ("messages", "conversations")
 _ROLES: dict[str, Role] = {
     "system": "system",
     "user": "user",
@@ -82,23 +81,32 @@ def entry_of(where: str, value: Any) -> str | Record:
     Raises:
         DataError: The row has none of the known forms, or a field of another type than text.
     """
-    if not isinstance(value, Mapping):
-        raise DataError(f"{where} is a {type(value).__name__}, not an object with 'text', with instruction and output, or with messages")
-    answered = {"text", *PARTS["output"]} & value.keys()
-    chat = next((name for name in _CHATS if name in value), None)
-    if chat is not None and not answered:
-        return _chat(where, chat, value[chat])
-    if isinstance(value.get("prompt"), list) or isinstance(value.get("completion"), list):
-        return _chat(
-            where, "prompt and completion", [*_as_turns(value.get("prompt"), "user"), *_as_turns(value.get("completion"), "assistant")]
-        )
-    named = any(name in value for part in ("instruction", "output") for name in PARTS[part])
-    if "instruction" in value or "output" in value or (named and "text" not in value):
-        return _record(where, value)
-    if "text" not in value:
-        found = ", ".join(map(repr, list(value)[:6])) or "none"
-        raise DataError(f"{where} has neither 'text' nor instruction, input and output nor 'messages'; its keys: {found}")
-    return _string(where, value, "text")
+    match value:
+        case {"messages": turns} if not _is_answered(value):
+            return _chat(where, "messages", turns)
+        case {"conversations": turns} if not _is_answered(value):
+            return _chat(where, "conversations", turns)
+        case {"prompt": [*_]} | {"completion": [*_]}:
+            turns = [*_as_turns(value.get("prompt"), "user"), *_as_turns(value.get("completion"), "assistant")]
+            return _chat(where, "prompt and completion", turns)
+        case {"instruction": _} | {"output": _}:
+            return _record(where, value)
+        case {"text": _}:
+            return _string(where, value, "text")
+        case Mapping() if any(name in value for part in ("instruction", "output") for name in PARTS[part]):
+            return _record(where, value)
+        case Mapping():
+            found = ", ".join(map(repr, list(value)[:6])) or "none"
+            raise DataError(f"{where} has neither 'text' nor instruction, input and output nor 'messages'; its keys: {found}")
+        case _:
+            raise DataError(
+                f"{where} is a {type(value).__name__}, not an object with 'text', with instruction and output, or with messages"
+            )
+
+
+def _is_answered(row: Mapping[str, Any]) -> bool:
+    """Returns whether a row has a text or an answer beside its chat, which counts then."""
+    return bool({"text", *PARTS["output"]} & row.keys())
 
 
 def _record(where: str, value: Mapping[str, Any]) -> Record:
@@ -112,14 +120,20 @@ def _record(where: str, value: Mapping[str, Any]) -> Record:
 
 def _as_turns(value: Any, role: Role) -> list[Any]:
     """Returns the messages of one side of TRL's prompt and completion; a plain text is one message of its side."""
-    return list(value) if isinstance(value, list) else [{"role": role, "content": value}]
+    match value:
+        case [*turns]:
+            return turns
+        case _:
+            return [{"role": role, "content": value}]
 
 
 def _chat(where: str, key: str, turns: Any) -> Record:
     """Returns a chat as a record: the system message, the earlier exchanges, and the last one."""
-    if not isinstance(turns, Sequence) or isinstance(turns, str):
-        raise DataError(f"{where} has '{key}' of type {type(turns).__name__}; it must be a list of messages")
-    said = [_turn(f"{where}, message {number}", turn) for number, turn in enumerate(turns, 1)]
+    match turns:
+        case [*_]:
+            said = [_turn(f"{where}, message {number}", turn) for number, turn in enumerate(turns, 1)]
+        case _:
+            raise DataError(f"{where} has '{key}' of type {type(turns).__name__}; it must be a list of messages")
     system = "\n\n".join(text for role, text in said if role == "system" and text.strip())
     if any(role == "system" for role, _ in said[sum(role == "system" for role, _ in said) :]):
         raise DataError(f"{where} has a system message after the first turn; put it first or divide the chat")
@@ -147,26 +161,33 @@ def _chat(where: str, key: str, turns: Any) -> Record:
 
 def _turn(where: str, turn: Any) -> tuple[Role, str]:
     """Returns role and text of one message, with ``role`` and ``content`` or ShareGPT's ``from`` and ``value``."""
-    if not isinstance(turn, Mapping):
-        raise DataError(f"{where} is a {type(turn).__name__}, not an object with 'role' and 'content'")
-    name = turn.get("role", turn.get("from"))
-    role = _ROLES.get(name) if isinstance(name, str) else None
+    match turn:
+        case Mapping():
+            name, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        case _:
+            raise DataError(f"{where} is a {type(turn).__name__}, not an object with 'role' and 'content'")
+    role = next((role for known, role in _ROLES.items() if known == name), None)
     if role is None:
         raise DataError(f"{where} has the role {name!r}; known: {', '.join(_ROLES)}: remove that message or rename its role")
-    content = turn.get("content", turn.get("value"))
-    if isinstance(content, list):
-        content = "".join(_part(where, part) for part in content)
-    if not isinstance(content, str):
-        raise DataError(f"{where} has 'content' of type {type(content).__name__}; it must be text, or a list of parts of text")
-    return role, _whole_text(where, "content", content)
+    match content:
+        case str():
+            return role, _whole_text(where, "content", content)
+        case [*parts]:
+            return role, _whole_text(where, "content", "".join(_part(where, part) for part in parts))
+        case _:
+            raise DataError(f"{where} has 'content' of type {type(content).__name__}; it must be text, or a list of parts of text")
 
 
 def _part(where: str, part: Any) -> str:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    match part:
+        case str():
+            return part
+        case {"text": str(text)} if part.get("type", "text") == "text":
+            return text
+        case Mapping():
+            kind = part.get("type")
+        case _:
+            kind = type(part).__name__
     raise DataError(f"{where} has a part of kind {kind!r}; only parts of text are read: remove it")
 
 
@@ -176,10 +197,12 @@ def _string(where: str, value: Mapping[str, Any], part: str) -> str:
     found = value.get(key, "" if part == "input" else None)
     if part == "input" and found is None:
         found = ""
-    if not isinstance(found, str):
-        problem = f"has '{key}' of type {type(found).__name__}" if key in value else f"has no '{key}'"
-        raise DataError(f"{where} {problem}; it must be a string")
-    return _whole_text(where, key, found)
+    match found:
+        case str():
+            return _whole_text(where, key, found)
+        case _:
+            problem = f"has '{key}' of type {type(found).__name__}" if key in value else f"has no '{key}'"
+            raise DataError(f"{where} {problem}; it must be a string")
 
 
 def _whole_text(where: str, key: str, text: str) -> str:

@@ -122,24 +122,24 @@ def corpus_of(name: str, rows: Iterable[tuple[str, Any]], *, skip_bad: bool = Fa
     count = 0
     for place, value in rows:
         try:
-            if isinstance(value, DataError):
-                raise value
-            entry = entry_of(f"'{name}', {place}", value)
+            entry = entry_of(f"'{name}', {place}", _readable(value))
         except DataError as error:
             if not skip_bad:
                 raise
             count += 1
             bad = [*bad, str(error)][:3]
             continue
-        first.setdefault("record" if isinstance(entry, Record) else "text", place)
+        match entry:
+            case Record():
+                first.setdefault("record", place)
+                records.append(entry)
+            case str():
+                first.setdefault("text", place)
+                documents += [entry] if entry.strip() else []
         if len(first) == 2:
             raise DataError(
                 f"'{name}' mixes kinds: {first['text']} is a text, {first['record']} is an instruction; split it into two files"
             )
-        if isinstance(entry, Record):
-            records.append(entry)
-        elif entry.strip():
-            documents.append(entry)
     if not documents and not records:
         reason = f"has no row that can be read ({count} skipped, the first: {bad[0]})" if bad else "is empty or blank"
         raise DataError(f"'{name}' {reason}; give a file with at least one document")
@@ -193,9 +193,14 @@ def read_objects(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 def _or_raise(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     for place, row in rows:
-        if isinstance(row, DataError):
-            raise row
-        yield place, row
+        yield place, _readable(row)
+
+
+def _readable(row: Any) -> Any:
+    """Returns a row, or raises the error that stands in its place because it could not be read."""
+    if isinstance(row, DataError):
+        raise row
+    return row
 
 
 def object_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -207,11 +212,12 @@ def object_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         return
     if not text.strip():
         return
-    value = _parsed(path, text, 1)
-    if isinstance(value, DataError):
-        raise value
-    for number, entry in enumerate(value if isinstance(value, list) else [value], 1):
-        yield f"record {number}", entry
+    value = _readable(_parsed(path, text, 1))
+    match value:
+        case list():
+            yield from ((f"record {number}", entry) for number, entry in enumerate(value, 1))
+        case _:
+            yield "record 1", value
 
 
 def read_table(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,6 +21,4 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 def _embedding(model: PreTrainedModel) -> Tensor:
     """Returns the embedding's weight, shape ``(vocabulary, hidden)``."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight
+    return cast(Tensor, model.get_input_embeddings().weight)

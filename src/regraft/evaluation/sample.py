@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.data.encoding import bos_id
@@ -34,9 +33,8 @@ def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, se
     """
     settings = settings or SampleSettings()
     prompt = prompt_ids(tokenizer, settings.prompt)
-    text = tokenizer.decode(prompt + continuation_ids(model, tokenizer, prompt, settings.tokens), skip_special_tokens=True)
-    assert isinstance(text, str)
-    return text
+    ids = prompt + continuation_ids(model, tokenizer, prompt, settings.tokens)
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def continuation_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: int) -> list[int]:
@@ -61,10 +59,9 @@ def continuation_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     prompt_1L = torch.tensor([prompt]).to(input_device(model))
     stops = {} if model.generation_config is None or model.generation_config.stop_strings is None else {"tokenizer": tokenizer}
     with evaluating(model):
-        ids_1L = model.generate(  # pyright: ignore[reportCallIssue]
+        ids_1L: Any = model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=prompt_1L, attention_mask=torch.ones_like(prompt_1L), generation_config=generation, **stops
         )
-    assert isinstance(ids_1L, Tensor)
     return ids_1L[0].tolist()[len(prompt) :]
 
 
@@ -87,4 +84,10 @@ def _eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int
     """Returns the ids that end a text, from the model's generation config or else from the tokenizer."""
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     found: Any = declared if declared is not None else tokenizer.eos_token_id
-    return [] if found is None else [int(found)] if isinstance(found, int) else [int(token) for token in found]
+    match found:
+        case None:
+            return []
+        case int():
+            return [int(found)]
+        case _:
+            return [int(token) for token in found]

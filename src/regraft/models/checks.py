@@ -18,7 +18,7 @@ from regraft.models.family import families, family_of
 from regraft.models.provenance import FILE
 from regraft.models.weights import INDEX, SINGLE
 from regraft.plans import Provenance
-from regraft.reading import read_json, read_object
+from regraft.reading import is_whole, object_in, read_json, read_object, text_in
 
 # Weights of trained language models stay below a few hundred. A flipped top exponent bit makes 1e30 and more.
 LARGEST_PLAUSIBLE = 1e6
@@ -59,9 +59,9 @@ def check_config(folder: Path, base: str | None = None) -> dict[str, Any]:
     """
     check_is_model(folder, base)
     path = folder / "config.json"
-    config = read_json(path, ModelError)
-    model_type = config.get("model_type") if isinstance(config, dict) else None
-    if not isinstance(model_type, str) or not model_type:
+    config: Any = read_json(path, ModelError)
+    model_type = text_in(object_in(config).get("model_type"))
+    if not model_type:
         known = ", ".join(families())
         raise ModelError(f"'{path}' has no model_type; known families: {known}: give the folder of a causal language model")
     try:
@@ -100,7 +100,7 @@ def _check_weights_named(path: Path, config: Mapping[str, Any]) -> None:
         )
     quantization = config.get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        method = object_in(quantization).get("quant_method", "unknown")
         raise ModelError(
             f"'{path.parent}' is quantized ({shown(method, 40)}); give the model in float32, bfloat16 or float16 that it was made from"
         )
@@ -145,7 +145,7 @@ def check_layer_count(folder: Path, config: Mapping[str, Any], tensors: Iterable
     numbered = re.compile(rf"(?:^|\.){container}\.([0-9]{{1,9}})\.")
     held = max((int(match[1]) for name in tensors if (match := numbered.search(name))), default=-1) + 1
     said = config.get("num_hidden_layers", config.get("n_layer"))  # as GPT-2 and BLOOM have it
-    may_be_empty = model_type.startswith("regraft_") and isinstance(said, int) and held <= said <= held + MOST_EMPTY_LAYERS
+    may_be_empty = model_type.startswith("regraft_") and said in range(held, held + MOST_EMPTY_LAYERS + 1)
     if said is not None and said != held and not may_be_empty:
         raise ModelError(f"'{folder}': config.json says {said} layers, the weights hold {held}; {SAME_MODEL}")
 
@@ -221,26 +221,38 @@ def check_generation(config: GenerationConfig, rows: int, source: str) -> None:
     Raises:
         ModelError: The message names the entry.
     """
+    values: dict[str, Any] = config.to_dict()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-        value: Any = getattr(config, name, None)
-        for one in value if isinstance(value, list) else [value]:
-            if one is not None and (isinstance(one, bool) or not isinstance(one, int) or not -(2**31) < one < 2**31):
-                raise ModelError(f"'{source}': {name} {shown(repr(value), 60)} is no token id; mend it, or remove the entry")
+        for one in _items(values.get(name)):
+            if one is not None and not is_whole(one, -(2**31) + 1, 2**31 - 1):
+                raise ModelError(f"'{source}': {name} {shown(repr(values[name]), 60)} is no token id; mend it, or remove the entry")
     for name in ("forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"):
-        for one in _flat(getattr(config, name, None)):
-            if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < rows:
+        for one in _flat(values.get(name)):
+            if not is_whole(one, 0, rows - 1):
                 raise ModelError(
                     f"'{source}': {name} has {shown(repr(one), 60)}, the vocabulary {rows} tokens; mend it, or remove the entry"
                 )
     strings: Any = config.stop_strings
-    if strings is not None and not all(isinstance(one, str) and one for one in ([strings] if isinstance(strings, str) else strings)):
+    if not all(text_in(one) for one in _flat(strings)):
         raise ModelError(f"'{source}': stop_strings {shown(repr(strings), 60)} are no texts; mend them, or remove the entry")
+
+
+def _items(value: Any) -> list[Any]:
+    """Returns the items of a list, and anything else as its only item."""
+    match value:
+        case list():
+            return value
+        case _:
+            return [value]
 
 
 def _flat(value: Any) -> Iterator[Any]:
     """Yields the items of nested lists; None yields nothing."""
-    if isinstance(value, list | tuple):
-        for one in value:
-            yield from _flat(one)
-    elif value is not None:
-        yield value
+    match value:
+        case None:
+            return
+        case list() | tuple():
+            for one in value:
+                yield from _flat(one)
+        case _:
+            yield value

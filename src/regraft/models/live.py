@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -51,12 +51,33 @@ def take(model: ModelLike, tokenizer: PreTrainedTokenizerBase | None = None, loa
     Raises:
         ModelError: It cannot be loaded, or such an object cannot be worked on: see :func:`held`.
     """
-    if isinstance(model, Loaded):
-        return model
-    if isinstance(model, str | Path):
-        loaded = load(model, load_settings)
-        return loaded if tokenizer is None else Loaded(loaded.model, fitting_tokenizer(tokenizer, loaded.model), *_rest(loaded))
-    return held(model, tokenizer)
+    match model:
+        case Loaded():
+            return model
+        case str() | Path():
+            loaded = load(model, load_settings)
+            return loaded if tokenizer is None else Loaded(loaded.model, fitting_tokenizer(tokenizer, loaded.model), *_rest(loaded))
+        case _:
+            return held(model, tokenizer)
+
+
+def place_of(model: object) -> str | Path | None:
+    """Returns what was given for a model where that is a folder or a hub id, and None for an object in memory."""
+    return model if isinstance(model, str | Path) else None
+
+
+def plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Returns the model below an adapter of PEFT; one without an adapter is checked.
+
+    Raises:
+        ModelError: It is no plain model of transformers: see :func:`check_object`.
+    """
+    match model:
+        case PeftModel():
+            return cast(PreTrainedModel, model.get_base_model())
+        case _:
+            check_object(model)
+            return model
 
 
 def held(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Loaded:

@@ -84,9 +84,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         header = parse_json(text, "the header", ModelError)
         header.pop("__metadata__", None)
         entries = {key: _entry(value, path, 8 + header_bytes) for key, value in header.items()}
-    except (ModelError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
-        kind = "ValueError" if isinstance(error, ModelError) else type(error).__name__
-        raise ModelError(f"'{name}' is damaged: its header cannot be read ({kind}); {AGAIN}") from None
+    except ModelError:
+        raise ModelError(f"'{name}' is damaged: its header cannot be read (ValueError); {AGAIN}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise ModelError(f"'{name}' is damaged: its header cannot be read ({type(error).__name__}); {AGAIN}") from None
     _refuse_gaps(path, entries, size_bytes - 8 - header_bytes)
     return {key: tensor for key, (tensor, _) in entries.items()}
 
@@ -205,9 +206,10 @@ def _weight_map(folder: Path) -> dict[str, str]:
     try:
         mapping = read_object(path, ModelError)["weight_map"]
         names = {str(name): str(file) for name, file in mapping.items()}
-    except (ModelError, KeyError, TypeError, AttributeError) as error:
-        kind = "not JSON" if isinstance(error, ModelError) else type(error).__name__
-        raise ModelError(f"'{path}' is damaged: no list of weight files can be read ({kind}); {AGAIN}") from None
+    except ModelError:
+        raise ModelError(f"'{path}' is damaged: no list of weight files can be read (not JSON); {AGAIN}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"'{path}' is damaged: no list of weight files can be read ({type(error).__name__}); {AGAIN}") from None
     outside = [file for file in names.values() if Path(file).name != file or not file.endswith(".safetensors")]
     if outside or not names:
         what = f"'{shown(outside[0])}'" if outside else "no file"

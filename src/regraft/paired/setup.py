@@ -12,9 +12,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from regraft.data.text import Corpus
 from regraft.data.tokens import window_tokens
 from regraft.errors import InputError, did_you_mean
 from regraft.models.view import ModelView, fingerprint
+from regraft.paired.prefix import Batch, KeptTensors, Prefix
 from regraft.settings import TRAINING_TOKENS, RecoverSettings
 from regraft.training.batches import (
     Ordered,
@@ -44,10 +45,62 @@ from regraft.training.losses import divergence, predicted_tokens, predicting
 from regraft.training.optimizer import rate_shape
 from regraft.training.precision import compute_dtype, trainable_weights
 
-Batch = Mapping[str, Tensor]
-
 CACHE_BYTES = 1 << 28
 """Size of the cache for hidden states and teacher logits between passes; tensors that do not fit are computed again."""
+
+
+@final
+class PairedRows:
+    """Training rows of a recovery for every seed, and its held-out rows.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        train: Training data.
+        held_out: Held-out data.
+        settings: Settings of the recovery, with the length of a window and the packing that the model allows.
+
+    Attributes:
+        held_out: Batches of the held-out rows.
+        held_out_count: Number of held-out rows.
+        held_out_tokens: Number of predicted tokens in them.
+        held_out_digest: Hash of the held-out rows.
+
+    Raises:
+        DataError: The held-out data have no token to predict.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train: Corpus, held_out: Corpus, settings: RecoverSettings) -> None:
+        assert settings.seq_len is not None
+        self._tokenizer, self._train, self._settings, self._seq_len = tokenizer, train, settings, settings.seq_len
+        self._padding = padding_token(tokenizer)
+        self._ordered: tuple[int, Ordered] | None = None
+        wanted, size = settings.held_out_windows, settings.batch
+        form = dataclasses.replace(record_format(settings), packing=False)
+        rows = spread(make_examples(held_out, tokenizer, self._seq_len, wanted=wanted, seed=0, records=form), wanted)
+        self.held_out = [collate(rows[start : start + size], self._padding) for start in range(0, len(rows), size)]
+        self.held_out_count = len(rows)
+        self.held_out_tokens = sum(predicted_tokens(batch["labels"]) for batch in self.held_out)
+        self.held_out_digest = digest(rows)
+
+    def of(self, seed: int) -> Ordered:
+        """Returns the training rows of a seed, in their order.
+
+        Raises:
+            DataError: The rows are fewer than one batch.
+        """
+        if self._ordered is None or self._ordered[0] != seed:
+            settings = self._settings
+            wanted = settings.steps * settings.accumulate * settings.batch
+            examples = make_examples(self._train, self._tokenizer, self._seq_len, wanted=wanted, seed=seed, records=record_format(settings))
+            self._ordered = seed, Ordered(examples, settings, seed, self._train.name)
+        return self._ordered[1]
+
+    def batches(self, seed: int, step: int) -> list[Batch]:
+        """Returns the batches of one optimizer step, one for each forward pass."""
+        rows, size = self.of(seed), self._settings.batch
+        start = step * self._settings.accumulate * size
+        starts = range(start, start + self._settings.accumulate * size, size)
+        return [collate([rows[index] for index in range(first, first + size)], self._padding) for first in starts]
 
 
 @final
@@ -96,51 +149,16 @@ class PairedSetup:
         self.sites = _sites(modules, self.view)
         self.settings = settings.model_copy(update={"seq_len": seq_len, "packing": packing})
         self.device = model.device
-        self.first_layer = min(self._layers_of_sites())
         self.fingerprint = fingerprint(model)
         defaults = ADAPTERS.get(settings.adapter).defaults
         self.lr = settings.lr if settings.lr is not None else defaults.lr
         self.dropout = settings.dropout if settings.dropout is not None else defaults.dropout
+        self.rows = PairedRows(tokenizer, train, held_out, self.settings)
         self._compute = compute_dtype(settings.precision, self.device)
-        self._tokenizer, self._train, self._seq_len = tokenizer, train, seq_len
-        self._padding = padding_token(tokenizer)
-        self._rows: tuple[int, Ordered] | None = None
-        wanted = settings.held_out_windows
-        form = dataclasses.replace(record_format(settings), packing=False)
-        rows = spread(make_examples(held_out, tokenizer, seq_len, wanted=wanted, seed=0, records=form), wanted)
-        self.held_out_rows = len(rows)
-        self._held_out_digest = digest(rows)
-        self._held_out = [collate(rows[start : start + settings.batch], self._padding) for start in range(0, len(rows), settings.batch)]
-        self._held_out_tokens = sum(predicted_tokens(batch["labels"]) for batch in self._held_out)
+        self._kept = KeptTensors(cache_bytes)
+        self.prefix = Prefix(self.view, self.sites, self._kept)
         self._teacher, self._objective = teacher, objective
         self._first_loss: float | None = None
-        self._cache = _Cache(cache_bytes)
-
-    def _layers_of_sites(self) -> Iterator[int]:
-        for index in range(len(self.view.layers)):
-            prefix = f"{self.view.layer_name(index)}."
-            if any(name.startswith(prefix) for name in self.sites):
-                yield index
-
-    def rows(self, seed: int) -> Ordered:
-        """Returns the training rows of a seed, in their order.
-
-        Raises:
-            DataError: The rows are fewer than one batch.
-        """
-        if self._rows is None or self._rows[0] != seed:
-            settings = self.settings
-            wanted = settings.steps * settings.accumulate * settings.batch
-            examples = make_examples(self._train, self._tokenizer, self._seq_len, wanted=wanted, seed=seed, records=record_format(settings))
-            self._rows = seed, Ordered(examples, settings, seed, self._train.name)
-        return self._rows[1]
-
-    def batches(self, seed: int, step: int) -> list[Batch]:
-        """Returns the batches of one optimizer step, one for each forward pass."""
-        rows, size = self.rows(seed), self.settings.batch
-        start = step * self.settings.accumulate * size
-        starts = range(start, start + self.settings.accumulate * size, size)
-        return [collate([rows[index] for index in range(first, first + size)], self._padding) for first in starts]
 
     def key(self, seed: int, *parts: object) -> str:
         """Returns a hash of all inputs that decide a training on this setup, as the key of its stored state."""
@@ -149,8 +167,8 @@ class PairedSetup:
             "seed": seed,
             "model": self.fingerprint,
             "settings": self.settings.decisive(varied=("rank",)),
-            "data": digest(self.rows(seed).examples),
-            "held-out data": self._held_out_digest,
+            "data": digest(self.rows.of(seed).examples),
+            "held-out data": self.rows.held_out_digest,
             "teacher": self._teacher.fingerprint if self._teacher is not None else None,
             "objective": self._objective,
         }
@@ -158,7 +176,7 @@ class PairedSetup:
 
     def cost(self, steps: int, looks: int, passes: int = 1) -> float:
         """Returns the cost of steps and evaluations, in units of one full recovery: see :func:`cost_of`."""
-        return cost_of(self.settings, self.held_out_rows, steps, looks, passes)
+        return cost_of(self.settings, self.rows.held_out_count, steps, looks, passes)
 
     def first_loss(self) -> float:
         """Returns the held-out loss of the model without adapters, in nats a token."""
@@ -206,7 +224,7 @@ class PairedSetup:
         Returns:
             (K,) float64 on the CPU, in nats.
         """
-        batches = self.batches(seed, step)
+        batches = self.rows.batches(seed, step)
         tokens = sum(predicted_tokens(batch["labels"]) for batch in batches)
         share = self.settings.distill if self._teacher is not None else 0.0
         total_K = torch.zeros(copies, dtype=torch.float64)
@@ -222,19 +240,19 @@ class PairedSetup:
         """Returns the mean held-out loss of K adapters, or their divergence from the teacher, (K,) float64 on the CPU, in nats a token."""
         share = 1.0 if self._objective == "divergence" else 0.0
         total_K = torch.zeros(copies, dtype=torch.float64)
-        for index, batch in enumerate(self._held_out):
+        for index, batch in enumerate(self.rows.held_out):
             total_K += self._summed(batch, ("held-out", index), copies, share, 1.0).double().cpu()
-        return total_K / self._held_out_tokens
+        return total_K / self.rows.held_out_tokens
 
     def _summed(self, batch: Batch, key: Hashable, copies: int, share: float, temperature: float) -> Tensor:
         """Returns the losses of K repetitions of a batch, summed over its tokens, (K,) float32: mixed from text loss and divergence."""
-        logits = self.logits(batch, key, copies)
+        logits = self._logits(batch, key, copies)
         total_K = torch.zeros(copies, device=self.device)
         if share < 1.0:
             total_K = total_K + (1.0 - share) * summed_nats(logits, batch["labels"], copies)
         if share > 0.0:
             counts_BT = predicting(batch["labels"]).to(self.device)
-            expected_NV = self._cache.get(("teacher", key), lambda: self._teacher_logits(batch)[counts_BT].float())
+            expected_NV = self._kept.get(("teacher", key), lambda: self._teacher_logits(batch)[counts_BT].float())
             students = logits.reshape(copies, *counts_BT.shape, -1)
             found = [divergence(student[counts_BT].float(), expected_NV, temperature) for student in students]
             total_K = total_K + share * torch.stack(found)
@@ -247,60 +265,11 @@ class PairedSetup:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._compute == torch.bfloat16):
             return self._teacher.present()(**inputs, use_cache=False).logits
 
-    def logits(self, batch: Batch, key: Hashable, copies: int) -> Tensor:
-        """Returns the logits of K repetitions of a batch, (K * B, T, V).
-
-        The layers below the first adapted one run only once for each batch, because their output is the same for all adapters and steps.
-
-        Args:
-            batch: ``input_ids`` and, if rows are padded, ``attention_mask``, both (B, T).
-            key: Key of the batch's hidden states in the cache.
-            copies: Number of adapters, K.
-        """
+    def _logits(self, batch: Batch, key: Hashable, copies: int) -> Tensor:
+        """Returns the logits of K repetitions of a batch, (K * B, T, V)."""
         inputs = {name: tensor.to(self.device) for name, tensor in batch.items() if name != "labels"}
-        repeated = {name: tensor.repeat(copies, 1) for name, tensor in inputs.items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._compute == torch.bfloat16):
-            if self.first_layer == 0:
-                return self.model(**repeated, use_cache=False).logits
-            hidden_BTD = self._cache.get(key, lambda: self._below(inputs))
-            with self._skipping(hidden_BTD.repeat(copies, 1, 1)):
-                return self.model(**repeated, use_cache=False).logits
-
-    @torch.no_grad()
-    def _below(self, inputs: Batch) -> Tensor:
-        """Returns the input of the first adapted layer, (B, T, D), without computing that layer or later ones."""
-        seen: list[Tensor] = []
-
-        def stop(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            seen.append(arguments[0] if arguments else named["hidden_states"])
-            raise _EnoughError
-
-        handle = self.view.layers[self.first_layer].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self.model(**inputs, use_cache=False)
-        except _EnoughError:
-            pass
-        finally:
-            handle.remove()
-        return seen[0]
-
-    @contextmanager
-    def _skipping(self, hidden: Tensor) -> Iterator[None]:
-        """Skips the layers below the first adapted one inside the block, and uses the given hidden states as its input."""
-
-        def instead(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            return ((hidden, *arguments[1:]), named) if arguments else ((), named | {"hidden_states": hidden})
-
-        below = list(self.view.layers[: self.first_layer])
-        handle = self.view.layers[self.first_layer].register_forward_pre_hook(instead, with_kwargs=True)
-        try:
-            for layer in below:
-                layer.__dict__["forward"] = _unchanged
-            yield
-        finally:
-            handle.remove()
-            for layer in below:
-                layer.__dict__.pop("forward", None)
+            return self.prefix.logits(self.model, inputs, key, copies)
 
 
 def summed_nats(logits: Tensor, labels_BT: Tensor, copies: int) -> Tensor:
@@ -315,35 +284,6 @@ def summed_nats(logits: Tensor, labels_BT: Tensor, copies: int) -> Tensor:
     targets = targets_BT.reshape(-1).repeat(copies)
     nats = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="none")
     return nats.reshape(copies, -1).sum(1)
-
-
-@final
-class _Cache:
-    """A cache of tensors by key, which accepts new ones up to a number of bytes."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._left_bytes = limit_bytes
-        self._kept: dict[Hashable, Tensor] = {}
-
-    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """Returns the tensor of a key, and makes it if it is not in the cache."""
-        if key in self._kept:
-            return self._kept[key]
-        tensor = make()
-        size = tensor.numel() * tensor.element_size()
-        if size <= self._left_bytes:
-            self._left_bytes -= size
-            self._kept[key] = tensor
-        return tensor
-
-
-class _EnoughError(Exception):
-    """Raised to end a forward pass early."""
-
-
-def _unchanged(*arguments: Any, **named: Any) -> Any:
-    """Returns the hidden states unchanged; replaces a skipped layer's forward."""
-    return arguments[0] if arguments else named["hidden_states"]
 
 
 def cost_of(settings: RecoverSettings, held_out_rows: int, steps: int, looks: int, passes: int = 1) -> float:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from regraft.errors import InputError
 from regraft.evaluation.harness import measure
 from regraft.models.classifier import is_classifier, is_classifier_folder
-from regraft.models.live import ModelLike, check_object, fitting_tokenizer, lineage
+from regraft.models.live import ModelLike, fitting_tokenizer, lineage, place_of, plain
 from regraft.models.load import Loaded, locate_by, require_tokenizer
 from regraft.models.load import load as load_model
 from regraft.models.trainable import evaluating
@@ -61,15 +61,16 @@ def evaluate_model(
     if text is not None:
         chosen = chosen.model_copy(update={"text": path_in(text)})
     given = in_memory(text) if in_memory(text) is not None else chosen.text
-    if isinstance(model, str | Path) and is_classifier_folder(Path(model)):
-        raise not_for_labels(model)
+    place = place_of(model)
+    if place is not None and is_classifier_folder(Path(place)):
+        raise not_for_labels(place)
     corpus = read(given, "test", "text") if given is not None else None  # a wrong file is refused before a model is loaded
     loaded, own_folder = taken(model, tokenizer, load)
     if is_classifier(loaded.model):
         raise not_for_labels(loaded.source)
     if corpus is None:
         corpus = text_for(loaded, None, "test", "text")
-    name = label if label is not None else (str(model) if isinstance(model, str | Path) else loaded.source)
+    name = label if label is not None else (loaded.source if place is None else str(place))
     with evaluating(loaded.model):
         where = folder if folder is not None else own_folder
         return measure(name, loaded.model, require_tokenizer(loaded), corpus, chosen, where, seed=seed, progress=progress)
@@ -81,19 +82,17 @@ def taken(model: ModelLike | PeftModel, tokenizer: PreTrainedTokenizerBase | Non
     Raises:
         RegraftError: The model cannot be loaded, or is none.
     """
-    if isinstance(model, Loaded):
-        return model, None
-    if isinstance(model, str | Path):
-        if is_adapter(model):
+    match model:
+        case Loaded():
+            return model, None
+        case str() | Path() if is_adapter(model):
             return load_adapted(Path(model), load), Path(model)
-        loaded = load_model(model, load)
-        return loaded, locate_by(model, load)
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(model, PeftModel):
-        check_object(plain)
-    base = cast(PreTrainedModel, plain)
-    found = lineage(base)
-    return Loaded(cast(PreTrainedModel, model), fitting_tokenizer(tokenizer, base), found.source, "", found.provenance), None
+        case str() | Path():
+            return load_model(model, load), locate_by(model, load)
+        case _:
+            base = plain(model)
+            found = lineage(base)
+            return Loaded(cast(PreTrainedModel, model), fitting_tokenizer(tokenizer, base), found.source, "", found.provenance), None
 
 
 def not_for_labels(source: str | Path) -> InputError:

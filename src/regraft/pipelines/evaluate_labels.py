@@ -16,7 +16,7 @@ from regraft.data.tokens import window_tokens
 from regraft.errors import InputError, ModelError
 from regraft.in_short import in_short
 from regraft.models.classifier import classes_of, is_classifier, load_trained_classifier, row_limit
-from regraft.models.live import check_object, fitting_tokenizer, lineage
+from regraft.models.live import fitting_tokenizer, lineage, place_of, plain
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.trainable import evaluating
 from regraft.models.view import parameter_count
@@ -91,7 +91,7 @@ def evaluate_labels(
         RegraftError: Anything else that the user can mend, in one line.
     """
     settings, load = with_keywords("regraft.evaluate_labels", keywords, settings or LabelSettings(), load or LoadSettings())
-    named = f"'{model}'" if isinstance(model, str | Path) else type(model).__name__
+    named = type(model).__name__ if place_of(model) is None else f"'{model}'"
     if settings.data is None:
         raise InputError(f"{named} is measured on rows with labels; give a file of them with `data`")
     if not is_file(settings.data):
@@ -110,11 +110,11 @@ def evaluate_labels(
 
 
 def _taken(model: PreTrainedModel | PeftModel | str | Path, tokenizer: PreTrainedTokenizerBase | None, load: LoadSettings) -> Loaded:
-    if isinstance(model, str | Path):
-        return load_adapted(Path(model), load) if is_adapter(model) else load_trained_classifier(model, load)
-    base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-    if not isinstance(model, PeftModel):
-        check_object(base)
+    match model:
+        case str() | Path():
+            return load_adapted(Path(model), load) if is_adapter(model) else load_trained_classifier(model, load)
+        case _:
+            base = plain(model)
     if base.config.get_text_config().pad_token_id is None:
         raise ModelError(f"{type(base).__name__} has no `config.pad_token_id`, which tells where a row ends; set it to the tokenizer's")
     found = lineage(base)

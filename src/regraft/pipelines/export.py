@@ -18,7 +18,7 @@ from regraft.in_short import in_short
 from regraft.models.card import model_card
 from regraft.models.classifier import classes_of, head_parameters, is_classifier, save_classifier
 from regraft.models.folder import write_folder
-from regraft.models.live import ModelLike, resting, take
+from regraft.models.live import ModelLike, place_of, resting, take
 from regraft.models.load import Loaded, locate_by
 from regraft.models.provenance import parents_of, versions
 from regraft.models.save import save
@@ -114,18 +114,18 @@ def export(
         OutputError: The output exists or cannot be written, or the exported model computes something else.
     """
     form = EXPORTERS.get(to) if to != MERGED else None
-    output = Path(output)
+    output, place = Path(output), place_of(source)
     if not isinstance(form, ModelFormat):
-        if not isinstance(source, str | Path):
+        if place is None:
             raise InputError(f"'{to}' is a form of adapters, not of a model in memory; give the folder of an adapter")
-        return export_adapter(source, output, to, load=load, command=command)
+        return export_adapter(place, output, to, load=load, command=command)
     options, loading = settings or ExportSettings(), load or LoadSettings()
     with reserved(output):
         given = source
-        if isinstance(source, str | Path) and is_adapter(Path(source)):
-            given = _folded(Path(source), loading)[0]
-        elif isinstance(source, str | Path) and form.stream and tokenizer is None and options.importance is None and not check:
-            folder = locate_by(source, loading)
+        if place is not None and is_adapter(place):
+            given = _folded(Path(place), loading)[0]
+        elif place is not None and form.stream and tokenizer is None and options.importance is None and not check:
+            folder = locate_by(place, loading)
             why = why_not_compared(folder, loading) if check is not None else ""
             if check is None or why:
                 done = export_streamed(folder, output, to, form, options, loading, source=str(source), command=command)

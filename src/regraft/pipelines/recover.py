@@ -274,27 +274,28 @@ def _student(
     in_place: bool,
 ) -> tuple[Loaded, Injected | None]:
     """Returns the model that is trained, and the adapter that it carries already."""
-    labelled = corpora[1] if corpora is not None and isinstance(corpora[1], Labelled) else None
-    if isinstance(model, str | Path):
-        if in_place:
+    match model, corpora:
+        case str() | Path(), _ if in_place:
             raise InputError("`in_place` is for a model in memory; leave it out for a folder, and say with `output` where the result goes")
-        if labelled is not None:
-            return load_classifier(model, labelled.classes, load, seed=seed), None
-        if is_adapter(model) and not is_master(Path(model)):
+        case str() | Path(), (_, Labelled(classes=classes)):
+            return load_classifier(model, classes, load, seed=seed), None
+        case str() | Path(), _ if is_adapter(model) and not is_master(Path(model)):
             base, adapted = attached(Path(model), load)
             return base, continued(cast(PeftModel, adapted))
-        return take(model, tokenizer, load), None
-    if labelled is not None:
-        raise InputError(f"`task={settings.task}` makes a head for labels as it loads a model; give a folder or a hub id")
-    if isinstance(model, Loaded):
-        return model, None
-    if isinstance(model, PeftModel):
-        injected = continued(model if in_place else copy.deepcopy(model))
-        found = lineage(injected.model)
-        fitting = fitting_tokenizer(tokenizer, injected.model)
-        return Loaded(injected.model, fitting, found.source, fingerprint_without(injected.model), found.provenance), injected
-    loaded = take(model, tokenizer)
-    return (loaded if in_place else dataclasses.replace(loaded, model=copy.deepcopy(loaded.model))), None
+        case str() | Path(), _:
+            return take(model, tokenizer, load), None
+        case _, (_, Labelled()):
+            raise InputError(f"`task={settings.task}` makes a head for labels as it loads a model; give a folder or a hub id")
+        case Loaded(), _:
+            return model, None
+        case PeftModel(), _:
+            injected = continued(model if in_place else copy.deepcopy(model))
+            found = lineage(injected.model)
+            fitting = fitting_tokenizer(tokenizer, injected.model)
+            return Loaded(injected.model, fitting, found.source, fingerprint_without(injected.model), found.provenance), injected
+        case _:
+            loaded = take(model, tokenizer)
+            return (loaded if in_place else dataclasses.replace(loaded, model=copy.deepcopy(loaded.model))), None
 
 
 def _continuing(settings: RecoverSettings, injected: Injected) -> RecoverSettings:

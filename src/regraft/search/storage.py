@@ -119,8 +119,10 @@ def together(write: Callable[[], T]) -> T:
     for pause_seconds in _AGAIN_SECONDS:
         try:
             return write()
-        except (IntegrityError, ProgrammingError, OperationalError) as error:
-            if "already exists" not in str(error) and not isinstance(error, IntegrityError):
+        except IntegrityError:
+            time.sleep(pause_seconds)
+        except (ProgrammingError, OperationalError) as error:
+            if "already exists" not in str(error):
                 raise
             time.sleep(pause_seconds)
     return write()
@@ -208,11 +210,10 @@ def storage_errors(shown: str) -> Iterator[None]:
         raise
     except (TypeError, ValueError) as error:  # options of a URL that the driver does not take
         raise StorageError(f"storage {shown} cannot be opened ({' '.join(str(error).split())[:200]}); check its URL") from error
-    except (SQLAlchemyError, StorageInternalError) as error:
-        cause: BaseException = error
-        if isinstance(error, StorageInternalError) and error.__cause__ is not None:
-            cause = error.__cause__
-        raise StorageError(_explained(cause, shown)) from error
+    except SQLAlchemyError as error:
+        raise StorageError(_explained(error, shown)) from error
+    except StorageInternalError as error:
+        raise StorageError(_explained(error.__cause__ or error, shown)) from error
     except RuntimeError as error:  # Optuna refuses tables that another version of it made
         if "optuna storage upgrade" not in str(error) and "version" not in str(error):
             raise
@@ -231,11 +232,13 @@ def _explained(error: BaseException, shown: str) -> str:
         return f"storage {shown} cannot be written ({reason}); check its permissions"
     if ("full" in low and ("disk" in low or "database" in low)) or "no space left" in low:
         return f"the disk of storage {shown} is full ({reason}); free some space and go on with `resume`"
-    if isinstance(error, OperationalError | InterfaceError):
-        return f"storage {shown} cannot be reached ({reason}); check address, user and password, and go on with `resume`"
-    if isinstance(error, DatabaseError):
-        return f"storage {shown} refuses to work ({reason}); check its permissions, or use another `storage`"
-    return f"storage {shown} fails ({reason}); use another `storage`"
+    match error:
+        case OperationalError() | InterfaceError():
+            return f"storage {shown} cannot be reached ({reason}); check address, user and password, and go on with `resume`"
+        case DatabaseError():
+            return f"storage {shown} refuses to work ({reason}); check its permissions, or use another `storage`"
+        case _:
+            return f"storage {shown} fails ({reason}); use another `storage`"
 
 
 @contextmanager

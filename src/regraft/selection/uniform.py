@@ -32,23 +32,41 @@ def uniform(groups: Groups, scores: Scores, budget: Budget) -> Kept:
     fine = [group for group in prunable if group.kind == closing]
     coarse = [group for group in prunable if group.kind != closing]
 
-    def missed(kept: Kept) -> float:
+    floors = {group.name: budget.floor(group) for group in fine}
+
+    def excess(kept: Kept) -> float:
+        """Returns how many parameters a choice removes beyond the target."""
         return groups.parameters - ledger.left(kept) - target
 
     candidates: list[dict[str, int]] = []
-    before: dict[str, int] = {}
-    for extra in range(1 + max((group.units for group in coarse), default=0) + len(coarse)):
-        kept = whole_cuts(groups, coarse, scores, share, extra) | {
-            group.name: _reduced(group, share, extra, budget) for group in coarse if group.kind not in WHOLE
-        }
-        if extra and kept == before:
+    for rest in _ever_fewer(groups, coarse, scores, share, budget):
+        candidates.append(rest | _closed(groups, fine, rest, scores, budget, excess))
+        if excess(rest | floors) >= 0:  # from here on the closing kind reaches the target, so that no other need lose more
             break
-        for step in _one_after_another(before, kept, coarse, scores, budget) if extra else (kept,):
-            candidates.append(step | _closed(groups, fine, step, scores, budget, missed))
-            if missed(step | {group.name: budget.floor(group) for group in fine}) >= 0:
-                return min(candidates, key=lambda kept: abs(missed(kept)))
-        before = kept
-    return min(candidates, key=lambda kept: abs(missed(kept)))
+    return min(candidates, key=lambda kept: abs(excess(kept)))
+
+
+def _ever_fewer(groups: Groups, coarse: Sequence[Group], scores: Scores, share: float, budget: Budget) -> Iterator[dict[str, int]]:
+    """Yields choices for the kinds that do not close the gap, each with fewer units than the one before.
+
+    The first takes the share from every kind, rounded down. The others lead from there to one unit less of every kind, to two less, and
+    so on, until no kind can lose more.
+    """
+    most = max((group.units for group in coarse), default=0) + len(coarse)
+    before = _shared(groups, coarse, scores, share, 0, budget)
+    yield before
+    for extra in range(1, 1 + most):
+        after = _shared(groups, coarse, scores, share, extra, budget)
+        if after == before:
+            return
+        yield from _one_after_another(before, after, coarse, scores, budget)
+        before = after
+
+
+def _shared(groups: Groups, coarse: Sequence[Group], scores: Scores, share: float, extra: int, budget: Budget) -> dict[str, int]:
+    """Returns the counts after every kind has lost its share, rounded down, and ``extra`` units more."""
+    widths = {group.name: _reduced(group, share, extra, budget) for group in coarse if group.kind not in WHOLE}
+    return whole_cuts(groups, coarse, scores, share, extra) | widths
 
 
 def _one_after_another(
@@ -124,18 +142,18 @@ def _reduced(group: Group, share: float, extra: int, budget: Budget) -> int:
 
 
 def _closed(
-    groups: Groups, fine: Sequence[Group], kept: Kept, scores: Scores, budget: Budget, missed: Callable[[Kept], float]
+    groups: Groups, fine: Sequence[Group], kept: Kept, scores: Scores, budget: Budget, excess: Callable[[Kept], float]
 ) -> dict[str, int]:
     """Returns the counts for the groups of one kind that come nearest to the target, given the counts of the other kinds."""
     if fine[0].kind in WHOLE:
         options = [whole_cuts(groups, fine, scores, 0.0, count) for count in range(len(fine) + 1)]
-        return min(options, key=lambda option: abs(missed({**kept, **option})))
+        return min(options, key=lambda option: abs(excess({**kept, **option})))
 
     def at(share: float) -> dict[str, int]:
         return {group.name: _aligned(group, group.units * (1.0 - share), budget) for group in fine}
 
-    low, high = _bisect(lambda share: missed({**kept, **at(share)}) <= 0)
-    return min(at(low), at(high), key=lambda option: abs(missed({**kept, **option})))
+    low, high = _bisect(lambda share: excess({**kept, **at(share)}) <= 0)
+    return min(at(low), at(high), key=lambda option: abs(excess({**kept, **option})))
 
 
 def _aligned(group: Group, count: float, budget: Budget) -> int:

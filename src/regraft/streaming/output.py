@@ -7,8 +7,9 @@ the settings, the plan, and the SHA-256 of every finished shard. A later run wit
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -28,7 +29,7 @@ from regraft.models.uneven import code_paths, register
 from regraft.models.view import LayerSizes
 from regraft.models.weights import INDEX, SINGLE, stored_tensors
 from regraft.plans import WHOLE, Groups, Provenance, PrunePlan, from_json, to_dict
-from regraft.progress import Say, Step, say_nothing
+from regraft.progress import Say, Step
 from regraft.streaming.checkpoint import CheckpointFiles
 from regraft.streaming.skeleton import Skeleton
 from regraft.streaming.writer import Shard, ShardWriter
@@ -132,132 +133,163 @@ def _read_note(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-Refit = Callable[[int, Callable[[int, nn.Module], None]], Iterator[tuple[int, dict[str, Tensor]]]]
-"""A function ``refit(finished, restore)`` that yields ``(layer, new tensors)`` for every layer from number ``finished`` on. It calls
-``restore(layer, module)`` for each earlier layer, which loads the weights already written for that layer into the module."""
+@dataclass(frozen=True)
+class PrunedLayout:
+    """Layout of a pruned checkpoint: which tensor gets which name, shape and file. It holds no weights.
 
-
-class PrunedWriter:
-    """Writes the pruned tensors of a checkpoint.
-
-    Args:
-        skeleton: The checkpoint.
-        groups: Groups of the checkpoint.
-        plan: The units to keep.
+    Attributes:
+        skeleton: The checkpoint that is pruned.
+        removed: Name and axis of a parameter to the indices that it loses there.
+        layers: Indices of the layers that are left.
+        names: New name of each parameter that is left to its name in the checkpoint, in order.
+        parts: For each layer, by its old index, and for the parameters outside the layers (None): new names and shapes, in order.
+        shards: The files.
+        sizes: Sizes of the layers that are left.
     """
 
-    def __init__(self, skeleton: Skeleton, groups: Groups, plan: PrunePlan) -> None:
-        self._skeleton = skeleton
-        self._groups = groups
-        self._plan = plan
-        self._removed = removed_indices(groups, plan.cuts)
-        self._layers = layers_after(groups, plan.cuts)
-        self._names = renumbered_names(self._left(), skeleton.view.family.layers, self._layers)
-        self._parts = list(self._split_by_layer())
-        self.shards = shards_of(self._parts, skeleton.dtype, SHARD_BYTES)
-        sizes = sizes_after(skeleton.view, groups, plan.cuts)
-        self.sizes: list[LayerSizes] = [sizes[layer] for layer in self._layers]
+    skeleton: Skeleton
+    removed: Mapping[tuple[str, int], Collection[int]]
+    layers: Sequence[int]
+    names: Mapping[str, str]
+    parts: Sequence[tuple[int | None, Mapping[str, tuple[int, ...]]]]
+    shards: Sequence[Shard]
+    sizes: Sequence[LayerSizes]
 
-    def write(self, progress: PartialOutput, refit: Refit | None, say: Say = say_nothing) -> None:
-        """Writes every shard that is not finished.
-
-        Args:
-            progress: The folder to write to, and the finished shards.
-            refit: Yields the new tensors of the layers; None when nothing is re-fitted.
-            say: Called with one line for each shard.
-        """
-        done = progress.finished(self.shards)
-        holder = {name: shard.name for shard in self.shards for name in shard.shapes}
-        written = {shard.name for shard in self.shards[:done]}
-        finished = max(
-            (layer + 1 for layer, shapes in self._parts if layer is not None and holder[next(iter(shapes))] in written), default=0
-        )
-        refitted: Iterator[tuple[int, dict[str, Tensor]]] = iter(())
-        if refit is not None and finished < len(self._skeleton.view.layers):
-            source = CheckpointFiles(progress.folder, [progress.folder / name for name in sorted(written)])
-            refitted = refit(finished, lambda layer, module: self._restore(source, layer, module))
-        for number, shard in enumerate(self.shards[done:], start=done + 1):
-            say(Step("writing shards", number, len(self.shards)))
-            with ShardWriter(progress.folder, shard) as writer:
-                for layer, shapes in self._parts:
-                    if holder[next(iter(shapes))] == shard.name:
-                        again = layer is not None and refit is not None
-                        # A layer without any remaining parameter is in no shard, so its tensors are not needed.
-                        changed = next(tensors for index, tensors in refitted if index == layer) if again else {}
-                        self._write_part(writer, shapes, changed)
-            progress.add(shard, writer.sha256)
-
-    def finish(self, progress: PartialOutput, provenance: Provenance, card: Callable[[Provenance], str]) -> Provenance:
-        """Writes all files other than the weights.
-
-        Args:
-            progress: Output with all shards finished.
-            provenance: Provenance of the model, without the checksums.
-            card: Returns the beginning of the model card.
-        """
-        config = config_for(self._skeleton.loaded.model.config, self.sizes, layers=self._layers)
-        return finish_folder(self._skeleton, progress.folder, config, self.sizes, self.shards, provenance, card, progress.end())
-
-    def _write_part(self, writer: ShardWriter, shapes: Mapping[str, Any], changed: Mapping[str, Tensor]) -> None:
-        for new in shapes:
-            name = self._names[new]
-            axes = [axis for parameter, axis in self._removed if parameter == name]
-            if name not in changed and not axes:
-                writer.write(new, self._skeleton.pieces(name))
-                continue
-            tensor = changed[name].detach().to(device="cpu", dtype=self._skeleton.dtype) if name in changed else self._skeleton.stored(name)
-            for axis in axes:
-                tensor = tensor.index_select(axis, self._kept(name, axis, tensor.shape[axis]))
-            writer.write(new, [tensor])
-
-    def _kept(self, name: str, axis: int, size: int) -> Tensor:
+    def kept(self, name: str, axis: int, size: int) -> Tensor:
+        """Returns the indices that a parameter keeps along an axis of the given full length, (kept,) int64."""
         keep = torch.ones(size, dtype=torch.bool)
-        keep[sorted(self._removed[name, axis])] = False
+        keep[sorted(self.removed[name, axis])] = False
         return keep.nonzero().squeeze(1)
 
+    def cut_axes(self, name: str) -> list[int]:
+        """Returns the axes along which a parameter of the checkpoint loses indices."""
+        return [axis for parameter, axis in self.removed if parameter == name]
+
+    def parts_of(self, shard: Shard) -> list[tuple[int | None, Mapping[str, tuple[int, ...]]]]:
+        """Returns the parts that a file holds; a layer without any remaining parameter is in none."""
+        return [part for part in self.parts if next(iter(part[1])) in shard.shapes]
+
+    def finished_layers(self, count: int) -> int:
+        """Returns how many layers, from the first on, are in the first ``count`` files."""
+        inside = [layer for shard in self.shards[:count] for layer, _ in self.parts_of(shard) if layer is not None]
+        return max(inside, default=-1) + 1
+
+
+def layout_of(skeleton: Skeleton, groups: Groups, plan: PrunePlan) -> PrunedLayout:
+    """Returns the layout of what a plan leaves of a checkpoint."""
+    view, layers = skeleton.view, layers_after(groups, plan.cuts)
+    removed, gone = removed_indices(groups, plan.cuts), removed_parameters(groups, plan.cuts)
+    full = {name: parameter.shape for name, parameter in view.model.named_parameters()}
+    names = renumbered_names([name for name in full if name not in gone], view.family.layers, layers)
+    prefix = f"{view.family.layers}."
+
+    def layer_of(new: str) -> int | None:
+        name = names[new]
+        return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
+
+    def shape_of(new: str) -> tuple[int, ...]:
+        name = names[new]
+        return tuple(size - len(removed.get((name, axis), ())) for axis, size in enumerate(full[name]))
+
+    parts = [(layer, {new: shape_of(new) for new in inside}) for layer, inside in groupby(names, key=layer_of)]
+    sizes = sizes_after(view, groups, plan.cuts)
+    shards = shards_of(parts, skeleton.dtype, SHARD_BYTES)
+    return PrunedLayout(skeleton, removed, layers, names, parts, shards, [sizes[layer] for layer in layers])
+
+
+def write_shards(
+    layout: PrunedLayout, progress: PartialOutput, done: int, refitted: Iterator[tuple[int, Mapping[str, Tensor]]] | None, say: Say
+) -> None:
+    """Writes every shard that is not finished.
+
+    Args:
+        layout: What goes where.
+        progress: The folder to write to.
+        done: How many shards, from the first on, are finished.
+        refitted: The new tensors of every layer that is not finished, in order; None when nothing is re-fitted.
+        say: Called with one line for each shard.
+    """
+    for number, shard in enumerate(layout.shards[done:], start=done + 1):
+        say(Step("writing shards", number, len(layout.shards)))
+        with ShardWriter(progress.folder, shard) as writer:
+            for layer, shapes in layout.parts_of(shard):
+                changed: Mapping[str, Tensor] = {}
+                if refitted is not None and layer is not None:
+                    changed = next(tensors for index, tensors in refitted if index == layer)
+                for new in shapes:
+                    writer.write(new, _pieces(layout, layout.names[new], changed))
+        progress.add(shard, writer.sha256)
+
+
+def _pieces(layout: PrunedLayout, name: str, changed: Mapping[str, Tensor]) -> Iterable[Tensor]:
+    """Returns a parameter as it is written: re-fitted, cut, or piece by piece as it is stored."""
+    skeleton, axes = layout.skeleton, layout.cut_axes(name)
+    if name not in changed and not axes:
+        return skeleton.pieces(name)
+    tensor = changed[name].detach().to(device="cpu", dtype=skeleton.dtype) if name in changed else skeleton.stored(name)
+    for axis in axes:
+        tensor = tensor.index_select(axis, layout.kept(name, axis, tensor.shape[axis]))
+    return [tensor]
+
+
+class FinishedLayers:
+    """Layers of a checkpoint whose pruned weights an interrupted run has written.
+
+    Args:
+        layout: What the run wrote where.
+        folder: The folder of the run.
+        done: How many shards, from the first on, are finished.
+        readers: Layer to the modules that read the channels which are cut, by full name.
+    """
+
+    def __init__(self, layout: PrunedLayout, folder: Path, done: int, readers: Mapping[int, Sequence[str]]) -> None:
+        self._layout = layout
+        self._readers = readers
+        self._files = CheckpointFiles(folder, sorted(folder / shard.name for shard in layout.shards[:done]))
+        self.count = layout.finished_layers(done)
+
     @torch.no_grad()
-    def _restore(self, source: CheckpointFiles, layer: int, module: nn.Module) -> None:
-        """Loads the tensors written for a layer into the layer at full size, with zeros in the removed columns.
+    def put(self, layer: int, module: nn.Module) -> None:
+        """Puts the written tensors of a layer into the layer at full size, with zeros in the removed columns.
 
         In an uninterrupted run the hidden states pass through this full-size layer, not through the narrow one.
         """
-        named = self._groups.named()
-        prefix = f"{self._skeleton.view.layer_name(layer)}."
-        written = {name: new for new, name in self._names.items()}
-        for entry in self._plan.cuts:
-            group = named[entry.group]
-            if group.layer != layer or group.kind in WHOLE:
-                continue
-            reader = group.reader
-            for key, parameter in module.get_submodule(_module_of(reader.parameter).removeprefix(prefix)).named_parameters():
-                name = f"{_module_of(reader.parameter)}.{key}"
+        layout, written = self._layout, {name: new for new, name in self._layout.names.items()}
+        prefix = f"{layout.skeleton.view.layer_name(layer)}."
+        for reader in self._readers.get(layer, ()):
+            for key, parameter in module.get_submodule(reader.removeprefix(prefix)).named_parameters():
+                name = f"{reader}.{key}"
                 if name not in written:  # removed together with its part
                     continue
-                tensor = source.read(written[name]).to(parameter)
-                for axis in (axis for cut, axis in self._removed if cut == name):
+                tensor = self._files.read(written[name]).to(parameter)
+                for axis in layout.cut_axes(name):
                     full = torch.zeros(parameter.shape).to(parameter)
-                    tensor = full.index_copy(axis, self._kept(name, axis, parameter.shape[axis]).to(parameter.device), tensor)
+                    tensor = full.index_copy(axis, layout.kept(name, axis, parameter.shape[axis]).to(parameter.device), tensor)
                 parameter.copy_(tensor)
 
-    def _split_by_layer(self) -> Iterator[tuple[int | None, dict[str, tuple[int, ...]]]]:
-        """Yields the pruned shapes by new name, for each old layer and for the parameters outside the layers (None), in order."""
-        full = {name: parameter.shape for name, parameter in self._skeleton.view.model.named_parameters()}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for new, name in self._names.items():
-            shapes[new] = tuple(size - len(self._removed.get((name, axis), ())) for axis, size in enumerate(full[name]))
-        prefix = f"{self._skeleton.view.family.layers}."
 
-        def layer_of(new: str) -> int | None:
-            name = self._names[new]
-            return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
+def readers_of(groups: Groups, plan: PrunePlan) -> dict[int, list[str]]:
+    """Returns, for each layer, the modules that read the channels which a plan cuts, by full name."""
+    named = groups.named()
+    found: dict[int, list[str]] = {}
+    for entry in plan.cuts:
+        group = named[entry.group]
+        if group.layer is not None and group.kind not in WHOLE:
+            found.setdefault(group.layer, []).append(group.reader.parameter.rpartition(".")[0])
+    return found
 
-        for layer, names in groupby(shapes, key=layer_of):
-            yield layer, {name: shapes[name] for name in names}
 
-    def _left(self) -> list[str]:
-        """Returns the names of the parameters that are not removed completely."""
-        gone = removed_parameters(self._groups, self._plan.cuts)
-        return [name for name, _ in self._skeleton.view.model.named_parameters() if name not in gone]
+def finish_pruned(layout: PrunedLayout, progress: PartialOutput, provenance: Provenance, card: Callable[[Provenance], str]) -> Provenance:
+    """Writes all files other than the weights.
+
+    Args:
+        layout: What was written where.
+        progress: Output with all shards finished.
+        provenance: Provenance of the model, without the checksums.
+        card: Returns the beginning of the model card.
+    """
+    config = config_for(layout.skeleton.loaded.model.config, layout.sizes, layers=layout.layers)
+    return finish_folder(layout.skeleton, progress.folder, config, layout.sizes, layout.shards, provenance, card, progress.end())
 
 
 def finish_folder(
@@ -335,10 +367,6 @@ def _write_config(skeleton: Skeleton, folder: Path, config: Any) -> type[PreTrai
         for path in code_paths():
             (folder / path.name).write_bytes(path.read_bytes())
     return model_class
-
-
-def _module_of(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
 
 
 def shards_of(parts: Sequence[tuple[int | None, Mapping[str, tuple[int, ...]]]], dtype: torch.dtype, limit_bytes: int) -> list[Shard]:

@@ -142,9 +142,9 @@ def read_master(folder: Path) -> Stored:
             classes=tuple(str(name) for name in values.get("classes", ())),
             tensors=parts,
         )
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        if isinstance(error, ModelError):
-            raise
         raise ModelError(f"the adapter '{folder}' is damaged ({type(error).__name__}: {error}); copy it again") from None
 
 

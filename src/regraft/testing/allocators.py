@@ -32,10 +32,11 @@ def check_allocator(allocator: Allocator, space: RankSpace | None = None) -> Non
     who = f"allocator '{allocator.name}'"
     world = World()
     space = space or with_every_feature(world.space)
-    if isinstance(allocator, ClosedForm):
-        _check_closed_form(who, allocator, space)
-    else:
-        _check_learner(who, allocator, space, world)
+    match allocator:
+        case ClosedForm():
+            _check_closed_form(who, allocator, space)
+        case learner:
+            _check_learner(who, learner, space, world)
 
 
 def with_every_feature(space: RankSpace) -> RankSpace:

@@ -136,10 +136,12 @@ def in_steps(
     """
     if settings.epochs is None:
         return settings
-    rows = len(train)
-    if isinstance(train, Corpus):
-        seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "seq_len")
-        rows = len(make_examples(train, tokenizer, seq_len, wanted=sys.maxsize, seed=seed, records=record_format(settings)))
+    match train:
+        case Corpus():
+            seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "seq_len")
+            rows = len(make_examples(train, tokenizer, seq_len, wanted=sys.maxsize, seed=seed, records=record_format(settings)))
+        case _:
+            rows = len(train)
     steps = math.ceil(settings.epochs * rows / (settings.batch * settings.accumulate * process_count()))
     return settings.model_copy(update={"steps": max(1, steps), "epochs": None})
 

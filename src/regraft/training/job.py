@@ -47,7 +47,7 @@ from regraft.training.losses import summed_loss
 from regraft.training.precision import compute_dtype
 
 Batch = dict[str, Tensor]
-Objective = Callable[[nn.Module, Batch], Tensor]
+SummedLoss = Callable[[nn.Module, Batch], Tensor]
 """A function from a module and a batch to the loss, summed over all predictions."""
 
 
@@ -67,7 +67,7 @@ class Reading:
 
     collate: Callable[[Sequence[Example], int], Batch]
     summed: Callable[[nn.Module, Iterable[Batch], torch.device], tuple[float, int]]
-    objective: Objective | None = None
+    objective: SummedLoss | None = None
 
 
 TOKENS = Reading(collate, summed_loss)
@@ -181,7 +181,7 @@ def prepare(
     if settings.load_in_4bit:
         check_four_bits(model, compute)
     seq_len = window_tokens(settings.seq_len, TRAINING_TOKENS, model.config, "seq_len", row_limit(model))
-    packing = settings.packing and isinstance(train, Corpus) and bool(train.records) and is_blind_to_neighbours(model)
+    packing = settings.packing and bool(train.records) and is_blind_to_neighbours(model)
     settings = settings.model_copy(update={"seq_len": seq_len, "packing": packing})
     ranks = read_ranks(settings.ranks)
     counts: list[RecordCounts] = []
@@ -202,7 +202,7 @@ def prepare(
         teacher=teacher,
         identity=identity,
         resumed=_last_checkpoint(work, identity) if resume else None,
-        data=DataCounts(counts[0] if counts else None, train.skipped if isinstance(train, Corpus) else Skipped()),
+        data=DataCounts(counts[0] if counts else None, train.skipped),
     )
 
 
@@ -271,19 +271,23 @@ def _training_rows(
     processes = process_count()
     wanted = settings.steps * settings.accumulate * settings.batch * processes
     seq_len = settings.seq_len or TRAINING_TOKENS
-    if isinstance(corpus, Labelled):
-        return Ordered(labelled_examples(corpus, tokenizer, seq_len), settings, seed, corpus.name, processes)
-    examples = make_examples(corpus, tokenizer, seq_len, wanted=wanted, seed=seed, records=record_format(settings, report))
+    match corpus:
+        case Labelled():
+            examples = labelled_examples(corpus, tokenizer, seq_len)
+        case Corpus():
+            examples = make_examples(corpus, tokenizer, seq_len, wanted=wanted, seed=seed, records=record_format(settings, report))
     return Ordered(examples, settings, seed, corpus.name, processes)
 
 
 def _held_out_rows(corpus: Corpus | Labelled, tokenizer: PreTrainedTokenizerBase, settings: RecoverSettings) -> list[Example]:
     """Returns the held-out rows, drawn with a fixed seed, so that runs of all seeds use the same rows. Labelled rows are all used."""
-    wanted = settings.held_out_windows
-    if isinstance(corpus, Labelled):
-        return labelled_examples(corpus, tokenizer, settings.seq_len or TRAINING_TOKENS)
-    form = replace(record_format(settings), packing=False)
-    return spread(make_examples(corpus, tokenizer, settings.seq_len or TRAINING_TOKENS, wanted=wanted, seed=0, records=form), wanted)
+    wanted, seq_len = settings.held_out_windows, settings.seq_len or TRAINING_TOKENS
+    match corpus:
+        case Labelled():
+            return labelled_examples(corpus, tokenizer, seq_len)
+        case Corpus():
+            form = replace(record_format(settings), packing=False)
+            return spread(make_examples(corpus, tokenizer, seq_len, wanted=wanted, seed=0, records=form), wanted)
 
 
 def _training_device(model: PreTrainedModel) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -51,10 +51,15 @@ def parameter_groups(injected: Injected, settings: RecoverSettings) -> list[Para
 
 def make_optimizer(groups: Sequence[ParameterGroup]) -> torch.optim.AdamW:
     """Returns AdamW without weight decay and with betas 0.9 and 0.999, like the Trainer's, with these groups."""
+    return torch.optim.AdamW(**optimizer_arguments(groups))
+
+
+def optimizer_arguments(groups: Sequence[ParameterGroup]) -> dict[str, Any]:
+    """Returns the arguments of AdamW for :func:`make_optimizer`, and for a Trainer, which makes the optimizer itself."""
     entries = [
         {"params": list(group.parameters), "lr": group.lr, **({"eps": group.eps} if group.eps is not None else {})} for group in groups
     ]
-    return torch.optim.AdamW(entries, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    return {"params": entries, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 
 
 def scheduler_name(schedule: RateSchedule) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast, final
 
@@ -16,8 +18,8 @@ from regraft.errors import TrainingError
 from regraft.surgery.adapters import Injected
 from regraft.training.batches import Example, collate
 from regraft.training.distributed import any_process, is_sharded, process_count, process_index, sum_over_processes
-from regraft.training.job import Job, Objective
-from regraft.training.optimizer import ParameterGroup, make_optimizer, scheduler_name
+from regraft.training.job import Batch, Job, SummedLoss
+from regraft.training.optimizer import ParameterGroup, optimizer_arguments, scheduler_name
 from regraft.training.teacher_cache import TeacherCache
 
 _CHECKPOINTING: dict[str, Any] = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
@@ -65,9 +67,77 @@ def training_arguments(job: Job) -> TrainingArguments:
     return arguments
 
 
+@dataclass(frozen=True)
+class StepLoss:
+    """Training loss of one forward pass, as a part of the mean over all predicted tokens of the step in all processes.
+
+    Attributes:
+        objective: The loss summed over the predictions of a batch; None for the model's own mean.
+        penalty: Returns what the adapter adds to the loss of a step, or None.
+        passes: Forward passes of one step.
+    """
+
+    objective: SummedLoss | None
+    penalty: Callable[[], Tensor | None]
+    passes: int
+
+    def of(self, model: nn.Module, batch: Batch, predicted: Tensor | int | None, own: Callable[[], Tensor]) -> Tensor:
+        """Returns the loss of a batch.
+
+        Args:
+            model: The model, as it is wrapped for training.
+            batch: The rows of one forward pass.
+            predicted: Number of predictions of the step in all processes.
+            own: Computes the model's own loss of the batch.
+        """
+        if self.objective is None:
+            loss = own()
+        else:
+            assert predicted is not None
+            # The gradients of all processes are averaged, but the gradient of the sum of their losses is needed.
+            loss = self.objective(model, batch) / predicted * process_count()
+        penalty = self.penalty()  # its gradients are averaged over processes too, and summed over the passes of a step
+        return loss if penalty is None else loss + penalty / self.passes
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out rows, whose mean loss over all predicted tokens chooses the best checkpoint.
+
+    Attributes:
+        batches: The rows; each process measures its share of them.
+        summed: Function from a model and batches to the summed loss and the number of predictions.
+        device: The device of training.
+    """
+
+    batches: Sequence[Batch]
+    summed: Callable[[nn.Module, Iterable[Batch], torch.device], tuple[float, int]]
+    device: torch.device
+
+    def loss(self, model: nn.Module, step: int) -> float:
+        """Returns the mean loss at a step, in nats a token.
+
+        Raises:
+            TrainingError: The loss is not finite.
+        """
+        mine = self.batches[process_index() :: process_count()]
+        if is_sharded(model) and len(mine) < -(-len(self.batches) // process_count()):
+            self.summed(model, self.batches[:1], self.device)  # all processes must gather the shards equally often
+        total, count = sum_over_processes(self.summed(model, mine, self.device), self.device)
+        loss = total / count
+        if math.isfinite(loss):
+            return loss
+        if step == 0:
+            raise TrainingError(
+                f"the held-out loss is {loss} before the first step; the model's weights or its number type are at fault: "
+                "check it with 'regraft evaluate', or use `dtype=float32`"
+            )
+        raise TrainingError(_not_finite(f"the held-out loss became {loss} at step {step}"))
+
+
 @final
 class RecoveryTrainer(Trainer):
-    """The trainer of an adapter.
+    """The trainer of an adapter: what the Trainer would do otherwise is handed to a :class:`StepLoss` and a :class:`HeldOut`.
 
     Args:
         job: What is trained on, and how.
@@ -84,45 +154,25 @@ class RecoveryTrainer(Trainer):
         injected: Injected,
         groups: Sequence[ParameterGroup],
         callbacks: Sequence[TrainerCallback],
-        objective: Objective | None = None,
+        objective: SummedLoss | None = None,
         cache: TeacherCache | None = None,
     ) -> None:
-        collate_rows, padding = job.reading.collate, job.padding
+        collate_rows, padding, size = job.reading.collate, job.padding, job.settings.batch
         super().__init__(
             model=injected.module,
             args=training_arguments(job),
             train_dataset=job.rows,
             data_collator=(partial(_collate_taught, padding=padding, cache=cache) if cache else lambda rows: collate_rows(rows, padding)),
             callbacks=list(callbacks),
+            optimizer_cls_and_kwargs=(torch.optim.AdamW, optimizer_arguments(groups)),
         )
         self.remove_callback(PrinterCallback)
-        self._groups = groups
-        self._summed = job.reading.summed
-        self._objective = objective or job.reading.objective
-        self._penalty = partial(injected.adapter.penalty, injected.module)
-        if self._objective is not None:
-            self.model_accepts_loss_kwargs = True  # our loss is told how much all passes of a step predict
-        size = job.settings.batch
-        self._held_out = [collate_rows(job.held_out[start : start + size], padding) for start in range(0, len(job.held_out), size)]
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Makes the optimizer with our groups, once."""
-        if self.optimizer is None:
-            self.optimizer = make_optimizer(self._groups)
-        return self.optimizer
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Makes one forward and backward pass.
-
-        Raises:
-            TrainingError: The loss is not finite.
-        """
-        loss = super().training_step(*args, **kwargs)
-        finite = bool(torch.isfinite(loss))
-        if any_process(not finite, self.args.device):
-            where = "" if process_count() == 1 else f" in process {process_index()}" if not finite else " in another process"
-            raise TrainingError(_not_finite(f"the training loss became {float(loss)} at step {self.state.global_step + 1}{where}"))
-        return loss
+        penalty = partial(injected.adapter.penalty, injected.module)
+        self._step_loss = StepLoss(objective or job.reading.objective, penalty, self.args.gradient_accumulation_steps)
+        if self._step_loss.objective is not None:
+            self.model_accepts_loss_kwargs = True  # our loss is given the number of predictions of all passes of a step
+        held_out = [collate_rows(job.held_out[start : start + size], padding) for start in range(0, len(job.held_out), size)]
+        self._held_out = HeldOut(held_out, job.reading.summed, self.args.device)
 
     def compute_loss(
         self,
@@ -131,45 +181,34 @@ class RecoveryTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Returns the loss of one forward pass, as a part of the mean over all predicted tokens of the step in all processes."""
+        """Returns the loss of one forward pass.
+
+        Raises:
+            TrainingError: The loss is not finite in one of the processes.
+        """
         assert not return_outputs
-        if self._objective is None:
-            loss = cast(Tensor, super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch))
-        else:
-            assert num_items_in_batch is not None
-            # The gradients of all processes are averaged, but the gradient of the sum of their losses is needed.
-            loss = self._objective(model, inputs) / num_items_in_batch * process_count()
-        penalty = self._penalty()  # its gradients are averaged over processes too, and summed over the passes of a step
-        return loss if penalty is None else loss + penalty / self.args.gradient_accumulation_steps
+        usual = super().compute_loss
+        loss = self._step_loss.of(
+            model, inputs, num_items_in_batch, lambda: cast(Tensor, usual(model, inputs, num_items_in_batch=num_items_in_batch))
+        )
+        value = float(loss.detach())
+        finite = math.isfinite(value)
+        if any_process(not finite, self.args.device):
+            where = "" if process_count() == 1 else f" in process {process_index()}" if not finite else " in another process"
+            raise TrainingError(_not_finite(f"the training loss became {value} at step {self.state.global_step + 1}{where}"))
+        return loss
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Measures the mean loss over all predicted tokens of the held-out rows.
+        """Measures the held-out loss.
 
         Raises:
             TrainingError: The loss is not finite.
         """
         assert self.model is not None
-        loss = self._held_out_loss()
-        step = self.state.global_step
-        if not torch.isfinite(torch.tensor(loss)):
-            if step == 0:
-                raise TrainingError(
-                    f"the held-out loss is {loss} before the first step; the model's weights or its number type are at fault: "
-                    "check it with 'regraft evaluate', or use `dtype=float32`"
-                )
-            raise TrainingError(_not_finite(f"the held-out loss became {loss} at step {step}"))
-        metrics = {f"{metric_key_prefix}_loss": loss}
+        metrics = {f"{metric_key_prefix}_loss": self._held_out.loss(self.model, self.state.global_step)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _held_out_loss(self) -> float:
-        assert self.model is not None
-        mine = self._held_out[process_index() :: process_count()]
-        if is_sharded(self.model) and len(mine) < -(-len(self._held_out) // process_count()):
-            self._summed(self.model, self._held_out[:1], self.args.device)  # all processes must gather the shards equally often
-        total, count = sum_over_processes(self._summed(self.model, mine, self.args.device), self.args.device)
-        return total / count
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Does nothing, because the :class:`~regraft.training.callbacks.Keeper` restores the weights when training begins."""

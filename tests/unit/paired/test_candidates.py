@@ -78,7 +78,7 @@ def test_a_measurement_is_a_real_recovery(
     space = layer_space(model, first=first)
     dense = Teacher(make_tiny(intermediate_size=80), "dense", tokenizer, "any") if "distill" in values else None
     ground = ground_of(model, space, corpora, teacher=dense, **values)
-    assert ground.first_layer == first
+    assert ground.prefix.layers == first
     measured = losses(Candidates(ground, space), VECTORS)
     for index, ranks in enumerate(VECTORS):
         settings = quick(**{"steps": 8, "eval_every": 3, "ranks": plan_of(space, ranks), "quiet": True} | values)
@@ -230,7 +230,7 @@ def test_layers_below_the_first_adapted_one_run_once_a_batch(make_tiny: Make, gr
     assert len(passes) > 40
     assert without == kept
     ground = ground_of(model, space)
-    ground.first_layer = 0
+    ground.prefix.layers = 0
     assert losses(Candidates(ground, space, together=1), VECTORS) == pytest.approx(kept, abs=1e-6)
 
 

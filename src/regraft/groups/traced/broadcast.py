@@ -80,9 +80,10 @@ def rows_of(labels: Tensor, dims: Sequence[int]) -> Tensor:
 
 def dims_of(positional: Sequence[Any], named: Any, rank: int, default: int | None = None) -> list[int]:
     """Returns the axes that an operator works along, from its arguments; all axes when it names none."""
-    found = positional[0] if positional else named.get("dim", default)
-    if isinstance(found, int) and not isinstance(found, bool):
-        found = [found]
-    if not isinstance(found, list | tuple) or not found:
-        return list(range(rank))
-    return [int(dim) % rank for dim in found]
+    match positional[0] if positional else named.get("dim", default):
+        case int(dim) if not isinstance(dim, bool):
+            return [dim % rank]
+        case [_, *_] as dims:
+            return [int(dim) % rank for dim in dims]
+        case _:
+            return list(range(rank))

@@ -9,18 +9,18 @@ refuses operators without a rule. Nothing is guessed: an operator that is not kn
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 
 from regraft.errors import ModelError
 from regraft.groups.traced.labels import Labels, LabelSpace
-from regraft.groups.traced.values import Channels, Matrix, Plain, Value
+from regraft.groups.traced.values import Channels, Matrix, Operands, Plain, operands_in
 from regraft.plans import Side
 
 # Largest tensor, in elements, that is computed from constants: indices, positions, slopes.
@@ -78,9 +78,19 @@ class Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
-    def values(self) -> list[Value]:
-        """Returns every tensor among the arguments, in order."""
-        return list(_values((*self.args, *self.kwargs.values())))
+    @property
+    def operands(self) -> Operands:
+        """The tensors among the arguments."""
+        return operands_in((self.args, dict(self.kwargs)))
+
+    @property
+    def outcome(self) -> Any:
+        """The outputs of the operator on weights without values: a tensor, or several in a tuple or list; None where it has none."""
+        return self.node.meta.get("val")
+
+    def for_each_output(self, make: Callable[[Tensor], Any]) -> Any:
+        """Returns ``make`` of the output, or a tuple with that of each output where the operator has several."""
+        return _like(self.outcome, lambda tensor, _: make(tensor))
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:
         """Returns an argument by position or name."""
@@ -130,7 +140,7 @@ class Follower:
             elif node.op == "output":
                 found = map_arg(node.args[0], memory.__getitem__)
                 if operands is None:
-                    self.outputs += [value.labels.numpy() for value in _values([found]) if isinstance(value, Channels)]
+                    self.outputs += [value.labels.numpy() for value in operands_in(found).channels]
                 return found
             else:
                 self._step(node, memory)
@@ -160,7 +170,8 @@ class Follower:
         self.constants.append(Constant(call.node.name, module_of(call.node), met[0], met[1]))
 
     def _placeholder(self, node: fx.Node) -> Any:
-        shape = _shape(node)
+        meta = node.meta.get("val")
+        shape = tuple(meta.shape) if isinstance(meta, Tensor) else ()
         if node.name in self._parameter_of:
             name = self._parameter_of[node.name]
             axes = tuple(self.space.axis(name, axis, size) for axis, size in enumerate(shape))
@@ -183,11 +194,12 @@ class Follower:
         if inner:
             memory[node] = self.walk(args[inner[0]], args[inner[0] + 1 :])
             return
-        produced = isinstance(node.meta.get("val"), Tensor | list | tuple)
-        if not produced or all(isinstance(value, Plain) for value in call.values()):
-            memory[node] = _plain(call)
+        operands = call.operands
+        produced = isinstance(call.outcome, Tensor | list | tuple)
+        if not produced or not (operands.matrices or operands.channels):
+            memory[node] = _plain(call, operands)
             return
-        rule = self._rules.get(name) or (self._rules["pointwise"] if _is_pointwise(node.target) else None)
+        rule = self._rules.get(name) or (self._rules["pointwise"] if torch.Tag.pointwise in _tags(node.target) else None)
         if rule is None:
             raise self.refuse(node, "regraft does not know what this operator does to channels")
         try:
@@ -217,21 +229,26 @@ def module_of(node: fx.Node) -> str:
     return names[-1] if names else ""
 
 
-def _values(arguments: Iterable[Any]) -> Iterable[Value]:
-    for argument in arguments:
-        if isinstance(argument, Matrix | Channels | Plain):
-            yield argument
-        elif isinstance(argument, list | tuple):
-            yield from _values(argument)
-        elif isinstance(argument, dict):
-            yield from _values(argument.values())
+def _like(outcome: Any, make: Callable[[Tensor, Any], Any], beside: Any = None) -> Any:
+    """Replaces the tensors of a result, which stand alone or in tuples or lists.
+
+    Args:
+        outcome: The result.
+        make: Function from a tensor, and what stands at its place beside it, to what replaces it.
+        beside: A result of the same form; None for none.
+    """
+    match outcome:
+        case Tensor():
+            return make(outcome, beside)
+        case list() | tuple():
+            return tuple(_like(part, make, None if beside is None else beside[index]) for index, part in enumerate(outcome))
+        case _:
+            return outcome
 
 
 def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
-    found: Any = module
-    for part in str(node.target).split("."):
-        found = getattr(found, part)
-    return Plain(tuple(found.shape), found if found.device.type == "cpu" else None) if isinstance(found, Tensor) else found
+    found = operator.attrgetter(str(node.target))(module)
+    return _like(found, lambda tensor, _: Plain(tuple(tensor.shape), tensor if tensor.device.type == "cpu" else None))
 
 
 def _name(target: Any) -> tuple[str, bool]:
@@ -242,48 +259,37 @@ def _name(target: Any) -> tuple[str, bool]:
     return (name[:-1] if in_place else name), in_place
 
 
-def _is_pointwise(target: Any) -> bool:
-    return torch.Tag.pointwise in getattr(target, "tags", ())
+def _tags(target: Any) -> Collection[torch.Tag]:
+    return getattr(target, "tags", ())
 
 
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-
-def _plain(call: Call) -> Any:
+def _plain(call: Call, operands: Operands) -> Any:
     """Returns the result of an operator on tensors without channels, with its value where all operands are known and it is small."""
-    outcome = call.node.meta.get("val")
-    if not isinstance(outcome, Tensor | list | tuple):
-        return outcome
-    known = _computed(call)
-
-    def described(fake: Any, value: Any) -> Any:
-        if isinstance(fake, list | tuple):
-            return tuple(described(part, None if value is None else value[index]) for index, part in enumerate(fake))
-        return Plain(tuple(fake.shape), value) if isinstance(fake, Tensor) else fake
-
-    return described(outcome, known)
+    return _like(call.outcome, lambda fake, value: Plain(tuple(fake.shape), value), _computed(call, operands))
 
 
-def _computed(call: Call) -> Any:
-    values = call.values()
-    outcome = call.node.meta["val"]
-    size = outcome.numel() if isinstance(outcome, Tensor) else 0
-    if any(value.known is None for value in values if isinstance(value, Plain)) or size > LARGEST_KNOWN:
-        return None
-    if torch.Tag.nondeterministic_seeded in getattr(call.node.target, "tags", ()):
-        return None
-
-    def real(argument: Any) -> Any:
-        if isinstance(argument, Plain):
-            return argument.known
-        if isinstance(argument, list | tuple):
-            return type(argument)(real(part) for part in argument)
-        return torch.device("cpu") if isinstance(argument, torch.device) else argument
-
+def _computed(call: Call, operands: Operands) -> Any:
+    """Returns the value of an operator on constants, or None."""
     target: Any = call.node.target
+    size = call.outcome.numel() if isinstance(call.outcome, Tensor) else 0
+    if size > LARGEST_KNOWN or any(value.known is None for value in operands.plains):
+        return None
+    if torch.Tag.nondeterministic_seeded in _tags(target):
+        return None
+    args: Any = map_aggregate(call.args, _real)
+    kwargs: Any = map_aggregate(dict(call.kwargs), _real)
     try:
-        return target(*(real(argument) for argument in call.args), **{key: real(value) for key, value in call.kwargs.items()})
+        return target(*args, **kwargs)
     except (RuntimeError, NotImplementedError, TypeError):
         return None  # only indices and slopes must be known, and a rule that lacks them raises an error
+
+
+def _real(argument: Any) -> Any:
+    """Returns the known value of a constant, on the CPU, and other arguments as they are."""
+    match argument:
+        case Plain():
+            return argument.known
+        case torch.device():
+            return torch.device("cpu")
+        case _:
+            return argument

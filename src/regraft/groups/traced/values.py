@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from regraft.groups.traced.labels import AxisLabels
 
@@ -18,6 +20,11 @@ class Matrix:
     """
 
     axes: tuple[AxisLabels, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        return tuple(axis.size for axis in self.axes)
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,11 @@ class Channels:
     squared: bool = False
     derived: bool = False
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        return tuple(self.labels.shape)
+
 
 @dataclass(frozen=True)
 class Plain:
@@ -51,3 +63,39 @@ class Plain:
 
 
 Value = Matrix | Channels | Plain
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The tensors among the arguments of one call, by kind, each kind in order.
+
+    Attributes:
+        matrices: Weight matrices.
+        channels: Tensors with channels.
+        plains: Tensors without.
+    """
+
+    matrices: list[Matrix]
+    channels: list[Channels]
+    plains: list[Plain]
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shape of each operand."""
+        return [value.shape for value in (*self.matrices, *self.channels, *self.plains)]
+
+
+def operands_in(arguments: Any) -> Operands:
+    """Returns the values among the arguments of a call, also inside lists and mappings."""
+    found = Operands([], [], [])
+    for leaf in tree_leaves(arguments):
+        match leaf:
+            case Matrix():
+                found.matrices.append(leaf)
+            case Channels():
+                found.channels.append(leaf)
+            case Plain():
+                found.plains.append(leaf)
+            case _:  # a number, a name, a dtype
+                pass
+    return found

@@ -21,7 +21,7 @@ from regraft.evaluation.loss import evaluate_loss
 from regraft.groups.discover import discover
 from regraft.in_short import in_short
 from regraft.models.encoders import is_encoder, is_encoder_folder, load_encoder
-from regraft.models.live import ModelLike, own_tensors, resting, take
+from regraft.models.live import ModelLike, own_tensors, place_of, resting, take
 from regraft.models.load import Loaded, locate_by, require_tokenizer
 from regraft.models.save import save
 from regraft.models.view import ModelView, fingerprint, parameter_count, refuse_factored
@@ -29,7 +29,7 @@ from regraft.numerics.truncation import Factors
 from regraft.pipelines.compress.encoder import EncoderOrder, compress_encoder
 from regraft.pipelines.compress.mix import mixed, pruned_for
 from regraft.pipelines.compress.prepare import (
-    Texts,
+    CompressionTexts,
     decomposed,
     moved_plan,
     needs_judging,
@@ -42,8 +42,7 @@ from regraft.pipelines.compress.record import card_of, record_of, refuse_short_t
 from regraft.pipelines.compress.search import searched_ranks
 from regraft.pipelines.compress.streamed import StreamedCompress, compress_streamed, refuse_whole_model
 from regraft.pipelines.prune.score_cache import checksum_of
-from regraft.pipelines.texts import Texts as Given
-from regraft.pipelines.texts import described, in_memory, path_in, text_for
+from regraft.pipelines.texts import Texts, described, in_memory, path_in, text_for
 from regraft.plans import FactorPlan, FactorSpace, LossReport, Provenance, PrunePlan, RankPlan, to_dict
 from regraft.progress import Say, say_nothing
 from regraft.settings import CompressSettings, LoadSettings, takes_settings, with_keywords
@@ -113,7 +112,7 @@ def compress(
     settings: CompressSettings | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    calibration: Given | None = None,
+    calibration: Texts | None = None,
     load: LoadSettings | None = None,
     seed: int = 0,
     plan: FactorPlan | RankPlan | None = None,
@@ -173,7 +172,7 @@ class _Order:
 
     settings: CompressSettings
     target: Path | None
-    calibration: Given | None
+    calibration: Texts | None
     seed: int
     plan: FactorPlan | RankPlan | None
     dry_run: bool
@@ -254,7 +253,8 @@ def _encoder(
 def _streamed(source: ModelLike, order: _Order, load: LoadSettings) -> CompressResult:
     """Compresses within a memory limit; the model stays on disk."""
     settings, plan = order.settings, order.plan
-    if not isinstance(source, str | Path):
+    place = place_of(source)
+    if place is None:
         raise InputError("`memory` is for models that are not loaded yet; give a folder or a hub id, or leave it out")
     if order.target is None and not order.dry_run:
         raise InputError("with `memory` the compressed model stays on disk; say with `output` where it goes, or look first with `dry_run`")
@@ -262,7 +262,7 @@ def _streamed(source: ModelLike, order: _Order, load: LoadSettings) -> CompressR
     refuse_whole_model(settings, method)  # among them is the one method that takes a rank plan
     assert not isinstance(plan, RankPlan)
     output, compressor = None if order.dry_run else order.target, compressor_of(method, settings)
-    request = StreamedCompress(source, output, settings, compressor, order.calibration, load, order.seed, plan, order.command, order.say)
+    request = StreamedCompress(place, output, settings, compressor, order.calibration, load, order.seed, plan, order.command, order.say)
     done = compress_streamed(request)
     return CompressResult(done.plan, None, done.loaded, done.space, done.notes)
 
@@ -300,7 +300,13 @@ def _faded(
 
 
 def _mixed(
-    loaded: Loaded, found: list[Decomposed], compressor: Compressor, texts: Texts, settings: CompressSettings, seed: int, say: Say
+    loaded: Loaded,
+    found: list[Decomposed],
+    compressor: Compressor,
+    texts: CompressionTexts,
+    settings: CompressSettings,
+    seed: int,
+    say: Say,
 ) -> tuple[FactorPlan, FactorSpace, Loaded, list[Decomposed], PrunePlan | None]:
     """Chooses the parts that lose channels and those that lose ranks, and cuts the channels.
 
@@ -344,7 +350,7 @@ def _choose(
     loaded: Loaded,
     found: list[Decomposed],
     space: FactorSpace,
-    texts: Texts,
+    texts: CompressionTexts,
     settings: CompressSettings,
     seed: int,
     trials: Path | None,

@@ -16,8 +16,7 @@ from regraft.errors import InputError, PlanError, did_you_mean
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.view import ModelView, parameter_count
 from regraft.pipelines.prune.score_cache import checksum_of
-from regraft.pipelines.texts import Texts as Given
-from regraft.pipelines.texts import text_for
+from regraft.pipelines.texts import Texts, text_for
 from regraft.plans import Factoring, FactorPlan, FactorSpace, RankPlan, stored_numbers
 from regraft.progress import Say
 from regraft.settings import CALIBRATION_TOKENS, CompressSettings
@@ -27,7 +26,7 @@ _JUDGED = 4  # one window in so many judges ranks, where no text of its own does
 
 
 @dataclass(frozen=True)
-class Texts:
+class CompressionTexts:
     """Calibration windows, windows that judge ranks, the test text, remarks, and calibration text that was given in memory."""
 
     fitted: Tensor | None
@@ -66,8 +65,8 @@ def needs_judging(settings: CompressSettings) -> bool:
 
 
 def read_texts(
-    loaded: Loaded, settings: CompressSettings, compressor: Compressor, seed: int, *, judging: bool, calibration: Given | None = None
-) -> Texts:
+    loaded: Loaded, settings: CompressSettings, compressor: Compressor, seed: int, *, judging: bool, calibration: Texts | None = None
+) -> CompressionTexts:
     """Reads the texts that are needed, and refuses to choose by the one that tests.
 
     Args:
@@ -92,7 +91,7 @@ def read_texts(
     for name, corpus in (("calibration", fitted), ("validation", judges)):
         _refuse_test_text(name, corpus, test)
     if fitted is None and judges is None:
-        return Texts(None, None, test)
+        return CompressionTexts(None, None, test)
     tokens = window_tokens(settings.seq_len, CALIBRATION_TOKENS, loaded.model.config, "seq_len")
 
     def windows(corpus: Corpus) -> Tensor:
@@ -100,11 +99,11 @@ def read_texts(
 
     drawn = None if fitted is None else windows(fitted)
     if not judging or judges is not None:
-        return Texts(drawn, None if judges is None else windows(judges), test, given=held)
+        return CompressionTexts(drawn, None if judges is None else windows(judges), test, given=held)
     assert drawn is not None
     judged = max(1, len(drawn) // _JUDGED)
     note = f"ranks were judged on {judged} of the {len(drawn)} calibration windows, which no factor was fitted to"
-    return Texts(drawn[:-judged] if len(drawn) > 1 else drawn, drawn[-judged:], test, (note,), held)
+    return CompressionTexts(drawn[:-judged] if len(drawn) > 1 else drawn, drawn[-judged:], test, (note,), held)
 
 
 def _refuse_test_text(name: str, corpus: Corpus | None, test: Corpus | None) -> None:

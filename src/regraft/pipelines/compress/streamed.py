@@ -20,7 +20,7 @@ from regraft.models.view import refuse_factored
 from regraft.pipelines.compress.prepare import layer_of, moved_plan, projections_of, read_texts, saved_moments, space_of
 from regraft.pipelines.compress.record import card_of, record_of, refuse_short_text
 from regraft.pipelines.prune.score_cache import checksum_of
-from regraft.pipelines.texts import Texts as Given
+from regraft.pipelines.texts import Texts
 from regraft.plans import FactorPlan, FactorSpace
 from regraft.progress import Say
 from regraft.settings import CompressSettings, LoadSettings
@@ -54,7 +54,7 @@ class StreamedCompress:
     output: Path | None
     settings: CompressSettings
     compressor: Compressor
-    calibration: Given | None
+    calibration: Texts | None
     load: LoadSettings
     seed: int
     plan: FactorPlan | None

@@ -14,7 +14,7 @@ from regraft.data.text import Corpus
 from regraft.errors import InputError
 from regraft.groups.discover import discover, look_for
 from regraft.in_short import in_short
-from regraft.models.live import ModelLike, become, own_tensors, resting, take
+from regraft.models.live import ModelLike, become, own_tensors, place_of, resting, take
 from regraft.models.load import Loaded, with_float64
 from regraft.models.save import save
 from regraft.models.towers import left_behind, load_tower, save_inside
@@ -273,15 +273,12 @@ def _carry_out(order: _Order) -> PruneResult:
         order = replace(order, load=with_float64(order.load))
         if order.settings.memory is not None:
             return _streamed(order, resolved)
-        if isinstance(order.model, str | Path):
-            if order.in_place:
-                raise InputError(
-                    "`in_place` is for a model in memory; leave it out for a folder, and say with `output` where the result goes"
-                )
-            return _in_memory(order, take(order.model, order.tokenizer, order.load), live=False)
-        loaded = take(order.model, order.tokenizer)
+        place = place_of(order.model)
+        if place is not None and order.in_place:
+            raise InputError("`in_place` is for a model in memory; leave it out for a folder, and say with `output` where the result goes")
+        loaded = take(order.model, order.tokenizer, order.load)
         with resting(loaded.model):
-            return _in_memory(order, loaded, live=not isinstance(order.model, Loaded))
+            return _in_memory(order, loaded, live=place is None and loaded is not order.model)
 
 
 def _with_tower(order: _Order) -> _Order:
@@ -335,12 +332,13 @@ def _vocabulary(order: _Order) -> PruneResult:
 def _streamed(order: _Order, resolved: ResolvedPrune) -> PruneResult:
     """Prunes a checkpoint within a memory limit."""
     several_sources(order.settings)  # refuses them
-    if not isinstance(order.model, str | Path):
+    place = place_of(order.model)
+    if place is None:
         raise InputError("`memory` is for models that are not loaded yet; give a folder or a hub id, or leave it out")
     if order.output is None and not order.dry_run:
         raise InputError("`memory` keeps the pruned model on disk; say where with `output`")
     output = None if order.dry_run else order.output
-    done = prune_streamed(StreamedPrune(order.model, output, resolved, order.load, order.text, order.plan, order.command, order.say))
+    done = prune_streamed(StreamedPrune(place, output, resolved, order.load, order.text, order.plan, order.command, order.say))
     record = record_of(done.loaded, done.plan, done.resolved, command=order.command)
     return PruneResult(done.plan, None, done.loaded, done.groups, done.resolved, done.notes, record)
 

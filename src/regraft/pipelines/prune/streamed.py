@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from regraft.data.text import Corpus
 from regraft.importance import CRITERIA
@@ -24,7 +24,7 @@ from regraft.selection.budget import check_possible
 from regraft.settings import LoadSettings
 from regraft.streaming.hidden import HiddenStates, InMemory, OnDisk, room_for
 from regraft.streaming.memory import Room, Task, find_room, in_words
-from regraft.streaming.output import PrunedWriter, Refit, resumable
+from regraft.streaming.output import FinishedLayers, PrunedLayout, finish_pruned, layout_of, readers_of, resumable, write_shards
 from regraft.streaming.passes import StreamedPasses, StreamedWalk
 from regraft.streaming.skeleton import Skeleton, open_skeleton, refuse_beyond_layers
 from regraft.surgery.apply_plan import split_by_part
@@ -165,27 +165,27 @@ class _Job:
                 request.say("going on where an interrupted run stopped")
             plan = progress.plan or request.plan or self.plan(progress.folder)
             progress.decided(plan)
-            writer = PrunedWriter(self._skeleton, self._groups, plan)
-            writer.write(progress, self._refit(plan, progress.folder), request.say)
+            layout = layout_of(self._skeleton, self._groups, plan)
+            done = progress.finished(layout.shards)
+            write_shards(layout, progress, done, self._refitted(plan, layout, progress.folder, done), request.say)
             record = record_of(self._skeleton.loaded, plan, request.resolved, command=request.command)
-            writer.finish(progress, record, card_of)
+            finish_pruned(layout, progress, record, card_of)
         return plan
 
-    def _refit(self, plan: PrunePlan, work: Path) -> Refit | None:
+    def _refitted(self, plan: PrunePlan, layout: PrunedLayout, work: Path, done: int) -> Iterator[tuple[int, Mapping[str, Tensor]]] | None:
+        """Returns the new tensors of every layer that is not written yet, computed one after another; None without a re-fit."""
         method, windows = self._request.resolved.refit, self._windows
         if method is None:
             return None
         assert windows is not None
         assert method in ("least_squares", "mean"), "the other takes the whole model; refused before"
-
+        before = FinishedLayers(layout, work, done, readers_of(self._groups, plan))
+        if before.count == len(self._skeleton.view.layers):
+            return iter(())
         gone, narrow = split_by_part(self._groups, plan.cuts)
-        say = self._request.say
-
-        def refit(start: int, finished: Callable[[int, nn.Module], None]) -> Iterator[tuple[int, dict[str, Tensor]]]:
-            walk = StreamedWalk(self._skeleton, windows, self._hidden(work), say, finished=finished, start=start, gone=gone)
-            return refitted(walk, self._groups, narrow, method)
-
-        return refit
+        hidden, say = self._hidden(work), self._request.say
+        walk = StreamedWalk(self._skeleton, windows, hidden, say, finished=before.put, start=before.count, gone=gone)
+        return refitted(walk, self._groups, narrow, method)
 
     def _hidden(self, work: Path) -> Callable[[], HiddenStates]:
         """Returns a function that opens a storage for hidden states: in memory if they fit, else in a work folder."""

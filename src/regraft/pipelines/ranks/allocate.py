@@ -22,6 +22,7 @@ from regraft.allocation import (
     ClosedForm,
     Learner,
     Ranks,
+    Schedule,
     add_to_store,
     confirm,
     finalists,
@@ -340,68 +341,104 @@ def find_ranks(request: SearchOrder, slots: Path, work: Path, *, resume: bool) -
         resume: Whether to continue a search in a shared storage.
     """
     space = from_json(RankSpace, (slots / SPACE).read_bytes())
-    method = started(request.settings)
-    if isinstance(method, ClosedForm):
-        ranks = method.allocate(space)
-        plan = rank_plan(space, ranks, method.name)
-        verdict = f"The method {method.name} decides from what is known of the layers."
-        return RankSearch(plan, space, (), (), ranks, (), None, None, (), None, verdict)
-    found = _searched(request, space, method, work, resume=resume)
-    if request.settings.store is not None:
-        add_to_store(request.settings.store, past_search(found, request.loaded, request.identity()))
-    return found
+    match started(request.settings):
+        case ClosedForm() as method:
+            ranks = method.allocate(space)
+            plan = rank_plan(space, ranks, method.name)
+            verdict = f"The method {method.name} decides from what is known of the layers."
+            return RankSearch(plan, space, (), (), ranks, (), None, None, (), None, verdict)
+        case learner:
+            found = _searched(request, space, learner, work, resume=resume)
+            if request.settings.store is not None:
+                add_to_store(request.settings.store, past_search(found, request.loaded, request.identity()))
+            return found
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Measurements of a search.
+
+    Attributes:
+        pairs: Every job of the search with its trial, in order.
+        found: The best vector.
+        compared: The vectors that were measured again, beside uniform, on seeds that the search did not use.
+        confirming: The trials of these.
+    """
+
+    pairs: Sequence[tuple[Job, RankTrial]]
+    found: Ranks
+    compared: Sequence[Ranks]
+    confirming: list[RankTrial]
+
+    @property
+    def trials(self) -> list[RankTrial]:
+        return [trial for _, trial in self.pairs]
 
 
 def _searched(request: SearchOrder, space: RankSpace, learner: Learner, work: Path, *, resume: bool) -> RankSearch:
-    settings = request.settings
-    identity = json.dumps(request.identity(), sort_keys=True)
-    name = f"regraft-{request.loaded.fingerprint}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-    schedule = schedule_of(settings, request.recover)
-    request.say(
+    schedule = schedule_of(request.settings, request.recover)
+    for line in _announced(request, schedule):
+        request.say(line)
+    measured = _measured(request, space, AllocatorSampler(space, learner, schedule, request.seed), learner, work, resume)
+    shutil.rmtree(work / _RECOVERIES, ignore_errors=True)
+    return _result(request, space, learner, measured)
+
+
+def _announced(request: SearchOrder, schedule: Schedule) -> Iterator[str]:
+    """Yields what a user should know before a search begins."""
+    settings, steps = request.settings, request.recover.steps
+    yield (
         f"a search of at most {schedule.cost_limit + confirming_cost(settings, request.recover):.1f} full recoveries: "
         f"{schedule.elastic} scores by an elastic adapter, {settings.trials} short recoveries, {settings.confirm_seeds} seeds to confirm"
     )
-    if SHORTEST * request.recover.steps < _FEW_STEPS:
-        request.say(
-            f"an eighth of {request.recover.steps} steps is little more than the warm-up, which says little about ranks; "
+    if SHORTEST * steps < _FEW_STEPS:
+        yield (
+            f"an eighth of {steps} steps is little more than the warm-up, which says little about ranks; "
             f"for a search that can be trusted raise `steps` to {8 * _FEW_STEPS} or more"
         )
-    sampler = AllocatorSampler(space, learner, schedule, request.seed)
+
+
+def _measured(request: SearchOrder, space: RankSpace, sampler: AllocatorSampler, learner: Learner, work: Path, resume: bool) -> _Measured:
+    """Measures what the sampler asks for, and then the finalists and uniform on fresh seeds."""
+    settings = request.settings
+    identity = json.dumps(request.identity(), sort_keys=True)
+    name = f"regraft-{request.loaded.fingerprint}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     storage = open_storage(settings.storage, work)
     # A storage file in a folder that this process has locked belongs to it; opening the folder has already decided about resuming.
     opened = open_search(storage, name, space, sampler, identity, resume=resume or not storage.shared)
-    source = str(Path(request.source).absolute()) if Path(request.source).is_dir() else request.source
-    spec = Measuring(source, request.load, placed(request.recover), to_json(space), work.absolute() / _RECOVERIES, request.seed)
-    at_once = 1
-    if settings.ray is None and settings.workers == 1:
-        at_once = candidates_at_once(ModelView(request.loaded.model), request.recover)
+    alone = settings.ray is None and settings.workers == 1
+    at_once = candidates_at_once(ModelView(request.loaded.model), request.recover) if alone else 1
 
-    def told(job: Job, trial: RankTrial) -> None:
+    def say_result(job: Job, trial: RankTrial) -> None:
         result = trial.note or f"{trial.loss_nats:.4f} nats"
         share = "scored" if job.kind == "elastic" else f"{job.fidelity:.1%} of the steps"
         request.say(f"{job.origin}: ranks {' '.join(map(str, job.ranks))}, {share}: {result}")
 
-    with _pool(request, spec) as pool:
-        pairs = search(opened, sampler, pool, told, at_once)
+    with _pool(request, space, work) as pool:
+        pairs = search(opened, sampler, pool, say_result, at_once)
         trials = [trial for _, trial in pairs]
         found = winner(space, trials, learner)
         compared = finalists(space, trials, learner, found, _from_closed_forms(pairs)) if settings.confirm_seeds else ()
-        confirming = measure_all(opened, _confirming(request, space, compared), pool, told, at_once)
-    confirmation, kept, verdict = _verdict(request, space, found, compared, confirming)
-    shutil.rmtree(work / _RECOVERIES, ignore_errors=True)
-    plan = rank_plan(space, kept, learner.name if kept == found else f"{learner.name}, {_origin(space, pairs, kept)} kept")
+        confirming = measure_all(opened, _confirming(request, space, compared), pool, say_result, at_once)
+    return _Measured(pairs, found, compared, confirming)
+
+
+def _result(request: SearchOrder, space: RankSpace, learner: Learner, measured: _Measured) -> RankSearch:
+    """Decides which ranks are used, and puts them beside all that was measured."""
+    pairs, found = measured.pairs, measured.found
+    confirmation, kept, verdict = _verdict(request, space, found, measured.compared, measured.confirming)
     refits = tuple(error for past in _rounds(pairs) if (error := learner.assess(space, past)) is not None)
     return RankSearch(
-        plan=plan,
+        plan=rank_plan(space, kept, learner.name if kept == found else f"{learner.name}, {_origin(space, pairs, kept)} kept"),
         space=space,
-        trials=tuple(trials),
+        trials=tuple(measured.trials),
         origins=tuple(job.origin for job, _ in pairs),
         found=found,
-        confirming=tuple(confirming),
+        confirming=tuple(measured.confirming),
         confirmation=confirmation,
         error=refits[-1] if refits else None,
         refits=refits,
-        agreement=_agreement(trials),
+        agreement=_agreement(measured.trials),
         verdict=verdict,
     )
 
@@ -423,8 +460,11 @@ def _agreement(trials: Sequence[RankTrial]) -> float | None:
     return None
 
 
-def _pool(request: SearchOrder, spec: Measuring) -> Pool:
+def _pool(request: SearchOrder, space: RankSpace, work: Path) -> Pool:
+    """Returns whoever measures: this process, others on this machine, or a cluster."""
     settings = request.settings
+    source = str(Path(request.source).absolute()) if Path(request.source).is_dir() else request.source
+    spec = Measuring(source, request.load, placed(request.recover), to_json(space), work.absolute() / _RECOVERIES, request.seed)
     if settings.ray is not None:
         return RayPool(spec, settings.ray, gpus=1.0 if device_named(request.load.device).type == "cuda" else 0.0)
     return Processes(spec, settings.workers) if settings.workers > 1 else Inline(spec)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from regraft.allocation import ALLOCATORS, MOST_FINALISTS, ClosedForm, Rung, Schedule
+from regraft.allocation import ALLOCATORS, MOST_FINALISTS, Rung, Schedule
 from regraft.errors import InputError
 from regraft.pipelines.ranks.measuring import candidate_cost, elastic_cost
 from regraft.settings import AllocateSettings, RecoverSettings
@@ -53,8 +53,7 @@ def confirming_cost(settings: AllocateSettings, recover: RecoverSettings) -> flo
 
 def learns_from_scores(method: str) -> bool:
     """Returns whether a method uses the scores of an elastic adapter."""
-    allocator = ALLOCATORS.get(method)
-    return not isinstance(allocator, ClosedForm) and allocator.learns_from_scores
+    return ALLOCATORS.get(method).learns_from_scores
 
 
 def _scores_for(recover: RecoverSettings, cost: float) -> int:

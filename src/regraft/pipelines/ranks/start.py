@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from regraft.allocation import ALLOCATORS, Allocator, ClosedForm, Prior, default_prior, load_prior, refuse_prior, shipped_prior
+from regraft.allocation import ALLOCATORS, Allocator, Prior, default_prior, load_prior, shipped_prior
 from regraft.settings import AllocateSettings
 
 
@@ -19,7 +19,7 @@ def started(settings: AllocateSettings) -> Allocator:
     method = ALLOCATORS.get(settings.method)
     if settings.prior == "shipped":
         return method
-    return refuse_prior(settings.method) if isinstance(method, ClosedForm) else method.starting_from(prior_of(settings))
+    return method.starting_from(prior_of(settings))
 
 
 def prior_of(settings: AllocateSettings) -> Prior:

@@ -76,7 +76,7 @@ class RunFolder:
         with atomic_folder(path, replace=True) as partial:
             make(partial)
             manifest = {"stage": name, "inputs": inputs, "files": _checksums(partial)}
-            write_text(partial / MANIFEST, _json(manifest))
+            write_text(partial / MANIFEST, plain_json(manifest))
         seconds = time.perf_counter() - started
         self._note_seconds(name, seconds)
         self._say(f"{name}: done in {seconds:.1f} s")
@@ -135,7 +135,7 @@ class RunFolder:
         """
         file = self.path / RUN_FILE
         if not file.is_file():
-            self.write(RUN_FILE, _json(identity))
+            self.write(RUN_FILE, plain_json(identity))
             return
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
@@ -143,7 +143,7 @@ class RunFolder:
             before = None
         if not isinstance(before, dict):
             raise OutputError(f"'{file}' is damaged; remove the folder and run again")
-        differing = changes(before, json.loads(_json(identity)))
+        differing = changes(before, json.loads(plain_json(identity)))
         if differing:
             raise OutputError(
                 f"run folder '{self.path}' was begun differently: {'; '.join(differing)}; undo the change to resume, or choose another "
@@ -167,10 +167,10 @@ class RunFolder:
                 return f"{path.name}/{shown(name)} is missing"
             if sha256_of(file) != checksum:
                 return f"{path.name}/{shown(name)} does not match its checksum"
-        return None if made_from == json.loads(_json(inputs)) else "what it is made from has changed"
+        return None if made_from == json.loads(plain_json(inputs)) else "what it is made from has changed"
 
     def _note_seconds(self, name: str, seconds: float) -> None:
-        self.write(TIMINGS, _json(self.seconds() | {name: round(seconds, 3)}))
+        self.write(TIMINGS, plain_json(self.seconds() | {name: round(seconds, 3)}))
 
 
 def refuse_begun(path: Path) -> None:
@@ -285,5 +285,6 @@ def _checksums(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
 
 
-def _json(value: Any) -> str:
+def plain_json(value: Any) -> str:
+    """Returns plain values as the JSON of a file for people."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -23,8 +23,9 @@ from regraft.pipelines.compress.prepare import needs_judging, projections_of
 from regraft.pipelines.prune.prune import prune
 from regraft.pipelines.prune.resolved import kinds_wanted, layers_in, resolve
 from regraft.pipelines.run.folder import open_run, refuse_begun
+from regraft.pipelines.run.page import write_page
 from regraft.pipelines.run.recipe import Recipe, find_recipe, read_recipe
-from regraft.pipelines.run.stages import Stages, files_of
+from regraft.pipelines.run.stages import RunOrder, files_of, make_smaller, make_trained, measure
 from regraft.pipelines.texts import text_for
 from regraft.plans import Groups, Measurement, PrunePlan, SizeReport
 from regraft.progress import Say, say_nothing
@@ -104,9 +105,13 @@ def run(
     asked = file.name if file.suffix and str(source) != name else name
     command = shlex.join(["regraft", "run", asked, *overrides])
     with open_run(path, _identity(recipe, dense), resume=resume, say=say) as folder:
-        plan, report = Stages(folder, recipe, dense, groups, command, name, progress, say).make_all()
+        order = RunOrder(folder, recipe, dense.fingerprint, command, name, progress, say)
+        smaller = make_smaller(order, dense)
+        del dense  # frees its memory: what follows loads its models from the folders of the run
+        made = make_trained(order, smaller)
+        report = write_page(order, groups, made, measure(order, made))
     sizes = {entry.label: entry.size for entry in report.measurements}
-    return RunResult(path, recipe, groups, plan, sizes, report)
+    return RunResult(path, recipe, groups, made.plan, sizes, report)
 
 
 def check_fit(recipe: Recipe, dense: Loaded, source: str) -> None:

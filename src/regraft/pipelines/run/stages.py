@@ -1,4 +1,4 @@
-"""The stages of a run: prune, compress, allocate ranks, recover, measure and sample every model by one harness, report.
+"""The stages of a run: prune, compress, allocate ranks, recover, measure and sample every model by one harness.
 
 Every stage reads its inputs from the folders of earlier stages, also in an uninterrupted run, so that a killed and resumed run computes the
 same results.
@@ -6,37 +6,29 @@ same results.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from regraft.atomic import sha256_of, write_text
-from regraft.errors import PlanError, shown
-from regraft.evaluation.harness import flat
+from regraft.errors import PlanError
 from regraft.evaluation.sample import continue_text
 from regraft.evaluation.speed import compare_speed
 from regraft.models.load import Loaded, load, locate_by, require_tokenizer
-from regraft.models.provenance import versions
 from regraft.pipelines.compress import compress
 from regraft.pipelines.evaluate import evaluate_model
 from regraft.pipelines.evaluate_tasks import evaluate_tasks
 from regraft.pipelines.prune.prune import prune
-from regraft.pipelines.prune.summary import plan_summary
 from regraft.pipelines.ranks.allocate import allocate_ranks
 from regraft.pipelines.ranks.files import RANKS, SEARCH
 from regraft.pipelines.ranks.start import decisive
-from regraft.pipelines.recover import LOSS_LOG, recover_model
-from regraft.pipelines.run.folder import TIMINGS, RunFolder
+from regraft.pipelines.recover import recover_model
+from regraft.pipelines.run.folder import TIMINGS, RunFolder, plain_json
 from regraft.pipelines.run.recipe import Recipe, to_yaml
 from regraft.plans import (
     FactorPlan,
-    Groups,
     Measurement,
     PrunePlan,
     RankPlan,
@@ -48,9 +40,8 @@ from regraft.plans import (
     to_json,
 )
 from regraft.progress import Say
-from regraft.reading import is_file, read_bytes, read_object, whole_number
-from regraft.report.page import to_html, to_markdown
-from regraft.report.summary import CurvePoint, RunReport, Width, won_back
+from regraft.reading import is_file, read_object
+from regraft.settings import AllocateSettings, CompressSettings, PruneSettings, RecoverSettings, TaskSettings
 from regraft.surgery.adapter_folder import is_adapter, load_adapted
 
 PLAN, FACTORS, RECOVERY = "plan.json", "factors.json", "recovery.json"
@@ -73,291 +64,242 @@ def files_of(recipe: Recipe) -> dict[str, Path]:
     return {key: path for key, path in named.items() if isinstance(path, Path) and is_file(path)}
 
 
-class Stages:
-    """The stages of one run, in order.
+@dataclass(frozen=True)
+class RunOrder:
+    """Order of one run: all that every stage is made from, besides the folders of earlier stages.
 
-    Args:
+    Attributes:
         folder: The run folder.
         recipe: The recipe of the run.
-        dense: The model of the recipe; the prune stage frees it.
-        groups: Groups of the dense model.
+        fingerprint: Fingerprint of the dense model.
         command: The command of the run, without parts that differ between equal runs.
         name: Name of the run.
         progress: Called with the current action.
         say: Called with one line for each thing a user wants to know.
     """
 
-    def __init__(
-        self, folder: RunFolder, recipe: Recipe, dense: Loaded, groups: Groups, command: str, name: str, progress: Say, say: Say
-    ) -> None:
-        self._folder = folder
-        self._recipe = recipe
-        self._dense: Loaded | None = dense
-        self._groups = groups
-        self._command = command
-        self._name = name
-        self._progress = progress
-        self._say = say
-        self._source = {"model": recipe.model, "fingerprint": dense.fingerprint}
-        self._load = {"load": recipe.load.model_dump(mode="json")}
+    folder: RunFolder
+    recipe: Recipe
+    fingerprint: str
+    command: str
+    name: str
+    progress: Say
+    say: Say
 
-    def make_all(self) -> tuple[PrunePlan | None, RunReport]:
-        """Makes every missing stage, and the summaries of all stages."""
-        recipe = self._recipe
-        models: dict[str, str | Path] = {"dense": recipe.model}
-        plan = None
-        self._folder.write("recipe.yaml", to_yaml(recipe))
-        if recipe.prune is not None:
-            models["pruned"] = pruned = self._prune("pruned" if recipe.recover or recipe.compress else "model")
-            plan = from_json(PrunePlan, (pruned / PLAN).read_bytes())
-            self._folder.write(PLAN, to_json(plan) + "\n")
-        if recipe.compress is not None:
-            models["compressed"] = made = self._compress(models.get("pruned"), "compressed" if recipe.recover else "model")
-            self._folder.write(FACTORS, (made / FACTORS).read_text(encoding="utf-8"))
-        self._dense = None
-        before = models.get("compressed", models.get("pruned"))
-        ranks = self._allocate(before) if recipe.allocate is not None else None
-        if recipe.recover is not None:
-            models["recovered"] = self._recover(before, ranks)
-        measured = {label: self._measure(label, source) for label, source in models.items()}
-        measurements = self._with_speed(models, [_read_measurement(path) for path in measured.values()])
-        tasks = [self._on_tasks(label, source) for label, source in models.items()] if self._has_tasks else []
-        return plan, self._report(plan, ranks, measurements, measured, models, tasks)
+    def inputs(self, source: str | Path, **settings: Any) -> dict[str, Any]:
+        """Returns the inputs of a stage: the checksums of its model, of the files that the recipe names, and settings."""
+        stored = isinstance(source, Path)
+        model = {"files": self.folder.checksums(source)} if stored else {"model": self.recipe.model, "fingerprint": self.fingerprint}
+        named = {key: sha256_of(path) for key, path in files_of(self.recipe).items()}
+        return {"model": model, "files": named, "load": self.recipe.load.model_dump(mode="json"), **settings}
 
-    def _inputs(self, source: str | Path, **settings: Any) -> dict[str, Any]:
-        """Returns the inputs of a stage: the checksums of its model, and settings."""
-        model = self._source if isinstance(source, str) else {"files": self._folder.checksums(source)}
-        named = {key: sha256_of(path) for key, path in files_of(self._recipe).items()}
-        return {"model": model, "files": named, **self._load, **settings}
+    def load(self, source: str | Path) -> Loaded:
+        """Loads a model of the run, named by a relative path, because the full path would differ between two runs of one recipe."""
+        name = f"../{source.name}" if isinstance(source, Path) else self.recipe.model
+        return replace(load(source, self.recipe.load), source=name)
 
-    def _prune(self, name: str) -> Path:
-        settings, seed = self._recipe.prune, self._recipe.seed
-        assert settings is not None
 
-        def make(folder: Path) -> None:
-            dense = self._dense
-            assert dense is not None
-            kept = settings if settings.cache is not None else settings.model_copy(update={"cache": self._folder.path / SCORES})
-            result = prune(dense, None, kept, seed=seed, command=self._command, say=self._progress)
-            for note in result.notes:
-                self._say(note)
-            result.save_pretrained(folder, replace=True)
-            write_text(folder / PLAN, to_json(result.plan) + "\n")
+@dataclass(frozen=True)
+class Made:
+    """Models and decisions of a run, before they are measured.
 
-        inputs = self._inputs(self._recipe.model, prune=settings.model_dump(mode="json"), seed=seed)
-        return self._folder.stage("prune", inputs, make, folder=name)
+    Attributes:
+        models: Label to the folder of each model, in order; for the dense model what the recipe names.
+        plan: The prune plan, or None.
+        factors: The factors of the compressed model, or None.
+        ranks: The search for ranks, or None.
+    """
 
-    def _compress(self, pruned: str | Path | None, name: str) -> Path:
-        settings, seed = self._recipe.compress, self._recipe.seed
-        assert settings is not None
-        source = pruned if pruned is not None else self._recipe.model
-
-        def make(folder: Path) -> None:
-            loaded = self._dense if pruned is None else replace(load(source, self._recipe.load), source=self._named(pruned))
-            assert loaded is not None
-            kept = settings if settings.cache is not None else settings.model_copy(update={"cache": self._folder.path / MOMENTS})
-            work = self._folder.work("compress")
-            result = compress(loaded, None, kept, seed=seed, resume=True, work=work, command=self._command, say=self._progress)
-            for note in result.notes:
-                self._say(note)
-            result.save_pretrained(folder, replace=True)
-            write_text(folder / FACTORS, to_json(result.plan) + "\n")
-
-        path = self._folder.stage("compress", self._inputs(source, compress=settings.model_dump(mode="json"), seed=seed), make, folder=name)
-        self._folder.discard("compress")
-        return path
-
-    def _named(self, made: str | Path | None) -> str:
-        """Returns the name of a model in records: a relative path, because the full path would differ between two runs of one recipe."""
-        return f"../{made.name}" if isinstance(made, Path) else self._recipe.model
-
-    def _allocate(self, pruned: str | Path | None) -> Path:
-        settings, recover_settings, seed = self._recipe.allocate, self._recipe.recover, self._recipe.seed
-        assert settings is not None
-        assert recover_settings is not None
-        source = pruned if pruned is not None else self._recipe.model
-
-        def make(folder: Path) -> None:
-            loaded = load(source, self._recipe.load)
-            work = self._folder.work("allocate")
-            result = allocate_ranks(
-                loaded, None, settings, recover_settings, load=self._recipe.load, seed=seed, work=work, say=self._progress
-            )
-            for name, text in result.files().items():
-                write_text(folder / name, text)
-
-        recovery = recover_settings.model_dump(mode="json")
-        inputs = self._inputs(source, allocate=decisive(settings), recover=recovery, seed=seed)
-        path = self._folder.stage("allocate", inputs, make, folder="ranks")
-        self._folder.discard("allocate")
-        return path
-
-    def _recover(self, pruned: str | Path | None, ranks: Path | None) -> Path:
-        settings, seed = self._recipe.recover, self._recipe.seed
-        assert settings is not None
-        if ranks is not None:
-            settings = settings.model_copy(update={"ranks": from_json(RankPlan, (ranks / RANKS).read_bytes())})
-        source = pruned if pruned is not None else self._recipe.model
-
-        def make(folder: Path) -> None:
-            loaded = replace(load(source, self._recipe.load), source=self._named(pruned))
-            work = self._folder.work("recover")
-            result = recover_model(loaded, None, settings, load=self._recipe.load, seed=seed, resume=True, work=work, command=self._command)
-            result.save_pretrained(folder, replace=True)
-            done = result.recovered
-            facts = {"best_step": done.best_step, "best_loss_nats": done.best_loss, "first_loss_nats": done.first_loss}
-            write_text(folder / RECOVERY, _json(facts | {"trainable_parameters": done.trainable_parameters}))
-
-        inputs = self._inputs(source, recover=settings.model_dump(mode="json"), seed=seed)
-        path = self._folder.stage("recover", inputs, make, folder="model")
-        self._folder.discard("recover")
-        return path
-
-    def _measure(self, label: str, source: str | Path) -> Path:
-        recipe = self._recipe
-
-        def make(folder: Path) -> None:
-            loaded, tokenizer = self._loaded(source)
-            settings = recipe.evaluate.model_copy(update={"speed": False})
-            measurement = evaluate_model(loaded, settings, seed=recipe.seed, label=label, folder=locate_by(source, recipe.load))
-            write_text(folder / MEASUREMENT, to_json(measurement) + "\n")
-            if recipe.sample is not None:
-                write_text(folder / SAMPLE, continue_text(loaded.model, tokenizer, recipe.sample))
-
-        sample = recipe.sample.model_dump(mode="json") if recipe.sample is not None else None
-        settings = recipe.evaluate.model_dump(mode="json", exclude={"speed"})
-        inputs = self._inputs(source, evaluate=settings, sample=sample)
-        return self._folder.stage(f"measure {label}", inputs, make, folder=f"measured/{label}")
+    models: Mapping[str, str | Path]
+    plan: PrunePlan | None = None
+    factors: FactorPlan | None = None
+    ranks: RankSearch | None = None
 
     @property
-    def _has_tasks(self) -> bool:
-        tasks = self._recipe.tasks
-        return tasks is not None and bool(tasks.tasks or tasks.texts)
+    def last(self) -> str | Path:
+        """The model that the last stage has made."""
+        return list(self.models.values())[-1]
 
-    def _on_tasks(self, label: str, source: str | Path) -> TaskReport:
-        """Scores a model on the tasks and texts of the recipe."""
-        recipe, tasks = self._recipe, self._recipe.tasks
-        assert tasks is not None
-
-        def make(folder: Path) -> None:
-            loaded, _ = self._loaded(source)
-            report = evaluate_tasks(loaded, tasks, evaluate=recipe.evaluate, seed=recipe.seed, label=label)
-            write_text(folder / TASKS, to_json(report) + "\n")
-
-        inputs = self._inputs(
-            source, tasks=tasks.model_dump(mode="json"), evaluate=recipe.evaluate.model_dump(mode="json", exclude={"speed"})
-        )
-        path = self._folder.stage(f"tasks {label}", inputs, make, folder=f"tasks/{label}")
-        return from_json(TaskReport, (path / TASKS).read_bytes())
-
-    def _with_speed(self, models: Mapping[str, str | Path], measurements: Sequence[Measurement]) -> list[Measurement]:
-        """Adds speeds, measured in turns, if the recipe requests them."""
-        if not self._recipe.evaluate.speed:
-            return list(measurements)
-
-        def make(folder: Path) -> None:
-            speeds = compare_speed({label: self._loaded(source)[0].model for label, source in models.items()}, seed=self._recipe.seed)
-            write_text(folder / TIMINGS, _json({label: to_dict(speed) for label, speed in speeds.items()}))
-
-        inputs = {label: self._inputs(source) for label, source in models.items()}
-        path = self._folder.stage("speed", inputs, make, folder="measured/speed") / TIMINGS
-        speeds = read_object(path, PlanError) if path.is_file() else {}
-        known = {label: from_json(SpeedReport, json.dumps(speed)) for label, speed in speeds.items()}
-        return [replace(entry, speed=known[entry.label]) if entry.label in known else entry for entry in measurements]
-
-    def _loaded(self, source: str | Path) -> tuple[Loaded, PreTrainedTokenizerBase]:
-        """Loads a model of the run, or an adapter on its base, with its tokenizer."""
-        settings = self._recipe.load
-        loaded = load_adapted(source, settings) if isinstance(source, Path) and is_adapter(source) else load(source, settings)
-        return loaded, require_tokenizer(loaded)
-
-    def _report(
-        self,
-        plan: PrunePlan | None,
-        ranks: Path | None,
-        measurements: Sequence[Measurement],
-        measured: Mapping[str, Path],
-        models: Mapping[str, str | Path],
-        tasks: Sequence[TaskReport],
-    ) -> RunReport:
-        """Writes the summaries of the run: results, samples and the page."""
-        recipe, final = self._recipe, list(models.values())[-1]
-        recovered = models.get("recovered")
-        report = RunReport(
-            title=self._name,
-            description=recipe.description,
-            recipe=to_yaml(recipe),
-            measurements=tuple(measurements),
-            plan=plan,
-            widths=_widths(self._groups, plan) if plan is not None else (),
-            factors=self._factors(models.get("compressed")),
-            ranks=from_json(RankSearch, (ranks / SEARCH).read_bytes()) if ranks is not None else None,
-            curve=_read_curve(recovered) if isinstance(recovered, Path) else (),
-            best_step=_read_best_step(recovered) if isinstance(recovered, Path) else None,
-            prompt=recipe.sample.prompt if recipe.sample is not None else "",
-            samples={label: (path / SAMPLE).read_text(encoding="utf-8") for label, path in measured.items()}
-            if recipe.sample is not None
-            else {},
-            facts=self._facts(final),
-            tasks=tuple(tasks),
-        )
-        self._folder.write("results.json", _json(_results(measurements)))
-        if report.samples:
-            self._folder.write("samples.json", _json({"prompt": report.prompt, **report.samples}))
-        self._folder.write("report.md", to_markdown(report))
-        self._folder.write("report.html", to_html(report))
-        return report
-
-    def _factors(self, compressed: str | Path | None) -> FactorPlan | None:
-        return from_json(FactorPlan, (compressed / FACTORS).read_bytes()) if isinstance(compressed, Path) else None
-
-    def _facts(self, final: str | Path | None) -> dict[str, Any]:
-        """Returns the provenance of the run for its page."""
-        facts: dict[str, Any] = {
-            "command": self._command,
-            "model": f"{self._source['model']} (fingerprint {self._source['fingerprint']})",
-            "seed": self._recipe.seed,
-            "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
-        }
-        if isinstance(final, Path):
-            weights = {name: checksum for name, checksum in self._folder.checksums(final).items() if name.endswith(".safetensors")}
-            facts |= {f"SHA-256 of {final.name}/{name}": checksum for name, checksum in weights.items()}
-        return facts
+    def with_model(self, label: str, folder: Path, **decided: Any) -> Made:
+        """Returns the same with one model more, and what was decided for it."""
+        return replace(self, models={**self.models, label: folder}, **decided)
 
 
-def _widths(groups: Groups, plan: PrunePlan) -> tuple[Width, ...]:
-    return tuple(Width(row["group"], row["before"], row["after"]) for row in plan_summary(groups, plan))
+@dataclass(frozen=True)
+class Measured:
+    """Measurements of all models of a run.
+
+    Attributes:
+        measurements: One for each model, in order.
+        folders: Label to the folder with the model's sample.
+        tasks: Scores on the tasks and texts of the recipe, one for each model, or none.
+    """
+
+    measurements: Sequence[Measurement]
+    folders: Mapping[str, Path]
+    tasks: Sequence[TaskReport]
 
 
-def _read_measurement(folder: Path) -> Measurement:
-    return from_json(Measurement, (folder / MEASUREMENT).read_bytes())
+def make_smaller(order: RunOrder, dense: Loaded) -> Made:
+    """Makes what is cut or factorized from the dense model, which no later stage needs.
+
+    Args:
+        order: The run.
+        dense: The model of the recipe.
+    """
+    recipe = order.recipe
+    made = Made({"dense": recipe.model})
+    order.folder.write("recipe.yaml", to_yaml(recipe))
+    if recipe.prune is not None:
+        folder = _prune(order, dense, recipe.prune, "pruned" if recipe.recover or recipe.compress else "model")
+        plan = from_json(PrunePlan, (folder / PLAN).read_bytes())
+        order.folder.write(PLAN, to_json(plan) + "\n")
+        made = made.with_model("pruned", folder, plan=plan)
+    if recipe.compress is not None:
+        source = dense if recipe.prune is None else made.last
+        folder = _compress(order, source, recipe.compress, "compressed" if recipe.recover else "model")
+        order.folder.write(FACTORS, (folder / FACTORS).read_text(encoding="utf-8"))
+        made = made.with_model("compressed", folder, factors=from_json(FactorPlan, (folder / FACTORS).read_bytes()))
+    return made
 
 
-def _read_curve(folder: Path) -> tuple[CurvePoint, ...]:
-    path = folder / LOSS_LOG
-    try:
-        rows = csv.DictReader(io.StringIO(read_bytes(path, PlanError).decode("utf-8")))
-        numbers = [{key: float(value) if value else None for key, value in row.items()} for row in rows]
-        return tuple(CurvePoint(int(row["step"] or 0), row["train_loss_nats"], row["held_out_loss_nats"]) for row in numbers)
-    except (ValueError, TypeError, KeyError, OverflowError, csv.Error) as error:
-        if isinstance(error, PlanError):
-            raise
-        raise PlanError(f"'{path}' is damaged ({shown(error, 100)}); remove '{folder}' and run again with `resume`") from None
+def make_trained(order: RunOrder, made: Made) -> Made:
+    """Makes the stages that train: ranks and recovery, each on the model that the one before left in its folder."""
+    recipe, settings = order.recipe, order.recipe.recover
+    if settings is None:
+        return made
+    if recipe.allocate is not None:
+        folder = _allocate(order, made.last, recipe.allocate, settings)
+        settings = settings.model_copy(update={"ranks": from_json(RankPlan, (folder / RANKS).read_bytes())})
+        made = replace(made, ranks=from_json(RankSearch, (folder / SEARCH).read_bytes()))
+    return made.with_model("recovered", _recover(order, made.last, settings))
 
 
-def _read_best_step(folder: Path) -> int:
-    path = folder / RECOVERY
-    return whole_number(read_object(path, PlanError).get("best_step"), f"'{path}': best_step", 0, 10**9, PlanError)
+def measure(order: RunOrder, made: Made) -> Measured:
+    """Measures every model of a run by one harness, and scores it on the tasks of the recipe."""
+    models, tasks = made.models, order.recipe.tasks
+    folders = {label: _measure(order, label, source) for label, source in models.items()}
+    measurements = [from_json(Measurement, (folder / MEASUREMENT).read_bytes()) for folder in folders.values()]
+    if order.recipe.evaluate.speed:
+        measurements = _with_speed(order, models, measurements)
+    scored: list[TaskReport] = []
+    if tasks is not None and (tasks.tasks or tasks.texts):
+        scored = [_on_tasks(order, tasks, label, source) for label, source in models.items()]
+    return Measured(measurements, folders, scored)
 
 
-def _results(measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """Returns label to flat measurement; the entry of the recovered model also has cost and gain."""
-    results = {entry.label: flat(entry) for entry in measurements}
-    won = won_back(measurements)
-    if won is not None:
-        results["recovered"] |= asdict(won) | {"won_back_share": won.share}
-    return results
+def _prune(order: RunOrder, dense: Loaded, settings: PruneSettings, name: str) -> Path:
+    seed = order.recipe.seed
+
+    def make(folder: Path) -> None:
+        kept = settings if settings.cache is not None else settings.model_copy(update={"cache": order.folder.path / SCORES})
+        result = prune(dense, None, kept, seed=seed, command=order.command, say=order.progress)
+        for note in result.notes:
+            order.say(note)
+        result.save_pretrained(folder, replace=True)
+        write_text(folder / PLAN, to_json(result.plan) + "\n")
+
+    inputs = order.inputs(order.recipe.model, prune=settings.model_dump(mode="json"), seed=seed)
+    return order.folder.stage("prune", inputs, make, folder=name)
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+def _compress(order: RunOrder, source: Loaded | str | Path, settings: CompressSettings, name: str) -> Path:
+    seed = order.recipe.seed
+
+    def make(folder: Path) -> None:
+        kept = settings if settings.cache is not None else settings.model_copy(update={"cache": order.folder.path / MOMENTS})
+        work = order.folder.work("compress")
+        loaded = source if isinstance(source, Loaded) else order.load(source)
+        result = compress(loaded, None, kept, seed=seed, resume=True, work=work, command=order.command, say=order.progress)
+        for note in result.notes:
+            order.say(note)
+        result.save_pretrained(folder, replace=True)
+        write_text(folder / FACTORS, to_json(result.plan) + "\n")
+
+    before = order.recipe.model if isinstance(source, Loaded) else source
+    path = order.folder.stage("compress", order.inputs(before, compress=settings.model_dump(mode="json"), seed=seed), make, folder=name)
+    order.folder.discard("compress")
+    return path
+
+
+def _allocate(order: RunOrder, source: str | Path, settings: AllocateSettings, training: RecoverSettings) -> Path:
+    seed, read = order.recipe.seed, order.recipe.load
+
+    def make(folder: Path) -> None:
+        work = order.folder.work("allocate")
+        result = allocate_ranks(load(source, read), None, settings, training, load=read, seed=seed, work=work, say=order.progress)
+        for name, text in result.files().items():
+            write_text(folder / name, text)
+
+    inputs = order.inputs(source, allocate=decisive(settings), recover=training.model_dump(mode="json"), seed=seed)
+    path = order.folder.stage("allocate", inputs, make, folder="ranks")
+    order.folder.discard("allocate")
+    return path
+
+
+def _recover(order: RunOrder, source: str | Path, settings: RecoverSettings) -> Path:
+    seed, read = order.recipe.seed, order.recipe.load
+
+    def make(folder: Path) -> None:
+        work = order.folder.work("recover")
+        loaded = order.load(source)
+        result = recover_model(loaded, None, settings, load=read, seed=seed, resume=True, work=work, command=order.command)
+        result.save_pretrained(folder, replace=True)
+        done = result.recovered
+        facts = {"best_step": done.best_step, "best_loss_nats": done.best_loss, "first_loss_nats": done.first_loss}
+        write_text(folder / RECOVERY, plain_json(facts | {"trainable_parameters": done.trainable_parameters}))
+
+    path = order.folder.stage("recover", order.inputs(source, recover=settings.model_dump(mode="json"), seed=seed), make, folder="model")
+    order.folder.discard("recover")
+    return path
+
+
+def _measure(order: RunOrder, label: str, source: str | Path) -> Path:
+    recipe = order.recipe
+
+    def make(folder: Path) -> None:
+        loaded = _with_adapter(order, source)
+        settings = recipe.evaluate.model_copy(update={"speed": False})
+        measurement = evaluate_model(loaded, settings, seed=recipe.seed, label=label, folder=locate_by(source, recipe.load))
+        write_text(folder / MEASUREMENT, to_json(measurement) + "\n")
+        if recipe.sample is not None:
+            write_text(folder / SAMPLE, continue_text(loaded.model, require_tokenizer(loaded), recipe.sample))
+
+    sample = recipe.sample.model_dump(mode="json") if recipe.sample is not None else None
+    inputs = order.inputs(source, evaluate=recipe.evaluate.model_dump(mode="json", exclude={"speed"}), sample=sample)
+    return order.folder.stage(f"measure {label}", inputs, make, folder=f"measured/{label}")
+
+
+def _on_tasks(order: RunOrder, tasks: TaskSettings, label: str, source: str | Path) -> TaskReport:
+    """Scores a model on the tasks and texts of the recipe."""
+    recipe = order.recipe
+
+    def make(folder: Path) -> None:
+        report = evaluate_tasks(_with_adapter(order, source), tasks, evaluate=recipe.evaluate, seed=recipe.seed, label=label)
+        write_text(folder / TASKS, to_json(report) + "\n")
+
+    evaluate = recipe.evaluate.model_dump(mode="json", exclude={"speed"})
+    inputs = order.inputs(source, tasks=tasks.model_dump(mode="json"), evaluate=evaluate)
+    path = order.folder.stage(f"tasks {label}", inputs, make, folder=f"tasks/{label}")
+    return from_json(TaskReport, (path / TASKS).read_bytes())
+
+
+def _with_speed(order: RunOrder, models: Mapping[str, str | Path], measurements: Sequence[Measurement]) -> list[Measurement]:
+    """Adds the speeds of all models, measured in turns."""
+
+    def make(folder: Path) -> None:
+        speeds = compare_speed({label: _with_adapter(order, source).model for label, source in models.items()}, seed=order.recipe.seed)
+        write_text(folder / TIMINGS, plain_json({label: to_dict(speed) for label, speed in speeds.items()}))
+
+    inputs = {label: order.inputs(source) for label, source in models.items()}
+    path = order.folder.stage("speed", inputs, make, folder="measured/speed") / TIMINGS
+    speeds = read_object(path, PlanError) if path.is_file() else {}
+    known = {label: from_json(SpeedReport, json.dumps(speed)) for label, speed in speeds.items()}
+    return [replace(entry, speed=known[entry.label]) if entry.label in known else entry for entry in measurements]
+
+
+def _with_adapter(order: RunOrder, source: str | Path) -> Loaded:
+    """Loads a model of the run, or an adapter on its base."""
+    if isinstance(source, Path) and is_adapter(source):
+        return load_adapted(source, order.recipe.load)
+    return load(source, order.recipe.load)
