@@ -48,6 +48,8 @@ COMMANDS = {
     "meta": "Train a prior for the next search for ranks on past searches.",
     "inspect": "Show the layers of a model, their sizes, what can be pruned, and the parameters.",
     "complete": "Complete a table of ratings by a compressed deep factorization; report held-out errors beside four baselines.",
+    "report": "Write the page of a run: what was cut, what it cost, every picture, in one file that needs no network.",
+    "runs": "List the runs in a folder with their sizes and losses, compare them, or remove one.",
     "doctor": "Show what is installed, what is missing and how to get it.",
 }
 

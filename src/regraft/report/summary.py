@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from regraft.plans import FactorPlan, Measurement, PrunePlan, RankSearch, TaskReport, TaskScore
+from regraft.plans import FactorPlan, Measurement, PrunePlan, RankPlan, RankSearch, TaskReport, TaskScore
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class RunReport:
         samples: Label of a model to its sample.
         facts: Provenance of the run: command, seed, versions, checksums.
         tasks: Scores on tasks and further texts, one entry for each model; empty when none were asked for.
+        rank_plan: Ranks that were trained, where no search is recorded.
     """
 
     title: str
@@ -68,6 +69,40 @@ class RunReport:
     samples: Mapping[str, str] = field(default_factory=dict[str, str])
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     tasks: tuple[TaskReport, ...] = ()
+    rank_plan: RankPlan | None = None
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """A measured model of a run, for the comparison of all runs in a folder.
+
+    Attributes:
+        run: Name of the run.
+        label: Label of the model, such as ``recovered``.
+        parameters: Its parameters.
+        loss_nats: Its loss on a text, the same for all that are compared.
+        current: Whether it is the final model of the run whose page this is.
+    """
+
+    run: str
+    label: str
+    parameters: int
+    loss_nats: float
+    current: bool = False
+
+
+def front_of(past: Sequence[PastRun]) -> list[PastRun]:
+    """Returns the models that no other beats in both size and loss, smallest first.
+
+    >>> models = [PastRun("a", "x", 10, 3.0), PastRun("b", "x", 20, 3.5), PastRun("c", "x", 30, 2.0)]
+    >>> [one.run for one in front_of(models)]
+    ['a', 'c']
+    """
+    best: list[PastRun] = []
+    for one in sorted(past, key=lambda one: (one.parameters, one.loss_nats)):
+        if not best or one.loss_nats < best[-1].loss_nats:
+            best.append(one)
+    return best
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,12 @@ from regraft.pipelines.recover import LOSS_LOG
 from regraft.pipelines.run.folder import plain_json
 from regraft.pipelines.run.recipe import to_yaml
 from regraft.pipelines.run.stages import RECOVERY, SAMPLE, Made, Measured, RunOrder
-from regraft.plans import Groups, Measurement, PrunePlan
+from regraft.plans import Groups, Measurement, PrunePlan, to_json
 from regraft.reading import read_bytes, read_object, whole_number
 from regraft.report.page import to_html, to_markdown
 from regraft.report.summary import CurvePoint, RunReport, Width, won_back
+
+REPORT = "report.json"
 
 
 def write_page(order: RunOrder, groups: Groups, made: Made, measured: Measured) -> RunReport:
@@ -53,6 +55,7 @@ def write_page(order: RunOrder, groups: Groups, made: Made, measured: Measured) 
     order.folder.write("results.json", plain_json(_results(measured.measurements)))
     if report.samples:
         order.folder.write("samples.json", plain_json({"prompt": report.prompt, **report.samples}))
+    order.folder.write(REPORT, to_json(report) + "\n")
     order.folder.write("report.md", to_markdown(report))
     order.folder.write("report.html", to_html(report))
     return report

@@ -1,0 +1,77 @@
+"""``regraft runs``: list, compare and remove runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from regraft.cli.later import later
+from regraft.cli.screen import Screen
+from regraft.errors import InputError
+
+if TYPE_CHECKING:
+    from regraft.pipelines.report import Listed, list_runs, remove_run, run_named
+else:
+    list_runs = later("regraft.pipelines.report", "list_runs")
+    remove_run = later("regraft.pipelines.report", "remove_run")
+    run_named = later("regraft.pipelines.report", "run_named")
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder that holds the runs")] = Path("runs"),
+    compare: Annotated[str, typer.Option("--compare", metavar="A,B", help="names of runs; shows all of their models side by side")] = "",
+    delete: Annotated[str, typer.Option("--remove", metavar="NAME", help="remove this run and everything in it")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="remove without a question")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON in place of a table")] = False,
+) -> None:
+    """List the runs in a folder with their sizes and losses, compare them, or remove one."""
+    if compare and delete:
+        raise InputError("--compare and --remove exclude one another; use one of the two")
+    if delete:
+        chosen = run_named(folder, delete)
+        if not yes and not typer.confirm(f"remove {chosen.path} and everything in it?"):
+            raise InputError(f"{chosen.path} was left as it is")
+        remove_run(chosen)
+        Screen().print(f"removed {chosen.path}", soft_wrap=True, markup=False)
+        return
+    names = [name.strip() for name in compare.split(",") if name.strip()]
+    found = [run_named(folder, name) for name in names] if names else list_runs(folder)
+    lines = [line for run in found for line in _lines(run, every_model=bool(names))]
+    if as_json:
+        print(json.dumps(lines, indent=2, ensure_ascii=False))
+        return
+    if not found:
+        raise InputError(f"'{folder}' holds no runs; make one with: regraft run quickstart")
+    table = Table()
+    for index, name in enumerate(("run", "model", "parameters", "loss, nats", "against dense", "text")):
+        table.add_column(name, justify="left" if index < 2 or index == 5 else "right", overflow="fold")
+    for line in lines:
+        if line["loss_nats"] is None:
+            table.add_row(line["run"], line["model"], "", "", "", "")
+        else:
+            change = f"{line['change_nats']:+.4f}"
+            table.add_row(line["run"], line["model"], f"{line['parameters']:,}", f"{line['loss_nats']:.4f}", change, line["text"])
+    Screen().print(table)
+
+
+def _lines(run: Listed, *, every_model: bool) -> list[dict[str, Any]]:
+    """Returns a line for the final model of a run, or for each of its models."""
+    if run.report is None or not run.report.measurements:
+        empty = dict.fromkeys(("parameters", "loss_nats", "change_nats", "text"))
+        return [{"run": run.name, "model": "not finished" if run.report is None else "not measured", **empty}]
+    measured = run.report.measurements
+    return [
+        {
+            "run": run.name,
+            "model": entry.label,
+            "parameters": entry.size.parameters,
+            "loss_nats": entry.loss.loss_nats,
+            "change_nats": entry.loss.loss_nats - measured[0].loss.loss_nats,
+            "text": entry.loss.text,
+        }
+        for entry in (measured if every_model else measured[-1:])
+    ]
