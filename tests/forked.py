@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -70,7 +70,14 @@ class Ended:
 
 
 class Forks:
-    """The process that all commands are forks of; a context manager."""
+    """The process that all commands are forks of; a context manager.
+
+    Args:
+        patience_s: No command is killed earlier, whatever its own limit: for a machine with much other work.
+    """
+
+    def __init__(self, patience_s: float = 0.0) -> None:
+        self._patience_s = patience_s
 
     def __enter__(self) -> Self:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -83,14 +90,15 @@ class Forks:
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.close()
-        self._server.wait(30)
+        self._server.wait(30 + self._patience_s)
         self._server.stdout.close()
 
     def at_once(self, *commands: Command) -> list[Ended]:
         """Runs commands at the same time and returns how each ended."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps([asdict(command) for command in commands]) + "\n")
+        patient = [replace(command, limit_s=max(command.limit_s, self._patience_s)) for command in commands]
+        self._server.stdin.write(json.dumps([asdict(command) for command in patient]) + "\n")
         self._server.stdin.flush()
         return [Ended(**ended) for ended in json.loads(self._server.stdout.readline())]
 

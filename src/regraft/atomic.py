@@ -15,12 +15,14 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from regraft.claims import SUFFIX, claimed, in_work_folder, is_work_folder, left_over, remove, resolved, work_folder
 from regraft.errors import OutputError, shown
+from regraft.reading import read_object
 
 MANIFEST = "manifest.json"
 _ELSEWHERE = "choose another `output`"
@@ -266,10 +268,10 @@ def _before(path: Path) -> Path:
 def _listed(folder: Path) -> Iterable[str]:
     """Returns the names that a folder's manifest lists; none where it cannot be read."""
     try:
-        files = json.loads((folder / MANIFEST).read_bytes())["files"]
-        return [str(name) for name in files] if isinstance(files, dict) else []
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        files = read_object(folder / MANIFEST, OutputError).get("files")
+    except OutputError:
         return []
+    return [str(name) for name in files] if isinstance(files, dict) else []
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -308,7 +310,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Returns the SHA-256 of a file in hexadecimal."""
+    """Returns the SHA-256 of a file in hexadecimal.
+
+    Raises:
+        OSError: It is not there or cannot be read, or is a pipe or a device, which may have no end.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "is a folder, a pipe or a device, no file", str(path))
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -16,9 +16,11 @@ import pytest
 
 from regraft.adapters.stock_files import read_stock_config
 from regraft.allocation.meta import read_store
-from regraft.atomic import refuse_existing, refuse_special
+from regraft.allocation.prior import load_prior
+from regraft.atomic import refuse_existing, refuse_special, sha256_of
+from regraft.cli.compress import read_plan as compression_plan
 from regraft.data.text import read_text
-from regraft.errors import RegraftError, shown
+from regraft.errors import InputError, RegraftError, shown
 from regraft.models.load import check_folder, locate
 from regraft.models.provenance import read_provenance
 from regraft.models.weights import read_header, stored_tensors
@@ -57,7 +59,14 @@ PLAN = {
 }
 RANKS = {"fingerprint": "f", "method": "m", "ranks": {"model.layers.0.mlp.up_proj": 4}, "alpha_per_rank": 2.0}
 RECORD = {"command": "", "source": "", "source_fingerprint": "", "seed": 0, "versions": {}, "files": {}}
-STOCK = {"peft_type": "LORA", "base_model_name_or_path": "base", "r": 2, "target_modules": ["q_proj"]}
+STOCK = {
+    "peft_type": "LORA",
+    "base_model_name_or_path": "base",
+    "r": 2,
+    "target_modules": ["q_proj"],
+    "lora_alpha": 4,
+    "rank_pattern": {"q": 3},
+}
 MASTER = {
     "format": "regraft adapter",
     "version": 1,
@@ -124,6 +133,13 @@ def test_every_json_that_is_read(tmp_path: Path, reader: str) -> None:
     assert count > 20
 
 
+def digest(path: Path) -> str:
+    try:
+        return sha256_of(path)
+    except (OSError, ValueError) as error:  # whose callers say what they wanted the file for
+        raise InputError("cannot be read") from error
+
+
 def kinds_of_path(folder: Path) -> Iterator[Path]:
     (folder / "file").write_text("x")
     (folder / "folder").mkdir()
@@ -148,8 +164,11 @@ def kinds_of_path(folder: Path) -> Iterator[Path]:
         refuse_existing,
         refuse_special,
         read_store,
+        load_prior,
+        compression_plan,
+        digest,
     ],
-    ids=["plan", "ranks", "model", "text", "recipe", "weights", "output", "output file", "store"],
+    ids=["plan", "ranks", "model", "text", "recipe", "weights", "output", "output file", "store", "prior", "compression plan", "digest"],
 )
 def test_every_kind_of_path(tmp_path: Path, read: Callable[[Path], object]) -> None:
     for path in kinds_of_path(tmp_path):
@@ -286,6 +305,6 @@ def test_whatever_is_shown_is_one_harmless_line() -> None:
 
 def test_there_are_more_than_a_thousand_inputs() -> None:
     objects = sum(len(list(texts(value))) for _, value, _ in READERS.values())
-    paths = 9 * 3 * (10 + len(NASTY_TEXTS))
+    paths = 12 * 3 * (10 + len(NASTY_TEXTS))
     assert objects + paths + 3 * len(YAML) + 7 * 16 + len(URLS) + 300 > 1000
     assert len(list(itertools.islice(changed(PLAN), 10))) == 10

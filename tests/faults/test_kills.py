@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from forked import Command, Forks
 from stages import STAGES, Stage, clear, contents, make_start
 
 KILLS = 2  # of each command
-PATIENCE_S = 1800.0  # what hangs is found by tests of its own: beside other work a command may take long
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +25,14 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Forks, Pat
 
 def problem(forks: Forks, folder: Path, stage: Stage, kill: Command, alone: dict[str, str]) -> str:
     """Kills a command and runs it again; returns what is wrong with what is there then, empty where nothing is."""
-    killed = forks.at_once(replace(kill, limit_s=PATIENCE_S))[0]
+    killed = forks.at_once(kill)[0]
     at = f"killed at write {kill.die_at}, {kill.kill_after_s} s"
     if killed.code not in (-9, 0):
         return f"{at}: ended with {killed.code}: {killed.err[-300:]}"
     if (folder / stage.output).exists() and not stage.resume:
         found = contents(folder, stage)  # the output has its name: it is whole
         return "" if found == alone else f"{at}: half an output: {sorted(set(found.items()) ^ set(alone.items()))[:4]}"
-    again = forks.run(folder, *stage.again(), limit_s=PATIENCE_S)
+    again = forks.run(folder, *stage.again())
     if again.code != 0:
         return f"{at}: begun again it says {again.err[-300:]}"
     found = contents(folder, stage)

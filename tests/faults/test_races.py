@@ -12,7 +12,6 @@ from forked import Command, Ended, Forks
 from stages import STAGES, Stage, clear, contents, make_start
 
 PAIRS = 1  # of each command
-PATIENCE_S = 1800.0  # what hangs is found by tests of its own: beside other work a command may take long
 REFUSED = re.compile(r"^error: .*(is in use by (process \d+ on .* since .*|another process)|exists)")
 
 
@@ -27,8 +26,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Forks, Pat
 def race(forks: Forks, folder: Path, stage: Stage, delay_s: float) -> list[Ended]:
     """Runs a command twice at the same time, the second a little later."""
     line = (*stage.line, "-o", stage.output)
-    first, second = (Command(str(folder), line, limit_s=PATIENCE_S, delay_s=delay) for delay in (0.0, delay_s))
-    return forks.at_once(first, second)
+    return forks.at_once(Command(str(folder), line), Command(str(folder), line, delay_s=delay_s))
 
 
 def problem(folder: Path, stage: Stage, ended: list[Ended], alone: dict[str, str]) -> str:

@@ -19,6 +19,7 @@ from regraft.reading import read_object
 FILE = "adapter_config.json"
 # Kinds that change layers by what their own tensors say. Prompts, and mixtures of adapters in other folders, are none.
 KINDS = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "VERA", "HRA", "FOURIERFT", "RANDLORA", "LN_TUNING", "MISS", "SHIRA")
+LARGEST_NUMBER = 2.0**64  # seeds are the largest
 PATTERN_SECONDS = 5.0
 _SPECIAL = set("*+{?")
 _MATCH = """
@@ -46,6 +47,8 @@ def read_stock_config(folder: Path) -> dict[str, Any]:
     for key, value in _entries(config):
         if key.endswith(("_path", "_file", "_dir", "state_dict")) and key != "base_model_name_or_path" and value not in (None, ""):
             raise ModelError(f"'{path}': {shown(key)} leads to another file ({shown(repr(value), 60)}); remove that entry")
+        if isinstance(value, int | float) and not abs(value) <= LARGEST_NUMBER:
+            raise ModelError(f"'{path}': {shown(key)} {shown(value, 40)} is no number that an adapter has; copy it again")
     return config
 
 
@@ -79,8 +82,8 @@ def check_patterns(folder: Path, config: Mapping[str, Any], names: Iterable[str]
 
 
 def _entries(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """Yields every entry of a config and of the objects in it."""
+    """Yields every entry of a config and of the objects in it, and each entry of a list under the list's name."""
     for key, value in config.items():
-        yield key, value
+        yield from ((key, one) for one in (value if isinstance(value, list) else [value]))
         if isinstance(value, Mapping):
             yield from _entries(value)

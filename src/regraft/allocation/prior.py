@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from regraft.atomic import atomic_folder
 from regraft.errors import PlanError
+from regraft.reading import check_ordinary, read_object
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "shipped"
@@ -107,7 +108,8 @@ def load_prior(folder: Path) -> Prior:
         PlanError: A file is missing, damaged, or of another format.
     """
     try:
-        described = json.loads((folder / _NAMES).read_text(encoding="utf-8"))
+        described = read_object(folder / _NAMES, PlanError)
+        check_ordinary(folder / _NUMBERS, PlanError)
         arrays = load_file(folder / _NUMBERS)
         if described["format"] != FORMAT or tuple(described["parameters"]) != BASE_NAMES:
             raise PlanError(f"prior '{folder}' has another format than this version reads; train it again: regraft meta train STORE")

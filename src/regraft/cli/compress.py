@@ -18,6 +18,7 @@ from regraft.cli.screen import Screen
 from regraft.cli.words import as_options
 from regraft.errors import InputError, PlanError
 from regraft.plans import FactorPlan, RankPlan, from_json, to_json
+from regraft.reading import path_of, read_bytes
 from regraft.settings import CompressSettings, LoadSettings
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def compress(
     """Replace linear layers by two thin ones, the rank of each chosen under one budget: a smaller file, faster where measured."""
     if output is None and not dry_run:
         raise InputError("--output is missing; say where the compressed model goes, or look first with --dry-run")
-    given = None if plan is None else _read_plan(plan)
+    given = None if plan is None else read_plan(plan)
     console = Screen()
     with ExitStack() as stack:
         stack.enter_context(reserved_file(json, json_with("factorings", "parameters_after")))
@@ -68,17 +69,14 @@ def compress(
     console.print("dry run: nothing was written" if dry_run else f"saved to {output}", soft_wrap=True)
 
 
-def _read_plan(path: Path) -> FactorPlan | RankPlan:
+def read_plan(path: Path) -> FactorPlan | RankPlan:
     """Reads a plan, or what ``--json`` wrote, or for an encoder a rank plan.
 
     Raises:
         PlanError: It cannot be read.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"the plan '{path}' cannot be read ({error}); give the file that --json wrote") from None
-    return from_json(FactorPlan if '"factorings"' in text else RankPlan if '"ranks"' in text else FactorPlan, text)
+    text = read_bytes(path_of(path, "plan"), PlanError)
+    return from_json(RankPlan if b'"ranks"' in text and b'"factorings"' not in text else FactorPlan, text)
 
 
 def _show(console: Screen, result: CompressResult) -> None:

@@ -22,6 +22,7 @@ from regraft.compression.contract import Evidence, LooksAt
 from regraft.errors import OutputError
 from regraft.numerics.moments import Moments
 from regraft.numerics.pooled import PooledMoments
+from regraft.reading import check_ordinary, read_object
 
 VERSION = 1
 _INDEX = "moments.json"
@@ -111,9 +112,9 @@ class SavedMoments:
 
     def _read_index(self) -> dict[str, str]:
         try:
-            index = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))
+            index = read_object(self.folder / _INDEX, OutputError)
             return {str(name): str(reader) for name, reader in index["reads"].items()} if index["made_from"] == self._made_from else {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OutputError, KeyError, AttributeError):
             return {}
 
 
@@ -149,8 +150,9 @@ def remembered(
 def _read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
     """Returns the tensors of a file, or None where it is not there, damaged, or of other shapes."""
     try:
+        check_ordinary(path, OutputError)
         found = load_file(path)
-    except (OSError, SafetensorError):
+    except (OSError, OutputError, SafetensorError):
         return None
     whole = all(key in found and tuple(found[key].shape) == shape for key, shape in shapes.items())
     return found if whole and all(bool(torch.isfinite(value).all()) for value in found.values()) else None

@@ -30,6 +30,7 @@ from regraft.models.view import LayerSizes
 from regraft.models.weights import INDEX, SINGLE, stored_tensors
 from regraft.plans import WHOLE, Groups, Provenance, PrunePlan, from_json, to_dict
 from regraft.progress import Say, Step
+from regraft.reading import read_object
 from regraft.streaming.checkpoint import CheckpointFiles
 from regraft.streaming.skeleton import Skeleton
 from regraft.streaming.writer import Shard, ShardWriter
@@ -125,11 +126,11 @@ def resumable(output: Path, asked: Mapping[str, Any]) -> Iterator[PartialOutput]
 
 def _read_note(folder: Path) -> dict[str, Any] | None:
     try:
-        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        note = read_object(folder / NOTE, PlanError)
         from_json(PrunePlan, json.dumps(note["plan"]))
         dict(note["shards"])
         return note if "asked" in note else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, PlanError):
+    except (ValueError, KeyError, TypeError, PlanError):
         return None
 
 

@@ -83,6 +83,8 @@ def refuse_other(before: Probe, after: nn.Module, what: str, remedy: str) -> Non
     Raises:
         OutputError: The two differ by more than rounding.
     """
+    if not bool(torch.isfinite(before.logits_NL).all()):
+        raise OutputError(f"{what} gives NaN or infinity, as it did before; nothing was written: train it again, or use another adapter")
     found = logits_of(after, before.ids_NT)
     if found.shape == before.logits_NL.shape:
         spread = float(before.logits_NL.std()) or 1.0

@@ -18,6 +18,7 @@ from regraft.atomic import write_text
 from regraft.errors import OutputError, PlanError
 from regraft.plans import Curves, Groups, Scores, from_json, to_dict, to_json
 from regraft.progress import Say
+from regraft.reading import read_object
 
 T = TypeVar("T", Scores, Curves)
 
@@ -73,7 +74,7 @@ class ScoreCache:
 
 def _read(kind: type[T], path: Path, made_from: Mapping[str, Any]) -> T | None:
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
+        entry = read_object(path, PlanError)
         return from_json(kind, json.dumps(entry["value"])) if entry["made_from"] == made_from else None
     except (OSError, ValueError, KeyError, TypeError, PlanError):
         return None

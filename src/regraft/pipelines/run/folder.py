@@ -90,11 +90,10 @@ class RunFolder:
     def seconds(self) -> dict[str, float]:
         """Returns the duration of each stage in seconds, by name, as far as it is known."""
         try:
-            found = json.loads((self.path / TIMINGS).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            found = read_object(self.path / TIMINGS, OutputError)
+        except OutputError:
             return {}
-        known = found.items() if isinstance(found, dict) else ()
-        return {name: value for name, value in known if isinstance(value, int | float)}
+        return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
     def write(self, name: str, text: str) -> Path:
         """Writes a file that summarises stages, completely or not at all, and only if its contents changed."""
@@ -138,11 +137,9 @@ class RunFolder:
             self.write(RUN_FILE, plain_json(identity))
             return
         try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
-            before = None
-        if not isinstance(before, dict):
-            raise OutputError(f"'{file}' is damaged; remove the folder and run again")
+            before = read_object(file, OutputError)
+        except OutputError as error:
+            raise OutputError(f"'{file}' is damaged ({error}); remove the folder and run again") from None
         differing = changes(before, json.loads(plain_json(identity)))
         if differing:
             raise OutputError(
@@ -155,9 +152,9 @@ class RunFolder:
         if not path.exists():
             return ""
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            manifest = read_object(path / MANIFEST, OutputError)
             files, made_from = dict(manifest["files"]), manifest["inputs"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OutputError, ValueError, KeyError, TypeError):
             return f"its {MANIFEST} is missing or damaged"
         for name, checksum in files.items():
             if not lies_in(name, path):
