@@ -32,8 +32,11 @@ def commands_page() -> str:
         "",
         "Made from the commands' help by `scripts/make_docs.py`; do not edit by hand.",
         "",
-        "Exit codes: 0 done; 2 something that you can mend, said in one line on the standard error; 130 interrupted. `regraft doctor`",
-        "gives 1 when something that is needed is not there.",
+        "Exit codes: 0 done; 2 something that you can mend, said in one line on the standard error; 128 and the number of the signal that",
+        "ended the command (130 for Ctrl-C, 143 for a termination); 70 a fault of ours, with the file of its full trace.",
+        "`regraft doctor` gives 1 when something that is needed is not there.",
+        "",
+        "Completion of commands and options in bash, zsh, fish and PowerShell: `regraft --install-completion`.",
         "",
     ]
     lines += [f"- [`regraft {name}`](#regraft-{name}): {summary}" for name, summary in COMMANDS.items()]

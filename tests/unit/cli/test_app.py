@@ -15,7 +15,7 @@ from regraft.cli import app
 from regraft.errors import ConfigError, InputError
 
 FOLDER = Path(app.__file__).parent
-NOT_COMMANDS = {"__init__", "app", "later", "options", "progress", "screen", "words"}
+NOT_COMMANDS = {"__init__", "app", "later", "options", "progress", "screen", "tasks", "words"}
 
 
 def python(code: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

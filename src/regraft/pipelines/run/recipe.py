@@ -65,6 +65,11 @@ class Recipe(Settings):
     sample: SampleSettings | None = Field(default=None, description="a sample of text from each model; left out: none")
 
 
+def recipe_schema() -> dict[str, Any]:
+    """Returns the JSON schema of recipes: keys, types, limits, defaults and descriptions, without the words of other libraries."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "regraft recipe"} | Recipe.model_json_schema()
+
+
 def shipped_recipes() -> dict[str, Path]:
     """Returns the recipes that come with regraft, by name."""
     folder = Path(str(files("regraft"))) / "recipes"

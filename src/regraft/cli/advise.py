@@ -1,0 +1,54 @@
+"""``regraft advise``: what to do with a model so that it fits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from regraft.cli.later import later
+from regraft.cli.options import ModelArgument
+from regraft.cli.screen import Screen
+from regraft.errors import InputError
+
+if TYPE_CHECKING:
+    from regraft.pipelines.advise import facts_of, for_bytes, for_speed, least_minutes, times_in
+    from regraft.settings.sections import bytes_in
+else:
+    facts_of = later("regraft.pipelines.advise", "facts_of")
+    for_bytes = later("regraft.pipelines.advise", "for_bytes")
+    for_speed = later("regraft.pipelines.advise", "for_speed")
+    least_minutes = later("regraft.pipelines.advise", "least_minutes")
+    times_in = later("regraft.pipelines.advise", "times_in")
+    bytes_in = later("regraft.settings.sections", "bytes_in")
+
+TOKENS = 200 * 8 * 256  # of a recovery by its defaults
+
+
+def advise(
+    model: ModelArgument,
+    memory: Annotated[str, typer.Option("--memory", metavar="AMOUNT", help="memory while it runs, such as 4GB")] = "",
+    size: Annotated[str, typer.Option("--size", metavar="AMOUNT", help="size of its file, such as 500MB")] = "",
+    speed: Annotated[str, typer.Option("--speed", metavar="TIMES", help="speed of decoding against today's, such as 1.3x")] = "",
+) -> None:
+    """Say in a second how a model gets under a size, into a memory, or to a speed, and print the command."""
+    wanted = {name: value for name, value in (("--memory", memory), ("--size", size), ("--speed", speed)) if value}
+    if len(wanted) != 1:
+        raise InputError(f"{' and '.join(wanted) or 'nothing'} was asked for; give one of --memory 4GB, --size 500MB and --speed 1.3x")
+    facts = facts_of(model)
+    if speed:
+        found = for_speed(facts, times_in(speed))
+    else:
+        try:
+            limit = bytes_in(memory or size)
+        except ValueError as error:
+            raise InputError(f"{next(iter(wanted))} {memory or size}: {error}") from None
+        found = for_bytes(facts, limit, running=bool(memory))
+    console = Screen(highlight=False, soft_wrap=True)
+    console.print(f"{model}: {facts.parameters:,} parameters, {facts.stored_bytes / 1e6:,.0f} MB of weights")
+    console.print(found.words)
+    if found.ratio:
+        minutes = least_minutes(facts, TOKENS)
+        console.print(f"A recovery of 200 steps takes at least {minutes:,.1f} minutes here, by its operations alone.")
+    for command in found.commands:
+        console.print(f"  {command}")
