@@ -68,6 +68,11 @@ def refuse_fused(model: PreTrainedModel) -> None:
             f"layers of family '{view.family.model_type}' keep projections in one matrix, which is not filled up; export with `to=hf`, "
             "or prune with `shape=uniform`"
         )
+    if view.family.mixed or {"gated", "each"} & blocks:
+        raise InputError(
+            f"layers of family '{view.family.model_type}' are of several kinds or have gates beside their heads, which are not filled up; "
+            "export with `to=hf`, or prune with `shape=uniform`"
+        )
     for name, parameter in view.layers[0].named_parameters():
         if name.endswith(("q_norm.weight", "k_norm.weight")) and parameter.shape[0] != view.head_dim:
             raise InputError(f"family '{view.family.model_type}' has norms over all heads, which zeros would change; export with `to=hf`")
