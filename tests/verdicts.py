@@ -249,8 +249,8 @@ matrix's sides say what it reads and writes, and silencing a part says which nor
 but the residual width is cut in this way, in memory and layer by layer; `tests/conformance/test_inferred.py` shows it for Gemma, Granite,
 Cohere, OLMo, OLMo 3, Phi, GLM 4, SmolLM 3, GPT-J, CodeGen, Persimmon, Nemotron, Helium, XGLM, Apertus and BitNet. Heads stay where a family
 cannot have any number of them (CodeGen), and what a norm inside runs over stays too (the heads of OLMo 3, heads and channels of BitNet).
-A target that cannot be cut beside others that can is left out, and the command says so. What is not causal, and what has no attention or no
-feed-forward network of its own, as mixtures of experts, is refused with what is in the way.
+A target that cannot be cut beside others that can is left out, and the command says so. What is not causal, and what has neither a
+feed-forward network nor experts beside its attention, is refused with what is in the way.
 
 ## Layers of several kinds
 
@@ -275,6 +275,14 @@ generated alike with and without cache, and that a fresh process loads what was 
 4. Its norms of queries and keys run over all heads.
 5. A norm of one name serves the attention in some layers and the feed-forward network in others.
 6. Its attention and its feed-forward network are layers of their own.
+
+## Experts
+
+`--targets experts` removes whole experts of a mixture, the same number in every layer, with their rows of the router. Those with the
+lowest mean product of router weight and norm of the output go (REAP). `tests/unit/pipelines/prune/test_experts.py` shows for Qwen3-MoE,
+Mixtral, OLMoE, gpt-oss and Granite MoE that what is left computes as the whole does when its router never chooses the others. Fewer experts
+than each token is sent to are refused. Heads, attention and layers are cut as elsewhere; OLMoE's heads, whose norms run over all of them,
+and everything but experts of gpt-oss stay.
 
 ## Towers
 

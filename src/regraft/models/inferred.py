@@ -69,7 +69,7 @@ class Shapes:
     Attributes:
         out: Matrix with which the attention writes the stream.
         qkv: Matrices of queries, keys and values.
-        down: Matrix with which the feed-forward network writes the stream.
+        down: Matrix with which the feed-forward network writes the stream; None where no layer has one, but experts.
         up: Matrices that read the stream for the feed-forward network.
         head_dim: Channels of a head.
         ffn: Channels of the feed-forward network.
@@ -81,7 +81,7 @@ class Shapes:
 
     out: Matrix
     qkv: tuple[Matrix, ...]
-    down: Matrix
+    down: Matrix | None
     up: tuple[Matrix, ...]
     head_dim: int
     ffn: int
@@ -98,7 +98,7 @@ class Shapes:
     @property
     def writers(self) -> tuple[str, ...]:
         """Last parts of the names of the matrices that write the stream."""
-        return tuple(dict.fromkeys(matrix.name.rpartition(".")[2] for matrix in (self.out, self.down)))
+        return tuple(dict.fromkeys(matrix.name.rpartition(".")[2] for matrix in (self.out, self.down) if matrix is not None))
 
     @property
     def attention(self) -> str:
@@ -108,7 +108,7 @@ class Shapes:
     @property
     def mlp(self) -> str:
         """Name of the feed-forward network within a layer; empty if it is not a single module."""
-        return _enclosing((self.down, *self.up))
+        return _enclosing((self.down, *self.up)) if self.down is not None else ""
 
 
 def describe(model_type: str) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _table(small: SmallModel, shapes: Shapes) -> dict[str, Any]:
         raise ModelError("the matrices of its attention are not in one module")
     model: Any = small.model
     serving = _serving(small, shapes)
-    mixed = len(small.kinds) > 1
+    mixed = len(small.kinds) > 1 or shapes.down is None
     fixed = (
         _fixed("residual", "the norms of a family without a table cannot be rescaled with certainty"),
         *_unreplaceable(small, shapes),
@@ -157,8 +157,8 @@ def _table(small: SmallModel, shapes: Shapes) -> dict[str, Any]:
         "head": _name_of(model, model.get_output_embeddings(), "output projection"),
         "final_norm": called_last(small, _norms_of_width(model, (f"{small.layers_name}.",))),
         "attention": shapes.attention,
-        "mlp": shapes.mlp or shapes.down.name,
-        "mlp_parts": () if shapes.mlp else (*(matrix.name for matrix in shapes.up), shapes.down.name),
+        "mlp": shapes.mlp or (shapes.down.name if shapes.down is not None else mixers_of(small.layers[shapes.attending[0]])[0]),
+        "mlp_parts": () if shapes.mlp or shapes.down is None else (*(matrix.name for matrix in shapes.up), shapes.down.name),
         "attention_norms": _norms_of("attention", serving),
         "mlp_norms": _norms_of("mlp", serving),
         "discovery": "traced",
@@ -187,7 +187,7 @@ def _serving(small: SmallModel, shapes: Shapes) -> list[tuple[int, str, str]]:
     found: list[tuple[int, str, str]] = []
     for layer in small.kinds:
         parts = (("attention", shapes.out, shapes.attending), ("mlp", shapes.down, shapes.feeding))
-        writers = {part: matrix.name for part, matrix, layers in parts if layer in layers}
+        writers = {part: matrix.name for part, matrix, layers in parts if matrix is not None and layer in layers}
         found += [(layer, name, part_served(small, layer, name, writers)) for name in _stream_norms(small, layer, shapes)]
     return found
 
@@ -229,10 +229,10 @@ def _couplings(shapes: Shapes) -> tuple[dict[str, Any], ...]:
     blocks = {queries: "query_group", KV_HEADS * shapes.head_dim: "head", 2 * queries: "gated", HEADS: "each"}
     heads = [{"module": m.name, "side": "out", "block": blocks.get(m.outputs, "fused")} for m in shapes.qkv]
     channels = [{"module": m.name, "side": "out", "block": "one" if m.outputs == shapes.ffn else "fused"} for m in shapes.up]
-    return (
-        {"kind": "heads", "axes": (*heads, {"module": shapes.out.name, "side": "in", "block": "query_group"})},
-        {"kind": "ffn", "axes": (*channels, {"module": shapes.down.name, "side": "in", "block": "one"})},
-    )
+    attention = {"kind": "heads", "axes": (*heads, {"module": shapes.out.name, "side": "in", "block": "query_group"})}
+    if shapes.down is None:
+        return (attention,)
+    return (attention, {"kind": "ffn", "axes": (*channels, {"module": shapes.down.name, "side": "in", "block": "one"})})
 
 
 # The position of each matrix.
@@ -255,8 +255,8 @@ def _shapes(small: SmallModel) -> Shapes:
     head_dim = OWN_HEAD_DIM if HEADS * OWN_HEAD_DIM in widths else HEAD_DIM
     kv_key = next((key for key in KV_KEYS if key in small.known), "")
     feeding = {layer: found for layer in small.kinds if (found := _feed_forward(matrices[layer], ffn))}
-    if not feeding:
-        raise ModelError(_without(small, "it has not one feed-forward network in every layer"))
+    if not feeding and not first_stack(small.layers):
+        raise ModelError("it has not one feed-forward network in every layer")
     others = {
         layer: [matrix for matrix in found if layer not in feeding or matrix not in (feeding[layer][0], *feeding[layer][1])]
         for layer, found in matrices.items()
@@ -268,8 +268,9 @@ def _shapes(small: SmallModel) -> Shapes:
     }
     if not attending:
         raise ModelError(_without(small, "it has no attention that writes the stream through one matrix"))
-    (down, up), (out, qkv) = _one(feeding, "feed-forward networks"), _one(attending, "attentions")
-    ffn_key = next((key for key in keys if key in small.known), "")
+    down, up = _one(feeding, "feed-forward networks") if feeding else (None, [])
+    out, qkv = _one(attending, "attentions")
+    ffn_key = next((key for key in keys if key in small.known), "") if feeding else "intermediate_size"
     return Shapes(out, tuple(qkv), down, tuple(up), head_dim, ffn, kv_key, ffn_key, tuple(attending), tuple(feeding))
 
 
@@ -376,10 +377,9 @@ def _stream_norms(small: SmallModel, layer: int, shapes: Shapes) -> list[str]:
 def _unreplaceable(small: SmallModel, shapes: Shapes) -> list[dict[str, Any]]:
     """Returns the parts that our stand-ins cannot replace, because a silent part returns something else than its stand-in."""
     found: list[dict[str, Any]] = []
-    for part, name, matrix, layer in (
-        ("attention", shapes.attention, shapes.out, shapes.attending[0]),
-        ("mlp", shapes.mlp or shapes.down.name, shapes.down, shapes.feeding[0]),
-    ):
+    parts = [("attention", shapes.attention, shapes.out, shapes.attending[0])]
+    parts += [("mlp", shapes.mlp or shapes.down.name, shapes.down, shapes.feeding[0])] if shapes.down is not None else []
+    for part, name, matrix, layer in parts:
         with silent(small, layer, matrix.name):
             inputs, output = seen_at(small, layer, name)
         written = _written(part, inputs, output)
@@ -401,7 +401,12 @@ def _unscalable(small: SmallModel, shapes: Shapes, *, mixed: bool) -> list[dict[
     if shapes.own_head_dim:
         return []
     readers = [name for name, module in small.model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    own = {f"{small.layers_name}.{index}.{matrix.name}" for index in range(len(small.layers)) for matrix in (shapes.out, shapes.down)}
+    own = {
+        f"{small.layers_name}.{index}.{matrix.name}"
+        for index in range(len(small.layers))
+        for matrix in (shapes.out, shapes.down)
+        if matrix is not None
+    }
     clash = next((name for name in readers if name not in own and name.rpartition(".")[2] in shapes.writers), None)
     if clash is None:
         return []

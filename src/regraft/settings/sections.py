@@ -38,7 +38,7 @@ _NOT_OF_PARTS = {
     if name not in _OF_PARTS
 }
 Reduction = Literal["sum", "mean", "max", "product", "last"]
-Target = Literal["heads", "ffn", "query_heads", "residual", "layers", "attention", "mlp", "vocabulary"]
+Target = Literal["heads", "ffn", "query_heads", "residual", "layers", "attention", "mlp", "vocabulary", "experts"]
 
 
 def _countable(value: int) -> int:
@@ -271,13 +271,16 @@ class PruneSettings(Settings):
         default=("heads", "ffn"),
         description="parts to prune: heads (KV heads with their query heads), ffn (feed-forward channels), query_heads (equally many in "
         "each KV group), residual (width of the residual stream), layers, attention or mlp (in single layers), vocabulary "
-        "(tokens, by itself)",
+        "(tokens, by itself), experts (whole ones of mixtures, by themselves)",
     )
     tower: Literal["text"] | None = Field(
         default=None, description="the part of a multimodal checkpoint that is pruned, and saved as a model of its own; default: the model"
     )
     keep_rest: bool = Field(
         default=False, description="with `tower`, save the pruned tower inside the checkpoint, whose other tensors stay as they are"
+    )
+    experts: Positive | None = Field(
+        default=None, description="with `targets=experts`, number of experts to keep in every layer; default: as `ratio` says"
     )
     vocabulary_size: Positive | None = Field(
         default=None, description="with `targets=vocabulary`, number of tokens to keep: those that the calibration text uses most"

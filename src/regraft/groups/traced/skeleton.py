@@ -123,16 +123,19 @@ def export(model: nn.Module, layers: Layers) -> Graph:
     Raises:
         ModelError: ``torch.export`` cannot capture the computation.
     """
-    small = _skeleton(model, layers)
-    ids = torch.zeros(1, TOKENS, dtype=torch.int64)
-    accepts = inspect.signature(small.forward).parameters
+    every: Any = model.get_submodule(layers.name)
+    mixing = any(mixers_of(every[kind[0]]) for kind in layers.kinds)
     try:
-        with quiet(), torch.no_grad():
-            program = torch.export.export(small, (ids,), kwargs={"use_cache": False} if "use_cache" in accepts else None, strict=False)
+        program = _exported(_skeleton(model, layers, paired=False))
     except Exception as error:  # whatever the model's own code raises
-        raise ModelError(
-            f"the computation of {type(model).__name__} cannot be exported ({type(error).__name__}: {_line(error)}); {REMEDY}"
-        ) from error
+        try:
+            if not mixing:
+                raise
+            program = _exported(_skeleton(model, layers, paired=True))
+        except Exception:
+            raise ModelError(
+                f"the computation of {type(model).__name__} cannot be exported ({type(error).__name__}: {_line(error)}); {REMEDY}"
+            ) from error
     signature = program.graph_signature
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     canonical = {name: names[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -142,6 +145,13 @@ def export(model: nn.Module, layers: Layers) -> Graph:
     constants |= {holder: program.constants.get(name) for holder, name in signature.inputs_to_lifted_tensor_constants.items()}
     known = {holder: value.cpu() for holder, value in constants.items() if isinstance(value, Tensor) and _is_small(value)}
     return Graph(program.graph_module, parameters, known)
+
+
+def _exported(small: nn.Module) -> Any:
+    ids = torch.zeros(1, TOKENS, dtype=torch.int64)
+    accepts = inspect.signature(small.forward).parameters
+    with quiet(), torch.no_grad():
+        return torch.export.export(small, (ids,), kwargs={"use_cache": False} if "use_cache" in accepts else None, strict=False)
 
 
 def _is_small(value: Tensor) -> bool:
@@ -165,7 +175,7 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
     return tuple(described)
 
 
-def _skeleton(model: nn.Module, layers: Layers) -> nn.Module:
+def _skeleton(model: nn.Module, layers: Layers, *, paired: bool) -> nn.Module:
     """Returns a copy on the CPU with fake parameters and the first layer of each kind; real buffers are kept."""
     memo: dict[int, Any] = {}
     with fake_tensors():
@@ -177,7 +187,7 @@ def _skeleton(model: nn.Module, layers: Layers) -> nn.Module:
                 memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
     memo |= {id(buffer): buffer.cpu() for buffer in model.buffers() if not buffer.is_meta}
     every: Any = model.get_submodule(layers.name)
-    memo[id(every)] = nn.ModuleList(_without_mixers(copy.deepcopy(every[kind[0]], memo)) for kind in layers.kinds)
+    memo[id(every)] = nn.ModuleList(_without_mixers(copy.deepcopy(every[kind[0]], memo), paired=paired) for kind in layers.kinds)
     small = copy.deepcopy(model, memo).eval()
     configs: dict[int, Any] = {}
     for module in small.modules():
@@ -193,17 +203,25 @@ def _skeleton(model: nn.Module, layers: Layers) -> nn.Module:
 
 
 class _PassedOn(nn.Module):
-    """A stand-in for a mixer, which hands on the hidden states: all that is known of a mixer's output is that it is as wide."""
+    """A stand-in for a mixer, which hands on the hidden states: all that is known of a mixer's output is that it is as wide.
 
-    def forward(self, *positional: Any, **named: Any) -> Tensor:
-        """Returns a copy of the hidden states, (batch, tokens, hidden)."""
+    Args:
+        paired: Whether it returns a pair, as experts do whose router's scores are returned too.
+    """
+
+    def __init__(self, *, paired: bool) -> None:
+        super().__init__()
+        self.paired = paired
+
+    def forward(self, *positional: Any, **named: Any) -> Any:
+        """Returns a copy of the hidden states, (batch, tokens, hidden), alone or with None."""
         hidden = named["hidden_states"] if "hidden_states" in named else positional[0]
-        return hidden.clone()
+        return (hidden.clone(), None) if self.paired else hidden.clone()
 
 
-def _without_mixers(layer: nn.Module) -> nn.Module:
+def _without_mixers(layer: nn.Module, *, paired: bool) -> nn.Module:
     for name in mixers_of(layer):
-        setattr(layer, name, _PassedOn())
+        setattr(layer, name, _PassedOn(paired=paired))
     return layer
 
 

@@ -21,6 +21,7 @@ from regraft.models.towers import left_behind, load_tower, save_inside
 from regraft.models.view import ModelView
 from regraft.pipelines.prune.against_random import windows_to_judge, worse_than_random
 from regraft.pipelines.prune.effort import EFFORTS, forecast
+from regraft.pipelines.prune.experts import experts_wanted, of_experts, prune_experts
 from regraft.pipelines.prune.plan_files import settings_of
 from regraft.pipelines.prune.planning import Planning, check_text, composed, draw_windows
 from regraft.pipelines.prune.record import card_of, record_of
@@ -47,6 +48,7 @@ from regraft.selection import SELECTORS
 from regraft.settings import LoadSettings, PruneSettings, takes_settings, with_keywords
 from regraft.surgery.apply_plan import apply_plan
 from regraft.surgery.cut import check_counts, check_plan, cut, layers_after
+from regraft.surgery.experts import cut_experts
 from regraft.surgery.refit_predictions import refit_to_predictions
 
 
@@ -269,6 +271,8 @@ def _carry_out(order: _Order) -> PruneResult:
         order = _with_tower(order)
         if of_vocabulary(order.settings):
             return _vocabulary(order)
+        if of_experts(order.settings):
+            return _experts(order)
         resolved = order.resolved()  # what cannot be is refused before a model is loaded
         order = replace(order, load=with_float64(order.load))
         if order.settings.memory is not None:
@@ -327,6 +331,24 @@ def _vocabulary(order: _Order) -> PruneResult:
     if not order.dry_run:
         result = _write(order, result)
     return replace(result, model=become(loaded.model, done.model)) if live and order.in_place and done.model is not None else result
+
+
+def _experts(order: _Order) -> PruneResult:
+    """Cuts the experts of a mixture."""
+    live = not isinstance(order.model, str | Path | Loaded)
+    loaded = take(order.model, order.tokenizer, order.load) if isinstance(order.model, str | Path) else take(order.model, order.tokenizer)
+    wanted = experts_wanted(loaded.model, order.settings, order.seed)
+    windows = draw_windows(loaded, order.text(loaded), wanted.resolved) if order.plan is None else None
+    order.say("scoring the experts")
+    plan = prune_experts(loaded.model, wanted, windows, order.plan)
+    pruned = None if order.dry_run else cut_experts(loaded.model, wanted.groups, plan)
+    if live and pruned is not None:
+        own_tensors(pruned, loaded.model)
+    record = record_of(loaded, plan, wanted.resolved, command=order.command)
+    result = PruneResult(plan, pruned, loaded, wanted.groups, wanted.resolved, (), record)
+    if not order.dry_run:
+        result = _write(order, result)
+    return replace(result, model=become(loaded.model, pruned)) if live and order.in_place and pruned is not None else result
 
 
 def _streamed(order: _Order, resolved: ResolvedPrune) -> PruneResult:

@@ -37,6 +37,7 @@ KIND_OF: dict[Target, GroupKind] = {
     "attention": "attention",
     "mlp": "mlp",
     "vocabulary": "vocabulary",
+    "experts": "experts",
 }
 
 

@@ -17,6 +17,7 @@ WORDS: dict[GroupKind, str] = {
     "attention": "attention",
     "mlp": "feed-forward networks",
     "vocabulary": "tokens",
+    "experts": "experts",
 }
 
 
