@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from regraft.models.load import Loaded as Loaded
     from regraft.models.load import load as load
     from regraft.models.save import save as save
+    from regraft.pipelines.compress.compress import CompressReport as CompressReport
+    from regraft.pipelines.compress.compress import CompressResult as CompressResult
     from regraft.pipelines.compress.compress import compress as compress
     from regraft.pipelines.evaluate import evaluate_model as evaluate
     from regraft.pipelines.evaluate_labels import LabelReport as LabelReport
@@ -65,6 +67,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AllocateSettings",
+    "CompressReport",
+    "CompressResult",
     "CompressSettings",
     "CompressedMatrixCompletion",
     "ConfigError",
@@ -108,6 +112,8 @@ __all__ = [
 
 _PUBLIC = {
     "AllocateSettings": ("regraft.settings", "AllocateSettings"),
+    "CompressReport": ("regraft.pipelines.compress.compress", "CompressReport"),
+    "CompressResult": ("regraft.pipelines.compress.compress", "CompressResult"),
     "CompressSettings": ("regraft.settings", "CompressSettings"),
     "CompressedMatrixCompletion": ("regraft.completion.estimator", "CompressedMatrixCompletion"),
     "ConfigError": ("regraft.errors", "ConfigError"),

@@ -226,6 +226,12 @@ def test_a_model_in_memory_is_compressed_as_its_folder_is(model: PreTrainedModel
     assert same(live.model, folder.model)
     assert unchanged(model, before)
     assert model.training
+    assert live.tokenizer is tokenizer
+    sizes = tuple(sum(parameter.numel() for parameter in one.parameters()) for one in (model, live.model))
+    assert (live.report.parameters_before, live.report.parameters_after) == sizes
+    assert repr(live) == f"CompressResult({sizes[0]:,} -> {sizes[1]:,} stored parameters, {type(live.model).__name__})"
+    assert str(live.report).startswith(f"stored parameters {sizes[0]:,} -> {sizes[1]:,}: ")
+    assert sum(row["factored"] for row in live.report.rows) == len(live.plan.factorings)
     record = json.loads((tmp_path / "out" / "regraft.json").read_text(encoding="utf-8"))
     assert record["settings"]["calibration"]["documents"] == len(TEXTS)
     with torch.no_grad():
@@ -313,6 +319,53 @@ def test_bad_input_is_one_clear_error_and_changes_nothing(model: PreTrainedModel
     assert "pydantic" not in str(caught.value)
     assert all(torch.equal(wrong.state_dict()[key], tensor) for key, tensor in values.items())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_in_memory_finds_its_tokenizer_where_it_was_loaded_from(model: PreTrainedModel, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"'LlamaForCausalLM' has no tokenizer, which a model in memory does not bring; give its own"):
+        regraft.evaluate(model, text=TEXTS)
+    model.save_pretrained(tmp_path / "model")
+    held = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=r"copy the model.s tokenizer\.json"):
+        regraft.evaluate(held, text=TEXTS)
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    given = regraft.evaluate(held, tokenizer=tiny_tokenizer(), text=TEXTS)
+    assert regraft.evaluate(held, text=TEXTS).loss.loss_nats == given.loss.loss_nats
+    tiny_tokenizer(120).save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match="ids up to 119"):
+        regraft.evaluate(held, text=TEXTS)
+
+
+CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], str]] = {
+    "a section of another kind": (
+        regraft.prune, (), {"settings": regraft.RecoverSettings()}, "`settings` is a RecoverSettings; give PruneSettings(...)"
+    ),
+    "a section in the place of loading": (
+        regraft.recover, (), {"load": regraft.PruneSettings()}, "`load` is a PruneSettings; give LoadSettings(...)"
+    ),
+    "a section in the place of recovery": (
+        regraft.allocate_ranks, (), {"recover": {"steps": 3}}, "`recover` is a dict; give RecoverSettings(...)"
+    ),
+    "a tokenizer in the place of the output": (
+        regraft.prune, (tiny_tokenizer(),), {}, "a tokenizer is given by its name: tokenizer=..."
+    ),
+    "a tokenizer in the place of the settings": (
+        regraft.evaluate, (tiny_tokenizer(),), {}, "a tokenizer is given by its name: tokenizer=..."
+    ),
+    "texts in the place of the output": (regraft.compress, (TEXTS,), {}, "`output` is a list, no path"),
+    "text of recovery by another word": (regraft.recover, (), {"calibration": TEXTS}, "the text of this call is `data`"),
+    "text of pruning by another word": (regraft.prune, (), {"data": TEXTS}, "the text of this call is `calibration`"),
+    "text of a measurement by another word": (regraft.evaluate, (), {"data": TEXTS}, "the text of this call is `text`"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_argument_in_the_wrong_place_is_named_shortly(name: str) -> None:
+    call, given, keywords, words = CALLS[name]
+    with pytest.raises(InputError) as caught:
+        call("seedling", *given, **keywords)
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 120
 
 
 def test_settings_are_checked_when_they_are_made() -> None:

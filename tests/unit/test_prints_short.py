@@ -31,6 +31,7 @@ VALUES: list[Any] = [
     GROUPS,
     Provenance("regraft prune " + "x" * 300, "maker/model", "f" * 16, 3, {"torch": "1"}, plan=LARGE, ranks=RANKS),
     regraft.PruneReport(7_000_000_000, 5_600_000_000, tuple({"group": str(layer)} for layer in range(99)), ("a note " * 60,)),
+    regraft.CompressReport(7_000_000_000, 5_600_000_000, tuple({"projection": str(kind)} for kind in range(99)), ("a note " * 60,)),
     regraft.LabelReport("m" * 300, "d" * 300, "classification", 9, 9, tuple(map(str, range(500))), 9, {"accuracy": 0.5}),
     regraft.ExportResult("words " * 90),
     RecoverSettings(targets=tuple(f"layers.{layer}.*" for layer in range(99)), data="x" * 400, lr=1e-3, teacher="t" * 400),  # type: ignore[arg-type]

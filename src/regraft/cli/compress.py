@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -84,13 +83,8 @@ def _show(console: Screen, result: CompressResult) -> None:
     table = Table(title=f"{plan.method}; ranks by {plan.choice}, {plan.layout} layout")
     for heading in ("projection", "factored", "ranks"):
         table.add_column(heading, justify="left" if heading == "projection" else "right")
-    ranks: dict[str, list[int]] = {}
-    for entry in plan.factorings:
-        ranks.setdefault(entry.module.rpartition(".")[2], []).append(entry.rank)
-    counts = Counter({kind: len(found) for kind, found in ranks.items()})
-    for kind, found in ranks.items():
-        spread = str(found[0]) if len(set(found)) == 1 else f"{min(found)} to {max(found)}"
-        table.add_row(kind, str(counts[kind]), spread)
+    for row in result.report.rows:
+        table.add_row(row["projection"], str(row["factored"]), row["ranks"])
     console.print(table)
     if result.pruned is not None:
         pruned = result.pruned

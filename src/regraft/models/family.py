@@ -13,6 +13,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
+from transformers import CONFIG_MAPPING
 
 from regraft.errors import ModelError, did_you_mean
 from regraft.models.inferred import describe
@@ -218,8 +219,10 @@ def family_of(model_type: str) -> Family:
     try:
         return _inferred(base)
     except ModelError as error:
-        names = ", ".join(known)
-        raise ModelError(f"model family '{model_type}' is not known ({error}); known: {names}{did_you_mean(base, known)}") from None
+        # A name that transformers knows is no slip of the keyboard, however close it is to another.
+        meant = "" if base in CONFIG_MAPPING else did_you_mean(base, known)
+        names = f"known by tables: {', '.join(known)}; others are inferred where their layers are like these"
+        raise ModelError(f"model family '{model_type}' is not known ({error}); {names}{meant}") from None
 
 
 @cache

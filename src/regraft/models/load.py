@@ -140,15 +140,37 @@ def check_folder(folder: Path, base: str | None = None) -> tuple[dict[str, Store
 
 
 def require_tokenizer(loaded: Loaded) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer.
+    """Returns the tokenizer; that of a model in memory, where none was given, from the place that the model was loaded from.
 
     Raises:
-        ModelError: The folder has none.
+        ModelError: There is none, or it does not fit the model.
     """
+    if loaded.tokenizer is not None:
+        return loaded.tokenizer
+    folder = _local_folder(loaded.source)
+    if folder is None:
+        raise ModelError(f"'{loaded.source}' has no tokenizer, which a model in memory does not bring; give its own as `tokenizer`")
+    embedding: Any = loaded.model.get_input_embeddings()
+    loaded.tokenizer = load_tokenizer(folder, embedding.weight.shape[0], trust_remote_code=False)
     if loaded.tokenizer is None:
         files = "tokenizer.json and tokenizer_config.json"
         raise ModelError(f"'{loaded.source}' has no tokenizer; copy the model's {files} into it, or in Python give `tokenizer`")
     return loaded.tokenizer
+
+
+def _local_folder(source: str) -> Path | None:
+    """Returns where the files of a model are on this machine, by its folder or hub id, without the network; None where nowhere."""
+    folder = Path(source)
+    if is_folder(folder):
+        return folder
+    if source == SEEDLING:
+        return seedling.path()
+    if "/" not in source or not HUB_ID.fullmatch(source):
+        return None
+    try:
+        return Path(snapshot_download(source, local_files_only=True))
+    except Exception:  # whatever keeps the cache from being read, the user can give the tokenizer
+        return None
 
 
 def locate_by(source: str | Path, settings: LoadSettings) -> Path:

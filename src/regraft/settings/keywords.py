@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, TypeVar, cast, overload
 
@@ -12,12 +13,14 @@ from pydantic import ValidationError
 from regraft.errors import ConfigError, InputError, did_you_mean
 from regraft.reading import LARGEST_SEED, path_of, whole_number
 from regraft.settings.problems import problems_of
-from regraft.settings.sections import Settings
+from regraft.settings.sections import LoadSettings, RecoverSettings, Settings
 
 A = TypeVar("A", bound=Settings)
 B = TypeVar("B", bound=Settings)
 C = TypeVar("C", bound=Settings)
 F = TypeVar("F", bound=Callable[..., Any])
+
+TEXT_WORDS = ("calibration", "data", "text")  # what calls have for their text, each by what it is for
 
 
 @overload
@@ -42,9 +45,7 @@ def with_keywords(call: str, keywords: Mapping[str, Any], /, *sections: Settings
     for name, value in keywords.items():
         owner = next((index for index, section in enumerate(sections) if name in section.words()), None)
         if owner is None:
-            known = [word for section in sections for word in section.words()]
-            fields = [word for section in sections for word in type(section).model_fields]
-            problems.append(f"{name}: unknown keyword{did_you_mean(name, known) or '; known: ' + ', '.join(dict.fromkeys(fields))}")
+            problems.append(f"{name}: unknown keyword{_instead(name, sections)}")
         else:
             values[owner][name] = value
     built: list[Settings] = []
@@ -56,6 +57,16 @@ def with_keywords(call: str, keywords: Mapping[str, Any], /, *sections: Settings
     if problems:
         raise ConfigError(call, problems)
     return tuple(built)
+
+
+def _instead(name: str, sections: Sequence[Settings]) -> str:
+    """Returns what to give in place of an unknown keyword: the call's own word for its text, the closest name, or all names."""
+    known = [word for section in sections for word in section.words()]
+    fields = dict.fromkeys(word for section in sections for word in type(section).model_fields)
+    own = next((word for word in fields if word in TEXT_WORDS), None)
+    if name in TEXT_WORDS and own is not None:
+        return f"; the text of this call is `{own}`"
+    return did_you_mean(name, known) or "; known: " + ", ".join(fields)
 
 
 def _changed(section: Settings, values: Mapping[str, Any]) -> Settings:
@@ -81,7 +92,7 @@ def takes_settings(*kinds: type[Settings]) -> Callable[[F], F]:
 
         @wraps(function)
         def call(*arguments: Any, **keywords: Any) -> Any:
-            _check_call(dict(zip(signature.parameters, arguments, strict=False)) | keywords)
+            _check_call(dict(zip(signature.parameters, arguments, strict=False)) | keywords, kinds[0] if kinds else None)
             return function(*arguments, **keywords)
 
         call.__signature__ = signature.replace(parameters=[*own, *more])  # pyright: ignore[reportAttributeAccessIssue]
@@ -90,19 +101,33 @@ def takes_settings(*kinds: type[Settings]) -> Callable[[F], F]:
     return shown
 
 
-def _check_call(given: Mapping[str, Any]) -> None:
+def _check_call(given: Mapping[str, Any], kind: type[Settings] | None) -> None:
     """Checks the arguments that every public call has: the seed, paths of outputs, and sections of settings.
+
+    Args:
+        given: Names of parameters to what they were called with.
+        kind: The section that ``settings`` is; None where the function checks that itself.
 
     Raises:
         InputError: One is of another kind; the message says which is wanted.
     """
+    for name in ("output", "settings", "plan", "recover"):
+        if _is_tokenizer(given.get(name)):
+            raise InputError(f"`{name}` is a {type(given[name]).__name__}; a tokenizer is given by its name: tokenizer=...")
     if "seed" in given:
         whole_number(given["seed"], "`seed`", 0, LARGEST_SEED)
     for name in ("output", "work", "folder"):
-        if given.get(name) is not None:
-            path_of(given[name], name)
-    for name in ("settings", "load", "recover"):
         value = given.get(name)
-        if value is not None and not isinstance(value, Settings):
-            what = f"a {type(value).__name__}, no section of settings"
-            raise InputError(f"{name} is {what}; give such as PruneSettings(ratio=0.2), or single settings as keywords: ratio=0.2")
+        if value is not None and not isinstance(value, str | os.PathLike):
+            raise InputError(f"`{name}` is a {type(value).__name__}, no path; give a text or a pathlib.Path")
+        if value is not None:
+            path_of(value, name)
+    for name, wanted in (("settings", kind), ("load", LoadSettings), ("recover", RecoverSettings)):
+        value = given.get(name)
+        if value is not None and wanted is not None and not isinstance(value, wanted):
+            raise InputError(f"`{name}` is a {type(value).__name__}; give {wanted.__name__}(...), or single settings as keywords")
+
+
+def _is_tokenizer(value: object) -> bool:
+    """Returns whether a value is a tokenizer of transformers, which is not imported for this."""
+    return any(base.__name__ == "PreTrainedTokenizerBase" for base in type(value).__mro__)

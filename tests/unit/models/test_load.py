@@ -19,6 +19,7 @@ from folders import UNEVEN, edit_header, edit_json, provenance, tiny_tokenizer
 from regraft.errors import InputError, ModelError
 from regraft.models import load as load_module
 from regraft.models.build import build
+from regraft.models.family import family_of
 from regraft.models.load import load, require_tokenizer
 from regraft.models.save import save
 from regraft.models.view import fingerprint
@@ -166,6 +167,11 @@ def test_bad_configs(make_folder, text, words):
     folder = make_folder()
     (folder / "config.json").write_text(text)
     refused(folder, words)
+
+
+def test_a_family_that_transformers_knows_is_not_taken_for_a_slip() -> None:
+    with pytest.raises(ModelError, match=r"others are inferred where their layers are like these$"):
+        family_of("mamba")
 
 
 def test_bytes_that_are_no_text(make_folder):

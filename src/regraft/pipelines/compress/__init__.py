@@ -1,5 +1,5 @@
 """Compress a model by low rank: decompose, choose ranks, factor, save."""
 
-from regraft.pipelines.compress.compress import CompressResult, compress
+from regraft.pipelines.compress.compress import CompressReport, CompressResult, compress
 
-__all__ = ["CompressResult", "compress"]
+__all__ = ["CompressReport", "CompressResult", "compress"]

@@ -38,10 +38,11 @@ from regraft.pipelines.compress.prepare import (
     read_texts,
     space_of,
 )
-from regraft.pipelines.compress.record import card_of, record_of, refuse_short_text
+from regraft.pipelines.compress.record import card_of, rank_rows, record_of, refuse_short_text
 from regraft.pipelines.compress.search import searched_ranks
 from regraft.pipelines.compress.streamed import StreamedCompress, compress_streamed, refuse_whole_model
 from regraft.pipelines.prune.score_cache import checksum_of
+from regraft.pipelines.results import Saving
 from regraft.pipelines.texts import Texts, described, in_memory, path_in, text_for
 from regraft.plans import FactorPlan, FactorSpace, LossReport, Provenance, PrunePlan, RankPlan, to_dict
 from regraft.progress import Say, say_nothing
@@ -54,7 +55,35 @@ PC_LORA = "pc_lora"
 
 
 @dataclass(frozen=True, repr=False)
-class CompressResult:
+class CompressReport:
+    """The sizes of a model before and after a compression.
+
+    Attributes:
+        parameters_before: Number of stored parameters of the uncompressed model.
+        parameters_after: Number of stored parameters of the compressed model.
+        rows: One for each kind of projection: its name, how many are factored, and their ranks.
+        notes: Remarks for the user, a line each.
+    """
+
+    parameters_before: int
+    parameters_after: int
+    rows: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Returns its attributes in one short line."""
+        return in_short(self)
+
+    def __str__(self) -> str:
+        """Returns the sizes before and after, the ranks of each kind of projection, and the notes."""
+        removed = 1.0 - self.parameters_after / self.parameters_before
+        lines = [f"stored parameters {self.parameters_before:,} -> {self.parameters_after:,}: {removed:.2%} removed"]
+        lines += [f"{row['projection']}: {row['factored']} factored, ranks {row['ranks']}" for row in self.rows]
+        return "\n".join([*lines, *self.notes])
+
+
+@dataclass(frozen=True, repr=False)
+class CompressResult(Saving):
     """Result of compression.
 
     Attributes:
@@ -77,12 +106,33 @@ class CompressResult:
     pruned: PrunePlan | None = None
     record: Provenance | None = None
 
-    def save_pretrained(self, folder: str | Path, *, replace: bool = False) -> None:
-        """Writes the compressed causal language model with its tokenizer, record and card, completely or not at all.
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, which compression leaves as it is."""
+        return self.loaded.tokenizer
+
+    @property
+    def report(self) -> CompressReport:
+        """The sizes before and after, with those of channels that were cut first, and the ranks."""
+        return CompressReport(self._before, self._after, tuple(rank_rows(self.plan)), self.notes)
+
+    @property
+    def _before(self) -> int:
+        return self.plan.parameters_before if self.pruned is None else self.pruned.parameters_before
+
+    @property
+    def _after(self) -> int:
+        return parameter_count(self.model) if self.model is not None else self.plan.parameters_after  # more where it is written dense
+
+    def save_pretrained(self, folder: str | Path, *, replace: bool = False) -> Provenance:
+        """Saves the compressed causal language model with its tokenizer, record and card, completely or not at all.
 
         Args:
-            folder: The folder to write.
-            replace: Whether an existing folder is replaced.
+            folder: A new or empty folder.
+            replace: Whether a folder that we wrote is replaced.
+
+        Returns:
+            The record as it was written.
 
         Raises:
             InputError: There is no model in memory, or it is an encoder.
@@ -91,11 +141,12 @@ class CompressResult:
         if self.model is None or self.record is None:
             raise InputError("there is no compressed language model in memory to save; compress with `output`, without `dry_run`")
         dense = bool(self.record.settings["compress"].get("dense"))
-        save(self.model, self.loaded.tokenizer, folder, self.record, card_of(self.record, dense=dense), replace=replace)
+        return save(self.model, self.tokenizer, folder, self.record, card_of(self.record, dense=dense), replace=replace)
 
     def __repr__(self) -> str:
-        """Returns its attributes in one short line."""
-        return in_short(self)
+        """Returns the parameters and what holds the model, in one line."""
+        kind = type(self.model).__name__ if self.model is not None else "no model in memory"
+        return f"CompressResult({self._before:,} -> {self._after:,} stored parameters, {kind})"
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the plan and what was measured as plain JSON types."""
@@ -107,7 +158,7 @@ class CompressResult:
 
 @takes_settings(CompressSettings, LoadSettings)
 def compress(
-    source: ModelLike,
+    model: ModelLike,
     output: str | Path | None = None,
     settings: CompressSettings | None = None,
     *,
@@ -126,7 +177,7 @@ def compress(
     """Compresses a model to a share of its stored parameters.
 
     Args:
-        source: A folder, a hub id, ``seedling``, or a model in memory, which is left as it is; for ``method`` ``pc_lora`` also an encoder
+        model: A folder, a hub id, ``seedling``, or a model in memory, which is left as it is; for ``method`` ``pc_lora`` also an encoder
             without a head.
         output: Where the compressed model is saved; None keeps it in memory.
         settings: Settings of the decomposition and of the choice of ranks.
@@ -151,17 +202,17 @@ def compress(
         settings = settings.model_copy(update={"calibration": path_in(calibration)})
     target = None if output is None else Path(output)
     with reserved(None if dry_run else target):
-        if settings.method == PC_LORA and _is_encoder(source, load):
+        if settings.method == PC_LORA and _is_encoder(model, load):
             order = _Order(settings, target, calibration, seed, None, dry_run, resume, work, command, say)
-            return _encoder(source, tokenizer, load, plan, order)
+            return _encoder(model, tokenizer, load, plan, order)
         _refuse_clashes(settings, plan)
         if resume and settings.ranks != "bayes":
             say(f"`resume` goes on with a search, and `ranks={settings.ranks}` makes none: it begins anew")
         compressor_of(_method_of(settings, plan), settings)  # a wrong name is refused before a model is loaded
         order = _Order(settings, target, in_memory(calibration), seed, plan, dry_run, resume, work, command, say)
         if settings.memory is not None:
-            return _streamed(source, order, load)
-        loaded = take(source, tokenizer, load)
+            return _streamed(model, order, load)
+        loaded = take(model, tokenizer, load)
         with resting(loaded.model):
             return _carried_out(loaded, order)
 

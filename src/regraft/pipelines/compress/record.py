@@ -1,4 +1,4 @@
-"""The record and the model card of a compressed model's folder, and the last check of a plan."""
+"""The record and the model card of a compressed model's folder, its ranks in a few rows, and the last check of a plan."""
 
 from __future__ import annotations
 
@@ -51,6 +51,17 @@ def facts(plan: FactorPlan, *, dense: bool) -> dict[str, Any]:
     if dense:
         found["stored parameters after"] = f"{plan.parameters_before:,} and new biases: written dense for runtimes that know no factors"
     return found
+
+
+def rank_rows(plan: FactorPlan) -> list[dict[str, Any]]:
+    """Returns one row for each kind of factored projection: its name, how many there are, and their rank or ranks in words."""
+    ranks: dict[str, list[int]] = {}
+    for entry in plan.factorings:
+        ranks.setdefault(entry.module.rpartition(".")[2], []).append(entry.rank)
+    return [
+        {"projection": kind, "factored": len(found), "ranks": str(found[0]) if len(set(found)) == 1 else f"{min(found)} to {max(found)}"}
+        for kind, found in ranks.items()
+    ]
 
 
 def refuse_short_text(plan: FactorPlan, found: Sequence[Decomposed]) -> None:
