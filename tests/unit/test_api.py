@@ -7,15 +7,25 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import regraft
 from folders import tiny_tokenizer
@@ -26,6 +36,7 @@ from regraft.errors import ConfigError, DataError, InputError, ModelError, Regra
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 TEXTS = [f"{number}. The quick brown fox jumps over {number * 7} lazy dogs, they say." for number in range(40)]
+IDS = torch.arange(3, 23)[None]
 QUICK: dict[str, Any] = {"samples": 10, "seq_len": 20, "align": 2}
 STEPS: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 2, "max_length": 24, "eval_steps": 2, "quiet": True}
 
@@ -266,7 +277,64 @@ def test_a_model_in_memory_is_exported_as_its_folder_is(model: PreTrainedModel, 
         regraft.export(nn.Linear(3, 3), tmp_path / "none", "hf")  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match="a form of adapters, not of a model in memory"):
         regraft.export(model, tmp_path / "none", "peft-lora", tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match="quantise: unknown keyword; did you mean 'quantize'"):
+        regraft.export(model, tmp_path / "none", "hf", tokenizer=tokenizer, quantise="Q8_0")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_live_adapter_is_exported_alone_or_in_its_model(model: PreTrainedModel, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    model.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(
+        LlamaForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    ).train()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    before = state(cast(PreTrainedModel, adapted))
+    for to in ("merged", "hf", "peft-lora"):
+        regraft.export(adapted, tmp_path / to, to, tokenizer=tokenizer, check_positions=8)
+    assert unchanged(cast(PreTrainedModel, adapted), before)
+    assert adapted.training
+    with torch.no_grad():
+        wanted = adapted.eval()(IDS).logits
+        assert (model(IDS).logits - wanted).abs().max() > 0.1
+        for to in ("merged", "hf"):
+            assert (LlamaForCausalLM.from_pretrained(tmp_path / to)(IDS).logits - wanted).abs().max() <= 1e-4
+        base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        assert (PeftModel.from_pretrained(base, tmp_path / "peft-lora")(IDS).logits - wanted).abs().max() <= 1e-4
+
+
+def with_quantized_layers(model: PreTrainedModel) -> PreTrainedModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch is to drop these layers
+        cast(LlamaForCausalLM, model).model.layers[0].mlp.down_proj = torch.ao.nn.quantized.Linear(8, 8)
+    return model
+
+
+NOT_CAUSAL: dict[str, tuple[Callable[[PreTrainedModel], Any], str]] = {
+    "an encoder": (
+        lambda model: BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)),
+        "BertModel does not predict the next token",
+    ),
+    "a translator": (
+        lambda model: T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, d_kv=4, num_layers=1, num_heads=2, vocab_size=97)),
+        "T5ForConditionalGeneration does not predict",
+    ),
+    "virtual tokens": (
+        lambda model: get_peft_model(model, PromptTuningConfig(num_virtual_tokens=4, task_type=TaskType.CAUSAL_LM)),
+        "PROMPT_TUNING, whose virtual tokens",
+    ),
+    "quantized layers": (with_quantized_layers, "is quantized"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_CAUSAL)
+def test_what_predicts_no_tokens_is_not_evaluated(model: PreTrainedModel, name: str) -> None:
+    make, words = NOT_CAUSAL[name]
+    with pytest.raises(ModelError, match=words):
+        regraft.evaluate(make(model), tokenizer=tiny_tokenizer(), text=TEXTS)
 
 
 def quantized(model: PreTrainedModel) -> PreTrainedModel:
@@ -297,6 +365,10 @@ BAD: dict[str, tuple[Callable[[PreTrainedModel], Any], dict[str, Any], type[Regr
     ),
     "an adapter inside": (
         lambda model: model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"])) or model, {}, ModelError, "merge_and_unload"
+    ),
+    "layers of an adapter": (
+        lambda model: get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).get_base_model(), {}, ModelError,
+        "carries an adapter of PEFT in 'model.layers.0.self_attn.q_proj'",
     ),
     "a quantized model": (quantized, {}, ModelError, "is quantized"),
     "no weights": (lambda model: model.to("meta"), {}, ModelError, "lies on meta"),

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,6 +23,8 @@ from regraft.models.tokenizer import largest_id
 from regraft.models.view import ModelView, fingerprint
 from regraft.plans import Provenance
 from regraft.settings import LoadSettings
+
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torchao.", "bitsandbytes.")  # modules with these homes
 
 ModelLike = PreTrainedModel | Loaded | str | Path
 """What every call takes for a model: an object in memory, or a folder, a hub id, or ``seedling``."""
@@ -70,14 +73,32 @@ def plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """Returns the model below an adapter of PEFT; one without an adapter is checked.
 
     Raises:
-        ModelError: It is no plain model of transformers: see :func:`check_object`.
+        ModelError: It is no plain model of transformers: see :func:`check_object`; or its adapter adds tokens of its own.
     """
     match model:
         case PeftModel():
+            if model.active_peft_config.is_prompt_learning:
+                raise ModelError(
+                    f"the model carries {model.active_peft_config.peft_type.value}, whose virtual tokens stand among those of the text; "
+                    "give the model without it, or one with an adapter in its weights, such as LoRA"
+                )
             return cast(PreTrainedModel, model.get_base_model())
         case _:
             check_object(model)
             return model
+
+
+def check_predicts(model: PreTrainedModel) -> None:
+    """Refuses a model that does not predict the next token of a text.
+
+    Raises:
+        ModelError: It is an encoder, a decoder without a head, or one that reads a source text first.
+    """
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise ModelError(
+            f"{type(model).__name__} does not predict the next token of a text; give a causal language model, "
+            "as AutoModelForCausalLM loads it"
+        )
 
 
 def held(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Loaded:
@@ -93,6 +114,12 @@ def held(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Loaded:
     check_object(model)
     if is_classifier(model):
         raise ModelError(f"{type(model).__name__} is a model for labels; give one for causal language modelling")
+    inside = next((key for key, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None)
+    if inside is not None:
+        raise ModelError(
+            f"{type(model).__name__} carries an adapter of PEFT in '{inside}'; give what merge_and_unload() or unload() of its "
+            "PeftModel returns"
+        )
     ModelView(model)  # refuses a family that is not known, and a model that is not built as its family is
     found = lineage(model)
     check_finite(model, found.source)
@@ -114,6 +141,10 @@ def check_object(model: Any) -> None:
         raise ModelError(f"a {name} is not a model; give a PreTrainedModel of transformers, a folder, or a hub id")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ModelError(f"{name} is quantized; load it again without a quantization_config")
+    packed = next((key for key, module in model.named_modules() if type(module).__module__.startswith(_QUANTIZED)), None)
+    if packed is not None:
+        home = type(model.get_submodule(packed)).__module__
+        raise ModelError(f"{name} is quantized: '{packed}' is of {home}; give the model as it was before, in floating-point numbers")
     odd = next((key for key, parameter in model.named_parameters() if not parameter.is_floating_point()), None)
     if odd is not None:
         raise ModelError(f"{name} holds '{odd}' in {model.get_parameter(odd).dtype}; give a model in float32, bfloat16 or float16")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from regraft.errors import InputError
 from regraft.evaluation.harness import measure
 from regraft.models.classifier import is_classifier, is_classifier_folder
-from regraft.models.live import ModelLike, fitting_tokenizer, lineage, place_of, plain
+from regraft.models.live import ModelLike, check_predicts, fitting_tokenizer, lineage, place_of, plain
 from regraft.models.load import Loaded, locate_by, require_tokenizer
 from regraft.models.load import load as load_model
 from regraft.models.trainable import evaluating
@@ -91,6 +91,8 @@ def taken(model: ModelLike | PeftModel, tokenizer: PreTrainedTokenizerBase | Non
             return load_model(model, load), locate_by(model, load)
         case _:
             base = plain(model)
+            if not is_classifier(base):
+                check_predicts(base)
             found = lineage(base)
             return Loaded(cast(PreTrainedModel, model), fitting_tokenizer(tokenizer, base), found.source, "", found.provenance), None
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 from peft import PeftModel
 from torch import nn
@@ -18,7 +20,7 @@ from regraft.in_short import in_short
 from regraft.models.card import model_card
 from regraft.models.classifier import classes_of, head_parameters, is_classifier, save_classifier
 from regraft.models.folder import write_folder
-from regraft.models.live import ModelLike, place_of, resting, take
+from regraft.models.live import ModelLike, fitting_tokenizer, lineage, place_of, plain, resting, take
 from regraft.models.load import Loaded, locate_by
 from regraft.models.provenance import parents_of, versions
 from regraft.models.save import save
@@ -28,7 +30,7 @@ from regraft.pipelines.export_streamed import export_streamed, why_not_compared
 from regraft.pipelines.proved import prove_adapter, prove_model, text_ids
 from regraft.pipelines.results import upload
 from regraft.plans import Provenance
-from regraft.settings import ExportSettings, LoadSettings
+from regraft.settings import ExportSettings, LoadSettings, takes_settings, with_keywords
 from regraft.surgery.adapted import adapted_modules
 from regraft.surgery.adapter_files import is_master, read_master
 from regraft.surgery.adapter_folder import attached, base_record, is_adapter, load_adapted, load_master, named_base
@@ -82,8 +84,9 @@ class ExportResult:
         return in_short(self)
 
 
+@takes_settings(ExportSettings, LoadSettings)
 def export(
-    source: ModelLike,
+    model: ModelLike | PeftModel,
     output: str | Path,
     to: str,
     *,
@@ -92,12 +95,13 @@ def export(
     load: LoadSettings | None = None,
     check: str | None = "",
     command: str = "regraft.export",
+    **keywords: Any,
 ) -> ExportResult:
     """Writes a model or an adapter in a form that other programs read, and compares a model in its runtime.
 
     Args:
-        source: A model folder, hub id or GGUF file; a model in memory, which is left as it is; or the folder of an adapter, which is
-            folded into its base where the format is one of whole models.
+        model: A model folder, hub id or GGUF file; a model in memory, which is left as it is; or a ``PeftModel`` or the folder of an
+            adapter, which is folded into its base where the format is one of whole models.
         output: A folder to write.
         to: Name of the format; ``merged`` for an adapter: the model with it folded in.
         tokenizer: The tokenizer for a model in memory; for a folder, a replacement for the folder's own.
@@ -107,28 +111,33 @@ def export(
             built-in text), where the model fits into memory; None for no comparison. Without one, GGUF and ``hf`` are written from a
             folder tensor by tensor, and the model is never in memory.
         command: How this was called, for the record.
+        **keywords: Single settings by name, such as ``quantize="Q8_0"``; they count before those in ``settings`` and ``load``.
 
     Raises:
         InputError: The format is not known, or cannot hold the model; the message says what can.
         ModelError: The model, the adapter or its base is missing or damaged.
         OutputError: The output exists or cannot be written, or the exported model computes something else.
     """
+    options, loading = with_keywords(command, keywords, settings or ExportSettings(), load or LoadSettings())
     form = EXPORTERS.get(to) if to != MERGED else None
-    output, place = Path(output), place_of(source)
+    output, place = Path(output), place_of(model)
     if not isinstance(form, ModelFormat):
-        if place is None:
-            raise InputError(f"'{to}' is a form of adapters, not of a model in memory; give the folder of an adapter")
-        return export_adapter(place, output, to, load=load, command=command)
-    options, loading = settings or ExportSettings(), load or LoadSettings()
+        match model:
+            case PeftModel():
+                return _of_live_adapter(model, output, to, tokenizer, loading, command)
+            case str() | Path():
+                return export_adapter(model, output, to, load=loading, command=command)
+            case _:
+                raise InputError(f"'{to}' is a form of adapters, not of a model in memory; give a PeftModel or the folder of an adapter")
     with reserved(output):
-        given = source
+        given = _folded_live(model, tokenizer)[0] if isinstance(model, PeftModel) else model
         if place is not None and is_adapter(place):
             given = _folded(Path(place), loading)[0]
         elif place is not None and form.stream and tokenizer is None and options.importance is None and not check:
             folder = locate_by(place, loading)
             why = why_not_compared(folder, loading) if check is not None else ""
             if check is None or why:
-                done = export_streamed(folder, output, to, form, options, loading, source=str(source), command=command)
+                done = export_streamed(folder, output, to, form, options, loading, source=str(model), command=command)
                 return ExportResult(done.words, notes=(*done.notes, *((why,) if why else ())), folder=output)
         loaded = take(given, tokenizer, loading)
         with resting(loaded.model):
@@ -190,13 +199,50 @@ def _factored(folder: Path, output: Path, form: AdapterFormat, to: str, settings
     return ExportResult(words, len(adapter.factors), rank, folder=output)
 
 
+def _of_live_adapter(
+    adapted: PeftModel, output: Path, to: str, tokenizer: PreTrainedTokenizerBase | None, settings: LoadSettings, command: str
+) -> ExportResult:
+    """Writes the adapter of a model in memory, or that model with the adapter folded in."""
+    if to == MERGED:
+        with reserved(output):
+            return _saved(*_folded_live(adapted, tokenizer), output, settings, command)
+    named = adapted.active_peft_config.base_model_name_or_path
+    if not named:
+        raise InputError(
+            f"'{to}' names the base of the adapter, which is in memory alone; save the base, load it from there, and adapt that"
+        )
+    with TemporaryDirectory(prefix="regraft-") as folder:
+        adapted.save_pretrained(folder)
+        return export_adapter(folder, output, to, load=settings, command=command)
+
+
+def _folded_live(adapted: PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Loaded, int, Probe]:
+    """Returns a copy of a model in memory with its adapter in its weights, how many modules that changed, and what was computed before.
+
+    Raises:
+        OutputError: The model computes something else with the adapter in its weights.
+    """
+    base, found = plain(adapted), lineage(plain(adapted))
+    fitting = fitting_tokenizer(tokenizer, base)
+    with resting(adapted):
+        trained = probe(adapted, retrained_tokens(adapted), text_ids(fitting))
+        count, model = sum(1 for _ in layers_of(adapted)), merge_stock(copy.deepcopy(adapted))
+    refuse_other(trained, model, "the adapter, folded in,", "keep it beside its base, and report this: it is a fault of ours")
+    return Loaded(model, fitting, found.source, fingerprint(model), found.provenance), count, trained
+
+
 def _merged(folder: Path, output: Path, settings: LoadSettings, command: str) -> ExportResult:
     """Folds an adapter into its base and saves a model folder."""
     loaded, count, trained = _folded(folder, settings)
+    return _saved(replace(loaded, source=str(folder)), count, trained, output, settings, command)
+
+
+def _saved(loaded: Loaded, count: int, trained: Probe, output: Path, settings: LoadSettings, command: str) -> ExportResult:
+    """Saves a model that an adapter was folded into, and compares it with what was trained."""
     model = loaded.model
     provenance = Provenance(
         command=command,
-        source=str(folder),
+        source=loaded.source,
         source_fingerprint=loaded.fingerprint,
         seed=0,
         versions=versions(),

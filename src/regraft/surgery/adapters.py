@@ -101,7 +101,8 @@ def continued(adapted: PeftModel) -> Injected:
         raise InputError(f"the model carries the adapters {', '.join(names)}; training goes on with one, called '{NAME}'")
     config = adapted.peft_config[NAME]
     if not isinstance(config, LoraConfig) or isinstance(config, AdaLoraConfig):
-        raise InputError(f"training does not go on with an adapter of type {config.peft_type}; fold it in with merge_and_unload()")
+        remedy = "give the model without it" if config.is_prompt_learning else "fold it in with merge_and_unload()"
+        raise InputError(f"training does not go on with an adapter of type {config.peft_type.value}; {remedy}")
     adapter = ADAPTERS.get("lora")
     assert isinstance(adapter, PeftAdapter)
     model = cast(PreTrainedModel, adapted.get_base_model())

@@ -62,6 +62,7 @@ class PruneReport:
         rows: One for each group: its name, kind, units before and units after.
         kept: Why kinds of units that could be cut are not, a line each.
         notes: Remarks for the user, a line each.
+        model_class: Class of the pruned model; empty where there is none in memory.
     """
 
     parameters_before: int
@@ -69,6 +70,7 @@ class PruneReport:
     rows: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
     kept: tuple[str, ...] = ()
+    model_class: str = ""
 
     def __repr__(self) -> str:
         """Returns its attributes in one short line."""
@@ -79,6 +81,12 @@ class PruneReport:
         removed = 1.0 - self.parameters_after / self.parameters_before
         lines = [f"parameters {self.parameters_before:,} -> {self.parameters_after:,}: {removed:.2%} removed"]
         lines += [f"{names}: {before} -> {after} units" for names, before, after in collapsed(self.rows)]
+        if self.model_class.startswith("Regraft"):
+            lines.append(
+                f"class {self.model_class}, which no stock class holds: it loads after `import regraft` or with trust_remote_code=True"
+            )
+        elif self.model_class:
+            lines.append(f"class {self.model_class}, a stock class")
         return "\n".join([*lines, *self.kept, *self.notes])
 
 
@@ -115,7 +123,9 @@ class PruneResult(Saving):
     def report(self) -> PruneReport:
         """The sizes before and after."""
         rows = tuple(plan_summary(self.groups, self.plan))
-        return PruneReport(self.plan.parameters_before, self.plan.parameters_after, rows, self.notes, why_kept(self.groups, self.plan))
+        kind = "" if self.model is None else type(self.model).__name__
+        before, after = self.plan.parameters_before, self.plan.parameters_after
+        return PruneReport(before, after, rows, self.notes, why_kept(self.groups, self.plan), kind)
 
     def __repr__(self) -> str:
         """Returns the parameters and what holds the model, in one line."""
