@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from regraft.pipelines.evaluate_tasks import evaluate_tasks as evaluate_tasks
     from regraft.pipelines.export import ExportResult as ExportResult
     from regraft.pipelines.export import export as export
+    from regraft.pipelines.inspect import InspectReport as InspectReport
     from regraft.pipelines.inspect import inspect_model as inspect
     from regraft.pipelines.prune.plan_files import read_plan as read_plan
     from regraft.pipelines.prune.prune import PruneReport as PruneReport
@@ -120,6 +121,7 @@ _PUBLIC = {
     "EvaluateSettings": ("regraft.settings", "EvaluateSettings"),
     "ExportResult": ("regraft.pipelines.export", "ExportResult"),
     "ExportSettings": ("regraft.settings", "ExportSettings"),
+    "InspectReport": ("regraft.pipelines.inspect", "InspectReport"),
     "LabelReport": ("regraft.pipelines.evaluate_labels", "LabelReport"),
     "LabelSettings": ("regraft.settings", "LabelSettings"),
     "LoadSettings": ("regraft.settings", "LoadSettings"),

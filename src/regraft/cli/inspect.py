@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ from regraft.cli.screen import Screen
 from regraft.settings import LoadSettings
 
 if TYPE_CHECKING:
-    from regraft.pipelines.inspect import inspect_model
+    from regraft.pipelines.inspect import InspectedLayer, InspectReport, inspect_model
 else:
     inspect_model = later("regraft.pipelines.inspect", "inspect_model")
 
@@ -29,32 +30,31 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
     """Show the layers of a model, their sizes, what can be pruned, and the parameters."""
-    facts = inspect_model(model, load=load)
+    found = inspect_model(model, load=load)
     if as_json:
-        print(json.dumps(facts, indent=2))
+        print(json.dumps(found.to_dict(), indent=2))
     else:
-        _show(Screen(), facts)
+        _show(Screen(), found)
 
 
-def _show(console: Console, facts: dict[str, Any]) -> None:
-    console.print(f"{facts['source']}: {facts['class']} ({facts['family']}, {facts['dtype']}), fingerprint {facts['fingerprint']}")
+def _show(console: Console, found: InspectReport) -> None:
+    console.print(f"{found.source}: {found.model_class} ({found.family}, {found.dtype}), fingerprint {found.fingerprint}")
     console.print(
-        f"{facts['parameters']:,} parameters, {facts['prunable_parameters']:,} of them in prunable groups; hidden size "
-        f"{facts['hidden_size']}, vocabulary {facts['vocabulary']}, embeddings {'tied' if facts['tied_embeddings'] else 'not tied'}"
+        f"{found.parameters:,} parameters, {found.prunable_parameters:,} of them in prunable groups; hidden size "
+        f"{found.hidden_size}, vocabulary {found.vocabulary}, embeddings {'tied' if found.tied_embeddings else 'not tied'}"
     )
-    if "adapter" in facts:
-        console.print(_adapter_line(facts["adapter"]), soft_wrap=True)
-    table = Table(title=f"{len(facts['layers'])} layers, {'all alike' if facts['uniform'] else 'of different sizes'}")
+    if found.adapter is not None:
+        console.print(_adapter_line(found.adapter), soft_wrap=True)
+    table = Table(title=f"{len(found.layers)} layers, {'all alike' if found.uniform else 'of different sizes'}")
     for heading in ("layers", "query heads", "KV heads", "head dim", "FFN", "parameters each"):
         table.add_column(heading, justify="right")
-    for first, last, row in _runs(facts["layers"]):
-        sizes = (row["query_heads"], row["kv_heads"], row["head_dim"], row["ffn"])
-        table.add_row(str(first) if first == last else f"{first}-{last}", *(str(value) for value in sizes), f"{row['parameters']:,}")
+    for first, last, row in _runs(found.layers):
+        sizes = (row.query_heads, row.kv_heads, row.head_dim, row.ffn)
+        table.add_row(str(first) if first == last else f"{first}-{last}", *(str(value) for value in sizes), f"{row.parameters:,}")
     console.print(table)
-    kinds = {group["kind"]: group for group in facts["groups"]}
-    for kind, group in kinds.items():
-        count = sum(other["kind"] == kind for other in facts["groups"])
-        console.print(f"groups of kind '{kind}': {count}; one unit of {group['name']} holds {group['unit_parameters']:,} parameters")
+    for kind, group in {group.kind: group for group in found.groups}.items():
+        count = sum(other.kind == kind for other in found.groups)
+        console.print(f"groups of kind '{kind}': {count}; one unit of {group.name} holds {group.unit_parameters:,} parameters")
 
 
 def _adapter_line(facts: Mapping[str, Any]) -> str:
@@ -65,8 +65,8 @@ def _adapter_line(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _runs(layers: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
+def _runs(layers: Sequence[InspectedLayer]) -> Iterator[tuple[int, int, InspectedLayer]]:
     """Yields neighbouring layers of equal sizes together: the first, the last, and the sizes."""
-    for _, run in groupby(layers, key=lambda row: {name: value for name, value in row.items() if name != "layer"}):
+    for _, run in groupby(layers, key=lambda row: replace(row, layer=0)):
         rows = list(run)
-        yield rows[0]["layer"], rows[-1]["layer"], rows[0]
+        yield rows[0].layer, rows[-1].layer, rows[0]

@@ -42,7 +42,7 @@ class NormalEquations:
 
     @property
     def power(self) -> float:
-        """Summed square ``W C W'`` of the old output, over all outputs."""
+        """Summed square of the goal, over all outputs: ``W C W'`` for the old output."""
         return self._power
 
     def add(self, second_II: Tensor) -> None:
@@ -52,10 +52,22 @@ class NormalEquations:
             InputError: The second moments are not finite.
         """
         right_OI = self._weight_OI @ second_II
-        power = float((right_OI * self._weight_OI).sum())
+        self.add_towards(second_II, right_OI, float((right_OI * self._weight_OI).sum()))
+
+    def add_towards(self, second_II: Tensor, cross_OI: Tensor, power: float) -> None:
+        """Adds second moments of the inputs with a goal of their own, in place of the old output.
+
+        Args:
+            second_II: ``x x'`` summed, float64 (in, in).
+            cross_OI: ``z x'`` summed for the goals z, float64 (out, in).
+            power: ``|z|^2`` summed.
+
+        Raises:
+            InputError: The moments are not finite.
+        """
         if not math.isfinite(power):
             raise InputError("activations on the calibration text are not finite; use `dtype=float32` or other calibration text")
-        self._gather(second_II[self._kept[:, None], self._kept], right_OI[:, self._kept].T, power)
+        self._gather(second_II[self._kept[:, None], self._kept], cross_OI[:, self._kept].T, power)
 
     def include(self, other: NormalEquations) -> None:
         """Adds the moments that other equations of the same weights and channels have seen."""
@@ -83,7 +95,7 @@ class NormalEquations:
             diagonal_S.copy_(undamped_S)
 
     def error(self, new_OS: Tensor) -> float:
-        """Returns the summed squared error of new weights W', ``|W x|^2 - 2 W x . W' x_S + |W' x_S|^2``, on what was added."""
+        """Returns the summed squared error of new weights W' on what was added, ``|z|^2 - 2 z . W' x_S + |W' x_S|^2``; z is the goal."""
         return self._power + float(((new_OS @ self._gram_SS) * new_OS).sum()) - 2.0 * float((self._right_SO.T * new_OS).sum())
 
 

@@ -61,16 +61,7 @@ class ExportResult:
     folder: Path | None = None
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None) -> str:
-        """Commits the folder that was written to a repository on the Hugging Face hub, which is created if it does not exist.
-
-        Args:
-            repo_id: Such as ``name/model``.
-            private: Whether a new repository is private; None for the owner's default on the hub.
-            token: Access token for the hub; None for that of ``hf auth login``.
-            revision: Branch to commit to; None: the main branch.
-
-        Returns:
-            The address of the commit.
+        """Commits the folder that was written to a repository on the Hugging Face hub; the arguments are those of :func:`upload`.
 
         Raises:
             OutputError: The folder is gone, the hub cannot be reached, or it refuses.

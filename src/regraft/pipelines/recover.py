@@ -164,30 +164,54 @@ def recover_model(
         chosen = chosen.model_copy(update={"data": path_in(data)})
     output = Path(output) if output is not None else None
     _check_early(chosen)
-    given = in_memory(data) if in_memory(data) is not None else chosen.data
+    order = _Order(model, tokenizer, in_memory(data), chosen, load, seed, in_place, resume, command)
     if resume and output is not None and work is None:
-        prepared = _prepared_before(model, output, chosen, load, seed, tokenizer, in_memory(data))
+        prepared = _prepared_before(model, output, chosen, load, seed, tokenizer, order.texts)
         if prepared is not None:
             return _read_again(output, prepared, load)
+    given = order.texts if order.texts is not None else chosen.data
     with _work_folder(output, work, resume=resume, data=lambda: training_rows(chosen, seed, given) if given is not None else None) as kept:
-        chosen, loaded, injected, corpora = _prepared(model, tokenizer, chosen, load, in_memory(data), seed=seed, in_place=in_place)
-        began_with = _began_with(model, corpora, in_memory(data))
-        teacher = load_teacher(chosen, load, loaded)
-        done = recover(
-            loaded.model,
-            require_tokenizer(loaded),
-            *corpora,
-            chosen,
-            seed=seed,
-            work=kept,
-            resume=resume,
-            teacher=teacher,
-            injected=injected,
-        )
-        result = _result(done, loaded, chosen, corpora, began_with, seed=seed, command=command)
+        result = _carry_out(order, kept)
         if output is not None and is_main():
             result = dataclasses.replace(result, provenance=result.save_pretrained(output))
     return result
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Order of one call; the fields are the parameters of :func:`recover_model`."""
+
+    model: ModelLike | PeftModel
+    tokenizer: PreTrainedTokenizerBase | None
+    texts: Texts | None
+    settings: RecoverSettings
+    load: LoadSettings
+    seed: int
+    in_place: bool
+    resume: bool
+    command: str
+
+
+def _carry_out(order: _Order, work: Path) -> RecoverResult:
+    """Trains, with the checkpoints in a folder."""
+    seed = order.seed
+    settings, loaded, injected, corpora = _prepared(
+        order.model, order.tokenizer, order.settings, order.load, order.texts, seed=seed, in_place=order.in_place
+    )
+    began_with = _began_with(order.model, corpora, order.texts)
+    teacher = load_teacher(settings, order.load, loaded)
+    done = recover(
+        loaded.model,
+        require_tokenizer(loaded),
+        *corpora,
+        settings,
+        seed=seed,
+        work=work,
+        resume=order.resume,
+        teacher=teacher,
+        injected=injected,
+    )
+    return _result(done, loaded, settings, corpora, began_with, seed=seed, command=order.command)
 
 
 Prepared = tuple[RecoverSettings, Loaded, Injected | None, tuple[Corpus, Corpus] | tuple[Labelled, Labelled]]

@@ -21,16 +21,7 @@ class Saving(ABC):
         """Saves everything that belongs to the result into a new or empty folder, and returns the record as it was written."""
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None) -> str:
-        """Saves the result to a repository on the Hugging Face hub, which is created if it does not exist.
-
-        Args:
-            repo_id: Such as ``name/model``.
-            private: Whether a new repository is private; None for the owner's default on the hub.
-            token: Access token for the hub; None for that of ``hf auth login``.
-            revision: Branch to commit to; None: the main branch.
-
-        Returns:
-            The address of the commit.
+        """Saves the result to a repository on the Hugging Face hub; the arguments are those of :func:`upload`.
 
         Raises:
             OutputError: The hub cannot be reached, or refuses.
@@ -42,7 +33,17 @@ class Saving(ABC):
 
 
 def upload(folder: Path, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None) -> str:
-    """Commits a folder to a repository on the hub, which is created if it does not exist; see :meth:`Saving.push_to_hub`.
+    """Commits a folder to a repository on the Hugging Face hub, which is created if it does not exist.
+
+    Args:
+        folder: What is committed.
+        repo_id: Such as ``name/model``.
+        private: Whether a new repository is private; None for the owner's default on the hub.
+        token: Access token for the hub; None for that of ``hf auth login``.
+        revision: Branch to commit to; None: the main branch.
+
+    Returns:
+        The address of the commit.
 
     Raises:
         OutputError: The hub cannot be reached, or refuses.

@@ -25,7 +25,7 @@ from regraft.groups.discover import discover
 from regraft.models.layerwise import Layerwise, watched_inputs
 from regraft.models.precision import float32_on_cpu
 from regraft.models.view import ModelView
-from regraft.numerics import linalg
+from regraft.numerics.reconstruction import NormalEquations
 
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _NOT_LINEAR = 1e-3  # relative error of a layer's answer to a change of its down projection that counts as more than rounding
@@ -81,11 +81,13 @@ def bridge(dense: ModelView, pruned: ModelView, kept: Sequence[int], windows_NT:
             gap, group = gaps.get(layer), readers.get(layer)
             if gap is not None and group is not None:
                 projection = pruned.model.get_submodule(group.reader.parameter.rpartition(".")[0])
-                new_OI = _fit(walk, layer, projection, group.reader.axis, hidden, goals[gap.above])
-                if new_OI is not None:
-                    _put(projection, new_OI if group.reader.axis == 1 else new_OI.T, stored)
+                fit = _fit(walk, layer, projection, group.reader.axis, hidden, goals[gap.above])
+                if fit.new_OI is not None:
+                    _put(projection, fit.new_OI if group.reader.axis == 1 else fit.new_OI.T, stored)
                     changed.append(projection)
-            hidden = walk.run(layer, hidden)
+                hidden = fit.outputs(projection, group.reader.axis)
+            else:
+                hidden = walk.run(layer, hidden)
     for projection in changed:
         weight = projection.get_parameter("weight")
         weight.data = weight.data.to(stored)
@@ -110,74 +112,70 @@ def _streams_above(dense: ModelView, windows_NT: Tensor, wanted: set[int]) -> di
     return found
 
 
+@dataclass(frozen=True)
+class _Fit:
+    """Fit of one layer's down projection, with what one run of the layer gave.
+
+    Attributes:
+        new_OI: The new weights, float64; None where none are better on held-out windows.
+        old_OI: The old ones, float64.
+        factor: What the layer multiplies the projection's output by.
+        inputs: The projection's inputs, (windows, tokens, in) for each batch.
+        before: The layer's outputs with the old weights, (windows, tokens, hidden) for each batch.
+    """
+
+    new_OI: Tensor | None
+    old_OI: Tensor
+    factor: float
+    inputs: Sequence[Tensor]
+    before: list[Tensor]
+
+    @torch.no_grad()
+    def outputs(self, projection: nn.Module, axis: int) -> list[Tensor]:
+        """Returns the layer's outputs with the weights that the projection has now; the layer is not run again."""
+        if self.new_OI is None:
+            return self.before
+        weight = projection.get_parameter("weight").double()
+        change_IO = self.factor * ((weight if axis == 1 else weight.T) - self.old_OI).T
+        pairs = zip(self.before, self.inputs, strict=True)
+        return [(output.double() + inputs.double() @ change_IO).to(output.dtype) for output, inputs in pairs]
+
+
 @torch.no_grad()
-def _fit(walk: Layerwise, layer: int, projection: nn.Module, axis: int, hidden: list[Tensor], goals: list[Tensor]) -> Tensor | None:
-    """Returns the new weights of one layer's down projection, float64 (out, in); None where none are better on held-out windows."""
+def _fit(walk: Layerwise, layer: int, projection: nn.Module, axis: int, hidden: list[Tensor], goals: list[Tensor]) -> _Fit:
+    """Runs a layer once and fits its down projection to the goals."""
     weight = projection.get_parameter("weight")
     old_OI = (weight if axis == 1 else weight.T).double()
     factor = _factor(walk, layer, projection, hidden[0])
-    parts = [_Sums.empty(old_OI), _Sums.empty(old_OI)]
+    every = torch.arange(old_OI.shape[1], device=old_OI.device)
+    fitted, judge = NormalEquations(old_OI, every), NormalEquations(old_OI, every)
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    held_out = False
     for batch, goal in zip(hidden, goals, strict=True):
-        inputs: dict[str, Tensor] = {}
-        with watched_inputs({"h": projection}, inputs.__setitem__):
-            output = walk.call(layer, batch)
-        judged = max(1, len(batch) // 8) if len(batch) > 1 else 0
-        missing = (goal - output).double() / factor  # beside what the projection gives now
-        for part, rows in zip(parts, (slice(0, len(batch) - judged), slice(len(batch) - judged, len(batch))), strict=True):
-            part.add(inputs["h"].reshape(*batch.shape[:2], -1)[rows, 1:], missing[rows, 1:], old_OI)
-    fitted, judge = parts
-    if not judge.count:
+        seen: dict[str, Tensor] = {}
+        with watched_inputs({"h": projection}, seen.__setitem__):
+            outputs.append(walk.call(layer, batch))
+        inputs.append(seen["h"].reshape(*batch.shape[:2], -1))
+        first = len(batch) - (max(1, len(batch) // 8) if len(batch) > 1 else 0)
+        missing = (goal - outputs[-1]).double() / factor  # beside what the projection gives now
+        held_out = held_out or first < len(batch)
+        for part, rows in ((fitted, slice(0, first)), (judge, slice(first, len(batch)))):
+            _add(part, inputs[-1][rows, 1:], missing[rows, 1:], old_OI)
+    if not held_out:
         judge = fitted
-    best = min(DAMPINGS, key=lambda damping: judge.error(fitted.solve(old_OI, damping)))
-    new_OI = fitted.solve(old_OI, best)
-    if not judge.error(new_OI) < judge.error(old_OI):
-        return None
-    return (fitted if judge is fitted else fitted + judge).solve(old_OI, best)
+    best = min(DAMPINGS, key=lambda damping: judge.error(fitted.solve(damping)))
+    better = judge.error(fitted.solve(best)) < judge.error(old_OI)
+    if better and held_out:
+        fitted.include(judge)
+    return _Fit(fitted.solve(best) if better else None, old_OI, factor, inputs, outputs)
 
 
-@dataclass
-class _Sums:
-    """Moments for a ridge regression from inputs h to the wanted outputs W h.
-
-    Attributes:
-        count: Number of rows.
-        inputs_II: Sum of ``h h'``.
-        cross_OI: Sum of ``z h'`` for the goal z of ``W h``.
-        power: Sum of ``|z|^2``.
-    """
-
-    count: int
-    inputs_II: Tensor
-    cross_OI: Tensor
-    power: float
-
-    @classmethod
-    def empty(cls, weight_OI: Tensor) -> _Sums:
-        width = weight_OI.shape[1]
-        return cls(0, weight_OI.new_zeros(width, width), torch.zeros_like(weight_OI), 0.0)
-
-    def add(self, inputs: Tensor, missing: Tensor, weight_OI: Tensor) -> None:
-        """Adds inputs h and what is missing beside the output of the present weights."""
-        h_NI, z_NO = inputs.reshape(-1, inputs.shape[-1]).double(), missing.reshape(-1, missing.shape[-1])
-        z_NO = z_NO + h_NI @ weight_OI.T
-        self.count += len(h_NI)
-        self.inputs_II += h_NI.T @ h_NI
-        self.cross_OI += z_NO.T @ h_NI
-        self.power += float(z_NO.square().sum())
-
-    def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(self.count + other.count, self.inputs_II + other.inputs_II, self.cross_OI + other.cross_OI, self.power + other.power)
-
-    def solve(self, old_OI: Tensor, damping: float) -> Tensor:
-        """Returns the weights for a ridge towards the old ones, relative to the mean of the diagonal."""
-        ridge = damping * float(self.inputs_II.diagonal().mean()) or 1.0
-        damped = self.inputs_II.clone()
-        damped.diagonal().add_(ridge)
-        return torch.cholesky_solve((self.cross_OI + ridge * old_OI).T, linalg.cholesky(damped)).T
-
-    def error(self, weight_OI: Tensor) -> float:
-        """Returns the sum of ``|z - W h|^2``."""
-        return self.power - 2.0 * float((weight_OI * self.cross_OI).sum()) + float(((weight_OI @ self.inputs_II) * weight_OI).sum())
+def _add(equations: NormalEquations, inputs: Tensor, missing: Tensor, old_OI: Tensor) -> None:
+    """Adds inputs h, (windows, tokens, in), with the goal of ``W h``: what it gives now and what is missing beside that."""
+    h_NI = inputs.reshape(-1, inputs.shape[-1]).double()
+    z_NO = missing.reshape(-1, missing.shape[-1]) + h_NI @ old_OI.T
+    equations.add_towards(h_NI.T @ h_NI, z_NO.T @ h_NI, float(z_NO.square().sum()))
 
 
 def _factor(walk: Layerwise, layer: int, projection: nn.Module, hidden_BTD: Tensor) -> float:

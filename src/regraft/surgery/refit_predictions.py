@@ -92,12 +92,7 @@ def refit_to_predictions(
         for step in range(steps):
             metrics, fresh = (_Metrics({}, {}), generator) if metrics is None else (metrics, None)
             gradients = _gather(pruned.model, aim, readers, fitted, metrics, fresh)
-            directions = {
-                name: natural_gradient(
-                    gradient.T if transposed else gradient, metrics.inputs[name].second_DD, metrics.outputs[name].second_DD
-                )
-                for name, gradient in gradients.items()
-            }
+            directions = {name: metrics.direction(name, gradient.T if transposed else gradient) for name, gradient in gradients.items()}
             taken, reached = _search(readers, stored, directions, length, divergence, found[-1], transposed)
             if taken is None:
                 break
@@ -176,6 +171,10 @@ class _Metrics:
 
     inputs: dict[str, Moments]
     outputs: dict[str, Moments]
+
+    def direction(self, name: str, gradient_OI: Tensor) -> Tensor:
+        """Returns the natural gradient of a projection, float64 (out, in)."""
+        return natural_gradient(gradient_OI, self.inputs[name].second_DD, self.outputs[name].second_DD)
 
 
 class _Aim:

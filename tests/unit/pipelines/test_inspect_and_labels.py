@@ -21,8 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 Make = Callable[..., PreTrainedModel]
 
 
-def without_source(facts: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in facts.items() if key != "source"}
+def without_source(found: regraft.InspectReport) -> dict[str, Any]:
+    return {key: value for key, value in found.to_dict().items() if key not in ("source", "adapter")}
 
 
 def test_inspect_says_of_a_model_in_memory_what_it_says_of_its_folder(make_model: Make, tmp_path: Path) -> None:
@@ -31,9 +31,11 @@ def test_inspect_says_of_a_model_in_memory_what_it_says_of_its_folder(make_model
     model.train()
     live = regraft.inspect(model)
     assert model.training
+    assert repr(live).startswith("InspectReport(source=")
+    assert len(repr(live)) < 200
     assert without_source(live) == without_source(regraft.inspect(tmp_path / "model"))
-    assert regraft.inspect(tmp_path / "model", dtype="bfloat16")["dtype"] == "bfloat16"
-    assert regraft.inspect(regraft.load(tmp_path / "model"))["source"] == str(tmp_path / "model")
+    assert regraft.inspect(tmp_path / "model", dtype="bfloat16").dtype == "bfloat16"
+    assert regraft.inspect(regraft.load(tmp_path / "model")).source == str(tmp_path / "model")
     with pytest.raises(ConfigError, match="did you mean 'dtype'"):
         regraft.inspect(model, dtyp="float32")
     with pytest.raises(ModelError, match="not a model"):
@@ -62,8 +64,9 @@ def test_an_adapter_is_inspected_with_its_base(make_model: Make, tmp_path: Path,
         ways = {"data": text, "steps": 1, "seq_len": 8, "batch": 2, "lr": 0.01, "merge": False, "quiet": True}
         regraft.recover(base, tmp_path / method, adapter=method, rank=3, **ways)
         facts = regraft.inspect(tmp_path / method)
-        about = facts.pop("adapter")
-        assert about["folder"] == facts["source"] == str(tmp_path / method)
+        about = facts.adapter
+        assert about is not None
+        assert about["folder"] == facts.source == str(tmp_path / method)
         assert (about["method"], about["base"], about["ranks"]) == (method, str(base), [3, 3])
         assert without_source(facts) == without_source(regraft.inspect(base))
         assert run(["inspect", str(tmp_path / method)]) == 0
