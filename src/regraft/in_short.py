@@ -34,12 +34,20 @@ def named(name: str, values: dict[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, PurePath):
-        return _PLAIN.repr(str(value))
-    if value is None or isinstance(value, str | int | float):
-        return _PLAIN.repr(value)
-    if isinstance(value, Collection) and not isinstance(value, bytes):
-        listed: Collection[Any] = value
-        few = len(listed) <= 3 and all(isinstance(one, str | int | float) for one in listed)
-        return _PLAIN.repr(listed) if few else f"<{len(listed)} values>"
-    return f"<{type(value).__name__}>"
+    match value:
+        case PurePath():
+            return _PLAIN.repr(str(value))
+        case None | str() | int() | float():
+            return _PLAIN.repr(value)
+        case bytes():
+            return "<bytes>"
+        case Collection() if len(value) <= 3 and all(map(_is_short, value)):
+            return _PLAIN.repr(value)
+        case Collection():
+            return f"<{len(value)} values>"
+        case _:
+            return f"<{type(value).__name__}>"
+
+
+def _is_short(value: object) -> bool:
+    return isinstance(value, str | int | float)

@@ -21,6 +21,16 @@ def is_site(module: nn.Module) -> bool:
     return isinstance(module, SITES)
 
 
+def is_table(module: nn.Module) -> bool:
+    """Returns whether a module is an embedding, which looks up rows."""
+    return isinstance(module, nn.Embedding)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Returns whether a projection stores its weight as (in, out), as GPT-2's do."""
+    return isinstance(module, Conv1D)
+
+
 def oriented(module: nn.Module, stored: Tensor) -> Tensor:
     """Returns a view as ``(out, in)`` of a tensor in the layout of the module's weight, or the reverse."""
     return stored if isinstance(module, nn.Linear) else stored.T

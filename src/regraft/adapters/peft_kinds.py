@@ -15,12 +15,10 @@ from typing import Any, cast
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel, initialize_lora_eva_weights
 from pydantic import Field
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from regraft.adapters.contract import ADAPTERS, AdapterRequest, Evidence
-from regraft.adapters.linear_like import oriented, weight_of
+from regraft.adapters.linear_like import is_table, is_transposed, oriented, weight_of
 from regraft.adapters.nested_init import shared_start
 from regraft.adapters.peft_backed import PeftAdapter, factors_of, layers_of
 from regraft.adapters.plain_lora import saved_whole, target_names, task_type_of
@@ -63,7 +61,7 @@ def whole_number(alpha: float) -> float | int:
 
 def stored_in_other_order(model: PreTrainedModel, names: Iterable[str]) -> bool:
     """Returns whether any of the modules stores its weight as (in, out), as GPT-2's do."""
-    return any(isinstance(model.get_submodule(name), Conv1D) for name in names)
+    return any(is_transposed(model.get_submodule(name)) for name in names)
 
 
 def olora_start(model: PeftModel, request: AdapterRequest, evidence: Evidence | None) -> None:
@@ -118,7 +116,7 @@ def eva_config(request: AdapterRequest, model: PreTrainedModel) -> LoraConfig:
         InputError: An embedding is among the modules; its inputs are not vectors.
     """
     for name in request.ranks:
-        if isinstance(model.get_submodule(name), nn.Embedding):
+        if is_table(model.get_submodule(name)):
             raise InputError(f"adapter 'eva' starts from the inputs of a module, and '{name}' is an embedding; choose other `targets`")
     return lora_config(request, model, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
 

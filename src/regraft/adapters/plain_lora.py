@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from regraft.adapters.contract import LowRank
+from regraft.adapters.linear_like import is_table, is_transposed
 from regraft.models.classifier import head_modules, head_parameters
+from regraft.reading import text_in
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -57,9 +58,7 @@ def write_plain_lora(
     for name, factor in factors.items():
         missing = rank - factor.right.shape[0]
         right, left = pad(factor.right, (0, 0, 0, missing)), pad(factor.left, (0, missing))
-        first, second = (
-            ("lora_embedding_A", "lora_embedding_B") if isinstance(modules[name], nn.Embedding) else ("lora_A.weight", "lora_B.weight")
-        )
+        first, second = ("lora_embedding_A", "lora_embedding_B") if is_table(modules[name]) else ("lora_A.weight", "lora_B.weight")
         tensors[f"{PEFT_PREFIX}{name}.{first}"] = right.to("cpu").contiguous()
         tensors[f"{PEFT_PREFIX}{name}.{second}"] = left.to("cpu").contiguous()
     tensors |= {f"{PEFT_PREFIX}{name}": value.detach().to("cpu").contiguous() for name, value in head.items()}
@@ -68,7 +67,7 @@ def write_plain_lora(
         lora_alpha=rank,
         lora_dropout=0.0,
         target_modules=target_names(factors, names),
-        fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in factors),
+        fan_in_fan_out=any(is_transposed(modules[name]) for name in factors),
         bias="none",
         modules_to_save=head_modules(head) or None,
         task_type=cast(Any, task_type),
@@ -88,8 +87,11 @@ def tidy_config(path: Path) -> None:
 
 
 def _ordered(value: object) -> object:
-    strings = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
-    return sorted(cast("list[str]", value)) if strings else value
+    match value:
+        case list() if all(text_in(entry) is not None for entry in value):
+            return sorted(value)
+        case _:
+            return value
 
 
 def task_type_of(model: PreTrainedModel) -> str | None:

@@ -14,9 +14,11 @@ def checked_count(value: object, name: str, minimum: int = 1) -> int:
     Raises:
         InputError: It is not.
     """
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise InputError(f"{name} {value!r} is not a whole number; give one of at least {minimum}")
-    count = value.__index__()
+    match value:
+        case SupportsIndex() if value is not True and value is not False:
+            count = value.__index__()
+        case _:
+            raise InputError(f"{name} {value!r} is not a whole number; give one of at least {minimum}")
     if count < minimum:
         raise InputError(f"{name} {count} is below {minimum}; give at least {minimum}")
     return count
@@ -47,9 +49,11 @@ def checked_number(value: object, name: str, minimum: float = 0.0, *, above: boo
         InputError: It is not.
     """
     limit = f"above {minimum:g}" if above else f"at least {minimum:g}"
-    if isinstance(value, bool) or not isinstance(value, SupportsFloat):
-        raise InputError(f"{name} {value!r} is not a number; give one {limit}")
-    number = float(value)
+    match value:
+        case SupportsFloat() if value is not True and value is not False:
+            number = float(value)
+        case _:
+            raise InputError(f"{name} {value!r} is not a number; give one {limit}")
     if not math.isfinite(number) or number < minimum or (above and number == minimum):
         raise InputError(f"{name} {number:g} is not allowed; give a finite number {limit}")
     return number

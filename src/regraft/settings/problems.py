@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from regraft.errors import ConfigError, did_you_mean
+from regraft.reading import is_whole, text_in
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -48,7 +50,7 @@ def _where(location: Sequence[str | int], kind: type[BaseModel]) -> str:
             parts.append(str(part))
             field = section.model_fields.get(str(part))
             section = _section_of(field.annotation) if field is not None else None
-        elif isinstance(part, int):
+        elif is_whole(part, 0, math.inf):
             parts.append(str(part))
     return ".".join(parts)
 
@@ -69,7 +71,7 @@ def _line(where: str, problems: Sequence[dict[str, Any]], kind: type[BaseModel])
     limits = _limits(kind, where) if first["type"] in _OUT_OF_RANGE else ""
     wanted = [limits] if limits else [_wanted(problem) for problem in problems]
     choices = re.findall(r"'([^']*)'", " ".join(str(problem.get("ctx", {}).get("expected", "")) for problem in problems))
-    hint = did_you_mean(first["input"], choices) if isinstance(first["input"], str) else ""
+    hint = did_you_mean(text_in(first["input"]) or "", choices)
     return f"{where}: should be {' or '.join(dict.fromkeys(wanted))} {got}{hint}"
 
 

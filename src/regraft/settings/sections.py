@@ -5,6 +5,7 @@ Each class is one section of a recipe. Unknown keys are refused and every proble
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
@@ -26,6 +27,7 @@ from pydantic.config import JsonDict
 from regraft.errors import ConfigError, shown
 from regraft.in_short import named
 from regraft.plans import RANK_CHOICES, RankPlan, Shape
+from regraft.reading import is_whole, text_in
 from regraft.registry import built_in, known_name, listed
 from regraft.settings.problems import problems_of
 
@@ -70,10 +72,10 @@ def bytes_in(amount: Any) -> int:
     >>> bytes_in("6GB"), bytes_in("1.5 GiB"), bytes_in(1000)
     (6000000000, 1610612736, 1000)
     """
-    text = str(amount)[:100] if not isinstance(amount, int) or abs(amount) < 10**30 else "that number"
+    text = str(amount)[:100] if not is_whole(amount, 10**30, math.inf) else "that number"
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(|[KMGT]|[KMGT]I)B?\s*", text.upper())
     count = int(min(float(found[1]) * _UNITS[found[2]], 1e30)) if found else 0
-    if isinstance(amount, bool) or not 1 <= count < 10**18:
+    if not 1 <= count < 10**18:
         raise ValueError(f"'{text}' is not an amount of memory; write it as 6GB, 512MB or 4GiB")
     return count
 
@@ -90,7 +92,7 @@ def in_a_list(value: Any) -> Any:
     """Returns a list of one for a single text; ``all-linear`` is an empty list."""
     if value in (EVERY_PROJECTION, (EVERY_PROJECTION,), [EVERY_PROJECTION]):
         return ()
-    return (value,) if isinstance(value, str) else value
+    return value if text_in(value) is None else (value,)
 
 
 Memory = Annotated[int, BeforeValidator(bytes_in)]
@@ -178,11 +180,13 @@ class Settings(BaseModel):
     @classmethod
     def _of_a_kind(cls, value: Any, about: ValidationInfo) -> Any:
         """Refuses what pydantic takes for something else: a name with a zero byte, and true for the number 1."""
-        if isinstance(value, str | PurePath) and "\0" in str(value):
-            raise ValueError(f"'{shown(value, 80)}' has a zero byte, which no name has; choose another")
-        if isinstance(value, bool) and about.field_name is not None and not _takes_bool(cls.model_fields[about.field_name].annotation):
-            raise ValueError(f"{str(value).lower()} is no number and no text")
-        return value
+        match value:
+            case str() | PurePath() if "\0" in str(value):
+                raise ValueError(f"'{shown(value, 80)}' has a zero byte, which no name has; choose another")
+            case bool() if about.field_name is not None and not _takes_bool(cls.model_fields[about.field_name].annotation):
+                raise ValueError(f"{str(value).lower()} is no number and no text")
+            case _:
+                return value
 
     def decisive(self, *, varied: Iterable[str] = ()) -> dict[str, Any]:
         """Returns the values that affect the result, as plain JSON types: all fields except those declared otherwise.
@@ -525,7 +529,7 @@ class AllocateSettings(Settings):
     @field_validator("budget", mode="before")
     @classmethod
     def _as_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        return str(value) if is_whole(value, -math.inf, math.inf) else value
 
 
 class EvaluateSettings(Settings):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from regraft.adapters.contract import Delta
-from regraft.adapters.linear_like import oriented, shape_of, weight_of
+from regraft.adapters.linear_like import is_table, oriented, shape_of, weight_of
 from regraft.errors import InputError
 
 
@@ -72,7 +72,7 @@ class Adapted(nn.Module):
             x: ``(..., in)``, or token ids for an embedding.
         """
         result = self.base(x)
-        table = isinstance(self.base, nn.Embedding)
+        table = is_table(self.base)
         for delta, share in self.active():
             change = delta.lookup(x) if table else delta(self._input(x, delta))
             change = change if share == 1.0 else share * change
@@ -81,7 +81,7 @@ class Adapted(nn.Module):
 
     def _as_looked_up(self, change: Tensor) -> Tensor:
         """Returns an adapter's output on the scale of the module's: Gemma's embedding multiplies its output by a constant."""
-        scale = getattr(self.base, "embed_scale", None) if isinstance(self.base, nn.Embedding) else None
+        scale = getattr(self.base, "embed_scale", None) if is_table(self.base) else None
         return change if scale is None else change * scale
 
     def _input(self, x: Tensor, delta: Delta) -> Tensor:

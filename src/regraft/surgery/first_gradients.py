@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.adapters.contract import Evidence
-from regraft.adapters.linear_like import oriented, weight_of
+from regraft.adapters.linear_like import is_table, oriented, weight_of
 from regraft.errors import InputError
 from regraft.models.trainable import only_these_train
 
@@ -70,7 +70,7 @@ def _add_gradients(
 ) -> None:
     """Adds one batch's gradients to the sums; those of embeddings come from the gradients of their look-ups."""
     looked_up: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    tables = {name: module for name, module in part.items() if isinstance(module, nn.Embedding)}
+    tables = {name: module for name, module in part.items() if is_table(module)}
     weights = {name: weight_of(module) for name, module in part.items() if name not in tables}
     hooks = [module.register_forward_hook(_keep(looked_up.setdefault(name, []))) for name, module in tables.items()]
     try:
@@ -103,7 +103,7 @@ def _keep(kept: list[tuple[Tensor, Tensor]]) -> Any:
 
 def _matrices(part: Mapping[str, nn.Module]) -> list[Tensor]:
     """Returns the weights that gradients are taken of; an embedding's comes from its output."""
-    return [weight_of(module) for module in part.values() if not isinstance(module, nn.Embedding)]
+    return [weight_of(module) for module in part.values() if not is_table(module)]
 
 
 def _check(name: str, gradient: Tensor) -> None:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from transformers import PreTrainedModel
 
-from regraft.adapters.linear_like import is_site
+from regraft.adapters.linear_like import is_site, is_table
 from regraft.errors import InputError, did_you_mean
 from regraft.surgery.adapted import Adapted
 
@@ -27,7 +27,7 @@ def find_targets(model: PreTrainedModel, patterns: Iterable[str] = ()) -> dict[s
     sites = _sites(model)
     wanted = list(patterns)
     if not wanted:
-        found = {name: module for name, module in sites.items() if not isinstance(module, nn.Embedding) and _in_a_layer(model, name)}
+        found = {name: module for name, module in sites.items() if not is_table(module) and _in_a_layer(model, name)}
         if not found:
             raise InputError(f"no layer of {type(model).__name__} has a linear projection to adapt; name modules with `targets`")
         return found

@@ -16,7 +16,7 @@ from regraft.groups.traced.interpreter import Constant, Follower, Statistic, mod
 from regraft.groups.traced.labels import AxisLabels, Labels
 from regraft.groups.traced.norm_owners import owners
 from regraft.groups.traced.skeleton import Graph, Layers
-from regraft.groups.traced.units import Units, find_units, members_of
+from regraft.groups.traced.units import Units, UnorderedError, find_units, members_of
 from regraft.plans import Group, GroupKind, Member
 
 # A class of models.uneven.modeling_regraft. It is compared by name, because a saved folder carries its own copy of the class.
@@ -160,13 +160,19 @@ class Report:
         table[self._fine] = self._coarse
         return table[fine]
 
+    def _members(self, found: _Found) -> tuple[Member, ...] | None:
+        """Returns the members of a group that can be cut; adds a refusal and returns None for one that cannot."""
+        try:
+            if (reason := self._reason(found)) is None:
+                return members_of(found.units, self._state.sides, found.kind)
+        except UnorderedError as error:
+            reason = str(error)
+        self.refusals.append(Refusal(found.kind, found.layer, reason))
+        return None
+
     def _group(self, found: _Found) -> Group | None:
-        reason = self._reason(found)
-        members = members_of(found.units, self._state.sides, found.kind)
-        if reason is None and isinstance(members, str):
-            reason = f"the channels of '{members}' are not in an order that can be cut"
-        if reason is not None or isinstance(members, str):
-            self.refusals.append(Refusal(found.kind, found.layer, reason or ""))
+        members = self._members(found)
+        if members is None:
             return None
         name = f"layers.{found.layer}.{found.kind}"
         return Group(name, found.kind, found.layer, found.units.count, members, self._parameters(members))
@@ -219,15 +225,12 @@ class Report:
             self.refusals.append(Refusal("residual", None, why))
             return None
         found = _Found("residual", None, streams[0])
-        reason = self._reason(found)
-        members = members_of(streams[0], self._state.sides, "residual")
-        if reason is None and isinstance(members, str):
-            reason = f"the channels of '{members}' are not in an order that can be cut"
+        members = self._members(found)
+        if members is None:
+            return None
         names = [name for name, _ in streams[0].indices]
-        if reason is None and len(set(names)) < len(names):
-            reason = "a matrix both reads and writes the stream by one parameter"
-        if reason is not None or isinstance(members, str):
-            self.refusals.append(Refusal("residual", None, reason or ""))
+        if len(set(names)) < len(names):
+            self.refusals.append(Refusal("residual", None, "a matrix both reads and writes the stream by one parameter"))
             return None
         everywhere: list[Member] = []
         for member in members:

@@ -86,11 +86,15 @@ def _owned(axes: Sequence[AxisLabels], component: Labels, members: Labels) -> It
             yield (axis.parameter, axis.axis), places[order].reshape(len(members), -1)
 
 
-def members_of(units: Units, sides: Mapping[tuple[str, int], Side], kind: GroupKind) -> tuple[Member, ...] | str:
+class UnorderedError(Exception):
+    """The indices of a parameter do not follow the pattern of :class:`~regraft.plans.Member`."""
+
+
+def members_of(units: Units, sides: Mapping[tuple[str, int], Side], kind: GroupKind) -> tuple[Member, ...]:
     """Returns the members of a group: first those that write its channels, then those that read them.
 
-    Returns:
-        The members, or the name of a parameter whose indices do not follow the pattern of :class:`~regraft.plans.Member`.
+    Raises:
+        UnorderedError: A parameter has its channels in an order that cannot be cut; the message names it.
     """
     found: list[Member] = []
     for side in ("out", "in"):
@@ -99,7 +103,7 @@ def members_of(units: Units, sides: Mapping[tuple[str, int], Side], kind: GroupK
                 continue
             blocks = _blocks(indices)
             if blocks is None:
-                return name
+                raise UnorderedError(f"the channels of '{name}' are not in an order that can be cut")
             found += _as_members(name, axis, side, blocks, evenly=kind == "query_heads")
     return tuple(found)
 

@@ -246,13 +246,15 @@ def _carried_out(loaded: Loaded, order: _Order) -> CompressResult:
     start, pruning = loaded, None
     if settings.mix:
         plan, space, start, found, pruning = _mixed(loaded, found, compressor, texts, settings, seed, say)
-    elif plan is None:
-        space = space_of(loaded, found, compressor, settings, settings.ratio)
-        plan = _choose(loaded, found, space, texts, settings, seed, _trials_in(order), resume=order.resume, say=say)
-    elif isinstance(plan, RankPlan):
-        plan = plan_from_ranks(plan, found, loaded.fingerprint, parameter_count(loaded.model), settings)
     else:
-        plan = moved_plan(loaded, plan)
+        match plan:
+            case None:
+                space = space_of(loaded, found, compressor, settings, settings.ratio)
+                plan = _choose(loaded, found, space, texts, settings, seed, _trials_in(order), resume=order.resume, say=say)
+            case RankPlan():
+                plan = plan_from_ranks(plan, found, loaded.fingerprint, parameter_count(loaded.model), settings)
+            case FactorPlan():
+                plan = moved_plan(loaded, plan)
     refuse_short_text(plan, found)
     if order.dry_run:
         return CompressResult(plan, None, loaded, space, texts.notes, None, pruning)
@@ -278,9 +280,11 @@ def _carried_out(loaded: Loaded, order: _Order) -> CompressResult:
 
 
 def _is_encoder(source: ModelLike, load: LoadSettings) -> bool:
-    if isinstance(source, Loaded | PreTrainedModel):
-        return is_encoder(source.model if isinstance(source, Loaded) else source)
-    return is_encoder_folder(locate_by(source, load))
+    match source:
+        case Loaded(model=model) | (PreTrainedModel() as model):
+            return is_encoder(model)
+        case _:
+            return is_encoder_folder(locate_by(source, load))
 
 
 def _encoder(
@@ -290,10 +294,13 @@ def _encoder(
     settings = order.settings
     if isinstance(plan, FactorPlan):
         raise InputError("an encoder takes a rank plan: a rank for each layer by its full name; leave the plan out to choose ranks")
-    if isinstance(source, PreTrainedModel):
-        loaded = Loaded(source, tokenizer, source.name_or_path or type(source).__name__, fingerprint(source), None)
-    else:
-        loaded = source if isinstance(source, Loaded) else load_encoder(source, load)
+    match source:
+        case PreTrainedModel():
+            loaded = Loaded(source, tokenizer, source.name_or_path or type(source).__name__, fingerprint(source), None)
+        case Loaded():
+            loaded = source
+        case _:
+            loaded = load_encoder(source, load)
     corpus = text_for(loaded, settings.calibration if order.calibration is None else order.calibration, "train", "calibration")
     with resting(loaded.model):
         wanted = EncoderOrder(settings, corpus, plan, order.target, order.dry_run, order.seed, order.command, order.say)

@@ -302,7 +302,8 @@ def _with_tower(order: _Order) -> _Order:
         if settings.keep_rest:
             raise InputError("`keep_rest` keeps what a multimodal checkpoint holds beside its `tower`; name one, or leave it out")
         return order
-    if not isinstance(order.model, str | Path):
+    place = place_of(order.model)
+    if place is None:
         raise InputError("`tower` is for a checkpoint on disk; give its folder or hub id, or the language model itself without `tower`")
     if settings.memory is not None:
         raise InputError(
@@ -310,7 +311,7 @@ def _with_tower(order: _Order) -> _Order:
         )
     if settings.keep_rest and "vocabulary" in settings.targets:
         raise InputError("the other towers use token ids of their own; leave `keep_rest` out, or `vocabulary` out of `targets`")
-    return replace(order, model=load_tower(order.model, settings.tower, with_float64(order.load)), checkpoint=order.model)
+    return replace(order, model=load_tower(place, settings.tower, with_float64(order.load)), checkpoint=place)
 
 
 def _write(order: _Order, result: PruneResult) -> PruneResult:
@@ -331,8 +332,8 @@ def _write(order: _Order, result: PruneResult) -> PruneResult:
 
 def _vocabulary(order: _Order) -> PruneResult:
     """Cuts the vocabulary of a model."""
-    live = not isinstance(order.model, str | Path | Loaded)
-    loaded = take(order.model, order.tokenizer, order.load) if isinstance(order.model, str | Path) else take(order.model, order.tokenizer)
+    loaded = take(order.model, order.tokenizer, order.load)
+    live = place_of(order.model) is None and loaded is not order.model
     done = prune_vocabulary(loaded, order.settings, order.seed, order.plan, lambda: order.text(loaded), order.say, dry_run=order.dry_run)
     record = record_of(loaded, done.plan, done.resolved, command=order.command)
     if live and done.model is not None:

@@ -28,7 +28,7 @@ from regraft.atomic import MANIFEST, atomic_folder, refuse_existing, sha256_of, 
 from regraft.claims import SUFFIX, WORK, claimed, is_mark, is_work_folder, lock_file, remove, resolved
 from regraft.errors import OutputError, shown
 from regraft.progress import Say
-from regraft.reading import entry, read_object
+from regraft.reading import entry, object_in, read_object
 
 RUN_FILE = "run.json"
 TIMINGS = "timings.json"
@@ -263,17 +263,24 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "
     found: list[str] = []
     for key in [*before, *(key for key in after if key not in before)]:
         old, new, name = before.get(key), after.get(key), f"{prefix}{key}"
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += changes(old, new, f"{name}.")
-        elif old != new:
-            found.append(f"{name} was {_short(old)} and is now {_short(new)}")
+        match old, new:
+            case Mapping(), Mapping():
+                found += changes(old, new, f"{name}.")
+            case _ if old != new:
+                found.append(f"{name} was {_short(old)} and is now {_short(new)}")
+            case _:
+                pass
     return found
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "given"
-    return "left out" if value is None else str(value)
+    match value:
+        case None:
+            return "left out"
+        case Mapping():
+            return "given"
+        case _:
+            return str(value)
 
 
 def _checksums(folder: Path) -> dict[str, str]:

@@ -151,21 +151,40 @@ def _refuse_bomb(node: yaml.Node) -> None:
             if node.tag.removeprefix(_CORE) not in _TAGS:
                 mark = node.start_mark
                 raise ValueError(f"line {mark.line + 1}, column {mark.column + 1}: the tag {shown(node.tag, 60)} is not read; leave it out")
-            parts: list[yaml.Node] = []
-            if isinstance(node, yaml.MappingNode):
-                for key, value in node.value:
-                    if not isinstance(key, yaml.ScalarNode) or key.tag.removeprefix(_CORE) not in ("str", "merge"):
-                        what = f"the key {shown(key.value, 40)} is" if isinstance(key, yaml.ScalarNode) else "a key is"
-                        raise ValueError(f"line {key.start_mark.line + 1}: {what} no text; give the name of a setting")
-                    parts.append(value)
-            elif isinstance(node, yaml.SequenceNode):
-                parts = node.value
-            counts[id(node)] = 1 + sum(count(part, depth + 1) for part in parts)
+            counts[id(node)] = 1 + sum(count(part, depth + 1) for part in _parts(node))
             if counts[id(node)] > MOST_VALUES:
                 raise ValueError(f"more than {MOST_VALUES:,} values, by aliases")
         return counts[id(node)]
 
     count(node, 0)
+
+
+def _parts(node: yaml.Node) -> list[yaml.Node]:
+    """Returns the values of a mapping or a sequence.
+
+    Raises:
+        ValueError: A key is no text.
+    """
+    match node:
+        case yaml.MappingNode():
+            for key, _ in node.value:
+                _check_key(key)
+            return [value for _, value in node.value]
+        case yaml.SequenceNode():
+            return node.value
+        case _:
+            return []
+
+
+def _check_key(key: yaml.Node) -> None:
+    match key:
+        case yaml.ScalarNode() if key.tag.removeprefix(_CORE) in ("str", "merge"):
+            return
+        case yaml.ScalarNode():
+            what = f"the key {shown(key.value, 40)} is"
+        case _:
+            what = "a key is"
+    raise ValueError(f"line {key.start_mark.line + 1}: {what} no text; give the name of a setting")
 
 
 def _walk(node: yaml.Node, prefix: str, found: YamlText, above: set[int]) -> None:
