@@ -22,7 +22,7 @@ from pathlib import Path
 
 from regraft.claims import SUFFIX, claimed, in_work_folder, is_work_folder, left_over, remove, resolved, work_folder
 from regraft.errors import OutputError, shown
-from regraft.reading import read_object
+from regraft.reading import object_in, read_object
 
 MANIFEST = "manifest.json"
 _ELSEWHERE = "choose another `output`"
@@ -112,7 +112,7 @@ def json_with(*names: str) -> Callable[[bytes], bool]:
             value = json.loads(content)
         except (ValueError, RecursionError):
             return False
-        return isinstance(value, dict) and set(names) <= set(value)
+        return set(names) <= set(object_in(value))
 
     return ours
 
@@ -271,7 +271,7 @@ def _listed(folder: Path) -> Iterable[str]:
         files = read_object(folder / MANIFEST, OutputError).get("files")
     except OutputError:
         return []
-    return [str(name) for name in files] if isinstance(files, dict) else []
+    return [str(name) for name in object_in(files)]
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -22,6 +22,7 @@ from regraft.adapters.plain_lora import CONFIG, tidy_config, write_plain_lora
 from regraft.adapters.seeding import isolated
 from regraft.errors import InputError
 from regraft.models.quiet import in_one_line
+from regraft.reading import object_in, text_in
 from regraft.settings import Settings
 
 NAME = "default"  # name of the adapter inside the PeftModel
@@ -158,7 +159,7 @@ def trained_whole(adapted: PeftModel) -> dict[str, Tensor]:
 def retrained_tokens(adapted: PeftModel) -> tuple[int, ...]:
     """Returns the token ids whose rows of the embedding PEFT trains beside the adapter (``trainable_token_indices``)."""
     given = getattr(adapted.peft_config[NAME], "trainable_token_indices", None) or ()
-    rows = given.values() if isinstance(given, Mapping) else [given]
+    rows = object_in(given).values() or [given]
     return tuple(sorted({int(row) for some in rows for row in some}))
 
 
@@ -210,7 +211,7 @@ def stock_factors(adapted: PeftModel) -> dict[str, LowRank]:
     if not isinstance(config, LoraConfig):
         raise InputError(f"an adapter of type {config.peft_type} is no plain LoRA; merge it with PEFT's merge_and_unload instead")
     start = config.init_lora_weights
-    if isinstance(start, str) and start.split("_")[0] in {"olora", "pissa", "corda", "loftq", "lora-ga"}:
+    if (text_in(start) or "").split("_")[0] in {"olora", "pissa", "corda", "loftq", "lora-ga"}:
         raise InputError(
             f"the adapter started from its weights ({start}) and was not converted when it was saved, so it is wrong beside the original "
             "ones; save it again with PEFT's path_initial_model_for_weight_conversion"

@@ -58,14 +58,15 @@ class _Bar:
         self._doing = ""
 
     def say(self, line: str) -> None:
-        if not isinstance(line, Step):
-            self._doing = ""
-            self._bar.update(self._task, description=shown(line), total=None)
-            return
-        if line.doing != self._doing:  # another stage: its speed says nothing of this one's
-            self._doing = line.doing
-            self._bar.reset(self._task, total=line.total, description=shown(line.doing))
-        self._bar.update(self._task, completed=line.done, total=line.total)
+        match line:
+            case Step():
+                if line.doing != self._doing:  # another stage: its speed says nothing of this one's
+                    self._doing = line.doing
+                    self._bar.reset(self._task, total=line.total, description=shown(line.doing))
+                self._bar.update(self._task, completed=line.done, total=line.total)
+            case _:
+                self._doing = ""
+                self._bar.update(self._task, description=shown(line), total=None)
 
 
 class _Lines(threading.Thread):
@@ -99,9 +100,11 @@ class _Lines(threading.Thread):
 
 def remaining_seconds(line: str, since_seconds: float) -> float | None:
     """Returns how long a counted step will still take at its mean speed so far, or None where nothing can be foreseen."""
-    if not isinstance(line, Step) or line.done == 0:
-        return None
-    return since_seconds * (line.total - line.done) / line.done
+    match line:
+        case Step() if line.done:
+            return since_seconds * (line.total - line.done) / line.done
+        case _:
+            return None
 
 
 def in_words(seconds: float) -> str:

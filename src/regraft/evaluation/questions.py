@@ -17,6 +17,7 @@ import torch
 
 from regraft.data.text import TABLES, Corpus, read_objects, read_text, table_rows
 from regraft.errors import DataError, InputError, shown
+from regraft.reading import list_in, text_in
 
 QUESTION_SUFFIXES = (".jsonl", ".json", *TABLES)
 FROM_TEXT = ("continuation", "repetition")
@@ -104,14 +105,14 @@ def _item(where: str, row: Any) -> Item:
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{where} is no object; write {{'question': ..., 'choices': [...], 'answer': ...}}")
-    question, answer = row.get("question"), row.get("answer")
-    if not isinstance(question, str) or not question.strip():
+    question, answer = text_in(row.get("question")), row.get("answer")
+    if question is None or not question.strip():
         raise DataError(f"{where} has no 'question'; each item needs one, as text")
     if answer is None or answer == "" or answer == []:
         raise DataError(f"{where} has no 'answer'; give the number, the letter or the text of the right choice, or the answer in words")
     choices = _choices(where, row.get("choices"))
     if not choices:
-        answers = answer if isinstance(answer, list) else [answer]
+        answers = list_in(answer) or [answer]
         if not all(isinstance(one, str | int | float) and str(one).strip() for one in answers):
             raise DataError(f"{where}: 'answer' is {shown(repr(answer), 60)}; give a text, or a list of texts of which each is right")
         return Item(question, answers=tuple(str(one) for one in answers))
@@ -119,14 +120,14 @@ def _item(where: str, row: Any) -> Item:
 
 
 def _choices(where: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) and value.strip():  # in a table: a JSON list
+    if text := (text_in(value) or "").strip():  # in a table: a JSON list
         try:
-            value = json.loads(value)
+            value = json.loads(text)
         except ValueError:
             raise DataError(f'{where}: \'choices\' is no JSON list; write ["one", "two"]') from None
     if value is None or value == "":
         return ()
-    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(one, str) and one.strip() for one in value):
+    if len(list_in(value)) < 2 or not all((text_in(one) or "").strip() for one in value):
         raise DataError(f"{where}: 'choices' is {shown(repr(value), 60)}; give at least two texts")
     if len(set(value)) < len(value):
         raise DataError(f"{where}: 'choices' has one text twice; each must differ from the others")
@@ -136,9 +137,9 @@ def _choices(where: str, value: Any) -> tuple[str, ...]:
 def _right(where: str, answer: Any, choices: Sequence[str]) -> int:
     """Returns the number of the right choice, which is given by its text, its number from 0, or its letter."""
     text = str(answer).strip()
-    if isinstance(answer, str) and answer in choices:
+    if answer in choices:
         return choices.index(answer)
-    if not isinstance(answer, bool) and text.isascii() and text.isdigit() and int(text[:9]) < len(choices):
+    if text.isascii() and text.isdigit() and int(text[:9]) < len(choices):
         return int(text)
     if len(text) == 1 and "A" <= text.upper() <= "Z" and ord(text.upper()) - ord("A") < len(choices):
         return ord(text.upper()) - ord("A")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 from peft import PeftModel
 from torch import nn
@@ -53,8 +54,7 @@ def macs_per_token(model: PreTrainedModel | PeftModel, context_tokens: int) -> i
 
 def _attentions(model: PreTrainedModel | PeftModel) -> list[tuple[int, int | None]]:
     """Returns, for every layer with attention, the channels of all query heads and the sliding window or None."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(base, PreTrainedModel)
+    base = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
     family = family_of(base.config.model_type)
     outputs = [
         axis.module
@@ -73,15 +73,13 @@ def _attentions(model: PreTrainedModel | PeftModel) -> list[tuple[int, int | Non
 
 def _inputs(module: nn.Module) -> int:
     """Returns the number of input channels of a projection, also when an adapter wraps it."""
-    width = module.nx if isinstance(module, Conv1D) else module.in_features
-    assert isinstance(width, int)
-    return width
+    return cast(int, module.nx if isinstance(module, Conv1D) else module.in_features)
 
 
 def _sliding_window(model: PreTrainedModel, layer: int) -> int | None:
     """Returns the sliding window of a layer, in tokens, or None for full attention."""
-    window = getattr(model.config, "sliding_window", None)
-    types = getattr(model.config, "layer_types", None)
+    config: dict[str, Any] = model.config.to_dict()
+    window, types = config.get("sliding_window"), config.get("layer_types")
     if window is None or (types is not None and types[layer] != "sliding_attention"):
         return None
     return int(window)

@@ -40,7 +40,7 @@ def look_for(model: PreTrainedModel | ModelView, kinds: Sequence[GroupKind] = US
     Raises:
         ModelError: As in :func:`discover`.
     """
-    view = model if isinstance(model, ModelView) else ModelView(model)
+    view = _view_of(model)
     refuse_factored(view.model)
     if view.family.discovery == "declared" and set(kinds) <= set(USUAL):
         groups, refused = declared.discover(view), ()
@@ -64,7 +64,11 @@ def refusals(model: PreTrainedModel | ModelView) -> tuple[Refusal, ...]:
     Raises:
         ModelError: The family is not known, or its computation cannot be traced.
     """
-    return _traced(model if isinstance(model, ModelView) else ModelView(model)).refusals
+    return _traced(_view_of(model)).refusals
+
+
+def _view_of(model: PreTrainedModel | ModelView) -> ModelView:
+    return model if isinstance(model, ModelView) else ModelView(model)
 
 
 def _unlike_table(view: ModelView, group: Group) -> str:

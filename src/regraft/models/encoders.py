@@ -22,7 +22,7 @@ from regraft.models.quiet import quiet
 from regraft.models.tokenizer import load_tokenizer
 from regraft.models.uneven import encoder_regraft
 from regraft.models.uneven.factored_regraft import FactoredLinear
-from regraft.models.view import fingerprint
+from regraft.models.view import fingerprint, modules_of
 from regraft.models.weights import stored_tensors, weight_files, weights_dtype
 from regraft.plans import Provenance
 from regraft.reading import read_object
@@ -95,17 +95,13 @@ def encoder_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     Raises:
         ModelError: Some are factored already, or there are none.
     """
-    factored = [name for name, module in model.named_modules() if isinstance(module, FactoredLinear)]
+    factored = list(modules_of(model, FactoredLinear))
     if factored:
         raise ModelError(
             f"the encoder is factored already ({len(factored)} layers, such as '{factored[0]}'); use the one that it was made from"
         )
-    stacks = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and any(name.startswith(f"{stack}.") for stack in stacks)
-    }
+    stacks = tuple(f"{stack}." for stack in modules_of(model, nn.ModuleList))
+    found = {name: module for name, module in modules_of(model, nn.Linear).items() if name.startswith(stacks)}
     if not found:
         raise ModelError(f"'{type(model).__name__}' has no linear layers in a list of layers; use another model")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ from regraft.models.uneven import register
 from regraft.models.view import ModelView, fingerprint
 from regraft.models.weights import StoredTensor, read_tensor, stored_tensors, weights_dtype
 from regraft.plans import Provenance
-from regraft.reading import home_expanded, is_folder, path_of
+from regraft.reading import home_expanded, is_folder, is_whole, path_of
 from regraft.settings import LoadSettings
 
 SEEDLING = "seedling"
@@ -306,7 +307,7 @@ def _refuse_promises(folder: Path, config: PreTrainedConfig, stored: Mapping[str
     width = sizes.get(names.pop("hidden_size"))
     for name in names.values():
         size = sizes.get(name)
-        if isinstance(size, int) and isinstance(width, int) and size * width > 4 * held + MOST_NEW_PARAMETERS:
+        if is_whole(size, 1, math.inf) and is_whole(width, 1, math.inf) and size * width > 4 * held + MOST_NEW_PARAMETERS:
             raise ModelError(f"'{folder}': config.json asks for {name} {size:,}, the weights hold {held:,} values in all; {SAME_MODEL}")
 
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from regraft.models.family import Family, family_of
 from regraft.models.mixers import NO_ATTENTION, NO_MLP
 from regraft.models.uneven.factored_regraft import FactoredLinear
 from regraft.models.weights import memory_of
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -148,15 +150,23 @@ class ModelView:
         for index in range(len(self.layers)):
             for name in self.linear_names():
                 module, full = self.module(index, name), f"{self.layer_name(index)}.{name}"
-                if isinstance(module, nn.Linear):
-                    found[full] = module
-                elif isinstance(module, FactoredLinear):
-                    found |= {f"{full}.reduce": module.reduce, f"{full}.expand": module.expand}
+                match module:
+                    case nn.Linear():
+                        found[full] = module
+                    case FactoredLinear():
+                        found |= {f"{full}.reduce": module.reduce, f"{full}.expand": module.expand}
+                    case _:  # removed, or a Conv1D
+                        pass
         return found
 
     def factored(self) -> dict[str, FactoredLinear]:
         """Returns the projections that are stored as two factors, by full name."""
-        return {name: module for name, module in self.model.named_modules() if isinstance(module, FactoredLinear)}
+        return modules_of(self.model, FactoredLinear)
+
+
+def modules_of(model: nn.Module, kind: type[M]) -> dict[str, M]:
+    """Returns the modules of a class, or of one below it, by full name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
 def refuse_factored(model: PreTrainedModel, source: str = "the model") -> None:
@@ -169,7 +179,7 @@ def refuse_factored(model: PreTrainedModel, source: str = "the model") -> None:
     Raises:
         ModelError: It has such layers.
     """
-    found = [name for name, module in model.named_modules() if isinstance(module, FactoredLinear)]
+    found = list(modules_of(model, FactoredLinear))
     if found:
         raise ModelError(
             f"{source} is factored already ({len(found)} layers, such as '{found[0]}'); use the model that it was compressed from"

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from regraft.errors import InputError, ModelError
 from regraft.models.tokenizer import load_tokenizer
+from regraft.reading import list_in
 
 # What a saved tokenizer is made of besides the two files with ids; everything else, such as vocab.json, repeats what is in these.
 _KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -157,10 +158,15 @@ def renumbered_ids(values: Mapping[str, Any], place: Mapping[int, int]) -> dict[
     """
 
     def new(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            listed: Any = value
-            return [found for entry in listed if (found := new(entry)) is not None and found != []]
-        return place.get(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        match value:
+            case list() | tuple():
+                return [found for entry in value if (found := new(entry)) is not None and found != []]
+            case bool():
+                return value
+            case int():
+                return place.get(value)
+            case _:
+                return value
 
     return {key: new(value) for key, value in values.items() if holds_ids(key) and value is not None}
 
@@ -169,12 +175,14 @@ def ids_in(values: Mapping[str, Any]) -> set[int]:
     """Returns the token ids that a config names one by one, such as the end of a text."""
 
     def each(value: Any) -> Iterable[int]:
-        if isinstance(value, list | tuple):
-            listed: Any = value
-            for entry in listed:
-                yield from each(entry)
-        elif isinstance(value, int) and not isinstance(value, bool):
-            yield value
+        match value:
+            case list() | tuple():
+                for entry in value:
+                    yield from each(entry)
+            case int() if not isinstance(value, bool):
+                yield value
+            case _:
+                pass
 
     return {number for key, value in values.items() if key.endswith(("_token_id", "_token_ids")) for number in each(value) if number >= 0}
 
@@ -243,16 +251,16 @@ def _renumbered(data: Mapping[str, Any], place: Mapping[int, int]) -> dict[str, 
 
 def _with_new_ids(processor: Any, place: Mapping[int, int]) -> Any:
     """Returns a post-processor, which puts special tokens around a text, with new ids."""
-    if isinstance(processor, dict):
-        entries: dict[str, Any] = processor
-        found = {key: _with_new_ids(value, place) for key, value in entries.items()}
-        if isinstance(entries.get("ids"), list):
-            found["ids"] = [place[old] for old in entries["ids"]]
-        for key in ("sep", "cls"):
-            if isinstance(entries.get(key), list):
-                found[key] = [entries[key][0], place[entries[key][1]]]
-        return found
-    if isinstance(processor, list):
-        parts: list[Any] = processor
-        return [_with_new_ids(part, place) for part in parts]
-    return processor
+    match processor:
+        case dict():
+            found = {key: _with_new_ids(value, place) for key, value in processor.items()}
+            if ids := list_in(processor.get("ids")):
+                found["ids"] = [place[old] for old in ids]
+            for key in ("sep", "cls"):
+                if entry := list_in(processor.get(key)):
+                    found[key] = [entry[0], place[entry[1]]]
+            return found
+        case list():
+            return [_with_new_ids(part, place) for part in processor]
+        case _:
+            return processor

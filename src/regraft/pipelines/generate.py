@@ -13,6 +13,7 @@ from regraft.data.tokens import context_limit
 from regraft.errors import InputError
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.load import load as load_model
+from regraft.reading import list_in
 from regraft.settings import LoadSettings
 from regraft.surgery.adapter_folder import is_adapter, load_adapted
 
@@ -89,7 +90,7 @@ def generate(
         raise InputError(f"the prompt has {len(ids)} tokens and the model's context {limit}: nothing can follow; shorten it")
     declared: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = declared if declared is not None else tokenizer.eos_token_id
-    first_end = ends[0] if isinstance(ends, list) else ends
+    first_end = next(iter(list_in(ends)), ends)
     config = GenerationConfig(
         max_new_tokens=tokens if limit is None else min(tokens, limit - len(ids)),
         do_sample=temperature > 0,

@@ -13,6 +13,7 @@ from regraft.errors import DataError
 from regraft.models.load import SEEDLING, Loaded
 from regraft.models.provenance import read_provenance
 from regraft.plans import Provenance
+from regraft.reading import text_in
 
 Texts = str | Path | Iterable[str] | Iterable[Mapping[str, Any]]
 """What every call takes for text: a file, or texts, or records as files hold them; a ``datasets.Dataset`` is the last of these."""
@@ -46,21 +47,23 @@ def read(given: Texts, split: Split, setting: str, *, skip_bad: bool = False) ->
     Raises:
         DataError: It cannot be used: a mapping of splits, a data set without a text column, nothing at all, another type.
     """
-    if isinstance(given, str | Path):
-        return read_corpus(given, split, skip_bad=skip_bad)
-    if isinstance(given, Mapping):
-        known = ", ".join(map(repr, list(given)[:4]))
-        raise DataError(f"`{setting}` is a {type(given).__name__} of {known}; give one part of it, such as `{setting}`['train']")
-    values = enumerate(_iterable(given, setting), 1)
-    rows = ((f"row {number}", {"text": value} if isinstance(value, str) else value) for number, value in values)
-    return corpus_of(setting, rows, skip_bad=skip_bad)
+    values: Any = given  # callers without a type checker pass anything
+    match values:
+        case str() | Path():
+            return read_corpus(values, split, skip_bad=skip_bad)
+        case Mapping():
+            known = ", ".join(map(repr, list(values)[:4]))
+            raise DataError(f"`{setting}` is a {type(values).__name__} of {known}; give one part of it, such as `{setting}`['train']")
+        case Iterable():
+            rows = ((f"row {number}", _row(value)) for number, value in enumerate(values, 1))
+            return corpus_of(setting, rows, skip_bad=skip_bad)
+        case _:
+            raise DataError(f"`{setting}` is a {type(values).__name__}; give a file, texts, or a data set with a column 'text'")
 
 
-def _iterable(given: object, setting: str) -> Iterable[object]:
-    """Returns the argument, checked at run time: callers without a type checker pass anything."""
-    if not isinstance(given, Iterable):
-        raise DataError(f"`{setting}` is a {type(given).__name__}; give a file, texts, or a data set with a column 'text'")
-    return given
+def _row(value: Any) -> Any:
+    """Returns an entry of a data set as a row; a plain text is the text of one."""
+    return value if text_in(value) is None else {"text": value}
 
 
 def path_in(given: Texts | None) -> Path | None:
@@ -70,9 +73,13 @@ def path_in(given: Texts | None) -> Path | None:
 
 def in_memory(given: Texts | None) -> Texts | None:
     """Returns what was given where it is no file, so that it can be read more than once."""
-    if given is None or isinstance(given, str | Path):
-        return None
-    return cast(Texts, list(given)) if isinstance(given, Iterator) else given
+    match given:
+        case None | str() | Path():
+            return None
+        case Iterator():
+            return cast(Texts, list(given))
+        case _:
+            return given
 
 
 def described(corpus: Corpus) -> dict[str, Any]:

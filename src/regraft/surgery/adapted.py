@@ -12,6 +12,7 @@ from torch.nn.functional import dropout
 from regraft.adapters.contract import Delta
 from regraft.adapters.linear_like import is_table, oriented, shape_of, weight_of
 from regraft.errors import InputError
+from regraft.models.view import modules_of
 
 
 @final
@@ -112,7 +113,7 @@ class Adapted(nn.Module):
 
 def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
     """Returns every adapted module by its full name in the plain model."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+    return modules_of(model, Adapted)
 
 
 def wrap(model: nn.Module, name: str) -> Adapted:

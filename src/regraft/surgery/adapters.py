@@ -71,7 +71,7 @@ def inject(
         PlanError: The plan does not fit the model; then the model is unchanged.
     """
     adapter = whole(ADAPTERS.get(settings.adapter), name)
-    if beside is not None and not (isinstance(adapter, PerModule) and isinstance(beside.adapter, PerModule)):
+    if beside is not None and not all(isinstance(one, PerModule) for one in (adapter, beside.adapter)):
         raise InputError(f"adapter '{settings.adapter}' does not stand beside another one; those of PEFT take a model for themselves")
     request = make_request(find_targets(model, settings.targets), settings, ranks, seed)
     was_trainable = beside.was_trainable if beside is not None else _trainable(model)

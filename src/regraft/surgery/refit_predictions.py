@@ -70,14 +70,12 @@ def refit_to_predictions(
     judges = max(1, min(JUDGED_WINDOWS, len(windows_NT) // 4))
     fitted = (windows_NT[:-judges] if len(windows_NT) > 1 else windows_NT).to(pruned.model.device).split(_BATCH_WINDOWS)
     judged = windows_NT[-judges:].to(pruned.model.device).split(_BATCH_WINDOWS)
-    readers = reading_projections(pruned)
-    transposed = pruned.family.transposed
+    readers, transposed = reading_projections(pruned), pruned.family.transposed
     generator = torch.Generator(pruned.model.device).manual_seed(seed)
     for reader in readers.values():  # a weight that was not cut may be shared with the dense model
         reader.register_parameter("weight", nn.Parameter(_weight(reader).detach().clone()))
     stored = {name: _weight(reader).dtype for name, reader in readers.items()}
-    length = 1.0 / max(1, len(readers))
-    aim = _Aim(dense)
+    length, aim = 1.0 / max(1, len(readers)), _Aim(dense)
     training = only_these_train(pruned.model, [_weight(reader) for reader in readers.values()])
     with float32_on_cpu(pruned.model), float32_on_cpu(dense), training, torch.no_grad():
         aims = [_log_probabilities(dense, ids) for ids in judged]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from regraft.errors import ModelError
 from regraft.models.build import build
 from regraft.models.live import resting
-from regraft.models.view import ModelView, fingerprint, parameter_count, parameter_shapes
+from regraft.models.view import ModelView, fingerprint, modules_of, parameter_count, parameter_shapes
 from regraft.models.vocabulary import ids_in, renumbered_ids
 from regraft.plans import Group, Groups, Member, PrunePlan
 from regraft.surgery.cut import check_plan, cut_state, without_doubles
@@ -94,10 +94,10 @@ def _read_by_ids(model: PreTrainedModel, rows: int) -> list[nn.Embedding]:
 
     def see(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         given: Any = inputs[0] if inputs else None
-        if isinstance(module, nn.Embedding) and isinstance(given, Tensor) and given.shape == ids.shape and torch.equal(given, ids):
-            found[id(module)] = module
+        if isinstance(given, Tensor) and given.shape == ids.shape and torch.equal(given, ids):
+            found[id(module)] = cast(nn.Embedding, module)
 
-    handles = [module.register_forward_pre_hook(see) for module in model.modules() if isinstance(module, nn.Embedding)]
+    handles = [module.register_forward_pre_hook(see) for module in modules_of(model, nn.Embedding).values()]
     try:
         with resting(model), torch.no_grad():
             model(input_ids=ids, use_cache=False)

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from regraft.errors import InputError
-from regraft.export import AdapterFormat, Exportable, Exporter
+from regraft.export import AdapterFormat, Exportable, Exporter, ModelFormat
 from regraft.models.load import Loaded
 from regraft.settings import ExportSettings
 from regraft.surgery.adapters import factors, finish
@@ -40,10 +40,11 @@ def check_exporter(exporter: Exporter, loaded: Loaded | None = None, text: str =
         for folder in folders:
             folder.mkdir()
             with generators_left_alone(who):
-                if isinstance(exporter, AdapterFormat):
-                    require(bool(exporter.write(_adapter(), folder)), f"{who} does not say what it wrote")
-                else:
-                    _write_model(who, exporter, loaded, folder, text)
+                match exporter:
+                    case AdapterFormat():
+                        require(bool(exporter.write(_adapter(), folder)), f"{who} does not say what it wrote")
+                    case _:
+                        _write_model(who, exporter, loaded, folder, text)
         first, second = ({str(p.relative_to(f)): p.read_bytes() for p in sorted(f.rglob("*")) if p.is_file()} for f in folders)
         require(bool(first), f"{who} writes nothing")
         require(first == second, f"{who} writes other bytes the second time")
@@ -52,8 +53,7 @@ def check_exporter(exporter: Exporter, loaded: Loaded | None = None, text: str =
             _check_refusal(who, exporter, Path(work))
 
 
-def _write_model(who: str, exporter: Exporter, loaded: Loaded | None, folder: Path, text: str) -> None:
-    assert not isinstance(exporter, AdapterFormat)
+def _write_model(who: str, exporter: ModelFormat, loaded: Loaded | None, folder: Path, text: str) -> None:
     if loaded is None:
         raise TypeError("a format of whole models is checked on a model: check_exporter(exporter, loaded)")
     settings = ExportSettings()

@@ -42,7 +42,8 @@ def _uneven(source: Source) -> str:
 
 
 def _silu(source: Source) -> str:
-    activation = getattr(source.config, "hidden_act", None) or getattr(source.config, "hidden_activation", None)
+    values = source.config.to_dict()
+    activation = values.get("hidden_act") or values.get("hidden_activation")
     return "" if activation in ("silu", "swish") else f"it computes silu, the model {activation}"
 
 
@@ -93,9 +94,10 @@ def _gemma2(source: Source) -> str:
 
 
 def _gemma3(source: Source) -> str:
-    if getattr(source.config, "final_logit_softcapping", None):
+    values = source.config.to_dict()
+    if values.get("final_logit_softcapping"):
         return "it has no cap on logits"
-    if getattr(source.config, "use_bidirectional_attention", None):
+    if values.get("use_bidirectional_attention"):
         return "it looks back only, the model both ways"
     local = source.config.rope_parameters["sliding_attention"].get("rope_type", "default")
     if local != "default":
@@ -118,7 +120,7 @@ def _gpt2(source: Source) -> str:
         return _as_wide(source)
     if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights:
         return "it scales attention by the head size alone"
-    if getattr(config, "norm_width", None):
+    if config.to_dict().get("norm_width"):
         return "its norms count the channels that are there"
     return "" if config.activation_function == "gelu_new" else f"it computes gelu_new, the model {config.activation_function}"
 

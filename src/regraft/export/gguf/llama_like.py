@@ -113,8 +113,8 @@ def lay_out(kind: Gated, source: Source) -> Layout:
 
 
 def _window(config: Any) -> int | None:
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
+    values = config.to_dict()
+    kinds, window = values.get("layer_types"), values.get("sliding_window")
     return int(window) if window and (kinds is None or "sliding_attention" in kinds) else None
 
 

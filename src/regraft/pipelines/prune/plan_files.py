@@ -10,7 +10,7 @@ from typing import Any
 from regraft.atomic import atomic_folder, reserved, reserved_file, write_text
 from regraft.errors import ConfigError, InputError, PlanError, shown
 from regraft.plans import Provenance, PrunePlan, from_json, to_json
-from regraft.reading import is_file, is_folder, parse_json, path_of, read_bytes
+from regraft.reading import is_file, is_folder, object_in, parse_json, path_of, read_bytes
 from regraft.settings import PruneSettings, checked
 
 FILE = "plan.json"
@@ -82,7 +82,7 @@ def _is_record(text: bytes) -> bool:
         value: Any = parse_json(text, "the plan", PlanError)
     except PlanError:
         return False
-    return isinstance(value, dict) and "source_fingerprint" in value
+    return "source_fingerprint" in object_in(value)
 
 
 def _plan_of(record: Provenance, path: Path) -> PrunePlan:

@@ -34,7 +34,7 @@ def write_page(order: RunOrder, groups: Groups, made: Made, measured: Measured) 
         made: The models and decisions of the run.
         measured: What was measured of them.
     """
-    sample, recovered = order.recipe.sample, made.models.get("recovered")
+    sample, recovered = order.recipe.sample, made.folder("recovered")
     sampled = measured.folders if sample is not None else {}
     report = RunReport(
         title=order.name,
@@ -45,11 +45,11 @@ def write_page(order: RunOrder, groups: Groups, made: Made, measured: Measured) 
         widths=_widths(groups, made.plan) if made.plan is not None else (),
         factors=made.factors,
         ranks=made.ranks,
-        curve=_read_curve(recovered) if isinstance(recovered, Path) else (),
-        best_step=_read_best_step(recovered) if isinstance(recovered, Path) else None,
+        curve=_read_curve(recovered) if recovered is not None else (),
+        best_step=_read_best_step(recovered) if recovered is not None else None,
         prompt=sample.prompt if sample is not None else "",
         samples={label: (folder / SAMPLE).read_text(encoding="utf-8") for label, folder in sampled.items()},
-        facts=_facts(order, made.last),
+        facts=_facts(order, made.folder(made.label)),
         tasks=tuple(measured.tasks),
     )
     order.folder.write("results.json", plain_json(_results(measured.measurements)))
@@ -61,7 +61,7 @@ def write_page(order: RunOrder, groups: Groups, made: Made, measured: Measured) 
     return report
 
 
-def _facts(order: RunOrder, final: str | Path) -> dict[str, Any]:
+def _facts(order: RunOrder, final: Path | None) -> dict[str, Any]:
     """Returns the provenance of the run for its page."""
     facts: dict[str, Any] = {
         "command": order.command,
@@ -69,7 +69,7 @@ def _facts(order: RunOrder, final: str | Path) -> dict[str, Any]:
         "seed": order.recipe.seed,
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
-    if isinstance(final, Path):
+    if final is not None:
         weights = {name: checksum for name, checksum in order.folder.checksums(final).items() if name.endswith(".safetensors")}
         facts |= {f"SHA-256 of {final.name}/{name}": checksum for name, checksum in weights.items()}
     return facts

@@ -88,8 +88,11 @@ class RunOrder:
 
     def inputs(self, source: str | Path, **settings: Any) -> dict[str, Any]:
         """Returns the inputs of a stage: the checksums of its model, of the files that the recipe names, and settings."""
-        stored = isinstance(source, Path)
-        model = {"files": self.folder.checksums(source)} if stored else {"model": self.recipe.model, "fingerprint": self.fingerprint}
+        match source:
+            case Path():
+                model: dict[str, Any] = {"files": self.folder.checksums(source)}
+            case _:
+                model = {"model": self.recipe.model, "fingerprint": self.fingerprint}
         named = {key: sha256_of(path) for key, path in files_of(self.recipe).items()}
         return {"model": model, "files": named, "load": self.recipe.load.model_dump(mode="json"), **settings}
 
@@ -116,9 +119,19 @@ class Made:
     ranks: RankSearch | None = None
 
     @property
+    def label(self) -> str:
+        """Label of the model that the last stage has made."""
+        return list(self.models)[-1]
+
+    @property
     def last(self) -> str | Path:
         """The model that the last stage has made."""
-        return list(self.models.values())[-1]
+        return self.models[self.label]
+
+    def folder(self, label: str) -> Path | None:
+        """Returns the folder of a model that the run has made; None for the dense model, and where there is none."""
+        found = self.models.get(label)
+        return found if isinstance(found, Path) else None
 
     def with_model(self, label: str, folder: Path, **decided: Any) -> Made:
         """Returns the same with one model more, and what was decided for it."""
@@ -156,8 +169,7 @@ def make_smaller(order: RunOrder, dense: Loaded) -> Made:
         order.folder.write(PLAN, to_json(plan) + "\n")
         made = made.with_model("pruned", folder, plan=plan)
     if recipe.compress is not None:
-        source = dense if recipe.prune is None else made.last
-        folder = _compress(order, source, recipe.compress, "compressed" if recipe.recover else "model")
+        folder = _compress(order, made.folder("pruned"), dense, recipe.compress, "compressed" if recipe.recover else "model")
         order.folder.write(FACTORS, (folder / FACTORS).read_text(encoding="utf-8"))
         made = made.with_model("compressed", folder, factors=from_json(FactorPlan, (folder / FACTORS).read_bytes()))
     return made
@@ -203,20 +215,21 @@ def _prune(order: RunOrder, dense: Loaded, settings: PruneSettings, name: str) -
     return order.folder.stage("prune", inputs, make, folder=name)
 
 
-def _compress(order: RunOrder, source: Loaded | str | Path, settings: CompressSettings, name: str) -> Path:
+def _compress(order: RunOrder, source: Path | None, dense: Loaded, settings: CompressSettings, name: str) -> Path:
+    """Compresses what was pruned, or else the dense model."""
     seed = order.recipe.seed
 
     def make(folder: Path) -> None:
         kept = settings if settings.cache is not None else settings.model_copy(update={"cache": order.folder.path / MOMENTS})
         work = order.folder.work("compress")
-        loaded = source if isinstance(source, Loaded) else order.load(source)
+        loaded = dense if source is None else order.load(source)
         result = compress(loaded, None, kept, seed=seed, resume=True, work=work, command=order.command, say=order.progress)
         for note in result.notes:
             order.say(note)
         result.save_pretrained(folder, replace=True)
         write_text(folder / FACTORS, to_json(result.plan) + "\n")
 
-    before = order.recipe.model if isinstance(source, Loaded) else source
+    before = order.recipe.model if source is None else source
     path = order.folder.stage("compress", order.inputs(before, compress=settings.model_dump(mode="json"), seed=seed), make, folder=name)
     order.folder.discard("compress")
     return path
