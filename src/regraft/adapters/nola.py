@@ -89,16 +89,15 @@ class NolaDelta(Delta):
         if self.spec.options.bits == "32":
             return {"a": self.a.detach(), "b": self.b.detach()}
         found: dict[str, Tensor] = {}
-        for name in ("a", "b"):
-            found[f"{name}.codes"], found[f"{name}.scales"] = quantised(getattr(self, name).detach())
+        for name, coefficients in (("a", self.a), ("b", self.b)):
+            found[f"{name}.codes"], found[f"{name}.scales"] = quantised(coefficients.detach())
         return found
 
     def finished(self) -> Delta:
         """Returns itself, with coefficients rounded to the values that are saved."""
         if self.spec.options.bits == "4":
             with torch.no_grad():
-                for name in ("a", "b"):
-                    coefficients = getattr(self, name)
+                for coefficients in (self.a, self.b):
                     coefficients.copy_(dequantised(*quantised(coefficients), len(coefficients)))
         return self
 

@@ -59,7 +59,7 @@ def load_classifier(source: str | Path, classes: Sequence[str], settings: LoadSe
     config = _config(folder, classes, settings)
     tensors, provenance = stored_tensors(folder), read_provenance(folder)
     check_checksums(folder, provenance)
-    dtype = weights_dtype(tensors) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    dtype = weights_dtype(tensors, settings.dtype)
     model, missing = _load(folder, config, dtype, trust_remote_code=settings.trust_remote_code)
     _begin(model, missing, seed)
     setattr(model, _NEW, frozenset(missing))

@@ -73,7 +73,7 @@ def load_encoder(source: str | Path, settings: LoadSettings | None = None) -> Lo
     config: Any = read_config(folder, trust_remote_code=False)
     tensors, provenance = stored_tensors(folder), read_provenance(folder)
     check_checksums(folder, provenance)
-    dtype = weights_dtype(tensors) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    dtype = weights_dtype(tensors, settings.dtype)
     if getattr(config, "factored", None):
         model_class = getattr(encoder_regraft, config.architectures[0])
         model = model_class.from_pretrained(folder, dtype=dtype, use_safetensors=True)

@@ -108,7 +108,7 @@ def load(source: str | Path, settings: LoadSettings | None = None) -> Loaded:
     folder = locate_by(source, settings)
     name = str(source)
     tensors, provenance = check_folder(folder, settings.base)
-    dtype = weights_dtype(tensors) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    dtype = weights_dtype(tensors, settings.dtype)
     model = _load_model(folder, dtype, settings)
     check_finite(model, name)
     ModelView(model)  # refuses a model that is not built as its family is

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -141,7 +140,7 @@ def _whole(folder: Path, tower: str, settings: LoadSettings) -> PreTrainedModel:
         raise ModelError(f"'{folder}' has no tower '{tower}': it is a {config.model_type}, one model by itself; leave `tower` out")
     tensors = stored_tensors(folder)
     check_checksums(folder, read_provenance(folder))
-    dtype: Any = weights_dtype(tensors) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    dtype: Any = weights_dtype(tensors, settings.dtype)
     model, report = checkpoint_as(
         AutoModelForImageTextToText,
         folder,

@@ -239,12 +239,18 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def weights_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype:
-    """Returns the number type that most weights are stored in; float64 is read as float32.
+def weights_dtype(tensors: Mapping[str, StoredTensor], wanted: str = "auto") -> torch.dtype:
+    """Returns the number type to read weights in.
+
+    Args:
+        tensors: What is stored.
+        wanted: Name of a type of torch; ``auto`` for the one that most weights are stored in, where float64 is read as float32.
 
     Raises:
         ModelError: None of the tensors is of a floating-point type.
     """
+    if wanted != "auto":
+        return getattr(torch, wanted)
     counts: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
         if tensor.dtype in FLOATS:

@@ -188,7 +188,7 @@ def open_skeleton(source: str | Path, settings: LoadSettings | None = None, *, f
     device = device_named(settings.device)
     folder = locate_by(source, settings)
     tensors, provenance = check_folder(folder, settings.base)
-    dtype = weights_dtype(tensors) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    dtype = weights_dtype(tensors, settings.dtype)
     checkpoint = CheckpointFiles(folder)
     model = _empty_model(folder, device, trust_remote_code=settings.trust_remote_code)
     stored = _stored_names(model, checkpoint, dtype)
