@@ -28,7 +28,7 @@ from regraft.atomic import MANIFEST, atomic_folder, refuse_existing, sha256_of, 
 from regraft.claims import SUFFIX, WORK, claimed, is_mark, is_work_folder, lock_file, remove, resolved
 from regraft.errors import OutputError, shown
 from regraft.progress import Say
-from regraft.reading import entry, object_in, read_object
+from regraft.reading import entry, read_object
 
 RUN_FILE = "run.json"
 TIMINGS = "timings.json"
