@@ -34,6 +34,15 @@ def shown(value: object, most: int = _LONGEST_VALUE) -> str:
     return "".join(character if _is_harmless(character) else _escaped(character) for character in text)
 
 
+def harmless(text: str) -> str:
+    r"""Returns a text of several lines that is safe to print: control characters escaped, but for line ends and tabs.
+
+    >>> harmless("a\tb\n\x1b[31mc")
+    'a\tb\n\\x1b[31mc'
+    """
+    return "".join(part if part in "\n\t" or part.isprintable() or _is_harmless(part) else _escaped(part) for part in text)
+
+
 class Markdown(str):
     """A text that is Markdown already, made here of what others wrote."""
 

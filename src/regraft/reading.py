@@ -40,6 +40,18 @@ def path_of(value: object, what: str = "path") -> Path:
     return Path(text)
 
 
+def check_text(text: str, what: str, error: type[RegraftError] = InputError) -> None:
+    """Refuses a text with half of a character, as bytes on a command line that are not UTF-8 become: no tokenizer takes it.
+
+    Raises:
+        RegraftError: There is such a half; the exception has the type ``error``.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as failure:
+        raise error(f"{what} holds {shown(repr(text[failure.start]))} at character {failure.start}, which is no text; give UTF-8") from None
+
+
 def home_expanded(path: Path) -> Path:
     """Returns a path with ``~`` and ``~user`` replaced; as it is where there is no such user."""
     try:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import PartialState
+from transformers import TrainingArguments
 
 from regraft.adapters.stock_files import read_stock_config
 from regraft.allocation.meta import read_store
@@ -29,6 +31,7 @@ from regraft.pipelines.run.recipe import read_recipe
 from regraft.pipelines.run.strict_yaml import read_yaml
 from regraft.search.storage import open_storage
 from regraft.surgery.adapter_files import read_master
+from regraft.training.distributed import in_surroundings
 from regraft.training.job import read_ranks
 
 SECONDS = 5.0
@@ -273,6 +276,26 @@ URLS = [
 def test_every_storage(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     one_line(lambda: open_storage(url, tmp_path).close(), url[:80])
+
+
+SURROUNDINGS = [
+    {"LOCAL_RANK": "99"},
+    {"ACCELERATE_USE_FSDP": "x"},
+    {"ACCELERATE_USE_CPU": "zz"},
+    {"ACCELERATE_MIXED_PRECISION": "\x1b[31m"},
+    {"LOCAL_RANK": "0", "MASTER_PORT": "x", "ACCELERATE_USE_DEEPSPEED": "perhaps"},
+]
+
+
+@pytest.mark.parametrize("variables", SURROUNDINGS, ids=lambda variables: " ".join(variables))
+def test_what_a_launcher_left_behind(variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    PartialState._reset_state()
+    try:
+        one_line(lambda: in_surroundings(TrainingArguments, output_dir=str(tmp_path), use_cpu=True).device, variables)
+    finally:
+        PartialState._reset_state()
 
 
 def test_headers_of_every_kind(tmp_path: Path) -> None:

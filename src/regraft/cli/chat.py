@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from regraft.cli.generate import TemperatureOption, TokensOption
+from regraft.cli.generate import LONGEST_PROMPT, TemperatureOption, TokensOption, show_piece
 from regraft.cli.later import later
 from regraft.cli.options import ModelArgument, SeedOption, with_settings
 from regraft.settings import LoadSettings
@@ -38,7 +38,7 @@ def chat(
     prompt_ids(loaded, [*messages, {"role": "user", "content": "Hello"}])  # refuses a model that cannot converse before anybody types
     while True:
         typer.echo("> ", nl=False)
-        line = sys.stdin.readline().strip()
+        line = sys.stdin.readline(LONGEST_PROMPT).strip()
         if not line:
             typer.echo()
             return
@@ -50,7 +50,7 @@ def chat(
             tokens=tokens,
             temperature=temperature,
             seed=seed + len(messages),
-            show=lambda piece: typer.echo(piece, nl=False),
+            show=show_piece,
         )
         typer.echo()
         messages.append({"role": "assistant", "content": answer})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ def dataset_rows(source: Path | str) -> Iterator[tuple[str, Any]]:
     datasets = _package()
     path = Path(source)
     name = str(source)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # datasets logs what it raises, too
     try:
         if name.startswith(HUB):
             found = _from_hub(datasets, name)
@@ -51,6 +54,8 @@ def dataset_rows(source: Path | str) -> Iterator[tuple[str, Any]]:
         raise
     except Exception as error:  # pyarrow, fsspec and the hub's client each have kinds of their own
         raise DataError(f"'{name}' cannot be read as a data set: {_first_line(error)}; check the name or the file") from None
+    finally:
+        logging.disable(disabled)
     if isinstance(found, datasets.DatasetDict):
         if "train" not in found:
             raise DataError(f"'{name}' has the splits {', '.join(found)}, and none is 'train'; give the folder of one split")

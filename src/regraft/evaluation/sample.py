@@ -12,6 +12,7 @@ from regraft.data.tokens import context_limit
 from regraft.errors import InputError
 from regraft.evaluation.inference import input_device
 from regraft.models.trainable import evaluating
+from regraft.reading import check_text
 from regraft.settings import SampleSettings
 
 
@@ -74,6 +75,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     first: Any = bos_id(tokenizer) if text else (tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
     ids = [] if first is None else [first]
     if text:
+        check_text(text, "the prompt")
         ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore[reportOperatorIssue]
     if not ids:
         raise InputError("the prompt is empty and the tokenizer has neither BOS nor EOS to start from; give a prompt")

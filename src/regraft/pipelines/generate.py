@@ -13,7 +13,7 @@ from regraft.data.tokens import context_limit
 from regraft.errors import InputError
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.load import load as load_model
-from regraft.reading import list_in
+from regraft.reading import check_text, list_in
 from regraft.settings import LoadSettings
 from regraft.surgery.adapter_folder import is_adapter, load_adapted
 
@@ -46,9 +46,12 @@ def prompt_ids(loaded: Loaded, prompt: str | Sequence[Message], *, plain: bool =
     if isinstance(prompt, str):
         if not prompt:
             raise InputError("the prompt is empty; give some text")
+        check_text(prompt, "the prompt")
         if plain or not has_template:
             return list(tokenizer(prompt, verbose=False).input_ids)
         prompt = [{"role": "user", "content": prompt}]
+    for message in prompt:
+        check_text(str(message.get("content")), "a message")
     if not has_template:
         raise InputError(f"'{loaded.source}' has no chat template, so that it cannot converse; continue a text with: regraft generate")
     try:

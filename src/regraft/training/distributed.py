@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from regraft.errors import InputError, shown
 
+T = TypeVar("T")
+_OF_LAUNCHERS = ("ACCELERATE_", "FSDP_", "MASTER_", "LOCAL_RANK", "RANK", "WORLD_SIZE", "DEEPSPEED_", "PMI_", "OMPI_", "MV2_")
 _COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -55,6 +57,24 @@ def _check_alone() -> None:
             "accelerate starts one process on CPUs, however many it is asked for, unless MPI starts them; "
             "use `accelerate launch --multi_gpu --num_processes 2 -m regraft ...`, or `torchrun --nproc-per-node 2 -m regraft ...`"
         )
+
+
+def in_surroundings(make: Callable[..., T], **given: Any) -> T:
+    """Returns what a function makes that reads what a launcher left in the environment.
+
+    Raises:
+        InputError: There is something of a launcher in the environment, and it does not fit.
+    """
+    try:
+        return make(**given)
+    except (ValueError, TypeError, KeyError) as error:
+        left = sorted(name for name in os.environ if name.startswith(_OF_LAUNCHERS))
+        if not left:
+            raise
+        reason = shown((str(error).splitlines() or [type(error).__name__])[0], 200)
+        raise InputError(
+            f"the environment has {shown(', '.join(left), 200)}, which does not fit ({reason}); unset what is not meant"
+        ) from None
 
 
 def local_device(name: str) -> str:

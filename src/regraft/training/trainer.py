@@ -17,7 +17,7 @@ from regraft.compat import train_on_one_gpu
 from regraft.errors import TrainingError
 from regraft.surgery.adapters import Injected
 from regraft.training.batches import Example, collate
-from regraft.training.distributed import any_process, is_sharded, process_count, process_index, sum_over_processes
+from regraft.training.distributed import any_process, in_surroundings, is_sharded, process_count, process_index, sum_over_processes
 from regraft.training.job import Batch, Job, SummedLoss
 from regraft.training.optimizer import ParameterGroup, optimizer_arguments, scheduler_name
 from regraft.training.teacher_cache import TeacherCache
@@ -28,7 +28,8 @@ _CHECKPOINTING: dict[str, Any] = {"activation_checkpointing": True, "activation_
 def training_arguments(job: Job) -> TrainingArguments:
     """Writes a job in the Trainer's words. Checkpoints and the choice of the best one are ours, so both are off here."""
     settings, device = job.settings, job.model.device
-    arguments = TrainingArguments(
+    arguments = in_surroundings(
+        TrainingArguments,
         output_dir=str(job.work),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch,
@@ -158,7 +159,8 @@ class RecoveryTrainer(Trainer):
         cache: TeacherCache | None = None,
     ) -> None:
         collate_rows, padding, size = job.reading.collate, job.padding, job.settings.batch
-        super().__init__(
+        in_surroundings(
+            super().__init__,
             model=injected.module,
             args=training_arguments(job),
             train_dataset=job.rows,

@@ -10,7 +10,8 @@ import torch
 
 from gguf_toys import as_loaded, byte_level_tokenizer, toy
 from regraft.cli.app import run
-from regraft.errors import InputError
+from regraft.cli.generate import show_piece
+from regraft.errors import InputError, harmless
 from regraft.pipelines.generate import generate, prompt_ids
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
@@ -58,6 +59,8 @@ def test_what_cannot_be_answered_is_refused() -> None:
         prompt_ids(loaded, [{"role": "user", "content": "Hi"}])
     with pytest.raises(InputError, match="empty"):
         prompt_ids(loaded, "")
+    with pytest.raises(InputError, match="is no text; give UTF-8"):
+        prompt_ids(loaded, "half a \ud800 character")
     with pytest.raises(InputError, match="context"):
         generate(loaded, [5] * 128)
     with pytest.raises(InputError, match="negative"):
@@ -69,7 +72,13 @@ def test_the_commands_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     loaded.model.save_pretrained(tmp_path / "model")
     byte_level_tokenizer(TEMPLATE).save_pretrained(tmp_path / "model")
     assert run(["generate", str(tmp_path / "model"), "--prompt", "the king", "--tokens", "6"]) == 0
-    assert capsys.readouterr().out.rstrip("\n") == generate(loaded, prompt_ids(loaded, "the king"), tokens=6).rstrip("\n")
+    assert capsys.readouterr().out == harmless(generate(loaded, prompt_ids(loaded, "the king"), tokens=6)) + "\n"
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n\n"))
     assert run(["chat", str(tmp_path / "model"), "--temperature", "0", "--tokens", "6"]) == 0
-    assert generate(loaded, prompt_ids(loaded, "Hi"), tokens=6) in capsys.readouterr().out
+    assert harmless(generate(loaded, prompt_ids(loaded, "Hi"), tokens=6)) in capsys.readouterr().out
+
+
+def test_what_a_model_writes_does_not_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    for piece in ("a\tb\nc é漢🙂", "\x1b[31m", "\x07\r\x9b\u202e"):
+        show_piece(piece)
+    assert capsys.readouterr().out == "a\tb\nc é漢🙂\\x1b[31m\\x07\\r\\x9b\\u202e"
