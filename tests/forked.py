@@ -8,6 +8,7 @@ answers with one line.
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import select
@@ -326,4 +327,6 @@ def _import_everything() -> None:
 if __name__ == "__main__":
     os.umask(_FOLDERS_FOR_OTHERS)
     _import_everything()
+    gc.collect()
+    gc.freeze()  # what is here is nobody's garbage: a search for some in every fork would copy all of its pages
     _serve()
