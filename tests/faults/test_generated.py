@@ -17,7 +17,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from regraft.adapters.stock_files import read_stock_config
-from regraft.allocation.meta import read_store
+from regraft.allocation.meta import read_store, train
 from regraft.allocation.prior import load_prior
 from regraft.atomic import refuse_existing, refuse_special, sha256_of
 from regraft.cli.compress import read_plan as compression_plan
@@ -141,6 +141,60 @@ def digest(path: Path) -> str:
         return sha256_of(path)
     except (OSError, ValueError) as error:  # whose callers say what they wanted the file for
         raise InputError("cannot be read") from error
+
+
+def leaves(value: Any) -> Iterator[tuple[str | int, ...]]:
+    """Yields the way to every leaf of nested objects and lists."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = [(key, *way) for key, entry in pairs for way in leaves(entry)]
+    yield from found or [()]
+
+
+def with_leaf(value: Any, way: tuple[str | int, ...], leaf: Any) -> Any:
+    if not way:
+        return leaf
+    changed_here = value.copy()
+    changed_here[way[0]] = with_leaf(value[way[0]], way[1:], leaf)
+    return changed_here
+
+
+def a_past_search(first: float) -> dict[str, Any]:
+    slots = [{"name": f"layers.{i}", "modules": [f"m.{i}"], "layer": i, "parameters_per_rank": 4 + i, "limit": 9} for i in range(2)]
+    for slot in slots:
+        slot["features"] = {"share_pruned": 0.2}
+    ranks = [[1, 2], [2, 1], [2, 2], [1, 1], [3, 1], [1, 3]]
+    trials = [
+        {"ranks": pair, "loss_nats": first + 0.01 * pair[0], "fidelity": 1.0, "cost": 1.0, "kind": "recovery", "seed": 0, "note": ""}
+        for pair in ranks
+    ]
+    space = {"fingerprint": "f", "granularity": "layer", "slots": slots, "choices": [1, 2, 3], "budget": 40, "uniform": 2}
+    allocate = {"method": "rankadaptor", "budget": "r=2", "ranks": [1, 2, 3], "trials": 6, "samples": 2, "prior": "none"}
+    recover = {"task": "language", "adapter": "lora", "lr": None, "steps": 8, "batch": 1, "seq_len": 16, "packing": False}
+    settings = {"model": "f", "allocate": allocate, "recover": recover, "held_out": 0.05, "teacher": None, "data": "d", "seed": 0}
+    return {"space": space, "trials": trials, "model": "m", "parameters": 400, "ratio": 0.2, "settings": settings}
+
+
+def test_every_leaf_of_a_past_search(tmp_path: Path) -> None:
+    whole = a_past_search(2.0)
+    others = read_one(tmp_path, a_past_search(3.0))
+    assert read_one(tmp_path, whole)[0].settings["recover"]["steps"] == 8
+    learned_from = count = 0
+    for way in leaves(whole):
+        for nasty in NASTY_VALUES:
+            found: list[Any] = []
+            changed_search = with_leaf(whole, way, nasty)
+            one_line(lambda value=changed_search, into=found: into.extend(read_one(tmp_path, value)), (way, nasty))
+            if found and count % 97 == 0:
+                one_line(lambda found=found: train((*others, *found)), (way, nasty))
+                learned_from += 1
+            count += 1
+    assert count > 1000
+    assert learned_from > 3
+
+
+def read_one(folder: Path, search: dict[str, Any]) -> tuple[Any, ...]:
+    (folder / "search.json").write_bytes(json.dumps(search).encode("utf-8", "surrogatepass"))
+    return read_store(folder)
 
 
 def kinds_of_path(folder: Path) -> Iterator[Path]:
