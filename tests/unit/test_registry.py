@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
+from typing import Any, cast
 
 import pytest
 
@@ -159,7 +160,7 @@ def test_a_built_in_name_is_taken_before_its_module_is_imported(monkeypatch: pyt
 @pytest.mark.parametrize(("field", "name", "other"), [("criterion", "removal", "depth"), ("depth", "taylor", "criterion")])
 def test_names_of_another_field_are_neither_listed_nor_taken(field: str, name: str, other: str) -> None:
     with pytest.raises(ConfigError, match=f"`{other}`; use one of auto"):
-        PruneSettings(**{field: name})
+        PruneSettings(**cast(Any, {field: name}))
     with pytest.raises(ConfigError, match=f"unknown criterion '{name}s'; known: ") as caught:
-        PruneSettings(**{field: f"{name}s"})
+        PruneSettings(**cast(Any, {field: f"{name}s"}))
     assert f"{name}," not in str(caught.value).partition("known:")[2]

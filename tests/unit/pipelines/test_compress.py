@@ -154,7 +154,7 @@ def test_channels_and_ranks_in_one_knapsack(quickly: Compress, make_tiny, tmp_pa
 def test_pc_lora_takes_a_rank_plan_and_a_call_takes_keywords(make_tiny, tokenizer, texts: dict[str, Path]) -> None:
     one, other = "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"
     ranks = RankPlan("of a search", "rankadaptor", {other: 3, one: 5})
-    fast = {"calibration": str(texts["calibration"]), "samples": 8, "max_length": 24, "fade_steps": 2, "fade_batch": 2}
+    fast: dict[str, Any] = {"calibration": str(texts["calibration"]), "samples": 8, "max_length": 24, "fade_steps": 2, "fade_batch": 2}
     result = compress(make_tiny(), tokenizer=tokenizer, method="pc_lora", plan=ranks, **fast)
     assert result.plan.ranks() == {one: 5, other: 3}
     assert result.model is not None
