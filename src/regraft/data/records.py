@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from regraft.errors import DataError
+from regraft.reading import text_in
 
 Role = Literal["system", "user", "assistant"]
 
@@ -166,7 +167,7 @@ def _turn(where: str, turn: Any) -> tuple[Role, str]:
             name, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         case _:
             raise DataError(f"{where} is a {type(turn).__name__}, not an object with 'role' and 'content'")
-    role = next((role for known, role in _ROLES.items() if known == name), None)
+    role = _ROLES.get(text_in(name) or "")
     if role is None:
         raise DataError(f"{where} has the role {name!r}; known: {', '.join(_ROLES)}: remove that message or rename its role")
     match content:

@@ -382,7 +382,7 @@ def _began_with(
     if isinstance(model, str | Path) and is_adapter(model):
         found["continued"] = {"adapter": str(model), "sha256": sha256_of(Path(model) / ADAPTER_WEIGHTS)}
     elif isinstance(model, PeftModel):
-        base = cast(PreTrainedModel, cast(PeftModel, model).get_base_model())
+        base = cast(PreTrainedModel, model.get_base_model())
         found["continued"] = {"adapter": "in memory", "fingerprint": fingerprint(base)}
     return found
 

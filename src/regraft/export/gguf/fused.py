@@ -19,10 +19,10 @@ def phi3(source: Source) -> Layout:
     Raises:
         InputError: Its rotary embedding has no form in GGUF.
     """
-    config, size, values = source.config, source.sizes[0], source.config.to_dict()
+    config, size, stated = source.config, source.sizes[0], source.config.to_dict()
     parameters: Any = dict(config.rope_parameters)
     tables: list[Entry] = []
-    original = int(parameters.get("original_max_position_embeddings") or values.get("original_max_position_embeddings") or 0)
+    original = int(parameters.get("original_max_position_embeddings") or stated.get("original_max_position_embeddings") or 0)
     extra: Metadata = {}
     if parameters.get("rope_type") == "longrope":
         for name in ("long", "short"):
@@ -35,7 +35,7 @@ def phi3(source: Source) -> Layout:
     rope, _ = rotary(parameters, config, source.head_dim)
     context = int(config.max_position_embeddings)
     notes = list[str]()
-    window = values.get("sliding_window")
+    window = stated.get("sliding_window")
     if window and window < context:
         context = int(window)
         notes.append(f"the file promises a context of {context} tokens, the model's sliding window")

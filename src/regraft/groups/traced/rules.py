@@ -134,8 +134,8 @@ def matmul(state: Follower, call: Call) -> Value:
             return _through(state, call, first, reads, writes, None)
         case (_, Matrix()) | (Matrix(), _):
             raise state.refuse(call.node, "a stack of matrices, as mixtures of experts have, is not followed")
-        case first, second:
-            return Channels(_product(state, call, first, second))
+        case _:
+            return Channels(_product(state, call, call.args[0], call.args[1]))
 
 
 def baddbmm(state: Follower, call: Call) -> Value:
