@@ -33,7 +33,9 @@ from regraft.settings.problems import problems_of
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _OF_PARTS = ("block_influence", "angular", "removal")  # criteria that score layers and their parts, not units
-_NOT_OF_UNITS = dict.fromkeys(_OF_PARTS, "does not score heads or channels, but layers and their parts: it is one for `depth`")
+_NOT_OF_UNITS: dict[str, str] = dict.fromkeys(
+    _OF_PARTS, "does not score heads or channels, but layers and their parts: it is one for `depth`"
+)
 _NOT_OF_PARTS = {
     name: "does not score layers or their parts, but heads and channels: it is one for `criterion`"
     for name in built_in("criterion")
