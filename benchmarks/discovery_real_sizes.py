@@ -46,8 +46,6 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": 131072, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 34, "num_attention_heads": 32,
          "num_key_value_heads": 8, "head_dim": 128, "rope_parameters": None},
     ),
-}  # fmt: skip
-GEMMA: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 4 E4B": (
         "gemma4_text",
         {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 42, "num_attention_heads": 8, "num_key_value_heads": 2,
@@ -65,7 +63,7 @@ def measure(name: str) -> None:
     from regraft.models.family import family_of
     from regraft.models.view import parameter_count
 
-    family, values = {**SHAPES, **GEMMA}[name]
+    family, values = SHAPES[name]
     config = CONFIG_MAPPING[family](**values)
     before, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     family_of(family)

@@ -270,11 +270,14 @@ generated alike with and without cache, and that a fresh process loads what was 
 | Granite 4 (`granitemoehybrid`), without experts | in layers with attention | of the shared MLP | yes | yes |
 | OLMo-Hybrid | no [4] | yes | no [5] | yes |
 | Nemotron-H | in layers with attention | in layers with an MLP | no [6] | yes |
+| Gemma 4 (`gemma4_text`) | no [7] | yes, alike in all layers | no [7] | no [7] |
 | Granite SWA (a sink goes with its head), SmolLM3, Ministral 3, Arcee, Hunyuan dense, ERNIE 4.5 | yes | yes | yes | yes |
 
 4. Its norms of queries and keys run over all heads.
 5. A norm of one name serves the attention in some layers and the feed-forward network in others.
 6. Its attention and its feed-forward network are layers of their own.
+7. Its heads have several sizes, layers share keys and values, and an embedding holds a part for each layer. Models with
+   `use_double_wide_mlp` are refused.
 
 ## Experts
 

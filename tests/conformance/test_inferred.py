@@ -188,7 +188,6 @@ def test_the_commands_take_it_by_default_settings_and_streamed(family, tmp_path)
 @pytest.mark.parametrize(
     ("family", "why"),
     [
-        ("gemma4_text", r"even a small model of it has \d+ million parameters, such as 'model\.embed_tokens_per_layer\.weight'"),
         ("llama4", r"even a small model of it has 107,770 million parameters"),  # at once: 400 billion parameters are never made
         ("openai-gpt", r"a layer \(Block\) is not made from a config and its number"),
         ("mamba", r"'backbone\.layers\.0\.mixer\.conv1d' \(Conv1d\) is no matrix"),

@@ -6,9 +6,11 @@ What is removed is silenced beside it, by code that knows the names of a family'
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 import fresh
+from folders import edit_json
+from regraft.cli.app import run
 from regraft.groups.discover import discover
 from regraft.models.build import declared_sizes
 from regraft.models.family import families
@@ -61,6 +65,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, str], set[str], set[int]]] 
         {**SIZES, "layers_block_type": [LINEAR, FULL, "mlp", FULL, "mlp"], "mamba_num_heads": 8, "mamba_head_dim": 12, "n_groups": 2,
          "ssm_state_size": 16},
         ("mixer.o_proj", "mixer.down_proj"), {"heads", "query_heads", "ffn", "layer"}, {1, 3},
+    ),
+    "gemma4_text": (  # heads of several sizes, an embedding that holds a part for each layer, keys and values that layers share
+        {**SIZES, "num_hidden_layers": 4, "layer_types": ["sliding_attention", FULL] * 2, "global_head_dim": 16, "num_kv_shared_layers": 2,
+         "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 97},
+        LLAMAS, {"ffn"}, set(),
     ),
     "granite_swa": ({**SIZES, "num_hidden_layers": 4, "layer_types": ["sliding_attention", FULL] * 2}, LLAMAS, EVERY, {0, 1, 2, 3}),
     "smollm3": ({**SIZES, "num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 1]}, LLAMAS, EVERY, {0, 1, 2, 3}),
@@ -129,8 +138,10 @@ def lost_units(family: str) -> list[dict[str, list[int]]]:
     """What is removed: each kind alone, and all together, where the layer 0 goes."""
     _, groups = subject(family)
     feeding = [group.layer for group in groups.of("ffn")]
-    attending = sorted(FAMILIES[family][3])
+    attending = sorted(FAMILIES[family][3]) or [0]
     first, last = attending[0], attending[-1]
+    if FAMILIES[family][2] == {"ffn"}:  # alike in all layers
+        return [{f"layers.{layer}.ffn": list(range(layer, layer + 40)) for layer in feeding}]
     modes: dict[str, dict[str, list[int]]] = {
         "heads": {f"layers.{first}.heads": [1], f"layers.{last}.heads": [0, 2]},
         "query_heads": {f"layers.{first}.query_heads": [1]},
@@ -170,6 +181,8 @@ def test_removing_is_silencing_in_the_layers_that_have_the_part(family: str) -> 
         assert (logits(pruned) - want).abs().max() <= 1e-5, lost
         view = ModelView(pruned)
         assert tuple(view.sizes(layer) for layer in range(len(view.layers))) == declared_sizes(pruned.config)
+    if "layer" not in FAMILIES[family][2]:
+        return
     lists = [value for value in vars(pruned.config).values() if isinstance(value, list) and len(value) == len(ModelView(model).layers)]
     assert not lists, "the lists with an entry for each layer are shorter by one"
 
@@ -184,6 +197,27 @@ def test_what_a_config_counts_follows_the_layers() -> None:
     assert type(shorter) is type(subject("lfm2")[0])
     assert shorter.config.intermediate_size == 32
     assert shorter.config.block_auto_adjust_ff_dim is False
+
+
+def test_what_is_asked_too_much_or_not_known_is_said_in_one_line(tmp_path: Path, capsys: Any) -> None:
+    model, _ = subject("qwen3_5_text")
+    model.save_pretrained(tmp_path / "model")
+    common = ["prune", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--criterion", "l2", "--align", "1"]
+    mixers = sum(parameter.numel() for name, parameter in model.named_parameters() if ".linear_attn." in name)
+    assert mixers / model.num_parameters() > 0.1
+    capsys.readouterr()
+    assert run([*common, "--ratio", "0.9"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"at most 0\.\d+ of the [\d,]+ parameters can go", said)
+    left_alone = re.search(r"and (0\.\d+) are embeddings, mixers and others", said)
+    assert left_alone is not None
+    outside = sum(parameter.numel() for name, parameter in model.named_parameters() if not re.search(r"self_attn\.\w_proj|mlp", name))
+    assert float(left_alone[1]) == pytest.approx(outside / model.num_parameters(), abs=0.002)
+    edit_json(tmp_path / "model" / "config.json", layer_types=[LINEAR, "quantum_attention", LINEAR, FULL])
+    assert run([*common, "--ratio", "0.1"]) == 2
+    said = capsys.readouterr().err
+    assert "quantum_attention" in said
+    assert len(said.strip().splitlines()) == 1
 
 
 PROGRAM = """
@@ -201,7 +235,7 @@ save_file(found, sys.argv[2])
 """
 
 
-def test_saved_loaded_in_a_fresh_process_and_generated(tmp_path: Any) -> None:
+def test_saved_loaded_in_a_fresh_process_and_generated(tmp_path: Path) -> None:
     folders: dict[str, str] = {}
     want: dict[str, Tensor] = {}
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -77,7 +77,7 @@ def _unlike_table(view: ModelView, group: Group) -> str:
         return ""
     prefix = f"{view.layer_name(group.layer or 0)}."
     modules = tuple(f"{module}." for module in view.family.parts(view.model.config)[group.kind])
-    owned = {name.removeprefix(prefix) for name in view.model.state_dict() if name.startswith(prefix)}
+    owned = {name.removeprefix(prefix) for name, _ in view.model.named_parameters() if name.startswith(prefix)}
     different = sorted(
         {member.parameter.removeprefix(prefix) for member in group.members} ^ {name for name in owned if name.startswith(modules)}
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -41,9 +42,9 @@ def experts_of(model: PreTrainedModel) -> tuple[Experts, ...]:
     """Returns the experts of every layer that has some, in the order of the layers."""
     view = ModelView(model)
     found: list[Experts] = []
-    for index, layer in enumerate(view.layers):
-        inside: list[tuple[str, nn.Module]] = list(layer.named_modules())
-        for name, module in inside:
+    for index in range(len(view.layers)):
+        layer: Any = view.layers[index]
+        for name, module in layer.named_modules():
             stacks = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
             if len(stacks) > 1 and len({stack.shape[0] for stack in stacks}) == 1:
                 found.append(Experts(index, f"{view.layer_name(index)}.{name}", module, stacks[0].shape[0]))

@@ -117,13 +117,23 @@ def config_for(
     common = _common(sizes, family)
     values |= {names.get(key, key): value for key, value in common.items()}
     per_layer = _overrides(sizes, family, common, _cut_slopes(sizes, slopes_of, family.has_alibi(base)))
+    own_lists = _native_lists(base, kept)
     shown = next((layer for layer in sizes if layer.query_heads), sizes[0])  # one with heads, where not all have some
     if not per_layer and _as_computed(shown, family, width) and not (values.get("norm_width") or values.get("factored")):
         for candidate in (family.model_type, family.stand_in):
-            config = _stock_config(_stock_values(values, shown, family), family.model_type, candidate) if candidate else None
+            stock = _stock_values(values, shown, family) | ({"per_layer_config": own_lists} if own_lists else {})
+            config = _stock_config(stock, family.model_type, candidate) if candidate else None
             if config is not None:
                 return config
-    own = {"head_dim": shown.head_dim, "layout": _layout(family, base, projecting=projecting)}
+    if own_lists:
+        raise PlanError(
+            f"family '{family.model_type}' lists sizes of single layers by itself, beside which layers cannot differ in others; prune with "
+            "`shape=uniform`"
+        )
+    own = {
+        "head_dim": shown.head_dim if shown.query_heads else values.get("head_dim"),
+        "layout": _layout(family, base, projecting=projecting),
+    }
     if family.has_alibi(base):
         own |= {"alibi_of": slopes_of, "alibi_heads": None}
     return own_config(family.model_type)(**(values | own), per_layer_config=per_layer or None)
@@ -139,6 +149,14 @@ def _entries_of_layers(values: Mapping[str, Any], keys: Keys, kept: Sequence[int
     return lists | indices | counts | patterns
 
 
+def _native_lists(base: PreTrainedConfig, kept: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Returns what a stock config says of single layers by itself, such as the head size of some, for the kept layers."""
+    if base.model_type.startswith("regraft_"):
+        return {}
+    said = {int(index): entry for index, entry in (base.to_dict().get("per_layer_config") or {}).items()}
+    return {str(new): dict(said[old]) for new, old in enumerate(kept) if said.get(old)}
+
+
 def _as_computed(layer: LayerSizes, family: Family, width: int) -> bool:
     """Returns whether a layer has the sizes that its family computes from the hidden size, if it computes any."""
     heads = family.head_size == "explicit" or layer.query_heads * layer.head_dim == width
@@ -150,7 +168,7 @@ def _stock_values(values: Mapping[str, Any], layer: LayerSizes, family: Family) 
     known = {key: value for key, value in values.items() if key not in OURS and not (key == "head_dim" and value is None)}
     if family.head_size == "derived" and "head_dim" not in {field.name for field in dataclasses.fields(CONFIG_MAPPING[family.model_type])}:
         known.pop("head_dim", None)
-    elif "head_dim" in known or layer.head_dim * layer.query_heads != known["hidden_size"]:
+    elif layer.query_heads and ("head_dim" in known or layer.head_dim * layer.query_heads != known["hidden_size"]):
         known["head_dim"] = layer.head_dim
     if not family.keys.ffn:
         known.pop("intermediate_size", None)

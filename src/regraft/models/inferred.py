@@ -11,7 +11,7 @@ epsilon.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -25,6 +25,7 @@ from regraft.errors import ModelError
 from regraft.models.mixers import first_stack, mixers_of
 from regraft.models.quiet import in_one_line
 from regraft.models.small_model import (
+    DOUBLING_KEYS,
     FFN,
     FFN_KEYS,
     FIRST_LAYERS_KEYS,
@@ -44,6 +45,7 @@ from regraft.models.small_model import (
     WIDTH,
     SmallModel,
     called_last,
+    depends_on_depth,
     is_causal,
     part_served,
     seen_at,
@@ -77,6 +79,7 @@ class Shapes:
         ffn_key: Config key of the feed-forward width; empty if it is computed from the hidden size.
         attending: Indices of the layers with this attention, of one layer of each kind.
         feeding: Indices of the layers with this feed-forward network, of one layer of each kind.
+        several_head_sizes: Whether some layers have the same attention with heads of another size.
     """
 
     out: Matrix
@@ -89,6 +92,7 @@ class Shapes:
     ffn_key: str
     attending: tuple[int, ...]
     feeding: tuple[int, ...]
+    several_head_sizes: bool = False
 
     @property
     def own_head_dim(self) -> bool:
@@ -141,12 +145,13 @@ def _table(small: SmallModel, shapes: Shapes) -> dict[str, Any]:
         raise ModelError("the matrices of its attention are not in one module")
     model: Any = small.model
     serving = _serving(small, shapes)
-    mixed = len(small.kinds) > 1 or shapes.down is None
+    mixed = len(small.kinds) > 1 or shapes.down is None or shapes.several_head_sizes
     fixed = (
         _fixed("residual", "the norms of a family without a table cannot be rescaled with certainty"),
         *_unreplaceable(small, shapes),
         *_unscalable(small, shapes, mixed=mixed),
         *_intertwined(shapes, serving),
+        *_deep(small),
     )
     first_norm = next(((layer, name) for layer, name, _ in serving), None)
     return {
@@ -208,6 +213,16 @@ def _intertwined(shapes: Shapes, serving: Sequence[tuple[int, str, str]]) -> lis
     return [_fixed(kind, why) for kind in ("attention", "mlp")]
 
 
+def _deep(small: SmallModel) -> list[dict[str, Any]]:
+    """Returns refusals for what depends on the depth: layers of which something outside holds a part, and doubled widths."""
+    name = depends_on_depth(small)
+    found = [_fixed("layer", f"'{name}' holds a part for each layer")] if name else []
+    for key in DOUBLING_KEYS:
+        if key in small.known:
+            found += [{"kind": kind, "when": {key: True}, "why": f"`{key}` doubles the width of some layers"} for kind in ("ffn", "mlp")]
+    return found
+
+
 def _lists_of_layers(small: SmallModel) -> list[str]:
     """Returns the config keys of the lists with an entry for each layer."""
     config_class: Any = type(small.model.config)
@@ -230,9 +245,10 @@ def _couplings(shapes: Shapes) -> tuple[dict[str, Any], ...]:
     heads = [{"module": m.name, "side": "out", "block": blocks.get(m.outputs, "fused")} for m in shapes.qkv]
     channels = [{"module": m.name, "side": "out", "block": "one" if m.outputs == shapes.ffn else "fused"} for m in shapes.up]
     attention = {"kind": "heads", "axes": (*heads, {"module": shapes.out.name, "side": "in", "block": "query_group"})}
+    found = () if shapes.several_head_sizes else (attention,)
     if shapes.down is None:
-        return (attention,)
-    return (attention, {"kind": "ffn", "axes": (*channels, {"module": shapes.down.name, "side": "in", "block": "one"})})
+        return found
+    return (*found, {"kind": "ffn", "axes": (*channels, {"module": shapes.down.name, "side": "in", "block": "one"})})
 
 
 # The position of each matrix.
@@ -271,7 +287,9 @@ def _shapes(small: SmallModel) -> Shapes:
     down, up = _one(feeding, "feed-forward networks") if feeding else (None, [])
     out, qkv = _one(attending, "attentions")
     ffn_key = next((key for key in keys if key in small.known), "") if feeding else "intermediate_size"
-    return Shapes(out, tuple(qkv), down, tuple(up), head_dim, ffn, kv_key, ffn_key, tuple(attending), tuple(feeding))
+    found = Shapes(out, tuple(qkv), down, tuple(up), head_dim, ffn, kv_key, ffn_key, tuple(attending), tuple(feeding))
+    others_attend = any(out.name in dict(small.layers[layer].named_modules()) for layer in small.kinds if layer not in attending)
+    return replace(found, several_head_sizes=others_attend)
 
 
 def _without(small: SmallModel, what: str) -> str:
@@ -342,7 +360,8 @@ def _attention(matrices: Sequence[Matrix], head_dim: int, *, grouped: bool, with
     if not writing:
         return None
     out = writing[-1]  # if all are square, the last one
-    rest = [matrix for matrix in matrices if matrix is not out]
+    part = out.name.rpartition(".")[0]
+    rest = [matrix for matrix in matrices if matrix is not out and matrix.name.startswith(part)]
     odd = next((matrix for matrix in rest if matrix.inputs != WIDTH or matrix.outputs not in allowed), None)
     if odd is not None:
         raise ModelError(
@@ -390,6 +409,8 @@ def _unreplaceable(small: SmallModel, shapes: Shapes) -> list[dict[str, Any]]:
 
 def _unscalable(small: SmallModel, shapes: Shapes, *, mixed: bool) -> list[dict[str, Any]]:
     """Returns refusals for heads, if the family's classes do not accept other numbers of heads."""
+    if shapes.several_head_sizes:
+        return [_fixed(kind, "its layers have heads of several sizes") for kind in ("heads", "query_heads", "attention", "mlp")]
     if mixed and not shapes.own_head_dim:
         why = "its classes compute the head size from the hidden size, which its other kinds of layers share"
         return [_fixed(kind, why) for kind in ("heads", "query_heads")]

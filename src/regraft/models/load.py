@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import (
@@ -27,6 +28,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 
@@ -50,7 +52,7 @@ from regraft.models.uneven import register
 from regraft.models.view import ModelView, fingerprint
 from regraft.models.weights import StoredTensor, read_tensor, stored_tensors, weights_dtype
 from regraft.plans import Provenance
-from regraft.reading import home_expanded, is_folder, is_whole, path_of
+from regraft.reading import home_expanded, is_folder, is_whole, path_of, read_object
 from regraft.settings import LoadSettings
 
 SEEDLING = "seedling"
@@ -61,6 +63,12 @@ MAPPINGS: Mapping[Any, Any] = {
     AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 }
 OWN = "regraft_"  # start of our own model types, whose code never comes from a folder
+LEGACY_LAYER_TYPES = (
+    "mamba",
+    "attention",
+    "deepseek_sparse_attention",
+    "qwen_sparse_attention",
+)  # names that transformers turns into those of today
 MOST_NEW_PARAMETERS = 10**7  # a config may ask for this much more than the files hold before it is looked at tensor by tensor
 # What is fetched from the hub: nothing in subfolders, no pickles, no second copy of the weights in the maker's own format.
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
@@ -237,7 +245,21 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
             config.return_dict = True  # what we compute with is read by name
             return config
     except Exception as error:  # each config class validates in its own way
+        unknown = _unknown_layer_type(folder / "config.json") if "layer" in str(error) else None
+        if unknown is not None:
+            raise ModelError(
+                f"'{folder / 'config.json'}' has layers of type '{shown(unknown)}', which transformers {transformers.__version__} does not "
+                "know; install a version that does, or mend the config"
+            ) from error
         raise ModelError(f"'{folder / 'config.json'}' is not valid: {in_one_line(error)}; mend it or download it again") from error
+
+
+def _unknown_layer_type(path: Path) -> str | None:
+    """Returns the first type of layers in a config that transformers does not know, old names included; None where it knows all."""
+    values = read_object(path, ModelError)
+    listed: list[Any] = [entry for key in ("layer_types", "layers_block_type") for entry in values.get(key) or []]
+    known = {*ALLOWED_LAYER_TYPES, *LEGACY_LAYER_TYPES}
+    return next((entry for entry in listed if isinstance(entry, str) and entry not in known), None)
 
 
 def checkpoint_as(

@@ -29,6 +29,7 @@ KV_KEYS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 FFN_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "inner_dim")
 SHARED_FFN_KEYS = ("shared_intermediate_size",)  # the width of a feed-forward network beside experts
 FIRST_LAYERS_KEYS = ("max_window_layers",)  # numbers of layers, counted from the first, that something holds for
+DOUBLING_KEYS = ("use_double_wide_mlp",)  # switches with which some layers have twice the feed-forward width
 INDEX_KEYS = ("full_attn_idxs", "mlp_only_layers")  # lists of the indices of layers
 PER_LAYER_KEYS = ("layer_types", "mlp_layer_types", "no_rope_layers")  # the usual names of lists with an entry for each layer
 # Values with which a config means the widths that it gives.
@@ -42,6 +43,9 @@ _MIXERS: dict[str, int] = {
     "num_experts": 4,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 24,
+    "num_kv_shared_layers": 0,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
@@ -202,6 +206,23 @@ def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 def _tokens() -> Tensor:
     return torch.arange(3, 3 + 2 * TOKENS).reshape(2, TOKENS)
+
+
+def depends_on_depth(small: SmallModel) -> str:
+    """Returns the first parameter outside the layers whose shape follows the number of layers; empty if there is none."""
+    config_class: Any = type(small.model.config)
+    values = {key: value for key, value in small.model.config.to_dict().items() if key in small.known and key != "per_layer_config"}
+    key = config_class.attribute_map.get("layer_types", "layer_types")
+    listed = values.get(key)
+    more = {key: [*listed[:1], *listed]} if isinstance(listed, list) else {}
+    count = config_class.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    try:
+        deeper = _without_weights(config_class(**{**values, **more, count: len(small.layers) + 1}))
+    except Exception:  # a family may refuse this number with any error
+        return ""
+    shapes = {name: parameter.shape for name, parameter in deeper.named_parameters()}
+    outside = (name for name, _ in small.model.named_parameters() if not name.startswith(f"{small.layers_name}."))
+    return next((name for name in outside if shapes.get(name) != small.model.get_parameter(name).shape), "")
 
 
 @torch.no_grad()

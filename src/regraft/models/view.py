@@ -75,7 +75,9 @@ class ModelView:
 
     @property
     def head_dim(self) -> int:
-        """Channels of one attention head; the same in every layer."""
+        """Channels of one attention head; the same in every layer. 1 in families whose heads are not known, and never cut."""
+        if all(coupling.kind != "heads" for coupling in self.family.couplings):
+            return 1
         config = self.model.config
         declared = getattr(config, "head_dim", None)
         return int(declared if declared else config.hidden_size // config.num_attention_heads)

@@ -160,9 +160,11 @@ def check_possible(groups: Groups, budget: Budget) -> None:
     most = groups.parameters - ledger.left(budget.floors(groups))
     wanted = budget.ratio * groups.parameters
     if budget.counted and wanted > most:
+        stays = ledger.left({group.name: 0.0 for group in prunable}) / groups.parameters
         raise InputError(
             f"ratio {budget.ratio:g} would leave a layer empty: at most {most / groups.parameters:.3f} of the "
-            f"{groups.parameters:,} parameters can go (one unit of {budget.align} stays in every layer); "
+            f"{groups.parameters:,} parameters can go (one unit of {budget.align} stays in every layer, "
+            f"and {stays:.3f} are embeddings, mixers and others that `targets` leaves alone); "
             "lower `ratio` or widen `layers`"
         )
 

@@ -125,17 +125,21 @@ def export(model: nn.Module, layers: Layers) -> Graph:
     """
     every: Any = model.get_submodule(layers.name)
     mixing = any(mixers_of(every[kind[0]]) for kind in layers.kinds)
-    try:
-        program = _exported(_skeleton(model, layers, paired=False))
-    except Exception as error:  # whatever the model's own code raises
+    # As it is usually; with mixers that return pairs; with something outside the layers that holds a part for each of them.
+    attempts = [(False, True), *([(True, True)] if mixing else []), (False, False)]
+    errors: list[Exception] = []
+    program: Any = None
+    for paired, shorter in attempts:
         try:
-            if not mixing:
-                raise
-            program = _exported(_skeleton(model, layers, paired=True))
-        except Exception:
-            raise ModelError(
-                f"the computation of {type(model).__name__} cannot be exported ({type(error).__name__}: {_line(error)}); {REMEDY}"
-            ) from error
+            program = _exported(_skeleton(model, layers, paired=paired, shorter=shorter))
+            break
+        except Exception as error:  # whatever the model's own code raises
+            errors.append(error)
+    else:
+        first = errors[0]
+        raise ModelError(
+            f"the computation of {type(model).__name__} cannot be exported ({type(first).__name__}: {_line(first)}); {REMEDY}"
+        ) from first
     signature = program.graph_signature
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     canonical = {name: names[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -175,7 +179,7 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
     return tuple(described)
 
 
-def _skeleton(model: nn.Module, layers: Layers, *, paired: bool) -> nn.Module:
+def _skeleton(model: nn.Module, layers: Layers, *, paired: bool, shorter: bool) -> nn.Module:
     """Returns a copy on the CPU with fake parameters and the first layer of each kind; real buffers are kept."""
     memo: dict[int, Any] = {}
     with fake_tensors():
@@ -198,7 +202,7 @@ def _skeleton(model: nn.Module, layers: Layers, *, paired: bool) -> nn.Module:
         if isinstance(config, PreTrainedConfig):
             configs[id(config)] = config
     for config in configs.values():
-        _shorten(config, layers.count, [kind[0] for kind in layers.kinds])
+        _shorten(config, layers.count, [kind[0] for kind in layers.kinds], shorter=shorter)
     return small
 
 
@@ -225,7 +229,7 @@ def _without_mixers(layer: nn.Module, *, paired: bool) -> nn.Module:
     return layer
 
 
-def _shorten(config: PreTrainedConfig, count: int, kept: Sequence[int]) -> None:
+def _shorten(config: PreTrainedConfig, count: int, kept: Sequence[int], *, shorter: bool) -> None:
     """Reduces a config's per-layer values to the kept layers, without its validation, because no model is built from it."""
     values = vars(config)
     names = getattr(config, "attribute_map", {})
@@ -233,7 +237,7 @@ def _shorten(config: PreTrainedConfig, count: int, kept: Sequence[int]) -> None:
         if isinstance(value, list | tuple) and len(value) == count:
             values[key] = type(value)(value[index] for index in kept)
     key = names.get("num_hidden_layers", "num_hidden_layers")
-    if key in values:
+    if key in values and shorter:
         values[key] = len(kept)
     values["use_cache"] = False
     if "_attn_implementation_internal" in values:
