@@ -357,7 +357,6 @@ BAD: dict[str, tuple[Callable[[PreTrainedModel], Any], dict[str, Any], type[Regr
     "a criterion that does not exist": (lambda model: model, {"criterion": "magnitude"}, ConfigError, "known: "),
     "rows without a text column": (lambda model: model, {"calibration": Rows([{"body": "x"}])}, DataError, "its keys: 'body'"),
     "splits": (lambda model: model, {"calibration": {"train": TEXTS, "test": TEXTS}}, DataError, "give one part of it"),
-    "no text": (lambda model: model, {"calibration": None}, DataError, "`calibration` is missing: only seedling has text of its own"),
     "empty text": (lambda model: model, {"calibration": []}, DataError, "is empty"),
     "a number": (lambda model: model, {"calibration": 7}, DataError, "`calibration` is a int"),
     "a live PEFT model": (

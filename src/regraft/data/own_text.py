@@ -7,6 +7,7 @@ runs in batches with the model's cache, and its generator is given, so that the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ TEMPERATURES = (0.7, 1.0, 1.3)
 # Four tokens in a row that stood in the same window before: prose has a few per cent, a text that runs in circles most of them.
 MOST_REPEATED = 0.5
 _RUN = 4
-_BATCH_WINDOWS = 32
+_BATCH_WINDOWS = 64
 _HERE = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
@@ -51,12 +52,10 @@ def write_own_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
     generator = torch.Generator(model.device).manual_seed(seed)
     openings = _openings(model, tokenizer, samples, generator)
     rows: list[Tensor] = []
-    for length in sorted({len(opening) for opening in openings}):
-        alike = [(index, opening) for index, opening in enumerate(openings) if len(opening) == length]
-        for first in range(0, len(alike), _BATCH_WINDOWS):
-            batch = alike[first : first + _BATCH_WINDOWS]
-            heat = torch.tensor([TEMPERATURES[index % len(TEMPERATURES)] for index, _ in batch], device=model.device)
-            rows.append(_continued(model, torch.stack([opening for _, opening in batch]), heat, seq_len, generator))
+    for first in range(0, samples, _BATCH_WINDOWS):
+        batch = range(first, min(first + _BATCH_WINDOWS, samples))
+        heat = torch.tensor([TEMPERATURES[index % len(TEMPERATURES)] for index in batch], device=model.device)
+        rows.append(_continued(model, [openings[index] for index in batch], heat, seq_len, generator))
     written = torch.cat(rows).cpu()
     written = written[torch.randperm(len(written), generator=torch.Generator().manual_seed(seed))]
     repeated = repeated_share(written)
@@ -107,14 +106,24 @@ def _turn_opening(tokenizer: PreTrainedTokenizerBase | None) -> list[int] | None
     return tokenizer(before, add_special_tokens=False).input_ids or None if found else None
 
 
-def _continued(model: PreTrainedModel, ids_BT: Tensor, heat_B: Tensor, seq_len: int, generator: torch.Generator) -> Tensor:
-    """Samples each row on to ``seq_len`` tokens."""
-    ids_BT = ids_BT[:, :seq_len]
+def _continued(model: PreTrainedModel, openings: Sequence[Tensor], heat_B: Tensor, seq_len: int, generator: torch.Generator) -> Tensor:
+    """Samples each row on to ``seq_len`` tokens.
+
+    All rows go through the model together, because a step costs as much for one row as for many: as long as an opening lasts, its own
+    tokens take the place of the sampled ones.
+    """
+    shortest = min(seq_len, *(len(opening) for opening in openings))
+    longest = max(len(opening) for opening in openings)
+    given_BT = torch.stack([functional.pad(opening, (0, longest - len(opening)), value=-1) for opening in openings])
+    ids_BT = given_BT[:, :shortest]
     step_BT, cache = ids_BT, None
-    while ids_BT.shape[1] < seq_len:
+    while (length := ids_BT.shape[1]) < seq_len:
         output = model(input_ids=step_BT, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         chances_BV = functional.softmax(output.logits[:, -1].float() / heat_B[:, None], dim=-1)
         step_BT = torch.multinomial(chances_BV, 1, generator=generator)
+        if length < longest:
+            next_B1 = given_BT[:, length : length + 1]
+            step_BT = torch.where(next_B1 < 0, step_BT, next_B1)
         ids_BT = torch.cat([ids_BT, step_BT], dim=1)
     return ids_BT

@@ -1,7 +1,7 @@
 """Effort as a word: how much calibration text, how many measurements, and which re-fits pruning takes.
 
-A pass is one run of all calibration windows forwards through the model. Estimates count passes: a gradient costs two, and the products
-of second moments about half of one.
+A pass is one run of all calibration windows forwards through the model. Estimates count passes: a gradient costs one or two, and the
+products of second moments about half of one. What does not depend on the text, the linear algebra, is counted in operations.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from torch import Tensor
 from regraft.importance import CRITERIA
 from regraft.models.precision import float32_on_cpu
 from regraft.models.view import ModelView
-from regraft.plans import WHOLE, Groups
+from regraft.plans import WHOLE, Group, Groups
 from regraft.selection import SELECTORS
 from regraft.settings import PruneSettings
-from regraft.surgery.damage_curves import JUDGED_WINDOWS, SHARES
+from regraft.surgery.damage_curves import JUDGED_WINDOWS, SHARES, measured_layers
+
+_PROBED, _PROBED_WIDTH = 4, 512
 
 
 @dataclass(frozen=True)
@@ -58,37 +60,74 @@ def passes_of(settings: PruneSettings, groups: Groups, windows: int) -> float:
         windows: Number of calibration windows.
     """
     effort, criterion = EFFORTS[settings.effort], CRITERIA.get(settings.criterion)
-    units = sum(group.kind not in WHOLE and group.kind != "residual" for group in groups.groups)
+    units = _cut_inside(groups)
     total = 0.0
     if criterion.needs_text:
-        total += 3.5 if criterion.looks_at == "gradients" else 1.5
+        total += 1.9 if criterion.in_nats else 3.5 if criterion.looks_at == "gradients" else 1.5
     if SELECTORS.get(settings.select).needs_curves:
         predicted = criterion.in_nats and not effort.all_sizes
         judged = effort.near_windows if predicted else min(JUDGED_WINDOWS, max(1, windows // 4))
-        each = 1 if predicted else len(SHARES)
-        total += (0.0 if predicted else 1.5) + 0.6 * each * units * judged / max(1, windows)  # only the layers above are run again
+        near = set(measured_layers(groups.layers))
+        runs = sum(group.layer in near for group in units) if predicted else len(SHARES) * len(units)
+        total += (0.0 if predicted else 1.5) + 0.6 * runs * judged / max(1, windows)  # only the layers above are run again
     if settings.reconstruct in ("least_squares", "mean", "divergence"):
         total += 2.5
     if settings.reconstruct == "divergence":
-        total += 6.0 * effort.steps
+        total += 1.5 + 2.8 * effort.steps
+    return total * settings.rounds
+
+
+def _cut_inside(groups: Groups) -> list[Group]:
+    return [group for group in groups.groups if group.kind not in WHOLE and group.kind != "residual"]
+
+
+def _matrix_operations(view: ModelView, groups: Groups, settings: PruneSettings) -> float:
+    """Returns the operations of linear algebra in float64: removal orders, and re-fits at a few dampings, of every projection that reads.
+
+    They grow with the cube of a width and not with the text, so that passes do not count them.
+    """
+    total = 0.0
+    for group in _cut_inside(groups):
+        weight = view.model.get_parameter(group.reader.parameter)
+        wide = group.units * group.reader.width
+        out = weight.numel() / weight.shape[group.reader.axis]
+        kept = (1.0 - settings.ratio) * wide
+        if CRITERIA.get(settings.criterion).name.startswith("surgeon"):
+            total += 2.0 * out * wide**2 + 8.0 * wide**3
+        if settings.reconstruct in ("least_squares", "divergence"):
+            total += 4.0 * out * wide**2 + 4.0 * (kept**3 / 3.0 + 4.0 * out * kept**2)
+        if settings.reconstruct == "divergence":
+            total += EFFORTS[settings.effort].steps * (out**3 / 3.0 + kept**3 / 3.0 + 2.0 * out * kept * (out + kept))
     return total * settings.rounds
 
 
 @torch.no_grad()
 def seconds_of_a_pass(view: ModelView, windows_NT: Tensor) -> float:
-    """Returns about how long all windows take through a model, from one of them, run twice."""
-    ids = windows_NT[:1].to(view.model.device)
-    best = float("inf")
+    """Returns about how long all windows take through a model, from a few of them, after a first run of one."""
+    ids = windows_NT[:_PROBED].to(view.model.device)
     with float32_on_cpu(view.model):
-        for _ in range(2):
-            start = time.perf_counter()
-            view.model(input_ids=ids, use_cache=False).logits.sum().item()
-            best = min(best, time.perf_counter() - start)
-    return best * len(windows_NT)
+        view.model(input_ids=ids[:1], use_cache=False).logits.sum().item()
+        start = time.perf_counter()
+        view.model(input_ids=ids, use_cache=False).logits.sum().item()
+        return (time.perf_counter() - start) * len(windows_NT) / len(ids)
+
+
+def _seconds_of_matrices(operations: float, device: torch.device) -> float:
+    """Returns about how long they take, from a product that is timed; factorizations reach about half of its speed."""
+    matrix = torch.ones(_PROBED_WIDTH, _PROBED_WIDTH, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        (matrix @ matrix).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * operations * best / (2.0 * _PROBED_WIDTH**3)
 
 
 def forecast(view: ModelView, groups: Groups, settings: PruneSettings, windows_NT: Tensor) -> str:
     """Returns what pruning will take, in a line: passes, and minutes on this machine now."""
     passes = passes_of(settings, groups, len(windows_NT))
-    minutes = passes * seconds_of_a_pass(view, windows_NT) / 60
-    return f"effort {settings.effort}: at most about {passes:.0f} passes over the calibration text, {minutes:.1f} minutes on this machine"
+    seconds = passes * seconds_of_a_pass(view, windows_NT)
+    seconds += _seconds_of_matrices(_matrix_operations(view, groups, settings), view.model.device)
+    return (
+        f"effort {settings.effort}: at most about {passes:.0f} passes over the calibration text, {seconds / 60:.1f} minutes on this machine"
+    )

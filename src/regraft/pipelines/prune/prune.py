@@ -23,7 +23,7 @@ from regraft.pipelines.prune.against_random import windows_to_judge, worse_than_
 from regraft.pipelines.prune.effort import EFFORTS, forecast
 from regraft.pipelines.prune.experts import experts_wanted, of_experts, prune_experts
 from regraft.pipelines.prune.plan_files import settings_of
-from regraft.pipelines.prune.planning import Planning, check_text, composed, draw_windows
+from regraft.pipelines.prune.planning import Planning, check_text, composed
 from regraft.pipelines.prune.record import card_of, record_of
 from regraft.pipelines.prune.resolved import (
     ResolvedPrune,
@@ -36,7 +36,7 @@ from regraft.pipelines.prune.resolved import (
     resolve_replay,
     with_shape,
 )
-from regraft.pipelines.prune.sources import several_sources, windows_of
+from regraft.pipelines.prune.sources import by_source, drawn_windows, refuse_several, with_own_text
 from regraft.pipelines.prune.streamed import StreamedPrune, prune_streamed
 from regraft.pipelines.prune.summary import collapsed, plan_summary, why_kept
 from regraft.pipelines.prune.vocabulary import of_vocabulary, prune_vocabulary
@@ -364,7 +364,9 @@ def _experts(order: _Order) -> PruneResult:
 
 def _streamed(order: _Order, resolved: ResolvedPrune) -> PruneResult:
     """Prunes a checkpoint within a memory limit."""
-    several_sources(order.settings)  # refuses them
+    if order.calibration is None:
+        refuse_several(order.settings)
+    resolved = with_own_text(resolved, order.calibration)
     place = place_of(order.model)
     if place is None:
         raise InputError("`memory` is for models that are not loaded yet; give a folder or a hub id, or leave it out")
@@ -381,24 +383,22 @@ def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
     model = loaded.model
     found = look_for(model, kinds_wanted(order.settings, order.plan))
     groups = found.groups
-    resolved = with_shape(order.resolved(ModelView(model)), groups)
+    resolved = with_own_text(with_shape(order.resolved(ModelView(model)), groups), order.calibration)
     if order.plan is not None:
         check_plan(groups, order.plan)
         check_counts(groups, order.plan)
     else:
         budget_of(groups, resolved.settings)  # before any text is read
-    sources = several_sources(order.settings) if resolved.needs_text and order.calibration is None else ()
-    drawn = windows_of(loaded, sources, resolved, order.say) if sources else None
-    corpus = order.text(loaded) if resolved.needs_text and drawn is None else None
-    windows = draw_windows(loaded, corpus, resolved) if corpus is not None else drawn.tokens_NT if drawn is not None else None
+    drawn = drawn_windows(loaded, resolved, order.calibration, order.say) if resolved.needs_text else None
+    windows = drawn.windows_NT if drawn is not None else None
     if windows is not None and order.plan is None:
         order.say(forecast(ModelView(model), groups, resolved.settings, windows))
     plan = order.plan if order.plan is not None else plan_pruning(model, groups, resolved, windows, say=order.say)
     check_text(plan, windows)
     notes = (*resolved.notes, *left_out(resolved.settings, found), *missed_by_shape(plan)) if order.plan is None else ()
     record = record_of(loaded, plan, resolved, command=order.command)
-    if corpus is not None and order.calibration is not None:
-        record = replace(record, settings={**record.settings, "calibration": described(corpus)})
+    if drawn is not None and drawn.corpus is not None and order.calibration is not None:
+        record = replace(record, settings={**record.settings, "calibration": described(drawn.corpus)})
     if order.dry_run:
         return PruneResult(plan, None, loaded, groups, resolved, notes, record)
     source_N = drawn.source_N if drawn is not None else None
@@ -408,6 +408,8 @@ def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
     if order.plan is None and SELECTORS.get(resolved.settings.select).compares_layers:
         read = windows if windows is not None else windows_to_judge(loaded, resolved.seed)
         notes = (*notes, *worse_than_random(model, pruned, groups, budget_of(groups, resolved.settings), plan, read, seed=resolved.seed))
+    line = by_source(model, pruned, drawn.judged) if drawn is not None else None
+    notes = (*notes, line) if line is not None else notes
     result = PruneResult(plan, pruned, loaded, groups, resolved, notes, record)
     result = _write(order, result)
     return replace(result, model=become(model, pruned)) if live and order.in_place else result

@@ -1,62 +1,192 @@
-"""Calibration windows from several sources, or written by the model itself."""
+"""Calibration windows: from one text, from several sources, or written by the model itself; and windows beside them that judge each source.
+
+A re-fit on one narrow text keeps that text and spends the rest. Where the default re-fits a model in memory, half of the windows beside a
+single text are therefore the model's own (:mod:`regraft.data.own_text`), and without any text all of them.
+"""
 
 from __future__ import annotations
 
-from regraft.data.calibration import BUILT_IN, SELF, Source, Windows, counts_of, mixed, sources_in
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from regraft.data.calibration import BUILT_IN, SELF, Source, counts_of, mixed, sources_in
 from regraft.data.own_text import write_own_text
-from regraft.data.text import read_corpus
+from regraft.data.text import Corpus
 from regraft.data.tokens import calibration_windows, window_tokens
 from regraft.errors import DataError, InputError
+from regraft.importance import CRITERIA
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.precision import float32_on_cpu
+from regraft.numerics.divergence import log_probabilities, mean_divergence
 from regraft.pipelines.prune.resolved import ResolvedPrune
+from regraft.pipelines.texts import Texts, made_from_seedling, text_for
 from regraft.progress import Say
 from regraft.settings import CALIBRATION_TOKENS, PruneSettings
 
+OWN_SHARE = 0.5
+# Windows of each source that nothing is fitted to. A divergence has a smaller spread than a loss, so that a few are enough to rank sources.
+JUDGED = 4
+GIVEN = "the given text"
 
-def several_sources(settings: PruneSettings) -> tuple[Source, ...]:
-    """Returns the sources of the calibration text where they are more than one file.
+
+@dataclass(frozen=True)
+class Drawn:
+    """Calibration windows, and where they come from.
+
+    Attributes:
+        windows_NT: Token ids, int64 (windows, tokens).
+        source_N: Index of the source of each window, int64 (windows,); None where there is one source.
+        judged: Source to windows that nothing is fitted to, int64 (windows, tokens); empty where there is one source.
+        corpus: The single text, if there is one.
+    """
+
+    windows_NT: Tensor
+    source_N: Tensor | None
+    judged: Mapping[str, Tensor]
+    corpus: Corpus | None
+
+
+def with_own_text(resolved: ResolvedPrune, given: Texts | None = None) -> ResolvedPrune:
+    """Returns settings with the share of the model's own text decided.
+
+    Args:
+        resolved: Settings in which only this may be undecided.
+        given: Text that is in memory.
 
     Raises:
-        InputError: They make no sense, or there is a bound of memory.
+        InputError: A share was asked for that does nothing here.
+    """
+    settings = resolved.settings
+    asked = settings.own_text
+    several = given is None and settings.calibration is not None and len(sources_in(settings.calibration)) > 1
+    if asked == "auto":
+        fits = settings.memory is None and CRITERIA.get(settings.criterion).in_nats and resolved.refit in ("least_squares", "divergence")
+        single = (given is not None or settings.calibration is not None) and not several
+        share = OWN_SHARE if fits and single and str(settings.calibration) not in (SELF, BUILT_IN) else 0.0
+        return replace(resolved, settings=settings.model_copy(update={"own_text": share}))
+    if asked and settings.memory is not None:
+        raise InputError("`own_text` is written by the whole model, which `memory` leaves no room for; leave one of the two out")
+    if asked and several:
+        raise InputError(f"`own_text` stands beside a single text; with several, write it among them: '{settings.calibration},self'")
+    return resolved
+
+
+def refuse_several(settings: PruneSettings) -> None:
+    """Refuses several sources, and the model's own text, beside a bound of memory.
+
+    Raises:
+        InputError: They are given.
     """
     sources = sources_in(settings.calibration)
-    if settings.calibration is None or (len(sources) == 1 and sources[0].name not in (SELF, BUILT_IN)):
-        return ()
-    if settings.memory is not None:
+    if settings.calibration is not None and (len(sources) > 1 or sources[0].name in (SELF, BUILT_IN)):
         raise InputError(f"`memory` takes one calibration file, not '{settings.calibration}'; give one file, or leave `memory` out")
-    return sources
 
 
-def windows_of(loaded: Loaded, sources: tuple[Source, ...], resolved: ResolvedPrune, say: Say) -> Windows:
+def check_text_sources(loaded: Loaded, settings: PruneSettings) -> None:
+    """Reads every text that is named, so that what is missing is said before anything starts.
+
+    Raises:
+        DataError: A source is missing or empty.
+        InputError: The sources make no sense.
+    """
+    for source in _sources(loaded, settings, None):
+        if source.name != SELF:
+            _corpus(loaded, source.name, None)
+
+
+def drawn_windows(loaded: Loaded, resolved: ResolvedPrune, given: Texts | None, say: Say) -> Drawn:
     """Draws the windows of every source by its share.
 
     Args:
-        loaded: The model, in memory, with its tokenizer.
-        sources: At least one.
-        resolved: How many windows, how long, and the seed.
+        loaded: The model, with its tokenizer; in memory, if it writes.
+        resolved: How many windows, how long, the sources and the seed.
+        given: Text that is in memory, in place of a file.
         say: Called with one line when the model writes.
 
     Raises:
         InputError: There are more sources than windows, or the windows are longer than the model's context.
-        DataError: A source is missing, empty or too short, or what the model writes runs in circles.
+        DataError: A source is missing, empty or too short, or what the model writes runs in circles and there is no other text.
     """
     settings, seed = resolved.settings, resolved.seed
     seq_len = window_tokens(settings.seq_len, CALIBRATION_TOKENS, loaded.model.config, "seq_len")
+    sources = _sources(loaded, settings, given)
+    beside = len(sources) > 1 and settings.own_text != 0.0
+    if beside and settings.samples < len(sources):
+        sources = sources[:1]
+    own: Tensor | None = None
     counts = counts_of(sources, settings.samples)
-    parts = []
-    for source, count in zip(sources, counts, strict=True):
-        if source.name != SELF:
-            corpus = read_corpus(None if source.name == BUILT_IN else source.name, "validation")
-            parts.append(calibration_windows(corpus, require_tokenizer(loaded), count, seq_len, seed))
-            continue
-        say(f"the model writes {count} windows of {seq_len} tokens to calibrate on")
-        with float32_on_cpu(loaded.model):
-            own = write_own_text(loaded.model, loaded.tokenizer, count, seq_len, seed)
-        if own.degenerate:
-            raise DataError(
-                f"the model's own text runs in circles: {own.repeated:.0%} of its runs of four tokens are repeats; "
-                "give calibration text in the place of 'self'"
-            )
-        parts.append(own.windows_NT)
-    return mixed([source.name for source in sources], parts, seed)
+    if SELF in [source.name for source in sources]:
+        own = _own(loaded, dict(zip(sources, counts, strict=True)), seq_len, seed, say, needed=not beside)
+        if own is None:
+            sources, counts = sources[:1], (settings.samples,)
+    spare = JUDGED if len(sources) > 1 else 0
+    corpora = [None if source.name == SELF else _corpus(loaded, source.name, given) for source in sources]
+    parts: list[Tensor] = []
+    judged: dict[str, Tensor] = {}
+    for source, count, corpus in zip(sources, counts, corpora, strict=True):
+        found = own if corpus is None else calibration_windows(corpus, require_tokenizer(loaded), count + spare, seq_len, seed)
+        assert found is not None
+        parts.append(found[:count])
+        if len(found) > count and spare:
+            judged["own text" if source.name == SELF else source.name] = found[count:]
+    windows = mixed([source.name for source in sources], parts, seed)
+    single = corpora[0] if len([corpus for corpus in corpora if corpus is not None]) == 1 else None
+    return Drawn(windows.tokens_NT, windows.source_N if len(sources) > 1 else None, judged, single)
+
+
+def _sources(loaded: Loaded, settings: PruneSettings, given: Texts | None) -> tuple[Source, ...]:
+    """Returns the sources by name, the model's own text beside a single one included."""
+    if given is not None:
+        named = (Source(GIVEN, 1.0),)
+    elif settings.calibration is None:
+        named = (Source(BUILT_IN if made_from_seedling(loaded.source, loaded.provenance) else SELF, 1.0),)
+    else:
+        named = sources_in(settings.calibration)
+    share = settings.own_text
+    if len(named) == 1 and isinstance(share, float) and share > 0 and named[0].name != SELF:
+        return (Source(named[0].name, 1.0 - share), Source(SELF, share))
+    return named
+
+
+def _corpus(loaded: Loaded, name: str, given: Texts | None) -> Corpus:
+    if name == GIVEN and given is not None:
+        return text_for(loaded, given, "validation", "calibration")
+    return text_for(loaded, None if name == BUILT_IN else name, "validation", "calibration")
+
+
+def _own(loaded: Loaded, counts: Mapping[Source, int], seq_len: int, seed: int, say: Say, *, needed: bool) -> Tensor | None:
+    """Returns the windows that the model writes, or None where they run in circles and another text is there."""
+    count = next(count for source, count in counts.items() if source.name == SELF)
+    others = ", ".join(source.name for source in counts if source.name != SELF)
+    beside = "" if needed else f", beside {others} (`own_text=0` takes that text alone)"
+    say(f"the model writes {count} windows of {seq_len} tokens to calibrate on{beside}")
+    with float32_on_cpu(loaded.model):
+        own = write_own_text(loaded.model, loaded.tokenizer, count + (JUDGED if len(counts) > 1 else 0), seq_len, seed)
+    if not own.degenerate:
+        return own.windows_NT
+    circles = f"the model's own text runs in circles: {own.repeated:.0%} of its runs of four tokens are repeats"
+    if needed:
+        raise DataError(f"{circles}; give calibration text in the place of 'self'")
+    say(f"{circles}; it is left out, and {others} calibrates alone")
+    return None
+
+
+@torch.no_grad()
+def by_source(dense: PreTrainedModel, pruned: PreTrainedModel, judged: Mapping[str, Tensor]) -> str | None:
+    """Returns a line on how far the predictions moved on held-out text of each source; None with fewer than two sources."""
+    if len(judged) < 2:
+        return None
+    moved: dict[str, float] = {}
+    with float32_on_cpu(dense), float32_on_cpu(pruned):
+        for name, windows in judged.items():
+            ids = windows.to(dense.device)
+            before = log_probabilities(dense(input_ids=ids, use_cache=False).logits)
+            moved[Path(name).name] = mean_divergence([pruned(input_ids=ids, use_cache=False).logits], [before])
+    worst = max(moved, key=lambda name: moved[name])
+    parts = ", ".join(f"{name} {value:.3f}" for name, value in moved.items())
+    return f"worst of the calibration's sources: {worst}, divergence {moved[worst]:.3f} nats a token on held-out windows ({parts})"

@@ -22,6 +22,7 @@ from regraft.pipelines.compress.compress import compressor_of
 from regraft.pipelines.compress.prepare import needs_judging, projections_of
 from regraft.pipelines.prune.prune import prune
 from regraft.pipelines.prune.resolved import kinds_wanted, layers_in, resolve
+from regraft.pipelines.prune.sources import check_text_sources
 from regraft.pipelines.run.folder import open_run, refuse_begun
 from regraft.pipelines.run.page import write_page
 from regraft.pipelines.run.recipe import Recipe, find_recipe, read_recipe
@@ -140,7 +141,7 @@ def _checks(recipe: Recipe, dense: Loaded) -> Iterator[tuple[str, Callable[[], o
         yield "prune.seq_len", lambda: window_tokens(prune.seq_len, CALIBRATION_TOKENS, config, "seq_len")
         yield (
             "prune.calibration",
-            lambda: text_for(dense, prune.calibration, "validation", "calibration") if resolve(prune).needs_text else None,
+            lambda: check_text_sources(dense, prune) if resolve(prune).needs_text else None,
         )
     compressing = recipe.compress
     if compressing is not None:
