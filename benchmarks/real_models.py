@@ -65,7 +65,7 @@ def calibrations(domains: tuple[Domain, ...], own: Domain) -> dict[str, str]:
     """What is calibrated on, by name."""
     everything = [str(domain.calibration) for domain in domains]
     return {
-        f"{own.name} alone": f"{own.calibration}=1",
+        f"{own.name} alone": str(own.calibration),
         f"{own.name} and own text": f"{own.calibration}=0.5,self=0.5",
         "own text": "self",
         "all domains": ",".join(everything),
@@ -142,12 +142,13 @@ def pruned(
     if calibration is None:
         return loaded.model, 0.0
     if isinstance(how, tuple):
-        corpus = read_corpus(calibration.rpartition("=")[0], "validation")
+        corpus = read_corpus(Path(calibration), "validation")
         windows = calibration_windows(corpus, require_tokenizer(loaded), samples or 128, TOKENS, seed)
         found = rivals.RIVALS[how](loaded.model, rivals.Evidence(windows), ratio)
         before, after = (sum(weight.numel() for weight in model.parameters()) if model else 0 for model in (loaded.model, found))
         return found, 1.0 - after / before
-    given = {"samples": samples} if samples else {}
+    given: dict[str, Any] = {"samples": samples} if samples else {}
+    given |= {"own_text": 0.0} if "," not in calibration and calibration != "self" else {}
     settings = PruneSettings.model_validate({"ratio": ratio, "calibration": calibration, **given, **how})
     result = regraft.prune(loaded, settings=settings, seed=seed, say=lambda line: print(line, flush=True))
     return result.model, result.plan.achieved
@@ -172,15 +173,20 @@ def prices(asked: argparse.Namespace) -> None:
         promised = dict(zip(predicted[name].kept, predicted[name].damage_nats, strict=True))
         pairs = [(promised[size], damage) for size, damage in zip(curve.kept, curve.damage_nats, strict=True) if size in promised]
         middle = pairs[len(pairs) // 2 - 1] if len(pairs) > 2 else pairs[0]
-        rank = float(spearmanr(*zip(*pairs, strict=True))[0]) if len(pairs) > 2 else float("nan")
+        rank = _rank([pair[0] for pair in pairs], [pair[1] for pair in pairs]) if len(pairs) > 2 else float("nan")
         rows.append({"model": asked.model.name, "group": name, "rank correlation": f"{rank:.3f}"})
         rows[-1] |= {"predicted near half": f"{middle[0]:.6f}", "measured near half": f"{middle[1]:.6f}"}
     for row in rows:
         add_row(RESULTS / "real_models_prices.csv", row)
     for kind in ("heads", "ffn"):
         here = [row for row in rows if row["group"].endswith(kind)]
-        over = spearmanr([float(row["predicted near half"]) for row in here], [float(row["measured near half"]) for row in here])[0]
-        print(f"{kind}: over groups {float(over):.3f}; within groups {[row['rank correlation'] for row in here]}", flush=True)
+        over = _rank([float(row["predicted near half"]) for row in here], [float(row["measured near half"]) for row in here])
+        print(f"{kind}: over groups {over:.3f}; within groups {[row['rank correlation'] for row in here]}", flush=True)
+
+
+def _rank(first: list[float], second: list[float]) -> float:
+    found: Any = spearmanr(first, second)
+    return float(found.statistic)
 
 
 def draw() -> None:

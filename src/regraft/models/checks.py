@@ -42,10 +42,12 @@ def check_is_model(folder: Path, base: str | None = None) -> None:
             raise InputError(f"`base={shown(base)}` is for the folder of an adapter, and '{shown(folder)}' is a model; leave it out")
         return
     if (named := adapter_base(folder)) is not None:
-        given = f" --base {shown(base)}" if base is not None else ""
+        fold = f"`regraft export {shown(folder)} --to merged --output DIR`"
+        if base is not None:
+            fold = f"`regraft export {shown(folder)} --to merged --base {shown(base)} --output DIR`"
         raise ModelError(
-            f"'{shown(folder)}' is an adapter on the base '{shown(base or named)}', not a model; fold it in first with "
-            f"`regraft export {shown(folder)} --to merged{given} --output DIR`, and give that"
+            f"'{shown(folder)}' is an adapter on the base '{shown(base or named)}', not a model; fold it in first with {fold}, "
+            "and give that"
         )
     raise ModelError(f"'{folder}' has no config.json; give the folder of a Hugging Face model")
 

@@ -83,7 +83,7 @@ def refuse_several(settings: PruneSettings) -> None:
         InputError: They are given.
     """
     sources = sources_in(settings.calibration)
-    if settings.calibration is not None and (len(sources) > 1 or sources[0].name in (SELF, BUILT_IN)):
+    if settings.calibration is not None and (len(sources) > 1 or any(source.name in (SELF, BUILT_IN) for source in sources)):
         raise InputError(f"`memory` takes one calibration file, not '{settings.calibration}'; give one file, or leave `memory` out")
 
 
