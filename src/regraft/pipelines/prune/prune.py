@@ -23,7 +23,7 @@ from regraft.pipelines.prune.against_random import windows_to_judge, worse_than_
 from regraft.pipelines.prune.effort import EFFORTS, forecast
 from regraft.pipelines.prune.experts import experts_wanted, of_experts, prune_experts
 from regraft.pipelines.prune.plan_files import settings_of
-from regraft.pipelines.prune.planning import Planning, check_text, composed
+from regraft.pipelines.prune.planning import Planning, check_text, composed, draw_windows
 from regraft.pipelines.prune.record import card_of, record_of
 from regraft.pipelines.prune.resolved import (
     ResolvedPrune,
