@@ -77,9 +77,10 @@ def plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """
     match model:
         case PeftModel():
-            if model.active_peft_config.is_prompt_learning:
+            config: Any = model.active_peft_config
+            if config.is_prompt_learning:
                 raise ModelError(
-                    f"the model carries {model.active_peft_config.peft_type.value}, whose virtual tokens stand among those of the text; "
+                    f"the model carries {config.peft_type.value}, whose virtual tokens stand among those of the text; "
                     "give the model without it, or one with an adapter in its weights, such as LoRA"
                 )
             return cast(PreTrainedModel, model.get_base_model())

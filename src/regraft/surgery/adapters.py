@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from peft import AdaLoraConfig, LoraConfig, PeftModel
 from torch import nn
@@ -102,7 +102,7 @@ def continued(adapted: PeftModel) -> Injected:
     config = adapted.peft_config[NAME]
     if not isinstance(config, LoraConfig) or isinstance(config, AdaLoraConfig):
         remedy = "give the model without it" if config.is_prompt_learning else "fold it in with merge_and_unload()"
-        raise InputError(f"training does not go on with an adapter of type {config.peft_type.value}; {remedy}")
+        raise InputError(f"training does not go on with an adapter of type {cast(Any, config.peft_type).value}; {remedy}")
     adapter = ADAPTERS.get("lora")
     assert isinstance(adapter, PeftAdapter)
     model = cast(PreTrainedModel, adapted.get_base_model())
