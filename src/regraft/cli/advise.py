@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from regraft.cli.later import later
 from regraft.cli.options import ModelArgument
 from regraft.cli.screen import Screen
+from regraft.cli.words import flag
 from regraft.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,5 +52,6 @@ def advise(
     if found.ratio:
         minutes = least_minutes(facts, TOKENS)
         console.print(f"A recovery of 200 steps takes at least {minutes:,.1f} minutes here, by its operations alone.")
-    for command in found.commands:
-        console.print(f"  {command}")
+    for step in found.steps:
+        options = (part for name, value in step.settings.items() for part in ((flag(name),) if value is True else (flag(name), str(value))))
+        console.print(f"  {shlex.join(['regraft', step.command, step.source, *options])}")

@@ -65,4 +65,6 @@ def _of_setting(name: str, value: str | None, field: FieldInfo) -> str:
         return f"{flag(name)} {value.lower() if value in ('True', 'False') else value}"
     if value == "True":
         return flag(name)
+    if value != "False":  # another command has an option of this name that takes a value
+        return f"{flag(name)} {value}"
     return f"--no-{flag(name)[2:]}" if field.default else ""

@@ -19,6 +19,7 @@ from regraft.reading import is_folder, parse_json, read_object
 
 CONTEXT_TOKENS = 2048
 MOST_PRUNED = 0.5  # beyond half of the parameters little is left to recover
+TEXT = "text.txt"  # stands for the user's own
 STEP = 0.005  # shares are rounded up to these
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -65,19 +66,34 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A command to run.
+
+    Attributes:
+        command: Such as ``prune``.
+        source: The model that it is given.
+        settings: Its settings by name; True for a switch.
+    """
+
+    command: str
+    source: str
+    settings: Mapping[str, str | bool]
+
+
+@dataclass(frozen=True)
 class Advice:
     """What to do.
 
     Attributes:
         words: What and why, in a sentence.
-        commands: The commands, in order.
+        steps: The commands, in order.
         bytes: Bytes of the weights afterwards.
         ratio: Share of all parameters to prune.
         quantize: GGUF type; empty for none.
     """
 
     words: str
-    commands: tuple[str, ...]
+    steps: tuple[Step, ...]
     bytes: int
     ratio: float = 0.0
     quantize: str = ""
@@ -135,16 +151,16 @@ def for_bytes(facts: Facts, limit_bytes: int, *, running: bool) -> Advice:
     )
     if facts.stored_bytes <= room:
         return Advice(
-            f"It fits as it is: {facts.stored_bytes / 1e6:,.0f} MB of {goal}.", (f"regraft generate {facts.source}",), facts.stored_bytes
+            f"It fits as it is: {facts.stored_bytes / 1e6:,.0f} MB of {goal}.", (Step("generate", facts.source, {}),), facts.stored_bytes
         )
     if 2 * facts.parameters <= room:
-        command = f"regraft export {facts.source} --to hf --dtype bfloat16 --output smaller"
-        return Advice(f"Store it in 16 bits: {2 * facts.parameters / 1e6:,.0f} MB of {goal}.", (command,), 2 * facts.parameters)
+        step = Step("export", facts.source, {"to": "hf", "dtype": "bfloat16", "output": "smaller"})
+        return Advice(f"Store it in 16 bits: {2 * facts.parameters / 1e6:,.0f} MB of {goal}.", (step,), 2 * facts.parameters)
     for name, width in _GGUF.items():
         size = int(width * facts.parameters)
         if size <= room:
-            command = f"regraft export {facts.source} --to gguf --quantize {name} --output {name.lower()}"
-            return Advice(f"Store it as {name}, about {size / 1e6:,.0f} MB of {goal}.", (command,), size, quantize=name)
+            step = Step("export", facts.source, {"to": "gguf", "quantize": name, "output": name.lower()})
+            return Advice(f"Store it as {name}, about {size / 1e6:,.0f} MB of {goal}.", (step,), size, quantize=name)
     name, width = "Q4_K_M", _GGUF["Q4_K_M"]
     ratio = _up(1 - room / (width * facts.parameters))
     most = min(MOST_PRUNED, (facts.prunable - facts.least) / facts.parameters)
@@ -155,9 +171,9 @@ def for_bytes(facts: Facts, limit_bytes: int, *, running: bool) -> Advice:
             f"{reached / 1e6:,.0f} MB at a ratio of {most:.2f} in {name}; allow more, or start from a smaller model"
         )
     size = int(width * facts.parameters * (1 - ratio))
-    commands = (*_pruning(facts.source, ratio), f"regraft export recovered --to gguf --quantize {name} --output {name.lower()}")
+    export = Step("export", "recovered", {"to": "gguf", "quantize": name, "output": name.lower()})
     words = f"Prune {ratio:.1%}, recover, and store it as {name}: about {size / 1e6:,.0f} MB of {goal}."
-    return Advice(words, commands, size, ratio, name)
+    return Advice(words, (*_pruning(facts.source, ratio), export), size, ratio, name)
 
 
 def for_speed(facts: Facts, times: float) -> Advice:
@@ -181,7 +197,8 @@ def for_speed(facts: Facts, times: float) -> Advice:
         )
     size = int(facts.stored_bytes * (1 - ratio))
     words = f"Prune {ratio:.1%} with equal layers, so that {times:g} times fewer bytes are read a token; then measure, as caches differ."
-    return Advice(words, (*_pruning(facts.source, ratio), f"regraft evaluate recovered --speed --text {_text(facts.source)}"), size, ratio)
+    measuring = Step("evaluate", "recovered", {"speed": True, "text": TEXT})
+    return Advice(words, (*_pruning(facts.source, ratio), measuring), size, ratio)
 
 
 def times_in(text: str) -> float:
@@ -210,16 +227,9 @@ def least_minutes(facts: Facts, tokens: int) -> float:
     return 6 * facts.parameters * tokens / (2 * 768**3 / min(seconds[1:])) / 60
 
 
-def _pruning(source: str, ratio: float) -> tuple[str, str]:
-    text = _text(source)
-    return (
-        f"regraft prune {source} --ratio {ratio:g} --calibration {text} --output pruned",
-        f"regraft recover pruned --data {text} --output recovered --merge",
-    )
-
-
-def _text(source: str) -> str:
-    return "text.txt" if source != "seedling" else "your-text.txt"
+def _pruning(source: str, ratio: float) -> tuple[Step, Step]:
+    pruning = Step("prune", source, {"ratio": f"{ratio:g}", "calibration": TEXT, "output": "pruned"})
+    return pruning, Step("recover", "pruned", {"data": TEXT, "output": "recovered", "merge": True})
 
 
 def _up(ratio: float) -> float:

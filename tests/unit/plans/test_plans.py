@@ -28,6 +28,7 @@ from regraft.plans import (
     LossReport,
     Measurement,
     Member,
+    PairedScore,
     PastSearch,
     Provenance,
     PrunePlan,
@@ -40,6 +41,8 @@ from regraft.plans import (
     Scores,
     SizeReport,
     SpeedReport,
+    TaskReport,
+    TaskScore,
     from_json,
     to_dict,
     to_json,
@@ -110,6 +113,8 @@ RANK_PLANS = st.builds(RankPlan, NAMES, NAMES, st.dictionaries(NAMES, COUNTS, ma
 LOSSES = st.builds(LossReport, NUMBERS, NUMBERS, NUMBERS, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, st.booleans(), NAMES, NAMES)
 SIZES = st.builds(SizeReport, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS)
 SPEEDS = st.builds(SpeedReport, NUMBERS, NUMBERS, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, NAMES)
+OUTCOMES = st.lists(NUMBERS, max_size=3).map(tuple)
+SCORES = st.builds(TaskScore, NAMES, NAMES, NUMBERS, st.none() | NUMBERS, COUNTS, COUNTS, NAMES, st.booleans(), OUTCOMES)
 CURVES = st.builds(
     Curve, st.lists(COUNTS, max_size=4).map(tuple), st.lists(NUMBERS, max_size=4).map(tuple), st.lists(NUMBERS, max_size=4).map(tuple)
 )
@@ -182,6 +187,15 @@ ANY_PLAN = st.one_of(
         st.dictionaries(NAMES, st.lists(COUNTS, max_size=3).map(tuple), max_size=2),
     ),
     st.builds(Scores, NAMES, NAMES, st.dictionaries(NAMES, st.lists(NUMBERS, max_size=4).map(tuple), max_size=3)),
+    st.builds(PairedScore, NAMES, NAMES, NUMBERS, NUMBERS, NUMBERS, COUNTS, COUNTS, NUMBERS),
+    st.builds(
+        TaskReport,
+        NAMES,
+        st.lists(SCORES, max_size=2).map(tuple),
+        st.lists(LOSSES, max_size=2).map(tuple),
+        COUNTS,
+        st.dictionaries(NAMES, NAMES, max_size=2),
+    ),
     st.builds(Measurement, NAMES, LOSSES, SIZES, st.none() | SPEEDS),
     st.builds(
         Provenance,
@@ -203,7 +217,7 @@ COVERED = (
     *(Member, Group, Groups, Scores, Curve, Curves, Cut, Removed, PrunePlan, RankPlan),
     *(RankSlot, RankSpace, RankTrial, PastSearch, CrossValidation, Finalist, Confirmation, RankSearch),
     *(Factoring, FactorPlan, FactorSite, FactorSpace),
-    *(LossReport, SizeReport, SpeedReport, Measurement, Provenance),
+    *(LossReport, SizeReport, SpeedReport, Measurement, Provenance, TaskScore, TaskReport, PairedScore),
 )
 
 
