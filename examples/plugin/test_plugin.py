@@ -6,12 +6,16 @@ from regraft_example_plugin import SPREAD
 
 from regraft.groups.discover import discover
 from regraft.importance import Evidence
-from regraft.testing import check_criterion
+from regraft.testing import AdapterForm, check_adapter, check_criterion
 from regraft.testing.toys import tiny_llama
 
 
-def test_it_conforms() -> None:
+def test_the_criterion_conforms() -> None:
     check_criterion(SPREAD)
+
+
+def test_the_installed_adapter_conforms() -> None:
+    check_adapter(AdapterForm("lora_fa"))
 
 
 def test_a_channel_is_scored_by_its_formula() -> None:

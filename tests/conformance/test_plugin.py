@@ -68,4 +68,4 @@ def test_its_own_tests_pass(installed: Path) -> None:
     test = ROOT / "examples" / "plugin" / "test_plugin.py"
     done = run(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", "-c", os.devnull, str(test))
     assert done.returncode == 0, done.stdout
-    assert "2 passed" in done.stdout
+    assert "3 passed" in done.stdout

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -451,7 +452,8 @@ def test_settings_are_checked_when_they_are_made() -> None:
 
 
 def test_every_public_name_is_there_and_the_import_is_light() -> None:
-    assert dir(regraft) == sorted(regraft.__all__)
+    assert dir(regraft) == sorted([*regraft.__all__, "__version__"])
+    assert regraft.__version__ == version("regraft")
     code = (
         "import sys, regraft; assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules), 'heavy'; import regraft.export; "
         "missing = [name for name in dir(regraft) if not hasattr(regraft, name)]; assert not missing, missing; "

@@ -22,7 +22,8 @@ def proportional(space: RankSpace) -> Ranks:
     known = [plain(space, name) for name in (SHARE_PRUNED, IMPORTANCE_REMOVED) if has_plain(space, name)]
     if not known:
         raise PlanError(
-            f"the slots have neither '{SHARE_PRUNED}' nor '{IMPORTANCE_REMOVED}'; measure one first, or choose another `method`"
+            "proportional ranks follow what pruning removed from each layer, which only a model that regraft pruned records; prune it "
+            "first, or choose another `method`"
         )
     damage = sum((values / values.mean() for values in known if values.any()), start=np.zeros(len(space.slots)))
     return proportional_to(space, damage)

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from regraft.atomic import json_with, reserved_file, write_text
 from regraft.cli.later import later
-from regraft.cli.options import SeedOption, with_settings
+from regraft.cli.options import QuietOption, SeedOption, with_settings
+from regraft.cli.progress import progress
 from regraft.cli.screen import Screen
 from regraft.errors import InputError
+from regraft.progress import Step
 from regraft.settings import CompletionSettings
 
 if TYPE_CHECKING:
     from regraft.completion.complete import CompletionReport, complete_ratings
-    from regraft.completion.tuning import SayShare
 else:
     complete_ratings = later("regraft.completion.complete", "complete_ratings")
 
@@ -53,6 +52,7 @@ def complete(
         Path | None, typer.Option("--pairs", metavar="FILE", help="file of users and items to predict; predictions go to pairs.csv")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="file for the figures as JSON; - for the screen")] = None,
+    quiet: QuietOption = False,
     seed: SeedOption = 0,
 ) -> None:
     """Complete a table of ratings by a compressed deep factorization; report held-out errors beside four baselines."""
@@ -60,8 +60,12 @@ def complete(
         raise InputError(f"--pairs {pairs} asks for predictions, but --output is missing; say where they go")
     file = json_file if json_file != STDOUT else None
     with reserved_file(file, json_with("rmse", "mae", "baselines")):
-        with _bar() as told:
-            report = complete_ratings(ratings, output, complete, pairs=pairs, seed=seed, progress=told)
+        with progress("reading the ratings", quiet=quiet) as say:
+
+            def share(label: str, done: float) -> None:
+                say(Step(label, min(100, int(100 * done)), 100))
+
+            report = complete_ratings(ratings, output, complete, pairs=pairs, seed=seed, progress=share)
         text = json.dumps(report.flat(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         if file is not None:
             write_text(file, text)
@@ -74,16 +78,6 @@ def complete(
         console.print(f"figures written to {json_file}", soft_wrap=True, markup=False, highlight=False)
     if output is not None:
         console.print(f"predictions written to {output}", soft_wrap=True, markup=False, highlight=False)
-
-
-@contextmanager
-def _bar() -> Iterator[SayShare]:
-    """Shows the current step in a progress bar, on the standard error and only if that is a terminal; removes it at the end."""
-    console = Screen(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading", total=1.0)
-        yield lambda label, share: bar.update(task, description=label, completed=min(share, 1.0))
 
 
 def _show(console: Console, report: CompletionReport) -> None:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import rich.progress
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from regraft.atomic import json_with, reserved_file, write_text
 from regraft.cli.later import later
-from regraft.cli.options import ModelArgument, SeedOption, with_settings
+from regraft.cli.options import ModelArgument, QuietOption, SeedOption, with_settings
+from regraft.cli.progress import progress
 from regraft.cli.screen import Screen
 from regraft.cli.tasks import show_tasks, tasks_json
 from regraft.errors import InputError
 from regraft.plans import Measurement, TaskReport
+from regraft.progress import Step
 from regraft.settings import EvaluateSettings, LabelSettings, LoadSettings, TaskSettings
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="file for the figures as flat JSON; - for the screen")
     ] = None,
+    quiet: QuietOption = False,
     seed: SeedOption = 0,
 ) -> None:
     """Measure a model: loss, perplexity, bits per byte, size and, if asked, speed; on tasks or labels, accuracy."""
@@ -63,16 +64,20 @@ def evaluate(
     lines: list[tuple[str, str]] = []
     file = json_file if json_file != STDOUT else None
     with reserved_file(file, json_with("model", "parameters")):
-        with progress_bar() as progress:
+        with progress("measuring", quiet=quiet) as say:
+
+            def count(done: int, total: int) -> None:
+                say(Step("measuring", done, total))
+
             if labels.data is not None:
-                report = evaluate_labels(model, labels, load=load, progress=progress)
+                report = evaluate_labels(model, labels, load=load, progress=count)
                 figures, lines = report.flat(), label_rows(report)
             elif asked:
                 names = [model] if against is None else [model, against]
-                reports = [evaluate_tasks(name, tasks, evaluate=evaluate, load=load, seed=seed, progress=progress) for name in names]
+                reports = [evaluate_tasks(name, tasks, evaluate=evaluate, load=load, seed=seed, progress=count) for name in names]
                 figures = tasks_json(reports, seed)
             else:
-                measurement = evaluate_model(model, evaluate, load=load, seed=seed, progress=progress)
+                measurement = evaluate_model(model, evaluate, load=load, seed=seed, progress=count)
                 figures, lines = flat(measurement), rows(measurement)
         text = json.dumps(figures, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         if file is not None:
@@ -86,15 +91,6 @@ def evaluate(
         show_figures(Screen(), model, lines)
     if file is not None:
         Screen().print(f"written to {file}", soft_wrap=True, markup=False, highlight=False)
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """Shows a progress bar of the measurement, on the standard error and only if that is a terminal; removes it at the end."""
-    console = Screen(stderr=True)
-    with rich.progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("measuring", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def show_figures(console: Console, label: str, lines: Iterable[tuple[str, str]]) -> None:

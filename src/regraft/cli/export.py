@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from regraft.atomic import json_with, reserved_file, write_text
 from regraft.cli.later import later
-from regraft.cli.options import OutputOption, QuietOption, command_line, with_settings
+from regraft.cli.options import JsonOption, OutputOption, QuietOption, command_line, with_settings
 from regraft.cli.progress import progress
 from regraft.cli.screen import Screen
 from regraft.cli.words import as_options
+from regraft.plans import to_dict, to_json
 from regraft.settings import ExportSettings, LoadSettings
 
 if TYPE_CHECKING:
+    from regraft.pipelines.export import ExportResult
     from regraft.pipelines.export import export as export_to
 else:
     export_to = later("regraft.pipelines.export", "export")
@@ -41,13 +44,16 @@ def export(
         str, typer.Option("--push-to-hub", metavar="NAME/MODEL", help="then commit the folder to this repository on the Hugging Face hub")
     ] = "",
     private: Annotated[bool, typer.Option("--private", help="with --push-to-hub: a new repository is private")] = False,
+    json_file: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Write a model or an adapter for another program, and prove that it computes the same there."""
     text = None if no_check else check
     source_path: str | Path = Path(source) if Path(source).expanduser().exists() else source
-    with progress("exporting", quiet=quiet):
+    with reserved_file(json_file, json_with("words", "modules", "rank", "parity")), progress("exporting", quiet=quiet):
         result = export_to(source_path, output, to, settings=settings, load=load, check=text, command=command_line())
+        if json_file is not None:
+            write_text(json_file, to_json(figures(result)) + "\n")
     console = Screen()
     for line in (f"{result.words} written to {output}", *(f"note: {as_options(note)}" for note in result.notes)):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
@@ -57,3 +63,9 @@ def export(
         with progress("uploading", quiet=quiet):
             address = result.push_to_hub(push_to_hub, private=private or None, token=load.token)
         console.print(f"committed to {address}", soft_wrap=True, markup=False, highlight=False)
+
+
+def figures(result: ExportResult) -> dict[str, Any]:
+    """Returns what was written and how it compares in its runtime, as plain JSON types."""
+    parity = None if result.parity is None else to_dict(result.parity)
+    return {"words": result.words, "modules": result.modules, "rank": result.rank, "notes": list(result.notes), "parity": parity}

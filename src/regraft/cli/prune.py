@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from regraft.atomic import json_with, reserved_file, write_text
 from regraft.cli.later import later
-from regraft.cli.options import DryRunOption, ModelArgument, QuietOption, SeedOption, command_line, with_settings
+from regraft.cli.options import DryRunOption, JsonOption, ModelArgument, QuietOption, SeedOption, command_line, with_settings
 from regraft.cli.progress import progress
 from regraft.cli.screen import Screen
 from regraft.cli.words import as_options
 from regraft.errors import InputError
 from regraft.pipelines.prune.plan_files import plan_path, read_plan, reserved_plan, write_plan
-from regraft.plans import Groups, PrunePlan
+from regraft.plans import Groups, PrunePlan, to_json
 from regraft.progress import Say
 from regraft.settings import LoadSettings, PruneSettings
 
 if TYPE_CHECKING:
+    from regraft.pipelines.prune.prune import PruneResult, replay
     from regraft.pipelines.prune.prune import prune as prune_model
-    from regraft.pipelines.prune.prune import replay
     from regraft.pipelines.prune.summary import collapsed, plan_summary, why_kept
 else:
     collapsed = later("regraft.pipelines.prune.summary", "collapsed")
@@ -53,6 +55,7 @@ def prune(
     plan: Annotated[
         Path | None, typer.Option("--plan", metavar="FILE", help="prune by this plan, with the settings and the seed stored in it")
     ] = None,
+    json_file: JsonOption = None,
     quiet: QuietOption = False,
     seed: SeedOption = 0,
 ) -> None:
@@ -62,7 +65,10 @@ def prune(
     if plan_only and plan is not None:
         raise InputError(f"--plan-only makes a plan, and --plan {plan} brings one; use one of the two")
     console = Screen()
-    with progress("pruning", quiet=quiet) as say, reserved_plan(output if plan_only else None):
+    with ExitStack() as stack:
+        stack.enter_context(reserved_file(json_file, json_with("parameters_before", "parameters_after", "groups")))
+        say = stack.enter_context(progress("pruning", quiet=quiet))
+        stack.enter_context(reserved_plan(output if plan_only else None))
         common: Common = {"load": load, "seed": seed, "command": command_line(), "say": say}
         if plan is not None:
             result = replay(model, read_plan(plan), output, prune, dry_run=dry_run, **common)
@@ -70,6 +76,8 @@ def prune(
             result = prune_model(model, output, prune, dry_run=dry_run or plan_only, **common)
         if plan_only and output is not None and not dry_run:
             write_plan(result.plan, output)
+        if json_file is not None:
+            write_text(json_file, to_json(figures(result)) + "\n")
     show_plan(console, result.groups, result.plan)
     for note in result.notes:
         console.print(as_options(note), soft_wrap=True, markup=False)
@@ -91,6 +99,24 @@ def who_cannot_load(folder: Path) -> list[str]:
     differ = bool(config.get("per_layer_config"))
     why = "its layers differ in size" if differ else "its layers are equal, but have sizes that the stock class of its family cannot hold"
     return [OWN_CLASS.format(why=why), UNEVEN_REMEDIES.format(folder=folder) if differ else EVEN_REMEDY, ""]
+
+
+def figures(result: PruneResult) -> dict[str, Any]:
+    """Returns the sizes of a pruning and how its plan was made, as plain JSON types."""
+    plan, report = result.plan, result.report
+    return {
+        "parameters_before": report.parameters_before,
+        "parameters_after": report.parameters_after,
+        "ratio": plan.ratio,
+        "achieved": plan.achieved,
+        "criterion": plan.criterion,
+        "selection": plan.selection,
+        "shape": plan.shape,
+        "align": plan.align,
+        "groups": list(report.rows),
+        "kept": list(report.kept),
+        "notes": list(report.notes),
+    }
 
 
 class Common(TypedDict):

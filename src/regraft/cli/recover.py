@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from regraft.atomic import json_with, reserved_file, write_text
 from regraft.cli.later import later
-from regraft.cli.options import ModelArgument, OutputOption, SeedOption, command_line, with_settings
+from regraft.cli.options import JsonOption, ModelArgument, OutputOption, SeedOption, command_line, with_settings
 from regraft.cli.screen import Screen
 from regraft.cli.words import as_options
-from regraft.plans import LOSS_UNITS
+from regraft.plans import LOSS_UNITS, to_json
 from regraft.settings import LoadSettings, RecoverSettings
 
 if TYPE_CHECKING:
@@ -33,12 +34,17 @@ def recover(
     recover: RecoverSettings,
     load: LoadSettings,
     resume: Annotated[bool, typer.Option("--resume", help="resume a stopped run from its checkpoints")] = False,
+    json_file: JsonOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Train a small adapter on a pruned model and fold it in: text or instructions, best checkpoint by held-out loss."""
-    result = recover_model(model, output, recover, load=load, seed=seed, resume=resume, command=recorded(command_line()))
-    if not is_main():
-        return
+    with reserved_file(json_file if is_main() else None, json_with("first_loss", "best_loss", "best_step")):
+        result = recover_model(model, output, recover, load=load, seed=seed, resume=resume, command=recorded(command_line()))
+        if not is_main():
+            return
+        if json_file is not None:
+            found = figures(result.recovered, LOSS_UNITS[recover.task], result.judged)
+            write_text(json_file, to_json(found) + "\n")
     console = Screen()
     if result.finished_before:
         console.print(f"{output} was finished before, with the same settings, seed and source; nothing is left to do", soft_wrap=True)
@@ -57,6 +63,22 @@ def recorded(command: str) -> str:
     'regraft recover pruned --output out --steps 9'
     """
     return shlex.join(part for part in shlex.split(command) if part != "--resume")
+
+
+def figures(recovered: Recovered, unit: str, judged: Mapping[str, float]) -> dict[str, Any]:
+    """Returns the losses of a recovery and what it took, as plain JSON types; a measure that is not defined is null."""
+    return {
+        "first_loss": recovered.first_loss,
+        "best_loss": recovered.best_loss,
+        "unit": unit,
+        "best_step": recovered.best_step,
+        "steps": recovered.log[-1].step,
+        "lr": None if recovered.rates is None else recovered.rates.best,
+        "trainable_parameters": recovered.trainable_parameters,
+        "seconds": recovered.seconds,
+        "peak_memory_bytes": recovered.peak_memory_bytes,
+        **judged,
+    }
 
 
 def show(console: Console, recovered: Recovered, unit: str, judged: Mapping[str, float]) -> None:

@@ -36,7 +36,7 @@ def text_for(loaded: Loaded, given: Texts | None, split: Split, setting: str) ->
     if not made_from_seedling(loaded.source, loaded.provenance):
         raise DataError(
             f"`{setting}` is missing: only {SEEDLING} has text of its own, not '{loaded.source}'; give text like that which it is to "
-            "work on: a file (.txt, .jsonl, .json, .csv, .tsv), or in Python texts or a data set"
+            "work on: a file (.txt, .jsonl, .json, .csv, .tsv), a data set (hf:NAME), or texts in memory"
         )
     return read_corpus(None, split)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
@@ -85,6 +86,12 @@ def bytes_in(amount: Any) -> int:
 def type_name(value: Any) -> Any:
     """Returns the name of a number type, as text or as torch has it: ``torch.bfloat16`` is ``bfloat16``."""
     return str(value).removeprefix("torch.")
+
+
+def schedule_name(value: Any) -> Any:
+    """Returns our name of a learning-rate schedule of transformers; all of ours begin with a warm-up."""
+    name = value.value if isinstance(value, Enum) else value
+    return "constant" if name == "constant_with_warmup" else name
 
 
 EVERY_PROJECTION = "all-linear"  # PEFT's word for what is adapted by default
@@ -304,7 +311,7 @@ class PruneSettings(Settings):
     )
     align: Positive | Literal["auto"] = Field(
         default="auto",
-        description="number of which all widths are multiples; auto: the largest of 256, 64, 32, 16, 8, 4 and 2 that meets the target",
+        description="number of which all widths are multiples; auto: the largest of 256, 64, 32, 16, 8, 4, 2, 1 that comes near enough",
     )
     calibration: Path | None = Field(
         default=None,
@@ -438,7 +445,9 @@ class RecoverSettings(Settings):
         default="right", description="treatment of records longer than a window: cut their end, cut their beginning, or drop them"
     )
     skip_bad: bool = Field(default=False, description="leave out rows of data that cannot be read, and count them")
-    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="schedule of the learning rate after warm-up")
+    schedule: Annotated[Literal["cosine", "linear", "constant"], BeforeValidator(schedule_name)] = Field(
+        default="cosine", description="schedule of the learning rate after warm-up"
+    )
     warmup: Annotated[float, Field(ge=0.0, le=1.0)] = Field(default=0.05, description="share of the steps for warm-up of the learning rate")
     max_grad_norm: Rate = Field(default=1.0, description="largest norm of the gradients, which are clipped to it")
     eval_every: Positive = Field(default=50, description="number of steps between two measurements of the held-out loss")
@@ -590,6 +599,8 @@ class LabelSettings(Settings):
 
 class SampleSettings(Settings):
     """Settings of the greedy text sample of each model."""
+
+    aliases: ClassVar[Mapping[str, str]] = {"max_new_tokens": "tokens"}
 
     prompt: str = Field(default="", description="prompt that the model continues; empty: the BOS token")
     tokens: Positive = Field(default=48, description="number of tokens to generate")

@@ -12,6 +12,8 @@ from regraft.adapters.linear_like import is_site, is_table
 from regraft.errors import InputError, did_you_mean
 from regraft.surgery.adapted import Adapted
 
+_EXPRESSION = frozenset("()|\\^$+")  # characters of regular expressions, which no module's name and no glob has
+
 
 def find_targets(model: PreTrainedModel, patterns: Iterable[str] = ()) -> dict[str, nn.Module]:
     """Returns the modules to adapt, by full name, in the order of the model.
@@ -34,9 +36,10 @@ def find_targets(model: PreTrainedModel, patterns: Iterable[str] = ()) -> dict[s
     for pattern in wanted:
         if not any(_matches(name, pattern) for name in sites):
             known = sorted({name.rpartition(".")[2] for name in sites})
-            raise InputError(
-                f"target '{pattern}' matches nothing; the model has: {', '.join(known)}{did_you_mean(pattern, [*known, *sites])}"
-            )
+            hint = did_you_mean(pattern, [*known, *sites])
+            if _EXPRESSION.intersection(pattern) or ".*" in pattern:
+                hint = "; patterns are names and globs such as *.layers.0.*_proj, several as a list, not regular expressions"
+            raise InputError(f"target '{pattern}' matches nothing; the model has: {', '.join(known)}{hint}")
     return {name: module for name, module in sites.items() if any(_matches(name, pattern) for pattern in wanted)}
 
 

@@ -44,6 +44,18 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
     assert f"regraft {name}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("option", "names"),
+    [
+        ("--quiet", {"run", "prune", "compress", "recover", "allocate", "evaluate", "export", "complete"}),
+        ("--json", {"prune", "compress", "recover", "evaluate", "export", "complete", "inspect", "runs", "doctor"}),
+    ],
+)
+def test_what_takes_long_can_be_quiet_and_what_measures_gives_its_figures(option: str, names: set[str]) -> None:
+    lacking = {name for name in names if option not in {word for found in app.load_command(name).params for word in found.opts}}
+    assert lacking == set()
+
+
 def test_help_and_version_do_not_import_torch() -> None:
     code = "import sys\nfrom regraft.cli.app import run\nassert run(sys.argv[1:]) == 0\nassert 'torch' not in sys.modules"
     for arguments in (["--help"], ["--version"], []):

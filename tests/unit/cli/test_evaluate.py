@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,18 @@ def test_options_become_settings(calls: list, capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().out
     for figure in ("1.5000 nats", "4.480", "64 / 32 tokens", "1,234", "1,000,000", "12.3 ms", "4.50 ms/token", "some.txt"):
         assert figure in shown
+
+
+def test_progress_off_a_terminal_is_a_line_every_half_minute_and_none_when_quiet(
+    calls: list, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regraft.cli.progress.EVERY_SECONDS", 0.01)
+    stand_in = command.evaluate_model
+    monkeypatch.setattr(command, "evaluate_model", lambda *given, **more: (stand_in(*given, **more), time.sleep(0.3))[0])
+    assert app.run(["evaluate", "some/folder"]) == 0
+    assert "measuring: 1 of 2 (0 s so far" in capsys.readouterr().err
+    assert app.run(["evaluate", "some/folder", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_json_is_flat_and_replaces_what_was_there(calls: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from transformers import SchedulerType
 
 from regraft.errors import ConfigError
 from regraft.settings import (
@@ -74,6 +75,14 @@ def test_a_wrong_value_is_one_line_with_value_and_limit(kind: type[Settings], va
     assert line in str(caught.value)
     assert str(caught.value).startswith("command line: ")
     assert "\n" not in str(caught.value)
+
+
+def test_words_of_transformers_for_schedules_and_lengths() -> None:
+    assert RecoverSettings(lr_scheduler_type="constant_with_warmup") == RecoverSettings(schedule="constant")
+    assert RecoverSettings(lr_scheduler_type=SchedulerType.LINEAR) == RecoverSettings(schedule="linear")
+    assert SampleSettings(max_new_tokens=7).tokens == 7
+    with pytest.raises(ConfigError, match="should be 'cosine', 'linear' or 'constant' \\(got 'polynomial'\\)"):
+        RecoverSettings(lr_scheduler_type="polynomial")
 
 
 def test_all_problems_are_found_at_once() -> None:
