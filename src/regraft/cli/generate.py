@@ -20,12 +20,8 @@ else:
     written = later("regraft.pipelines.generate", "generate")
     prompt_ids = later("regraft.pipelines.generate", "prompt_ids")
 
-<<<<<<< HEAD
 LONGEST_PROMPT = 10**7
-TokensOption = Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="largest number of tokens to write")]
-=======
 TokensOption = Annotated[int, typer.Option("--tokens", "--max-new-tokens", metavar="N", min=1, help="largest number of tokens to write")]
->>>>>>> 498ce9a (Figures as JSON and quiet measurements; words of transformers for schedules and lengths; a worked adapter as a plug-in; docs say which criterion is the default)
 TemperatureOption = Annotated[
     float, typer.Option("--temperature", metavar="X", min=0.0, help="temperature of drawing; 0: the likeliest token each time")
 ]
