@@ -137,7 +137,7 @@ def silenced(model: PreTrainedModel, family: str, lost: dict[str, list[int]]) ->
 def lost_units(family: str) -> list[dict[str, list[int]]]:
     """What is removed: each kind alone, and all together, where the layer 0 goes."""
     _, groups = subject(family)
-    feeding = [group.layer for group in groups.of("ffn")]
+    feeding = [group.layer or 0 for group in groups.of("ffn")]
     attending = sorted(FAMILIES[family][3]) or [0]
     first, last = attending[0], attending[-1]
     if FAMILIES[family][2] == {"ffn"}:  # alike in all layers
@@ -172,6 +172,7 @@ def test_removing_is_silencing_in_the_layers_that_have_the_part(family: str) -> 
     assert {group.kind for group in groups.groups} == FAMILIES[family][2]
     if groups.of("heads"):
         assert {group.layer for group in groups.of("heads")} == FAMILIES[family][3]
+    pruned = model
     for lost in lost_units(family):
         pruned = pruned_by(family, lost)
         assert parameter_count(pruned) < parameter_count(model)
@@ -240,7 +241,7 @@ def test_saved_loaded_in_a_fresh_process_and_generated(tmp_path: Path) -> None:
     want: dict[str, Tensor] = {}
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     for family in FAMILIES:
-        pruned = pruned_by(family, lost_units(family)[-1])
+        pruned: Any = pruned_by(family, lost_units(family)[-1])
         pruned.save_pretrained(tmp_path / family)
         folders[family], want[family] = str(tmp_path / family), logits(pruned)
         ids = IDS[:1, :5]

@@ -51,7 +51,8 @@ FURTHER: dict[str, dict[str, Any]] = {
 def saved(family: str, folder: Path) -> PreTrainedModel:
     text, vision = FAMILIES[family]
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[family](text_config=dict(text), vision_config=dict(vision), **FURTHER[family])
+    config_class: Any = CONFIG_MAPPING[family]
+    config = config_class(text_config=dict(text), vision_config=dict(vision), **FURTHER[family])
     model = AutoModelForImageTextToText.from_config(config).eval()
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

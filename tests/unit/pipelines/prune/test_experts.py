@@ -41,7 +41,7 @@ FAMILIES = {
 
 def random_model(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    values = {**SIZES, FAMILIES[family][0]: 6} | ({"norm_topk_prob": True} if family == "qwen3_moe" else {})
+    values: dict[str, Any] = {**SIZES, FAMILIES[family][0]: 6} | ({"norm_topk_prob": True} if family == "qwen3_moe" else {})
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**values)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -105,7 +105,7 @@ def test_removed_experts_are_experts_that_are_never_chosen(family: str, tmp_path
     assert type(pruned) is type(model)
     assert pruned.num_parameters() == plan.parameters_after
     pruned.save_pretrained(tmp_path / "model")
-    loaded = load(tmp_path / "model").model
+    loaded: Any = load(tmp_path / "model").model
     assert torch.equal(logits(loaded), logits(pruned))
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(loaded.generate(IDS[:1, :4], use_cache=True, **settings), loaded.generate(IDS[:1, :4], use_cache=False, **settings))
@@ -115,7 +115,7 @@ def test_removed_experts_are_experts_that_are_never_chosen(family: str, tmp_path
 def test_scores_are_router_weights_times_norms_of_outputs() -> None:
     """REAP, equation 9, by a loop over tokens in the test."""
     model = random_model("qwen3_moe")
-    seen: list[tuple[int, Tensor]] = []
+    seen: list[tuple[Any, Tensor]] = []
     handles = [
         model.get_submodule(experts.name.rpartition(".")[0]).register_forward_pre_hook(
             lambda _module, inputs, layer=experts.layer: seen.append((layer, inputs[0].reshape(-1, 32)))
