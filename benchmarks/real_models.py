@@ -148,7 +148,6 @@ def pruned(
         before, after = (sum(weight.numel() for weight in model.parameters()) if model else 0 for model in (loaded.model, found))
         return found, 1.0 - after / before
     given: dict[str, Any] = {"samples": samples} if samples else {}
-    given |= {"own_text": 0.0} if "," not in calibration and calibration != "self" else {}
     settings = PruneSettings.model_validate({"ratio": ratio, "calibration": calibration, **given, **how})
     result = regraft.prune(loaded, settings=settings, seed=seed, say=lambda line: print(line, flush=True))
     return result.model, result.plan.achieved

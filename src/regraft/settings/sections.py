@@ -318,10 +318,8 @@ class PruneSettings(Settings):
         description="calibration text, similar to the model's later use: a file, or several as FILE=SHARE,FILE=SHARE, where self is text "
         "that the model writes; default: self, and the built-in text for seedling and models made from it",
     )
-    own_text: Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)] | Literal["auto"] = Field(
-        default="auto",
-        description="share of the calibration windows that the model writes itself beside a single text, so that it keeps what that "
-        "text does not show; auto: 0.5 for criterion surgeon_nats with a re-fit, otherwise 0",
+    own_text: Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)] = Field(
+        default=0.0, description="share of the calibration windows that the model writes itself beside a single text"
     )
     samples: Positive = Field(default=128, description="number of calibration windows; default with effort quick: 32")
     seq_len: Positive | None = Field(

@@ -107,8 +107,7 @@ def settings_of(plan: PrunePlan, given: PruneSettings) -> tuple[PruneSettings, i
         unknown = sorted(set(plan.made_with) - _MADE_WITH)
         if unknown:
             raise ValueError(f"'{shown(unknown[0], 40)}' is none of its keys")
-        # Plans of before version 0.2's own text were made without it.
-        own = checked(PruneSettings, {"own_text": 0.0, **plan.made_with["settings"]}, "the plan's made_with")
+        own = checked(PruneSettings, plan.made_with["settings"], "the plan's made_with")
         seed = int(plan.made_with["seed"])
     except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
         raise PlanError(f"the plan's made_with cannot be read ({error}); remove it from the file, and give the settings again") from None

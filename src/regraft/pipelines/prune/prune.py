@@ -36,7 +36,7 @@ from regraft.pipelines.prune.resolved import (
     resolve_replay,
     with_shape,
 )
-from regraft.pipelines.prune.sources import by_source, drawn_windows, refuse_several, with_own_text
+from regraft.pipelines.prune.sources import by_source, check_own_text, drawn_windows, refuse_several
 from regraft.pipelines.prune.streamed import StreamedPrune, prune_streamed
 from regraft.pipelines.prune.summary import collapsed, plan_summary, why_kept
 from regraft.pipelines.prune.vocabulary import of_vocabulary, prune_vocabulary
@@ -366,7 +366,7 @@ def _streamed(order: _Order, resolved: ResolvedPrune) -> PruneResult:
     """Prunes a checkpoint within a memory limit."""
     if order.calibration is None:
         refuse_several(order.settings)
-    resolved = with_own_text(resolved, order.calibration)
+    check_own_text(order.settings, order.calibration)
     place = place_of(order.model)
     if place is None:
         raise InputError("`memory` is for models that are not loaded yet; give a folder or a hub id, or leave it out")
@@ -383,7 +383,8 @@ def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
     model = loaded.model
     found = look_for(model, kinds_wanted(order.settings, order.plan))
     groups = found.groups
-    resolved = with_own_text(with_shape(order.resolved(ModelView(model)), groups), order.calibration)
+    resolved = with_shape(order.resolved(ModelView(model)), groups)
+    check_own_text(order.settings, order.calibration)
     if order.plan is not None:
         check_plan(groups, order.plan)
         check_counts(groups, order.plan)

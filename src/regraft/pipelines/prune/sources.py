@@ -1,13 +1,12 @@
 """Calibration windows: from one text, from several sources, or written by the model itself; and windows beside them that judge each source.
 
-A re-fit on one narrow text keeps that text and spends the rest. Where the default re-fits a model in memory, half of the windows beside a
-single text are therefore the model's own (:mod:`regraft.data.own_text`), and without any text all of them.
+Without any text all windows are the model's own (:mod:`regraft.data.own_text`); beside a single text a share of them, if asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ from regraft.data.own_text import write_own_text
 from regraft.data.text import Corpus
 from regraft.data.tokens import calibration_windows, window_tokens
 from regraft.errors import DataError, InputError
-from regraft.importance import CRITERIA
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.precision import float32_on_cpu
 from regraft.numerics.divergence import log_probabilities, mean_divergence
@@ -28,7 +26,6 @@ from regraft.pipelines.texts import Texts, made_from_seedling, text_for
 from regraft.progress import Say
 from regraft.settings import CALIBRATION_TOKENS, PruneSettings
 
-OWN_SHARE = 0.5
 # Windows of each source that nothing is fitted to. A divergence has a smaller spread than a loss, so that a few are enough to rank sources.
 JUDGED = 4
 GIVEN = "the given text"
@@ -51,29 +48,22 @@ class Drawn:
     corpus: Corpus | None
 
 
-def with_own_text(resolved: ResolvedPrune, given: Texts | None = None) -> ResolvedPrune:
-    """Returns settings with the share of the model's own text decided.
+def check_own_text(settings: PruneSettings, given: Texts | None = None) -> None:
+    """Refuses a share of own text that does nothing.
 
     Args:
-        resolved: Settings in which only this may be undecided.
+        settings: The settings.
         given: Text that is in memory.
 
     Raises:
-        InputError: A share was asked for that does nothing here.
+        InputError: There are several texts, or a bound of memory.
     """
-    settings = resolved.settings
-    asked = settings.own_text
-    several = given is None and settings.calibration is not None and len(sources_in(settings.calibration)) > 1
-    if asked == "auto":
-        fits = settings.memory is None and CRITERIA.get(settings.criterion).in_nats and resolved.refit in ("least_squares", "divergence")
-        single = (given is not None or settings.calibration is not None) and not several
-        share = OWN_SHARE if fits and single and str(settings.calibration) not in (SELF, BUILT_IN) else 0.0
-        return replace(resolved, settings=settings.model_copy(update={"own_text": share}))
-    if asked and settings.memory is not None:
+    if not settings.own_text:
+        return
+    if settings.memory is not None:
         raise InputError("`own_text` is written by the whole model, which `memory` leaves no room for; leave one of the two out")
-    if asked and several:
+    if given is None and settings.calibration is not None and len(sources_in(settings.calibration)) > 1:
         raise InputError(f"`own_text` stands beside a single text; with several, write it among them: '{settings.calibration},self'")
-    return resolved
 
 
 def refuse_several(settings: PruneSettings) -> None:
@@ -115,7 +105,7 @@ def drawn_windows(loaded: Loaded, resolved: ResolvedPrune, given: Texts | None, 
     settings, seed = resolved.settings, resolved.seed
     seq_len = window_tokens(settings.seq_len, CALIBRATION_TOKENS, loaded.model.config, "seq_len")
     sources = _sources(loaded, settings, given)
-    beside = len(sources) > 1 and settings.own_text != 0.0
+    beside = len(sources) > 1 and settings.own_text > 0.0
     if beside and settings.samples < len(sources):
         sources = sources[:1]
     own: Tensor | None = None
@@ -148,7 +138,7 @@ def _sources(loaded: Loaded, settings: PruneSettings, given: Texts | None) -> tu
     else:
         named = sources_in(settings.calibration)
     share = settings.own_text
-    if len(named) == 1 and isinstance(share, float) and share > 0 and named[0].name != SELF:
+    if len(named) == 1 and share > 0 and named[0].name != SELF:
         return (Source(named[0].name, 1.0 - share), Source(SELF, share))
     return named
 
@@ -163,7 +153,7 @@ def _own(loaded: Loaded, counts: Mapping[Source, int], seq_len: int, seed: int, 
     """Returns the windows that the model writes, or None where they run in circles and another text is there."""
     count = next(count for source, count in counts.items() if source.name == SELF)
     others = ", ".join(source.name for source in counts if source.name != SELF)
-    beside = "" if needed else f", beside {others} (`own_text=0` takes that text alone)"
+    beside = "" if needed else f", beside {others}"
     say(f"the model writes {count} windows of {seq_len} tokens to calibrate on{beside}")
     with float32_on_cpu(loaded.model):
         own = write_own_text(loaded.model, loaded.tokenizer, count + (JUDGED if len(counts) > 1 else 0), seq_len, seed)

@@ -68,7 +68,7 @@ def test_streamed_and_in_memory_replay_one_another(folder, tmp_path):
     direct = prune(folder, tmp_path / "direct", asked.model_copy(update={"memory": 2_000_000_000}))
     replay(folder, direct.plan, tmp_path / "streamed", PruneSettings(memory="2GB"))
     assert weights(tmp_path / "streamed") == weights(tmp_path / "direct")
-    in_memory = prune(folder, tmp_path / "memory", settings(folder, reconstruct="least_squares", own_text=0.0))
+    in_memory = prune(folder, tmp_path / "memory", settings(folder, reconstruct="least_squares"))
     assert in_memory.plan.selection == "knapsack"
     streamed = replay(folder, in_memory.plan, tmp_path / "replayed", PruneSettings(memory="2GB"))
     assert streamed.plan == in_memory.plan

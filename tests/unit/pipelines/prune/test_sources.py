@@ -33,7 +33,7 @@ def test_text_of_the_model_itself_and_a_file_calibrate_together(tmp_path: Path) 
     assert all(bool((one == two).all()) for one, two in zip(result.model.parameters(), again.model.parameters(), strict=True))
 
 
-def test_beside_a_single_text_and_without_any_the_default_lets_the_model_write(
+def test_the_model_writes_beside_a_single_text_if_asked_and_where_there_is_none(
     tmp_path: Path, make_model: Callable[..., PreTrainedModel]
 ) -> None:
     model_folder = tmp_path / "model"
@@ -43,17 +43,17 @@ def test_beside_a_single_text_and_without_any_the_default_lets_the_model_write(
     text.write_text("one two three four five six seven eight nine ten\n\n" * 200)
     quick: dict[str, Any] = {"effort": "quick", "samples": 6, "seq_len": 16, "ratio": 0.1, "shape": "per-layer"}
     said: list[str] = []
-    mixed = prune(model_folder, calibration=text, say=said.append, settings=PruneSettings(**quick))
-    assert any("writes 3 windows of 16 tokens" in line and "`own_text=0` takes that text alone" in line for line in said)
+    mixed = prune(model_folder, calibration=text, say=said.append, settings=PruneSettings(**quick, own_text=0.5))
+    assert any("writes 3 windows of 16 tokens" in line for line in said)
     assert mixed.resolved.settings.own_text == 0.5
     worst = [note for note in mixed.notes if note.startswith("worst of the calibration's sources: ")]
     assert "notes.txt" in worst[0]
     assert "own text" in worst[0]
     assert replay(model_folder, mixed.plan, calibration=text).provenance.plan == mixed.plan
-    in_memory = prune(model_folder, calibration=[text.read_text()], settings=PruneSettings(**quick))
+    in_memory = prune(model_folder, calibration=[text.read_text()], settings=PruneSettings(**quick, own_text=0.5))
     assert in_memory.plan.made_with["windows_sha256"] == mixed.plan.made_with["windows_sha256"]
     said.clear()
-    alone = prune(model_folder, calibration=text, say=said.append, settings=PruneSettings(**quick, own_text=0))
+    alone = prune(model_folder, calibration=text, say=said.append, settings=PruneSettings(**quick))
     assert not any("writes" in line for line in said)
     assert alone.plan.made_with["windows_sha256"] != mixed.plan.made_with["windows_sha256"]
     assert not any(note.startswith("worst") for note in alone.notes)
