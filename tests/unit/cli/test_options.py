@@ -112,7 +112,7 @@ def test_every_field_of_every_section_is_an_option_with_its_default_and_help(kin
     result = CliRunner().invoke(app, [])
     assert result.exit_code == 0, result.output
     assert seen == [kind()]
-    text = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "300", "TERMINAL_WIDTH": "300"}).output
+    text = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "500", "TERMINAL_WIDTH": "500"}).output
     for name, field in kind.model_fields.items():
         assert f"--{name.replace('_', '-')}" in text
         assert field.description is not None
@@ -146,7 +146,7 @@ def test_words_of_other_libraries_are_options_too_and_not_in_the_help(kind: type
     both = CliRunner().invoke(app, [ours, VALUES[name], theirs, VALUES[name]])
     assert isinstance(both.exception, ConfigError)
     assert list(both.exception.problems) == [f"{ours} and {theirs} are one setting; give one of the two"]
-    assert f"{theirs} " not in CliRunner().invoke(app, ["--help"], env={"COLUMNS": "300", "TERMINAL_WIDTH": "300"}).output
+    assert f"{theirs} " not in CliRunner().invoke(app, ["--help"], env={"COLUMNS": "500", "TERMINAL_WIDTH": "500"}).output
 
 
 def test_only_typed_options_are_settings_that_were_asked_for() -> None:
