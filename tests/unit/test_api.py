@@ -418,6 +418,9 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], str]
     "a section in the place of recovery": (
         regraft.allocate_ranks, (), {"recover": {"steps": 3}}, "`recover` is a dict; give RecoverSettings(...)"
     ),
+    "a section in the place of a measurement": (
+        regraft.evaluate_tasks, (), {"evaluate": regraft.TaskSettings()}, "`evaluate` is a TaskSettings; give EvaluateSettings(...)"
+    ),
     "a tokenizer in the place of the output": (
         regraft.prune, (tiny_tokenizer(),), {}, "a tokenizer is given by its name: tokenizer=..."
     ),

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from regraft.errors import ConfigError, InputError, did_you_mean
 from regraft.reading import LARGEST_SEED, path_of, whole_number
 from regraft.settings.problems import problems_of
-from regraft.settings.sections import LoadSettings, RecoverSettings, Settings
+from regraft.settings.sections import EvaluateSettings, LoadSettings, RecoverSettings, Settings
 
 A = TypeVar("A", bound=Settings)
 B = TypeVar("B", bound=Settings)
@@ -122,7 +122,8 @@ def _check_call(given: Mapping[str, Any], kind: type[Settings] | None) -> None:
             raise InputError(f"`{name}` is a {type(value).__name__}, no path; give a text or a pathlib.Path")
         if value is not None:
             path_of(value, name)
-    for name, wanted in (("settings", kind), ("load", LoadSettings), ("recover", RecoverSettings)):
+    sections = (("settings", kind), ("load", LoadSettings), ("recover", RecoverSettings), ("evaluate", EvaluateSettings))
+    for name, wanted in sections:
         value = given.get(name)
         if value is not None and wanted is not None and not isinstance(value, wanted):
             raise InputError(f"`{name}` is a {type(value).__name__}; give {wanted.__name__}(...), or single settings as keywords")
