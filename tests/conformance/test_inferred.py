@@ -197,7 +197,8 @@ def test_the_commands_take_it_by_default_settings_and_streamed(family, tmp_path)
     ],
 )
 def test_what_is_not_of_the_kind_is_refused_with_the_reason(family, why):
-    with pytest.raises(ModelError, match=rf"^model family '{family}' is not known \(.*({why}).*\); known: bloom, .*llama") as refused:
+    words = rf"^model family '{family}' is not known \(.*({why}).*\); known by tables: bloom, .*llama"
+    with pytest.raises(ModelError, match=words) as refused:
         family_of(family)
     assert "\n" not in str(refused.value)
 
