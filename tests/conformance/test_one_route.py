@@ -47,6 +47,10 @@ SHRUNK = (
     "evaluate.window=32",
     "evaluate.max_tokens=200",
     "evaluate.speed=false",
+    "tasks.tasks=[continuation]",
+    "tasks.texts=[text.txt]",
+    "tasks.windows=[24]",
+    "tasks.limit=4",
     "load.device=cpu",
     "load.dtype=float32",
 )
@@ -61,7 +65,9 @@ def changes(recipe: Recipe) -> list[str]:
         wanted.append("recover.alpha=null")
     if recipe.recover is not None and recipe.compress is not None:
         wanted.append("recover.rank=2")  # factors of a tiny model are thin
-    present = {name for name in ("prune", "compress", "allocate", "recover", "evaluate", "load") if getattr(recipe, name) is not None}
+    present = {
+        name for name in ("prune", "compress", "allocate", "recover", "evaluate", "tasks", "load") if getattr(recipe, name) is not None
+    }
     return [change for change in wanted if change.split(".")[0] in present or change.startswith("model=")]
 
 
@@ -126,6 +132,9 @@ def steps(recipe: Recipe) -> list[list[str]]:
     if recipe.recover is not None:
         made.append(["recover", before, *options(recipe.recover, "ranks"), *ranks, *load, *seed, "--output", "model"])
     made += [["evaluate", model, *options(recipe.evaluate), *load, *seed, "--json", f"{model}.json"] for model in named.values()]
+    if recipe.tasks is not None:
+        asked = [*options(recipe.tasks), *options(recipe.evaluate)]
+        made += [["evaluate", model, *asked, *load, *seed, "--json", f"{model} on tasks.json"] for model in named.values()]
     return made
 
 
@@ -180,3 +189,8 @@ def test_a_recipe_and_its_steps_by_commands_agree(
     for label, model in models(recipe).items():
         measured = json.loads((tmp_path / f"{model}.json").read_text(encoding="utf-8"))
         assert all(results[label][key] == value for key, value in measured.items() if key != "model"), label
+        if recipe.tasks is not None:
+            scored = json.loads((whole / "tasks" / label / "tasks.json").read_text(encoding="utf-8"))
+            by_command = json.loads((tmp_path / f"{model} on tasks.json").read_text(encoding="utf-8"))
+            assert scored["scores"]
+            assert all(by_command[key] == value for key, value in scored.items() if key != "label"), label
