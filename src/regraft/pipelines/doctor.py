@@ -30,6 +30,7 @@ DISTRIBUTION = "regraft"
 EXTRAS = {
     "bnb": "recovery on 4-bit weights (`load_in_4bit`)",
     "data": "data from the hub",
+    "eval": "tasks of lm-evaluation-harness (`tasks`)",
     "gguf": "GGUF files: read, write and run",
     "postgres": "rank searches of several machines on one PostgreSQL database",
     "ray": "rank searches on a Ray cluster",
