@@ -70,7 +70,7 @@ def main() -> None:
     (ROOT / "docs" / "quickstart.svg").write_text(picture(results), encoding="utf-8")
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    marked = re.compile(r"(<!-- quickstart -->\n).*?(\nAs a package)", re.DOTALL)
+    marked = re.compile(r"(<!-- quickstart -->\n).*?(\n## )", re.DOTALL)
     image = "![Held-out loss of the dense, the pruned and the recovered model](docs/quickstart.svg)"
     assert marked.search(text), "README.md has lost its mark"
     readme.write_text(marked.sub(lambda found: f"{found[1]}\n{image}\n\n{words(results)}\n{found[2]}", text), encoding="utf-8")
