@@ -111,15 +111,14 @@ def load_prior(folder: Path) -> Prior:
         described = read_object(folder / _NAMES, PlanError)
         check_ordinary(folder / _NUMBERS, PlanError)
         arrays = load_file(folder / _NUMBERS)
-        if described["format"] != FORMAT or tuple(described["parameters"]) != BASE_NAMES:
-            raise PlanError(f"prior '{folder}' has another format than this version reads; train it again: regraft meta train STORE")
+        known = described["format"] == FORMAT and tuple(described["parameters"]) == BASE_NAMES
         features, made_from = tuple(described["features"]), dict(described["made_from"])
         mean, covariance = arrays["mean"], arrays["covariance"]
         (spread, spread_sd), (noise, noise_sd) = arrays["log_spread"].tolist(), arrays["log_noise"].tolist()
-    except PlanError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (PlanError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise PlanError(f"prior '{folder}' cannot be read ({error}); train it again: regraft meta train STORE") from None
+    if not known:
+        raise PlanError(f"prior '{folder}' has another format than this version reads; train it again: regraft meta train STORE")
     size = len(BASE_NAMES) + len(features)
     if mean.shape != (size,) or covariance.shape != (size, size) or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise PlanError(f"prior '{folder}' is damaged: its numbers do not fit its names; train it again: regraft meta train STORE")
