@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-fast test-eval coverage lint format docs bench wheel clean setup
+.PHONY: demo test test-long test-fast test-eval coverage lint format docs bench wheel clean setup
 
 # torch first and pinned: a bare `torch` may bring gigabytes of other builds.
 $(READY): constraints.txt pyproject.toml
@@ -22,11 +22,15 @@ demo: $(READY)
 
 # One process a core, one thread a process: the models of the tests are too small to share.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not long"
 
-# Everything but the tests that take more than about ten seconds each, and those that need servers, devices or ../shared.
+# The tests that take about four seconds of a processor or more each, more than half of the time of all; CI runs them after the others.
+test-long: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m long
+
+# What to run while working: without the tests of about half a second of a processor or more, and those that need servers or ../shared.
 test-fast: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" tests/unit tests/conformance
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not long" tests/unit tests/conformance
 
 # What needs lm-evaluation-harness, which CI does not install: about a minute of installing and 15,000 files.
 test-eval: $(READY)
@@ -35,7 +39,7 @@ test-eval: $(READY)
 
 # Which lines the fast tests run; the report is printed, and lies in htmlcov/ for reading.
 coverage: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" --cov=regraft --cov-report=term:skip-covered --cov-report=html tests/unit tests/conformance
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not long" --cov=regraft --cov-report=term:skip-covered --cov-report=html tests/unit tests/conformance
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -172,6 +172,7 @@ def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_good_input_is_taken(folder, tmp_path, capsys):
     """The control: what the tests above spoil works when it is not spoilt."""
     out = tmp_path / "out"

@@ -156,7 +156,7 @@ def run_command(command: str) -> None:
     assert run(words[1:]) == 0, f"{command}\nrun as: {' '.join(words)}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("page", PAGES)
 def test_the_blocks_of_a_page_run(page: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = tmp_path / "page"

@@ -44,11 +44,13 @@ def test_every_family_is_here():
     assert set(TITLES) == set(ALL)
 
 
+@pytest.mark.slow
 def test_what_is_refused_says_why():
     assert {refusal.kind for refusal in refusals(subject("falcon-alibi")[0])} == {"residual"}
     assert "alibi" in verdict("falcon-alibi", "residual").missing
 
 
+@pytest.mark.long
 def test_the_page_of_families_is_up_to_date():
     written = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
     assert written == page(), "run: python scripts/make_families.py"
@@ -90,6 +92,7 @@ def test_saved_loaded_and_generated(family, tmp_path):
 AGAIN = ("bloom", "falcon", "falcon-alibi", "gemma3", "gpt2", "llama", "olmo2", "opt-350m", "phi3", "starcoder2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", AGAIN)
 def test_a_pruned_model_is_pruned_again(family):
     """Half the channels in two steps are half the channels in one; what is gone stays gone, in norms and slopes too."""

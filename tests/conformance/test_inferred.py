@@ -135,6 +135,7 @@ LOST: dict[str, dict[str, list[int]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_removing_is_silencing_in_every_mode_and_together(family, tmp_path):
     assert family not in families()
@@ -165,6 +166,7 @@ def saved(family: str, folder) -> str:
     return str(folder)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["gptj"])
 def test_the_commands_take_it_by_default_settings_and_streamed(family, tmp_path):
     model = saved(family, tmp_path / "model")
@@ -203,6 +205,7 @@ def test_what_is_not_of_the_kind_is_refused_with_the_reason(family, why):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_cut_is_left_out_with_a_word(tmp_path, capsys):
     model = saved("apertus", tmp_path / "model")
     common = ["prune", model, "--criterion", "l2", "--align", "1", "--targets", "residual,ffn", "--ratio", "0.1"]

@@ -26,6 +26,7 @@ from regraft.testing import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CRITERIA.names())
 def test_criteria_conform(name: str) -> None:
     check_criterion(CRITERIA.get(name))

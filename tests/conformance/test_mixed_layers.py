@@ -165,6 +165,7 @@ def pruned_by(family: str, lost: dict[str, list[int]]) -> PreTrainedModel:
     return cut(model, groups, plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_removing_is_silencing_in_the_layers_that_have_the_part(family: str) -> None:
     assert family not in families()
@@ -200,6 +201,7 @@ def test_what_a_config_counts_follows_the_layers() -> None:
     assert shorter.config.block_auto_adjust_ff_dim is False
 
 
+@pytest.mark.slow
 def test_what_is_asked_too_much_or_not_known_is_said_in_one_line(tmp_path: Path, capsys: Any) -> None:
     model, _ = subject("qwen3_5_text")
     model.save_pretrained(tmp_path / "model")
@@ -236,6 +238,7 @@ save_file(found, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_saved_loaded_in_a_fresh_process_and_generated(tmp_path: Path) -> None:
     folders: dict[str, str] = {}
     want: dict[str, Tensor] = {}

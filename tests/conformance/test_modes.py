@@ -80,6 +80,7 @@ MODES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("targets", "ratio", "unit"), MODES)
 @pytest.mark.parametrize("select_by", ["uniform", "global"])
 def test_the_share_is_met_and_removing_is_zeroing(folder, targets, ratio, unit, select_by):
@@ -97,6 +98,7 @@ def test_the_share_is_met_and_removing_is_zeroing(folder, targets, ratio, unit, 
         assert (done.model(IDS).logits - want).abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("select_by", ["uniform", "global", "knapsack"])
 @pytest.mark.parametrize("targets", [("heads", "query_heads", "ffn"), ("layers",), ("residual", "layers", "heads", "ffn")])
 def test_a_uniform_shape_stays_of_the_familys_own_class(folder, targets, select_by):
@@ -112,6 +114,7 @@ def test_a_uniform_shape_stays_of_the_familys_own_class(folder, targets, select_
         assert len(left) <= 1
 
 
+@pytest.mark.slow
 def test_the_uniform_knapsack_finds_the_best_of_all_choices(groups):
     """Against all choices of heads, feed-forward width, stream and depth on planted curves."""
     kinds = ("heads", "ffn", "residual", "layer")
@@ -148,6 +151,7 @@ def test_the_uniform_knapsack_finds_the_best_of_all_choices(groups):
         assert damage == pytest.approx(min(near, default=nearest))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("targets", ["residual,ffn", "layers,heads,query_heads,ffn", "attention,mlp,ffn,residual"])
 def test_the_command_prunes_by_measured_damage(folder, tmp_path, targets):
     out = tmp_path / "out"
@@ -201,6 +205,7 @@ def test_the_ledger_counts_what_is_really_left(model, groups):
     assert ledger.lost("layers.1.ffn", before, 45) == want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["block_influence", "angular", "removal"])
 def test_a_layer_that_does_nothing_goes_first(criterion):
     """The planted layer writes next to nothing; so does the attention of another."""
@@ -217,6 +222,7 @@ def test_a_layer_that_does_nothing_goes_first(criterion):
     assert values["layers.2.attention"][0] < 0.1 * values["layers.0.attention"][0]
 
 
+@pytest.mark.slow
 def test_angular_is_the_formula_of_its_paper():
     """Each layer has the angle of the best run of two that contains it, from states that transformers itself returns."""
     torch.manual_seed(0)
@@ -249,6 +255,7 @@ def test_units_are_not_scored_as_layers(model, groups):
         score("l1", Evidence(model, groups, None, seed=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["wanda", "energy", "surgeon", "taylor", "l2"])
 def test_a_silent_channel_of_the_stream_goes_first(criterion):
     """Channel 5 is written and read by nothing worth the name."""
@@ -300,6 +307,7 @@ def test_the_nested_knapsack_finds_the_best_of_all_choices(groups):
         assert damage == pytest.approx(min(damage_of[id(kept)] for kept in near))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "says"),
     [

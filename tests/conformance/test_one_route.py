@@ -161,6 +161,7 @@ def as_plain(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
 def test_a_recipe_and_its_steps_by_commands_agree(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model: Callable[..., PreTrainedModel]

@@ -63,7 +63,6 @@ def test_its_criterion_prunes_and_the_broken_one_is_named(installed: Path, tmp_p
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.slow
 def test_its_own_tests_pass(installed: Path) -> None:
     test = ROOT / "examples" / "plugin" / "test_plugin.py"
     done = run(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", "-c", os.devnull, str(test))

@@ -172,7 +172,6 @@ def before() -> dict[str, Any]:
 OUTPUTS = [*(name for name in COMMANDS if name not in ("ranks.json", "recipe")), "recipe pruned", "recipe model"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_the_weights_are_the_same(now: dict[str, Any], before: dict[str, Any], name: str) -> None:
     assert set(now["outputs"]) == set(before["outputs"]) == set(OUTPUTS)
@@ -186,7 +185,6 @@ def test_the_weights_are_the_same(now: dict[str, Any], before: dict[str, Any], n
             )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_the_decisions_are_the_same(now: dict[str, Any], before: dict[str, Any], name: str) -> None:
     got, want = dict(now["outputs"][name]["decisions"]), dict(before["outputs"][name]["decisions"])
@@ -197,7 +195,6 @@ def test_the_decisions_are_the_same(now: dict[str, Any], before: dict[str, Any],
         assert row == pytest.approx(other, abs=0 if now["machine"] == before["machine"] else LOSS)
 
 
-@pytest.mark.slow
 def test_the_ranks_are_the_same(now: dict[str, Any], before: dict[str, Any]) -> None:
     assert now["ranks.json"] == before["ranks.json"]
 

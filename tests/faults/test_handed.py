@@ -44,7 +44,7 @@ def verdict(case: handed.Handed, folder: Path, done: Ended, before: set[str]) ->
     return f"left behind: {left}" if left else ""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_handed_inputs(tmp_path: Path) -> None:
     if not handed.CASES.is_file():
         pytest.skip(f"no inputs at {handed.CASES}")

@@ -39,7 +39,7 @@ def problem(forks: Forks, folder: Path, stage: Stage, kill: Command, alone: dict
     return "" if found == alone else f"{at}: other files: {sorted(set(found.items()) ^ set(alone.items()))[:4]}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", STAGES)
 def test_killed_and_begun_again_it_ends_with_the_same_files(start: tuple[Forks, Path], name: str) -> None:
     forks, folder = start

@@ -41,7 +41,7 @@ def problem(folder: Path, stage: Stage, ended: list[Ended], alone: dict[str, str
     return "" if found == alone else f"other files: {sorted(set(found.items()) ^ set(alone.items()))[:4]}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", STAGES)
 def test_two_at_once_give_what_one_gives(start: tuple[Forks, Path], name: str) -> None:
     forks, folder = start

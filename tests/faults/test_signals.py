@@ -174,6 +174,7 @@ def begin(folder: Path) -> Iterator[Callable[..., Command]]:
         command.process.wait()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_prune_ends(folder: Path, begin: Callable[..., Command], number: signal.Signals) -> None:
     loads = number == signal.SIGINT

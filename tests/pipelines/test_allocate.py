@@ -67,6 +67,7 @@ def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return plan
 
 
+@pytest.mark.long
 def test_the_plan_holds_the_budget_and_is_what_peft_trains(folder: Path, found: Path, tmp_path: Path) -> None:
     plan = from_json(RankPlan, found.read_bytes())
     model = AutoModelForCausalLM.from_pretrained(folder / "pruned", trust_remote_code=True)
@@ -100,6 +101,7 @@ def test_the_folder_tells_the_whole_search(found: Path) -> None:
     assert past.ratio == pytest.approx(0.2, abs=0.02)
 
 
+@pytest.mark.long
 def test_past_searches_become_the_start_of_the_next(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store, prior = tmp_path / "store", tmp_path / "prior"
     for seed in ("1", "2"):
@@ -172,6 +174,7 @@ def test_a_search_that_was_stopped_goes_on_to_the_same_answer(
     assert len(counted) == len(trials_of(found))
 
 
+@pytest.mark.long
 def test_trials_cost_the_same_however_often_a_search_was_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each group of jobs is stopped twice: when it is measured and nothing recorded, and when the first of it is recorded."""
     ways = ("--elastic", "6")
@@ -413,7 +416,7 @@ def test_the_elastic_adapter_scores_first_and_is_told_of(folder: Path, tmp_path:
     assert (search.agreement is not None) == (len(both) >= 3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_beside_measure_the_same(folder: Path, found: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With relative paths, which the processes have to find from wherever they stand."""
     monkeypatch.chdir(folder)

@@ -97,7 +97,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_model_is_never_in_memory(tmp_path: Path) -> None:
     """A process of its own grows by a few tensors: far less than the 200 MB that the model takes."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 320}

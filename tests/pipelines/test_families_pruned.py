@@ -74,6 +74,7 @@ def test_the_command_prunes_saves_and_measures(folder, tmp_path):
     assert run(["evaluate", str(out), "--text", str(text_file("test")), "--max-tokens", "64", "--window", "32"]) == 0
 
 
+@pytest.mark.long
 def test_streamed_is_the_same_to_rounding(folder, tmp_path):
     if folder.name not in ("gpt2", "gpt_neox", "bloom"):
         pytest.skip("stored and called like Llama, which tests/unit/streaming has")
@@ -97,6 +98,7 @@ def test_streaming_refuses_norms_over_all_heads_in_one_line(tmp_path, capsys):
     assert "--targets ffn" in error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("budget", ["parameters", "bytes"])
 def test_weights_of_fewer_bits_are_computed_with_in_float32(tmp_path, budget):
     """The choice is that of the same weights held in float32; what is re-fitted differs by rounding alone, and nothing else does."""

@@ -86,6 +86,7 @@ def recover(capsys: Any, base: Path, rows: Path, out: Path, *more: str) -> str:
     return said.out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "task", "adapter"),
     [
@@ -109,6 +110,7 @@ def test_it_learns_and_stock_transformers_loads_it(tmp_path: Path, capsys: Any, 
     assert outputs(model, tmp_path / "out").shape == (2, len(model.config.id2label))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("adapter", ["deep_lora", "lora", "olora", "eva"])
 def test_the_head_travels_with_the_adapter(tmp_path: Path, capsys: Any, adapter: str) -> None:
     base, rows = encoder(tmp_path / "base"), data(tmp_path / "rows.jsonl", "classification")
@@ -152,6 +154,7 @@ def test_rows_longer_than_the_positions_are_cut(tmp_path: Path, capsys: Any) -> 
     assert "--seq-len 24 exceeds the model's context of 23 tokens" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_bytes_also_when_it_was_stopped(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     base, rows = encoder(tmp_path / "base"), data(tmp_path / "rows.jsonl", "regression")
     before = torch.get_rng_state()
@@ -180,6 +183,7 @@ def training_losses(folder: Path) -> list[float]:
     return [float(row["train_loss_nats"]) for row in rows if row["train_loss_nats"]]
 
 
+@pytest.mark.long
 def test_accumulated_rows_weigh_alike(tmp_path: Path, capsys: Any) -> None:
     base, rows = encoder(tmp_path / "base"), data(tmp_path / "rows.jsonl", "regression")
     steps = ("--task", "regression", "--steps", "3", "--eval-every", "1", "--dropout", "0", "--max-grad-norm", "100")

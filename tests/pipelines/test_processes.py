@@ -93,7 +93,7 @@ def curve(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_are_one_with_twice_the_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     common = {"seq_len": 200, "steps": 10, "eval_every": 5, "lr": 1e-2, "dropout": 0, "held_out": 0.2, "rank": 2}
@@ -194,7 +194,6 @@ def sharded_process(port: int) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_sharded_weights_are_kept_put_back_and_made_whole(tmp_path: Path) -> None:
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED.format(paths=[str(Path(__file__).parent), str(Path(__file__).parents[1])], port=free_port()))

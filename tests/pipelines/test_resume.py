@@ -54,7 +54,6 @@ def tiny(tmp_path: Path) -> dict[str, Path]:
     return {"model": tmp_path / "model", "text": text}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "merge", "moments"), [("per-layer", "true", 6), ("uniform", "false", 2)])
 def test_killed_anywhere_and_resumed_it_ends_with_the_same_bytes(
     tmp_path: Path, tiny: dict[str, Path], shape: str, merge: str, moments: int

@@ -21,7 +21,7 @@ STORIES = SHARED / "data" / "tinystories" / "train.txt"
 pytestmark = pytest.mark.skipif(not STORIES.is_file(), reason="needs ../shared with models and texts, which only developers have")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("select", ["uniform", "global"])
 def test_every_pair_beats_chance_or_warns(tmp_path: Path, select: str) -> None:
     """Criteria without text (l1, l2) have no calibration windows to be judged on; they are left out here."""

@@ -16,7 +16,7 @@ RATINGS = Path(__file__).parents[3] / "shared" / "data" / "movielens-small" / "r
 pytestmark = pytest.mark.skipif(not RATINGS.is_file(), reason="needs ../shared with ratings, which only developers have")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_held_out_ratings_are_predicted_better_than_by_the_baselines(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     given = ["complete", str(RATINGS), "--rank", "10", "--output", str(tmp_path / "out"), "--json", str(report), "--seed", "3"]

@@ -29,7 +29,7 @@ def first_stories(count: int) -> Corpus:
 
 
 # stories260K: the published figure stops at the 512 tokens of its context; to the end of the long stories it is 1.505.
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "published", "tolerance"), [("stories3M", 1.689, 0.001), ("stories260K", 1.500, 0.006)])
 def test_dense_losses_are_those_that_were_published(name: str, published: float, tolerance: float) -> None:
     folder = SHARED / "models" / name

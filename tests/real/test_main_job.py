@@ -82,6 +82,7 @@ def held_out_loss(folder: Path, texts: dict[str, Path]) -> float:
     return evaluate_loss(loaded.model, loaded.tokenizer, corpus, EvaluateSettings(window=256)).loss_nats
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", ["uniform", "per-layer"])
 def test_prune_recover_save_and_load_everywhere(shape, texts, tmp_path):
     # The longest re-fit once is enough.

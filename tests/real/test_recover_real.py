@@ -47,7 +47,7 @@ def independent_loss(folder: Path, text: Corpus) -> float:
     return total / count
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sixty_steps_win_back_much_of_a_crude_pruning(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path) -> None:
     model, tokenizer = loaded
     zero_half_of_the_channels(model)

@@ -28,7 +28,7 @@ def asked(address: str, route: str, question: dict[str, Any]) -> Any:
         return json.load(answer)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_chat_completion_of_an_uneven_smollm2(tmp_path: Path) -> None:
     """The model keeps its own chat template and tokenizer; ours and llama.cpp's answers to a chat are the same tokens."""
     loaded = load(smollm2(), LoadSettings(dtype="float32"))

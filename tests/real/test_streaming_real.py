@@ -27,6 +27,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("given", "memory"),
     [
@@ -48,6 +49,7 @@ def test_it_is_the_model_that_memory_gives(tmp_path: Path, given: dict[str, obje
         torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-5 * float(tensor.abs().max()), msg=name)
 
 
+@pytest.mark.long
 def test_what_is_written_generates_what_memory_generates(tmp_path: Path) -> None:
     asked = PruneSettings(
         criterion="taylor", calibration=STORIES, samples=16, seq_len=64, select="global", reconstruct="least_squares", shape="per-layer"
@@ -61,7 +63,7 @@ def test_what_is_written_generates_what_memory_generates(tmp_path: Path) -> None
         torch.testing.assert_close(streamed(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
     """A process that is killed while it writes leaves shards behind, and the same command ends with the same bytes."""
     script = """

@@ -6,8 +6,6 @@ import signal
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 from search_fakes import measured
 from search_process import begin, finish, wait_for
 
@@ -28,7 +26,6 @@ def test_killed_twice_and_resumed_repeats_nothing_that_was_finished(tmp_path: Pa
     assert sum(repeated.values()) == 2
 
 
-@pytest.mark.slow
 def test_two_processes_share_a_search(tmp_path: Path) -> None:
     whole = finish(begin(tmp_path / "whole", tmp_path / "whole.log", 0))
     log, url = tmp_path / "shared.log", f"sqlite:///{tmp_path / 'shared.db'}"

@@ -23,7 +23,7 @@ from search_process import begin, finish, wait_for
 
 pytest.importorskip("psycopg", reason="psycopg is not installed")
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not BINARIES and not shutil.which("initdb"), reason="PostgreSQL is not installed")]
+pytestmark = [pytest.mark.long, pytest.mark.skipif(not BINARIES and not shutil.which("initdb"), reason="PostgreSQL is not installed")]
 
 
 def unprivileged() -> list[str]:

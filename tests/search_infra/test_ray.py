@@ -24,7 +24,7 @@ from search_fakes import SCHEDULE, SPACE, PlantedLearner, PlantedMeasure, measur
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -49,6 +49,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         made.shutdown()
 
 
+@pytest.mark.long
 def test_a_node_dies_and_its_candidates_are_measured_elsewhere(cluster: Any, tmp_path: Path) -> None:
     sampler = AllocatorSampler(SPACE, PlantedLearner(), SCHEDULE, seed=0)
 

@@ -78,6 +78,7 @@ def same(first: nn.Module, second: nn.Module) -> bool:
     return unchanged(first, state(second))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"criterion": "taylor", "select": "global", "shape": "per-layer", "reconstruct": "none"}, {}])
 def test_a_model_in_memory_is_pruned_as_its_folder_is(model: PreTrainedModel, tmp_path: Path, text: Path, settings: dict[str, Any]) -> None:
     tokenizer = tiny_tokenizer()
@@ -108,6 +109,7 @@ def test_the_result_shares_nothing_with_the_model(model: PreTrainedModel) -> Non
     assert unchanged(model, before)
 
 
+@pytest.mark.slow
 def test_in_place_the_object_becomes_the_pruned_model(model: PreTrainedModel, make_model: Callable[..., PreTrainedModel]) -> None:
     plain = regraft.prune(make_model("llama"), criterion="l2", ratio=0.3, shape="per-layer", select="global").model
     result = regraft.prune(model, criterion="l2", ratio=0.3, shape="per-layer", select="global", in_place=True)
@@ -146,6 +148,7 @@ def test_a_hub_that_refuses_is_one_of_our_errors(model: PreTrainedModel, monkeyp
         regraft.prune(model, criterion="l2", ratio=0.3).push_to_hub("me/small")
 
 
+@pytest.mark.long
 def test_recovery_of_a_model_in_memory_leaves_it_as_it_is(model: PreTrainedModel, tmp_path: Path) -> None:
     before = state(model)
     result = regraft.recover(model, tokenizer=tiny_tokenizer(), data=TEXTS, r=2, lora_alpha=4, learning_rate=1e-2, **STEPS)
@@ -159,6 +162,7 @@ def test_recovery_of_a_model_in_memory_leaves_it_as_it_is(model: PreTrainedModel
     assert same(model, result.model)
 
 
+@pytest.mark.slow
 def test_recovery_goes_on_from_a_live_lora(model: PreTrainedModel, tmp_path: Path) -> None:
     config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
@@ -188,6 +192,7 @@ def test_what_the_live_lora_decides_is_not_given_again(model: PreTrainedModel) -
         regraft.recover(adapted, tokenizer=tiny_tokenizer(), data=TEXTS, r=8, **STEPS)
 
 
+@pytest.mark.slow
 def test_epochs_are_counted_in_steps(model: PreTrainedModel) -> None:
     usual = {name: value for name, value in STEPS.items() if name != "max_steps"}
     tokenizer = tiny_tokenizer()
@@ -211,6 +216,7 @@ def test_a_model_in_memory_is_measured_as_its_folder_is(model: PreTrainedModel, 
     assert regraft.evaluate(adapted, tokenizer=tokenizer, text=TEXTS, window=32).loss.loss_nats == pytest.approx(live.loss.loss_nats)
 
 
+@pytest.mark.slow
 def test_ranks_for_a_model_in_memory_are_those_of_its_folder(model: PreTrainedModel, tmp_path: Path, text: Path) -> None:
     tokenizer = tiny_tokenizer()
     model.save_pretrained(tmp_path / "model")
@@ -224,6 +230,7 @@ def test_ranks_for_a_model_in_memory_are_those_of_its_folder(model: PreTrainedMo
     assert result.record.ranks == live.plan
 
 
+@pytest.mark.slow
 def test_a_model_in_memory_is_compressed_as_its_folder_is(model: PreTrainedModel, tmp_path: Path, text: Path) -> None:
     tokenizer = tiny_tokenizer()
     model.save_pretrained(tmp_path / "model")
@@ -252,6 +259,7 @@ def test_a_model_in_memory_is_compressed_as_its_folder_is(model: PreTrainedModel
     assert unchanged(model, before)
 
 
+@pytest.mark.long
 def test_a_model_in_memory_is_exported_as_its_folder_is(model: PreTrainedModel, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     model.save_pretrained(tmp_path / "model")
@@ -283,6 +291,7 @@ def test_a_model_in_memory_is_exported_as_its_folder_is(model: PreTrainedModel, 
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.long
 def test_a_live_adapter_is_exported_alone_or_in_its_model(model: PreTrainedModel, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     model.save_pretrained(tmp_path / "base")
@@ -454,6 +463,7 @@ def test_settings_are_checked_when_they_are_made() -> None:
     assert "secret" not in regraft.LoadSettings(token="secret").model_dump_json()
 
 
+@pytest.mark.long
 def test_every_public_name_is_there_and_the_import_is_light() -> None:
     assert dir(regraft) == sorted([*regraft.__all__, "__version__"])
     assert regraft.__version__ == version("regraft")

@@ -199,6 +199,7 @@ def test_stock_peft_loads_what_is_saved(make_model: Callable[..., PreTrainedMode
     torch.testing.assert_close(logits(stock), logits(injected.module), rtol=0, atol=0)
 
 
+@pytest.mark.long
 def test_a_saved_adapter_is_the_same_bytes_in_every_process(tmp_path: Path) -> None:
     """Whose sets of names are in another order: here, and where the hashes of texts have another seed."""
     script = """

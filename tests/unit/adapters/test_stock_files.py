@@ -47,6 +47,7 @@ def test_what_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [r"(.*)*(.*)*x$", r"(a|a|.)*(.*)+\d$", r"(.+)+!"])
 @pytest.mark.parametrize("place", ["target_modules", "exclude_modules", "rank_pattern"])
 def test_patterns_that_never_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, place: str) -> None:

@@ -114,6 +114,7 @@ def test_the_order_of_trials_and_a_constant_loss_change_nothing() -> None:
     assert first == pytest.approx(second, abs=1e-9)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("learner", [RankAdaptor(default_prior()), PaperRankAdaptor()])
 def test_cross_validation_tells_a_gain_from_noise(learner: RankAdaptor | PaperRankAdaptor) -> None:
     """The negative control: on noise alone no model may claim to explain anything."""

@@ -63,6 +63,7 @@ def test_half_a_round_on_disk_does_not_change_the_other_half() -> None:
     assert second[0] == second[1]
 
 
+@pytest.mark.slow
 def test_survivors_are_chosen_and_the_winner_is_near_the_best() -> None:
     shares = []
     for seed in range(4):
@@ -110,6 +111,7 @@ def past(seed: int, slots: int = 8) -> PastSearch:
     return PastSearch(world.space, tuple(world.trial(ranks) for ranks in vectors), "planted", 1000, 0.2)
 
 
+@pytest.mark.slow
 def test_past_searches_teach_what_features_are_worth() -> None:
     training = train([past(seed) for seed in range(8)])
     prior = training.prior
@@ -128,6 +130,7 @@ def test_past_searches_teach_what_features_are_worth() -> None:
     assert gains["trained"] > gains["default"] + 0.5, "the first guess of eight searches"
 
 
+@pytest.mark.slow
 def test_what_is_foreseen_of_a_search() -> None:
     prior = train([past(seed) for seed in range(8)]).prior
     trained, untrained = ([foresight(past(seed), start).rank_correlation for seed in range(20, 26)] for start in (prior, default_prior()))
@@ -138,6 +141,7 @@ def test_what_is_foreseen_of_a_search() -> None:
     assert foresight(past(20), prior, 12).trials == 0
 
 
+@pytest.mark.slow
 def test_the_command_trains_and_what_it_writes_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in range(3):
         add_to_store(tmp_path / "store", past(seed))

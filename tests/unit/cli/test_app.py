@@ -56,6 +56,7 @@ def test_what_takes_long_can_be_quiet_and_what_measures_gives_its_figures(option
     assert lacking == set()
 
 
+@pytest.mark.slow
 def test_help_and_version_do_not_import_torch() -> None:
     code = "import sys\nfrom regraft.cli.app import run\nassert run(sys.argv[1:]) == 0\nassert 'torch' not in sys.modules"
     for arguments in (["--help"], ["--version"], []):
@@ -149,6 +150,7 @@ def test_a_defect_is_one_line_that_names_the_file_with_its_trace(
     assert "Traceback" in trace.read_text()
 
 
+@pytest.mark.slow
 def test_no_colour_where_it_is_not_wanted() -> None:
     code = "from regraft.cli.app import run\nraise SystemExit(run(['rnu']))"
     for env in ({}, {"NO_COLOR": "1", "FORCE_COLOR": ""}, {"TERM": "dumb"}):

@@ -21,6 +21,7 @@ print(codes, [name for name in ("torch", "transformers", "numpy", "peft", "scipy
 """
 
 
+@pytest.mark.slow
 def test_help_and_usage_errors_import_nothing_heavy() -> None:
     helps = [f"{name} --help" for name in sorted(COMMANDS)]
     lines = [*helps, "--help", "prune", "recover seedling --steps many", "nothing"]

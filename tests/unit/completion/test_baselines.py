@@ -55,6 +55,7 @@ def test_the_filled_svd_is_that_of_the_matrix_with_zeros() -> None:
     torch.testing.assert_close(factors.left @ factors.right.T, exact.left * exact.values @ exact.right.T, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_baselines_rank_as_the_planted_answer_says() -> None:
     """Strong row biases and a low-rank part: the mean is worst, biases better, a factorization better still."""
     generator = torch.Generator().manual_seed(3)
@@ -120,6 +121,7 @@ def test_the_smallest_rank_within_one_standard_error_is_taken() -> None:
     assert within_one_standard_error(found, 1.0)[0].rank == 1
 
 
+@pytest.mark.long
 def test_the_rank_of_noisy_entries_is_found() -> None:
     matrix, mask = noisy(0.3), seen(50, 40, 0.6)
     entries = listed(matrix, mask)

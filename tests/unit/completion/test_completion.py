@@ -59,6 +59,7 @@ def full(problem: Problem) -> Outcome:
     return problem.run(problem.full(), WholeMatrix(problem.target, problem.mask))
 
 
+@pytest.mark.long
 def test_compressed_needs_as_many_iterations_as_full(problem: Problem, full: Outcome) -> None:
     small = problem.run(problem.compressed(0.01))
     assert full.converged
@@ -68,11 +69,13 @@ def test_compressed_needs_as_many_iterations_as_full(problem: Problem, full: Out
     assert problem.unseen_error(small.chain.end_to_end()) < 1e-10
 
 
+@pytest.mark.slow
 def test_narrow_needs_half_as_many_again(problem: Problem, full: Outcome) -> None:
     narrow = problem.run(problem.narrow(), max_iterations=round(1.5 * full.iterations))
     assert not narrow.converged
 
 
+@pytest.mark.slow
 def test_frozen_outer_factors_stall(problem: Problem, full: Outcome) -> None:
     """With entries missing the subspace drifts; gamma = 0 cannot follow."""
     stalled = problem.run(problem.compressed(0.0), max_iterations=round(1.3 * full.iterations))
@@ -81,6 +84,7 @@ def test_frozen_outer_factors_stall(problem: Problem, full: Outcome) -> None:
     assert stalled.loss > 0.99 * earlier  # a plateau, not a slope
 
 
+@pytest.mark.slow
 def test_too_small_a_rank_cannot_fit_with_frozen_outer_factors(problem: Problem) -> None:
     whole = WholeMatrix(problem.target)
     frames = compact_frames(whole.top_triplets(1, problem.generator), problem.generator)
@@ -100,6 +104,7 @@ def test_full_and_narrow_run_on_entry_lists_too(problem: Problem) -> None:
         torch.testing.assert_close(by_mask.chain.end_to_end(), by_list.chain.end_to_end(), rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("optimizer", "step"), [("momentum", 1.0), ("adam", None)])
 def test_momentum_and_adam_complete_the_matrix(problem: Problem, full: Outcome, optimizer: str, step: float | None) -> None:
     step_size = step * problem.step if step else 1e-2
@@ -120,6 +125,7 @@ def test_other_depths_complete_it_too(problem: Problem, depth: int) -> None:
     assert problem.unseen_error(done.chain.end_to_end()) < 1e-8
 
 
+@pytest.mark.slow
 def test_rectangular_matrices_are_completed() -> None:
     target, mask = plant(50, 80, 2), seen(50, 80, 0.4)
     places = mask.nonzero()

@@ -56,6 +56,7 @@ def test_an_entry_list_finds_the_leading_triplets(generator: torch.Generator) ->
     torch.testing.assert_close(found.left, exact.left, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_nothing_is_dense_when_the_mask_is_sparse(generator: torch.Generator) -> None:
     """A dense 100,000 x 80,000 residual would take 64 GB; building the frames and ten steps must stay below 0.5 GB."""
     shape, count, rank = (100_000, 80_000), 20_000, 2

@@ -50,6 +50,7 @@ def table() -> Table:
     return Table(50, 40, 2, 0.5)
 
 
+@pytest.mark.slow
 def test_it_completes_a_planted_matrix(table: Table) -> None:
     model = CompressedMatrixCompletion(2, **EXACT).fit(*table.entries)
     assert table.error(model) < 1e-5
@@ -64,12 +65,14 @@ def test_other_depths_complete_it_too(table: Table, depth: int) -> None:
     assert table.error(CompressedMatrixCompletion(2, depth, **EXACT).fit(*table.entries)) < 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("optimizer", ["gd", "adam"])
 def test_other_optimizers_complete_it_too(table: Table, optimizer: str) -> None:
     model = CompressedMatrixCompletion(2, optimizer=optimizer, tol=1e-8, **EXACT).fit(*table.entries)
     assert table.error(model) < 1e-3
 
 
+@pytest.mark.long
 def test_left_to_itself_it_sees_that_the_entries_are_exact(table: Table) -> None:
     model = CompressedMatrixCompletion(2, random_state=0).fit(*table.entries)
     assert model.choice_.threshold == 0
@@ -77,6 +80,7 @@ def test_left_to_itself_it_sees_that_the_entries_are_exact(table: Table) -> None
     assert table.error(model) < 1e-5
 
 
+@pytest.mark.long
 def test_left_to_itself_it_removes_biases_and_shrinks_what_is_noisy() -> None:
     noisy = Table(60, 50, 2, 0.4, noise=2.0, offset=3.5)
     generator = np.random.default_rng(1)
@@ -91,6 +95,7 @@ def test_left_to_itself_it_removes_biases_and_shrinks_what_is_noisy() -> None:
     assert model.validation_rmse_ == pytest.approx(2.3, abs=0.5)  # the noise is 2
 
 
+@pytest.mark.long
 def test_the_rank_is_found_by_held_out_error() -> None:
     exact = Table(40, 36, 3, 0.6)
     model = CompressedMatrixCompletion("auto", biases=False, threshold=0, random_state=0, max_iter=4000).fit(*exact.entries)
@@ -98,6 +103,7 @@ def test_the_rank_is_found_by_held_out_error() -> None:
     assert exact.error(model) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_result_has_the_rank_asked_for(table: Table) -> None:
     """Too small a rank is a worse fit, not a larger matrix: the factorization is wider inside."""
     model = CompressedMatrixCompletion(1, max_iter=3000, **EXACT).fit(*table.entries)
@@ -106,6 +112,7 @@ def test_the_result_has_the_rank_asked_for(table: Table) -> None:
     assert table.error(model) > 0.1
 
 
+@pytest.mark.slow
 def test_conventions_of_scikit_learn(table: Table) -> None:
     model = CompressedMatrixCompletion(2, depth=4, gamma=0.02, **EXACT)
     before = model.get_params()
@@ -142,6 +149,7 @@ def test_the_order_of_the_entries_does_not_matter(table: Table) -> None:
     assert np.array_equal(one.left_, other.left_)
 
 
+@pytest.mark.slow
 def test_fit_transform_fills_in_what_is_missing(table: Table) -> None:
     model = CompressedMatrixCompletion(2, **EXACT)
     completed = model.fit_transform(*table.entries)
@@ -150,6 +158,7 @@ def test_fit_transform_fills_in_what_is_missing(table: Table) -> None:
     np.testing.assert_allclose(completed, table.truth, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_matrices_with_nan_and_sparse_ones_are_read(table: Table) -> None:
     holed = np.where(table.mask, table.truth, np.nan)
     from_nan = CompressedMatrixCompletion(2, **EXACT).fit_transform(holed)
@@ -180,6 +189,7 @@ def test_empty_rows_are_predicted_by_bias_and_reported(table: Table, biases: boo
     assert abs(predicted[0] - predicted[3]) <= abs(column.mean() - predicted[3]) + 1.0
 
 
+@pytest.mark.slow
 def test_refit_keeps_what_was_chosen(table: Table) -> None:
     model = CompressedMatrixCompletion(2, **EXACT).fit(*table.entries)
     choice = model.choice_
@@ -195,6 +205,7 @@ def test_constant_entries_are_predicted_by_the_constant() -> None:
     np.testing.assert_allclose(model.predict([0, 11], [9, 0]), 4.0, atol=1e-9)
 
 
+@pytest.mark.long
 def test_progress_is_told(table: Table) -> None:
     told: list[tuple[str, float]] = []
     CompressedMatrixCompletion(2, random_state=0, progress=lambda label, share: told.append((label, share))).fit(*table.entries)
@@ -259,6 +270,7 @@ def test_entries_that_cannot_be_used_are_refused(entries: tuple[Any, ...], words
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.slow
 def test_ending_before_the_tolerance_is_said(table: Table) -> None:
     with pytest.warns(
         ConvergenceWarning, match="ended after 40 iterations at a relative squared error of .* above tol=1e-12; raise max_iter"

@@ -35,6 +35,7 @@ def soft_impute(matrix: Tensor, mask: Tensor, threshold: float, steps: int = 300
     return fitted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [2, 3, 4])
 def test_with_everything_seen_it_is_the_soft_threshold(depth: int) -> None:
     matrix = noisy(30, 24, 3, 0.3)
@@ -47,6 +48,7 @@ def test_with_everything_seen_it_is_the_soft_threshold(depth: int) -> None:
     assert torch.linalg.matrix_rank(exact) == 3
 
 
+@pytest.mark.long
 def test_with_entries_missing_it_reaches_the_convex_minimum() -> None:
     matrix, mask = noisy(40, 30, 2, 0.3), seen(40, 30, 0.5)
     problem = SpectralProblem(listed(matrix, mask), 6, 3, Scales(), torch.Generator().manual_seed(0))
@@ -55,6 +57,7 @@ def test_with_entries_missing_it_reaches_the_convex_minimum() -> None:
     assert float((fitted.left @ fitted.right.T - exact).norm() / exact.norm()) < 0.02
 
 
+@pytest.mark.long
 def test_scales_weigh_the_penalty() -> None:
     """With a_i and b_j, f = D_a g D_b minimises |P(f - y)|^2 / 2 + lambda |g|_*; by whole matrices, g moves by D_a (...) D_b."""
     matrix, mask = noisy(40, 30, 2, 0.3), seen(40, 30, 0.5)
@@ -75,6 +78,7 @@ def test_scales_weigh_the_penalty() -> None:
     assert float((fitted.left @ fitted.right.T - exact).norm() / exact.norm()) < 0.02
 
 
+@pytest.mark.slow
 def test_a_threshold_of_the_top_value_leaves_nothing() -> None:
     problem = SpectralProblem(listed(plant(20, 20, 2), seen(20, 20, 0.5)), 2, 3, Scales(), torch.Generator().manual_seed(0))
     fitted = problem.fit(1.0)

@@ -50,6 +50,7 @@ def setting(size: tuple[int, int], depth: int, scale: float, seed: int) -> tuple
     return target, chain, basis, step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "momentum"), [("gd", 0.0), ("momentum", 0.8)])
 @settings(max_examples=25, deadline=None)
 @given(**cases)
@@ -138,6 +139,7 @@ def test_a_gaussian_start_has_no_invariant_subspace() -> None:
     assert max(float((after - before).abs().max()) for after, before in zip(tails, start_tails, strict=True)) > 1e-3
 
 
+@pytest.mark.slow
 def test_frozen_random_outer_factors_cannot_learn() -> None:
     target, chain, basis, step = setting((16, 2), 3, 0.1, 0)
     generator = torch.Generator().manual_seed(4)

@@ -58,6 +58,7 @@ def test_layers_that_read_the_same_share_their_moments(make_model) -> None:
     assert len({id(one) for one in found}) == 4
 
 
+@pytest.mark.long
 def test_gradients_have_the_fisher_moment(make_model) -> None:
     """In expectation over the draws E[g g'] is the Fisher information, here by summing over the whole vocabulary at the last position."""
     model = make_model("llama")
@@ -90,6 +91,7 @@ def test_gradients_have_the_fisher_moment(make_model) -> None:
     assert float((drawn.second_DD - exact).norm() / exact.norm()) < 0.1
 
 
+@pytest.mark.slow
 def test_several_passes_find_the_same(make_model) -> None:
     model = make_model("llama")
     view = ModelView(model)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from regraft.data.text import Corpus
@@ -31,6 +32,7 @@ def test_a_measurement_is_flat_json_with_all_that_is_promised(make_model: MakeMo
     assert from_json(Measurement, to_json(measured)) == measured
 
 
+@pytest.mark.slow
 def test_models_measured_together_have_the_figures_of_each_alone(make_model: MakeModel, make_tokenizer: Make) -> None:
     tokenizer, settings = make_tokenizer(), EvaluateSettings(speed=True, window=16)
     subjects = {"dense": Subject(make_model("llama"), tokenizer), "other": Subject(make_model("qwen3"), tokenizer)}

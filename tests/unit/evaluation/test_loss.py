@@ -131,6 +131,7 @@ def test_bos_follows_the_tokenizer_and_can_be_overruled(make_model: MakeModel, m
     assert reports[True, True].loss_nats == reports[False, True].loss_nats
 
 
+@pytest.mark.slow
 def test_a_record_is_measured_on_its_response(make_model: MakeModel, make_tokenizer: Make) -> None:
     model, tokenizer = make_model("llama"), make_tokenizer()
     model.config.max_position_embeddings = 512

@@ -19,6 +19,7 @@ def of_size(hidden: int, layers: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+@pytest.mark.slow
 def test_a_larger_model_is_slower_and_needs_more_memory() -> None:
     reports = compare_speed({"large": of_size(512, 8), "small": of_size(32, 2)}, 64, 4, repeats=3)
     large, small = reports["large"], reports["small"]
@@ -38,6 +39,7 @@ def test_a_larger_model_is_slower_and_needs_more_memory() -> None:
     assert large.confidence == 0.75
 
 
+@pytest.mark.slow
 def test_models_are_measured_in_turns_and_the_first_turn_does_not_count(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     models = {"a": make_model("llama"), "b": make_model("qwen2")}
     calls: list[str] = []
@@ -56,6 +58,7 @@ def test_models_are_measured_in_turns_and_the_first_turn_does_not_count(make_mod
     assert all(0.05 <= report.prefill_seconds < 0.9 for report in reports.values())
 
 
+@pytest.mark.slow
 def test_decoding_uses_the_cache_and_goes_on_greedily(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama")
     read: list[list[int]] = []
@@ -75,6 +78,7 @@ def test_decoding_uses_the_cache_and_goes_on_greedily(make_model: MakeModel, mon
         ids.append(token)
 
 
+@pytest.mark.slow
 def test_a_passing_need_for_memory_is_seen(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama")
     usual = measure_speed(model, 8, 1, repeats=1).peak_memory_bytes
@@ -90,6 +94,7 @@ def test_a_passing_need_for_memory_is_seen(make_model: MakeModel, monkeypatch: p
     assert measure_speed(model, 8, 1, repeats=1).peak_memory_bytes - usual > 150_000_000
 
 
+@pytest.mark.long
 def test_the_weights_of_other_models_do_not_count() -> None:
     small, large = of_size(32, 1), of_size(1024, 4)
     alone = measure_speed(small, 8, 1, repeats=1).peak_memory_bytes
@@ -100,6 +105,7 @@ def test_the_weights_of_other_models_do_not_count() -> None:
     assert twice > bytes_in_memory(large)
 
 
+@pytest.mark.slow
 def test_lengths_fit_the_context(make_model: MakeModel) -> None:
     model = make_model("llama")
     report = measure_speed(model, repeats=1)
@@ -112,6 +118,7 @@ def test_lengths_fit_the_context(make_model: MakeModel) -> None:
         measure_speed(model, 8, 1, repeats=0)
 
 
+@pytest.mark.slow
 def test_the_global_generator_is_left_alone(make_model: MakeModel) -> None:
     model, state = make_model("llama"), torch.get_rng_state()
     measure_speed(model, 8, 1, repeats=1)

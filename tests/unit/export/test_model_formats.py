@@ -68,6 +68,7 @@ def test_a_head_count_that_no_stock_class_takes_is_filled_up(tmp_path: Path) -> 
     torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("to", ["hf", "hf-uniform"])
 def test_a_fresh_process_without_regraft_computes_the_same(tmp_path: Path, to: str) -> None:
     done = export(as_loaded(uneven(toy("llama"), **UNEVEN)), tmp_path / "out", to, settings=FEW, check=TEXT)
@@ -83,6 +84,7 @@ def test_weights_are_sharded_by_size(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(toy("llama")))
 
 
+@pytest.mark.long
 def test_a_folder_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder, other = hf.write_folder, toy("llama", scale=0.16)
     monkeypatch.setattr(hf, "write_folder", lambda model, loaded, folder, settings: write_folder(other, loaded, folder, settings))

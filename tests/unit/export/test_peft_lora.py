@@ -100,6 +100,7 @@ def is_safe(folder: Path) -> None:
 CASES = [(family, name) for family in ("llama", "gpt2") for name in EXPORTED]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_stock_peft_loads_the_export_with_equal_logits(base, tmp_path, capsys, family: str, name: str) -> None:
     adapted = saved(tmp_path / "adapter", base(family), name)
@@ -135,6 +136,7 @@ def test_an_adapter_that_starts_from_the_weights_is_saved_for_the_original_ones(
     assert float((in_stock_peft(tmp_path, "adapter") - adapted).abs().max()) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rslora", "adalora", "eva"])
 def test_adapters_of_peft_become_plain_lora(base, tmp_path, name: str) -> None:
     adapted = saved(tmp_path / "adapter", base("llama"), name)
@@ -143,6 +145,7 @@ def test_adapters_of_peft_become_plain_lora(base, tmp_path, name: str) -> None:
     assert float((in_stock_peft(tmp_path, "lora") - adapted).abs().max()) <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_module_that_adalora_leaves_no_rank_is_saved_loaded_and_exported_in_silence(base, tmp_path) -> None:
     """Warnings are errors here: PEFT takes an empty factor for one that was never gathered, and says so at length."""
     injected = with_adalora(base("llama"))
@@ -158,6 +161,7 @@ def test_a_module_that_adalora_leaves_no_rank_is_saved_loaded_and_exported_in_si
     assert float((in_stock_peft(tmp_path, "lora") - adapted).abs().max()) <= 1e-5
 
 
+@pytest.mark.slow
 def test_adalora_keeps_the_ranks_of_the_weights_that_are_kept(base, tmp_path) -> None:
     """The best weights may be older than the last ranks that were pruned; what is saved has theirs, not the last ones."""
     injected = with_adalora(base("llama"))
@@ -195,6 +199,7 @@ def refused(capsys, arguments: list[str]) -> str:
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "said"), [("mora-rotation", "rotation has full rank"), ("dora", "DoRA is no plain LoRA")])
 def test_what_is_no_lora_says_so_and_is_merged_instead(base, tmp_path, capsys, name: str, said: str) -> None:
     adapted = saved(tmp_path / "adapter", base("llama"), name)
@@ -212,6 +217,7 @@ def test_stock_peft_refuses_our_master_loudly(base, tmp_path) -> None:
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "adapter"))
 
 
+@pytest.mark.slow
 def test_a_master_is_measured_like_its_merged_model(base, tmp_path) -> None:
     saved(tmp_path / "adapter", base("llama"), "mora-rotation")
     (tmp_path / "text.txt").write_text("abc def " * 40, encoding="utf-8")

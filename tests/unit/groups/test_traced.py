@@ -30,12 +30,14 @@ def fields(m: Member):
     return m.axis, m.side, m.offset, m.size, m.repeats, m.stride
 
 
+@pytest.mark.slow
 def test_a_form_of_an_operator_that_its_rule_does_not_know_is_refused_with_the_node(make_model, monkeypatch):
     monkeypatch.setitem(RULES, "softmax", lambda state, call: call.args[99])
     with pytest.raises(ModelError, match=r"node '\w*softmax\w*' .*does not know this form of the operator"):
         trace(make_model("llama"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_agrees_with_the_declared_table(make_model, family, tied):
     model = make_model(family, tie_word_embeddings=tied)
@@ -45,6 +47,7 @@ def test_agrees_with_the_declared_table(make_model, family, tied):
     assert replace(traced, groups=same) == declared
 
 
+@pytest.mark.slow
 def test_agrees_on_an_unevenly_pruned_model(make_model):
     model = make_model("qwen3")
     for layer, width in ((0, 40), (2, 8)):
@@ -58,6 +61,7 @@ def test_agrees_on_an_unevenly_pruned_model(make_model):
     assert same == discover(ModelView(model)).groups
 
 
+@pytest.mark.slow
 def test_query_heads_are_one_from_each_group(make_model):
     group = trace(make_model("llama")).named()["layers.1.query_heads"]
     assert group.units == REP
@@ -68,6 +72,7 @@ def test_query_heads_are_one_from_each_group(make_model):
     assert group.unit_parameters == 2 * G * D * E
 
 
+@pytest.mark.slow
 def test_residual_width_of_a_llama(make_model):
     group = trace(make_model("llama")).named()["residual"]
     inside = ("self_attn.o_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj")
@@ -106,6 +111,7 @@ FUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_projections(make_model, name):
     group = trace(make_model(name)).named()["layers.1.heads"]
@@ -114,6 +120,7 @@ def test_fused_projections(make_model, name):
     assert all(m.repeats == 1 for m in group.members)
 
 
+@pytest.mark.slow
 def test_gate_and_up_in_one_matrix(make_model):
     group = trace(make_model("phi3")).named()["layers.0.ffn"]
     assert [(m.parameter.split(".0.")[1], m.axis, m.offset, m.size) for m in group.members] == [
@@ -131,6 +138,7 @@ def test_one_shared_key_value_head_still_has_query_heads(make_model):
     assert (queries.units, queries.unit_parameters) == (H, 2 * D * E)
 
 
+@pytest.mark.slow
 def test_full_width_norms_belong_to_the_heads_and_head_norms_to_none(make_model):
     full = {m.parameter.split(".0.")[1] for m in trace(make_model("olmo2")).named()["layers.0.heads"].members}
     assert {"self_attn.q_norm.weight", "self_attn.k_norm.weight"} <= full
@@ -138,6 +146,7 @@ def test_full_width_norms_belong_to_the_heads_and_head_norms_to_none(make_model)
     assert not {name for name in inside if "norm" in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "attention", "mlp"),
     [
@@ -167,6 +176,7 @@ def test_whole_parts_take_the_norms_that_serve_them_alone(make_model, name, atte
     assert layer.unit_parameters == sum(p.numel() for n, p in model.named_parameters() if ".2." in n)
 
 
+@pytest.mark.slow
 def test_layer_norm_stands_in_the_way_of_the_residual_width(make_model):
     traced = follow_channels(make_model("gpt_neox"))
     assert "residual" not in traced.groups.named()
@@ -176,12 +186,14 @@ def test_layer_norm_stands_in_the_way_of_the_residual_width(make_model):
     assert "mean" in refusal.reason
 
 
+@pytest.mark.slow
 def test_position_slopes_of_single_heads_are_noticed(make_model):
     for name in ("bloom", "falcon-alibi"):
         refused = {refusal.kind: refusal.reason for refusal in follow_channels(make_model(name)).refusals}
         assert "constant" in refused["heads"]
 
 
+@pytest.mark.slow
 def test_norms_held_by_single_heads_are_noticed():
     config = StableLmConfig(
         vocab_size=V, hidden_size=E, intermediate_size=I, num_hidden_layers=2, num_attention_heads=H, num_key_value_heads=H,
@@ -285,6 +297,7 @@ def test_a_model_without_layers_is_refused():
         trace(nn.Sequential(nn.Embedding(V, E), nn.Linear(E, V)))
 
 
+@pytest.mark.slow
 def test_a_config_is_enough_and_weights_are_never_made():
     """A 7B shape with grouped heads: < 10 s of work and < 1 GB (issue: 32 layers on two cores)."""
     config = LlamaConfig(

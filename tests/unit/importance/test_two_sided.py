@@ -24,6 +24,7 @@ from regraft.surgery.damage_curves import measure_curves, predict_curves, rescal
 WINDOWS = torch.randint(3, 96, (24, 12), generator=torch.Generator().manual_seed(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_outputs_are_the_fisher_information_by_its_definition(make_model: Callable[..., PreTrainedModel], family: str) -> None:
     model = make_model(family)
@@ -71,6 +72,7 @@ def test_inputs_are_plain_second_moments_and_nothing_is_left_behind(make_model: 
     assert not model.get_submodule(name)._forward_hooks
 
 
+@pytest.mark.slow
 def test_scores_in_nats_predict_measured_damage_and_measurements_put_them_right(
     make_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -197,6 +197,7 @@ def test_a_generation_config_that_cannot_generate_is_refused(folder: Path, entry
     assert "generation_config.json" in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight", "model.norm.weight"])
 def test_a_fingerprint_sees_every_value(folder: Path, tmp_path: Path, name: str) -> None:
     """Each of 40 places of a matrix, and a whole silenced channel, gives another fingerprint; loaded, streamed and discovered alike."""

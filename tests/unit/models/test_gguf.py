@@ -41,6 +41,7 @@ def written(folder: Path, quantize: str = "F32", family: str = "llama", spaced: 
     return folder / "model.gguf"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_a_file_is_read_as_the_model_it_was_made_from(tmp_path: Path, family: str) -> None:
     model = toy(family)
@@ -80,6 +81,7 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
 def test_scales_caps_and_rotations_of_a_file_are_read(tmp_path: Path, name: str) -> None:
     family, config = WHOLE[name]
@@ -108,6 +110,7 @@ def written_with(folder: Path, keys: dict[str, Any]) -> Path:
     return folder / "model.gguf"
 
 
+@pytest.mark.slow
 def test_the_record_says_from_what_was_dequantised(tmp_path: Path) -> None:
     loaded = load(written(tmp_path / "out", "Q8_0"))
     assert loaded.provenance is not None
@@ -116,6 +119,7 @@ def test_the_record_says_from_what_was_dequantised(tmp_path: Path) -> None:
     assert loaded.source.endswith("model.gguf")
 
 
+@pytest.mark.slow
 def test_a_file_is_pruned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = written(tmp_path / "out")
     assert run(["prune", str(file), "--criterion", "l2", "--reconstruct", "none", "--output", str(tmp_path / "pruned")]) == 0, (

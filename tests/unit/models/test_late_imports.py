@@ -55,6 +55,7 @@ print(*sorted({{name.split(".")[-4] for name, _ in model.named_parameters() if "
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("imports", ["import regraft", "import peft\nimport regraft"])
 def test_peft_knows_where_to_put_lora_on_an_uneven_model(imports: str) -> None:
     command = ["-c", CODE.format(imports=imports)]

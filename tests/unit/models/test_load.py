@@ -245,6 +245,7 @@ def test_longer_than_it_says(make_folder):
     refused(file.parent, "is damaged: it holds")
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_the_header_is_seen_or_harmless(make_folder):
     """Flips one bit in each of 150 places of the header: the model is refused in one line, or (in metadata) it is unchanged."""
     folder = make_folder()

@@ -26,6 +26,7 @@ def test_the_weights_come_back_bit_for_bit_after_an_error_too(dtype: torch.dtype
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_gradients_of_narrow_weights_are_those_of_the_same_weights_in_float32() -> None:
     narrow = random_model("llama").to(torch.bfloat16)
     wide = random_model("llama").to(torch.bfloat16).float()

@@ -65,6 +65,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         return model(input_ids=IDS, use_cache=False).logits
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_a_tower_is_pruned_alone_and_inside_the_rest(family: str, tmp_path: Path) -> None:
     whole = saved(family, tmp_path / "model")
@@ -91,6 +92,7 @@ def test_a_tower_is_pruned_alone_and_inside_the_rest(family: str, tmp_path: Path
     assert config.get_text_config().intermediate_size == alone.config.intermediate_size
 
 
+@pytest.mark.slow
 def test_what_predicts_ahead_is_left_out_with_a_word(tmp_path: Path, capsys: Any) -> None:
     saved("qwen3_5", tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"

@@ -108,7 +108,7 @@ IMPORTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("order", sorted(IMPORTS))
 def test_importing_regraft_is_enough_in_any_order(order):
     code = (

@@ -80,6 +80,7 @@ def words() -> Iterator[str]:
         yield from line.split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_kept_tokens_are_found_as_before(kind: str) -> None:
     tokenizer = trained(kind)

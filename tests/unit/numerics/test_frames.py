@@ -23,6 +23,7 @@ def gap(frame: torch.Tensor) -> float:
     return float((frame.T @ frame - torch.eye(frame.shape[1], dtype=frame.dtype)).abs().max())
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(rows=st.integers(2, 40), share=st.floats(0.0, 1.0), seed=st.integers(0, 2**31))
 def test_random_frames_are_orthonormal(rows: int, share: float, seed: int) -> None:

@@ -17,6 +17,7 @@ RANKS = (1, 2, 4)
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
+@pytest.mark.slow
 def test_triplets_are_summed_largest_first_and_the_model_is_left_as_it_was(
     make_tiny: Callable[..., LlamaForCausalLM],
     tokenizer: PreTrainedTokenizerFast,

@@ -50,6 +50,7 @@ def losses(candidates: Candidates, vectors: list[tuple[int, int]], fidelity: flo
     return [loss for loss in found if loss is not None]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("data", "values", "layers", "first"),
     [
@@ -105,6 +106,7 @@ def test_what_a_candidate_has_learnt_can_be_folded_in(make_tiny: Make, ground_of
     assert ground_of(model, space).first_loss() == pytest.approx(measured, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_together_is_alone(make_tiny: Make, ground_of: Callable[..., PairedSetup]) -> None:
     model = make_tiny()
     space = layer_space(model)
@@ -114,6 +116,7 @@ def test_together_is_alone(make_tiny: Make, ground_of: Callable[..., PairedSetup
     assert losses(Candidates(ground_of(model, space), space, together=2), VECTORS[::-1])[::-1] == pytest.approx(alone, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept_in", ["memory", "folder"])
 def test_a_survivor_goes_on_from_where_it_stopped(
     make_tiny: Make, ground_of: Callable[..., PairedSetup], tmp_path: Path, kept_in: str
@@ -139,6 +142,7 @@ def test_a_survivor_goes_on_from_where_it_stopped(
     assert [trial.cost for trial in again] == [trial.cost for trial in last], "killed before it was recorded, a trial costs the same"
 
 
+@pytest.mark.slow
 def test_other_data_or_seeds_do_not_continue_what_is_kept(make_tiny: Make, ground_of: Callable[..., PairedSetup], tmp_path: Path) -> None:
     model = make_tiny()
     space = layer_space(model)
@@ -218,6 +222,7 @@ def test_the_divergence_from_a_teacher_is_the_dense_formula(
     assert losses(Candidates(ground, space), [(4, 4)])[0] < ground.first_loss() - 0.1
 
 
+@pytest.mark.slow
 def test_layers_below_the_first_adapted_one_run_once_a_batch(make_tiny: Make, ground_of: Callable[..., PairedSetup]) -> None:
     model = make_tiny(num_hidden_layers=4)
     space = layer_space(model, first=2)
@@ -234,6 +239,7 @@ def test_layers_below_the_first_adapted_one_run_once_a_batch(make_tiny: Make, gr
     assert losses(Candidates(ground, space, together=1), VECTORS) == pytest.approx(kept, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_fewer_at_a_time_where_memory_is_short(
     make_tiny: Make, ground_of: Callable[..., PairedSetup], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,6 +88,7 @@ def test_what_cannot_be_advised_is_refused_in_one_line(arguments: list[str], mes
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_recipe_is_copied_and_fits_its_schema(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

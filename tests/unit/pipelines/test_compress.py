@@ -71,12 +71,14 @@ def test_every_method_meets_the_budget(quickly: Compress, make_tiny, method: str
     assert (result.plan.predicted_nats is not None) == (method == "fisher")
 
 
+@pytest.mark.slow
 def test_the_same_seed_makes_the_same_bytes(quickly: Compress, tmp_path: Path) -> None:
     for name in ("one", "two"):
         quickly(output=tmp_path / name)
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_plan_is_replayed_and_moves_to_a_model_of_the_same_shape(quickly: Compress, make_tiny) -> None:
     first = quickly()
     plan = from_json(FactorPlan, to_json(first.plan))
@@ -109,6 +111,7 @@ def test_measured_prices_are_divergences(quickly: Compress, make_tiny) -> None:
     assert 0.2 < result.plan.predicted_nats / divergence < 5.0
 
 
+@pytest.mark.slow
 def test_a_search_keeps_the_budget_and_goes_on(quickly: Compress, texts: dict[str, Path], tmp_path: Path) -> None:
     few: dict[str, Any] = {"ranks": "bayes", "trials": 4, "method": "bolaco", "validation": texts["validation"], "output": tmp_path / "out"}
     with pytest.raises(InputError, match="cannot be met"):
@@ -124,6 +127,7 @@ def test_a_search_keeps_the_budget_and_goes_on(quickly: Compress, texts: dict[st
     assert again.plan == first.plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.15, 0.35])
 def test_channels_and_ranks_in_one_knapsack(quickly: Compress, make_tiny, tmp_path: Path, ratio: float) -> None:
     """The budget holds for both together, no group loses both, and the folder knows of both."""
@@ -165,6 +169,7 @@ def test_pc_lora_takes_a_rank_plan_and_a_call_takes_keywords(make_tiny, tokenize
         compress(make_tiny(), tokenizer=tokenizer, rtio=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warm_start", ["bolaco", "random"])
 def test_pc_lora_ends_without_the_dense_weights(quickly: Compress, make_tiny, tmp_path: Path, warm_start: str) -> None:
     dense = make_tiny()
@@ -185,6 +190,7 @@ def test_pc_lora_ends_without_the_dense_weights(quickly: Compress, make_tiny, tm
         assert torch.equal(again(ids).logits, result.model(ids).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["lora", "diagonal"])
 def test_recovery_trains_the_factors_and_folds_into_them(
     quickly: Compress, make_tiny, tokenizer, repeating, quick, tmp_path: Path, adapter: str
@@ -206,6 +212,7 @@ def test_recovery_trains_the_factors_and_folds_into_them(
     assert recovered.best_loss < recovered.first_loss
 
 
+@pytest.mark.slow
 def test_dense_writes_the_stock_class(quickly: Compress, tmp_path: Path) -> None:
     factored, dense = quickly(method="svd_llm"), quickly(method="svd_llm", dense=True, output=tmp_path / "out")
     assert type(dense.model) is LlamaForCausalLM
@@ -227,6 +234,7 @@ def test_nothing_is_chosen_by_the_test_text(quickly: Compress, texts: dict[str, 
         quickly(**{"ranks": "bayes", "validation": texts["validation"], name: built_in})
 
 
+@pytest.mark.slow
 def test_the_test_text_is_measured_before_and_after(quickly: Compress, texts: dict[str, Path]) -> None:
     result = quickly(test=texts["test"], ratio=0.4)
     assert result.test is not None
@@ -234,6 +242,7 @@ def test_the_test_text_is_measured_before_and_after(quickly: Compress, texts: di
     assert result.as_dict()["test"]["after"]["loss_nats"] == result.test[1].loss_nats
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line(quickly: Compress, make_tiny, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"unknown compression method 'fischer'.*did you mean 'fisher'"):
         quickly(method="fischer")
@@ -271,6 +280,7 @@ def test_no_text_is_read_in_silence(folder: Path, make_tiny, tokenizer, capsys: 
     assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_command(folder: Path, texts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["compress", str(folder), "--calibration", str(texts["calibration"]), "--samples", "24", "--seq-len", "24"]
     assert run([*common, "--ratio", "0.3", "-o", str(tmp_path / "out"), "--json", str(tmp_path / "plan.json")]) == 0

@@ -39,6 +39,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "encoder"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["plain", "pifa"])
 def test_the_dense_weights_are_gone_and_the_folder_is_the_model(folder: Path, tmp_path: Path, layout: str) -> None:
     loaded = load_encoder(folder)
@@ -68,6 +69,7 @@ def test_the_dense_weights_are_gone_and_the_folder_is_the_model(folder: Path, tm
         compress(tmp_path / "out", None, CompressSettings(**FEW), calibration=TEXTS)
 
 
+@pytest.mark.slow
 def test_ranks_come_from_a_rank_plan(folder: Path) -> None:
     names = list(encoder_linears(load_encoder(folder).model))
     assert len(names) == 2 * 6

@@ -66,6 +66,7 @@ def test_a_folder_is_measured_whole(base: Path, settings: EvaluateSettings) -> N
     assert regraft.evaluate(base, settings).loss == measured.loss
 
 
+@pytest.mark.slow
 def test_an_adapter_is_measured_on_its_base(base: Path, adapter: Path, settings: EvaluateSettings) -> None:
     plain, adapted = evaluate_model(base, settings), evaluate_model(adapter, settings)
     assert abs(adapted.loss.loss_nats - plain.loss.loss_nats) > 1e-3

@@ -35,6 +35,7 @@ def folder(make_model: Any, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_tasks_and_texts_are_measured_and_two_models_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pruned = regraft.prune(folder / "model", ratio=0.2, criterion="l2", align=1).save_pretrained(folder / "pruned")
     assert pruned is not None

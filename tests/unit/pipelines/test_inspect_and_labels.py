@@ -55,6 +55,7 @@ def test_equal_layers_are_one_row_on_the_screen(make_model: Make, tmp_path: Path
     assert "0-1" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_an_adapter_is_inspected_with_its_base(make_model: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, text = tmp_path / "base", tmp_path / "text.txt"
     make_model("llama").save_pretrained(base)

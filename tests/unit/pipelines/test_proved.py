@@ -84,6 +84,7 @@ def logits(model: Any) -> Tensor:
     return model.eval()(IDS).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_stock_adapter_computes_what_peft_computes(base: Callable[..., Path], tmp_path: Path, name: str) -> None:
     config, adapter, no_merge, no_lora = CASES[name]
@@ -159,6 +160,7 @@ def test_rounding_is_no_difference_and_a_lost_change_is(make_model: Callable[...
         refuse_other(before, other.to(dtype), "it", "no")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("adapter", ["lora", "nola"])
 def test_an_adapter_finds_its_base_from_anywhere(
     base: Callable[..., Path], tmp_path: Path, adapter: str, monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from browser import needs_chromium, opened
 from regraft.plans import LossReport, Measurement, PrunePlan, RankPlan, RankSearch, RankSlot, RankSpace, RankTrial, SizeReport
 from regraft.plans.prune import Cut, Removed
@@ -51,6 +53,7 @@ def large_report() -> RunReport:
 PAST = tuple(PastRun(f"{ATTACK}{number}", "recovered", 1000 - 50 * number, 2.5 + 0.1 * number, number == 2) for number in range(6))
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_the_page_draws_sorts_and_runs_nothing_from_names(tmp_path: Path) -> None:
     page = to_html(large_report(), PAST)

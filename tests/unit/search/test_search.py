@@ -44,6 +44,7 @@ def by_hand() -> list[RankTrial]:
     return history
 
 
+@pytest.mark.slow
 def test_the_book_holds_what_the_schedule_asks_for(tmp_path: Path) -> None:
     found = run(tmp_path, Inline(PlantedMeasure(tmp_path / "log")))
     assert [trial for _, trial in found] == by_hand()
@@ -58,10 +59,12 @@ def test_the_book_holds_what_the_schedule_asks_for(tmp_path: Path) -> None:
     assert all(trial.state == optuna.trial.TrialState.COMPLETE for trial in study.trials)
 
 
+@pytest.mark.slow
 def test_groups_of_candidates_give_the_same(tmp_path: Path) -> None:
     assert [trial for _, trial in run(tmp_path, Inline(PlantedMeasure(tmp_path / "log")), at_once=2)] == by_hand()
 
 
+@pytest.mark.slow
 def test_a_finished_search_measures_nothing_again(tmp_path: Path) -> None:
     spec = PlantedMeasure(tmp_path / "log")
     first = run(tmp_path, Inline(spec))
@@ -70,6 +73,7 @@ def test_a_finished_search_measures_nothing_again(tmp_path: Path) -> None:
     assert measured(tmp_path / "log") == lines
 
 
+@pytest.mark.slow
 def test_a_candidate_that_diverges_is_written_down_and_the_search_goes_on(tmp_path: Path) -> None:
     bad = by_hand()[1].ranks
     found = run(tmp_path, Inline(PlantedMeasure(tmp_path / "log", diverges_on=(bad,))), at_once=3)
@@ -81,6 +85,7 @@ def test_a_candidate_that_diverges_is_written_down_and_the_search_goes_on(tmp_pa
     assert states == {"COMPLETE": len(found) - 1, "FAIL": 1}
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_all_candidates_stops_the_search_and_gives_its_jobs_back(tmp_path: Path) -> None:
     class NoData(PlantedMeasure):
         def __call__(self, jobs: object) -> list[RankTrial]:
@@ -91,7 +96,7 @@ def test_what_is_wrong_with_all_candidates_stops_the_search_and_gives_its_jobs_b
     assert [trial for _, trial in run(tmp_path, Inline(PlantedMeasure(tmp_path / "log")))] == by_hand()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_measure_the_same_and_survive_the_death_of_one(tmp_path: Path) -> None:
     fatal = by_hand()[2].ranks
     spec = PlantedMeasure(tmp_path / "log", seconds=0.1, dies_on=(fatal,), unless=tmp_path / "died")
@@ -102,7 +107,7 @@ def test_processes_measure_the_same_and_survive_the_death_of_one(tmp_path: Path)
     assert len({line.split()[0] for line in (tmp_path / "log").read_text().splitlines()}) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_candidate_that_kills_every_process_is_written_down_as_failed(tmp_path: Path) -> None:
     fatal = by_hand()[1].ranks
     found = run(tmp_path, Processes(PlantedMeasure(tmp_path / "log", dies_on=(fatal,)), 1))
@@ -111,6 +116,7 @@ def test_a_candidate_that_kills_every_process_is_written_down_as_failed(tmp_path
     assert "died 3 times" in failed[0].note
 
 
+@pytest.mark.slow
 def test_jobs_that_confirm_stand_in_the_same_book_and_do_not_disturb_the_search(tmp_path: Path) -> None:
     spec = PlantedMeasure(tmp_path / "log")
     jobs = [Job("confirm", 0, index, UNIFORM, 1.0, seed=100 + index) for index in range(3)]
@@ -123,6 +129,7 @@ def test_jobs_that_confirm_stand_in_the_same_book_and_do_not_disturb_the_search(
     assert [trial for _, trial in run(tmp_path, Inline(spec))] == by_hand()
 
 
+@pytest.mark.slow
 def test_two_that_post_the_same_jobs_have_each_measured_once(tmp_path: Path) -> None:
     one, other = (opened_in(tmp_path, f"sqlite:///{tmp_path / 'shared.db'}") for _ in range(2))
     jobs = sampler().plan(one.postings.study)

@@ -25,6 +25,7 @@ def test_a_file_that_is_no_database_is_corrupt(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_damaged_database_is_corrupt(tmp_path: Path) -> None:
     open_storage(None, tmp_path)
     whole = (tmp_path / FILE).read_bytes()
@@ -76,6 +77,7 @@ def test_a_search_goes_on_only_with_the_same(tmp_path: Path) -> None:
         open_search(open_storage(None, tmp_path), "one", SPACE, SAMPLER, "lr 2", resume=True)
 
 
+@pytest.mark.slow
 def test_a_search_that_is_there_is_not_gone_on_with_by_accident(tmp_path: Path) -> None:
     opened = open_search(open_storage(None, tmp_path), "one", SPACE, SAMPLER, "", resume=False)
     with Inline(PlantedMeasure(tmp_path / "log")) as pool:

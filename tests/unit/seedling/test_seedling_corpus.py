@@ -68,6 +68,7 @@ def test_modules_whose_names_begin_with_py_are_not_mistaken_for_twins() -> None:
     assert family_of("Lib/pyclbr.py") == "pyclbr"
 
 
+@pytest.mark.slow
 def test_every_document_lies_in_the_split_of_its_path_and_in_no_other(splits: dict[str, list[Document]]) -> None:
     paths = [document.path for split in SPLITS for document in splits[split]]
     assert len(paths) == len(set(paths))
@@ -93,6 +94,7 @@ def line_runs(texts: list[Document]) -> set[tuple[str, ...]]:
     return {run for run in runs if sum(map(len, run)) >= 60}
 
 
+@pytest.mark.slow
 def test_no_run_of_three_lines_stands_in_two_splits(splits: dict[str, list[Document]]) -> None:
     runs = {split: line_runs(splits[split]) for split in SPLITS}
     assert len(runs["test"]) > 5_000
@@ -114,6 +116,7 @@ def test_tests_tables_and_build_settings_are_left_out(splits: dict[str, list[Doc
     assert "Lib/pydoc_data/topics.py" not in paths
 
 
+@pytest.mark.slow
 def test_order_is_fixed_and_a_limit_takes_its_beginning(splits: dict[str, list[Document]]) -> None:
     assert documents("validation") == splits["validation"]
     limited = documents("validation", limit_chars=100_000)

@@ -115,6 +115,7 @@ def test_special_tokens_are_not_made_by_other_text(tokenizer) -> None:
     assert not set(ids) & set(tokenizer.all_special_ids)
 
 
+@pytest.mark.slow
 def test_loss_on_a_part_of_the_test_split_is_as_stated_and_far_below_the_unigram(folder: Path, tokenizer, held_out: dict) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     text = documents("test", limit_chars=20_000)[0].text

@@ -98,6 +98,7 @@ def test_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
         other.load(tmp_path / "checkpoint.safetensors")
 
 
+@pytest.mark.slow
 def test_number_of_steps_may_change_until_the_decay_and_not_after(tmp_path: Path) -> None:
     longer = Settings(**{**TINY.__dict__, "steps": 8})
     whole = Trainer(longer, tiny_batches(longer))
@@ -167,6 +168,7 @@ def test_a_stride_without_context_is_refused() -> None:
         model_nats(initial_model(TINY), [np.zeros(50, dtype=np.uint16)], 32, 32)
 
 
+@pytest.mark.long
 def test_smoke_run_that_was_stopped_exports_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,6 +80,7 @@ def planned(selector, groups, scores, wanted):
     return None
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(**SIZES, seed=st.integers(0, 1000))
 def test_global_meets_the_target_within_one_aligned_unit(layers, heads, ffn, ratio, align, seed):

@@ -103,7 +103,7 @@ def peak_of(command: list[str]) -> int:
     return max(peaks)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("more", "holds"),
     [(["--memory", "900MB", "--order", "mixed"], True), ([], False)],

@@ -34,6 +34,7 @@ def close(got, want):
     torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=1e-5 * float(want.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limits", [TIGHT, ROOMY], ids=["tight", "roomy"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("squares", [True, False], ids=["squares", "plain"])
@@ -60,6 +61,7 @@ def test_gradients_are_exact(make_folder, tmp_path, limits, tied, squares):
     assert all(parameter.grad is None for parameter in skeleton.view.model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-bias", "mistral-window", "qwen2", "qwen3"])
 def test_gradients_are_exact_for_every_family(make_folder, name):
     folder = make_folder(name)

@@ -45,6 +45,7 @@ def no_scoring(monkeypatch):
 DEPTH = {"targets": ("layers", "attention", "mlp", "ffn"), "ratio": 0.6, "align": 1, "num_hidden_layers": 6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [PLENTY, "5MB"])
 @pytest.mark.parametrize("shard", [1, 2, 4])
 @pytest.mark.parametrize("reconstruct", ["least_squares", "none"])
@@ -52,6 +53,7 @@ def test_it_ends_with_the_same_bytes(make_folder, settings, tmp_path, monkeypatc
     ends_with_the_same_bytes(make_folder, settings, tmp_path, monkeypatch, shard, memory=memory, reconstruct=reconstruct)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shard", [2, 3, 4])
 def test_where_layers_and_parts_are_gone_too(make_folder, settings, tmp_path, monkeypatch, shard):
     plan = ends_with_the_same_bytes(make_folder, settings, tmp_path, monkeypatch, shard, memory=PLENTY, **DEPTH)
@@ -79,6 +81,7 @@ def ends_with_the_same_bytes(make_folder, settings, tmp_path, monkeypatch, shard
     return done.plan
 
 
+@pytest.mark.slow
 def test_a_shard_that_was_damaged_meanwhile_is_made_again(make_folder, settings, tmp_path):
     folder = make_folder("llama")
     asked = settings(memory=PLENTY)
@@ -93,6 +96,7 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_again(make_folder, settings,
     assert files_of(tmp_path / "out") == files_of(tmp_path / "through")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"ratio": 0.3}, {"reconstruct": "none"}, {"samples": 9}])
 def test_a_run_that_is_asked_for_something_else_starts_anew(make_folder, settings, tmp_path, change):
     folder = make_folder("llama")
@@ -103,6 +107,7 @@ def test_a_run_that_is_asked_for_something_else_starts_anew(make_folder, setting
     assert files_of(tmp_path / "out") == files_of(tmp_path / "through")
 
 
+@pytest.mark.slow
 def test_another_model_starts_anew(make_folder, settings, tmp_path):
     folder, other = make_folder("llama"), make_folder("llama", tie_word_embeddings=True)
     with pytest.raises(Killed):
@@ -119,6 +124,7 @@ def test_a_run_that_stops_before_it_has_decided_leaves_nothing(make_folder, sett
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_note_that_is_not_ours_is_not_believed(make_folder, settings, tmp_path):
     folder = make_folder("llama")
     prune(folder, tmp_path / "through", settings(memory=PLENTY), command="same")
@@ -133,6 +139,7 @@ def test_a_note_that_is_not_ours_is_not_believed(make_folder, settings, tmp_path
         shutil.rmtree(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_is_finished_and_says_so(make_folder, settings, tmp_path, monkeypatch):
     folder = make_folder("llama")
     asked = settings(memory=PLENTY)

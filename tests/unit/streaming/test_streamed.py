@@ -48,6 +48,7 @@ def test_a_criterion_that_runs_the_whole_model_is_refused_before_anything_is_rea
         prune(tmp_path / "absent", tmp_path / "out", settings(criterion=criterion, memory=PLENTY))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reconstruct", ["none", "least_squares"])
 @pytest.mark.parametrize(
     "criterion", [name for name in sorted(CRITERIA.names()) if "ffn" in CRITERIA.get(name).scores and not in_nats(name)]
@@ -61,6 +62,7 @@ def test_every_criterion_gives_the_model_that_memory_gives(make_folder, settings
     assert_same_weights(tmp_path / "streamed", tmp_path / "plain")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["second", "mixed"])
 @pytest.mark.parametrize("granularity", ["element", "vector"])
 def test_every_order_of_taylor(make_folder, settings, tmp_path, order, granularity):
@@ -73,6 +75,7 @@ def test_every_order_of_taylor(make_folder, settings, tmp_path, order, granulari
     assert_same_weights(tmp_path / "streamed", tmp_path / "plain", 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reconstruct", ["least_squares", "mean"])
 def test_every_family(make_folder, settings, tmp_path, family, reconstruct):
     folder = make_folder(family)
@@ -85,6 +88,7 @@ def test_every_family(make_folder, settings, tmp_path, family, reconstruct):
 DEPTH = {"depth": "block_influence", "align": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
 @pytest.mark.parametrize("targets", [("layers",), ("attention", "mlp"), ("layers", "attention", "heads", "query_heads", "ffn")])
 def test_layers_and_parts_of_layers(make_folder, settings, tmp_path, monkeypatch, family, targets):
@@ -104,6 +108,7 @@ def test_layers_and_parts_of_layers(make_folder, settings, tmp_path, monkeypatch
         torch.testing.assert_close(load(tmp_path / "streamed").model(ids).logits, plain.model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_folder_is_the_one_that_memory_gives(make_folder, settings, tmp_path):
     for shape, select in (("uniform", "uniform"), ("per-layer", "global")):
         folder = make_folder("llama")
@@ -136,6 +141,7 @@ def test_a_result_in_many_shards_loads_in_transformers(make_folder, settings, tm
     load(tmp_path / "streamed")  # every checksum is right
 
 
+@pytest.mark.slow
 def test_half_precision_is_scored_in_single_and_written_as_it_was(make_folder, settings, tmp_path):
     folder = make_folder("llama", torch.bfloat16)
     streamed = prune(folder, tmp_path / "streamed", settings(reconstruct="none", memory=PLENTY))
@@ -148,6 +154,7 @@ def test_half_precision_is_scored_in_single_and_written_as_it_was(make_folder, s
     assert {tensor.dtype for tensor in stored_tensors(tmp_path / "streamed").values()} == {"BF16"}
 
 
+@pytest.mark.slow
 def test_re_fitted_half_precision_is_near_the_exact_fit(make_folder, settings, tmp_path):
     folder = make_folder("llama", torch.bfloat16)
     made = prune(folder, tmp_path / "streamed", settings(memory=PLENTY))
@@ -159,6 +166,7 @@ def test_re_fitted_half_precision_is_near_the_exact_fit(make_folder, settings, t
         assert error < (0.02 if ".down_proj." in name or ".o_proj." in name else 1e-9), name
 
 
+@pytest.mark.slow
 def test_little_memory_gives_the_same_model(make_folder, settings, tmp_path, monkeypatch):
     """With less than it likes to have, states are on disk, windows come one by one and the head in blocks."""
     folder = make_folder("llama")
@@ -172,6 +180,7 @@ def test_little_memory_gives_the_same_model(make_folder, settings, tmp_path, mon
     assert sorted(path.name for path in (tmp_path / "poor").iterdir()) == sorted(path.name for path in (tmp_path / "rich").iterdir())
 
 
+@pytest.mark.slow
 def test_a_pruned_model_is_pruned_again(make_folder, settings, tmp_path):
     folder = make_folder("qwen3")
     prune(folder, tmp_path / "once", settings(memory=PLENTY))
@@ -182,6 +191,7 @@ def test_a_pruned_model_is_pruned_again(make_folder, settings, tmp_path):
     assert len(json.loads((tmp_path / "streamed" / "regraft.json").read_text())["parents"]) == 1
 
 
+@pytest.mark.slow
 def test_a_dry_run_plans_and_writes_nothing(make_folder, settings, tmp_path):
     folder = make_folder("llama")
     before = sorted(tmp_path.iterdir())
@@ -233,6 +243,7 @@ def test_damage_that_shows_while_it_is_written_leaves_nothing(make_folder, setti
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_generation_config_that_cannot_be_read_is_done_without(make_folder, settings, tmp_path):
     """As transformers does: the model in memory is pruned as well."""
     folder = make_folder("llama")
@@ -259,6 +270,7 @@ def test_an_output_is_needed(make_folder, settings):
         prune(make_folder("llama"), None, settings(memory=PLENTY))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [PLENTY, None])
 def test_an_output_may_be_a_string(make_folder, settings, tmp_path, memory):
     folder = make_folder("llama")
@@ -275,6 +287,7 @@ def test_a_plan_for_another_model_is_refused(make_folder, settings, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_bound_that_is_named_is_enough(make_folder, settings, tmp_path):
     """The remedy of the refusal has to work."""
     folder = make_folder("llama")

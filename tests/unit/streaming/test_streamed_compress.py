@@ -38,6 +38,7 @@ def close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5 * float(other.abs().max()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("family", "tight"), [("llama", True), ("gpt2", False)])
 def test_moments_are_those_of_the_model_in_memory(make_folder, tmp_path: Path, family: str, tight: bool) -> None:
     """With one projection at a time and blocks of the vocabulary too: the drawn tokens and the groups are the same."""
@@ -69,6 +70,7 @@ def test_moments_are_those_of_the_model_in_memory(make_folder, tmp_path: Path, f
     assert all(len(part) == 1 for part in parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "layout", "dtype"), [("fisher", "plain", "float32"), ("svd_llm", "pifa", "bfloat16")])
 def test_it_writes_what_is_written_in_memory(
     make_folder, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, layout: str, dtype: str
@@ -100,6 +102,7 @@ def test_it_writes_what_is_written_in_memory(
     assert again.plan.ranks() == result.plan.ranks()
 
 
+@pytest.mark.long
 def test_moments_are_saved_and_taken_up(make_folder, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another ratio and another method compute none again, whether the model is in memory or not; other text or another model does."""
     folder = make_folder("llama")

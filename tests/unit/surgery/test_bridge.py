@@ -53,6 +53,7 @@ def test_gaps() -> None:
     assert gaps_between(4, [2, 3]) == (), "nothing lies below the first layer that stays"
 
 
+@pytest.mark.slow
 def test_the_weights_are_those_of_a_dense_ridge_regression(make_model: Make) -> None:
     dense = louder(make_model("llama"))
     short, kept = without(dense, {1})
@@ -87,6 +88,7 @@ def test_the_weights_are_those_of_a_dense_ridge_regression(make_model: Make) -> 
         assert torch.equal(value, before[key]), f"{key} of the dense model was changed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_it_comes_nearer_to_the_dense_model_on_other_text(family: str, make_model: Make) -> None:
     dense = louder(make_model(family))
@@ -97,6 +99,7 @@ def test_it_comes_nearer_to_the_dense_model_on_other_text(family: str, make_mode
     assert divergence(dense, short, other) < divergence(dense, plain, other)
 
 
+@pytest.mark.slow
 def test_a_gap_that_cannot_be_bridged_is_left(make_model: Make) -> None:
     dense = louder(make_model("llama"))
     short, kept = without(dense, {0})
@@ -110,6 +113,7 @@ def test_a_gap_that_cannot_be_bridged_is_left(make_model: Make) -> None:
     torch.testing.assert_close(short.model.layers[0].mlp.down_proj.weight, old, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_norm_after_the_feed_forward_part_is_refused(make_model: Make) -> None:
     dense = louder(make_model("gemma2"))
     short, kept = without(dense, {1})

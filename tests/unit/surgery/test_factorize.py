@@ -103,6 +103,7 @@ def test_it_computes_what_the_products_do(make_model, family: str, layout: Facto
     assert plan.parameters_before - plan.parameters_after >= 0.2 * plan.parameters_before
 
 
+@pytest.mark.slow
 def test_a_bias_is_added_to_the_layers_own(make_model) -> None:
     for family in ("llama", "llama-bias"):
         dense = make_model(family)
@@ -125,6 +126,7 @@ def test_a_bias_is_added_to_the_layers_own(make_model) -> None:
         assert all(entry.bias for entry in plan.factorings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["plain", "pifa"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_saved_folder_is_the_model(make_model, tmp_path: Path, family: str, layout: FactorLayout) -> None:
@@ -144,6 +146,7 @@ def test_a_saved_folder_is_the_model(make_model, tmp_path: Path, family: str, la
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "twice")), logits(model))
 
 
+@pytest.mark.slow
 def test_a_model_that_was_pruned_before(make_model, tmp_path: Path) -> None:
     model, plan, _ = compressed(uneven(make_model("llama")))
     assert parameter_count(model) == plan.parameters_after
@@ -153,6 +156,7 @@ def test_a_model_that_was_pruned_before(make_model, tmp_path: Path) -> None:
     assert ModelView(again).sizes(0).ffn == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["plain", "pifa"])
 def test_it_loads_without_regraft(make_model, tmp_path: Path, layout: FactorLayout) -> None:
     model, _, _ = compressed(make_model("llama"), layout=layout)
@@ -170,6 +174,7 @@ def test_it_loads_without_regraft(make_model, tmp_path: Path, layout: FactorLayo
     torch.testing.assert_close(torch.tensor(json.loads(run.stdout.splitlines()[-1])), logits(model), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_class_that_does_not_know_it_fails_loudly(make_model, tmp_path: Path) -> None:
     model, _, _ = compressed(make_model("llama"))
     save(model, None, tmp_path / "out", record(), "card")
@@ -177,6 +182,7 @@ def test_a_class_that_does_not_know_it_fails_loudly(make_model, tmp_path: Path) 
         LlamaForCausalLM.from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["plain", "pifa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dense_again_is_the_stock_class(make_model, tmp_path: Path, layout: FactorLayout, dtype: torch.dtype) -> None:
@@ -189,6 +195,7 @@ def test_dense_again_is_the_stock_class(make_model, tmp_path: Path, layout: Fact
     assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / "out")), logits(dense))
 
 
+@pytest.mark.slow
 def test_dense_with_a_bias_that_the_family_has_no_place_for(make_model) -> None:
     model, _, _ = compressed(make_model("mistral"))
     with pytest.raises(ModelError, match="has a bias that keeps the mean"):
@@ -211,6 +218,7 @@ def test_peft_attaches_to_the_factors_and_folds_in_exactly(make_model, layout: F
     assert len(ModelView(merged).factored()) > 0
 
 
+@pytest.mark.slow
 def test_generation_runs_with_a_cache(make_model) -> None:
     model, _, _ = compressed(make_model("llama"))
     tokens = model.generate(IDS, max_new_tokens=5, do_sample=False)
@@ -220,6 +228,7 @@ def test_generation_runs_with_a_cache(make_model) -> None:
     assert torch.equal(tokens, step)
 
 
+@pytest.mark.slow
 def test_what_is_factored_is_refused_a_second_time(make_model) -> None:
     model, _, _ = compressed(make_model("llama"))
     with pytest.raises(ModelError, match=r"'here' is factored already \(\d+ layers, such as 'model"):
@@ -229,6 +238,7 @@ def test_what_is_factored_is_refused_a_second_time(make_model) -> None:
     refuse_factored(make_model("llama"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", sorted(name for name in EXPORTERS if isinstance(EXPORTERS.get(name), ModelFormat) and name != "hf"))
 def test_formats_without_a_place_for_factors_refuse_them(make_model, tmp_path: Path, to: str) -> None:
     """In one line that names the way out, before anything is written; the format of transformers holds them."""
@@ -240,6 +250,7 @@ def test_formats_without_a_place_for_factors_refuse_them(make_model, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_plan_of_another_model_is_refused(make_model) -> None:
     dense = make_model("llama")
     _, plan, _ = compressed(dense)

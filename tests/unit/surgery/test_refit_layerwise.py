@@ -131,6 +131,7 @@ def test_curves_are_the_divergence_of_the_cut_model(make_model):
     assert curve.damage_nats[0] > curve.damage_nats[-2]
 
 
+@pytest.mark.slow
 def test_milliseconds_are_measured_once_for_matrices_of_one_shape(make_model):
     model = make_model("llama")
     view = ModelView(model)

@@ -31,6 +31,7 @@ def half_of_ffn(model):
     return cut(model, groups, plan, compensate(view, groups, cuts, WINDOWS, "least_squares"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "llama-bias", "gpt2"])
 def test_unseen_text_diverges_less_than_after_least_squares(make_model, family):
     """GPT-2 stores its weights the other way round."""
@@ -55,6 +56,7 @@ def test_unseen_text_diverges_less_than_after_least_squares(make_model, family):
     assert not any(parameter.grad is not None for parameter in pruned.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["phi3", "gemma2", "olmo2", "gpt_neox", "opt", "bloom", "falcon-grouped", "starcoder2", "stablelm", "qwen3"]
 )
@@ -69,6 +71,7 @@ def test_no_family_gets_worse(make_model, family):
     assert divergence(dense, pruned, WINDOWS[6:8]) == pytest.approx(found[-1], rel=1e-3, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_half_precision_and_tied_embeddings(make_model):
     """Weights are written in their dtype before they are judged, so that what is promised is what is kept."""
     dense = make_model("llama", tie_word_embeddings=True)
@@ -107,6 +110,7 @@ def test_the_same_seed_gives_the_same_weights(make_model):
     assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_step_that_gains_too_little_is_the_last(make_model) -> None:
     dense = make_model()
     with torch.no_grad():

@@ -59,6 +59,7 @@ BAD_CRITERIA: dict[str, tuple[Callable[[Evidence, dict[str, Tensor]], Mapping[st
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", BAD_CRITERIA)
 def test_a_faulty_criterion_is_found(fault: str) -> None:
     change, message = BAD_CRITERIA[fault]

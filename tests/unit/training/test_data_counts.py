@@ -24,6 +24,7 @@ def instructions(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_dropped_cut_and_skipped_rows_are_counted_everywhere(tmp_path: Path, make_tiny: Make, tokenizer: PreTrainedTokenizerFast) -> None:
     data = instructions(tmp_path / "data.jsonl")
     settings = RecoverSettings(steps=3, batch=2, seq_len=200, eval_every=1, held_out=0.1, skip_bad=True)

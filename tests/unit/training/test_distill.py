@@ -138,6 +138,7 @@ def test_the_logits_of_all_positions_never_exist(make_tiny: Make, quick: Quick, 
     assert whole == [1]
 
 
+@pytest.mark.long
 def test_a_student_learns_its_teacher(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:
@@ -171,6 +172,7 @@ def run(make_tiny: Make, tokenizer: Any, corpora: Corpora, settings: RecoverSett
     return result, {name: value.clone() for name, value in result.model.state_dict().items()}, teacher
 
 
+@pytest.mark.long
 def test_a_cache_of_all_tokens_gives_what_the_teacher_gives_and_lets_it_go(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:
@@ -188,6 +190,7 @@ def test_a_cache_of_all_tokens_gives_what_the_teacher_gives_and_lets_it_go(
     assert len(list((tmp_path / "cache").iterdir())) == 2  # one folder for each K
 
 
+@pytest.mark.long
 def test_a_cache_is_shared_and_gone_on_with(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +227,7 @@ def test_a_cache_is_shared_and_gone_on_with(
         run(make_tiny, tokenizer, repeating, settings.model_copy(update={"teacher_cache": tmp_path / "again"}), tmp_path / "e")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_resumed_distillation_ends_with_the_same_bytes(
     make_tiny: Make,

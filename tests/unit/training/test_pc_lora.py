@@ -76,6 +76,7 @@ def test_the_teacher_is_the_original_and_features_teach_the_factors(make_model) 
     torch.testing.assert_close(model(input_ids=WINDOWS[:2], output_hidden_states=True).hidden_states[-1].detach(), original)
 
 
+@pytest.mark.long
 def test_training_gets_closer_and_leaves_the_model_alone(make_model) -> None:
     model = make_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -41,6 +41,7 @@ def test_a_rate_that_diverges_is_never_the_best() -> None:
     assert Rates(tuple(Rate(lr, math.inf) for lr in (2.0, 6.0)), 8).best == 2.0, "the adapter's own, where none trains"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("adapter", ["lora", "pissa", "adalora", "deep_lora"])
 def test_what_is_tried_and_what_follows(
     adapter: str,
@@ -73,6 +74,7 @@ def test_what_is_tried_and_what_follows(
     assert not (tmp_path / "swept" / "rates").exists()
 
 
+@pytest.mark.long
 def test_it_needs_steps_and_can_be_left_out(
     make_tiny: Make,
     tokenizer: PreTrainedTokenizerFast,
@@ -87,6 +89,7 @@ def test_it_needs_steps_and_can_be_left_out(
         assert recover(make_tiny(), tokenizer, *repeating, made, seed=0, work=tmp_path / name).rates is None
 
 
+@pytest.mark.long
 def test_a_run_that_was_stopped_goes_on_with_the_rate_that_was_found(
     make_tiny: Make,
     tokenizer: PreTrainedTokenizerFast,

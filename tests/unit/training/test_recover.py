@@ -85,6 +85,7 @@ def by_hand(
     return adapted, losses
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize(
     ("data", "settings"),
@@ -119,6 +120,7 @@ def test_training_is_that_of_a_loop_written_by_hand(
     assert row.train_loss_nats == pytest.approx(sum(losses) / 6, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_planted_pattern_is_learned_and_merged(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:
@@ -151,6 +153,7 @@ def module_weights(model: LlamaForCausalLM) -> list[torch.Tensor]:
     return [model.get_submodule(name).weight for name in module_names(model)]
 
 
+@pytest.mark.slow
 def test_a_text_without_pattern_is_not_learned(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:
@@ -162,6 +165,7 @@ def test_a_text_without_pattern_is_not_learned(
     assert result.best_loss > 2.0
 
 
+@pytest.mark.long
 def test_records_are_learned_on_their_answers(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, records: Corpora, quick: Quick, tmp_path: Path
 ) -> None:
@@ -170,6 +174,7 @@ def test_records_are_learned_on_their_answers(
     assert result.best_loss < 0.7 * result.first_loss
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_not_the_last(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:
@@ -186,6 +191,7 @@ def test_the_best_checkpoint_is_kept_not_the_last(
     assert held_out_loss(result.model, letters, tokenizer, settings) == pytest.approx(result.best_loss, abs=1e-4)
 
 
+@pytest.mark.long
 def test_a_model_that_training_only_harms_is_left_as_it_was(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:
@@ -201,6 +207,7 @@ def test_a_model_that_training_only_harms_is_left_as_it_was(
     assert same(tensors(model), before)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("adapter", ["lora", "adalora"])
 def test_accumulated_batches_equal_one_large_batch(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, records: Corpora, quick: Quick, tmp_path: Path, adapter: str
@@ -217,6 +224,7 @@ def test_accumulated_batches_equal_one_large_batch(
             torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_that_an_adapter_starts_from_are_those_of_whole_steps(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:
@@ -231,6 +239,7 @@ def test_gradients_that_an_adapter_starts_from_are_those_of_whole_steps(
         torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_launcher_that_starts_one_process_of_several_is_told_off(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +252,7 @@ def test_a_launcher_that_starts_one_process_of_several_is_told_off(
     assert recover(make_tiny(), tokenizer, *repeating, quick(steps=2, eval_every=2), seed=0, work=tmp_path / "b").log[-1].step == 2
 
 
+@pytest.mark.slow
 def test_the_kept_adapter_equals_the_merged_model(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:
@@ -257,6 +267,7 @@ def test_the_kept_adapter_equals_the_merged_model(
     assert float(moved.abs().max()) > 0.1
 
 
+@pytest.mark.slow
 def test_a_rank_plan_is_followed_from_value_and_from_file(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:
@@ -278,6 +289,7 @@ def test_a_rank_plan_is_followed_from_value_and_from_file(
         recover(make_tiny(), tokenizer, *repeating, quick(ranks=tmp_path / "nowhere.json"), seed=0, work=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("precision", ["auto", "bfloat16"])
 def test_half_precision_weights_come_back_in_their_own_type(
@@ -298,6 +310,7 @@ def test_half_precision_weights_come_back_in_their_own_type(
     assert after == pytest.approx(result.best_loss, abs=0.15)  # the merged weights are rounded to 8 or 11 bits
 
 
+@pytest.mark.slow
 def test_the_environment_cannot_make_it_float16(
     make_tiny: Make,
     tokenizer: PreTrainedTokenizerFast,
@@ -320,6 +333,7 @@ def test_the_environment_cannot_make_it_float16(
         assert seen == {dtype}
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_with_the_step(
     make_tiny: Make,
     tokenizer: PreTrainedTokenizerFast,
@@ -347,6 +361,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(
     assert (tmp_path / "checkpoint-10" / "best.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_model_that_is_broken_from_the_start_is_said_to_be(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:
@@ -387,6 +402,7 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_changed(
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.slow
 def test_global_state_is_as_it_was(
     make_tiny: Make,
     tokenizer: PreTrainedTokenizerFast,
@@ -408,6 +424,7 @@ def test_global_state_is_as_it_was(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.long
 def test_the_seed_decides_everything(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:
@@ -445,6 +462,7 @@ RESUMED: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", RESUMED)
 def test_a_resumed_run_ends_with_the_same_bytes(
     make_tiny: Make,
@@ -470,6 +488,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     assert (resumed.best_step, resumed.best_loss) == (undisturbed.best_step, undisturbed.best_loss)
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_training_only_reads_it(
     make_tiny: Make,
     tokenizer: PreTrainedTokenizerFast,
@@ -487,6 +506,7 @@ def test_resuming_a_finished_training_only_reads_it(
     assert log_csv(first.log) == log_csv(again.log)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "seed", "said"),
     [
@@ -518,6 +538,7 @@ def test_checkpoints_of_another_run_are_refused(
         recover(make_tiny(), tokenizer, repeating[1], repeating[1], quick(steps=5), seed=0, work=tmp_path, resume=True)
 
 
+@pytest.mark.slow
 def test_a_tracker_gets_the_losses(
     make_tiny: Make,
     tokenizer: PreTrainedTokenizerFast,
@@ -554,6 +575,7 @@ def test_the_log_is_csv(make_tiny: Make, quick: Quick, tmp_path: Path) -> None:
     assert keeper.rows[1].seconds >= keeper.rows[0].seconds >= 0
 
 
+@pytest.mark.slow
 def test_a_recovery_is_three_steps_and_the_first_changes_nothing(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:

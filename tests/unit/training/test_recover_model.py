@@ -63,6 +63,7 @@ def names(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_merged_model_loads_in_plain_transformers(folder: Path, settings: Callable[..., RecoverSettings], tmp_path: Path) -> None:
     output = tmp_path / "out" / "recovered"
     result = recover_model(folder, output, settings(), seed=3, command="regraft recover pruned")
@@ -90,6 +91,7 @@ def test_a_merged_model_loads_in_plain_transformers(folder: Path, settings: Call
     load(output)  # checks the checksums
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_a_kept_adapter_loads_in_plain_peft(folder: Path, settings: Callable[..., RecoverSettings], tmp_path: Path) -> None:
     result = recover_model(folder, tmp_path / "adapter", settings(merge=False), seed=3)
@@ -112,6 +114,7 @@ def test_a_kept_adapter_loads_in_plain_peft(folder: Path, settings: Callable[...
     assert "library_name: peft" in (tmp_path / "adapter" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_nothing_is_written_without_an_output(folder: Path, settings: Callable[..., RecoverSettings], tmp_path: Path) -> None:
     before = names(tmp_path)
     result = recover_model(str(folder), None, settings(steps=5))
@@ -119,6 +122,7 @@ def test_nothing_is_written_without_an_output(folder: Path, settings: Callable[.
     assert names(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_half_precision_is_kept_on_disk(folder: Path, settings: Callable[..., RecoverSettings], tmp_path: Path) -> None:
     recover_model(folder, tmp_path / "out", settings(steps=5), load=LoadSettings(dtype="float16"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
@@ -152,6 +156,7 @@ def test_bad_input_leaves_nothing_behind(
     assert names(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_loss_that_explodes_leaves_only_the_checkpoints(
     folder: Path, settings: Callable[..., RecoverSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +177,7 @@ def test_what_exists_is_not_overwritten(folder: Path, settings: Callable[..., Re
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_saving_keeps_the_checkpoints(
     folder: Path, settings: Callable[..., RecoverSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +197,7 @@ def test_a_full_disk_while_saving_keeps_the_checkpoints(
     load(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_what_was_finished_before_a_kill_is_success(
     folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,6 +250,7 @@ def test_what_was_finished_before_a_kill_is_success(
     assert "exists" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("given", [{}, {"merge": False}, {"merge": False, "adapter": "nola"}], ids=["model", "lora", "nola"])
 def test_what_is_finished_is_read_again(
@@ -265,6 +273,7 @@ def test_what_is_finished_is_read_again(
         recover_model(folder, tmp_path / "out", settings(**given, lr=0.5), seed=3, resume=True)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_the_lora_in_a_folder_is_trained_on(folder: Path, settings: Callable[..., RecoverSettings], tmp_path: Path) -> None:
     first = recover_model(folder, tmp_path / "a", settings(merge=False, dropout=0.0), seed=3)
@@ -347,7 +356,7 @@ recover_model(folder, output, settings, seed=3, resume=True)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(
     folder: Path, settings: Callable[..., RecoverSettings], data: Path, tmp_path: Path
 ) -> None:
@@ -380,6 +389,7 @@ def command(*arguments: str) -> None:
     load_command("recover").main(args=list(arguments), standalone_mode=False)
 
 
+@pytest.mark.long
 def test_the_command_line_takes_both_forms_of_merge(folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--data", str(data), "--held-out", "0.2", "--steps", "5", "--batch", "4", "--seq-len", "24", "--rank", "4"]
     command(str(folder), "--output", str(tmp_path / "a"), *common, "--merge", "--lr", "0.01", "--seed", "3")
@@ -394,6 +404,7 @@ def test_the_command_line_takes_both_forms_of_merge(folder: Path, data: Path, tm
     assert (tmp_path / "c" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_resumed_command_is_recorded_as_the_command_itself(
     folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

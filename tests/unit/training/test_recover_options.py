@@ -41,6 +41,7 @@ def stopping(make_tiny: Make, tokenizer: PreTrainedTokenizerFast, train: Corpus,
     return recover(model, tokenizer, train, others, settings, seed=0, work=work / "second", **more)
 
 
+@pytest.mark.long
 def test_training_stops_when_patience_is_out_and_stays_stopped(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,6 +62,7 @@ def test_training_stops_when_patience_is_out_and_stays_stopped(
         assert torch.equal(again.model.state_dict()[name], value)
 
 
+@pytest.mark.slow
 def test_checkpointed_activations_change_nothing(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:
@@ -108,6 +110,7 @@ def test_lora_plus_needs_a_matrix_b(
     assert tensors(model).keys() == before.keys()
 
 
+@pytest.mark.slow
 def test_packed_records_are_read_as_if_alone(
     make_tiny: Make, records: Corpora, tokenizer: PreTrainedTokenizerFast, quick: Quick, tmp_path: Path
 ) -> None:
@@ -142,6 +145,7 @@ def test_records_are_packed_where_least_room_is_left() -> None:
     assert [row.labels.tolist() for row in packed][1] == [-100, 1, 2, -100, 1, 2, 3, 4]
 
 
+@pytest.mark.long
 def test_a_model_that_reads_on_over_the_border_is_not_packed(
     records: Corpora, tokenizer: PreTrainedTokenizerFast, quick: Quick, tmp_path: Path, make_tiny: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

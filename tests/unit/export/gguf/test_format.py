@@ -58,6 +58,7 @@ def architecture_of(file: Path) -> str:
     return gguf.GGUFReader(file).fields["general.architecture"].contents()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_a_uniform_model_computes_the_same_in_llama_cpp(tmp_path: Path, name: str) -> None:
     family, config = EXACT[name]
@@ -80,6 +81,7 @@ UNEVEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("name", UNEVEN)
 def test_an_uneven_model_is_written_as_deci(tmp_path: Path, name: str, family: str) -> None:
@@ -90,6 +92,7 @@ def test_an_uneven_model_is_written_as_deci(tmp_path: Path, name: str, family: s
     assert architecture_of(tmp_path / "out" / "model.gguf") == "deci"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -107,6 +110,7 @@ def test_deci_takes_what_the_plain_architectures_do_not(tmp_path: Path, make: An
     assert architecture_of(tmp_path / "out" / "model.gguf") == "deci"
 
 
+@pytest.mark.slow
 def test_an_uneven_qwen3_with_tied_embeddings_is_written_as_openelm(tmp_path: Path) -> None:
     model = uneven(toy("qwen3", tie_word_embeddings=True), layer1=(2, 1, 64), layer3=(4, 2, 32))
     done = export(as_loaded(model), tmp_path / "out", "gguf", settings=FEW, check=TEXT)
@@ -115,6 +119,7 @@ def test_an_uneven_qwen3_with_tied_embeddings_is_written_as_openelm(tmp_path: Pa
     assert architecture_of(tmp_path / "out" / "model.gguf") == "openelm"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_uneven_qwen3_is_written_as_step35_when_asked(tmp_path: Path, tied: bool) -> None:
     model = uneven(toy("qwen3", tie_word_embeddings=tied), layer1=(2, 1, 96), layer3=(2, 2, 96))
@@ -141,6 +146,7 @@ def test_a_tokenizer_of_the_sentencepiece_kind(tmp_path: Path) -> None:
     assert done.parity.characters == 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quantize", "largest"), [("F16", 0.02), ("BF16", 0.02), ("Q8_0", 0.05), ("Q4_K_M", 0.5)])
 def test_quantized_files_stay_close(tmp_path: Path, quantize: str, largest: float) -> None:
     settings = ExportSettings(quantize=quantize, check_positions=10)
@@ -149,6 +155,7 @@ def test_quantized_files_stay_close(tmp_path: Path, quantize: str, largest: floa
     assert done.parity.divergence < largest
 
 
+@pytest.mark.slow
 def test_k_types_weigh_channels_by_a_text_that_was_given_and_by_none_in_silence(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT * 60, encoding="utf-8")
     loaded, sizes = as_loaded(toy("llama", scale=0.05, hidden_size=256)), dict[str, bytes]()
@@ -161,6 +168,7 @@ def test_k_types_weigh_channels_by_a_text_that_was_given_and_by_none_in_silence(
     assert sizes["alike"] != sizes["weighed"]
 
 
+@pytest.mark.slow
 def test_a_wrong_tensor_is_noticed_and_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_module("regraft.export.gguf.llama_like"), "paired", lambda tensor, heads: tensor)
     with pytest.raises(OutputError, match="not the same"):

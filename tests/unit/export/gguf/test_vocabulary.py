@@ -61,6 +61,7 @@ def assert_read_back(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     assert back(text).input_ids == tokenizer(text).input_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in APPROXIMATED])
 def test_a_rule_is_found_by_what_it_does_and_llama_cpp_does_the_same(tmp_path: Path, crossing: dict[str, Any], rule: str) -> None:
     tokenizer = split_by(crossing, rule)
@@ -71,6 +72,7 @@ def test_a_rule_is_found_by_what_it_does_and_llama_cpp_does_the_same(tmp_path: P
     assert_read_back(tmp_path / "out" / "model.gguf", tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", APPROXIMATED)
 def test_what_llama_cpp_only_approximates_is_refused(tmp_path: Path, crossing: dict[str, Any], rule: str) -> None:
     tokenizer = split_by(crossing, rule)

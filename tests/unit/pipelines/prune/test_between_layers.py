@@ -70,6 +70,7 @@ def test_standard_scores_keep_the_order_and_have_one_scale(make_model: Callable[
     assert all(set(values) == {0.0} for values in standardised(groups, flat).values.values())
 
 
+@pytest.mark.slow
 def test_a_choice_that_is_worse_than_chance_says_so(make_model: Callable[..., PreTrainedModel], monkeypatch) -> None:
     """Only channels of the first layer do anything; the planted criterion takes these first, and its opposite takes them last."""
     model = make_model("llama")

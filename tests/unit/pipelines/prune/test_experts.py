@@ -140,6 +140,7 @@ def test_scores_are_router_weights_times_norms_of_outputs() -> None:
         assert scores.values[f"layers.{layer}.experts"] == pytest.approx(want, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_command_and_what_it_refuses(tmp_path: Path, capsys: Any) -> None:
     random_model("mixtral").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")

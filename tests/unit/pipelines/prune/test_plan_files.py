@@ -49,6 +49,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
     return ["prune", str(folder), "--calibration", str(folder.parent / "text.txt"), "--samples", "10", "--seq-len", "20", *more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{}, {"criterion": "taylor", "select": "global", "order": "mixed"}, {"criterion": "l1", "rounds": 2}])
 def test_a_replay_gives_the_bytes_of_the_run(folder, tmp_path, given):
     direct = prune(folder, tmp_path / "direct", settings(folder, **given), seed=3)
@@ -63,6 +64,7 @@ def test_a_replay_gives_the_bytes_of_the_run(folder, tmp_path, given):
     assert record["settings"] == json.loads((tmp_path / "direct" / "regraft.json").read_text())["settings"]
 
 
+@pytest.mark.slow
 def test_streamed_and_in_memory_replay_one_another(folder, tmp_path):
     asked = settings(folder, criterion="taylor", select="global")
     direct = prune(folder, tmp_path / "direct", asked.model_copy(update={"memory": 2_000_000_000}))
@@ -83,6 +85,7 @@ def test_a_fit_to_the_whole_model_is_not_replayed_layer_by_layer(folder, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command_line_writes_a_plan_and_replays_it(folder, tmp_path, capsys):
     assert run(arguments(folder, "--plan-only", "-o", str(tmp_path / "planned"), "--ratio", "0.3", "--seed", "4")) == 0
     assert [path.name for path in (tmp_path / "planned").iterdir()] == ["plan.json"]
@@ -132,6 +135,7 @@ def test_another_text_does_where_nothing_is_re_fitted(folder, tmp_path):
     assert prune_again == plan
 
 
+@pytest.mark.slow
 def test_a_plan_without_settings_takes_those_that_are_given(folder, tmp_path):
     plan = prune(folder, None, settings(folder), dry_run=True).plan
     bare = PrunePlan(**{name: getattr(plan, name) for name in PrunePlan.__dataclass_fields__ if name != "made_with"})
@@ -179,6 +183,7 @@ def test_the_record_of_a_model_that_was_not_pruned_is_no_plan(folder, tmp_path, 
         read_plan(tmp_path / "saved")
 
 
+@pytest.mark.slow
 def test_a_large_model_is_not_re_fitted_to_its_predictions_unless_it_is_asked_for(folder, monkeypatch):
     monkeypatch.setattr(resolved, "MOST_REFITTING_BYTES", 1000)
     large = prune(folder, None, settings(folder), dry_run=True)

@@ -51,6 +51,7 @@ def plan(folder: Path, **changes: Any):
     return prune(folder, None, settings(folder, **changes), dry_run=True).plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [None, "2GB"], ids=["whole", "streamed"])
 @pytest.mark.parametrize("given", [{"criterion": "taylor", "select": "global"}, {"criterion": "surgeon", "select": "global"}])
 def test_a_second_ratio_does_not_touch_the_model(folder, passes, memory, given):
@@ -63,6 +64,7 @@ def test_a_second_ratio_does_not_touch_the_model(folder, passes, memory, given):
     assert again == plan(folder, ratio=0.35, memory=memory, cache=None, **given), "and gives what scoring again gives"
 
 
+@pytest.mark.slow
 def test_measured_curves_are_kept_too(folder, passes):
     usual = {"criterion": "surgeon"}  # curves that are predicted are measured near the widths of each ratio
     plan(folder, ratio=0.2, **usual)
@@ -80,6 +82,7 @@ def test_streaming_and_memory_share_their_scores_in_single_precision(folder, pas
     assert passes == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [{"order": "mixed"}, {"granularity": "vector"}, {"reduce": "max"}, {"samples": 9}, {"seq_len": 19}, {"criterion": "energy"}],
@@ -92,6 +95,7 @@ def test_other_settings_are_other_scores(folder, passes, change):
     assert passes
 
 
+@pytest.mark.slow
 def test_another_model_and_another_seed_are_other_scores(folder, tmp_path, make_model, passes):
     usual = {"criterion": "taylor", "select": "global"}
     plan(folder, **usual)
@@ -113,6 +117,7 @@ def test_random_scores_depend_on_the_seed(folder):
     assert first.cuts != second.cuts
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_made_again(folder, passes):
     usual = {"criterion": "taylor", "select": "global"}
     wanted = plan(folder, **usual)

@@ -35,6 +35,7 @@ def uneven(make_model: Make) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{"criterion": "l2"}, {"samples": 8, "seq_len": 16}])
 def test_layers_are_equal_unless_another_shape_is_asked_for(make_model: Make, tmp_path: Path, given: dict[str, Any]) -> None:
     """A stock class loads the folder, in a transformers that knows no other; the default re-fit is the one for text."""
@@ -47,6 +48,7 @@ def test_layers_are_equal_unless_another_shape_is_asked_for(make_model: Make, tm
     assert not any("shape" in note for note in result.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
@@ -65,6 +67,7 @@ def test_what_makes_layers_differ_makes_the_shape_per_layer_and_says_so(make_mod
         prune(make_model("llama"), None, PruneSettings(shape="uniform", **asked), **ways)
 
 
+@pytest.mark.slow
 def test_a_model_whose_layers_differ_already_is_pruned_layer_by_layer(make_model: Make, tmp_path: Path) -> None:
     model = uneven(make_model)
     again = PruneSettings(criterion="l2", ratio=0.1, align=1)
@@ -97,6 +100,7 @@ def test_a_recipe_spares_layers_without_a_shape_and_not_with_uniform() -> None:
     assert check_recipe({"model": "x", "prune": {"layers": "1:", "shape": "uniform"}})[1]
 
 
+@pytest.mark.slow
 def test_the_command_knows_what_was_typed(make_model: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_model("llama").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -115,6 +119,7 @@ def test_the_command_knows_what_was_typed(make_model: Make, tmp_path: Path, caps
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "stock")) is LlamaForCausalLM
 
 
+@pytest.mark.slow
 def test_equal_layers_that_no_stock_class_holds_are_said_to_be_that(
     make_model: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ from regraft.settings import PruneSettings
 SMALL = {"samples": 6, "seq_len": 16, "ratio": 0.1, "criterion": "wanda", "select": "uniform", "reconstruct": "least_squares"}
 
 
+@pytest.mark.long
 def test_text_of_the_model_itself_and_a_file_calibrate_together(tmp_path: Path) -> None:
     text = tmp_path / "own.txt"
     text.write_text("def add(a, b):\n    return a + b\n\n" * 40)
@@ -33,6 +34,7 @@ def test_text_of_the_model_itself_and_a_file_calibrate_together(tmp_path: Path) 
     assert all(bool((one == two).all()) for one, two in zip(result.model.parameters(), again.model.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_model_writes_beside_a_single_text_if_asked_and_where_there_is_none(
     tmp_path: Path, make_model: Callable[..., PreTrainedModel]
 ) -> None:
@@ -63,6 +65,7 @@ def test_the_model_writes_beside_a_single_text_if_asked_and_where_there_is_none(
         prune(model_folder, settings=PruneSettings(calibration=Path(f"{text},self"), own_text=0.3, **quick))
 
 
+@pytest.mark.slow
 def test_sources_that_are_missing_or_make_no_sense_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"missing\.txt' does not exist"):
         prune("seedling", settings=PruneSettings(calibration=Path("self,missing.txt"), **SMALL))

@@ -51,6 +51,7 @@ def logits(folder: Path, ids: list[int]) -> torch.Tensor:
         return AutoModelForCausalLM.from_pretrained(folder).eval()(torch.tensor([ids])).logits[0]
 
 
+@pytest.mark.long
 def test_texts_of_kept_tokens_have_the_same_logits(folder: Path, tmp_path: Path) -> None:
     command = ["prune", str(folder), "-o", str(tmp_path / "small"), "--targets", "vocabulary", "--calibration", str(text_file())]
     assert run([*command, "--vocabulary-size", "450"]) == 0
@@ -78,6 +79,7 @@ def test_texts_of_kept_tokens_have_the_same_logits(folder: Path, tmp_path: Path)
     assert same > 100
 
 
+@pytest.mark.slow
 def test_a_file_of_tokens_and_the_plan_again(folder: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     longest = max((token for token in tokenizer.get_vocab() if token.lstrip("Ġ").isascii()), key=len)

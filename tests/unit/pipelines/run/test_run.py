@@ -68,6 +68,7 @@ def names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_run_from_beginning_to_end(tmp_path: Path, recipe: Callable[..., Path], text: Path) -> None:
     said: list[str] = []
     result = run(recipe(), tmp_path / "run", say=said.append)
@@ -100,6 +101,7 @@ def test_a_run_from_beginning_to_end(tmp_path: Path, recipe: Callable[..., Path]
     assert set(samples) == {"prompt", "dense", "pruned", "recovered"}
 
 
+@pytest.mark.long
 def test_ranks_are_found_between_pruning_and_recovery(tmp_path: Path, recipe: Callable[..., Path]) -> None:
     search = {"budget": "r=2", "ranks": [1, 2, 3], "trials": 3, "cost": 3, "elastic": 0, "samples": 4, "confirm_seeds": 2}
     kept = {"rank": 8, "held_out": 0.2, "held_out_windows": 4, "merge": False}
@@ -122,6 +124,7 @@ def test_ranks_are_found_between_pruning_and_recovery(tmp_path: Path, recipe: Ca
         assert str(tmp_path / "run").encode() not in (tmp_path / "run" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_the_folder_tells_nothing_of_where_it_stands(tmp_path: Path, recipe: Callable[..., Path]) -> None:
     run(recipe(), tmp_path / "somewhere-special")
     folder = tmp_path / "somewhere-special"
@@ -129,6 +132,7 @@ def test_the_folder_tells_nothing_of_where_it_stands(tmp_path: Path, recipe: Cal
         assert b"somewhere-special" not in (folder / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_stages_that_are_left_out(tmp_path: Path, recipe: Callable[..., Path]) -> None:
     measured_only = run(recipe(prune=None, recover=None, sample=None), tmp_path / "a")
     assert list(measured_only.measurements) == ["dense"]
@@ -141,6 +145,7 @@ def test_stages_that_are_left_out(tmp_path: Path, recipe: Callable[..., Path]) -
     assert tuned_only.plan is None
 
 
+@pytest.mark.slow
 def test_speeds_are_measured_together_and_kept_apart(tmp_path: Path, recipe: Callable[..., Path]) -> None:
     result = run(recipe(recover=None, sample=None, evaluate={"speed": True}), tmp_path / "run")
     speeds = [entry.speed for entry in result.measurements.values()]
@@ -152,6 +157,7 @@ def test_speeds_are_measured_together_and_kept_apart(tmp_path: Path, recipe: Cal
     assert again.measurements == result.measurements
 
 
+@pytest.mark.slow
 def test_a_dry_run_plans_and_writes_nothing(tmp_path: Path, recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     path = recipe()
     before = names(tmp_path)
@@ -181,6 +187,7 @@ def test_overrides_reach_the_stages_and_the_record(tmp_path: Path, recipe: Calla
     assert result.recipe.recover is None
 
 
+@pytest.mark.slow
 def test_other_contents_of_a_file_are_another_run(tmp_path: Path, recipe: Callable[..., Path], text: Path) -> None:
     path = recipe(recover=None, sample=None)
     run(path, tmp_path / "run")
@@ -189,6 +196,7 @@ def test_other_contents_of_a_file_are_another_run(tmp_path: Path, recipe: Callab
         run(path, tmp_path / "run", resume=True)
 
 
+@pytest.mark.slow
 def test_another_model_is_another_run(tmp_path: Path, recipe: Callable[..., Path], model: Path, make_model: Any) -> None:
     path = recipe(recover=None, sample=None)
     run(path, tmp_path / "run")
@@ -285,6 +293,7 @@ def test_a_folder_that_exists_is_refused_before_the_model_is_loaded(tmp_path: Pa
     assert names(tmp_path / "run") == {"mine"}
 
 
+@pytest.mark.slow
 def test_every_model_is_scored_on_tasks_and_texts(recipe: Callable[..., Path], tmp_path: Path) -> None:
     words = tmp_path / "words.txt"
     words.write_text(" ".join(f"{WORDS[(step * step) % len(WORDS)]}{step}" for step in range(400)), encoding="utf-8")

@@ -272,6 +272,7 @@ def run_until_killed(path: Path, delay: float) -> int:
     return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
 
 
+@pytest.mark.long
 def test_killed_anywhere_it_ends_the_same(tmp_path: Path) -> None:
     """Kills a run of three stages again and again, each time a little later, until it gets through."""
     assert run_until_killed(tmp_path / "calm", 60) == 0

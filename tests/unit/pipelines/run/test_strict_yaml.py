@@ -53,6 +53,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(VALUES)
 @example({"0E0": None})
 @example(["1e5", "no", "1:20", "010", "~"])
@@ -69,6 +70,7 @@ def test_json_is_yaml(value: dict[str, Any]) -> None:
     assert read_value(json.dumps(value)) == value
 
 
+@pytest.mark.slow
 @given(st.text(max_size=40))
 def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
     try:
