@@ -160,8 +160,10 @@ def main(command: list[str], work: Path, moments: int, timers: int, most_kills: 
     for index, plan in enumerate(plans):
         folder = work / f"killed-{index}"
         code, *_ = _attempt(run, folder, **plan)
-        stopped = _names(folder)
+        stopped, finished = _names(folder), calm.items() <= _tree(folder).items()
         again, *_ = _attempt(run, folder)
+        if finished and again == 2:
+            again = 0  # killed after its last file was in place: a command without --resume refuses its own whole output
         attempts.append(Attempt(str(plan), code, again, different(folder), stopped))
         shutil.rmtree(folder)
     codes: list[int] = []
