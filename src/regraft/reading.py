@@ -12,6 +12,7 @@ import math
 import os
 import re
 import stat
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -20,6 +21,8 @@ from regraft.errors import InputError, RegraftError, shown
 
 LARGEST_JSON_BYTES = 1 << 28  # a plan with every unit of a large model takes a few megabytes
 DEEPEST_JSON = 100
+LONGEST_HEADER_BYTES = 100_000_000  # the limit of the reference reader of safetensors
+AGAIN = "copy or download it again"
 LARGEST_SEED = 2**63 - 1
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
 
@@ -171,6 +174,35 @@ def read_object(path: Path, error: type[RegraftError] = InputError) -> dict[str,
     if not isinstance(value, dict):
         raise error(f"'{shown(path)}' holds {_kind(value)}, no JSON object; mend it or write it again")
     return value
+
+
+def read_safetensors_header(path: Path, error: type[RegraftError] = InputError) -> tuple[dict[str, Any], int, int]:
+    """Returns the header of a safetensors file, its length, and the size of the file, in bytes; no tensor is read.
+
+    The format (https://huggingface.co/docs/safetensors): eight bytes, little-endian, with the length of a JSON header; the header; the
+    tensors.
+
+    Raises:
+        RegraftError: It is no ordinary file, truncated, damaged, or a git-lfs pointer; the exception has the type ``error``.
+    """
+    size_bytes = check_ordinary(path, error)
+    name = shown(path)
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        if start == b"version ":
+            raise error(f"'{name}' is a git-lfs pointer, not the weights; fetch them with: git lfs pull")
+        header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 0 < header_bytes <= min(LONGEST_HEADER_BYTES, size_bytes - 8):
+            raise error(f"'{name}' is truncated or damaged: {size_bytes} bytes, of which the header claims {header_bytes}; {AGAIN}")
+        text = stream.read(header_bytes)
+    try:
+        header = parse_json(text, "the header", error)
+        header.pop("__metadata__", None)
+    except RegraftError:
+        raise error(f"'{name}' is damaged: its header cannot be read (ValueError); {AGAIN}") from None
+    except (AttributeError, TypeError) as failure:  # no object
+        raise error(f"'{name}' is damaged: its header cannot be read ({type(failure).__name__}); {AGAIN}") from None
+    return header, header_bytes, size_bytes
 
 
 def text_in(value: object) -> str | None:

@@ -7,7 +7,6 @@ which maps each tensor to its dtype, shape and byte range; the bytes, without ga
 from __future__ import annotations
 
 import math
-import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ import torch
 from torch import Tensor
 
 from regraft.errors import ModelError, RegraftError, shown
-from regraft.reading import check_ordinary, parse_json, read_object
+from regraft.reading import AGAIN, read_object, read_safetensors_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-LONGEST_HEADER_BYTES = 100_000_000  # the limit of the reference reader
 LARGEST_EMPTY_SIDE = 1 << 20  # a tensor without values takes no byte of the file, whatever its other sides promise
 DTYPES = {
     "F64": torch.float64,
@@ -39,7 +37,6 @@ DTYPES = {
 }
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float32}
 CONVERT = "transformers.AutoModelForCausalLM.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(OTHER_FOLDER)"
-AGAIN = "copy or download it again"
 
 
 @dataclass(frozen=True)
@@ -70,24 +67,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         ModelError: The file is truncated, damaged, a git-lfs pointer, or holds a number type that we do not read.
     """
-    size_bytes = check_ordinary(path, ModelError)
-    name = shown(path)
-    with path.open("rb") as stream:
-        start = stream.read(8)
-        if start == b"version ":
-            raise ModelError(f"'{name}' is a git-lfs pointer, not the weights; fetch them with: git lfs pull")
-        header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 0 < header_bytes <= min(LONGEST_HEADER_BYTES, size_bytes - 8):
-            raise ModelError(f"'{name}' is truncated or damaged: {size_bytes} bytes, of which the header claims {header_bytes}; {AGAIN}")
-        text = stream.read(header_bytes)
+    header, header_bytes, size_bytes = read_safetensors_header(path, ModelError)
     try:
-        header = parse_json(text, "the header", ModelError)
-        header.pop("__metadata__", None)
         entries = {key: _entry(value, path, 8 + header_bytes) for key, value in header.items()}
-    except ModelError:
-        raise ModelError(f"'{name}' is damaged: its header cannot be read (ValueError); {AGAIN}") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
-        raise ModelError(f"'{name}' is damaged: its header cannot be read ({type(error).__name__}); {AGAIN}") from None
+        raise ModelError(f"'{shown(path)}' is damaged: its header cannot be read ({type(error).__name__}); {AGAIN}") from None
     _refuse_gaps(path, entries, size_bytes - 8 - header_bytes)
     return {key: tensor for key, (tensor, _) in entries.items()}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import struct
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 
 from regraft import seedling
 from regraft.errors import InputError, shown
-from regraft.reading import is_folder, parse_json, read_object
+from regraft.reading import is_folder, is_whole, read_object, read_safetensors_header
 
 CONTEXT_TOKENS = 2048
 MOST_PRUNED = 0.5  # beyond half of the parameters little is left to recover
@@ -242,23 +241,12 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
     Raises:
         InputError: It is none.
     """
-    try:
-        with file.open("rb") as stream:
-            length = struct.unpack("<Q", stream.read(8))[0]
-            if not 2 <= length <= 1 << 27:
-                raise InputError(f"'{shown(file)}' is no safetensors file; download it again")
-            header = parse_json(stream.read(length), f"the header of '{shown(file)}'")
-    except (OSError, struct.error):
-        raise InputError(f"'{shown(file)}' cannot be read; download it again") from None
-    found: dict[str, dict[str, Any]] = {}
-    for name, entry in header.items() if isinstance(header, dict) else ():
-        if name == "__metadata__":
-            continue
+    header, _, _ = read_safetensors_header(file)
+    for entry in header.values():
         shape = entry.get("shape") if isinstance(entry, dict) else None
         if not isinstance(shape, list) or not all(isinstance(side, int) and 0 <= side < 1 << 40 for side in shape) or "dtype" not in entry:
             raise InputError(f"'{shown(file)}' has a damaged header; download it again")
-        found[name] = entry
-    return found
+    return header
 
 
 def _number(config: Mapping[str, Any], *names: str) -> int:
@@ -269,6 +257,6 @@ def _number(config: Mapping[str, Any], *names: str) -> int:
     """
     for name in names:
         value = config.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if is_whole(value, 1, math.inf):
             return value
     raise InputError(f"config.json has none of {', '.join(names)}; advice is for decoders of attention and feed-forward layers")

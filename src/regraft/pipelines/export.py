@@ -213,13 +213,22 @@ def _folded_live(adapted: PeftModel, tokenizer: PreTrainedTokenizerBase | None) 
     Raises:
         OutputError: The model computes something else with the adapter in its weights.
     """
-    base, found = plain(adapted), lineage(plain(adapted))
-    fitting = fitting_tokenizer(tokenizer, base)
+    base = plain(adapted)
+    found, fitting = lineage(base), fitting_tokenizer(tokenizer, base)
     with resting(adapted):
-        trained = probe(adapted, retrained_tokens(adapted), text_ids(fitting))
-        count, model = sum(1 for _ in layers_of(adapted)), merge_stock(copy.deepcopy(adapted))
-    refuse_other(trained, model, "the adapter, folded in,", "keep it beside its base, and report this: it is a fault of ours")
+        model, count, trained = _merged_stock(copy.deepcopy(adapted), fitting)
+    _refuse_unlike(trained, model, "the adapter")
     return Loaded(model, fitting, found.source, fingerprint(model), found.provenance), count, trained
+
+
+def _merged_stock(adapted: PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[PreTrainedModel, int, Probe]:
+    """Folds an adapter of PEFT in; returns the model, how many modules that changed, and what was computed before."""
+    count, trained = sum(1 for _ in layers_of(adapted)), probe(adapted, retrained_tokens(adapted), text_ids(tokenizer))
+    return merge_stock(adapted), count, trained
+
+
+def _refuse_unlike(trained: Probe, model: PreTrainedModel, adapter: str) -> None:
+    refuse_other(trained, model, f"{adapter}, folded in,", "keep it beside its base, and report this: it is a fault of ours")
 
 
 def _merged(folder: Path, output: Path, settings: LoadSettings, command: str) -> ExportResult:
@@ -259,10 +268,8 @@ def _folded(folder: Path, settings: LoadSettings) -> tuple[Loaded, int, Probe]:
         model = merge(injected)
     else:
         loaded = load_adapted(folder, settings)
-        adapted = cast(PeftModel, loaded.model)
-        count, trained = sum(1 for _ in layers_of(adapted)), probe(adapted, retrained_tokens(adapted), text_ids(loaded.tokenizer))
-        model = merge_stock(adapted)
-    refuse_other(trained, model, f"the adapter '{folder}', folded in,", "keep it beside its base, and report this: it is a fault of ours")
+        model, count, trained = _merged_stock(cast(PeftModel, loaded.model), loaded.tokenizer)
+    _refuse_unlike(trained, model, f"the adapter '{folder}'")
     return replace(loaded, model=model), count, trained
 
 

@@ -166,7 +166,7 @@ def recover_model(
     _check_early(chosen)
     order = _Order(model, tokenizer, in_memory(data), chosen, load, seed, in_place, resume, command)
     if resume and output is not None and work is None:
-        prepared = _prepared_before(model, output, chosen, load, seed, tokenizer, order.texts)
+        prepared = _prepared_before(order, output)
         if prepared is not None:
             return _read_again(output, prepared, load)
     given = order.texts if order.texts is not None else chosen.data
@@ -195,9 +195,7 @@ class _Order:
 def _carry_out(order: _Order, work: Path) -> RecoverResult:
     """Trains, with the checkpoints in a folder."""
     seed = order.seed
-    settings, loaded, injected, corpora = _prepared(
-        order.model, order.tokenizer, order.settings, order.load, order.texts, seed=seed, in_place=order.in_place
-    )
+    settings, loaded, injected, corpora = _prepared(order)
     began_with = _began_with(order.model, corpora, order.texts)
     teacher = load_teacher(settings, order.load, loaded)
     done = recover(
@@ -217,15 +215,7 @@ def _carry_out(order: _Order, work: Path) -> RecoverResult:
 Prepared = tuple[RecoverSettings, Loaded, Injected | None, tuple[Corpus, Corpus] | tuple[Labelled, Labelled]]
 
 
-def _prepared_before(
-    model: ModelLike | PeftModel,
-    output: Path,
-    settings: RecoverSettings,
-    load: LoadSettings,
-    seed: int,
-    tokenizer: PreTrainedTokenizerBase | None,
-    texts: Texts | None,
-) -> Prepared | None:
+def _prepared_before(order: _Order, output: Path) -> Prepared | None:
     """Returns what :func:`recover_model` would begin with if its output holds already what it would write, and None otherwise.
 
     Only the name of a data file is compared, as the record of the output holds no more. What a killed run left beside it is removed.
@@ -235,13 +225,13 @@ def _prepared_before(
         RegraftError: Anything else that the user can mend, in one line.
     """
     record = read_provenance(output) if is_folder(output) else None
-    if record is None or "recover" not in record.settings or record.seed != seed:
+    if record is None or "recover" not in record.settings or record.seed != order.seed:
         return None
     if not record.files or any(not (output / name).is_file() or sha256_of(output / name) != sha for name, sha in record.files.items()):
         return None
-    prepared = _prepared(model, tokenizer, settings, load, texts, seed=seed, in_place=False)
+    prepared = _prepared(dataclasses.replace(order, in_place=False))
     decided, loaded, _, corpora = prepared
-    wanted = decided.model_dump(mode="json", exclude={"quiet"}), loaded.fingerprint, _began_with(model, corpora, texts)
+    wanted = decided.model_dump(mode="json", exclude={"quiet"}), loaded.fingerprint, _began_with(order.model, corpora, order.texts)
     written = {name: value for name, value in record.settings["recover"].items() if name != "quiet"}
     if (written, record.source_fingerprint, {name: record.settings[name] for name in _BEGAN_WITH if name in record.settings}) != wanted:
         return None
@@ -261,22 +251,14 @@ def _read_again(output: Path, prepared: Prepared, load: LoadSettings) -> Recover
     return RecoverResult(done, loaded, settings, record, record, _judged(done, loaded, corpora[1], settings), finished_before=True)
 
 
-def _prepared(
-    model: ModelLike | PeftModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    settings: RecoverSettings,
-    load: LoadSettings,
-    texts: Texts | None,
-    *,
-    seed: int,
-    in_place: bool,
-) -> tuple[RecoverSettings, Loaded, Injected | None, tuple[Corpus, Corpus] | tuple[Labelled, Labelled]]:
+def _prepared(order: _Order) -> Prepared:
     """Returns settings with everything decided, the model with the adapter that it carries, training data and held-out data."""
+    settings, seed = order.settings, order.seed
     if settings.ranks is not None:  # a record holds the plan, wherever its file lies
         settings = settings.model_copy(update={"ranks": read_ranks(settings.ranks)})
-    given = texts if texts is not None else settings.data
+    given = order.texts if order.texts is not None else settings.data
     corpora = training_rows(settings, seed, given) if given is not None or settings.task != "language" else None
-    loaded, injected = _student(model, tokenizer, corpora, settings, load, seed=seed, in_place=in_place)
+    loaded, injected = _student(order.model, order.tokenizer, corpora, settings, order.load, seed=seed, in_place=order.in_place)
     check_made_for(settings.ranks, loaded.fingerprint)
     if corpora is None:
         corpora = built_in_rows(loaded)

@@ -42,7 +42,7 @@ from regraft.pipelines.prune.summary import collapsed, plan_summary, why_kept
 from regraft.pipelines.prune.vocabulary import of_vocabulary, prune_vocabulary
 from regraft.pipelines.results import Saving
 from regraft.pipelines.texts import Texts, described, in_memory, path_in, text_for
-from regraft.plans import Groups, Provenance, PrunePlan, to_dict
+from regraft.plans import Groups, Provenance, PrunePlan
 from regraft.progress import Say, say_nothing
 from regraft.selection import SELECTORS
 from regraft.settings import LoadSettings, PruneSettings, takes_settings, with_keywords
@@ -497,8 +497,3 @@ def _cut(
     # From where least squares ends it goes on to the predictions.
     method = None if resolved.refit is None else "mean" if resolved.refit == "mean" else "least_squares"
     return apply_plan(ModelView(model), groups, plan, windows, method, source_N, bridged=resolved.settings.bridge)
-
-
-def plan_dict(plan: PrunePlan) -> dict[str, Any]:
-    """Returns a plan as plain JSON types, with the achieved share."""
-    return to_dict(plan) | {"achieved": plan.achieved}
