@@ -28,7 +28,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 
 from regraft.errors import OutputError, shown
 
@@ -242,6 +241,8 @@ def _try_lock(handle: int, file: Path) -> str | None:
 
 
 def _signature() -> bytes:
+    import psutil  # at use, for the command line's sake: it is slow to load
+
     me = psutil.Process()
     owner = {
         "what": _FORMAT,
@@ -272,6 +273,8 @@ def _lives(owner: dict[str, Any]) -> bool:
     """Returns whether an owner is still there; of other machines nobody can tell, so they count as alive."""
     if owner.get("host") != socket.gethostname():
         return True
+    import psutil  # at use, for the command line's sake: it is slow to load
+
     try:
         return psutil.Process(int(owner["process"])).create_time() == owner["started"]
     except (psutil.Error, KeyError, TypeError, ValueError):

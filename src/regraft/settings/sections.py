@@ -143,7 +143,7 @@ BY_CONTENT: JsonDict = {"affects_result": "by content"}  # keys of results use a
 class Settings(BaseModel):
     """Base class of all sections: frozen, and refusing unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, defer_build=True)
     # Words that PEFT and transformers have for a setting, each with the name that it has here; taken wherever settings are given.
     aliases: ClassVar[Mapping[str, str]] = {}
 
