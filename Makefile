@@ -24,11 +24,11 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not long"
 
-# The tests that take about four seconds of a processor or more each, more than half of the time of all; CI runs them after the others.
+# The tests that take about two and a half seconds of a processor or more each, two thirds of the time of all; CI runs them after the others.
 test-long: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m long
 
-# What to run while working: without the tests of about half a second of a processor or more, and those that need servers or ../shared.
+# What to run while working: without the tests of about a fifth of a second of a processor or more, and those that need servers or ../shared.
 test-fast: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not long" tests/unit tests/conformance
 

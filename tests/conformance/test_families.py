@@ -72,6 +72,7 @@ def saved(model: PreTrainedModel, folder: object) -> None:
         save(model, None, str(folder), Provenance("test", "random", "0" * 16, 0, {}), "# Test")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ALL)
 def test_saved_loaded_and_generated(family, tmp_path):
     pruned = smaller(family, widest(family))

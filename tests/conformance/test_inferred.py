@@ -187,6 +187,7 @@ def test_the_commands_take_it_by_default_settings_and_streamed(family, tmp_path)
         torch.testing.assert_close(streamed[name], tensor, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "why"),
     [
@@ -215,6 +216,7 @@ def test_what_cannot_be_cut_is_left_out_with_a_word(tmp_path, capsys):
         assert "--targets residual is left out: the norms of a family without a table cannot be rescaled with certainty" in said
 
 
+@pytest.mark.slow
 def test_a_computation_that_cannot_be_exported_is_refused_in_one_line(capfd):
     """A rotary embedding of half of five channels: the model itself cannot be run."""
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["phi"](**{**GROUPED, "hidden_size": 60}))

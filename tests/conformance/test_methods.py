@@ -74,6 +74,7 @@ def test_compressors_conform(name: str) -> None:
     check_compressor(COMPRESSORS.get(name), LOST[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_adapters_conform(name: str) -> None:
     check_adapter(FORMS[name])

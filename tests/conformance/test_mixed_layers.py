@@ -165,7 +165,7 @@ def pruned_by(family: str, lost: dict[str, list[int]]) -> PreTrainedModel:
     return cut(model, groups, plan)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_removing_is_silencing_in_the_layers_that_have_the_part(family: str) -> None:
     assert family not in families()

@@ -80,7 +80,7 @@ MODES = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("targets", "ratio", "unit"), MODES)
 @pytest.mark.parametrize("select_by", ["uniform", "global"])
 def test_the_share_is_met_and_removing_is_zeroing(folder, targets, ratio, unit, select_by):
@@ -98,7 +98,7 @@ def test_the_share_is_met_and_removing_is_zeroing(folder, targets, ratio, unit, 
         assert (done.model(IDS).logits - want).abs().max() <= 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("select_by", ["uniform", "global", "knapsack"])
 @pytest.mark.parametrize("targets", [("heads", "query_heads", "ffn"), ("layers",), ("residual", "layers", "heads", "ffn")])
 def test_a_uniform_shape_stays_of_the_familys_own_class(folder, targets, select_by):
@@ -187,6 +187,7 @@ def test_the_command_prunes_by_measured_damage(folder, tmp_path, targets):
         assert torch.equal(first, second)
 
 
+@pytest.mark.slow
 def test_the_ledger_counts_what_is_really_left(model, groups):
     """Against the shapes of a state dict that was cut, for every pair of kinds and for all of them."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -307,7 +308,7 @@ def test_the_nested_knapsack_finds_the_best_of_all_choices(groups):
         assert damage == pytest.approx(min(damage_of[id(kept)] for kept in near))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "says"),
     [

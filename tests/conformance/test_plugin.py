@@ -48,7 +48,7 @@ def run(installed: Path, *command: str) -> subprocess.CompletedProcess[str]:
     return fresh.run([*command], env=os.environ | {"PYTHONPATH": paths})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_its_criterion_prunes_and_the_broken_one_is_named(installed: Path, tmp_path: Path) -> None:
     options = ["--ratio", "0.2", "--shape", "uniform", "--select", "uniform", "--reconstruct", "none", "--device", "cpu"]
     done = run(installed, "-m", "regraft", "prune", "seedling", "--criterion", "spread", *options, "-o", str(tmp_path / "pruned"))
@@ -63,6 +63,7 @@ def test_its_criterion_prunes_and_the_broken_one_is_named(installed: Path, tmp_p
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.long
 def test_its_own_tests_pass(installed: Path) -> None:
     test = ROOT / "examples" / "plugin" / "test_plugin.py"
     done = run(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", "-c", os.devnull, str(test))

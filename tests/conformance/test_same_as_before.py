@@ -172,6 +172,7 @@ def before() -> dict[str, Any]:
 OUTPUTS = [*(name for name in COMMANDS if name not in ("ranks.json", "recipe")), "recipe pruned", "recipe model"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_the_weights_are_the_same(now: dict[str, Any], before: dict[str, Any], name: str) -> None:
     assert set(now["outputs"]) == set(before["outputs"]) == set(OUTPUTS)

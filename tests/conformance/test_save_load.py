@@ -111,7 +111,7 @@ STOCK = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["plain", "regraft", "own-code"])
 def test_loads_in_a_fresh_process(make_model, tmp_path, mode):
     shapes = {"plain": ("uniform",), "regraft": ("uniform", "uneven", "removed"), "own-code": ("uneven", "removed")}[mode]

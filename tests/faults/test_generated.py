@@ -174,6 +174,7 @@ def a_past_search(first: float) -> dict[str, Any]:
     return {"space": space, "trials": trials, "model": "m", "parameters": 400, "ratio": 0.2, "settings": settings}
 
 
+@pytest.mark.long
 def test_every_leaf_of_a_past_search(tmp_path: Path) -> None:
     whole = a_past_search(2.0)
     others = read_one(tmp_path, a_past_search(3.0))

@@ -142,6 +142,7 @@ def test_share_pruned_is_counted_from_the_shapes(folder: Path, found: Path) -> N
         assert slot.features["share_pruned"] == pytest.approx(1 - sizes[1] / sizes[0])
 
 
+@pytest.mark.long
 def test_a_search_that_was_stopped_goes_on_to_the_same_answer(
     folder: Path, found: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +243,7 @@ def planted_search(folder: Path, plan: Path, monkeypatch: pytest.MonkeyPatch, ga
     return allocate_ranks(folder / "pruned", plan, settings, recover).search
 
 
+@pytest.mark.long
 def test_a_planted_gain_is_found_and_confirmed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     search = planted_search(folder, tmp_path / "plan.json", monkeypatch, gain=0.1, noise=0.002)
     assert search.found[0] == 3
@@ -251,12 +253,14 @@ def test_a_planted_gain_is_found_and_confirmed(folder: Path, tmp_path: Path, mon
     assert "beat uniform" in search.verdict
 
 
+@pytest.mark.long
 def test_noise_alone_leaves_uniform(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     search = planted_search(folder, tmp_path / "plan.json", monkeypatch, gain=0.0, noise=0.01)
     assert set(search.plan.ranks.values()) == {2}
     assert "uniform is kept" in search.verdict
 
 
+@pytest.mark.long
 def test_a_candidate_that_fails_is_written_down(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure = measuring.OpenMeasure.__call__
 
@@ -406,6 +410,7 @@ def test_a_learning_rate_that_breaks_every_candidate_is_said(folder: Path, tmp_p
     assert "every trial failed; see their notes, and try a lower learning rate" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_the_elastic_adapter_scores_first_and_is_told_of(folder: Path, tmp_path: Path) -> None:
     assert allocate(folder, tmp_path / "plan.json", "--elastic", "6", "--confirm-seeds", "0") == 0
     search = from_json(RankSearch, (tmp_path / "plan.search" / "search.json").read_bytes())

@@ -61,6 +61,7 @@ def test_what_the_criterion_takes_is_cut_exactly(folder, criterion):
         assert (done.model(IDS).logits - want).abs().max() <= 1e-5
 
 
+@pytest.mark.long
 def test_the_command_prunes_saves_and_measures(folder, tmp_path):
     """By default settings: scores, measured widths and re-fitting."""
     out = tmp_path / "pruned"

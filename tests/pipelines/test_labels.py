@@ -128,6 +128,7 @@ def test_the_head_travels_with_the_adapter(tmp_path: Path, capsys: Any, adapter:
     assert float((outputs(stock, base) - merged).abs().max()) <= 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "adapter", "new"), [("bert-mlm", "lora", "bert.pooler"), ("modernbert", "deep_lora", "head")])
 def test_what_a_checkpoint_lacks_before_the_head_is_learnt_with_it(tmp_path: Path, capsys: Any, kind: str, adapter: str, new: str) -> None:
     """BERT trained on masked words has no pooler: one drawn anew for each load would undo what was learnt."""
@@ -197,6 +198,7 @@ def test_accumulated_rows_weigh_alike(tmp_path: Path, capsys: Any) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("task", ["classification", "regression"])
 @pytest.mark.parametrize("adapter", ["lora", "deep_lora"])
 def test_what_is_saved_is_measured_on_other_rows(tmp_path: Path, capsys: Any, task: str, adapter: str) -> None:

@@ -204,6 +204,7 @@ def test_epochs_are_counted_in_steps(model: PreTrainedModel) -> None:
     assert result.settings.epochs is None
 
 
+@pytest.mark.slow
 def test_a_model_in_memory_is_measured_as_its_folder_is(model: PreTrainedModel, tmp_path: Path, text: Path) -> None:
     tokenizer = tiny_tokenizer()
     model.save_pretrained(tmp_path / "model")

@@ -128,6 +128,7 @@ def test_the_list_of_built_ins_names_every_module_that_registers_and_no_other(ki
     assert set(registry._values) == set(built_in(kind))
 
 
+@pytest.mark.slow
 def test_names_are_listed_without_importing_a_method() -> None:
     code = (
         "import sys; from regraft.registry import listed; from regraft.settings import PruneSettings;"

@@ -229,6 +229,7 @@ def test_target_names_are_full_where_an_ending_is_not_wholly_wanted() -> None:
     assert target_names(["l.0.up", "l.1.up", "l.0.down", "l.1.down"], names) == ["l.0.down", "l.1.down", "up"]
 
 
+@pytest.mark.slow
 def test_first_values_follow_the_seed_and_leave_the_generators_alone(make_model: Callable[..., PreTrainedModel]) -> None:
     models = [make_model() for _ in range(4)]
 

@@ -78,6 +78,7 @@ def test_trials_at_uniform_know_that_uniform_gains_nothing() -> None:
     assert spread[0, 0] == pytest.approx(0.0, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_planted_gains_are_found_and_the_uncertainty_is_honest() -> None:
     inside, errors, prior_errors = 0, 0.0, 0.0
     for seed in range(6):

@@ -53,6 +53,7 @@ def test_the_commands_have_settings_to_name() -> None:
     assert {"seq_len", "bos", "load_in_4bit"} <= set(FIELDS)
 
 
+@pytest.mark.slow
 def test_options_beside_the_settings() -> None:
     every = {name for command in COMMANDS for name in options(command)}
     assert set(OF_COMMANDS) <= every

@@ -23,6 +23,7 @@ def ratings(path: Path, *, equal: bool = False) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_small_table_is_completed_and_the_report_holds_settings_and_seed(tmp_path: Path) -> None:
     report = complete_ratings(ratings(tmp_path / "r.csv"), None, CompletionSettings(rank=2, recommend=0, threshold=0.2), seed=5)
     flat = report.flat()

@@ -69,13 +69,13 @@ def test_compressed_needs_as_many_iterations_as_full(problem: Problem, full: Out
     assert problem.unseen_error(small.chain.end_to_end()) < 1e-10
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_narrow_needs_half_as_many_again(problem: Problem, full: Outcome) -> None:
     narrow = problem.run(problem.narrow(), max_iterations=round(1.5 * full.iterations))
     assert not narrow.converged
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_frozen_outer_factors_stall(problem: Problem, full: Outcome) -> None:
     """With entries missing the subspace drifts; gamma = 0 cannot follow."""
     stalled = problem.run(problem.compressed(0.0), max_iterations=round(1.3 * full.iterations))
@@ -84,7 +84,7 @@ def test_frozen_outer_factors_stall(problem: Problem, full: Outcome) -> None:
     assert stalled.loss > 0.99 * earlier  # a plateau, not a slope
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_too_small_a_rank_cannot_fit_with_frozen_outer_factors(problem: Problem) -> None:
     whole = WholeMatrix(problem.target)
     frames = compact_frames(whole.top_triplets(1, problem.generator), problem.generator)
@@ -95,6 +95,7 @@ def test_too_small_a_rank_cannot_fit_with_frozen_outer_factors(problem: Problem)
     assert fitted.loss < 1e-12
 
 
+@pytest.mark.slow
 def test_full_and_narrow_run_on_entry_lists_too(problem: Problem) -> None:
     """The same steps as with a dense mask, from lists that never form the residual."""
     dense = WholeMatrix(problem.target, problem.mask)

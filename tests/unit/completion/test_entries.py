@@ -18,6 +18,7 @@ from regraft.numerics.frames import compact_frames
 from regraft.numerics.svd import top_triplets
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(1, 20),

@@ -60,6 +60,7 @@ def test_it_completes_a_planted_matrix(table: Table) -> None:
     assert np.isnan(model.validation_rmse_)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [2, 4])
 def test_other_depths_complete_it_too(table: Table, depth: int) -> None:
     assert table.error(CompressedMatrixCompletion(2, depth, **EXACT).fit(*table.entries)) < 1e-5
@@ -170,6 +171,7 @@ def test_matrices_with_nan_and_sparse_ones_are_read(table: Table) -> None:
     assert np.array_equal(CompressedMatrixCompletion(2, **EXACT).fit_transform(*tensors, shape=table.shape), from_nan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("biases", [False, True])
 def test_empty_rows_are_predicted_by_bias_and_reported(table: Table, biases: bool, caplog: pytest.LogCaptureFixture) -> None:
     kept = table.rows != 7

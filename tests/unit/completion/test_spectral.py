@@ -35,7 +35,7 @@ def soft_impute(matrix: Tensor, mask: Tensor, threshold: float, steps: int = 300
     return fitted
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("depth", [2, 3, 4])
 def test_with_everything_seen_it_is_the_soft_threshold(depth: int) -> None:
     matrix = noisy(30, 24, 3, 0.3)
@@ -93,6 +93,7 @@ def test_nothing_but_zeros_is_fitted_by_zeros() -> None:
     assert not (fitted.left @ fitted.right.T).any()
 
 
+@pytest.mark.slow
 def test_fits_do_not_depend_on_one_another() -> None:
     problem = SpectralProblem(listed(noisy(20, 20, 2, 0.2), seen(20, 20, 0.6)), 3, 3, Scales(), torch.Generator().manual_seed(0))
     first = problem.fit(0.4)

@@ -50,7 +50,7 @@ def setting(size: tuple[int, int], depth: int, scale: float, seed: int) -> tuple
     return target, chain, basis, step
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("optimizer", "momentum"), [("gd", 0.0), ("momentum", 0.8)])
 @settings(max_examples=25, deadline=None)
 @given(**cases)
@@ -76,6 +76,7 @@ def test_all_learning_stays_in_the_subspace(
         assert abs(rho) <= scale * (1 - step * decay) ** STEPS + 1e-15
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(**cases)
 def test_the_three_constructions_agree(size: tuple[int, int], depth: int, scale: float, decay: float, seed: int) -> None:

@@ -29,6 +29,7 @@ def rows_into(model, names, windows) -> dict[str, Tensor]:
     return {name: torch.cat(rows).double() for name, rows in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 def test_moments_are_of_the_inputs(make_model, family: str) -> None:
     model = make_model(family)

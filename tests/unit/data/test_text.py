@@ -90,6 +90,7 @@ def test_a_table_of_texts_is_read_and_a_text_goes_before_other_names(tmp_path: P
     assert read_corpus(records(tmp_path / "a.json", [{"text": "whole", "question": "part"}]), "train").documents == ("whole",)
 
 
+@pytest.mark.slow
 def test_the_built_in_splits_do_not_meet() -> None:
     held = {split: read_corpus(None, split) for split in ("validation", "test")}
     assert held["test"].name == BUILT_IN

@@ -68,6 +68,7 @@ def test_short_documents_are_packed_with_bos_between_and_no_padding(make_tokeniz
     assert all(any(text in document for document in corpus.documents) for text in texts)
 
 
+@pytest.mark.slow
 def test_long_documents_are_cut_into_windows_that_do_not_overlap(make_tokenizer: Make) -> None:
     text = " ".join(str(number) for number in range(60_000))
     windows = calibration_windows(Corpus("long", "all", documents=(text,)), make_tokenizer(bos=False), 64, 128, seed=1)
@@ -100,6 +101,7 @@ def test_a_small_text_gives_what_it_has_and_a_smaller_one_is_refused(make_tokeni
             calibration_windows(corpus, make_tokenizer(), samples, seq_len, seed=0)
 
 
+@pytest.mark.slow
 def test_no_more_text_is_encoded_than_it_takes(make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = make_tokenizer()
     read: list[int] = []

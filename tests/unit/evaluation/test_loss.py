@@ -33,6 +33,7 @@ def nats_one_by_one(model: PreTrainedModel, ids: list[int], window: int, stride:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window", "stride"), [(64, 32), (16, 8), (16, 16), (7, 3), (5, 1), (1, 1)])
 def test_loss_is_that_of_a_double_loop_in_float64(make_model: MakeModel, make_tokenizer: Make, window: int, stride: int) -> None:
     model, tokenizer = make_model("llama").double(), make_tokenizer()
@@ -48,6 +49,7 @@ def test_loss_is_that_of_a_double_loop_in_float64(make_model: MakeModel, make_to
     assert (report.text, report.split) == ("made up", "test")
 
 
+@pytest.mark.slow
 def test_every_family_is_measured_alike(make_model: MakeModel, make_tokenizer: Make, family: str) -> None:
     model, tokenizer = make_model(family), make_tokenizer()
     expected = [nats_one_by_one(model, tokenizer(text)["input_ids"], 20, 10) for text in DOCUMENTS]
@@ -103,6 +105,7 @@ def test_documents_do_not_see_one_another(make_model: MakeModel, make_tokenizer:
     assert backwards.loss_nats == pytest.approx(together.loss_nats, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_only_as_many_tokens_are_predicted_as_asked_for(make_model: MakeModel, make_tokenizer: Make) -> None:
     model, tokenizer = make_model("llama"), make_tokenizer()
     nats = [one for text in DOCUMENTS for one in nats_one_by_one(model, tokenizer(text)["input_ids"], 64, 32)]

@@ -23,6 +23,7 @@ def greedy(model: PreTrainedModel, ids: list[int], tokens: int, eos: int | None 
     return ids
 
 
+@pytest.mark.slow
 def test_the_continuation_is_greedy(make_model: MakeModel, make_tokenizer: Make, family: str) -> None:
     model, tokenizer = make_model(family), make_tokenizer()
     model.generation_config.eos_token_id = None
@@ -67,6 +68,7 @@ def test_it_stops_at_the_end_of_the_context(make_model: MakeModel, make_tokenize
         continue_text(model, tokenizer, SampleSettings(prompt="a" * 64))
 
 
+@pytest.mark.slow
 def test_dropout_and_global_random_state_play_no_part(make_model: MakeModel, make_tokenizer: Make) -> None:
     model, tokenizer = make_model("llama", attention_dropout=0.5), make_tokenizer()
     expected = continue_text(model, tokenizer, SampleSettings(prompt="abc"))

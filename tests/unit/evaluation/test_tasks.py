@@ -47,6 +47,7 @@ def nats_by_hand(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pro
     return total
 
 
+@pytest.mark.slow
 def test_choices_are_scored_as_by_hand(make_model: MakeModel, make_tokenizer: Make, tmp_path: Path) -> None:
     model, tokenizer = make_model("llama-bias", max_position_embeddings=128), make_tokenizer()
     task = read_task(written(tmp_path / "q.jsonl", QUESTIONS))

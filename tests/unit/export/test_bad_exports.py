@@ -38,6 +38,7 @@ def test_a_missing_library_is_named_with_the_command_that_brings_it(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -103,6 +104,7 @@ def test_every_format_declares_what_it_holds() -> None:
     assert [row.uneven for row in EXPORTERS.get("gguf").holds] == [entry.uneven for entry in ARCHITECTURES]
 
 
+@pytest.mark.slow
 def test_settings_are_read_from_the_command_line(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["export", str(folder), "--to", "gguf", "--quantize", "q8_0", "--no-check", "--output", str(tmp_path / "out")]
     assert run(command) == 0, capsys.readouterr().err

@@ -41,6 +41,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 UNEVEN = {"layer1": (2, 2, 96), "layer2": (0, 0, 64), "layer3": (2, 1, 0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 def test_uneven_layers_are_filled_up_for_a_stock_class(tmp_path: Path, family: str) -> None:
     model = uneven(toy(family, num_key_value_heads=2), **UNEVEN)
@@ -59,6 +60,7 @@ def test_a_head_count_that_llama_refuses_becomes_mistral(tmp_path: Path) -> None
     torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_head_count_that_no_stock_class_takes_is_filled_up(tmp_path: Path) -> None:
     model = uneven(toy("llama", attention_bias=True), **{f"layer{index}": (3, 1, 96) for index in range(4)})
     done = export(as_loaded(model), tmp_path / "out", "hf-uniform", settings=FEW, check=None)
@@ -99,6 +101,7 @@ def test_fused_projections_are_not_filled_up(tmp_path: Path) -> None:
         export(as_loaded(model), tmp_path / "out", "hf-uniform", settings=ExportSettings(quantize="Q8_0"), check=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [UNEVEN, {"layer0": (0, 0, 96), "layer2": (3, 1, 32)}, {}])
 def test_nemotron_nas_follows_the_rules_of_its_readers(tmp_path: Path, changes: dict[str, tuple[int, int, int]]) -> None:
     model = uneven(toy("llama", attention_bias=False), **changes)

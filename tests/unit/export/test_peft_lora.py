@@ -113,6 +113,7 @@ def test_stock_peft_loads_the_export_with_equal_logits(base, tmp_path, capsys, f
     assert float((plain - adapted).abs().max()) > 1e-2
 
 
+@pytest.mark.slow
 def test_ranks_that_differ_are_padded(base, tmp_path) -> None:
     ranks = {"model.layers.0.mlp.up_proj": 2, "model.layers.1.mlp.up_proj": 6, "model.layers.2.mlp.down_proj": 4}
     adapted = saved(tmp_path / "adapter", base("llama"), "lora_xs", ranks)
@@ -121,12 +122,14 @@ def test_ranks_that_differ_are_padded(base, tmp_path) -> None:
     assert float((in_stock_peft(tmp_path, "lora") - adapted).abs().max()) <= 1e-5
 
 
+@pytest.mark.slow
 def test_an_embedding_is_exported_too(base, tmp_path) -> None:
     adapted = saved(tmp_path / "adapter", base("llama"), "deep_lora", targets=("embed_tokens", "q_proj"))
     assert run(["export", str(tmp_path / "adapter"), "--output", str(tmp_path / "lora")]) == 0
     assert float((in_stock_peft(tmp_path, "lora") - adapted).abs().max()) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["olora", "pissa"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_an_adapter_that_starts_from_the_weights_is_saved_for_the_original_ones(base, tmp_path, family: str, name: str) -> None:
@@ -136,7 +139,7 @@ def test_an_adapter_that_starts_from_the_weights_is_saved_for_the_original_ones(
     assert float((in_stock_peft(tmp_path, "adapter") - adapted).abs().max()) <= 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["rslora", "adalora", "eva"])
 def test_adapters_of_peft_become_plain_lora(base, tmp_path, name: str) -> None:
     adapted = saved(tmp_path / "adapter", base("llama"), name)
@@ -231,6 +234,7 @@ def test_a_master_is_measured_like_its_merged_model(base, tmp_path) -> None:
     assert abs(losses[0] - losses[2]) > 1e-2
 
 
+@pytest.mark.slow
 def test_an_unconverted_olora_of_peft_is_refused(base, tmp_path, capsys) -> None:
     model = AutoModelForCausalLM.from_pretrained(base("llama"))
     adapted = get_peft_model(model, LoraConfig(r=4, init_lora_weights="olora", target_modules=["q_proj"], task_type="CAUSAL_LM"))

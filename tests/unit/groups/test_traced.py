@@ -47,7 +47,7 @@ def test_agrees_with_the_declared_table(make_model, family, tied):
     assert replace(traced, groups=same) == declared
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_agrees_on_an_unevenly_pruned_model(make_model):
     model = make_model("qwen3")
     for layer, width in ((0, 40), (2, 8)):
@@ -131,6 +131,7 @@ def test_gate_and_up_in_one_matrix(make_model):
     assert (group.units, group.unit_parameters) == (I, 3 * E)
 
 
+@pytest.mark.slow
 def test_one_shared_key_value_head_still_has_query_heads(make_model):
     groups = trace(make_model("falcon")).named()
     assert groups["layers.0.heads"].units == 1
@@ -286,6 +287,7 @@ def test_a_gate_computed_from_all_channels_stands_in_the_way():
     assert any(refusal.kind == "ffn" and "one number" in refusal.reason for refusal in traced.refusals)
 
 
+@pytest.mark.slow
 def test_a_constant_that_differs_between_channels_stands_in_the_way():
     assert trace(Toy(lambda x: x * torch.full((I,), 0.5))).named()["layers.0.ffn"].units == I
     traced = follow_channels(Toy(lambda x: x * torch.arange(I)))
@@ -315,6 +317,7 @@ def test_a_config_is_enough_and_weights_are_never_made():
     assert len(groups.of("ffn")) == 32
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was(make_model):
     model = make_model("gpt2").train()
     config, state = model.config.to_dict(), {name: value.clone() for name, value in model.state_dict().items()}

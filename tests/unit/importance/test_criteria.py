@@ -74,6 +74,7 @@ def assert_matches(model, got, saliency, granularity, how):
         torch.testing.assert_close(torch.tensor(got.values[group.name], dtype=torch.float64), torch.stack(want), rtol=1e-4, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "llama-bias"])
 @pytest.mark.parametrize("granularity", ["element", "vector"])
 @pytest.mark.parametrize("order", ["first", "second", "mixed"])
@@ -161,6 +162,7 @@ def test_a_planted_important_kv_head_survives(make_model):
 CHANGED = {"seed": 12, "order": "mixed", "granularity": "vector", "reduce": "max", "consecutive": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CRITERIA if set(WIDTHS) & set(CRITERIA.get(name).scores)])
 def test_a_criterion_reads_what_it_declares_and_nothing_else(make_model, name: str) -> None:
     """Cached scores are found by what a criterion declares: a field that it reads in secret would be a wrong hit."""

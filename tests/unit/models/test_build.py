@@ -74,6 +74,7 @@ def test_an_uneven_model_can_be_cut_again_and_become_even(make_model, family):
     assert torch.equal(again(x).logits, direct(x).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [UNIFORM, UNEVEN], ids=["uniform", "uneven"])
 def test_generation_with_and_without_cache_agrees(make_model, family, kept):
     whole = make_model(family)
@@ -388,6 +389,7 @@ def test_random_sizes_of_random_families(seed, tmp_path):
     assert again.config.to_diff_dict() == small.config.to_diff_dict()
 
 
+@pytest.mark.slow
 def test_other_ways_to_load(make_model, tmp_path):
     whole = make_model("qwen3", tie_word_embeddings=True)
     small = build(whole, *sliced(whole, REMOVED))

@@ -200,6 +200,7 @@ def test_sizes_of_types_are_those_of_the_format() -> None:
         assert (theirs.name, gguf.GGML_QUANT_SIZES[theirs]) == (name, (block, size))
 
 
+@pytest.mark.slow
 def test_the_header_agrees_with_gguf_py(tmp_path: Path) -> None:
     file = written(tmp_path / "out", "Q8_0")
     theirs = gguf.GGUFReader(file)

@@ -43,6 +43,7 @@ def refused(folder: Path | str, words: str, **settings: object) -> str:
     return line
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
 def test_loads_what_transformers_loads(make_folder, family, uneven):
@@ -116,6 +117,7 @@ def test_rotary_frequencies_in_old_checkpoints_are_ignored(make_folder):
     assert load(folder).model is not None
 
 
+@pytest.mark.slow
 def test_says_nothing_on_the_terminal(make_folder, capfd, caplog):
     folder = make_folder("llama", uneven=True)
     capfd.readouterr()
@@ -374,6 +376,7 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
 def test_the_tokenizer_does_what_its_file_says(make_model, family, tmp_path, uneven):
     """Also where the class that AutoTokenizer picks for the family would split text in another way."""

@@ -73,12 +73,14 @@ def test_without_a_tokenizer(make_model, tmp_path):
     assert set(files_of(tmp_path / "out")) == WEIGHTS | OURS
 
 
+@pytest.mark.slow
 def test_the_same_model_gives_the_same_bytes(make_model, tmp_path):
     for name in ("a", "b"):
         write(build(make_model("llama"), *sliced(make_model("llama"), UNEVEN)), tmp_path / name)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_weights_that_were_cut_in_place_are_saved_as_they_are(make_model, tmp_path):
     model = make_model("llama")
     mlp = model.model.layers[1].mlp

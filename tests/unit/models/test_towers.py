@@ -102,6 +102,7 @@ def test_what_predicts_ahead_is_left_out_with_a_word(tmp_path: Path, capsys: Any
     assert "1 tensors that predict several tokens ahead ('mtp.layers.0.mlp.down_proj.weight') are left out" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "why"),
     [

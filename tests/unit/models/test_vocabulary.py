@@ -112,6 +112,7 @@ def test_every_text_is_encoded_and_comes_back(kind: str) -> None:
     assert smaller.convert_ids_to_tokens([kept.index(token) for token in (0, 1, 2)]) == SPECIAL
 
 
+@pytest.mark.slow
 def test_without_the_parts_of_tokens_texts_change() -> None:
     """The negative control: a token whose merges are not all there is not found any more."""
     tokenizer = trained("bytes")

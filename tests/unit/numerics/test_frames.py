@@ -73,6 +73,7 @@ def test_the_same_seed_gives_the_same_frame_and_the_global_generator_stays(gener
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_random_frames_are_uniform(generator: torch.Generator) -> None:
     """The mean of u u^T over uniform directions is I/n; plain QR would leave the mean of u off zero."""
     draws = torch.stack([random_frame(3, 1, generator)[:, 0] for _ in range(4000)])

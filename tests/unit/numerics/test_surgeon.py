@@ -73,6 +73,7 @@ def test_moments_that_are_not_finite_are_refused() -> None:
         removal_order(torch.ones(2, 2), torch.full((2, 2), torch.nan, dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_moments_of_wide_rows_are_those_of_float64_to_a_rounding() -> None:
     rows = torch.randn(1300, 1024) * torch.logspace(-3, 2, 1024)
     seen = Moments.empty(1024)

@@ -176,6 +176,7 @@ def test_all_ranks_start_from_the_same_rows(make_tiny: Make) -> None:
         assert torch.equal(small[name], large[name][: len(small[name])])
 
 
+@pytest.mark.slow
 def test_a_candidate_that_diverges_leaves_the_others_alone(
     make_tiny: Make, ground_of: Callable[..., PairedSetup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +210,7 @@ def test_a_rate_that_is_far_too_high_is_a_failed_trial(make_tiny: Make, ground_o
     assert all("loss became" in trial.note for trial in trials)
 
 
+@pytest.mark.slow
 def test_the_divergence_from_a_teacher_is_the_dense_formula(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, ground_of: Callable[..., PairedSetup]
 ) -> None:

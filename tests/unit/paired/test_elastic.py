@@ -63,6 +63,7 @@ def test_a_score_is_the_loss_of_the_leading_parts(
     assert [trial.kind for trial in trials] == ["elastic"] * 3
 
 
+@pytest.mark.slow
 def test_trained_at_one_vector_alone_it_is_a_recovery(ground: PairedSetup, monkeypatch: pytest.MonkeyPatch) -> None:
     space = layer_space(ground.model)
     monkeypatch.setattr(Elastic, "_vectors", lambda self, generator: [(4, 2)])
@@ -71,6 +72,7 @@ def test_trained_at_one_vector_alone_it_is_a_recovery(ground: PairedSetup, monke
     assert score == pytest.approx(real, abs=2e-5)
 
 
+@pytest.mark.slow
 def test_training_is_paid_once_and_kept(ground: PairedSetup, tmp_path: Path) -> None:
     space = layer_space(ground.model)
     elastic = Elastic(ground, space, ElasticSettings(fidelity=0.5, vectors=3), folder=tmp_path)

@@ -58,6 +58,7 @@ def quickly(make_tiny, tokenizer, texts: dict[str, Path]) -> Compress:
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["svd", "asvd", "svd_llm", "bolaco", "fisher"])
 @pytest.mark.parametrize("layout", ["plain", "pifa"])
 def test_every_method_meets_the_budget(quickly: Compress, make_tiny, method: str, layout: str) -> None:
@@ -98,6 +99,7 @@ def test_a_plan_is_replayed_and_moves_to_a_model_of_the_same_shape(quickly: Comp
         quickly(make_tiny(intermediate_size=56), plan=plan)
 
 
+@pytest.mark.slow
 def test_measured_prices_are_divergences(quickly: Compress, make_tiny) -> None:
     """The summed prices of a plan that truncates a single layer are the divergence of that model, up to the text it is measured on."""
     result = quickly(prices="measured", targets=("down_proj",), ratio=0.05)
@@ -111,7 +113,7 @@ def test_measured_prices_are_divergences(quickly: Compress, make_tiny) -> None:
     assert 0.2 < result.plan.predicted_nats / divergence < 5.0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_search_keeps_the_budget_and_goes_on(quickly: Compress, texts: dict[str, Path], tmp_path: Path) -> None:
     few: dict[str, Any] = {"ranks": "bayes", "trials": 4, "method": "bolaco", "validation": texts["validation"], "output": tmp_path / "out"}
     with pytest.raises(InputError, match="cannot be met"):
@@ -155,6 +157,7 @@ def test_channels_and_ranks_in_one_knapsack(quickly: Compress, make_tiny, tmp_pa
         quickly(mix=True, plan=result.plan)
 
 
+@pytest.mark.slow
 def test_pc_lora_takes_a_rank_plan_and_a_call_takes_keywords(make_tiny, tokenizer, texts: dict[str, Path]) -> None:
     one, other = "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"
     ranks = RankPlan("of a search", "rankadaptor", {other: 3, one: 5})
@@ -190,7 +193,7 @@ def test_pc_lora_ends_without_the_dense_weights(quickly: Compress, make_tiny, tm
         assert torch.equal(again(ids).logits, result.model(ids).logits)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("adapter", ["lora", "diagonal"])
 def test_recovery_trains_the_factors_and_folds_into_them(
     quickly: Compress, make_tiny, tokenizer, repeating, quick, tmp_path: Path, adapter: str
@@ -223,6 +226,7 @@ def test_dense_writes_the_stock_class(quickly: Compress, tmp_path: Path) -> None
         torch.testing.assert_close(again(ids).logits, factored.model(ids).logits, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["calibration", "validation"])
 def test_nothing_is_chosen_by_the_test_text(quickly: Compress, texts: dict[str, Path], tmp_path: Path, name: str) -> None:
     texts["test"].write_text(texts[name].read_text(encoding="utf-8"), encoding="utf-8")
@@ -267,6 +271,7 @@ def test_bad_input_is_one_line(quickly: Compress, make_tiny, folder: Path, tmp_p
         compress(folder, None, CompressSettings(), plan=high)
 
 
+@pytest.mark.slow
 def test_no_text_is_read_in_silence(folder: Path, make_tiny, tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
     """Only what reads no text goes without; seedling itself has text of its own (tests/conformance/test_one_route.py)."""
     for source in (folder, make_tiny()):

@@ -53,6 +53,7 @@ def test_optional_libraries_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch)
     assert {finding.status for finding in found.values()} == {"missing"}
 
 
+@pytest.mark.slow
 def test_every_optional_library_is_imported_somewhere() -> None:
     """A library that no code imports is not named, and one that is imported where it may be missing has an extra."""
     source = Path(doctor.__file__).parents[1]

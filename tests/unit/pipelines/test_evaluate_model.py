@@ -81,6 +81,7 @@ def test_an_adapter_is_measured_on_its_base(base: Path, adapter: Path, settings:
     assert evaluate_model(by_hand, settings).loss.loss_nats == pytest.approx(adapted.loss.loss_nats, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_an_adapter_finds_its_base_from_where_it_lies(
     base: Path, adapter: Path, settings: EvaluateSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +98,7 @@ def test_an_adapter_without_a_base_is_refused(adapter: Path, settings: EvaluateS
         evaluate_model(adapter, settings)
 
 
+@pytest.mark.slow
 def test_damaged_adapters_are_refused(base: Path, adapter: Path, settings: EvaluateSettings) -> None:
     weights = adapter / "adapter_model.safetensors"
     whole = weights.read_bytes()
@@ -123,6 +125,7 @@ def test_damaged_adapters_are_refused(base: Path, adapter: Path, settings: Evalu
         evaluate_model(adapter, settings)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_model_is_refused(adapter: Path, settings: EvaluateSettings, make_model: MakeModel, tmp_path: Path) -> None:
     set_base(adapter, str(tmp_path / "gone"))
     with pytest.raises(ModelError, match=r"the base model of the adapter.*gone"):
@@ -151,6 +154,7 @@ def test_settings_that_do_not_fit_the_model_are_refused(base: Path, settings: Ev
         evaluate_model(base, settings)
 
 
+@pytest.mark.slow
 def test_the_number_type_is_the_loader_s(base: Path, settings: EvaluateSettings) -> None:
     full = evaluate_model(base, settings)
     half = evaluate_model(base, settings, load=LoadSettings(dtype="bfloat16"))

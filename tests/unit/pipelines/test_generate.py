@@ -45,6 +45,7 @@ def test_a_prompt_is_put_into_the_chat_template() -> None:
     assert tokenizer.decode(prompt_ids(loaded, "Hi", plain=True), skip_special_tokens=True) == "Hi"
 
 
+@pytest.mark.slow
 def test_drawn_text_follows_the_seed() -> None:
     loaded = as_loaded(toy("llama"))
     ids = prompt_ids(loaded, "the king")
@@ -67,6 +68,7 @@ def test_what_cannot_be_answered_is_refused() -> None:
         generate(loaded, [5], temperature=-1.0)
 
 
+@pytest.mark.slow
 def test_the_commands_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     loaded = as_loaded(toy("llama"), byte_level_tokenizer(TEMPLATE))
     loaded.model.save_pretrained(tmp_path / "model")

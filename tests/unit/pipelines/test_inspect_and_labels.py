@@ -25,6 +25,7 @@ def without_source(found: regraft.InspectReport) -> dict[str, Any]:
     return {key: value for key, value in found.to_dict().items() if key not in ("source", "adapter")}
 
 
+@pytest.mark.slow
 def test_inspect_says_of_a_model_in_memory_what_it_says_of_its_folder(make_model: Make, tmp_path: Path) -> None:
     model = make_model("llama")
     model.save_pretrained(tmp_path / "model")
@@ -42,6 +43,7 @@ def test_inspect_says_of_a_model_in_memory_what_it_says_of_its_folder(make_model
         regraft.inspect(7)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_equal_layers_are_one_row_on_the_screen(make_model: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_model("llama").save_pretrained(tmp_path / "even")
     assert run(["inspect", str(tmp_path / "even")]) == 0
@@ -96,6 +98,7 @@ def rows(tmp_path: Path) -> Path:
     return tmp_path / "rows.jsonl"
 
 
+@pytest.mark.slow
 def test_labels_are_measured_of_a_model_in_memory_as_of_its_folder(rows: Path, tmp_path: Path) -> None:
     model, tokenizer = classifier(), tiny_tokenizer()
     tokenizer.pad_token = "<unk>"

@@ -115,6 +115,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": ["embed_tokens"]}])
 def test_an_adapter_of_a_resized_base_says_how_many_rows(base: Callable[..., Path], tmp_path: Path, adapter: dict[str, Any]) -> None:
     folder = base()
@@ -127,6 +128,7 @@ def test_an_adapter_of_a_resized_base_says_how_many_rows(base: Callable[..., Pat
     load_adapted(tmp_path / "a", CPU.model_copy(update={"base": str(tmp_path / "resized")}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["merged", "peft-lora", "hf"])
 def test_what_is_merged_or_saved_wrongly_gets_no_name(
     base: Callable[..., Path], tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch

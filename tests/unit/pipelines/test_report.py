@@ -69,6 +69,7 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path, capsys: pytest.Ca
         list_runs(tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_a_pruned_model_alone_has_a_page(tmp_path: Path, make_model: Callable[..., PreTrainedModel]) -> None:
     made = regraft.prune(make_model("llama"), tokenizer=tiny_tokenizer(), ratio=0.2, criterion="l2", align=1)
     made.save_pretrained(tmp_path / "pruned")

@@ -221,6 +221,7 @@ COVERED = (
 )
 
 
+@pytest.mark.slow
 @given(ANY_PLAN)
 def test_json_gives_an_equal_value_back(value: Any) -> None:
     again = from_json(type(value), to_json(value))

@@ -167,6 +167,7 @@ def _or_failed(measure: PlantedMeasure, job: Job) -> RankTrial:
     return job.failed("it diverged") if job.ranks in measure.diverges_on else measure([job])[0]
 
 
+@pytest.mark.slow
 def test_rounds_that_are_not_ours_are_refused(tmp_path: Path) -> None:
     study = opened_in(tmp_path).postings.study
     study.set_user_attr("round:0", "[{}]")

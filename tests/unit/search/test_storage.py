@@ -71,13 +71,14 @@ def test_a_url_without_password_stays_as_it_is() -> None:
     assert masked("sqlite:///trials.db") == "sqlite:///trials.db"
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_only_with_the_same(tmp_path: Path) -> None:
     open_search(open_storage(None, tmp_path), "one", SPACE, SAMPLER, "lr 1", resume=False)
     with pytest.raises(StorageError, match="begun with other settings"):
         open_search(open_storage(None, tmp_path), "one", SPACE, SAMPLER, "lr 2", resume=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_search_that_is_there_is_not_gone_on_with_by_accident(tmp_path: Path) -> None:
     opened = open_search(open_storage(None, tmp_path), "one", SPACE, SAMPLER, "", resume=False)
     with Inline(PlantedMeasure(tmp_path / "log")) as pool:

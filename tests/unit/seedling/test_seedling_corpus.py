@@ -68,7 +68,7 @@ def test_modules_whose_names_begin_with_py_are_not_mistaken_for_twins() -> None:
     assert family_of("Lib/pyclbr.py") == "pyclbr"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_document_lies_in_the_split_of_its_path_and_in_no_other(splits: dict[str, list[Document]]) -> None:
     paths = [document.path for split in SPLITS for document in splits[split]]
     assert len(paths) == len(set(paths))

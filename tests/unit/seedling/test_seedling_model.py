@@ -81,6 +81,7 @@ def test_tokenizer_knows_its_special_tokens_and_fits_the_embedding(folder: Path,
     assert tokenizer.bos_token_id not in tokenizer("x", add_special_tokens=False).input_ids
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(text=st.text())
 @example(text="a special token <|bos|> in a text<|eos|>")

@@ -43,6 +43,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path: Path) -> None:
     whole = Trainer(TINY, tiny_batches())
     losses = [whole.advance() for _ in range(6)]
@@ -58,6 +59,7 @@ def test_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path: Path
     assert not all(torch.equal(value, weights(first)[name]) for name, value in weights(whole).items())
 
 
+@pytest.mark.slow
 def test_bits_do_not_depend_on_the_number_of_workers() -> None:
     ends = []
     for workers in (1, 3):
@@ -143,6 +145,7 @@ def test_windows_of_an_epoch_cover_the_text_once_and_epochs_differ() -> None:
         PackedWindows(documents, 200, 2, seed=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window", "stride"), [(32, 16), (32, 31), (24, 8)])
 def test_measured_losses_are_those_of_each_token_with_its_stated_context(window: int, stride: int) -> None:
     model = initial_model(TINY).double()

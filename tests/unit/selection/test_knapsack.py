@@ -35,6 +35,7 @@ def solve(groups, curves, ratio, **options):
     return [kept.get(group.name, group.units) for group in groups.groups]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.floats(0.01, 5.0), min_size=3, max_size=3), min_size=2, max_size=4), st.integers(1, 6))
 def test_no_other_choice_of_equal_size_does_less_damage(steps, gone):

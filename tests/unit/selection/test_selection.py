@@ -96,6 +96,7 @@ def test_global_meets_the_target_within_one_aligned_unit(layers, heads, ffn, rat
     assert all(count % align == 0 for name, count in kept.items() if name.endswith("ffn"))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(**SIZES)
 def test_uniform_gives_every_layer_the_same_widths_and_meets_the_target(layers, heads, ffn, ratio, align):

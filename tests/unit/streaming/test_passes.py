@@ -73,6 +73,7 @@ def test_gradients_are_exact_for_every_family(make_folder, name):
             close(gradient, first[parameter])
 
 
+@pytest.mark.slow
 def test_half_precision_is_computed_in_single(make_folder):
     folder = make_folder("llama", torch.bfloat16)
     skeleton = open_skeleton(folder)

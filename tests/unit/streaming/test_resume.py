@@ -116,6 +116,7 @@ def test_another_model_starts_anew(make_folder, settings, tmp_path):
     load(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_before_it_has_decided_leaves_nothing(make_folder, settings, tmp_path):
     folder = make_folder("llama")
     before = sorted(tmp_path.iterdir())

@@ -139,6 +139,7 @@ def is_wider_than_its_config(folder):
     edit_json(folder / "config.json", intermediate_size=60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [

@@ -88,7 +88,7 @@ def test_every_family(make_folder, settings, tmp_path, family, reconstruct):
 DEPTH = {"depth": "block_influence", "align": 1}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
 @pytest.mark.parametrize("targets", [("layers",), ("attention", "mlp"), ("layers", "attention", "heads", "query_heads", "ffn")])
 def test_layers_and_parts_of_layers(make_folder, settings, tmp_path, monkeypatch, family, targets):
@@ -126,6 +126,7 @@ def test_the_folder_is_the_one_that_memory_gives(make_folder, settings, tmp_path
         assert {key for key in record if record[key] != other[key]} <= {"files"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["uniform", "per-layer"])
 def test_a_result_in_many_shards_loads_in_transformers(make_folder, settings, tmp_path, monkeypatch, shape):
     monkeypatch.setattr(streaming_output, "SHARD_BYTES", 25_000)
@@ -200,6 +201,7 @@ def test_a_dry_run_plans_and_writes_nothing(make_folder, settings, tmp_path):
     assert_same_choice(dry.plan, prune(folder, None, settings(), dry_run=True).plan)
 
 
+@pytest.mark.slow
 def test_knapsack_gives_way_and_it_is_said(make_folder, settings):
     made = prune(make_folder("llama"), None, settings(select="auto", memory=PLENTY), dry_run=True)
     assert made.plan.selection == "uniform"
@@ -231,6 +233,7 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(make_folder, settings, tmp
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_damage_that_shows_while_it_is_written_leaves_nothing(make_folder, settings, tmp_path):
     """A row of the embedding that the calibration text does not use is read last."""
     folder = make_folder("llama", shard_size="1GB")
@@ -253,6 +256,7 @@ def test_a_generation_config_that_cannot_be_read_is_done_without(make_folder, se
     assert_same_weights(tmp_path / "streamed", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_command_says_how_much_memory_is_needed_and_takes_that(make_folder, text, tmp_path, capsys):
     usual = ["prune", str(make_folder("llama")), "--output", str(tmp_path / "out"), "--criterion", "taylor", "--calibration", str(text)]
     usual += ["--samples", "4", "--seq-len", "16"]
@@ -279,6 +283,7 @@ def test_an_output_may_be_a_string(make_folder, settings, tmp_path, memory):
     assert_same_weights(tmp_path / "again", tmp_path / "out", 0.0)
 
 
+@pytest.mark.slow
 def test_a_plan_for_another_model_is_refused(make_folder, settings, tmp_path):
     folder, other = make_folder("llama"), make_folder("llama", tie_word_embeddings=True)
     plan = prune(folder, None, settings(), dry_run=True).plan

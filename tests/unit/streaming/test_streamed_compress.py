@@ -70,7 +70,7 @@ def test_moments_are_those_of_the_model_in_memory(make_folder, tmp_path: Path, f
     assert all(len(part) == 1 for part in parts)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "layout", "dtype"), [("fisher", "plain", "float32"), ("svd_llm", "pifa", "bfloat16")])
 def test_it_writes_what_is_written_in_memory(
     make_folder, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, layout: str, dtype: str
@@ -153,6 +153,7 @@ def test_moments_are_saved_and_taken_up(make_folder, text: Path, tmp_path: Path,
     assert saved_moments.VERSION == 1
 
 
+@pytest.mark.slow
 def test_what_does_not_go_within_a_limit_is_refused(make_folder, text: Path) -> None:
     folder = make_folder("llama")
     refused: list[tuple[dict[str, Any], str]] = [

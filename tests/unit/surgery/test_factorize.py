@@ -84,6 +84,7 @@ def uneven(model: PreTrainedModel) -> PreTrainedModel:
     return cut(model, groups, PrunePlan(groups.fingerprint, "t", "t", "per-layer", 0.1, 1, groups.parameters, groups.parameters, cuts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["plain", "pifa"])
 @pytest.mark.parametrize("family", ["llama", "llama-bias", "qwen2", "gpt2", "gpt_neox", "phi3", "bloom", "opt"])
 def test_it_computes_what_the_products_do(make_model, family: str, layout: FactorLayout) -> None:
@@ -204,6 +205,7 @@ def test_dense_with_a_bias_that_the_family_has_no_place_for(make_model) -> None:
     torch.testing.assert_close(logits(densified(plain)), logits(plain), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT asks transformers for it
 @pytest.mark.parametrize("layout", ["plain", "pifa"])
 def test_peft_attaches_to_the_factors_and_folds_in_exactly(make_model, layout: FactorLayout) -> None:

@@ -102,6 +102,7 @@ def test_a_model_that_agrees_already_is_left_as_it_is(make_model):
     assert divergence(dense, same) < 1e-9
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights(make_model):
     dense = make_model("llama")
     one, two = half_of_ffn(dense), half_of_ffn(dense)

@@ -257,6 +257,7 @@ def test_a_resumed_distillation_ends_with_the_same_bytes(
         recover(make_tiny(), tokenizer, *repeating, settings, seed=0, work=tmp_path / "b", resume=True)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_width_is_mapped(make_tiny: Make, quick: Quick) -> None:
     """Hidden states that are a planted linear map of the teacher's are found again."""
     student, teacher = make_tiny(), make_tiny(hidden_size=48, head_dim=8, num_hidden_layers=4)

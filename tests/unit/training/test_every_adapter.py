@@ -26,7 +26,7 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=IDS).logits
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ADAPTERS.names())
 def test_it_lowers_the_loss_and_merges(
     name: str,

@@ -85,7 +85,7 @@ def by_hand(
     return adapted, losses
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize(
     ("data", "settings"),
@@ -120,7 +120,7 @@ def test_training_is_that_of_a_loop_written_by_hand(
     assert row.train_loss_nats == pytest.approx(sum(losses) / 6, abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_planted_pattern_is_learned_and_merged(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:
@@ -153,7 +153,7 @@ def module_weights(model: LlamaForCausalLM) -> list[torch.Tensor]:
     return [model.get_submodule(name).weight for name in module_names(model)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_text_without_pattern_is_not_learned(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:
@@ -174,7 +174,7 @@ def test_records_are_learned_on_their_answers(
     assert result.best_loss < 0.7 * result.first_loss
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_best_checkpoint_is_kept_not_the_last(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:
@@ -224,7 +224,7 @@ def test_accumulated_batches_equal_one_large_batch(
             torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gradients_that_an_adapter_starts_from_are_those_of_whole_steps(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:
@@ -252,7 +252,7 @@ def test_a_launcher_that_starts_one_process_of_several_is_told_off(
     assert recover(make_tiny(), tokenizer, *repeating, quick(steps=2, eval_every=2), seed=0, work=tmp_path / "b").log[-1].step == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_kept_adapter_equals_the_merged_model(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:
@@ -267,7 +267,7 @@ def test_the_kept_adapter_equals_the_merged_model(
     assert float(moved.abs().max()) > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_plan_is_followed_from_value_and_from_file(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:
@@ -310,7 +310,7 @@ def test_half_precision_weights_come_back_in_their_own_type(
     assert after == pytest.approx(result.best_loss, abs=0.15)  # the merged weights are rounded to 8 or 11 bits
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_environment_cannot_make_it_float16(
     make_tiny: Make,
     tokenizer: PreTrainedTokenizerFast,
@@ -488,7 +488,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     assert (resumed.best_step, resumed.best_loss) == (undisturbed.best_step, undisturbed.best_loss)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resuming_a_finished_training_only_reads_it(
     make_tiny: Make,
     tokenizer: PreTrainedTokenizerFast,
@@ -575,7 +575,7 @@ def test_the_log_is_csv(make_tiny: Make, quick: Quick, tmp_path: Path) -> None:
     assert keeper.rows[1].seconds >= keeper.rows[0].seconds >= 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_recovery_is_three_steps_and_the_first_changes_nothing(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:

@@ -177,7 +177,7 @@ def test_what_exists_is_not_overwritten(folder: Path, settings: Callable[..., Re
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_while_saving_keeps_the_checkpoints(
     folder: Path, settings: Callable[..., RecoverSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +250,7 @@ def test_what_was_finished_before_a_kill_is_success(
     assert "exists" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("given", [{}, {"merge": False}, {"merge": False, "adapter": "nola"}], ids=["model", "lora", "nola"])
 def test_what_is_finished_is_read_again(

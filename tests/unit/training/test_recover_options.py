@@ -62,7 +62,7 @@ def test_training_stops_when_patience_is_out_and_stays_stopped(
         assert torch.equal(again.model.state_dict()[name], value)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_checkpointed_activations_change_nothing(
     make_tiny: Make, tokenizer: PreTrainedTokenizerFast, repeating: Corpora, quick: Quick, tmp_path: Path
 ) -> None:

@@ -140,6 +140,7 @@ def test_windows_that_moved_are_refused(tmp_path: Path) -> None:
         export(as_loaded(toy("gemma2", layer_types=kinds)), tmp_path / "out", "gguf", settings=FEW, check=None)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_the_sentencepiece_kind(tmp_path: Path) -> None:
     done = export(as_loaded(toy("llama"), spaced_tokenizer()), tmp_path / "out", "gguf", settings=FEW, check=TEXT)
     assert done.parity is not None
@@ -187,6 +188,7 @@ def test_a_wrong_merge_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         form.check(other, tmp_path, written, TEXT, FEW)
 
 
+@pytest.mark.slow
 def test_the_file_holds_names_and_template(tmp_path: Path) -> None:
     template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
     export(as_loaded(toy("qwen3"), byte_level_tokenizer(template)), tmp_path / "out", "gguf", settings=FEW, check=None)

@@ -81,6 +81,7 @@ def test_what_llama_cpp_only_approximates_is_refused(tmp_path: Path, crossing: d
         export(small(tokenizer), tmp_path / "out", "gguf", settings=FEW, check=TEXT)
 
 
+@pytest.mark.slow
 def test_whole_pieces_count_only_where_merges_do_not_make_them(crossing: dict[str, Any]) -> None:
     reachable = crossing | {"model": crossing["model"] | {"ignore_merges": True}}
     core = Tokenizer.from_str(json.dumps(reachable))
@@ -115,6 +116,7 @@ def without_prefix() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "kind"),
     [(spaced_tokenizer, "llama"), (without_prefix, "llama"), (unigram, "t5")],

@@ -86,6 +86,7 @@ def never_chosen(family: str, model: PreTrainedModel, gone: dict[int, list[int]]
         handle.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_removed_experts_are_experts_that_are_never_chosen(family: str, tmp_path: Path) -> None:
     model = random_model(family)
@@ -140,7 +141,7 @@ def test_scores_are_router_weights_times_norms_of_outputs() -> None:
         assert scores.values[f"layers.{layer}.experts"] == pytest.approx(want, rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_and_what_it_refuses(tmp_path: Path, capsys: Any) -> None:
     random_model("mixtral").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")

@@ -77,6 +77,7 @@ def test_streamed_and_in_memory_replay_one_another(folder, tmp_path):
     assert streamed.notes == ()
 
 
+@pytest.mark.slow
 def test_a_fit_to_the_whole_model_is_not_replayed_layer_by_layer(folder, tmp_path):
     plan = prune(folder, None, settings(folder), dry_run=True).plan
     assert plan.made_with["settings"]["reconstruct"] == "divergence"
@@ -100,6 +101,7 @@ def test_the_command_line_writes_a_plan_and_replays_it(folder, tmp_path, capsys)
     assert plan == read_plan(tmp_path / "planned")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -127,6 +129,7 @@ def test_what_a_plan_cannot_do_is_refused(folder, tmp_path, capsys, more, words,
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_another_text_does_where_nothing_is_re_fitted(folder, tmp_path):
     plan = prune(folder, None, settings(folder, reconstruct="none"), dry_run=True).plan
     (tmp_path / "text.txt").unlink()
@@ -144,6 +147,7 @@ def test_a_plan_without_settings_takes_those_that_are_given(folder, tmp_path):
     assert weights(tmp_path / "replayed") == weights(tmp_path / "direct")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [None, "2GB"])
 @pytest.mark.parametrize("changes", [{"parameters_after": 5}, {"parameters_before": 0}, {"cuts": ()}])
 def test_a_plan_whose_numbers_are_not_those_of_its_cuts_is_refused(folder, tmp_path, changes, memory):

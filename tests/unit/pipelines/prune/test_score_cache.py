@@ -75,6 +75,7 @@ def test_measured_curves_are_kept_too(folder, passes):
     assert again == plan(folder, ratio=0.3, cache=None, **usual)
 
 
+@pytest.mark.slow
 def test_streaming_and_memory_share_their_scores_in_single_precision(folder, passes):
     plan(folder, criterion="taylor", select="global", memory="2GB")
     passes.clear()
@@ -112,6 +113,7 @@ def test_another_model_and_another_seed_are_other_scores(folder, tmp_path, make_
     assert passes
 
 
+@pytest.mark.slow
 def test_random_scores_depend_on_the_seed(folder):
     first, second = (prune(folder, None, settings(folder, criterion="random"), seed=seed, dry_run=True).plan for seed in (0, 1))
     assert first.cuts != second.cuts
@@ -137,6 +139,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(folder):
         plan(folder, cache=folder.parent / "text.txt")
 
 
+@pytest.mark.slow
 def test_rounds_are_scored_anew(folder, monkeypatch):
     scored: list[str] = []
     score = planning.score
@@ -145,6 +148,7 @@ def test_rounds_are_scored_anew(folder, monkeypatch):
     assert len(set(scored)) == 2
 
 
+@pytest.mark.slow
 def test_a_criterion_that_declares_nothing_is_cached_by_every_field(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plug-in that forgets ``reads`` gets no wrong hit, whichever field of the evidence it looks at."""
 

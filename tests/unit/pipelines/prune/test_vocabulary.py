@@ -101,6 +101,7 @@ def test_a_file_of_tokens_and_the_plan_again(folder: Path, tmp_path: Path) -> No
         assert torch.equal(again[name], tensor), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "why"),
     [

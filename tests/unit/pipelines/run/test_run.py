@@ -124,7 +124,7 @@ def test_ranks_are_found_between_pruning_and_recovery(tmp_path: Path, recipe: Ca
         assert str(tmp_path / "run").encode() not in (tmp_path / "run" / name).read_bytes(), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_folder_tells_nothing_of_where_it_stands(tmp_path: Path, recipe: Callable[..., Path]) -> None:
     run(recipe(), tmp_path / "somewhere-special")
     folder = tmp_path / "somewhere-special"
@@ -132,7 +132,7 @@ def test_the_folder_tells_nothing_of_where_it_stands(tmp_path: Path, recipe: Cal
         assert b"somewhere-special" not in (folder / name).read_bytes(), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stages_that_are_left_out(tmp_path: Path, recipe: Callable[..., Path]) -> None:
     measured_only = run(recipe(prune=None, recover=None, sample=None), tmp_path / "a")
     assert list(measured_only.measurements) == ["dense"]
@@ -145,7 +145,7 @@ def test_stages_that_are_left_out(tmp_path: Path, recipe: Callable[..., Path]) -
     assert tuned_only.plan is None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_speeds_are_measured_together_and_kept_apart(tmp_path: Path, recipe: Callable[..., Path]) -> None:
     result = run(recipe(recover=None, sample=None, evaluate={"speed": True}), tmp_path / "run")
     speeds = [entry.speed for entry in result.measurements.values()]
@@ -157,7 +157,7 @@ def test_speeds_are_measured_together_and_kept_apart(tmp_path: Path, recipe: Cal
     assert again.measurements == result.measurements
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_dry_run_plans_and_writes_nothing(tmp_path: Path, recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     path = recipe()
     before = names(tmp_path)
@@ -172,6 +172,7 @@ def test_a_dry_run_plans_and_writes_nothing(tmp_path: Path, recipe: Callable[...
     assert wet.plan == dry.plan
 
 
+@pytest.mark.slow
 def test_the_default_folder_is_named_after_the_recipe(tmp_path: Path, recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = run(recipe(prune=None, recover=None, sample=None))
@@ -179,6 +180,7 @@ def test_the_default_folder_is_named_after_the_recipe(tmp_path: Path, recipe: Ca
     assert (tmp_path / "runs" / "tiny" / "results.json").is_file()
 
 
+@pytest.mark.slow
 def test_overrides_reach_the_stages_and_the_record(tmp_path: Path, recipe: Callable[..., Path]) -> None:
     result = run(recipe(), tmp_path / "run", overrides=["recover=null", "prune.ratio=0.3", "sample=null"])
     assert result.plan is not None
@@ -266,6 +268,7 @@ def test_everything_that_does_not_fit_is_listed_at_once(tmp_path: Path, recipe: 
     ]
 
 
+@pytest.mark.slow
 def test_a_model_without_tokenizer_or_with_nan_is_refused(
     tmp_path: Path, recipe: Callable[..., Path], model: Path, make_model: Any
 ) -> None:

@@ -61,6 +61,7 @@ def test_what_is_written_is_read_back(value: Any) -> None:
     assert read_value(write_yaml(value)) == value
 
 
+@pytest.mark.slow
 @given(
     st.dictionaries(
         st.text("abc", min_size=1), st.integers() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False), min_size=1
@@ -70,7 +71,7 @@ def test_json_is_yaml(value: dict[str, Any]) -> None:
     assert read_value(json.dumps(value)) == value
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @given(st.text(max_size=40))
 def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
     try:
