@@ -28,7 +28,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-
 from regraft.errors import OutputError, shown
 
 MARK = "owner.json"
