@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedConfig, TrainingArguments
 
+CONVERSIONS = "_weight_conversions"  # attribute of a model of transformers: how its tensors were renamed and stacked when it was loaded
+
 
 def own_parameters(module: nn.Module) -> MutableMapping[str, nn.Parameter | None]:
     """Returns the parameters that a module itself holds, by name; writing into the mapping replaces them (PyTorch)."""

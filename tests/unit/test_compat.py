@@ -57,6 +57,11 @@ def test_the_attention_that_a_model_runs_is_known(llama: LlamaForCausalLM) -> No
     assert compat.attention_kernel(llama.config) == "sdpa"
 
 
+def test_a_loaded_model_knows_how_its_tensors_were_renamed(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    llama.save_pretrained(tmp_path)
+    assert compat.CONVERSIONS in vars(LlamaForCausalLM.from_pretrained(tmp_path))
+
+
 def test_names_that_saved_models_use_without_this_package(llama: LlamaForCausalLM) -> None:
     assert llama.config._attn_implementation_internal == "eager", "models/uneven writes it into the configs of layers"
     assert next(iter(llama.model.layers[0]._modules)) == "self_attn"

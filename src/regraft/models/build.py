@@ -18,7 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from regraft.compat import attention_kernel
+from regraft.compat import CONVERSIONS, attention_kernel
 from regraft.errors import PlanError
 from regraft.models.family import Family, Keys, family_of, matches
 from regraft.models.quiet import in_one_line, quiet
@@ -74,9 +74,18 @@ def build(
     except (ValueError, TypeError, AttributeError, AssertionError) as error:  # the family's code refuses these sizes
         raise PlanError(f"no {model_class.__name__} of these sizes can be built: {in_one_line(error)}; choose other targets") from error
     refuse_misfits(report)
+    stored_alike(model, like)
     model.generation_config = copy.deepcopy(like.generation_config)
     model.config.name_or_path = model.name_or_path = like.name_or_path
     return model.train(like.training)
+
+
+def stored_alike(model: PreTrainedModel, like: PreTrainedModel) -> None:
+    """Makes a model be saved under the names of another's checkpoint, where both have one class: see :mod:`regraft.models.stored`."""
+    if type(model) is type(like):
+        model.__dict__.pop(CONVERSIONS, None)
+        if CONVERSIONS in vars(like):
+            model.__dict__[CONVERSIONS] = vars(like)[CONVERSIONS]
 
 
 def config_for(

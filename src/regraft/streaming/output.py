@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from regraft.atomic import atomic_folder, sha256_of, write_text
 from regraft.errors import ModelError, OutputError, PlanError
@@ -25,6 +25,7 @@ from regraft.models.build import config_for
 from regraft.models.folder import write_folder
 from regraft.models.quiet import quiet
 from regraft.models.save import mend_generation_config, whole_card
+from regraft.models.stored import as_written, written_of
 from regraft.models.uneven import code_paths, register
 from regraft.models.view import LayerSizes
 from regraft.models.weights import INDEX, SINGLE, stored_tensors
@@ -142,19 +143,24 @@ class PrunedLayout:
         skeleton: The checkpoint that is pruned.
         removed: Name and axis of a parameter to the indices that it loses there.
         layers: Indices of the layers that are left.
-        names: New name of each parameter that is left to its name in the checkpoint, in order.
-        parts: For each layer, by its old index, and for the parameters outside the layers (None): new names and shapes, in order.
+        names: New name of each parameter that is left to its old name, in order.
+        written: Name of each tensor that is written to the new name of its parameter, in order: transformers stores some parameters under
+            other names, or in several tensors.
+        parts: For each layer, by its old index, and for the parameters outside the layers (None): written names and shapes, in order.
         shards: The files.
         sizes: Sizes of the layers that are left.
+        config: Config of the pruned model.
     """
 
     skeleton: Skeleton
     removed: Mapping[tuple[str, int], Collection[int]]
     layers: Sequence[int]
     names: Mapping[str, str]
+    written: Mapping[str, str]
     parts: Sequence[tuple[int | None, Mapping[str, tuple[int, ...]]]]
     shards: Sequence[Shard]
     sizes: Sequence[LayerSizes]
+    config: Any
 
     def kept(self, name: str, axis: int, size: int) -> Tensor:
         """Returns the indices that a parameter keeps along an axis of the given full length, (kept,) int64."""
@@ -192,10 +198,24 @@ def layout_of(skeleton: Skeleton, groups: Groups, plan: PrunePlan) -> PrunedLayo
         name = names[new]
         return tuple(size - len(removed.get((name, axis), ())) for axis, size in enumerate(full[name]))
 
-    parts = [(layer, {new: shape_of(new) for new in inside}) for layer, inside in groupby(names, key=layer_of)]
     sizes = sizes_after(view, groups, plan.cuts)
+    left = [sizes[layer] for layer in layers]
+    config = config_for(view.model.config, left, layers=layers)
+    tensors = _written(view.model, config, {new: shape_of(new) for new in names})
+    inside = groupby(names, key=layer_of)
+    parts = [(layer, {key: shape for new in every for key, shape in tensors[new].items()}) for layer, every in inside]
+    written = {key: new for new in names for key in tensors[new]}
     shards = shards_of(parts, skeleton.dtype, SHARD_BYTES)
-    return PrunedLayout(skeleton, removed, layers, names, parts, shards, [sizes[layer] for layer in layers])
+    return PrunedLayout(skeleton, removed, layers, names, written, parts, shards, left, config)
+
+
+def _written(
+    model: PreTrainedModel, config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Returns the tensors that are written for each parameter; our own classes store each as it is."""
+    if config.model_type != model.config.model_type or config.model_type.startswith("regraft_"):
+        return {name: {name: shape} for name, shape in shapes.items()}
+    return written_of(model, shapes)
 
 
 def write_shards(
@@ -217,8 +237,16 @@ def write_shards(
                 changed: Mapping[str, Tensor] = {}
                 if refitted is not None and layer is not None:
                     changed = next(tensors for index, tensors in refitted if index == layer)
-                for new in shapes:
-                    writer.write(new, _pieces(layout, layout.names[new], changed))
+                for new, keys in groupby(shapes, key=lambda key: layout.written[key]):
+                    pieces = _pieces(layout, layout.names[new], changed)
+                    match [*keys]:
+                        case [key]:
+                            writer.write(key, pieces)
+                        case several:
+                            (whole,) = pieces
+                            tensors = as_written(layout.skeleton.loaded.model, new, whole)
+                            for key in several:
+                                writer.write(key, [tensors[key]])
         progress.add(shard, writer.sha256)
 
 
@@ -255,7 +283,8 @@ class FinishedLayers:
 
         In an uninterrupted run the hidden states pass through this full-size layer, not through the narrow one.
         """
-        layout, written = self._layout, {name: new for new, name in self._layout.names.items()}
+        layout = self._layout
+        written = {layout.names[new]: key for key, new in layout.written.items()}
         prefix = f"{layout.skeleton.view.layer_name(layer)}."
         for reader in self._readers.get(layer, ()):
             for key, parameter in module.get_submodule(reader.removeprefix(prefix)).named_parameters():
@@ -289,8 +318,7 @@ def finish_pruned(layout: PrunedLayout, progress: PartialOutput, provenance: Pro
         provenance: Provenance of the model, without the checksums.
         card: Returns the beginning of the model card.
     """
-    config = config_for(layout.skeleton.loaded.model.config, layout.sizes, layers=layout.layers)
-    return finish_folder(layout.skeleton, progress.folder, config, layout.sizes, layout.shards, provenance, card, progress.end())
+    return finish_folder(layout.skeleton, progress.folder, layout.config, layout.sizes, layout.shards, provenance, card, progress.end())
 
 
 def finish_folder(

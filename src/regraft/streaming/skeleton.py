@@ -29,8 +29,9 @@ from regraft.models.checks import check_loading_report, check_values
 from regraft.models.family import Family, family_of
 from regraft.models.load import Loaded, check_folder, device_named, give_generation_config, locate_by, read_config
 from regraft.models.quiet import in_one_line, quiet
+from regraft.models.stored import Source, sources_of
 from regraft.models.tokenizer import load_tokenizer
-from regraft.models.view import ModelView, fingerprint_of
+from regraft.models.view import ModelView, digest_of, fingerprint_of
 from regraft.models.weights import weights_dtype
 from regraft.plans import WHOLE, GroupKind, Groups
 from regraft.settings import LoadSettings
@@ -52,7 +53,7 @@ class Skeleton:
     """
 
     def __init__(
-        self, loaded: Loaded, checkpoint: CheckpointFiles, stored: Mapping[str, str], dtype: torch.dtype, device: torch.device
+        self, loaded: Loaded, checkpoint: CheckpointFiles, stored: Mapping[str, Source], dtype: torch.dtype, device: torch.device
     ) -> None:
         self.loaded = loaded
         self.view = ModelView(loaded.model)
@@ -97,7 +98,7 @@ class Skeleton:
 
     def stored(self, name: str) -> Tensor:
         """Returns a parameter in the model's dtype, on the CPU."""
-        return self.checkpoint.read(self._stored[name]).to(self.dtype)
+        return self._stored[name].made(self.checkpoint.read, self.loaded.model).to(self.dtype)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """Yields a parameter in the model's dtype, in blocks of rows, on the CPU.
@@ -105,7 +106,8 @@ class Skeleton:
         Raises:
             ModelError: The parameter holds NaN, infinity or values far beyond those of a trained model.
         """
-        for piece in self.checkpoint.pieces(self._stored[name]):
+        source = self._stored[name]
+        for piece in self.checkpoint.pieces(source.parts[0]) if source.plain else [self.stored(name)]:
             values = piece.to(self.dtype)
             if name not in self._checked:
                 check_values(name, values, self.loaded.source)
@@ -125,7 +127,7 @@ class Skeleton:
 
     def head_rows(self, start: int, stop: int) -> Tensor:
         """Returns rows of the output projection for computation: float32 (rows, channels), on the device."""
-        rows = self.checkpoint.rows(self._stored[self.head_name], start, stop).to(self.dtype)
+        rows = self.checkpoint.rows(self._stored[self.head_name].parts[0], start, stop).to(self.dtype)
         check_values(self.head_name, rows, self.loaded.source)
         return rows.to(self.device).float()
 
@@ -158,7 +160,7 @@ class Skeleton:
         """Computes the token embedding, reading only the rows of the tokens that occur."""
         embedding: Any = self.embedding
         unique, inverse = ids.unique(return_inverse=True)
-        rows = self.checkpoint.gather(self._stored[self.embedding_name], unique.cpu()).to(self.dtype)
+        rows = self.checkpoint.gather(self._stored[self.embedding_name].parts[0], unique.cpu()).to(self.dtype)
         check_values(self.embedding_name, rows, self.loaded.source)
         padding, embedding.padding_idx = embedding.padding_idx, None
         whole, embedding.weight.data = embedding.weight.data, rows.to(self.device).float()
@@ -244,21 +246,22 @@ def _empty_model(folder: Path, device: torch.device, *, trust_remote_code: bool)
     return model.eval()
 
 
-def _stored_names(model: PreTrainedModel, checkpoint: CheckpointFiles, dtype: torch.dtype) -> dict[str, str]:
-    """Returns the stored name of each parameter; unties tied parameters that the file holds twice with different values.
+def _stored_names(model: PreTrainedModel, checkpoint: CheckpointFiles, dtype: torch.dtype) -> dict[str, Source]:
+    """Returns where each parameter is stored; unties tied parameters that the file holds twice with different values.
 
     Raises:
         ModelError: A tensor is missing, superfluous or of another shape.
     """
+    known = sources_of(model, {name: place.shape for name, place in checkpoint.places.items()})
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
-    found: dict[str, str] = {}
+    found: dict[str, Source] = {}
     used: set[str] = set()
     for names in aliases.values():
-        there = [stored for name in names if (stored := _stored_name(model, name, checkpoint)) is not None]
-        used.update(there)
-        if len(there) > 1 and not _equal(checkpoint, there[0], there[1], dtype):
+        there = [source for name in names if (source := _source(model, name, checkpoint, known)) is not None]
+        used.update(part for source in there for part in source.parts)
+        if len(there) > 1 and not _equal(checkpoint, there[0].parts[0], there[1].parts[0], dtype):
             _untie(model)
             return _stored_names(model, checkpoint, dtype)
         if there:
@@ -267,7 +270,7 @@ def _stored_names(model: PreTrainedModel, checkpoint: CheckpointFiles, dtype: to
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
     buffers = {name for name, _ in model.named_buffers()}
     extra = [name for name in checkpoint.places if name not in used and not any(pattern.search(name) for pattern in ignored)]
-    wrong = [(name, checkpoint.places[stored].shape, shapes[name]) for name, stored in found.items()]
+    wrong = [(name, source.shape, shapes[name]) for name, source in found.items()]
     report = {
         "missing_keys": [name for name in shapes if name not in found],
         "unexpected_keys": [name for name in extra if name not in buffers],
@@ -277,12 +280,13 @@ def _stored_names(model: PreTrainedModel, checkpoint: CheckpointFiles, dtype: to
     return found
 
 
-def _stored_name(model: PreTrainedModel, name: str, checkpoint: CheckpointFiles) -> str | None:
-    """Returns the name of a parameter in the file. The names of a checkpoint of the base model have no prefix."""
+def _source(model: PreTrainedModel, name: str, checkpoint: CheckpointFiles, known: Mapping[str, Source]) -> Source | None:
+    """Returns where a parameter is stored: as transformers knows, or under the name that its family's table gives."""
     module, _, last = name.rpartition(".")
     renamed = f"{family_of(model.config.model_type).stored_as.get(module, module)}.{last}"
-    bare = name.removeprefix(f"{model.base_model_prefix}.")
-    return next((candidate for candidate in (name, renamed, bare) if candidate in checkpoint.places), None)
+    if renamed in checkpoint.places:
+        return Source((renamed,), checkpoint.places[renamed].shape)
+    return known.get(name)
 
 
 def _equal(checkpoint: CheckpointFiles, first: str, second: str, dtype: torch.dtype) -> bool:
@@ -299,8 +303,12 @@ def _untie(model: Any) -> None:
     model.config.tie_word_embeddings = False
 
 
-def _fingerprint(model: PreTrainedModel, checkpoint: CheckpointFiles, stored: Mapping[str, str], dtype: torch.dtype) -> str:
+def _fingerprint(model: PreTrainedModel, checkpoint: CheckpointFiles, stored: Mapping[str, Source], dtype: torch.dtype) -> str:
     """Returns the fingerprint of the model in memory, from the file."""
-    return fingerprint_of(
-        (name, tuple(parameter.shape), dtype, checkpoint.digest(stored[name], dtype)) for name, parameter in model.named_parameters()
-    )
+
+    def digest(source: Source) -> bytes | None:
+        if source.plain:
+            return checkpoint.digest(source.parts[0], dtype)
+        return digest_of(source.made(checkpoint.read, model).to(dtype))
+
+    return fingerprint_of((name, tuple(parameter.shape), dtype, digest(stored[name])) for name, parameter in model.named_parameters())

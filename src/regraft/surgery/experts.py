@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from regraft.compat import attention_kernel
 from regraft.errors import PlanError
 from regraft.groups.experts import COUNT_KEYS
-from regraft.models.build import refuse_misfits
+from regraft.models.build import refuse_misfits, stored_alike
 from regraft.models.quiet import quiet
 from regraft.plans import Groups, PrunePlan
 from regraft.surgery.cut import check_plan, cut_state, without_doubles
@@ -51,6 +51,7 @@ def cut_experts(model: PreTrainedModel, groups: Groups, plan: PrunePlan) -> PreT
             output_loading_info=True,
         )
     refuse_misfits(report)
+    stored_alike(smaller, model)
     smaller.generation_config = copy.deepcopy(model.generation_config)
     smaller.config.name_or_path = smaller.name_or_path = model.name_or_path
     return smaller.train(model.training)
