@@ -7,6 +7,7 @@ matcher that can take longer than the universe is old. Neither reaches it.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -20,11 +21,13 @@ FILE = "adapter_config.json"
 # Kinds that change layers by what their own tensors say. Prompts, and mixtures of adapters in other folders, are none.
 KINDS = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "VERA", "HRA", "FOURIERFT", "RANDLORA", "LN_TUNING", "MISS", "SHIRA")
 LARGEST_NUMBER = 2.0**64  # seeds are the largest
-PATTERN_SECONDS = 5.0
+PATTERN_SECONDS = 1.0  # of processor time; names and patterns of real adapters take milliseconds
+_WAIT_SECONDS = 10.0  # where other work takes the processor
 _SPECIAL = set("*+{?")
 _MATCH = """
-import json, re, sys
-patterns, names = json.load(sys.stdin)
+import json, re, signal, sys
+patterns, names, seconds = json.load(sys.stdin)
+signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process, also within a match
 for pattern in patterns:
     compiled = re.compile(pattern)
     for name in names:
@@ -66,18 +69,20 @@ def check_patterns(folder: Path, config: Mapping[str, Any], names: Iterable[str]
     if not hard:
         return
     try:
-        done = subprocess.run(
+        code = subprocess.run(
             [sys.executable, "-I", "-c", _MATCH],
-            input=json.dumps([hard, list(names)]),
+            input=json.dumps([hard, list(names), PATTERN_SECONDS]),
             text=True,
             capture_output=True,
-            timeout=PATTERN_SECONDS,
+            timeout=_WAIT_SECONDS,
             check=False,
-        )
+        ).returncode
     except subprocess.TimeoutExpired:
+        code = -signal.SIGPROF
+    if code == -signal.SIGPROF:
         slow = f"the pattern '{shown(hard[0], 80)}' takes more than {PATTERN_SECONDS:g} s to match"
-        raise ModelError(f"'{folder / FILE}': {slow}; name the modules in a list") from None
-    if done.returncode:
+        raise ModelError(f"'{folder / FILE}': {slow}; name the modules in a list")
+    if code:
         raise ModelError(f"'{folder / FILE}': '{shown(hard[0], 80)}' is no pattern; name the modules in a list")
 
 

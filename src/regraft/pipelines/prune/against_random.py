@@ -1,9 +1,15 @@
-"""The comparison of a pruned model with random removal of the same size: a choice that is no better than chance ends with a warning."""
+"""The comparison of a pruned model with random removal of the same size: a choice that is no better than chance ends with a warning.
+
+Three models read a few windows of text: the pruned one, one that lost random units, the same share of every layer, and the dense one, from
+whose loss harm is counted.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -11,16 +17,23 @@ from transformers import PreTrainedModel
 from regraft.data.own_text import write_own_text
 from regraft.data.tokens import context_limit
 from regraft.errors import InputError
-from regraft.importance import Evidence, score
 from regraft.models.load import Loaded
 from regraft.models.precision import float32_on_cpu
-from regraft.plans import Groups, PrunePlan
+from regraft.pipelines.prune.resolved import layers_in
+from regraft.plans import WHOLE, Cut, GroupKind, Groups, PrunePlan, Scores
 from regraft.selection import Budget, select
+from regraft.selection.budget import best_units
 from regraft.surgery.cut import cut
 
-WINDOWS = 32
+BASELINE = "random"  # whoever asks for the baseline is not warned of it
+WINDOWS = 16
 OWN_WINDOWS, OWN_TOKENS = 8, 32  # of text that the model writes, where nothing else read any
-CLEARLY = 0.95  # share of the loss of chance that a clearly better choice stays below; few windows show no smaller difference
+CLEARLY = 0.9  # share of the harm of chance that a clearly better choice stays below; few windows show no smaller difference
+WHOLE_DRAWS = 3  # of layers and parts of layers, of which a model has few, so that one draw may be a lucky one
+LEAST_HARM_NATS = 0.01  # random removal that does less harm is no measure of anything, as in a model that was never trained
+_SURE = 3.0  # standard errors
+_FLOAT32_BYTES = 4
+CutModel = Callable[[PreTrainedModel, Groups, PrunePlan], PreTrainedModel]
 
 
 def windows_to_judge(loaded: Loaded, seed: int) -> Tensor:
@@ -30,43 +43,102 @@ def windows_to_judge(loaded: Loaded, seed: int) -> Tensor:
     return write_own_text(loaded.model, loaded.tokenizer, OWN_WINDOWS, tokens, seed).windows_NT
 
 
-def worse_than_random(
-    model: PreTrainedModel, pruned: PreTrainedModel, groups: Groups, budget: Budget, plan: PrunePlan, windows_NT: Tensor, *, seed: int
-) -> tuple[str, ...]:
-    """Returns a warning where a pruned model is not clearly better than one that lost random units, the same share of every group.
+@dataclass(frozen=True)
+class Chosen:
+    """A choice that is compared with chance.
 
-    The random one is cut and nothing more, so that a warning is never the fault of the re-fit.
-
-    Args:
+    Attributes:
         model: The dense model; it is left as it is.
-        pruned: The pruned one.
         groups: Groups of the dense model.
-        budget: What was to be removed.
         plan: What was removed.
-        windows_NT: Calibration tokens, int64 (windows, tokens), of which a few are read.
+        pruned: The pruned model.
+        windows_NT: Tokens, int64 (windows, tokens), of which a few are read.
         seed: Seed for the random units.
+        cut: What cuts the random model.
     """
-    windows = windows_NT[:WINDOWS]
-    if windows.shape[1] < 2 or any(group.kind not in ("heads", "query_heads", "ffn") for group in budget.prunable(groups)):
+
+    model: PreTrainedModel
+    groups: Groups
+    plan: PrunePlan
+    pruned: PreTrainedModel
+    windows_NT: Tensor
+    seed: int
+    cut: CutModel = cut
+
+
+def worse_than_random(chosen: Chosen) -> tuple[str, ...]:
+    """Returns a warning where a pruned model is not clearly better than one that lost as many parameters in random units of the same kinds.
+
+    The random one is cut and nothing more, so that a warning is never the fault of the re-fit. Nothing is compared where it has no room in
+    memory, nor where random removal does no harm that these windows show.
+    """
+    windows = chosen.windows_NT[:WINDOWS]
+    if windows.shape[1] < 2 or len(windows) < 2 or not _has_room(chosen):
         return ()
-    units = tuple(group for group in groups.groups if group in budget.prunable(groups))
-    scores = score("random", Evidence(model, replace(groups, groups=units), None, seed))
-    try:
-        chance = select("uniform", groups, scores, replace(budget, align=plan.align))
-    except InputError:  # no even share of so few units comes near the ratio
+    dense_W, ours_W = _losses(chosen.model, windows), _losses(chosen.pruned, windows)
+    drawn = [_losses(chosen.cut(chosen.model, chosen.groups, plan), windows) for plan in _chances(chosen)]
+    if not drawn:
         return ()
-    ours, theirs = _loss(pruned, windows), _loss(cut(model, groups, chance), windows)
-    if ours <= CLEARLY * theirs:
+    theirs_W = torch.stack(drawn).mean(dim=0)
+    harm_W = theirs_W - dense_W
+    harm = float(harm_W.mean())
+    if not harm > max(LEAST_HARM_NATS, _SURE * float(harm_W.std()) / len(windows) ** 0.5):
         return ()
+    ours, theirs, dense = (float(losses_W.mean()) for losses_W in (ours_W, theirs_W, dense_W))
+    if ours - dense <= CLEARLY * harm:
+        return ()
+    how = "hardly better than" if ours < theirs else "worse than"
+    what = "layers or parts of layers" if _whole(chosen) else "units"
     return (
-        f"no better or worse than random removal of the same size: {ours:.3f} nats a token on the text that was read, against {theirs:.3f} "
-        "where random units go, the same share in every layer; choose another `criterion` or `select`",
+        f"{how} random removal of the same size: {ours:.3f} nats a token on the text that was read, against {theirs:.3f} where random "
+        f"{what} go and {dense:.3f} before; choose another `criterion` or `select`",
     )
 
 
+def _has_room(chosen: Chosen) -> bool:
+    """Returns whether another pruned model fits into memory, in the precision that it is computed in."""
+    sizes = [parameter.numel() * max(_FLOAT32_BYTES, parameter.element_size()) for parameter in chosen.pruned.parameters()]
+    device = chosen.model.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return 2 * sum(sizes) < free
+
+
+def _whole(chosen: Chosen) -> bool:
+    named = chosen.groups.named()
+    return any(named[entry.group].kind in WHOLE for entry in chosen.plan.cuts)
+
+
+def _chances(chosen: Chosen) -> Iterator[PrunePlan]:
+    """Yields plans that remove as many parameters from the same kinds of groups at random, the same share of every layer."""
+    groups, plan = chosen.groups, chosen.plan
+    named = groups.named()
+    kinds: tuple[GroupKind, ...] = tuple(dict.fromkeys(named[entry.group].kind for entry in plan.cuts))
+    for draw in range(WHOLE_DRAWS if _whole(chosen) else 1):
+        generator = torch.Generator().manual_seed(chosen.seed + draw)
+        values = {group.name: tuple(torch.rand(group.units, generator=generator).tolist()) for group in groups.groups}
+        if "experts" in kinds:
+            yield replace(plan, cuts=tuple(Cut(entry.group, best_units(values[entry.group], len(entry.kept))) for entry in plan.cuts))
+            continue
+        budget = Budget(plan.achieved, plan.shape, _layers(chosen), kinds, plan.align)
+        try:
+            yield select("uniform", groups, Scores(groups.fingerprint, "random", values), budget)
+        except InputError:  # no even share of so few units comes near the ratio
+            return
+
+
+def _layers(chosen: Chosen) -> tuple[int, ...]:
+    """Returns the layers that could be cut: those of the plan's settings, or of its cuts where it brings none."""
+    named = chosen.groups.named()
+    asked = chosen.plan.made_with.get("settings", {}).get("layers")
+    if asked is not None:
+        return layers_in(str(asked), chosen.groups.layers)
+    cuts = {layer for entry in chosen.plan.cuts if (layer := named[entry.group].layer) is not None}
+    return tuple(sorted(cuts)) or tuple(range(chosen.groups.layers))
+
+
 @torch.no_grad()
-def _loss(model: PreTrainedModel, windows_NT: Tensor) -> float:
-    """Returns the mean loss over windows of equal length, in nats for each token."""
+def _losses(model: PreTrainedModel, windows_WT: Tensor) -> Tensor:
+    """Returns the mean loss over each window, float64 (windows,), in nats for each token."""
     with float32_on_cpu(model):
-        losses = [float(model(input_ids=ids, labels=ids, use_cache=False).loss) for ids in windows_NT.to(model.device).split(1)]
-    return sum(losses) / len(losses)
+        losses = [float(model(input_ids=ids, labels=ids, use_cache=False).loss) for ids in windows_WT.to(model.device).split(1)]
+    return torch.tensor(losses, dtype=torch.float64)

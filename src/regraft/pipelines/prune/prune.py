@@ -19,7 +19,7 @@ from regraft.models.load import Loaded, with_float64
 from regraft.models.save import save
 from regraft.models.towers import left_behind, load_tower, save_inside
 from regraft.models.view import ModelView
-from regraft.pipelines.prune.against_random import windows_to_judge, worse_than_random
+from regraft.pipelines.prune.against_random import BASELINE, Chosen, windows_to_judge, worse_than_random
 from regraft.pipelines.prune.effort import EFFORTS, forecast
 from regraft.pipelines.prune.experts import experts_wanted, of_experts, prune_experts
 from regraft.pipelines.prune.plan_files import settings_of
@@ -44,7 +44,6 @@ from regraft.pipelines.results import Saving
 from regraft.pipelines.texts import Texts, described, in_memory, path_in, text_for
 from regraft.plans import Groups, Provenance, PrunePlan
 from regraft.progress import Say, say_nothing
-from regraft.selection import SELECTORS
 from regraft.settings import LoadSettings, PruneSettings, takes_settings, with_keywords
 from regraft.surgery.apply_plan import apply_plan
 from regraft.surgery.cut import check_counts, check_plan, cut, layers_after
@@ -356,7 +355,12 @@ def _experts(order: _Order) -> PruneResult:
     if live and pruned is not None:
         own_tensors(pruned, loaded.model)
     record = record_of(loaded, plan, wanted.resolved, command=order.command)
-    result = PruneResult(plan, pruned, loaded, wanted.groups, wanted.resolved, (), record)
+    notes = ()
+    if pruned is not None:
+        order.say("comparing with random removal of the same size")
+        read = windows if windows is not None else windows_to_judge(loaded, order.seed)
+        notes = worse_than_random(Chosen(loaded.model, wanted.groups, plan, pruned, read, order.seed, cut=cut_experts))
+    result = PruneResult(plan, pruned, loaded, wanted.groups, wanted.resolved, notes, record)
     if not order.dry_run:
         result = _write(order, result)
     return replace(result, model=become(loaded.model, pruned)) if live and order.in_place and pruned is not None else result
@@ -406,9 +410,10 @@ def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
     pruned = cut_to_plan(model, groups, plan, resolved, windows, source_N=source_N, say=order.say)
     if live:
         own_tensors(pruned, model)
-    if order.plan is None and SELECTORS.get(resolved.settings.select).compares_layers:
+    if resolved.settings.criterion != BASELINE:
+        order.say("comparing with random removal of the same size")
         read = windows if windows is not None else windows_to_judge(loaded, resolved.seed)
-        notes = (*notes, *worse_than_random(model, pruned, groups, budget_of(groups, resolved.settings), plan, read, seed=resolved.seed))
+        notes = (*notes, *worse_than_random(Chosen(model, groups, plan, pruned, read, resolved.seed)))
     line = by_source(model, pruned, drawn.judged) if drawn is not None else None
     notes = (*notes, line) if line is not None else notes
     result = PruneResult(plan, pruned, loaded, groups, resolved, notes, record)

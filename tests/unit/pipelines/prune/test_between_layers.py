@@ -68,29 +68,3 @@ def test_standard_scores_keep_the_order_and_have_one_scale(make_model: Callable[
         torch.testing.assert_close(values, (first - first.mean()) / first.std(correction=0))
     flat = Scores(raw.fingerprint, "flat", {name: (3.0,) * len(values) for name, values in raw.values.items()})
     assert all(set(values) == {0.0} for values in standardised(groups, flat).values.values())
-
-
-@pytest.mark.slow
-def test_a_choice_that_is_worse_than_chance_says_so(make_model: Callable[..., PreTrainedModel], monkeypatch) -> None:
-    """Only channels of the first layer do anything; the planted criterion takes these first, and its opposite takes them last."""
-    model = make_model("llama")
-    with torch.no_grad():
-        model.get_parameter("model.layers.1.mlp.down_proj.weight").zero_()
-        model.get_parameter("model.layers.0.mlp.down_proj.weight").mul_(30.0)
-    text = torch.randint(3, 60, (4, 20), generator=torch.Generator().manual_seed(1))
-    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(60):  # so that the first layer's channels help
-        optimiser.zero_grad()
-        model(input_ids=text, labels=text).loss.backward()
-        model.get_parameter("model.layers.1.mlp.down_proj.weight").grad.zero_()
-        optimiser.step()
-    sentences = tiny_tokenizer().batch_decode(text.repeat(6, 1))
-    for sign, warned in ((1.0, True), (-1.0, False)):
-
-        def units(evidence: Evidence, sign: float = sign) -> dict[str, torch.Tensor]:
-            return {group.name: torch.full((group.units,), sign * float(group.layer or 0)) for group in evidence.groups.groups}
-
-        monkeypatch.setitem(CRITERIA._values, "planted", Criterion("planted", needs_text=True, units=units, between_layers=True))
-        asked = PruneSettings.model_validate(QUICK | {"criterion": "planted", "ratio": 0.2})
-        notes = prune(model.eval(), None, asked, tokenizer=tiny_tokenizer(), calibration=sentences).notes
-        assert any("worse than random removal of the same size" in note for note in notes) == warned, notes
