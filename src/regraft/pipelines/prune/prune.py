@@ -32,6 +32,7 @@ from regraft.pipelines.prune.resolved import (
     layers_in,
     left_out,
     missed_by_shape,
+    only_wanted,
     resolve,
     resolve_replay,
     with_shape,
@@ -386,8 +387,9 @@ def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
     """Prunes a model that is in memory."""
     model = loaded.model
     found = look_for(model, kinds_wanted(order.settings, order.plan))
-    groups = found.groups
-    resolved = with_shape(order.resolved(ModelView(model)), groups)
+    view = ModelView(model)
+    resolved = with_shape(order.resolved(view), found.groups, view.family)
+    groups = found.groups if order.plan is not None else only_wanted(found.groups, resolved.settings)
     check_own_text(order.settings, order.calibration)
     if order.plan is not None:
         check_plan(groups, order.plan)
@@ -397,7 +399,7 @@ def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
     drawn = drawn_windows(loaded, resolved, order.calibration, order.say) if resolved.needs_text else None
     windows = drawn.windows_NT if drawn is not None else None
     if windows is not None and order.plan is None:
-        order.say(forecast(ModelView(model), groups, resolved.settings, windows))
+        order.say(forecast(view, groups, resolved.settings, windows))
     plan = order.plan if order.plan is not None else plan_pruning(model, groups, resolved, windows, say=order.say)
     check_text(plan, windows)
     notes = (*resolved.notes, *left_out(resolved.settings, found), *missed_by_shape(plan)) if order.plan is None else ()

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from regraft.errors import InputError
 from regraft.groups.traced import Traced
 from regraft.importance import CRITERIA
+from regraft.models.family import Family
 from regraft.models.view import ModelView
 from regraft.pipelines.prune.effort import EFFORTS
 from regraft.plans import WHOLE, GroupKind, Groups, PrunePlan
@@ -27,6 +28,7 @@ from regraft.surgery.refit_predictions import refitting_bytes
 Reconstruct = Literal["divergence", "least_squares", "mean", "none"]
 # Re-fitting to the dense model's predictions is the default up to here, which is about half a billion parameters.
 MOST_REFITTING_BYTES = 8_000_000_000
+MOST_OF_FFN = 0.5  # of the channels, before heads are cut too although no stock class holds the result
 # Where the word of the settings is not that of the groups.
 KIND_OF: dict[Target, GroupKind] = {
     "heads": "heads",
@@ -174,20 +176,47 @@ def resolve_replay(settings: PruneSettings, view: ModelView | None, seed: int) -
     return ResolvedPrune(decided, seed, needs_text=reconstruct != "none")
 
 
-def with_shape(resolved: ResolvedPrune, groups: Groups) -> ResolvedPrune:
-    """Returns settings with a shape that the model can have: per-layer in place of ``uniform`` that nobody asked for, with a remark.
+def with_shape(resolved: ResolvedPrune, groups: Groups, family: Family) -> ResolvedPrune:
+    """Returns settings with a shape and targets that the model can have in a stock class, where nobody asked for others, with a remark.
 
     Layers cannot all be alike where they differ already, where some of them are spared, or where attention or feed-forward parts of
-    single layers are removed. If ``uniform`` was asked for, :func:`budget_of` refuses these.
+    single layers are removed: these are pruned per-layer. If ``uniform`` was asked for, :func:`budget_of` refuses these. Heads stay where
+    the stock class ties their number to the width, such as GPT-2's, as long as the feed-forward parts alone can give what is asked.
     """
     settings = resolved.settings
     if settings.shape != "uniform" or "shape" in settings.model_fields_set:
         return resolved
     reason = _why_not_uniform(settings, groups)
     if reason is None:
-        return resolved
+        return _without_tied_heads(resolved, groups, family)
     note = f"shape: per-layer, because {reason}"
     return replace(resolved, settings=settings.model_copy(update={"shape": "per-layer"}), notes=(*resolved.notes, note))
+
+
+def _without_tied_heads(resolved: ResolvedPrune, groups: Groups, family: Family) -> ResolvedPrune:
+    settings = resolved.settings
+    tied = family.head_size == "derived" and bool(family.keys.ffn) and bool(groups.of("heads"))
+    ours = groups.family.startswith("regraft_")
+    if not tied or ours or "targets" in settings.model_fields_set or settings.budget != "parameters":
+        return resolved
+    ffn = sum(group.units * group.unit_parameters for group in groups.of("ffn"))
+    if settings.ratio * groups.parameters <= MOST_OF_FFN * ffn:
+        note = (
+            f"targets: ffn, because the stock class of {family.model_type} ties its heads to its width; `targets=heads,ffn` cuts both, "
+            "into a class of ours"
+        )
+        return replace(resolved, settings=settings.model_copy(update={"targets": ("ffn",)}), notes=(*resolved.notes, note))
+    note = (
+        f"heads are cut too, into a class of ours: for this ratio the feed-forward parts alone would lose more than {MOST_OF_FFN:.0%} of "
+        f"their channels, and the stock class of {family.model_type} ties its heads to its width"
+    )
+    return replace(resolved, notes=(*resolved.notes, note))
+
+
+def only_wanted(groups: Groups, settings: PruneSettings) -> Groups:
+    """Returns the groups of the kinds that the settings cut."""
+    wanted = kinds_wanted(settings)
+    return replace(groups, groups=tuple(group for group in groups.groups if group.kind in wanted))
 
 
 def _why_not_uniform(settings: PruneSettings, groups: Groups) -> str | None:

@@ -16,7 +16,7 @@ from regraft.models.load import Loaded
 from regraft.models.provenance import versions
 from regraft.pipelines.prune.planning import Planning, check_text, draw_windows
 from regraft.pipelines.prune.record import card_of, record_of
-from regraft.pipelines.prune.resolved import ResolvedPrune, budget_of, kinds_wanted, left_out, missed_by_shape, with_shape
+from regraft.pipelines.prune.resolved import ResolvedPrune, budget_of, kinds_wanted, left_out, missed_by_shape, only_wanted, with_shape
 from regraft.pipelines.prune.score_cache import checksum_of
 from regraft.plans import Groups, PrunePlan, to_dict
 from regraft.progress import Say
@@ -89,8 +89,10 @@ def prune_streamed(request: StreamedPrune) -> Streamed:
     """
     skeleton = open_skeleton(request.source, request.load)
     found = skeleton.look_for(kinds_wanted(request.resolved.settings, request.plan))
-    groups = found.groups
-    resolved = with_shape(request.resolved, groups) if request.plan is None else request.resolved
+    groups, resolved = found.groups, request.resolved
+    if request.plan is None:
+        resolved = with_shape(resolved, groups, skeleton.view.family)
+        groups = only_wanted(groups, resolved.settings)
     request = replace(request, resolved=resolved)
     refuse_beyond_layers(skeleton.view.family, groups)
     if request.plan is not None:

@@ -49,6 +49,28 @@ def test_layers_are_equal_unless_another_shape_is_asked_for(make_model: Make, tm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "stablelm"])
+def test_heads_that_a_stock_class_ties_to_the_width_stay_unless_asked_for(make_model: Make, tmp_path: Path, family: str) -> None:
+    model = make_model(family)
+    stock = type(model)
+    result = prune(model, tmp_path / "out", PruneSettings(criterion="l2", ratio=0.1, align=1))
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is stock
+    assert {size.query_heads for size in sizes(result.model)} == {6}
+    assert len(set(sizes(result.model))) == 1
+    assert result.plan.achieved == pytest.approx(0.1, abs=0.01)
+    assert any(f"targets: ffn, because the stock class of {family}" in note for note in result.notes)
+    both = prune(make_model(family), None, PruneSettings(criterion="l2", ratio=0.4, align=1, targets=("heads", "ffn")))
+    assert sizes(both.model)[0].query_heads < 6
+    assert not any("targets" in note for note in both.notes)
+
+
+def test_heads_go_too_where_the_feed_forward_parts_alone_would_lose_more_than_half(make_model: Make) -> None:
+    result = prune(make_model("gpt2"), None, PruneSettings(criterion="l2", ratio=0.45, align=1))
+    assert sizes(result.model)[0].query_heads < 6
+    assert any("more than 50% of their channels" in note for note in result.notes)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
