@@ -26,7 +26,7 @@ from regraft.selection.budget import best_units
 from regraft.surgery.cut import cut
 
 BASELINE = "random"  # whoever asks for the baseline is not warned of it
-WINDOWS = 16
+TOKENS, FEWEST_WINDOWS, MOST_WINDOWS = 512, 4, 16  # that each of the models reads: seconds for 135 M parameters
 OWN_WINDOWS, OWN_TOKENS = 8, 32  # of text that the model writes, where nothing else read any
 CLEARLY = 0.9  # share of the harm of chance that a clearly better choice stays below; few windows show no smaller difference
 WHOLE_DRAWS = 3  # of layers and parts of layers, of which a model has few, so that one draw may be a lucky one
@@ -72,7 +72,8 @@ def worse_than_random(chosen: Chosen) -> tuple[str, ...]:
     The random one is cut and nothing more, so that a warning is never the fault of the re-fit. Nothing is compared where it has no room in
     memory, nor where random removal does no harm that these windows show.
     """
-    windows = chosen.windows_NT[:WINDOWS]
+    count = min(max(TOKENS // max(1, chosen.windows_NT.shape[1]), FEWEST_WINDOWS), MOST_WINDOWS)
+    windows = chosen.windows_NT[:count]
     if windows.shape[1] < 2 or len(windows) < 2 or not _has_room(chosen):
         return ()
     dense_W, ours_W = _losses(chosen.model, windows), _losses(chosen.pruned, windows)
