@@ -140,6 +140,15 @@ def lock_file(file: Path, path: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def holder(file: Path) -> str | None:
+    """Returns who has signed a lock and lives, in words; None where nobody does. The lock is left alone."""
+    try:
+        owner = _owner_in(file.read_bytes()[:_MARK_BYTES]) if file.is_file() else None
+    except OSError:
+        return None
+    return _named(owner) if owner is not None and _lives(owner) else None
+
+
 @contextmanager
 def left_over(folder: Path) -> Iterator[bool]:
     """Holds a work folder that is there, to clear it up; gives False where its owner lives."""

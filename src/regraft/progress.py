@@ -28,6 +28,9 @@ class Step(str):
         return line
 
 
+EVERY = "REGRAFT_PROGRESS_SECONDS"
+"""Environment variable: seconds between two lines of progress of a command that has no terminal; 30 without it."""
+
 Say = Callable[[str], None]
 """Called with one line, often a :class:`Step`, whenever a stage gets on."""
 

@@ -20,6 +20,7 @@ BRACKETS: tuple[tuple[str, ...], ...] = (
     ("training", "search", "evaluation", "export"),
     ("paired", "report", "testing"),
     ("pipelines",),
+    ("studio",),
     ("cli",),
 )
 LEVEL = {room: level for level, bracket in enumerate(BRACKETS) for room in bracket}

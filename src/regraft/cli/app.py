@@ -53,6 +53,7 @@ COMMANDS = {
     "advise": "Say in a second how a model gets under a size, into a memory, or to a speed, and print the command.",
     "report": "Write the page of a run: what was cut, what it cost, every picture, in one file that needs no network.",
     "runs": "List the runs in a folder with their sizes and losses, compare them, or remove one.",
+    "studio": "Show the runs of a folder on a local page: compare them, start and stop one, and prompt two models side by side.",
     "doctor": "Show what is installed, what is missing and how to get it.",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -11,9 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from regraft.errors import shown
-from regraft.progress import Say, Step, say_nothing
+from regraft.progress import EVERY, Say, Step, say_nothing
 
 EVERY_SECONDS = 30.0
+
+
+def every_seconds() -> float:
+    """Returns the time between two lines: that of the environment variable, at least a second, or half a minute."""
+    value = os.environ.get(EVERY, "")
+    return max(1.0, float(value[:6])) if value.isascii() and value.isdigit() else EVERY_SECONDS
 
 
 @contextmanager
@@ -87,7 +94,7 @@ class _Lines(threading.Thread):
         self._line = line
 
     def run(self) -> None:
-        while not self._ended.wait(EVERY_SECONDS):
+        while not self._ended.wait(every_seconds()):
             now = time.monotonic()
             left = remaining_seconds(self._line, now - self._stage_began)
             after = "" if left is None else f", about {in_words(left)} left of this step"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -14,8 +14,9 @@ from regraft.cli.screen import Screen
 from regraft.errors import InputError
 
 if TYPE_CHECKING:
-    from regraft.pipelines.report import Listed, list_runs, remove_run, run_named
+    from regraft.pipelines.report import figures_of, list_runs, remove_run, run_named
 else:
+    figures_of = later("regraft.pipelines.report", "figures_of")
     list_runs = later("regraft.pipelines.report", "list_runs")
     remove_run = later("regraft.pipelines.report", "remove_run")
     run_named = later("regraft.pipelines.report", "run_named")
@@ -40,7 +41,7 @@ def runs(
         return
     names = [name.strip() for name in compare.split(",") if name.strip()]
     found = [run_named(folder, name) for name in names] if names else list_runs(folder)
-    lines = [line for run in found for line in _lines(run, every_model=bool(names))]
+    lines = [line for run in found for line in figures_of(run, every_model=bool(names))]
     if as_json:
         print(json.dumps(lines, indent=2, ensure_ascii=False))
         return
@@ -56,22 +57,3 @@ def runs(
             change = f"{line['change_nats']:+.4f}"
             table.add_row(line["run"], line["model"], f"{line['parameters']:,}", f"{line['loss_nats']:.4f}", change, line["text"])
     Screen().print(table)
-
-
-def _lines(run: Listed, *, every_model: bool) -> list[dict[str, Any]]:
-    """Returns a line for the final model of a run, or for each of its models."""
-    if run.report is None or not run.report.measurements:
-        empty = dict.fromkeys(("parameters", "loss_nats", "change_nats", "text"))
-        return [{"run": run.name, "model": "not finished" if run.report is None else "not measured", **empty}]
-    measured = run.report.measurements
-    return [
-        {
-            "run": run.name,
-            "model": entry.label,
-            "parameters": entry.size.parameters,
-            "loss_nats": entry.loss.loss_nats,
-            "change_nats": entry.loss.loss_nats - measured[0].loss.loss_nats,
-            "text": entry.loss.text,
-        }
-        for entry in (measured if every_model else measured[-1:])
-    ]

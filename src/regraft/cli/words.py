@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from regraft.settings import SECTIONS
 
 # Options that commands have beside the settings and that messages of the library name; a command that lacks one never raises these.
-OF_COMMANDS = ("check", "dry_run", "output", "plain", "plan", "plan_only", "resume", "seed", "system", "to")
+OF_COMMANDS = ("check", "dry_run", "output", "plain", "plan", "plan_only", "port", "resume", "seed", "system", "to")
 OF_RUN = ("dry_run", "output", "resume")
 
 _SETTING = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")

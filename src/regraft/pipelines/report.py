@@ -6,16 +6,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from regraft.atomic import write_text
-from regraft.claims import lock_file, remove
+from regraft.claims import holder, lock_file, remove
 from regraft.errors import DataError, InputError, OutputError, PlanError, RegraftError, did_you_mean, shown
 from regraft.models.provenance import read_provenance
 from regraft.pipelines.ranks.files import SEARCH
-from regraft.pipelines.run.folder import LOCK, RUN_FILE
+from regraft.pipelines.run.folder import LOCK, RUN_FILE, TIMINGS
 from regraft.pipelines.run.page import REPORT
 from regraft.plans import LossReport, PrunePlan, RankSearch, from_json
-from regraft.reading import is_file, is_folder, read_bytes
+from regraft.reading import is_file, is_folder, read_bytes, read_object
 from regraft.report.page import to_html
 from regraft.report.summary import PastRun, RunReport, Width
 
@@ -52,12 +53,17 @@ def write_page(folder: str | Path, output: str | Path | None = None) -> Path:
         OutputError: The page cannot be written.
     """
     folder = Path(folder)
-    page = to_html(report_of(folder), past_of(folder))
+    page = page_of(folder)
     file = Path(output) if output is not None else folder / PAGE
     if is_folder(file):
         raise OutputError(f"'{shown(file)}' is a folder; name an HTML file with `output`")
     write_text(file, page)
     return file
+
+
+def page_of(folder: Path) -> str:
+    """Returns the page of a folder as HTML; see :func:`report_of` for what is refused."""
+    return to_html(report_of(folder), past_of(folder))
 
 
 def report_of(folder: Path) -> RunReport:
@@ -145,6 +151,35 @@ def run_named(folder: Path, name: str) -> Listed:
         hint = did_you_mean(name, runs) or "; list them by `regraft runs`"
         raise InputError(f"there is no run '{shown(name)}' in '{shown(folder)}'{hint}")
     return runs[name]
+
+
+def figures_of(run: Listed, *, every_model: bool = False) -> list[dict[str, Any]]:
+    """Returns a line of figures for the final model of a run, or for each of its models, as plain JSON types."""
+    if run.report is None or not run.report.measurements:
+        empty = dict.fromkeys(("parameters", "loss_nats", "change_nats", "text"))
+        return [{"run": run.name, "model": "not finished" if run.report is None else "not measured", **empty}]
+    measured = run.report.measurements
+    return [
+        {
+            "run": run.name,
+            "model": entry.label,
+            "parameters": entry.size.parameters,
+            "loss_nats": entry.loss.loss_nats,
+            "change_nats": entry.loss.loss_nats - measured[0].loss.loss_nats,
+            "text": entry.loss.text,
+        }
+        for entry in (measured if every_model else measured[-1:])
+    ]
+
+
+def progress_of(run: Listed) -> dict[str, Any]:
+    """Returns whether a run is finished, the seconds of its finished stages, and the process that works in it, or None."""
+    try:
+        found = read_object(run.path / TIMINGS, DataError) if is_file(run.path / TIMINGS) else {}
+    except RegraftError:
+        found = {}
+    stages = {name: value for name, value in found.items() if isinstance(value, int | float)}
+    return {"finished": run.report is not None, "stages": stages, "works": holder(run.path / LOCK)}
 
 
 def remove_run(run: Listed) -> None:
