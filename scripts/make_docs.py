@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from regraft.cli.app import COMMANDS, load_command
+from regraft.cli.examples import EXAMPLES
 from regraft.export import EXPORTERS
 from regraft.pipelines.run.recipe import SECTIONS, Recipe
 from regraft.settings import Settings
@@ -75,6 +76,7 @@ def _command(name: str) -> list[str]:
     usage = " ".join(argument.metavar if argument.required else f"[{argument.metavar}]" for argument in arguments)
     help_lines = [line.strip() for line in (command.help or "").splitlines()]
     lines = [f"## regraft {name}", "", *help_lines, "", "```", f"regraft {name} {usage} [OPTIONS]".replace("  ", " "), "```", ""]
+    lines += ["```", *EXAMPLES[name], "```", ""]
     panels: dict[str, list[Any]] = {}
     for option in options:
         panels.setdefault(getattr(option, "rich_help_panel", None) or "", []).append(option)

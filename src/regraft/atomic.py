@@ -22,6 +22,7 @@ from pathlib import Path
 
 from regraft.claims import SUFFIX, claimed, in_work_folder, is_work_folder, left_over, remove, resolved, work_folder
 from regraft.errors import OutputError, shown
+from regraft.platforms import open_to_flush
 from regraft.reading import object_in, read_object
 
 MANIFEST = "manifest.json"
@@ -31,7 +32,9 @@ _FILE_WAIT_SECONDS = 20.0  # a file is written in much less; whoever is second w
 
 def _sync(path: Path) -> None:
     """Flushes a file or a folder's list of names to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = open_to_flush(path)
+    if handle is None:
+        return
     try:
         os.fsync(handle)
     except OSError as error:  # some file systems cannot flush a folder; the rename is atomic there all the same

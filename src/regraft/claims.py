@@ -14,7 +14,6 @@ folder over. A folder of that name without the mark belongs to somebody else and
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.errors import OutputError, shown
+from regraft.platforms import MARK_FLAGS, lock, read_start, remove_and_close, write_start
 
 MARK = "owner.json"
 SUFFIX = ".regraft"
@@ -136,8 +136,7 @@ def lock_file(file: Path, path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)
-        os.close(handle)
+        remove_and_close(handle, file)
 
 
 def holder(file: Path) -> str | None:
@@ -201,7 +200,7 @@ def _locked(folder: Path, path: Path, wait_seconds: float) -> int:
 def _locked_file(file: Path, path: Path, wait_seconds: float) -> int:
     deadline = time.monotonic() + wait_seconds
     while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        handle = os.open(file, MARK_FLAGS, 0o666)
         try:
             owner = _try_lock(handle, file)
         except BaseException:
@@ -219,9 +218,9 @@ def _locked_file(file: Path, path: Path, wait_seconds: float) -> int:
 
 def _try_lock(handle: int, file: Path) -> str | None:
     """Locks an open file and signs it; returns None, or who holds it, or "again" when the file went meanwhile."""
-    content = os.pread(handle, _MARK_BYTES, 0)
+    content = read_start(handle, _MARK_BYTES)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(handle)
     except BlockingIOError:
         return _named(_owner_in(content))
     except OSError:  # a file system without locks: what is written in the file has to do
@@ -233,12 +232,11 @@ def _try_lock(handle: int, file: Path) -> str | None:
             return "again"
     except FileNotFoundError:
         return "again"
-    content = os.pread(handle, _MARK_BYTES, 0)
+    content = read_start(handle, _MARK_BYTES)
     if not stat.S_ISREG(os.fstat(handle).st_mode) or (content and _owner_in(content) is None):
         raise OutputError(f"'{shown(file)}' is in the way and not regraft's; move it elsewhere or choose another `output`")
     try:
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, _signature(), 0)
+        write_start(handle, _signature())
     except OSError:
         if not content:  # made for this claim, which is none
             with suppress(OSError):
@@ -292,13 +290,15 @@ def _lives(owner: dict[str, Any]) -> bool:
 def _let_go(folder: Path, handle: int) -> None:
     """Drops a lock; the work folder goes with it, unless something is left in it."""
     try:
-        if os.listdir(folder) == [MARK]:
-            (folder / MARK).unlink()
-            folder.rmdir()
-    except OSError:  # somebody else has claimed it already, or the disk is gone: either way it is not ours to remove
-        pass
-    finally:
+        alone = os.listdir(folder) == [MARK]
+    except OSError:  # the disk is gone
+        alone = False
+    if not alone:
         os.close(handle)
+        return
+    with suppress(OSError):  # somebody else has claimed it already: then it is not ours to remove
+        remove_and_close(handle, folder / MARK)
+        folder.rmdir()
 
 
 def _remove_empty(folders: list[Path]) -> None:

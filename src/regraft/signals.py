@@ -2,7 +2,7 @@
 
 A signal becomes an exception in the main thread, so that what is half-written is cleared up. Where that takes too long, since a
 library computes without looking up, a thread that sleeps until then ends the process. Nothing here is imported but the standard
-library: it is in place before the rest is loaded.
+library, and what needs no more than it: it is in place before the rest is loaded.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import sys
 import threading
 import time
 from types import FrameType
+
+from regraft.platforms import WINDOWS, is_alive
 
 GRACE_SECONDS = 3.5
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -33,7 +35,8 @@ def exit_code() -> int:
 def install() -> None:
     """Turns signals into exceptions, for the process of a command; those that are ignored, as by ``nohup``, stay ignored."""
     receiver, sender = os.pipe()
-    os.set_blocking(sender, False)
+    if not WINDOWS:  # where pipes have no such mode before Python 3.12, and none is needed
+        os.set_blocking(sender, False)
     signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -81,12 +84,12 @@ def die_with_parent(parent: int) -> None:
     Args:
         parent: The process that has started this one.
     """
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # of systems without it; a thread looks too
         ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while is_alive(parent):
             time.sleep(_POLL_SECONDS)
         os._exit(1)
 

@@ -32,21 +32,36 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
 """
 
 
-@pytest.mark.parametrize("kind", ["uniform", "uneven", "factored"])
+def _made(kind: str, folder: Path) -> str:
+    """Writes a folder of a kind to ``made`` and returns how the harness is told to load it."""
+    model = folder / "model"
+    if kind == "factored":
+        regraft.compress(model, settings=regraft.CompressSettings(ratio=0.2, method="svd")).save_pretrained(folder / "made")
+        return "pretrained=made,trust_remote_code=True"
+    if kind == "adapter":
+        text = folder / "text.txt"
+        text.write_text("\n<|endoftext|>\n".join(TEXTS), encoding="utf-8")
+        short: dict[str, Any] = {"steps": 4, "batch": 2, "seq_len": 16, "eval_every": 4, "held_out": 0.25, "lr": 0.05, "quiet": True}
+        regraft.recover(model, folder / "made", settings=regraft.RecoverSettings(data=text, merge=False, rank=2, **short))
+        return "pretrained=model,peft=made"
+    shape: Any = "uniform" if kind == "uniform" else "per-layer"
+    pruned = regraft.prune(model, ratio=0.2, criterion="wanda", shape=shape, align=1, calibration=TEXTS, samples=8)
+    pruned.save_pretrained(folder / ("pruned" if kind in ("exported", "padded") else "made"))
+    if kind in ("exported", "padded"):
+        to: Any = "hf" if kind == "exported" else "hf-uniform"
+        regraft.export(folder / "pruned", folder / "made", to=to)
+    return f"pretrained=made{',trust_remote_code=True' if kind in ('uneven', 'exported') else ''}"
+
+
+@pytest.mark.parametrize("kind", ["uniform", "uneven", "factored", "adapter", "exported", "padded"])
 def test_the_command_of_the_harness_scores_our_folders_as_we_do(kind: str, make_model: Any, tmp_path: Path) -> None:
     make_model("llama-bias", max_position_embeddings=256).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "planted.yaml").write_text(TASK, encoding="utf-8")
-    if kind == "factored":
-        made = regraft.compress(tmp_path / "model", settings=regraft.CompressSettings(ratio=0.2, method="svd"))
-    else:
-        shape: Any = "per-layer" if kind == "uneven" else "uniform"
-        made = regraft.prune(tmp_path / "model", ratio=0.2, criterion="wanda", shape=shape, align=1, calibration=TEXTS, samples=8)
-    made.save_pretrained(tmp_path / "made")
+    where = _made(kind, tmp_path)
     ours = regraft.evaluate_tasks(tmp_path / "made", tasks=(str(tmp_path / "q.jsonl"),))
-    trust = "" if kind == "uniform" else ",trust_remote_code=True"
     command = [
         sys.executable,
         "-m",
@@ -54,7 +69,7 @@ def test_the_command_of_the_harness_scores_our_folders_as_we_do(kind: str, make_
         "--model",
         "hf",
         "--model_args",
-        f"pretrained=made,dtype=float32{trust}",
+        f"{where},dtype=float32",
         "--tasks",
         "planted",
     ]

@@ -12,7 +12,21 @@ SOURCE = Path(__file__).parents[2] / "src" / "regraft"
 
 # From the bottom upwards; rooms of one bracket are siblings. The first bracket's rooms may use one another: they are the ground.
 BRACKETS: tuple[tuple[str, ...], ...] = (
-    ("errors", "in_short", "plans", "progress", "registry", "settings", "atomic", "claims", "compat", "reading", "signals", "numerics"),
+    (
+        "errors",
+        "in_short",
+        "plans",
+        "progress",
+        "registry",
+        "settings",
+        "atomic",
+        "claims",
+        "compat",
+        "platforms",
+        "reading",
+        "signals",
+        "numerics",
+    ),
     ("completion", "models", "data", "seedling"),
     ("groups",),
     ("importance", "selection", "allocation", "adapters", "compression"),

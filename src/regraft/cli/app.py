@@ -24,6 +24,7 @@ import typer
 import typer.core
 import typer.main
 
+from regraft.cli.examples import epilog
 from regraft.cli.later import later
 from regraft.cli.screen import Screen
 from regraft.errors import RegraftError, shown
@@ -78,7 +79,7 @@ def load_command(name: str) -> Any:
     """Imports ``regraft.cli.<name>`` and returns its function of that name as a command."""
     function = getattr(importlib.import_module(f"regraft.cli.{name}"), name)
     alone = typer.Typer(add_completion=False)
-    alone.command(name)(function)
+    alone.command(name, epilog=epilog(name))(function)
     return typer.main.get_command(alone)
 
 

@@ -12,9 +12,7 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -34,6 +32,7 @@ from regraft.data.labelled import Labelled
 from regraft.data.text import Corpus
 from regraft.errors import InputError, OutputError, TrainingError
 from regraft.plans import RankPlan
+from regraft.platforms import peak_memory_bytes
 from regraft.reading import read_object
 from regraft.settings import RecoverSettings
 from regraft.surgery.adapters import Injected, inject, merge
@@ -370,5 +369,4 @@ def _as_it_was(model: PreTrainedModel, work: Path) -> Iterator[None]:
 def _peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_memory_bytes()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -12,10 +13,11 @@ from types import ModuleType
 import pytest
 
 from regraft.cli import app
+from regraft.cli.examples import EXAMPLES
 from regraft.errors import ConfigError, InputError
 
 FOLDER = Path(app.__file__).parent
-NOT_COMMANDS = {"__init__", "app", "later", "options", "progress", "screen", "tasks", "words"}
+NOT_COMMANDS = {"__init__", "app", "examples", "later", "options", "progress", "screen", "tasks", "words"}
 
 
 def python(code: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -41,7 +43,14 @@ def test_help_lists_the_commands(arguments: list[str], capsys: pytest.CaptureFix
 @pytest.mark.parametrize("name", sorted(app.COMMANDS))
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert app.run([name, "--help"]) == 0
-    assert f"regraft {name}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"regraft {name}" in shown
+    # Every example has a line of its own in the help, and is a command that the parser takes.
+    assert set(EXAMPLES[name]) <= {line.strip() for line in shown.splitlines()}
+    for example in EXAMPLES[name]:
+        program, command, *arguments = shlex.split(example)
+        assert (program, command) == ("regraft", name)
+        app.load_command(name).make_context(name, arguments)
 
 
 @pytest.mark.parametrize(

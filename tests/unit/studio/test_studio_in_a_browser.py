@@ -51,9 +51,9 @@ def test_from_an_empty_folder_to_a_finished_run(tmp_path: Path, monkeypatch: pyt
             tab.picture(tmp_path / "studio.png", 1100)
             assert (tmp_path / "studio.png").stat().st_size > 20_000
             tab.picture(tmp_path / "phone.png", 390)
-            assert tab.run("document.documentElement.scrollWidth <= innerWidth")
+            assert tab.run("document.documentElement.scrollWidth <= 390")
             assert tab.console == []
             tab.run("location.href = document.querySelector('#runs a').href")
-            tab.wait_for("document.documentElement.dataset.drawn > 0", 120)
+            tab.wait_for("document.documentElement?.dataset.drawn > 0", 120)
         server.shutdown()
         thread.join()
