@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+SHELL := bash
 
-.PHONY: demo test test-long test-fast test-eval coverage lint format docs bench wheel clean setup
+.PHONY: demo test test-long test-fast test-eval test-lowest coverage lint format docs bench wheel lock sbom audit clean setup
 
 # torch first and pinned: a bare `torch` may bring gigabytes of other builds.
 $(READY): constraints.txt pyproject.toml
@@ -37,6 +38,18 @@ test-eval: $(READY)
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[eval]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/pipelines/test_evaluate_tasks.py tests/pipelines/test_lm_eval.py
 
+# The oldest versions of what pyproject.toml names, each with the newest of what it needs itself, in an environment of its own.
+# LOWEST_TORCH=2.13.0+cpu takes another torch: the oldest brings gigabytes of CUDA on Linux.
+LOWEST_TORCH ?=
+test-lowest: $(READY)
+	$(PIP) install --quiet --constraint constraints.txt uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-lowest
+	$(BIN)/uv pip compile --quiet --no-header --resolution lowest-direct $(if $(LOWEST_TORCH),--override <(echo torch==$(LOWEST_TORCH))) pyproject.toml --output-file .venv-lowest/lowest.txt
+	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --requirement .venv-lowest/lowest.txt --no-deps
+	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --constraint constraints.txt pytest pytest-timeout pytest-xdist hypothesis
+	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --no-deps --editable .
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n auto --dist worksteal -m "not slow and not long" -W default tests/unit tests/conformance
+
 # Which lines the fast tests run; the report is printed, and lies in htmlcov/ for reading.
 coverage: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not long" --cov=regraft --cov-report=term:skip-covered --cov-report=html tests/unit tests/conformance
@@ -63,5 +76,19 @@ bench: $(READY)
 wheel: $(READY)
 	$(BIN)/python -m build --outdir dist
 
+# Every package of every extra with the SHA-256 of its files, for all systems: pip install --require-hashes -r requirements.lock
+lock: $(READY)
+	$(PIP) install --quiet --constraint constraints.txt uv
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --universal --python-version 3.11.5 --generate-hashes --constraint constraints.txt --extra dev --extra bnb --extra eval pyproject.toml --output-file requirements.lock
+
+# What the package is made of, in CycloneDX JSON.
+sbom: $(READY)
+	$(BIN)/python scripts/make_sbom.py dist/regraft.cdx.json
+
+# Known weaknesses of what the lock names; a package that the service does not know, as without a network, fails too.
+audit: $(READY)
+	$(PIP) install --quiet --constraint constraints.txt pip-audit
+	$(BIN)/python -m pip_audit --strict --disable-pip --require-hashes --progress-spinner off --requirement requirements.lock
+
 clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .hypothesis .coverage htmlcov site src/*.egg-info
+	rm -rf $(VENV) .venv-lowest build dist runs .pytest_cache .ruff_cache .hypothesis .coverage htmlcov site src/*.egg-info
