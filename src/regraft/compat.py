@@ -51,6 +51,11 @@ def attention_kernel(config: PreTrainedConfig) -> str | None:
     return config._attn_implementation
 
 
+def gated(experts: Any, gate_up: Tensor) -> Tensor:
+    """Returns the channels (tokens, channels) that a stack of experts makes of gates and values, (tokens, 2 * channels) (transformers)."""
+    return experts._apply_gate(gate_up)
+
+
 def extra_configs(mapping: Any) -> dict[str, Any]:
     """Returns the config classes that were registered with ``AutoConfig`` beside transformers' own, by model type."""
     return mapping._extra_content

@@ -29,6 +29,8 @@ from regraft.models.view import LayerSizes, ModelView
 # Config entries that are never copied to another config: our own, and those that transformers writes on saving.
 OURS = ("layout", "alibi_of", "alibi_heads", "norm_width", "factored", "factor_layout")  # known to our own configs only
 INTERVALS = ("full_attention_interval",)  # numbers that lists of layers were once made from, and that nothing reads beside these
+# Sizes of experts, which our configs have for single layers too.
+SIZES_BESIDE = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size", "intermediate_size")
 DERIVED = ("per_layer_config", "auto_map", "architectures", "model_type", "transformers_version", "_name_or_path")
 
 
@@ -56,15 +58,29 @@ def build(
         PlanError: The sizes do not fit each other or the tensors.
     """
     config = config_for(like.config, sizes, layers=layers, hidden_size=_hidden_size(like, state), changes=changes)
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     parts = family_of(like.config.model_type).parts(like.config)
     wanted = {name: tensor for name, tensor in state.items() if not _is_removed(name, sizes, like, parts)}
+    return load_state(like, config, wanted)
+
+
+def load_state(like: PreTrainedModel, config: PreTrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """Returns a new model of a config with the given tensors, which are not copied; in everything else it is as another.
+
+    Args:
+        like: The model whose dtype, device, attention kernel, generation config, training mode and names on disk it gets.
+        config: Its config, which decides its class.
+        state: Parameter name to tensor.
+
+    Raises:
+        PlanError: The config does not fit the tensors, or the class refuses it.
+    """
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
         with quiet():
             model, report = model_class.from_pretrained(
                 None,
                 config=config,
-                state_dict=wanted,
+                state_dict=dict(state),
                 dtype=like.dtype,
                 device_map={"": like.device} if like.device.type != "cpu" else None,
                 attn_implementation=attention_kernel(like.config),
@@ -95,6 +111,7 @@ def config_for(
     layers: Sequence[int] | None = None,
     hidden_size: int | None = None,
     changes: Mapping[str, Any] | None = None,
+    beside: Mapping[int, Mapping[str, int]] | None = None,
 ) -> PreTrainedConfig:
     """Returns the config of a model with the given sizes; its type determines the class of the model.
 
@@ -104,6 +121,8 @@ def config_for(
         layers: Index in ``base`` of each layer in ``sizes``; None for all layers in order.
         hidden_size: Width of the residual stream; None for that of ``base``.
         changes: Further entries, by their names in the config.
+        beside: Sizes of single layers that are none of attention or feed-forward network, such as the number of experts: by index in
+            ``base`` and key. Those that ``base`` has and this does not name stay.
 
     Raises:
         PlanError: The sizes do not fit each other or ``base``.
@@ -126,6 +145,8 @@ def config_for(
     common = _common(sizes, family)
     values |= {names.get(key, key): value for key, value in common.items()}
     per_layer = _overrides(sizes, family, common, _cut_slopes(sizes, slopes_of, family.has_alibi(base)))
+    for new, entry in _beside(base, values, kept, sizes, beside or {}).items():
+        per_layer[new] = per_layer.get(new, {}) | entry
     own_lists = _native_lists(base, kept)
     shown = next((layer for layer in sizes if layer.query_heads), sizes[0])  # one with heads, where not all have some
     if not per_layer and _as_computed(shown, family, width) and not (values.get("norm_width") or values.get("factored")):
@@ -156,6 +177,26 @@ def _entries_of_layers(values: Mapping[str, Any], keys: Keys, kept: Sequence[int
     counts = {key: sum(index < values[key] for index in kept) for key in keys.first_layers if key in values}
     patterns = {key: [[lists[listed], 1]] for key, listed in keys.patterns.items() if listed in lists}
     return lists | indices | counts | patterns
+
+
+def _beside(
+    base: PreTrainedConfig,
+    values: Mapping[str, Any],
+    kept: Sequence[int],
+    sizes: Sequence[LayerSizes],
+    said: Mapping[int, Mapping[str, int]],
+) -> dict[str, dict[str, Any]]:
+    """Returns the sizes of single layers beside attention and feed-forward network, where they differ from those of the whole."""
+    own = (base.to_dict().get("per_layer_config") or {}) if base.model_type.startswith("regraft_") else {}
+    before = {int(index): {key: value for key, value in entry.items() if key in SIZES_BESIDE} for index, entry in own.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for new, old in enumerate(kept):
+        of_network = family_of(base.model_type).keys.ffn if sizes[new].ffn else ""
+        entry = {key: value for key, value in before.get(old, {}).items() if key != of_network} | dict(said.get(old, {}))
+        differing = {key: value for key, value in entry.items() if value != values.get(key)}
+        if differing:
+            found[str(new)] = differing
+    return found
 
 
 def _native_lists(base: PreTrainedConfig, kept: Sequence[int]) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Literal
 from regraft.in_short import in_short
 
 Side = Literal["out", "in"]
-GroupKind = Literal["ffn", "heads", "query_heads", "residual", "attention", "mlp", "layer", "vocabulary", "experts"]
+GroupKind = Literal["ffn", "heads", "query_heads", "residual", "attention", "mlp", "layer", "vocabulary", "experts", "expert_ffn"]
 WHOLE: tuple[GroupKind, ...] = ("layer", "attention", "mlp")  # kinds of groups with one unit, which is kept or removed
 
 
@@ -29,6 +29,7 @@ class Member:
         size: Number of consecutive indices in a block.
         repeats: Number of blocks that one unit owns.
         stride: Distance between the blocks of one unit.
+        entry: Index on the first axis of a stack, in which alone the indices lie; None for the whole parameter.
     """
 
     parameter: str
@@ -38,6 +39,7 @@ class Member:
     size: int = 1
     repeats: int = 1
     stride: int = 0
+    entry: int | None = None
 
     def indices(self, unit: int) -> Iterator[int]:
         """Yields the indices along ``axis`` that unit ``unit`` owns."""

@@ -43,7 +43,7 @@ _NOT_OF_PARTS = {
     if name not in _OF_PARTS
 }
 Reduction = Literal["sum", "mean", "max", "product", "last"]
-Target = Literal["heads", "ffn", "query_heads", "residual", "layers", "attention", "mlp", "vocabulary", "experts"]
+Target = Literal["heads", "ffn", "query_heads", "residual", "layers", "attention", "mlp", "vocabulary", "experts", "expert_ffn"]
 
 
 def _countable(value: int) -> int:
@@ -284,7 +284,7 @@ class PruneSettings(Settings):
         default=("heads", "ffn"),
         description="parts to prune: heads (KV heads with their query heads), ffn (feed-forward channels), query_heads (equally many in "
         "each KV group), residual (width of the residual stream), layers, attention or mlp (in single layers), vocabulary "
-        "(tokens, by itself), experts (whole ones of mixtures, by themselves)",
+        "(tokens, by itself), experts (whole ones of mixtures) or expert_ffn (channels of each), by themselves",
     )
     tower: Literal["text"] | None = Field(
         default=None, description="the part of a multimodal checkpoint that is pruned, and saved as a model of its own; default: the model"

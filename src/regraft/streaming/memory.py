@@ -14,6 +14,7 @@ from typing import Literal
 import psutil
 
 from regraft.errors import InputError
+from regraft.groups.experts import CHOSEN_KEYS
 from regraft.importance.criteria import LooksAt
 from regraft.models.view import ModelView
 from regraft.streaming.passes import BATCH, Limits
@@ -284,4 +285,11 @@ def _readers(view: ModelView, index: int) -> tuple[int, ...]:
 
 def _features(view: ModelView, index: int) -> int:
     modules = [view.module(index, name) for name in view.linear_names()]
-    return sum(sum(module.get_parameter("weight").shape) for module in modules if module is not None)
+    return sum(sum(module.get_parameter("weight").shape) for module in modules if module is not None) + _of_experts(view, index)
+
+
+def _of_experts(view: ModelView, index: int) -> int:
+    """Returns the floats of activations for one token in its experts: the channels and outputs of all stacks, for each that is chosen."""
+    stacks = [parameter.shape for parameter in view.layers[index].parameters() if parameter.dim() == 3]
+    values = view.model.config.to_dict()
+    return next((int(values[key]) for key in CHOSEN_KEYS if values.get(key)), 0) * sum(sum(shape[1:]) for shape in stacks)

@@ -35,7 +35,16 @@ from regraft.reading import read_object
 from regraft.streaming.checkpoint import CheckpointFiles
 from regraft.streaming.skeleton import Skeleton
 from regraft.streaming.writer import Shard, ShardWriter
-from regraft.surgery.cut import layers_after, removed_indices, removed_parameters, renumbered_names, sizes_after
+from regraft.surgery.cut import (
+    layers_after,
+    removed_indices,
+    removed_inside,
+    removed_parameters,
+    renumbered_names,
+    sizes_after,
+    without_inside,
+)
+from regraft.surgery.experts import config_of_experts
 
 NOTE = "progress.json"
 # Layers are collected into one file up to this size: a small model is one file, a large model one file a layer.
@@ -142,6 +151,7 @@ class PrunedLayout:
     Attributes:
         skeleton: The checkpoint that is pruned.
         removed: Name and axis of a parameter to the indices that it loses there.
+        inside: Name and axis of a stack to the indices that each of its entries loses there.
         layers: Indices of the layers that are left.
         names: New name of each parameter that is left to its old name, in order.
         written: Name of each tensor that is written to the new name of its parameter, in order: transformers stores some parameters under
@@ -154,6 +164,7 @@ class PrunedLayout:
 
     skeleton: Skeleton
     removed: Mapping[tuple[str, int], Collection[int]]
+    inside: Mapping[tuple[str, int], Mapping[int, Collection[int]]]
     layers: Sequence[int]
     names: Mapping[str, str]
     written: Mapping[str, str]
@@ -186,6 +197,7 @@ def layout_of(skeleton: Skeleton, groups: Groups, plan: PrunePlan) -> PrunedLayo
     """Returns the layout of what a plan leaves of a checkpoint."""
     view, layers = skeleton.view, layers_after(groups, plan.cuts)
     removed, gone = removed_indices(groups, plan.cuts), removed_parameters(groups, plan.cuts)
+    inside = removed_inside(groups, plan.cuts)
     full = {name: parameter.shape for name, parameter in view.model.named_parameters()}
     names = renumbered_names([name for name in full if name not in gone], view.family.layers, layers)
     prefix = f"{view.family.layers}."
@@ -196,17 +208,20 @@ def layout_of(skeleton: Skeleton, groups: Groups, plan: PrunePlan) -> PrunedLayo
 
     def shape_of(new: str) -> tuple[int, ...]:
         name = names[new]
-        return tuple(size - len(removed.get((name, axis), ())) for axis, size in enumerate(full[name]))
+        lost = {axis: len(indices) for (parameter, axis), indices in removed.items() if parameter == name}
+        lost |= {axis: max(map(len, entries.values())) for (parameter, axis), entries in inside.items() if parameter == name}
+        return tuple(size - lost.get(axis, 0) for axis, size in enumerate(full[name]))
 
     sizes = sizes_after(view, groups, plan.cuts)
     left = [sizes[layer] for layer in layers]
-    config = config_for(view.model.config, left, layers=layers)
+    of_experts = any(group.kind in ("experts", "expert_ffn") for group in groups.groups)
+    config = config_of_experts(view, groups, plan) if of_experts else config_for(view.model.config, left, layers=layers)
     tensors = _written(view.model, config, {new: shape_of(new) for new in names})
-    inside = groupby(names, key=layer_of)
-    parts = [(layer, {key: shape for new in every for key, shape in tensors[new].items()}) for layer, every in inside]
+    by_layer = groupby(names, key=layer_of)
+    parts = [(layer, {key: shape for new in every for key, shape in tensors[new].items()}) for layer, every in by_layer]
     written = {key: new for new in names for key in tensors[new]}
     shards = shards_of(parts, skeleton.dtype, SHARD_BYTES)
-    return PrunedLayout(skeleton, removed, layers, names, written, parts, shards, left, config)
+    return PrunedLayout(skeleton, removed, inside, layers, names, written, parts, shards, left, config)
 
 
 def _written(
@@ -243,7 +258,7 @@ def write_shards(
                         case [key]:
                             writer.write(key, pieces)
                         case several:
-                            (whole,) = pieces
+                            (whole,) = pieces  # a parameter that is stored in several tensors comes in one
                             tensors = as_written(layout.skeleton.loaded.model, new, whole)
                             for key in several:
                                 writer.write(key, [tensors[key]])
@@ -253,11 +268,14 @@ def write_shards(
 def _pieces(layout: PrunedLayout, name: str, changed: Mapping[str, Tensor]) -> Iterable[Tensor]:
     """Returns a parameter as it is written: re-fitted, cut, or piece by piece as it is stored."""
     skeleton, axes = layout.skeleton, layout.cut_axes(name)
-    if name not in changed and not axes:
+    within = {axis: entries for (parameter, axis), entries in layout.inside.items() if parameter == name}
+    if name not in changed and not axes and not within:
         return skeleton.pieces(name)
     tensor = changed[name].detach().to(device="cpu", dtype=skeleton.dtype) if name in changed else skeleton.stored(name)
     for axis in axes:
         tensor = tensor.index_select(axis, layout.kept(name, axis, tensor.shape[axis]))
+    for axis, entries in within.items():
+        tensor = without_inside(tensor, axis, entries)
     return [tensor]
 
 

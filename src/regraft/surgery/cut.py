@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -105,6 +105,8 @@ def cut_state(state: Mapping[str, Tensor], groups: Groups, cuts: tuple[Cut, ...]
         keep = torch.ones(tensor.shape[axis], dtype=torch.bool)
         keep[sorted(removed)] = False
         result[parameter] = tensor.index_select(axis, keep.nonzero().squeeze(1).to(tensor.device)).contiguous()
+    for (parameter, axis), entries in removed_inside(groups, cuts).items():
+        result[parameter] = without_inside(result[parameter], axis, entries)
     return result
 
 
@@ -126,9 +128,41 @@ def removed_indices(groups: Groups, cuts: tuple[Cut, ...]) -> dict[tuple[str, in
             continue
         gone = sorted(set(range(group.units)) - set(entry.kept))
         for member in group.members:
-            for unit in gone:
+            for unit in gone if member.entry is None else ():
                 removed[member.parameter, member.axis].update(member.indices(unit))
     return dict(removed)
+
+
+def removed_inside(groups: Groups, cuts: tuple[Cut, ...]) -> dict[tuple[str, int], dict[int, set[int]]]:
+    """Returns the indices that single entries of a stack lose, for each (parameter, axis): by index of the entry on the first axis.
+
+    Raises:
+        PlanError: Entries of one stack lose different numbers of indices.
+    """
+    named = groups.named()
+    removed: defaultdict[tuple[str, int], dict[int, set[int]]] = defaultdict(dict)
+    for entry in cuts:
+        group = named[entry.group]
+        gone = sorted(set(range(group.units)) - set(entry.kept))
+        for member in group.members:
+            if member.entry is not None and gone:
+                lost = removed[member.parameter, member.axis].setdefault(member.entry, set())
+                lost.update(index for unit in gone for index in member.indices(unit))
+    for (parameter, _), entries in removed.items():
+        counts = {len(lost) for lost in entries.values()}
+        if len(counts) > 1 or len(entries) != groups.shapes[parameter][0]:
+            raise PlanError(f"the plan cuts experts in '{parameter}' to different widths, and a stack has one; plan this model again")
+    return dict(removed)
+
+
+def without_inside(tensor: Tensor, axis: int, entries: Mapping[int, Collection[int]]) -> Tensor:
+    """Returns a stack of which each entry loses indices of its own along an axis."""
+    kept: list[Tensor] = []
+    for entry, lost in sorted(entries.items()):
+        keep = torch.ones(tensor.shape[axis], dtype=torch.bool)
+        keep[sorted(lost)] = False
+        kept.append(tensor[entry].index_select(axis - 1, keep.nonzero().squeeze(1).to(tensor.device)))
+    return torch.stack(kept)
 
 
 def removed_parameters(groups: Groups, cuts: tuple[Cut, ...]) -> set[str]:
@@ -158,6 +192,8 @@ def parameters_after(shapes: Mapping[str, Sequence[int]], groups: Groups, cuts: 
     for (parameter, axis), removed in removed_indices(groups, cuts).items():
         if parameter in left:
             left[parameter][axis] -= len(removed)
+    for (parameter, axis), entries in removed_inside(groups, cuts).items():
+        left[parameter][axis] -= max(map(len, entries.values()))
     return sum(math.prod(shape) for shape in left.values())
 
 

@@ -13,6 +13,7 @@ from regraft.atomic import reserved
 from regraft.data.text import Corpus
 from regraft.errors import InputError
 from regraft.groups.discover import discover, look_for
+from regraft.importance.passes import WholeModel
 from regraft.in_short import in_short
 from regraft.models.live import ModelLike, become, own_tensors, place_of, resting, take
 from regraft.models.load import Loaded, with_float64
@@ -21,7 +22,7 @@ from regraft.models.towers import left_behind, load_tower, save_inside
 from regraft.models.view import ModelView
 from regraft.pipelines.prune.against_random import BASELINE, Chosen, windows_to_judge, worse_than_random
 from regraft.pipelines.prune.effort import EFFORTS, forecast
-from regraft.pipelines.prune.experts import experts_wanted, of_experts, prune_experts
+from regraft.pipelines.prune.experts import experts_wanted, of_experts, plan_experts, resolved_for_experts
 from regraft.pipelines.prune.plan_files import settings_of
 from regraft.pipelines.prune.planning import Planning, check_text, composed, draw_windows
 from regraft.pipelines.prune.record import card_of, record_of
@@ -282,7 +283,7 @@ def _carry_out(order: _Order) -> PruneResult:
         if of_vocabulary(order.settings):
             return _vocabulary(order)
         if of_experts(order.settings):
-            return _experts(order)
+            return _experts(order) if order.settings.memory is None else _streamed(order, resolved_for_experts(order.settings, order.seed))
         resolved = order.resolved()  # what cannot be is refused before a model is loaded
         order = replace(order, load=with_float64(order.load))
         if order.settings.memory is not None:
@@ -349,9 +350,13 @@ def _experts(order: _Order) -> PruneResult:
     live = not isinstance(order.model, str | Path | Loaded)
     loaded = take(order.model, order.tokenizer, order.load) if isinstance(order.model, str | Path) else take(order.model, order.tokenizer)
     wanted = experts_wanted(loaded.model, order.settings, order.seed)
+    if order.plan is not None:
+        check_plan(wanted.groups, order.plan)
+        check_counts(wanted.groups, order.plan)
     windows = draw_windows(loaded, order.text(loaded), wanted.resolved) if order.plan is None else None
     order.say("scoring the experts")
-    plan = prune_experts(loaded.model, wanted, windows, order.plan)
+    walk = None if windows is None else WholeModel(loaded.model, windows).walk()
+    plan = order.plan or plan_experts(wanted, walk)
     pruned = None if order.dry_run else cut_experts(loaded.model, wanted.groups, plan)
     if live and pruned is not None:
         own_tensors(pruned, loaded.model)

@@ -40,6 +40,7 @@ KIND_OF: dict[Target, GroupKind] = {
     "mlp": "mlp",
     "vocabulary": "vocabulary",
     "experts": "experts",
+    "expert_ffn": "expert_ffn",
 }
 
 

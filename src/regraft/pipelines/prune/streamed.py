@@ -14,6 +14,7 @@ from regraft.data.text import Corpus
 from regraft.importance import CRITERIA
 from regraft.models.load import Loaded
 from regraft.models.provenance import versions
+from regraft.pipelines.prune.experts import ExpertsWanted, experts_wanted, of_experts, plan_experts
 from regraft.pipelines.prune.planning import Planning, check_text, draw_windows
 from regraft.pipelines.prune.record import card_of, record_of
 from regraft.pipelines.prune.resolved import ResolvedPrune, budget_of, kinds_wanted, left_out, missed_by_shape, only_wanted, with_shape
@@ -88,6 +89,8 @@ def prune_streamed(request: StreamedPrune) -> Streamed:
         OutputError: The output cannot be written; finished shards are kept for the next attempt.
     """
     skeleton = open_skeleton(request.source, request.load)
+    if of_experts(request.resolved.settings):
+        return _experts(request, skeleton)
     found = skeleton.look_for(kinds_wanted(request.resolved.settings, request.plan))
     groups, resolved = found.groups, request.resolved
     if request.plan is None:
@@ -113,21 +116,47 @@ def prune_streamed(request: StreamedPrune) -> Streamed:
     return Streamed(plan, skeleton.loaded, groups, resolved, (*job.notes(), *notes))
 
 
+def _experts(request: StreamedPrune, skeleton: Skeleton) -> Streamed:
+    """Prunes experts, or channels of experts, with one layer of them in memory at a time."""
+    settings = request.resolved.settings
+    wanted = experts_wanted(skeleton.view.model, settings, request.resolved.seed, skeleton.loaded.fingerprint)
+    request = replace(request, resolved=wanted.resolved)
+    if request.plan is not None:
+        check_plan(wanted.groups, request.plan)
+        check_counts(wanted.groups, request.plan)
+    windows = draw_windows(skeleton.loaded, request.text(skeleton.loaded), wanted.resolved) if request.plan is None else None
+    job = _Job(request, skeleton, wanted.groups, windows, wanted)
+    if request.output is None:
+        with TemporaryDirectory(prefix="regraft-") as work:
+            plan = request.plan or job.plan(Path(work))
+    else:
+        plan = job.write(request.output)
+    return Streamed(plan, skeleton.loaded, wanted.groups, wanted.resolved, job.notes())
+
+
 class _Job:
     """One streamed run over one checkpoint."""
 
-    def __init__(self, request: StreamedPrune, skeleton: Skeleton, groups: Groups, windows: Tensor | None) -> None:
+    def __init__(
+        self,
+        request: StreamedPrune,
+        skeleton: Skeleton,
+        groups: Groups,
+        windows: Tensor | None,
+        experts: ExpertsWanted | None = None,
+    ) -> None:
         self._request = request
+        self._experts = experts
         self._skeleton = skeleton
         self._groups = groups
         self._windows = windows
         settings = request.resolved.settings
         assert settings.memory is not None
-        criterion = CRITERIA.get(settings.criterion)
+        looks_at = None if experts is not None else CRITERIA.get(settings.criterion).looks_at
         task = Task(
-            looks_at=criterion.looks_at if request.plan is None else None,
-            squares=criterion.looks_at == "gradients" and settings.order != "first",
-            refits=request.resolved.refit is not None and request.output is not None,
+            looks_at=looks_at if request.plan is None else None,
+            squares=looks_at == "gradients" and settings.order != "first",
+            refits=experts is None and request.resolved.refit is not None and request.output is not None,
             windows=0 if windows is None else windows.shape[0],
             tokens=0 if windows is None else windows.shape[1],
         )
@@ -153,6 +182,10 @@ class _Job:
         """
         request = self._request
         settings = request.resolved.settings
+        if self._experts is not None:
+            assert self._windows is not None
+            walk = StreamedWalk(self._skeleton, self._windows, self._hidden(work), request.say)
+            return plan_experts(self._experts, walk)
         planning = Planning(request.resolved, self._windows, request.say)
         passes = StreamedPasses(self._skeleton, self._windows, self._hidden(work), self._room.limits, request.say)
         plan = planning.once(self._skeleton.view, self._groups, budget_of(self._groups, settings), passes)
@@ -176,6 +209,8 @@ class _Job:
 
     def _refitted(self, plan: PrunePlan, layout: PrunedLayout, work: Path, done: int) -> Iterator[tuple[int, Mapping[str, Tensor]]] | None:
         """Returns the new tensors of every layer that is not written yet, computed one after another; None without a re-fit."""
+        if self._experts is not None:
+            return None
         method, windows = self._request.resolved.refit, self._windows
         if method is None:
             return None

@@ -18,16 +18,18 @@ WORDS: dict[GroupKind, str] = {
     "mlp": "feed-forward networks",
     "vocabulary": "tokens",
     "experts": "experts",
+    "expert_ffn": "channels of experts",
 }
 
 
 def plan_summary(groups: Groups, plan: PrunePlan) -> list[dict[str, Any]]:
-    """Returns one row for each group: its name, kind, units before and units after."""
+    """Returns one row for each group: its name, kind, units before and units after. All experts of a layer are one row."""
     kept = {entry.group: len(entry.kept) for entry in plan.cuts}
-    return [
-        {"group": group.name, "kind": group.kind, "before": group.units, "after": kept.get(group.name, group.units)}
-        for group in groups.groups
-    ]
+    rows: dict[str, dict[str, Any]] = {}
+    for group in groups.groups:
+        name = f"layers.{group.layer}.expert_ffn" if group.kind == "expert_ffn" else group.name
+        rows.setdefault(name, {"group": name, "kind": group.kind, "before": group.units, "after": kept.get(group.name, group.units)})
+    return list(rows.values())
 
 
 def collapsed(rows: tuple[dict[str, Any], ...] | list[dict[str, Any]]) -> list[tuple[str, int, int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,16 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import silu
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+import fresh
 from folders import text_file, tiny_tokenizer
 from regraft.cli.app import run
-from regraft.groups.experts import expert_groups, experts_of
-from regraft.importance.experts import score_experts
+from regraft.groups.experts import channel_groups, expert_groups, experts_of
+from regraft.importance.experts import score_channels, score_experts
+from regraft.importance.passes import WholeModel
 from regraft.models.load import load
-from regraft.pipelines.prune.experts import experts_wanted, plan_experts
+from regraft.pipelines.prune.experts import experts_wanted, plan_by_scores
+from regraft.pipelines.prune.prune import prune
 from regraft.plans import Scores
 from regraft.settings import PruneSettings
 from regraft.surgery.experts import cut_experts
@@ -97,7 +103,7 @@ def test_removed_experts_are_experts_that_are_never_chosen(family: str, tmp_path
     gone = {0: [1, 4, 5], 1: [0, 2, 3]}
     values = {f"layers.{layer}.experts": tuple(0.0 if expert in lost else 1.0 for expert in range(6)) for layer, lost in gone.items()}
     wanted = experts_wanted(model, PruneSettings(targets=("experts",), experts=3), 0)
-    plan = plan_experts(wanted, Scores(groups.fingerprint, "planted", values))
+    plan = plan_by_scores(wanted, Scores(groups.fingerprint, "planted", values))
     pruned = cut_experts(model, groups, plan)
     with never_chosen(family, model, gone):
         want = logits(model)
@@ -126,7 +132,7 @@ def test_scores_are_router_weights_times_norms_of_outputs() -> None:
     logits(model)
     for handle in handles:
         handle.remove()
-    scores = score_experts(model, "f", IDS, batch=2)
+    scores = score_experts(WholeModel(model, IDS).walk(), "f")
     for layer, hidden in seen:
         experts = experts_of(model)[layer]
         _, weights, chosen = routed("qwen3_moe", router_of(model, experts.name), hidden, [])
@@ -161,7 +167,11 @@ def test_the_command_and_what_it_refuses(tmp_path: Path, capsys: Any) -> None:
         (["--targets", "experts", "--ratio", "0.9"], "--ratio 0.9 leaves"),
         (["--targets", "experts", "--experts", "6"], "6 of 6 experts are all of them"),
         (["--targets", "experts,heads"], "experts are cut by themselves"),
-        (["--targets", "experts", "--memory", "3GB"], "--memory does not read experts"),
+        (["--targets", "expert_ffn", "--ratio", "0.9"], "--ratio 0.9 leaves"),
+        (["--targets", "expert_ffn", "--align", "4"], "--align 4 leaves experts that torch does not multiply in one call"),
+        (["--targets", "expert_ffn", "--ratio", "0.0001"], "24 of 24 channels are all of them: the smallest step in every expert is"),
+        (["--targets", "experts", "--ratio", "0.9", "--shape", "per-layer"], "leaves too few experts in a layer"),
+        (["--targets", "experts", "--experts", "3", "--shape", "per-layer"], "--experts keeps the same number of experts in every layer"),
         (["--experts", "4", "--targets", "heads"], "--experts is for --targets experts"),
     ):
         assert run([*common, "-o", str(tmp_path / "refused"), *given]) == 2
@@ -170,3 +180,116 @@ def test_the_command_and_what_it_refuses(tmp_path: Path, capsys: Any) -> None:
         assert len(said.strip().splitlines()) == 1
     assert run(["prune", "seedling", "-o", str(tmp_path / "refused"), "--targets", "experts"]) == 2
     assert "has no experts; choose another target" in capsys.readouterr().err
+
+
+def silenced_channels(model: PreTrainedModel, family: str, kept: dict[str, tuple[int, ...]]) -> PreTrainedModel:
+    """Returns a copy in which nothing reads the channels that are not kept: by the names in transformers' own classes alone."""
+    silent = copy.deepcopy(model)
+    for experts in experts_of(silent):
+        reader: Any = experts.module.get_parameter("down_proj")
+        for index in range(experts.count):
+            gone = [channel for channel in range(24) if channel not in kept.get(f"layers.{experts.layer}.experts.{index}.ffn", range(24))]
+            with torch.no_grad():
+                if family == "gpt_oss":
+                    reader[index, gone] = 0.0
+                else:
+                    reader[index, :, gone] = 0.0
+    return silent
+
+
+@pytest.mark.slow
+def test_channels_and_counts_that_differ_from_layer_to_layer(tmp_path: Path) -> None:
+    """Channels of experts alike in all layers stay in the stock class; channels and numbers of experts by layer are ours."""
+    folders: dict[str, str] = {}
+    want: dict[str, Tensor] = {}
+    for family in FAMILIES:
+        model = random_model(family)
+        scores = score_channels(WholeModel(model, IDS).walk(), channel_groups(model).fingerprint)
+        for shape in ("uniform", "per-layer"):
+            settings = PruneSettings(targets=("expert_ffn",), ratio=0.2, shape=shape, align=8)
+            wanted = experts_wanted(model, settings, 0)
+            plan = plan_by_scores(wanted, scores)
+            kept = {entry.group: entry.kept for entry in plan.cuts}
+            assert len({kept[f"layers.0.experts.{index}.ffn"] for index in range(6)}) > 1, "each expert has channels of its own"
+            pruned: Any = cut_experts(model, wanted.groups, plan)
+            assert pruned.num_parameters() == plan.parameters_after
+            assert abs(plan.achieved - 0.2) < 0.06
+            widths = {len(channels) for channels in kept.values()}
+            assert (type(pruned) is type(model)) == (len(widths) == 1)
+            assert len(widths) == 1 or shape == "per-layer"
+            assert (logits(pruned) - logits(silenced_channels(model, family, kept))).abs().max() <= 1e-5, (family, shape)
+            assert (logits(pruned) - logits(model)).abs().max() > 1e-3
+            folders[f"{family} {shape}"], want[f"{family} {shape}"] = str(tmp_path / f"{family}-{shape}"), logits(pruned)
+            pruned.save_pretrained(tmp_path / f"{family}-{shape}")
+        groups = expert_groups(model)
+        gone = {0: [1], 1: [0, 2, 3]}
+        values = {f"layers.{layer}.experts": tuple(0.0 if e in lost else 1.0 for e in range(6)) for layer, lost in gone.items()}
+        each = groups.groups[0].unit_parameters
+        wanted = experts_wanted(model, PruneSettings(targets=("experts",), ratio=4 * each / groups.parameters, shape="per-layer"), 0)
+        uneven: Any = cut_experts(model, groups, plan_by_scores(wanted, Scores(groups.fingerprint, "planted", values)))
+        assert [experts.count for experts in experts_of(uneven)] == [5, 3]
+        with never_chosen(family, model, gone):
+            assert (logits(uneven) - logits(model)).abs().max() <= 1e-5, family
+        settings_of = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        with_cache, without = (uneven.generate(IDS[:1, :4], use_cache=use, **settings_of) for use in (True, False))
+        assert torch.equal(with_cache, without), family
+        folders[f"{family} counts"], want[f"{family} counts"] = str(tmp_path / f"{family}-counts"), logits(uneven)
+        uneven.save_pretrained(tmp_path / f"{family}-counts")
+    done = fresh.run(["-c", PROGRAM, json.dumps(folders), str(tmp_path / "out.safetensors")])
+    assert done.returncode == 0, done.stderr[-2000:]
+    got = load_file(tmp_path / "out.safetensors")
+    for name, there in want.items():
+        assert (got[name] - there).abs().max() <= 1e-5, name
+
+
+PROGRAM = """
+import json, sys, torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+import regraft
+ids = torch.randint(3, 97, (3, 16), generator=torch.Generator().manual_seed(3))
+found = {}
+for name, folder in json.loads(sys.argv[1]).items():
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        found[name] = model(ids, use_cache=False).logits.contiguous()
+save_file(found, sys.argv[2])
+"""
+
+
+@torch.no_grad()
+def test_scores_of_channels_are_the_energy_of_what_they_write() -> None:
+    """By a loop over tokens, with the router's formula and the experts' own, in the test."""
+    model = random_model("mixtral")
+    seen: list[Tensor] = []
+    first = experts_of(model)[0]
+    handle = model.get_submodule(first.name.rpartition(".")[0]).register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
+    logits(model)
+    handle.remove()
+    hidden = seen[0].reshape(-1, 32)
+    _, weights, chosen = routed("mixtral", router_of(model, first.name), hidden, [])
+    stacks: Any = first.module
+    want = torch.zeros(6, 24, dtype=torch.float64)
+    for token in range(len(hidden)):
+        for weight, expert in zip(weights[token], chosen[token], strict=True):
+            gate, up = (stacks.gate_up_proj[expert] @ hidden[token]).chunk(2)
+            written = stacks.down_proj[expert] * (weight * silu(gate) * up)
+            want[expert] += written.double().square().sum(0)
+    scores = score_channels(WholeModel(model, IDS).walk(), "f")
+    for index in range(6):
+        assert scores.values[f"layers.0.experts.{index}.ffn"] == pytest.approx(want[index].tolist(), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "target", "shape"), [("qwen3_moe", "experts", "uniform"), ("mixtral", "expert_ffn", "per-layer")])
+def test_one_layer_at_a_time_gives_the_folder_that_memory_gives(family: str, target: Any, shape: Any, tmp_path: Path) -> None:
+    random_model(family).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    common = {"targets": (target,), "ratio": 0.2, "shape": shape, "samples": 4, "seq_len": 16}
+    whole = prune(tmp_path / "model", tmp_path / "whole", PruneSettings(**common), calibration=text_file())
+    streamed = prune(tmp_path / "model", tmp_path / "streamed", PruneSettings(**common, memory="3GB"), calibration=text_file())
+    assert streamed.plan.cuts == whole.plan.cuts
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "streamed"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(logits(load(tmp_path / "streamed").model), logits(load(tmp_path / "whole").model))
