@@ -117,5 +117,5 @@ def _converted(
     own = copy.deepcopy(converter)
     for (part, tensor), pattern in zip(tensors.items(), patterns, strict=True):
         own.add_tensor(renamed, part, pattern, tensor)  # pyright: ignore[reportArgumentType]
-    made: dict[str, Tensor | list[Tensor]] = own.convert(renamed, model=model, config=model.config)
+    made: Mapping[str, Tensor | list[Tensor]] = own.convert(renamed, model=model, config=model.config)
     return {name: value if isinstance(value, Tensor) else value[0] for name, value in made.items()}

@@ -21,7 +21,7 @@ def find_targets(model: PreTrainedModel, patterns: Iterable[str] = ()) -> dict[s
     Args:
         model: A model with or without adapters; for adapted modules, the plain modules inside are returned.
         patterns: Full names, ends of names (``q_proj``, ``mlp.up_proj``) or globs of either (``*.layers.0.*``, ``*_proj``). Empty for
-            every projection of every layer, without embeddings and heads.
+            every projection of every layer, without embeddings, heads, and matrices that a kernel of a mixer reads by itself.
 
     Raises:
         InputError: A pattern matches no module; the message lists the modules.
@@ -29,7 +29,8 @@ def find_targets(model: PreTrainedModel, patterns: Iterable[str] = ()) -> dict[s
     sites = _sites(model)
     wanted = list(patterns)
     if not wanted:
-        found = {name: module for name, module in sites.items() if not is_table(module) and _in_a_layer(model, name)}
+        inside = {name: module for name, module in sites.items() if not is_table(module) and _in_a_layer(model, name)}
+        found = {name: module for name, module in inside.items() if not _read_by_a_kernel(model, name)}
         if not found:
             raise InputError(f"no layer of {type(model).__name__} has a linear projection to adapt; name modules with `targets`")
         return found
@@ -54,6 +55,13 @@ def _sites(model: nn.Module) -> dict[str, nn.Module]:
         elif is_site(module) and id(module) not in inside:
             found[name] = module
     return found
+
+
+def _read_by_a_kernel(model: nn.Module, name: str) -> bool:
+    """Returns whether a matrix is the last of a Mamba mixer: its fused kernel reads the weight, and passes by what stands around it."""
+    parent, _, last = name.rpartition(".")
+    beside = {key for key, _ in model.get_submodule(parent).named_parameters(recurse=False)}
+    return last == "out_proj" and {"A_log", "D"} <= beside
 
 
 def _in_a_layer(model: nn.Module, name: str) -> bool:
