@@ -7,7 +7,9 @@ answers with one line.
 
 from __future__ import annotations
 
+import builtins
 import ctypes
+import errno
 import gc
 import json
 import os
@@ -39,6 +41,7 @@ class Command:
         setup: Names of functions of this module that are called in the new process first, as ``name`` or ``name:argument``.
         limit_s: After so many seconds the process is killed and counts as hanging.
         die_at: The number of the write, rename or flush at which it kills itself; 0 for never.
+        full_at: The number of the step that needs room on the disk from which on none is left; 0 for never.
         kill_after_s: When it is killed from outside; None for never.
         delay_s: How long it waits at the beginning.
     """
@@ -50,19 +53,26 @@ class Command:
     setup: Sequence[str] = ()
     limit_s: float = 60.0
     die_at: int = 0
+    full_at: int = 0
     kill_after_s: float | None = None
     delay_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: its exit code (None where it was hanging and killed), what it printed, and its time."""
+    """How a command ended: its exit code (None where it was hanging and killed), what it printed, and its time.
+
+    Attributes:
+        writes: How often it changed files: the moments for ``die_at``.
+        filled: How often it needed room on the disk: the moments for ``full_at``.
+    """
 
     code: int | None
     out: str
     err: str
     seconds: float
     writes: int
+    filled: int = 0
 
     @property
     def lines(self) -> list[str]:
@@ -170,7 +180,7 @@ def _ended(started: list[_Running]) -> list[Ended]:
 
 def _summary(one: _Running) -> Ended:
     out, err, writes = (bytes(content).decode("utf-8", "backslashreplace") for content in one.pipes.values())
-    return Ended(one.code, out, err, one.seconds, len(writes))
+    return Ended(one.code, out, err, one.seconds, writes.count("c") + writes.count("b"), writes.count("f") + writes.count("b"))
 
 
 def _child(command: Command, writes: int) -> int:
@@ -190,7 +200,7 @@ def _child(command: Command, writes: int) -> int:
     for call in command.setup:
         name, _, argument = call.partition(":")
         SETUPS[name](argument)
-    _count(writes, command.die_at)
+    _count(writes, command)
     try:
         if command.code:
             code = _program(command.code)
@@ -223,26 +233,51 @@ def _program(code: str) -> int:
     return 0
 
 
-def _count(pipe: int, die_at: int) -> None:
-    """Counts what changes files: renames, flushes, removals, and what safetensors writes; at ``die_at`` the process dies before it."""
+def _count(pipe: int, command: Command) -> None:
+    """Counts what changes files and what needs room on the disk; at ``die_at`` the process dies, from ``full_at`` on the disk is full.
+
+    Renames, flushes, removals, new folders and what safetensors writes are changes. The disk is that of the command's folder; a full one
+    refuses new files and folders, writing and flushing, but no renames and no removals.
+    """
+    import io
+
     import safetensors.torch
 
-    done = 0
+    changed, filled = 0, 0
+    here = os.path.realpath(command.folder) + os.sep
 
-    def counted(change: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(function: Callable[..., Any], *, changes: bool, fills: Callable[..., bool] = lambda *_, **__: False) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
-            nonlocal done
-            done += 1
-            if done == die_at:
+            nonlocal changed, filled
+            room = fills(*arguments, **keywords)
+            changed, filled = changed + changes, filled + room
+            if changes and changed == command.die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            os.write(pipe, b".")
-            return change(*arguments, **keywords)
+            os.write(pipe, b"b" if changes and room else b"f" if room else b"c" if changes else b"")
+            if room and 0 < command.full_at <= filled:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *(arguments[:1] if isinstance(arguments[0], str | Path) else ()))
+            return function(*arguments, **keywords)
 
         return call
 
-    for name in ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir", "ftruncate"):
-        setattr(os, name, counted(getattr(os, name)))
-    safetensors.torch.serialize_file = counted(safetensors.torch.serialize_file)  # pyright: ignore[reportPrivateImportUsage]
+    def lies_here(path: Any, *_: Any, **__: Any) -> bool:
+        return not isinstance(path, int) and (os.path.realpath(os.fsdecode(path)) + os.sep).startswith(here)
+
+    def opened(path: Any, mode: str = "r", *_: Any, **__: Any) -> bool:
+        return bool(set("wax+") & set(mode)) and lies_here(path)
+
+    def made(path: Any, flags: int, *_: Any, **__: Any) -> bool:
+        return bool(flags & os.O_CREAT) and lies_here(path)
+
+    for name in ("rename", "replace", "unlink", "rmdir"):
+        setattr(os, name, counted(getattr(os, name), changes=True))
+    os.mkdir = counted(os.mkdir, changes=True, fills=lies_here)
+    for name in ("fsync", "ftruncate"):
+        setattr(os, name, counted(getattr(os, name), changes=True, fills=lambda *_: True))
+    os.open = counted(os.open, changes=False, fills=made)
+    io.open = builtins.open = counted(io.open, changes=False, fills=opened)
+    library: Any = safetensors.torch
+    library.serialize_file = counted(library.serialize_file, changes=True, fills=lambda _, path, *__, **___: lies_here(path))
 
 
 def _without_rights(_: str) -> None:
@@ -290,6 +325,15 @@ def _small_files(most_bytes: str) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(most_bytes), int(most_bytes)))
 
 
+def _little_memory(more_bytes: str) -> None:
+    """Leaves the process so many bytes of addresses beyond those that it has."""
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + int(more_bytes)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
 def _in_a_folder_that_is_gone(_: str) -> None:
     Path("gone").mkdir()
     os.chdir("gone")
@@ -301,6 +345,7 @@ SETUPS: dict[str, Callable[[str], None]] = {
     "mounted": _mounted,
     "onto": _onto,
     "small_files": _small_files,
+    "little_memory": _little_memory,
     "gone": _in_a_folder_that_is_gone,
 }
 
@@ -309,14 +354,24 @@ def _import_everything() -> None:
     """Imports what commands import when they are called, so that no fork has to; computes nothing with gradients, which forbids forks."""
     import importlib
 
-    import optuna.storages  # noqa: F401
+    import alembic.context  # noqa: F401
+    import optuna.storages
+    import optuna.storages._rdb.models  # noqa: F401
     import peft  # noqa: F401
     import psutil  # noqa: F401
     import transformers.models.llama.modeling_llama
+    import transformers.models.mistral.modeling_mistral
     import transformers.trainer  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import regraft
-    from regraft.cli.app import COMMANDS
+    from regraft.cli.app import COMMANDS, build
+    from regraft.importance import CRITERIA
+
+    get_checkpoint_conversion_mapping("llama")  # compiles nine hundred patterns, which every load of a model would
+    build()
+    for name in CRITERIA.names():
+        CRITERIA.get(name)
 
     for name in regraft.__all__:
         getattr(regraft, name)

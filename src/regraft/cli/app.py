@@ -26,6 +26,7 @@ import typer.main
 
 from regraft.cli.examples import epilog
 from regraft.cli.later import later
+from regraft.cli.no_memory import is_no_memory, no_memory_line
 from regraft.cli.screen import Screen
 from regraft.errors import RegraftError, shown
 from regraft.signals import exit_code
@@ -146,13 +147,12 @@ def run(arguments: Sequence[str]) -> int:
         if error.code in (0, None):
             return 0
         say_error("the standard output was closed before everything was written")
-    except OSError as error:
-        say_error(_refused(error))
-    except MemoryError:
-        say_error(f"the memory of this machine is not enough{_smaller(arguments)}")
     except Exception as error:
-        if "can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError":
-            say_error(f"the memory of this machine is not enough{_smaller(arguments)}")
+        if is_no_memory(error):
+            say_error(no_memory_line(error, arguments))
+            return 2
+        if isinstance(error, OSError):
+            say_error(_refused(error))
             return 2
         say_error(
             f"this is a fault of ours: {type(error).__name__}: {shown(error)}; the full trace is in '{_written(error)}': please report it"
@@ -194,10 +194,6 @@ def _how_to_go_on(arguments: Sequence[str]) -> str:
     if "--memory" in " ".join(arguments):
         return "; the same command goes on from what is finished"
     return "; nothing half-written was left under its final name"
-
-
-def _smaller(arguments: Sequence[str]) -> str:
-    return "; prune with --memory, or take a smaller --batch" if arguments[:1] in (["prune"], ["recover"]) else "; take a smaller input"
 
 
 def _written(error: BaseException) -> str:

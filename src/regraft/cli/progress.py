@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -34,21 +34,31 @@ def progress(doing: str, *, quiet: bool = False, bar: bool = True, console: Cons
         console: The console to write to; None for the standard error.
 
     Yields:
-        What the block calls with each line of its progress.
+        What the block calls with each line of its progress. An error that ends the block gets the last line as a note.
     """
     console = console or Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    if quiet or (console.is_terminal and not bar):
-        yield say_nothing
-    elif console.is_terminal:
-        with _bar(console) as shown_bar:
-            yield _Bar(shown_bar, shown_bar.add_task(doing, total=None)).say
-    else:
-        lines = _Lines(console, doing)
-        lines.start()
+    last = doing
+
+    def say(line: str) -> None:
+        nonlocal last
+        last = line
+        show(line)
+
+    with ExitStack() as stack:
+        show: Say = say_nothing
+        if not quiet and console.is_terminal and bar:
+            shown_bar = stack.enter_context(_bar(console))
+            show = _Bar(shown_bar, shown_bar.add_task(doing, total=None)).say
+        elif not quiet and not console.is_terminal:
+            lines = _Lines(console, doing)
+            lines.start()
+            stack.callback(lines.stop)
+            show = lines.say
         try:
-            yield lines.say
-        finally:
-            lines.stop()
+            yield say
+        except Exception as error:
+            error.add_note(last)  # for the line that says where memory ran out
+            raise
 
 
 def _bar(console: Console) -> Progress:

@@ -36,6 +36,11 @@ _WITHOUT_INPUT = (
 )
 
 
+# A record is cut before it is encoded where its end cannot be among the tokens that are kept: no token of a known vocabulary has so many
+# characters. So a row of megabytes takes no longer than one of the window's length.
+_MOST_TOKEN_CHARS = 256
+_LEAST_CHARS = 1 << 16
+
 # Templates may mark the assistant's tokens themselves; transformers reads this mark.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -156,9 +161,9 @@ def texts_of(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, prompt: PromptF
 
 
 def encode_whole(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto", prompt: PromptFormat = "auto"
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto", prompt: PromptFormat = "auto", most_chars: int | None = None
 ) -> list[EncodedRecord]:
-    """Encodes the records of a corpus, however long.
+    """Encodes the records of a corpus, however long, unless there is a limit.
 
     An answer begins where the tokens of the whole text first differ from those of the prompt alone, so that a token that joins
     the two counts as answer and the prompt is what a user's prompt will be.
@@ -168,24 +173,29 @@ def encode_whole(
         tokenizer: The model's tokenizer.
         bos: Whether each record starts with BOS; ``"auto"``: as the tokenizer, or its chat template, does.
         prompt: The format of the prompt.
+        most_chars: Number of characters of each record that are encoded; None for all. Templates that mark tokens themselves encode all.
 
     Raises:
         DataError: The chat template refuses a record.
         InputError: There is no such format, or no BOS token.
     """
     if format_of(tokenizer, prompt) == "chat":
-        return _encode_chats(corpus, tokenizer, bos)
+        return _encode_chats(corpus, tokenizer, bos, most_chars)
     parts = [_alpaca_parts(record) for record in corpus.records]
     first = bos_id(tokenizer, bos)
     eos: Any = tokenizer.eos_token_id
-    return _encode_parts(parts, tokenizer, () if first is None else (first,), () if eos is None else (eos,))
+    return _encode_parts(parts, tokenizer, () if first is None else (first,), () if eos is None else (eos,), most_chars)
 
 
 def _encode_parts(
-    parts: Sequence[Sequence[tuple[str, str]]], tokenizer: PreTrainedTokenizerBase, start: tuple[int, ...], end: tuple[int, ...]
+    parts: Sequence[Sequence[tuple[str, str]]],
+    tokenizer: PreTrainedTokenizerBase,
+    start: tuple[int, ...],
+    end: tuple[int, ...],
+    most_chars: int | None = None,
 ) -> list[EncodedRecord]:
     """Encodes records that are given as the texts before and up to the end of each answer; the last text is the record."""
-    texts = [text for record in parts for pair in record for text in pair]
+    texts = [text[:most_chars] for record in parts for pair in record for text in pair]
     ids = iter(plain_ids(texts, tokenizer))
     found: list[EncodedRecord] = []
     for record in parts:
@@ -199,13 +209,13 @@ def _encode_parts(
     return found
 
 
-def _encode_chats(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[EncodedRecord]:
+def _encode_chats(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, bos: Bos, most_chars: int | None) -> list[EncodedRecord]:
     """Encodes records by the tokenizer's chat template, which writes BOS and the ends of turns itself."""
     if _GENERATION.search(str(tokenizer.chat_template)):
         encoded = [_marked(corpus.name, number, record, tokenizer) for number, record in enumerate(corpus.records, 1)]
     else:
         parts = [_templated(corpus.name, number, record, tokenizer) for number, record in enumerate(corpus.records, 1)]
-        encoded = _encode_parts(parts, tokenizer, (), ())
+        encoded = _encode_parts(parts, tokenizer, (), (), most_chars)
     return encoded if bos == "auto" else [_with_bos(record, tokenizer, bos) for record in encoded]
 
 
@@ -308,7 +318,8 @@ def encode_records(
     """
     if max_tokens < 2:
         raise InputError(f"a record of {max_tokens} tokens holds no response; use a seq_len of at least 2")
-    encoded = encode_whole(corpus, tokenizer, prompt=prompt)
+    most_chars = None if truncation == "left" else max(_LEAST_CHARS, _MOST_TOKEN_CHARS * max_tokens)
+    encoded = encode_whole(corpus, tokenizer, prompt=prompt, most_chars=most_chars)
     rows: list[tuple[list[int], list[int]]] = []
     cut = 0
     for one in encoded:

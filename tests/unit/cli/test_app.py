@@ -17,7 +17,7 @@ from regraft.cli.examples import EXAMPLES
 from regraft.errors import ConfigError, InputError
 
 FOLDER = Path(app.__file__).parent
-NOT_COMMANDS = {"__init__", "app", "examples", "later", "options", "progress", "screen", "tasks", "words"}
+NOT_COMMANDS = {"__init__", "app", "examples", "later", "no_memory", "options", "progress", "screen", "tasks", "words"}
 
 
 def python(code: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -134,7 +134,7 @@ class Broken(ModuleType):
             2,
             "error: 'closed/x': Permission denied; check the path, its permissions and its length\n",
         ),
-        (MemoryError(), 2, "error: the memory of this machine is not enough; take a smaller input\n"),
+        (OSError(12, "Cannot allocate memory"), 2, "or set prune.memory\n"),
         (InputError("a\x1b[31m\nerror: b"), 2, "error: a\\x1b[31m\\nerror: b\n"),
     ],
 )

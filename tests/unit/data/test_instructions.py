@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from regraft.data import instructions
 from regraft.data.instructions import (
     IGNORED,
     EncodedRecord,
@@ -156,3 +157,23 @@ def test_what_is_cut_is_chosen_and_counted(make_tokenizer: Make, truncation: Tru
     if kept:
         ids = rows[1][0]
         assert tuple(ids) == (whole[:-4] if truncation == "right" else whole[4:])
+
+
+@pytest.mark.parametrize("truncation", ["right", "drop"])
+def test_a_row_of_megabytes_is_cut_before_it_is_encoded(
+    make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch, truncation: Truncation
+) -> None:
+    """The same tokens as when all of it is encoded, and no tokenizer sees more than the window needs."""
+    tokenizer = make_tokenizer(bos=True)
+    story = "Once upon a time there was a little girl. " * 5000
+    records = (Record("Tell a story.", "", story), Record(story, "", "Yes."), Record("Short?", "", "Yes."))
+    corpus = Corpus("rows", "all", records=records)
+    whole = encode_whole(corpus, tokenizer)
+    seen: list[int] = []
+    plain = instructions.plain_ids
+    monkeypatch.setattr(instructions, "plain_ids", lambda texts, t: (seen.extend(map(len, texts)), plain(texts, t))[1])
+    rows, counts = encode_records(corpus, tokenizer, 256, truncation=truncation)
+    assert max(seen) <= 1 << 16 < len(story)
+    kept = [whole[2]] if truncation == "drop" else [whole[0], whole[2]]
+    assert rows == [(list(one.input_ids[:256]), one.labels[:256]) for one in kept]
+    assert (counts.dropped, counts.cut) == ((2, 0) if truncation == "drop" else (1, 1))
