@@ -66,6 +66,7 @@ format: $(READY)
 # The pages made from the code, then the site, in which a warning is an error.
 docs: $(READY)
 	$(BIN)/python scripts/make_docs.py
+	$(BIN)/python scripts/make_methods.py
 	PYTHONPATH=src NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # Every benchmark writes its tables into benchmarks/results/; takes hours on two cores.

@@ -46,6 +46,13 @@ def train_on_one_gpu(arguments: TrainingArguments) -> None:
         arguments._n_gpu = 1
 
 
+def dequantized() -> dict[str, Any]:
+    """Returns the argument of ``from_pretrained`` that gives the weights of a GGUF file as numbers; earlier transformers always do."""
+    import transformers
+
+    return {"quantization_config": transformers.GgufConfig(dequantize=True)} if "GgufConfig" in dir(transformers) else {}
+
+
 def attention_kernel(config: PreTrainedConfig) -> str | None:
     """Returns which implementation of attention a model of transformers runs, such as ``sdpa``."""
     return config._attn_implementation

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,25 @@ def test_the_explained_recipe_has_every_key_at_its_default() -> None:
     text = (ROOT / "src" / "regraft" / "recipes" / "prune-recover.yaml").read_text(encoding="utf-8")
     keys = [*Recipe.model_fields, *(key for section in SECTIONS.values() for key in section.model_fields)]
     assert all(f"{key}:" in text for key in keys)
+
+
+def test_every_method_has_a_page_in_the_words_of_its_code() -> None:
+    made = runpy.run_path(str(ROOT / "scripts" / "make_methods.py"))
+    listed = tomllib.loads((ROOT / "src" / "regraft" / "built_in.toml").read_text(encoding="utf-8"))
+    assert {(method.kind, method.name) for method in made["methods"]()} >= {
+        (kind, name) for kind, names in listed.items() for name in names
+    }
+    pages = made["pages"]()
+    assert {path.name for path in (ROOT / "docs" / "methods").iterdir()} == {path.name for path in pages}
+    for path, text in pages.items():
+        words, _, figures = path.read_text(encoding="utf-8").partition(made["MEASURED"])
+        assert words == text.partition(made["MEASURED"])[0], "run: python scripts/make_methods.py"
+        # A benchmark that is run again changes its table before the page; what a page has is a row of that table, or of an older one.
+        assert words.count("\n") > 3 or path.name.startswith("export-format"), path.name
+        assert figures.strip() or "export-format" in path.name or path.name == "index.md", path.name
+    wanda = pages[ROOT / "docs" / "methods" / "criterion-wanda.md"]
+    assert "arXiv 2306.11695" in wanda
+    assert "FLAP, arXiv" not in wanda  # the entry of another criterion of the same file
 
 
 @pytest.mark.parametrize("page", ["docs/commands.md"])

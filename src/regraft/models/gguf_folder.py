@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from regraft.atomic import atomic_folder
 from regraft.claims import claimed
+from regraft.compat import dequantized
 from regraft.errors import MissingDependencyError, ModelError
 from regraft.models.family import families, family_of
 from regraft.models.folder import write_folder
@@ -116,9 +117,9 @@ def _unpack(path: Path, header: GgufHeader, folder: Path) -> None:
                 str(path.parent),
                 config=config,
                 dtype=dtype,
-                quantization_config=GgufConfig(dequantize=True),
                 output_loading_info=True,
                 **arguments,
+                **dequantized(),
             )
             model, report = loaded
             tokenizer = _tokenizer(path, gguf) or tokenizers.from_pretrained(str(path.parent), **arguments)
