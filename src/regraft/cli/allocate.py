@@ -12,7 +12,7 @@ from rich.table import Table
 from regraft.cli.later import later
 from regraft.cli.options import ModelArgument, Only, QuietOption, SeedOption, with_settings
 from regraft.cli.progress import progress
-from regraft.cli.screen import Screen
+from regraft.cli.screen import Screen, saved_to
 from regraft.cli.words import as_options
 from regraft.plans import RankSearch
 from regraft.report.ranks import summary
@@ -74,7 +74,8 @@ def allocate(
 
         found = allocate_ranks(model, output, allocate, recover, load=load, seed=seed, resume=resume, say=say)
     show(console, found.search)
-    console.print(f"plan written to {output}; everything else is in {output.with_suffix('.search')}", soft_wrap=True, markup=False)
+    console.print(f"plan written to {output}", soft_wrap=True, markup=False)
+    console.print(saved_to(output.with_suffix(".search"), "everything else is "), soft_wrap=True, markup=False)
 
 
 def show(console: Console, found: RankSearch) -> None:

@@ -13,7 +13,7 @@ from regraft.atomic import json_with, reserved_file, write_text
 from regraft.cli.later import later
 from regraft.cli.options import DryRunOption, ModelArgument, QuietOption, SeedOption, command_line, with_settings
 from regraft.cli.progress import progress
-from regraft.cli.screen import Screen
+from regraft.cli.screen import Screen, saved_to
 from regraft.cli.words import as_options
 from regraft.errors import InputError, PlanError
 from regraft.plans import FactorPlan, RankPlan, from_json, to_json
@@ -65,7 +65,7 @@ def compress(
         if json is not None:
             write_text(json, to_json(result.as_dict()) + "\n")
     _show(console, result)
-    console.print("dry run: nothing was written" if dry_run else f"saved to {output}", soft_wrap=True)
+    console.print("dry run: nothing was written" if dry_run else saved_to(output), soft_wrap=True)
 
 
 def read_plan(path: Path) -> FactorPlan | RankPlan:

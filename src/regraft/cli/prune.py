@@ -15,7 +15,7 @@ from regraft.atomic import json_with, reserved_file, write_text
 from regraft.cli.later import later
 from regraft.cli.options import DryRunOption, JsonOption, ModelArgument, QuietOption, SeedOption, command_line, with_settings
 from regraft.cli.progress import progress
-from regraft.cli.screen import Screen
+from regraft.cli.screen import Screen, saved_to
 from regraft.cli.words import as_options
 from regraft.errors import InputError
 from regraft.pipelines.prune.plan_files import plan_path, read_plan, reserved_plan, write_plan
@@ -86,7 +86,7 @@ def prune(
     elif plan_only and output is not None:
         console.print(f"plan written to {plan_path(output)}", soft_wrap=True, markup=False)
     else:
-        console.print(f"saved to {output}", soft_wrap=True, markup=False)
+        console.print(saved_to(output), soft_wrap=True, markup=False)
         if output is not None:
             console.print(*who_cannot_load(output), sep="\n", end="", soft_wrap=True, markup=False)
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from regraft.atomic import json_with, reserved_file, write_text
 from regraft.cli.later import later
 from regraft.cli.options import JsonOption, ModelArgument, OutputOption, SeedOption, command_line, with_settings
-from regraft.cli.screen import Screen
+from regraft.cli.screen import Screen, saved_to
 from regraft.cli.words import as_options
 from regraft.plans import LOSS_UNITS, to_json
 from regraft.settings import LoadSettings, RecoverSettings
@@ -53,7 +53,7 @@ def recover(
     for line in result.recovered.data.lines():
         console.print(as_options(line), soft_wrap=True, style="yellow" if line.startswith("warning") else None)
     what = "model" if result.recovered.injected is None else "adapter"
-    console.print(f"{what} saved to {output}", soft_wrap=True)
+    console.print(saved_to(output, f"{what} "), soft_wrap=True)
 
 
 def recorded(command: str) -> str:

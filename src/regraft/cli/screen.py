@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +22,15 @@ def visible(text: str) -> str:
     'a b'
     """
     return "\n".join(shown(line.expandtabs(8), _LONGEST_LINE) for line in text.split("\n"))
+
+
+def saved_to(folder: object, what: str = "") -> str:
+    """Returns the line that says where something was saved, and which command makes a page of it.
+
+    >>> saved_to("my model", "adapter ")
+    "adapter saved to my model; a page of it: regraft report 'my model' --open"
+    """
+    return f"{what}saved to {folder}; a page of it: regraft report {shlex.quote(str(folder))} --open"
 
 
 class Screen(Console):
