@@ -1,7 +1,7 @@
 """Allocation of LoRA ranks to layers, under one hard budget of trainable parameters."""
 
 from regraft.allocation.confirm import confirm
-from regraft.allocation.contract import ALLOCATORS, Allocator, ClosedForm, Learner, Prediction, Proposal, Ranks, refuse_prior
+from regraft.allocation.contract import ALLOCATORS, PRIOR, Allocator, ClosedForm, Learner, Prediction, Proposal, Ranks, refuse_prior
 from regraft.allocation.meta import PAST, add_to_store
 from regraft.allocation.prior import Prior, default_prior, load_prior, shipped_prior
 from regraft.allocation.rankadaptor import RankAdaptor
@@ -12,6 +12,7 @@ __all__ = [
     "ALLOCATORS",
     "MOST_FINALISTS",
     "PAST",
+    "PRIOR",
     "Allocator",
     "ClosedForm",
     "Learner",

@@ -22,6 +22,9 @@ from regraft.registry import NamedRegistry
 Ranks = tuple[int, ...]
 """A rank vector: one rank for each slot of a space."""
 
+PRIOR = "prior"
+"""Origin of the vector that a learner's prior holds for the best before any trial."""
+
 
 @dataclass(frozen=True)
 class Proposal:

@@ -1,9 +1,9 @@
 """RankAdaptor (arXiv 2406.15734): ranks by a performance model that is re-fitted after every round of measurements.
 
 This is our variant, the default method. It has the paper's three phases. *Initialisation* measures uniform, the vectors of the closed
-forms, and draws from the prior (which meta-training on past searches makes sharp). *Incremental learning* re-fits the model of
-:mod:`regraft.allocation.concave` and proposes the vectors of largest expected improvement. *Convergence* is the work of the schedule,
-which recovers the most promising vectors for longer and longer.
+forms, the vector that the prior holds for the best, and draws from the prior (which meta-training on past searches makes sharp).
+*Incremental learning* re-fits the model of :mod:`regraft.allocation.concave` and proposes the vectors of largest expected improvement.
+*Convergence* is the work of the schedule, which recovers the most promising vectors for longer and longer.
 
 Departures from the paper: the budget is a hard limit on trainable parameters, not a sum of ranks; the measurement is the held-out loss
 compared with uniform on the same batches, not the score of a task; proposals are improved by local moves instead of taken from a random
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from regraft.allocation.adalora import adalora
-from regraft.allocation.contract import ALLOCATORS, Prediction, Proposal, Ranks
+from regraft.allocation.contract import ALLOCATORS, PRIOR, Prediction, Proposal, Ranks
 from regraft.allocation.eva import eva
 from regraft.allocation.features import ADALORA, EVA, GRADIENT_ENERGY, IMPORTANCE_REMOVED, SHARE_PRUNED, has_curve, has_plain
 from regraft.allocation.fill import fill, moved, moves
@@ -69,9 +69,13 @@ class RankAdaptor:
         generator: np.random.Generator,
         pending: Sequence[Ranks] = (),
     ) -> tuple[Proposal, ...]:
-        """Returns the vectors of the closed forms first, then those of largest expected improvement."""
+        """Returns the vectors of the closed forms first, then the prior's own, then those of largest expected improvement."""
         taken = {trial.ranks for trial in history if trial.kind == "recovery"} | set(pending)
-        chosen = [proposal for proposal in first_vectors(space) if proposal.ranks not in taken][:count]
+        first = first_vectors(space)
+        if self.beliefs.features:  # without features all slots are alike before the first trial, and the best vector is uniform
+            own = Proposal(fill(space, fit(space, (), self.beliefs).table()), PRIOR)
+            first += [own] if space.holds(own.ranks) and own.ranks not in {proposal.ranks for proposal in first} else []
+        chosen = [proposal for proposal in first if proposal.ranks not in taken][:count]
         if len(chosen) == count:
             return tuple(chosen)
         taken |= {proposal.ranks for proposal in chosen}

@@ -17,8 +17,10 @@ from regraft.models.trainable import only_these_train
 from regraft.numerics.moments import Moments, adder
 
 BATCH_TOKENS = 1024
+# A batch with gradients keeps the activations of all layers, and its logits several times over.
+GRADIENT_BATCH_TOKENS = 512
 # Gradients cost more than inputs, and their moments, of a narrower side, need fewer tokens.
-_FEWEST_GRADIENTS, _GRADIENT_SHARE = 8, 4
+FEWEST_GRADIENTS, GRADIENT_SHARE = 8, 4
 
 
 @dataclass
@@ -50,11 +52,11 @@ def reader_moments(model: PreTrainedModel, names: Iterable[str], windows_NT: Ten
     inputs: dict[str, Moments] = {}
     outputs: dict[str, Moments] = {}
     readers = {name: model.get_submodule(name) for name in names}
-    per_batch = max(1, BATCH_TOKENS // windows_NT.shape[1])
-    drawn = max(_FEWEST_GRADIENTS, len(windows_NT) // _GRADIENT_SHARE)
+    per_batch, per_graph = (max(1, tokens // windows_NT.shape[1]) for tokens in (BATCH_TOKENS, GRADIENT_BATCH_TOKENS))
+    drawn = max(FEWEST_GRADIENTS, len(windows_NT) // GRADIENT_SHARE)
     last = ""
     with float32_on_cpu(model), only_these_train(model, ()), watched_inputs(readers, adder(inputs)):
-        for ids_BT in windows_NT[:drawn].split(per_batch):
+        for ids_BT in windows_NT[:drawn].split(per_graph):
             with _graph_from(readers) as leaving, torch.enable_grad():
                 likelihood = _drawn_likelihood(model, ids_BT.to(model.device), generator)
                 gradients = torch.autograd.grad(likelihood, list(leaving.values()))

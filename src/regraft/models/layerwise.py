@@ -71,9 +71,14 @@ class Walk(ABC):
     """One pass of calibration windows through the layers of a model, from the first to the last.
 
     It hides the storage of weights and hidden states: a layer is only guaranteed to have its weights until :meth:`layers` yields the next.
+
+    Attributes:
+        view: The model.
+        roomy: Whether activations of one layer on all windows may be kept in memory.
     """
 
     view: ModelView
+    roomy: bool = False
 
     @abstractmethod
     def layers(self) -> Iterator[int]:
@@ -90,7 +95,7 @@ class Walk(ABC):
         Args:
             layer: Index of the layer.
             module: Module to run in place of the layer.
-            until: A module inside the layer; computation from this module on may be omitted.
+            until: A module inside the layer; computation after this module may be omitted.
         """
 
     @abstractmethod
@@ -106,6 +111,8 @@ class WholeWalk(Walk):
         windows_NT: Calibration tokens, int64 (windows, tokens).
         stored: Dtype to which changed weights are rounded before they are used; None for no rounding.
     """
+
+    roomy = True
 
     def __init__(self, view: ModelView, windows_NT: Tensor, stored: torch.dtype | None = None) -> None:
         self.view = view
@@ -123,7 +130,7 @@ class WholeWalk(Walk):
 
     @torch.no_grad()
     def look(self, layer: int, module: nn.Module | None = None, until: nn.Module | None = None) -> None:
-        """Runs the windows through a layer up to ``until``, and discards the output."""
+        """Runs the windows through a layer as far as ``until``, and discards the output."""
         self._round(module)
         for batch in self._hidden:
             with stopped_at(until):
@@ -186,12 +193,12 @@ class _Enough(Exception):
 
 @contextmanager
 def stopped_at(module: nn.Module | None) -> Iterator[None]:
-    """Ends a forward pass inside the block when it reaches a module, after earlier hooks on its inputs; None never ends it."""
+    """Ends a forward pass inside the block after a module, and after earlier hooks on it; None never ends it."""
 
-    def stop(_module: nn.Module, _inputs: tuple[Any, ...]) -> None:
+    def stop(_module: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> None:
         raise _Enough
 
-    handle = None if module is None else module.register_forward_pre_hook(stop)
+    handle = None if module is None else module.register_forward_hook(stop)
     try:
         yield
     except _Enough:

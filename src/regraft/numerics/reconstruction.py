@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,39 @@ from regraft.errors import InputError
 from regraft.numerics import linalg
 
 DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+class Judge(Protocol):
+    """Held-out inputs of one kind, by which weights are judged."""
+
+    @property
+    def power(self) -> float:
+        """Summed square of the goal, over all outputs."""
+        ...
+
+    def error(self, new_OS: Tensor) -> float:
+        """Returns the summed squared error of weights on the kept channels."""
+        ...
+
+
+class JudgingRows:
+    """Held-out inputs themselves: a few hundred rows judge weights in a fraction of the time that their second moments take.
+
+    Args:
+        weight_OI: Weights before pruning, (out, in); what they put out is the goal.
+        kept: Indices of the kept channels, int64 (kept,), ascending.
+        rows_NI: Inputs, float32 or float64 (rows, in).
+    """
+
+    def __init__(self, weight_OI: Tensor, kept: Tensor, rows_NI: Tensor) -> None:
+        self._goal_NO = rows_NI @ weight_OI.to(rows_NI.dtype).T
+        self._rows_NS = rows_NI[:, kept]
+        self.power = float(self._goal_NO.square().sum(dtype=torch.float64))
+
+    def error(self, new_OS: Tensor) -> float:
+        """Returns the summed squared error of new weights, float64 (out, kept)."""
+        missing_NO = torch.addmm(self._goal_NO, self._rows_NS, new_OS.to(self._rows_NS.dtype).T, alpha=-1.0)
+        return float(missing_NO.square().sum(dtype=torch.float64))
 
 
 class NormalEquations:
@@ -126,14 +160,14 @@ def error(weight_OI: Tensor, second_II: Tensor, kept: Tensor, new_OS: Tensor) ->
     return float((difference_OI @ second_II).mul_(difference_OI).sum())
 
 
-def best_damping(equations: NormalEquations, held_out: Sequence[NormalEquations], dampings: Sequence[float] = DAMPINGS) -> float:
+def best_damping(equations: NormalEquations, held_out: Sequence[Judge], dampings: Sequence[float] = DAMPINGS) -> float:
     """Returns the damping with the least error on the kind of held-out text that it fits worst.
 
     The error falls with the damping and then rises, so that it is followed downhill from the middle of the choices.
 
     Args:
         equations: Normal equations of the part of the calibration text that is fitted.
-        held_out: Those of other text, one for each kind of text. With several, each counts by its error over the power of the old output
+        held_out: Other text, one judge for each kind of it. With several, each counts by its error over the power of the old output
             on it, so that the kind that is fitted worst decides.
         dampings: The choices, ascending.
     """

@@ -34,7 +34,7 @@ from regraft.progress import Say, Step, say_nothing
 STEPS = 4
 # Limit for the held-out windows. Every step length that is tried runs all of them, and more windows improve the choice too little.
 JUDGED_WINDOWS = 16
-_BATCH_WINDOWS = 8
+_BATCH_WINDOWS = 4  # logits of a batch, with its gradients, are there several times over
 _HALVINGS = 8
 # The Fisher information is estimated from this share of the windows: its matrices are narrow, and it only shapes the step.
 _DRAWN_SHARE = 4
@@ -75,15 +75,14 @@ def refit_to_predictions(
     for reader in readers.values():  # a weight that was not cut may be shared with the dense model
         reader.register_parameter("weight", nn.Parameter(_weight(reader).detach().clone()))
     stored = {name: _weight(reader).dtype for name, reader in readers.items()}
-    length, aim = 1.0 / max(1, len(readers)), _Aim(dense)
+    length, aim, judging = 1.0 / max(1, len(readers)), _Aim(dense), _Aim(dense)
     training = only_these_train(pruned.model, [_weight(reader) for reader in readers.values()])
     with float32_on_cpu(pruned.model), float32_on_cpu(dense), training, torch.no_grad():
-        aims = [_log_probabilities(dense, ids) for ids in judged]
         metrics: _Metrics | None = None
 
         def divergence() -> float:
-            pairs = zip(judged, aims, strict=True)
-            total = sum(float(summed_divergence(_log_probabilities(pruned.model, ids), aim)) for ids, aim in pairs)
+            batches = enumerate(judged)
+            total = sum(float(summed_divergence(_log_probabilities(pruned.model, ids), judging.of(place, ids))) for place, ids in batches)
             return total / windows_NT[-judges:].numel()
 
         found = [divergence()]

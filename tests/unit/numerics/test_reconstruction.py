@@ -10,7 +10,7 @@ import torch
 
 from regraft.errors import InputError
 from regraft.numerics.moments import Moments
-from regraft.numerics.reconstruction import DAMPINGS, NormalEquations, best_damping, error, reconstruct
+from regraft.numerics.reconstruction import DAMPINGS, JudgingRows, NormalEquations, best_damping, error, reconstruct
 from regraft.numerics.surgeon import removal_order
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -37,6 +37,23 @@ def test_moments_match_numpy():
     torch.testing.assert_close(seen.second_DD, X.T @ X / len(X))
     torch.testing.assert_close(seen.mean_D, X.mean(0))
     torch.testing.assert_close(seen.variance_D, torch.tensor(np.var(X.numpy(), axis=0, ddof=1)))
+
+
+def test_moments_of_wide_rows_match_their_definition() -> None:
+    """Rows of 1,030 channels are multiplied in float32, block by block; the blocks are not of one size."""
+    rows = torch.randn(1300, 1030, generator=GENERATOR)
+    seen = moments(rows)
+    exact = rows.double()
+    torch.testing.assert_close(seen.second_DD, exact.T @ exact / 1300, rtol=1e-4, atol=1e-5)
+    assert torch.equal(seen.square_DD, seen.square_DD.T)
+
+
+def test_rows_judge_as_their_moments_do() -> None:
+    kept = torch.tensor([0, 2, 3, 6])
+    judge, equations = JudgingRows(W, kept, X), seen(W, moments(X), kept)
+    assert judge.power == pytest.approx(equations.power)
+    for new in (W[:, kept], torch.randn(len(W), 4, dtype=torch.float64)):
+        assert judge.error(new) == pytest.approx(equations.error(new), rel=1e-9)
 
 
 def test_reconstruction_is_the_least_squares_solution():

@@ -96,6 +96,27 @@ def test_least_squares_matches_a_dense_solution(make_model):
     assert error < best_error + 0.4 * (plain - best_error), "damping, chosen on other windows, gives up a part"
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "bloom", "olmo2"])
+def test_parts_that_did_not_change_are_not_run_again(make_model, monkeypatch, family):
+    """Attention runs once, whatever comes after its projection; where that cannot be, the layer runs again."""
+    model = make_model(family)
+    view = ModelView(model)
+    groups = discover(view)
+    cuts = tuple(Cut(group.name, tuple(range(group.units // 2))) for group in groups.groups if group.kind in ("heads", "ffn"))
+    calls = []
+    attention = next(module for name, module in view.layers[1].named_modules() if name.endswith(("self_attn", "attn", "attention")))
+    inner = next(module for module in attention.children() if sum(1 for _ in module.parameters()))
+    handle = inner.register_forward_hook(lambda *_: calls.append(1))  # copied with the layer
+    quick = compensate(view, groups, cuts, WINDOWS, "least_squares")
+    once = len(calls)
+    monkeypatch.setattr("regraft.models.layerwise.WholeWalk.roomy", False)
+    slow = compensate(view, groups, cuts, WINDOWS, "least_squares")
+    handle.remove()
+    assert len(calls) - once > once or family == "bloom", "its attention adds the stream"
+    for name, tensor in slow.items():
+        torch.testing.assert_close(quick[name], tensor, rtol=1e-5, atol=1e-6)
+
+
 def test_the_mean_goes_into_the_bias_where_there_is_one(make_model):
     model = make_model("llama-bias")
     view = ModelView(model)

@@ -19,6 +19,7 @@ from regraft.allocation import (
     ALLOCATORS,
     MOST_FINALISTS,
     PAST,
+    PRIOR,
     ClosedForm,
     Learner,
     Ranks,
@@ -471,8 +472,8 @@ def _pool(request: SearchOrder, space: RankSpace, work: Path) -> Pool:
 
 
 def _from_closed_forms(pairs: Sequence[tuple[Job, RankTrial]]) -> set[Ranks]:
-    """Returns the recovered vectors that came from a closed form."""
-    names = {name for name in ALLOCATORS.names() if isinstance(ALLOCATORS.get(name), ClosedForm)}
+    """Returns the recovered vectors that came from a closed form, or from the prior alone."""
+    names = {PRIOR, *(name for name in ALLOCATORS.names() if isinstance(ALLOCATORS.get(name), ClosedForm))}
     return {job.ranks for job, trial in pairs if job.kind == "recovery" and job.origin in names and trial.loss_nats is not None}
 
 
