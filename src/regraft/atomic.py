@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from regraft.claims import SUFFIX, claimed, in_work_folder, is_work_folder, left_over, remove, resolved, work_folder
+from regraft.claims import MARK, SUFFIX, claimed, in_work_folder, is_work_folder, left_over, remove, resolved, work_folder
 from regraft.errors import OutputError, shown
 from regraft.platforms import open_to_flush
 from regraft.reading import object_in, read_object
@@ -47,6 +47,8 @@ def _sync(path: Path) -> None:
 def refuse_existing(path: Path, *, in_place: bool = False) -> None:
     """Refuses an output that is neither new nor an empty folder, or that cannot be written; nothing is made.
 
+    The mark beside a whole output, whose process was killed after its last rename, goes.
+
     Args:
         path: The output.
         in_place: Whether an empty folder is filled as it is, and not replaced by another.
@@ -62,10 +64,19 @@ def refuse_existing(path: Path, *, in_place: bool = False) -> None:
     if not os.path.lexists(final):
         return
     if not final.is_dir() or any(final.iterdir()):
+        _clear_mark(final)
         raise OutputError(f"output '{name}' exists; {_ELSEWHERE} or remove it first")
     if not in_place and (os.path.ismount(final) or final == Path.cwd()):
         what = "a mount point" if os.path.ismount(final) else "the current folder"
         raise OutputError(f"output '{name}' is {what}, which cannot be put in place as a whole; name a folder in it")
+
+
+def _clear_mark(path: Path) -> None:
+    """Removes the work folder of an output where nothing but its mark is left in it and its owner is dead."""
+    work = work_folder(path)
+    if is_work_folder(work) and os.listdir(work) == [MARK]:
+        with left_over(work):
+            pass  # whoever lets go of an empty work folder removes it
 
 
 @contextmanager

@@ -247,17 +247,28 @@ def _try_lock(handle: int, file: Path) -> str | None:
 
 
 def _signature() -> bytes:
-    import psutil  # at use, for the command line's sake: it is slow to load
-
-    me = psutil.Process()
     owner = {
         "what": _FORMAT,
-        "process": me.pid,
+        "process": os.getpid(),
         "host": socket.gethostname(),
-        "started": me.create_time(),
+        "started": _started(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     return (json.dumps(owner) + "\n").encode()
+
+
+def _started(process: int) -> float:
+    """Returns when a process began: on Linux in ticks since the machine started, which a clock that is set anew does not change.
+
+    Raises:
+        psutil.Error: There is no such process.
+    """
+    try:
+        return float(Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        import psutil  # at use, for the command line's sake: it is slow to load
+
+        return psutil.Process(process).create_time()
 
 
 def _owner_in(content: bytes) -> dict[str, Any] | None:
@@ -282,7 +293,7 @@ def _lives(owner: dict[str, Any]) -> bool:
     import psutil  # at use, for the command line's sake: it is slow to load
 
     try:
-        return psutil.Process(int(owner["process"])).create_time() == owner["started"]
+        return _started(int(owner["process"])) == owner["started"]
     except (psutil.Error, KeyError, TypeError, ValueError):
         return False
 

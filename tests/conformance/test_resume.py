@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import kills
+from regraft.cli.app import run
 from tiny_inputs import make_inputs
 
 TEXT = "--calibration INPUTS/text.txt --samples 4 --seq-len 16"
@@ -29,17 +30,20 @@ STAGES: dict[str, tuple[str, str, str]] = {
         "out/adapter_model.safetensors",
         "checkpoint-",
     ),
+    "export": ("export INPUTS/adapter --to merged -o out", "out/model.safetensors", ""),
     "compress": (f"compress INPUTS/model -o out --ratio 0.2 {TEXT}", "out/model.safetensors", ""),
 }
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model and a text."""
+    """A folder with a model, a text and an adapter of the model."""
     folder = tmp_path_factory.mktemp("inputs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         make_inputs()
+        words = f"recover model -o adapter --no-merge --rank 2 --steps 1 --quiet {STEPS.replace('INPUTS/', '')}".split()
+        assert run(words) == 0
     return folder
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,14 @@ import pytest
 from accelerate import PartialState
 from transformers import TrainingArguments
 
+from nasty import NASTY_TEXTS, NASTY_VALUES, leaves, one_line, with_leaf
 from regraft.adapters.stock_files import read_stock_config
 from regraft.allocation.meta import read_store, train
 from regraft.allocation.prior import load_prior
 from regraft.atomic import refuse_existing, refuse_special, sha256_of
 from regraft.cli.compress import read_plan as compression_plan
 from regraft.data.text import read_text
-from regraft.errors import InputError, RegraftError, shown
+from regraft.errors import InputError, shown
 from regraft.models.load import check_folder, locate
 from regraft.models.provenance import read_provenance
 from regraft.models.weights import read_header, stored_tensors
@@ -34,21 +34,6 @@ from regraft.surgery.adapter_files import read_master
 from regraft.training.distributed import in_surroundings
 from regraft.training.job import read_ranks
 
-SECONDS = 5.0
-NASTY_TEXTS = [
-    "",
-    "x",
-    "\x1b[31mred",
-    "a\nerror: b",
-    "\0",
-    "[/red]",
-    "\u202eabc",
-    "9" * 5000,
-    "~nosuchuser/x",
-    "../../etc/passwd",
-    "ÿ" * 300,
-]
-NASTY_VALUES: list[Any] = [None, True, -1, 0, 1.5, 10**30, float("inf"), float("nan"), [], {}, [[]], {"a": [None]}, *NASTY_TEXTS]
 PLAN = {
     "fingerprint": "f",
     "criterion": "l2",
@@ -81,19 +66,6 @@ MASTER = {
     "modules": {},
 }
 RECIPE = "model: seedling\nprune:\n  ratio: 0.2\n"
-
-
-def one_line(call: Callable[[], object], what: object) -> None:
-    """Asserts that a call works or is refused in one safe line, within seconds of work; one that waits for ever meets pytest's limit."""
-    started = time.process_time()
-    try:
-        call()
-    except RegraftError as error:
-        said = str(error)
-        for line in said.split("\n") if hasattr(error, "problems") else [said]:
-            assert line.isprintable(), (what, line[:200])
-        assert len(said) < 20_000, what
-    assert time.process_time() - started < SECONDS, what
 
 
 def changed(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -141,21 +113,6 @@ def digest(path: Path) -> str:
         return sha256_of(path)
     except (OSError, ValueError) as error:  # whose callers say what they wanted the file for
         raise InputError("cannot be read") from error
-
-
-def leaves(value: Any) -> Iterator[tuple[str | int, ...]]:
-    """Yields the way to every leaf of nested objects and lists."""
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    found = [(key, *way) for key, entry in pairs for way in leaves(entry)]
-    yield from found or [()]
-
-
-def with_leaf(value: Any, way: tuple[str | int, ...], leaf: Any) -> Any:
-    if not way:
-        return leaf
-    changed_here = value.copy()
-    changed_here[way[0]] = with_leaf(value[way[0]], way[1:], leaf)
-    return changed_here
 
 
 def a_past_search(first: float) -> dict[str, Any]:

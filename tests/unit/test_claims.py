@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -11,10 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
+from regraft import claims
 from regraft.atomic import atomic_file, atomic_folder, json_with, refuse_existing, reserved, reserved_file, sweep, write_text
-from regraft.claims import claimed, is_work_folder, work_folder
+from regraft.claims import MARK, claimed, is_work_folder, work_folder
 from regraft.errors import OutputError
 
 
@@ -334,3 +337,33 @@ def test_a_kill_between_two_renames_is_ended(tmp_path: Path, renames: tuple[str,
     with atomic_folder(tmp_path / "out", replace=True) as partial:
         (partial / "b").write_text("newer")
     assert tree(tmp_path / "out") == {"b": b"newer"}
+
+
+def test_the_mark_of_a_kill_after_the_last_rename_goes_with_the_next_refusal(tmp_path: Path) -> None:
+    with claimed(tmp_path / "out") as work:
+        mark = (work / MARK).read_bytes()
+    with atomic_folder(tmp_path / "out") as partial:
+        (partial / "file").write_text("whole")
+    for name, stays in ((MARK, False), ("work", True)):  # what is kept to go on from stays
+        work.mkdir()
+        (work / MARK).write_bytes(mark)
+        (work / name).touch()
+        with pytest.raises(OutputError, match="exists"), reserved(tmp_path / "out"):
+            pass
+        assert work.exists() == stays
+    assert (tmp_path / "out" / "file").read_text() == "whole"
+
+
+def test_a_clock_that_is_set_anew_makes_no_owner_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system without locks, which the start of the owner's process has to replace."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with claimed(tmp_path / "out"):
+        clock = psutil.Process.create_time
+        monkeypatch.setattr(psutil.Process, "create_time", lambda self: clock(self) + 86400.0)
+        owner = json.loads((work_folder(tmp_path / "out") / MARK).read_text())
+        assert claims._lives(owner)
+        assert not claims._lives(owner | {"started": owner["started"] + 1})
