@@ -56,6 +56,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, str], set[str], set[int]]] 
         {**SIZES, "layer_types": ["conv", FULL, "conv", "sliding_attention"], "num_hidden_layers": 4},
         ("self_attn.o_proj", "feed_forward.w2"), EVERY, {1, 3},
     ),
+    "lfm2_moe": (  # dense networks in the first layers, experts in the others
+        {**SIZES, "layer_types": ["conv", FULL, "conv", FULL], "num_hidden_layers": 4, "num_dense_layers": 2, "num_experts": 4,
+         "moe_intermediate_size": 24, "num_experts_per_tok": 2},
+        ("self_attn.out_proj", "feed_forward.w2"), EVERY, {1, 3},
+    ),
     "granitemoehybrid": (
         {**SIZES, "layer_types": [LINEAR, FULL, LINEAR, FULL], "num_hidden_layers": 4, "num_local_experts": 0,
          "shared_intermediate_size": 64, "mamba_n_heads": 6, "mamba_d_state": 16, "residual_multiplier": 0.5, "logits_scaling": 2.0},
@@ -194,6 +199,7 @@ def test_what_a_config_counts_follows_the_layers() -> None:
     assert pruned.config.layer_types == [FULL, LINEAR, FULL]
     assert "full_attention_interval" not in pruned.config.to_dict()
     assert pruned_by("qwen3_next", {"layers.1.layer": [0]}).config.mlp_only_layers == [0, 1, 2]
+    assert pruned_by("lfm2_moe", {"layers.0.layer": [0]}).config.num_dense_layers == 1
     assert pruned_by("nemotron_h", {"layers.1.layer": [0]}).config.layers_block_type == [LINEAR, "mlp", FULL, "mlp"]
     shorter = pruned_by("lfm2", {f"layers.{layer}.ffn": list(range(1, 64, 2)) for layer in range(4)})
     assert type(shorter) is type(subject("lfm2")[0])

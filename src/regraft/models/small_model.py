@@ -28,7 +28,7 @@ FFN, SHARED_FFN, EXPERT_FFN, USUAL_FFN = 88, 104, 72, 4 * WIDTH
 KV_KEYS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 FFN_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "inner_dim")
 SHARED_FFN_KEYS = ("shared_intermediate_size",)  # the width of a feed-forward network beside experts
-FIRST_LAYERS_KEYS = ("max_window_layers",)  # numbers of layers, counted from the first, that something holds for
+FIRST_LAYERS_KEYS = ("max_window_layers", "num_dense_layers", "first_k_dense_replace")  # what holds for so many of the first layers
 DOUBLING_KEYS = ("use_double_wide_mlp",)  # switches with which some layers have twice the feed-forward width
 INDEX_KEYS = ("full_attn_idxs", "mlp_only_layers")  # lists of the indices of layers
 PER_LAYER_KEYS = ("layer_types", "mlp_layer_types", "no_rope_layers")  # the usual names of lists with an entry for each layer
@@ -147,15 +147,17 @@ def small_model(
 def _of_every_kind(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the config entries for a model with a layer of every kind; empty where all layers of a family have the same parameters."""
     key = config_class.attribute_map.get("layer_types", "layer_types")
-    listed = getattr(config_class(), "layer_types", None)
+    listed: Any = getattr(config_class(), "layer_types", None)
+    if listed is None and "layer_types" in config_class().to_dict():
+        listed = []  # the default names none, and a model cannot be built without
     if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
         return {}
     found = list(dict.fromkeys(listed))
-    kinds = _kinds(config_class, values, key, found)
+    kinds = _kinds(config_class, values, key, found) if found else 0
     for further in _FURTHER_KINDS:
-        if further not in found and kinds == 1:  # some defaults name one kind only
+        if further not in found and kinds <= 1:  # some defaults name one kind only
             more = _kinds(config_class, values, key, [*found, further])
-            found, kinds = ([*found, further], more) if more > 1 else (found, kinds)
+            found, kinds = ([*found, further], more) if more > kinds else (found, kinds)
     if kinds < 2:
         return {}
     found = [*found[:1] * (LAYERS - len(found)), *found]

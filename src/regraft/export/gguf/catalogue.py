@@ -9,6 +9,8 @@ from typing import Any
 from regraft.errors import InputError
 from regraft.export.gguf.fused import gpt2, phi3
 from regraft.export.gguf.llama_like import FOUR_NORMS, TWO_NORMS, Gated, gemma2, gemma3, lay_out, step35
+from regraft.export.gguf.mixture import qwen3moe
+from regraft.export.gguf.mixture import refusal as mixture_refusal
 from regraft.export.gguf.rotary import refusal as rotary_refusal
 from regraft.export.gguf.source import Layout, Source
 
@@ -149,6 +151,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _gated(Gated("qwen3", TWO_NORMS), "qwen3", _both(_uneven, _silu, _no_bias, _rotary()), lost=WINDOWLESS),
     _gated(Gated("gemma2", FOUR_NORMS, window=True, extra=gemma2), "gemma2", _both(_uneven, _gemma2)),
     _gated(Gated("gemma3", FOUR_NORMS, window=True, extra=gemma3), "gemma3_text", _both(_uneven, _gemma3)),
+    Architecture("qwen3moe", ("qwen3_moe",), "", _both(_silu, _no_bias, _rotary(), mixture_refusal), qwen3moe, lost=WINDOWLESS),
     Architecture("phi3", ("phi3",), "", _both(_uneven, _silu), phi3),
     Architecture("gpt2", ("gpt2",), "", _both(_uneven, _gpt2), gpt2),
     _gated(

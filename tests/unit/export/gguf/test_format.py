@@ -45,6 +45,7 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral, window": ("mistral", {"sliding_window": 64}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
+    "qwen3moe": ("qwen3_moe", {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True}),
     "gemma 2": ("gemma2", {"sliding_window": 24, "query_pre_attn_scalar": 10}),
     "gemma 3": ("gemma3_text", {"sliding_window": 24, "query_pre_attn_scalar": 10, "num_hidden_layers": 6}),
     "gemma 2, no caps": ("gemma2", {"sliding_window": 24, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
@@ -132,6 +133,12 @@ def test_an_uneven_qwen3_is_written_as_step35_when_asked(tmp_path: Path, tied: b
 def test_every_architecture_that_is_declared_is_compared_in_this_file() -> None:
     compared = {name.replace("gemma 2", "gemma2").replace("gemma 3", "gemma3").replace(" ", "").partition(",")[0] for name in EXACT}
     assert {entry.name for entry in ARCHITECTURES} <= compared | {"deci", "openelm", "step35"}
+
+
+def test_a_mixture_that_the_runtime_weighs_otherwise_is_refused(tmp_path: Path) -> None:
+    model = toy("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40, norm_topk_prob=False)
+    with pytest.raises(InputError, match="the router's weights of a token sum to one"):
+        export(as_loaded(model), tmp_path / "out", "gguf", settings=FEW, check=None)
 
 
 def test_windows_that_moved_are_refused(tmp_path: Path) -> None:
