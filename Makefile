@@ -46,7 +46,7 @@ test-lowest: $(READY)
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-lowest
 	$(BIN)/uv pip compile --quiet --no-header --resolution lowest-direct $(if $(LOWEST_TORCH),--override <(echo torch==$(LOWEST_TORCH))) pyproject.toml --output-file .venv-lowest/lowest.txt
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --requirement .venv-lowest/lowest.txt --no-deps
-	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --constraint constraints.txt pytest pytest-timeout pytest-xdist hypothesis
+	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python $$(grep -E '^(pytest|pytest-timeout|pytest-xdist|hypothesis)==' constraints.txt)
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --no-deps --editable .
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n auto --dist worksteal -m "not slow and not long" -W default tests/unit tests/conformance
 
