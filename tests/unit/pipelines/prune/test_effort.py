@@ -16,7 +16,7 @@ from regraft.groups.discover import discover
 from regraft.models.view import ModelView
 from regraft.pipelines.prune.effort import EFFORTS, forecast, passes_of, seconds_of
 from regraft.pipelines.prune.prune import cut_to_plan, plan_pruning
-from regraft.pipelines.prune.resolved import resolve, resolve_replay, with_shape
+from regraft.pipelines.prune.resolved import resolve, resolve_replay
 from regraft.settings import PruneSettings
 
 
@@ -85,7 +85,7 @@ def test_what_is_said_is_what_it_takes(make_model: Callable[..., PreTrainedModel
     model = make_model("llama-bias", **sizes)
     view = ModelView(model)
     groups = discover(view, ("heads", "ffn"))
-    resolved = with_shape(resolve(PruneSettings(effort=effort, ratio=0.2, shape="per-layer"), view), groups)
+    resolved = resolve(PruneSettings(effort=effort, ratio=0.2, shape="per-layer"), view)
     windows = torch.randint(3, 96, (32, 48), generator=torch.Generator().manual_seed(1))
     with _Operations() as clock:
         said = seconds_of(view, groups, resolved.settings, windows, clock)
