@@ -73,6 +73,8 @@ def refuse_existing(path: Path, *, in_place: bool = False) -> None:
 
 def _clear_mark(path: Path) -> None:
     """Removes the work folder of an output where nothing but its mark is left in it and its owner is dead."""
+    if not path.name:  # the root of a file system
+        return
     work = work_folder(path)
     if is_work_folder(work) and os.listdir(work) == [MARK]:
         with left_over(work):

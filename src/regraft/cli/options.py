@@ -17,6 +17,7 @@ gets the sections built and checked; all problems, of all sections, are in one :
 from __future__ import annotations
 
 import inspect
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -96,13 +97,20 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         context: typer.Context = given.pop(CONTEXT)
         typed = {name: value for name, value in given.items() if _was_given(context, name)}
         built = _build(sections, {section: {name: name for name in wanted[section]} | words[section] for section in sections}, typed)
-        command(**{parameter.name: given[parameter.name] for parameter in own if parameter.name in given}, **built)
+        command(**{name: _without_dots(name, given[name]) for name in (parameter.name for parameter in own) if name in given}, **built)
 
     wrapper.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     # typer resolves annotations of what it wraps; the wrapper's own are already types.
     del wrapper.__wrapped__
     return wrapper
+
+
+def _without_dots(name: str, value: Any) -> Any:
+    """Returns an output without ``..``: of ``new/../out`` the folder ``new`` is not there any more when the output is."""
+    if name != "output" or not isinstance(value, Path) or ".." not in value.parts or "\0" in str(value):
+        return value
+    return Path(os.path.realpath(value))
 
 
 def _was_given(context: typer.Context, name: str) -> bool:

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from regraft.errors import ModelError
+
 TEMPERATURES = (0.7, 1.0, 1.3)
 # Four tokens in a row that stood in the same window before: prose has a few per cent, a text that runs in circles most of them.
 MOST_REPEATED = 0.5
@@ -120,6 +122,8 @@ def _continued(model: PreTrainedModel, openings: Sequence[Tensor], heat_B: Tenso
     while (length := ids_BT.shape[1]) < seq_len:
         output = model(input_ids=step_BT, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
+        if not bool(output.logits[:, -1].isfinite().all()):
+            raise ModelError("the model's predictions are no numbers, so that it cannot write text; look at its weights and its config")
         chances_BV = functional.softmax(output.logits[:, -1].float() / heat_B[:, None], dim=-1)
         step_BT = torch.multinomial(chances_BV, 1, generator=generator)
         if length < longest:

@@ -17,6 +17,8 @@ from regraft.reading import check_text, list_in
 from regraft.settings import LoadSettings
 from regraft.surgery.adapter_folder import is_adapter, load_adapted
 
+LEAST_TEMPERATURE = 1e-4  # below it, the likeliest token each time: predictions divided by less are no numbers any more
+
 Message = Mapping[str, str]
 Show = Callable[[str], None]
 
@@ -96,11 +98,11 @@ def generate(
     first_end = next(iter(list_in(ends)), ends)
     config = GenerationConfig(
         max_new_tokens=tokens if limit is None else min(tokens, limit - len(ids)),
-        do_sample=temperature > 0,
+        do_sample=temperature >= LEAST_TEMPERATURE,
         num_beams=1,
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first_end or 0,
-        **({"temperature": temperature, "top_k": 0} if temperature > 0 else {}),
+        **({"temperature": temperature, "top_k": 0} if temperature >= LEAST_TEMPERATURE else {}),
     )
     prompt = torch.tensor([list(ids)], device=model.device)
     written = _Written(tokenizer, show)

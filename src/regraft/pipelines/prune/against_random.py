@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from regraft.data.own_text import write_own_text
 from regraft.data.tokens import context_limit
-from regraft.errors import InputError
+from regraft.errors import InputError, ModelError
 from regraft.models.load import Loaded
 from regraft.models.precision import float32_on_cpu
 from regraft.pipelines.prune.resolved import layers_in
@@ -40,7 +40,10 @@ def windows_to_judge(loaded: Loaded, seed: int) -> Tensor:
     """Returns a few windows that a model writes, int64 (windows, tokens), for choices that read no text; none where it cannot write."""
     limit = context_limit(loaded.model.config)
     tokens = min(OWN_TOKENS, limit) if limit else OWN_TOKENS
-    return write_own_text(loaded.model, loaded.tokenizer, OWN_WINDOWS, tokens, seed).windows_NT
+    try:
+        return write_own_text(loaded.model, loaded.tokenizer, OWN_WINDOWS, tokens, seed).windows_NT
+    except ModelError:  # it predicts no numbers
+        return torch.zeros(0, tokens, dtype=torch.int64)
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,12 @@ class RunFolder:
             remove(aside / WORK)
 
     def forget(self) -> None:
-        """Removes the summary files and the stages' work folders, and nothing else."""
+        """Removes the summary files and the stages' work folders, and nothing else; nothing at all where there is more, such as scores.
+
+        A folder with contents and without its recipe could not be gone on with.
+        """
+        if any(entry.name != LOCK and entry not in self._written and not is_work_folder(entry) for entry in self.path.iterdir()):
+            return
         for path in self._written:
             path.unlink(missing_ok=True)
         for left in [left for left in self.path.iterdir() if is_work_folder(left)]:

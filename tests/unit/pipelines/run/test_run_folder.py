@@ -298,3 +298,16 @@ def test_changes_name_every_key() -> None:
 
 def test_a_run_folder_knows_no_more_than_its_path(tmp_path: Path) -> None:
     assert RunFolder(tmp_path, print).seconds() == {}
+
+
+def test_an_error_after_scores_were_kept_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
+    def fails() -> None:
+        with open_run(tmp_path / "run", {"a": 1}, resume=False, say=lambda line: None) as folder:
+            (folder.path / "scores").mkdir()
+            raise OutputError("the disk is full")
+
+    with pytest.raises(OutputError, match="full"):
+        fails()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["run.json", "scores"]
+    with open_run(tmp_path / "run", {"a": 1}, resume=True, say=lambda line: None):
+        pass
