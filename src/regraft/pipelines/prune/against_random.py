@@ -29,7 +29,7 @@ BASELINE = "random"  # whoever asks for the baseline is not warned of it
 TOKENS, FEWEST_WINDOWS, MOST_WINDOWS = 512, 4, 16  # that each of the models reads: seconds for 135 M parameters
 OWN_WINDOWS, OWN_TOKENS = 8, 32  # of text that the model writes, where nothing else read any
 CLEARLY = 0.9  # share of the harm of chance that a clearly better choice stays below; few windows show no smaller difference
-WHOLE_DRAWS = 3  # of layers and parts of layers, of which a model has few, so that one draw may be a lucky one
+DRAWS = 3  # of random removals, whose mean counts: on a small model the losses of single draws differ by half a nat
 LEAST_HARM_NATS = 0.01  # random removal that does less harm is no measure of anything, as in a model that was never trained
 _SURE = 3.0  # standard errors
 _FLOAT32_BYTES = 4
@@ -117,7 +117,7 @@ def _chances(chosen: Chosen) -> Iterator[PrunePlan]:
     groups, plan = chosen.groups, chosen.plan
     named = groups.named()
     kinds: tuple[GroupKind, ...] = tuple(dict.fromkeys(named[entry.group].kind for entry in plan.cuts))
-    for draw in range(WHOLE_DRAWS if _whole(chosen) else 1):
+    for draw in range(DRAWS):
         generator = torch.Generator().manual_seed(chosen.seed + draw)
         values = {group.name: tuple(torch.rand(group.units, generator=generator).tolist()) for group in groups.groups}
         if "experts" in kinds:
