@@ -7,7 +7,8 @@ Each domain has a text to calibrate on and a held-out one that nothing is fitted
 would give. Losses are nats per token over the dense model's on the same held-out windows, each domain, their mean and the worst. Beside
 them stand the share of repeated runs of four tokens in greedy continuations of held-out text (the dense model's is the first row), processor
 seconds, and peak memory. Every row runs in a process of its own and is appended to ``results/real_models.csv``; an interrupted run goes on.
-``--prices`` sets the damage that one pass predicts beside the measured one instead, at every size of some layers.
+``--prices`` sets the damage that one pass predicts beside the measured one instead, at every size of some layers. ``--growth`` prunes random
+models of one width and 6, 12, 24 and 48 layers at two efforts, and needs no model.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import regraft
 import rivals
@@ -38,6 +40,8 @@ from regraft.groups.discover import discover
 from regraft.importance import Evidence, score
 from regraft.models.load import Loaded, load, require_tokenizer
 from regraft.models.view import ModelView
+from regraft.pipelines.prune.prune import cut_to_plan, plan_pruning
+from regraft.pipelines.prune.resolved import resolve
 from regraft.settings import LoadSettings, PruneSettings
 from regraft.surgery.damage_curves import measure_curves, predict_curves
 
@@ -45,6 +49,7 @@ TOKENS, HELD_SEED, PROMPTS, PROMPT_TOKENS, WRITTEN = 128, 7, 8, 32, 48
 PER_LAYER: dict[str, Any] = {"shape": "per-layer"}
 RECIPE: dict[str, Any] = {"criterion": "taylor", "select": "uniform", "reconstruct": "none"}
 FILE = RESULTS / "real_models.csv"
+GROWTH, GROWN_WINDOWS = RESULTS / "real_models_growth.csv", 32
 
 
 @dataclass(frozen=True)
@@ -183,6 +188,39 @@ def prices(asked: argparse.Namespace) -> None:
         print(f"{kind}: over groups {over:.3f}; within groups {[row['rank correlation'] for row in here]}", flush=True)
 
 
+def growth() -> None:
+    """Writes processor seconds of planning and cutting against the number of layers, and the exponent of the fitted power."""
+    windows = torch.randint(3, 500, (GROWN_WINDOWS, 64), generator=torch.Generator().manual_seed(0))
+    rows: list[dict[str, Any]] = []
+    for effort in ("quick", "default"):
+        for layers in (6, 12, 24, 48):
+            torch.manual_seed(0)  # transformers draws the weights from the global generator
+            sizes = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
+            model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, tie_word_embeddings=True, **sizes)).eval()
+            groups = discover(model, ("heads", "ffn"))
+            settings = PruneSettings(effort=effort, ratio=0.2, shape="per-layer", samples=GROWN_WINDOWS)
+            resolved = resolve(settings, ModelView(model))
+            before = time.process_time()
+            cut_to_plan(model, groups, plan_pruning(model, groups, resolved, windows), resolved, windows)
+            rows.append({"effort": effort, "layers": layers, "processor seconds": f"{time.process_time() - before:.2f}"})
+            add_row(GROWTH, rows[-1])
+            print(rows[-1], flush=True)
+
+
+def _growth_lines() -> list[str]:
+    rows = read_rows(GROWTH)
+    if not rows:
+        return []
+    body: list[list[str]] = []
+    for effort in dict.fromkeys(row["effort"] for row in rows):
+        here = [(int(row["layers"]), float(row["processor seconds"])) for row in rows if row["effort"] == effort]
+        slope = np.polyfit(np.log([layers for layers, _ in here]), np.log([seconds for _, seconds in here]), 1)[0]
+        body.append([effort, *(f"{seconds:.1f}" for _, seconds in here), f"{slope:.2f}"])
+    head = ["effort", *dict.fromkeys(f"{row['layers']} layers" for row in rows), "exponent"]
+    text = f"Llamas of random weights, width 64, {GROWN_WINDOWS} windows of 64 tokens, 20 % per layer; processor seconds of one thread."
+    return ["## Growth with the number of layers", "", text, "", *table(head, body)]
+
+
 def _rank(first: list[float], second: list[float]) -> float:
     found: Any = spearmanr(first, second)
     return float(found.statistic)
@@ -207,6 +245,7 @@ def draw() -> None:
             body = [_cells(group, dense, names) for group in _alike(here)]
             head = ["method", "calibration", "windows", "removed", *names, "worst", "repeated", "processor s", "peak GB", "draws"]
             lines += [f"### {float(ratio):.0%} asked for", "", *table(head, body)]
+    lines += _growth_lines()
     FILE.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -244,6 +283,7 @@ def main() -> None:
         "--only", default="", help="parts of METHOD|CALIBRATION between semicolons, each of which chooses rows, in this order"
     )
     parser.add_argument("--prices", action="store_true")
+    parser.add_argument("--growth", action="store_true")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -251,6 +291,8 @@ def main() -> None:
         return one_row(asked)
     if asked.prices:
         return prices(asked)
+    if asked.growth:
+        growth()
     if asked.model is not None:
         domains = domains_in(asked.domains)
         own = next(domain for domain in domains if domain.name == asked.own)
