@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from conftest import FAMILIES, MORE_FAMILIES, random_model
+from families_grid import table
 from regraft.groups.discover import discover, refusals
 from regraft.models.view import ModelView, parameter_count
 from regraft.plans import Cut, GroupKind, Groups, PrunePlan
@@ -191,6 +192,7 @@ def page() -> str:
             line="---|" * (len(COLUMNS) + 2),
             rows="\n".join(rows),
             notes="\n".join(f"{number}. {note[0].upper()}{note[1:]}." for note, number in notes.items()),
+            grid=table(),
         )
         + "\n"
     )
@@ -266,7 +268,7 @@ generated alike with and without cache, and that a fresh process loads what was 
 | family | heads, query heads | FFN channels | attention alone, FFN alone | whole layers |
 |---|---|---|---|---|
 | Qwen 3.5 (`qwen3_5_text`), Qwen3-Next without experts | in layers with attention | yes | yes | yes |
-| LFM2, LFM3 | in layers with attention | yes | yes | yes |
+| LFM2, LFM3; LFM2-MoE (its first, dense layers) | in layers with attention | yes | yes | yes |
 | Granite 4 (`granitemoehybrid`), without experts | in layers with attention | of the shared MLP | yes | yes |
 | OLMo-Hybrid | no [4] | yes | no [5] | yes |
 | Nemotron-H | in layers with attention | in layers with an MLP | no [6] | yes |
@@ -282,8 +284,15 @@ generated alike with and without cache, and that a fresh process loads what was 
 Looking at a family and tracing a model of real size take no weights: 2 to 9 s of processor time and less than 0.6 GB in all for Qwen3.5-4B,
 LFM2-2.6B, Granite 4 tiny, Nemotron-H-4B, Ministral 3 8B and Gemma 4 E4B (`benchmarks/results/discovery_real_sizes.md`).
 
-`--memory`, recovery and compression work for Qwen 3.5, LFM2 and Granite 4 as for others, and `--memory` for Nemotron-H, whose files name
-tensors otherwise (`backbone.`). PEFT refuses LoRA on its mixers. `--to hf-uniform` and `--to gguf` refuse all of these in one line.
+## Every command over these
+
+`tests/conformance/test_families_grid.py` runs every command on a small model of each of these and asserts the mark: **yes**, or the words
+of a refusal in one line, which leaves nothing behind. The first six columns say what is cut, the others what runs on the uncut model.
+
+{grid}
+
+`--to hf-uniform` of a model whose layers were cut unevenly is refused for all of these: zeros do not fill up layers of several kinds, or
+experts. By default LoRA leaves out the last matrix of a Mamba mixer, which a kernel reads by itself.
 
 ## Experts
 
