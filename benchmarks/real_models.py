@@ -195,7 +195,13 @@ def growth() -> None:
     for effort in ("quick", "default"):
         for layers in (6, 12, 24, 48):
             torch.manual_seed(0)  # transformers draws the weights from the global generator
-            sizes = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
+            sizes: dict[str, Any] = {
+                "hidden_size": 64,
+                "intermediate_size": 176,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "vocab_size": 512,
+            }
             model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, tie_word_embeddings=True, **sizes)).eval()
             groups = discover(model, ("heads", "ffn"))
             settings = PruneSettings(effort=effort, ratio=0.2, shape="per-layer", samples=GROWN_WINDOWS)
