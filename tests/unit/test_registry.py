@@ -140,7 +140,7 @@ def test_names_are_listed_without_importing_a_method() -> None:
 
 def test_a_selector_from_outside_is_a_value_of_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = Selector("mine", needs_curves=False, choose=lambda groups, scores, budget: {})
-    with pytest.raises(ConfigError, match="unknown selector 'mine'; known: auto, global, knapsack, uniform"):
+    with pytest.raises(ConfigError, match="unknown selector 'mine'; known: auto, gates, global, knapsack, uniform"):
         PruneSettings(select="mine")
     monkeypatch.setitem(SELECTORS._values, "mine", mine)
     assert PruneSettings(select="mine").select == "mine"

@@ -191,7 +191,7 @@ def _beside(
     before = {int(index): {key: value for key, value in entry.items() if key in SIZES_BESIDE} for index, entry in own.items()}
     found: dict[str, dict[str, Any]] = {}
     for new, old in enumerate(kept):
-        of_network = family_of(base.model_type).keys.ffn if sizes[new].ffn else ""
+        of_network = (family_of(base.model_type).keys.ffn or "intermediate_size") if sizes[new].ffn else ""
         entry = {key: value for key, value in before.get(old, {}).items() if key != of_network} | dict(said.get(old, {}))
         differing = {key: value for key, value in entry.items() if value != values.get(key)}
         if differing:

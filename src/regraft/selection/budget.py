@@ -81,12 +81,14 @@ class Selector:
         needs_curves: Whether ``Budget.curves`` must be given.
         choose: Function from groups, scores and budget to the numbers of kept units.
         compares_layers: Whether it weighs scores of one layer against those of another, for which they have to be in one unit.
+        learned: Whether its scores are gates, learned on calibration text from the knapsack's answer on.
     """
 
     name: str
     needs_curves: bool
     choose: Callable[[Groups, Scores, Budget], Kept]
     compares_layers: bool = False
+    learned: bool = False
 
 
 SELECTORS: NamedRegistry[Selector] = NamedRegistry("selector", group="regraft.selectors", of=Selector)

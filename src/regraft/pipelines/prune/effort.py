@@ -22,6 +22,8 @@ from regraft.plans import WHOLE, Group, Groups
 from regraft.selection import SELECTORS
 from regraft.settings import PruneSettings
 from regraft.surgery.damage_curves import JUDGED_WINDOWS, SHARES, measured_layers
+from regraft.surgery.gates import BATCH as GATE_BATCH
+from regraft.surgery.gates import STEPS as GATE_STEPS
 
 _PROBED, _PROBED_WIDTH = 4, 512
 
@@ -76,6 +78,8 @@ def passes_of(settings: PruneSettings, groups: Groups, windows: int) -> float:
         near = set(measured_layers(groups.layers))
         runs = sum(group.layer in near for group in units) if predicted else len(SHARES) * len(units)
         total += (1.0 if predicted else 1.5) * judged / max(1, windows) + 0.6 * runs * judged / max(1, windows)  # the layers above
+    if SELECTORS.get(settings.select).learned:
+        total += 4.0 * GATE_STEPS * GATE_BATCH / max(1, windows)  # the dense model, and the gated one forwards and back
     if settings.reconstruct in ("least_squares", "mean", "divergence"):
         total += 1.8
     if settings.reconstruct == "divergence":

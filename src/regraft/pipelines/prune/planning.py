@@ -27,6 +27,7 @@ from regraft.selection.global_threshold import standardised
 from regraft.settings import CALIBRATION_TOKENS
 from regraft.surgery.cut import layers_after
 from regraft.surgery.damage_curves import measure_curves, predict_curves, rescale_curves
+from regraft.surgery.gates import Gating, learn_gates
 
 
 def draw_windows(loaded: Loaded, corpus: Corpus, resolved: ResolvedPrune) -> Tensor:
@@ -94,15 +95,23 @@ class Planning:
         check_possible(groups, replace(budget, align=1) if auto else budget)
         passes = passes or WholeModel(view.model, self.windows)
         scores = self._scores(view, groups, passes)
-        if SELECTORS.get(settings.select).needs_curves:
+        selector = SELECTORS.get(settings.select)
+        by = "knapsack" if selector.learned else settings.select  # gates begin at the knapsack's answer
+        if selector.needs_curves:
             budget = replace(budget, curves=self._curves(view, groups, scores, budget))
         ranked = scores
-        if SELECTORS.get(settings.select).compares_layers and not CRITERIA.get(settings.criterion).between_layers:
+        if selector.compares_layers and not CRITERIA.get(settings.criterion).between_layers:
             ranked = standardised(groups, scores)
-        plan = select(settings.select, groups, ranked, budget, auto_align=auto)
+        plan = select(by, groups, ranked, budget, auto_align=auto)
         if budget.curves is not None and self._predicted:
             curves = self._rescaled(view, groups, scores, budget.curves, plan, passes)
-            plan = select(settings.select, groups, scores, replace(budget, curves=curves), auto_align=auto)
+            plan = select(by, groups, scores, replace(budget, curves=curves), auto_align=auto)
+        if selector.learned:
+            assert self.windows is not None
+            aligned = replace(budget, align=plan.align)
+            refit = None if settings.reconstruct == "none" else "mean" if settings.reconstruct == "mean" else "least_squares"
+            scores = learn_gates(Gating(view, groups, scores, aligned, plan, self.windows, refit, self.resolved.seed, self.say))
+            plan = select(settings.select, groups, scores, aligned)
         return replace(plan, removed=removed_by(groups, scores, plan.cuts))
 
     @property

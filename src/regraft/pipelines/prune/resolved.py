@@ -288,7 +288,8 @@ def _select(settings: PruneSettings, strategy: Strategy, with_text: bool) -> tup
     """Returns the selector and remarks on it for the user."""
     by_curves = settings.budget != "parameters"
     if settings.select != "auto":
-        if by_curves and not SELECTORS.get(settings.select).needs_curves:
+        selector = SELECTORS.get(settings.select)
+        if by_curves and (selector.learned or not selector.needs_curves):
             raise InputError(f"`budget={settings.budget}` is only known to the knapsack; use `select=knapsack` (now {settings.select})")
         return settings.select, ()
     if by_curves:
