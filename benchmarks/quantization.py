@@ -100,7 +100,7 @@ def write_page(path: Path, rows: list[dict[str, str]], arguments: argparse.Names
     lines = [
         f"# Quantization beside pruning: {base['model']}",
         "",
-        f"`benchmarks/quantization.py`: loss in nats a token on {base['tokens']} tokens of {arguments.text.parent.name}; the pruned model has "
+        f"`benchmarks/quantization.py`: loss in nats a token on {base['tokens']} tokens of {arguments.text.stem}; the pruned model has "
         f"equal layers, feed-forward networks cut, `effort=quick`, not recovered. {base['machine']}; {base['versions']}.",
         "",
     ]
