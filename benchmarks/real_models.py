@@ -132,7 +132,14 @@ def one_row(asked: argparse.Namespace) -> None:
         for domain in domains
     }
     losses = {name: token_losses(model, windows) for name, windows in held.items()}
-    row: dict[str, Any] = {"model": asked.model.name, "method": method, "calibration": calibration, "ratio": ratio, "seed": seed}
+    row: dict[str, Any] = {
+        "model": asked.model.name,
+        "method": method,
+        "calibration": calibration,
+        "ratio": ratio,
+        "seed": seed,
+        "held": asked.windows,
+    }
     row |= {"windows": asked.samples or "by effort", "removed": f"{removed:.4f}"}
     row |= {f"{name} nats": f"{value:.5f}" for name, value in losses.items()}
     prompts = torch.cat([windows[: PROMPTS // len(held)] for windows in held.values()])
@@ -243,13 +250,27 @@ def draw() -> None:
     ]
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
-        dense = next(row for row in mine if row["method"] == "dense")
-        lines += [f"## {model}", "", "Dense: " + ", ".join(f"{name} {float(dense[f'{name} nats']):.3f}" for name in names)]
-        lines += [f"nats; repeated runs {float(dense['repeated']):.2f}.", ""]
-        for ratio in dict.fromkeys(row["ratio"] for row in mine if row is not dense):
+        dense = {row["held"]: row for row in mine if row["method"] == "dense"}  # losses compare on the same held-out windows only
+        lines += [f"## {model}", ""]
+        for held, row in dense.items():
+            losses = ", ".join(f"{name} {float(row[f'{name} nats']):.3f}" for name in names)
+            lines += [f"Dense, on {held} held-out windows of each domain: {losses} nats; repeated runs {float(row['repeated']):.2f}.", ""]
+        for ratio in dict.fromkeys(row["ratio"] for row in mine if row["method"] != "dense"):
             here = [row for row in mine if row["ratio"] == ratio and row["method"] != "dense"]
-            body = [_cells(group, dense, names) for group in _alike(here)]
-            head = ["method", "calibration", "windows", "removed", *names, "worst", "repeated", "processor s", "peak GB", "draws"]
+            body = [_cells(group, dense[group[0]["held"]], names) for group in _alike(here)]
+            head = [
+                "method",
+                "calibration",
+                "windows",
+                "held out",
+                "removed",
+                *names,
+                "worst",
+                "repeated",
+                "processor s",
+                "peak GB",
+                "draws",
+            ]
             lines += [f"### {float(ratio):.0%} asked for", "", *table(head, body)]
     lines += _growth_lines()
     FILE.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
@@ -258,7 +279,7 @@ def draw() -> None:
 def _alike(rows: list[dict[str, str]]) -> list[list[dict[str, str]]]:
     found: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
-        found.setdefault((row["method"], row["calibration"], row["windows"]), []).append(row)
+        found.setdefault((row["method"], row["calibration"], row["windows"], row["held"]), []).append(row)
     return list(found.values())
 
 
@@ -266,7 +287,7 @@ def _cells(group: list[dict[str, str]], dense: Mapping[str, str], names: list[st
     over = {name: [float(row[f"{name} nats"]) - float(dense[f"{name} nats"]) for row in group] for name in names}
     worst = [max(values[place] for values in over.values()) for place in range(len(group))]
     plain = [sum(float(row[key]) for row in group) / len(group) for key in ("removed", "repeated", "processor seconds", "peak GB")]
-    cells = [group[0]["method"], group[0]["calibration"], group[0]["windows"], f"{plain[0]:.1%}"]
+    cells = [group[0]["method"], group[0]["calibration"], group[0]["windows"], group[0]["held"], f"{plain[0]:.1%}"]
     cells += [_mean(values) for values in (*over.values(), worst)]
     return [*cells, f"{plain[1]:.2f}", f"{plain[2]:.0f}", f"{plain[3]:.2f}", str(len(group))]
 
@@ -308,9 +329,9 @@ def main() -> None:
             for ratio in asked.ratio.split(","):
                 for key in dict.fromkeys(["dense|none", *chosen]):
                     where = ("0", "0") if key == "dense|none" else (ratio, str(seed))
-                    columns = ("model", "method", "calibration", "ratio", "seed")
+                    columns = ("model", "method", "calibration", "ratio", "seed", "held")
                     done = {tuple(row[column] for column in columns) for row in read_rows(FILE)}
-                    if (asked.model.name, *key.split("|"), *where) not in done:
+                    if (asked.model.name, *key.split("|"), *where, str(asked.windows)) not in done:
                         subprocess.run([sys.executable, *sys.argv, "--row", "|".join([key, *where])], check=False)
     draw()
 
