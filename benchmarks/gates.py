@@ -47,7 +47,14 @@ def page(bench: Bench) -> list[str]:
         costs = [sum(float(here[name, seed]["processor_seconds"]) for seed in seeds) / len(seeds) for name in SELECTORS]
         shown = [f"{sum(lost[name]) / len(seeds):.3f}" for name in SELECTORS]
         body.append(
-            [*kind[:2], f"{float(kind[2]):.0%}", *shown, f"{mean:+.3f} ± {half:.3f}", *(f"{cost:.0f}" for cost in costs), str(len(seeds))]
+            [
+                *kind[:2],
+                f"{float(kind[2]):.0%}",
+                *shown,
+                f"{mean:+.3f}" + (f" ± {half:.3f}" if half == half else ""),
+                *(f"{cost:.0f}" for cost in costs),
+                str(len(seeds)),
+            ]
         )
     head = ["effort", "re-fit", "removed", "knapsack", "gates", "difference", "knapsack, processor s", "gates, processor s", "draws"]
     return [
