@@ -77,9 +77,11 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     bench = Bench(asked.work, Clock(None))
-    kinds = product(asked.effort or ["quick"], asked.reconstruct or ["auto"], range(asked.seeds), asked.ratios, SELECTORS)
-    for effort, refit, seed, ratio, selector in kinds:
-        measure(bench, effort, refit, ratio, seed, selector)
+    for effort, refit in product(asked.effort or ["quick"], asked.reconstruct or ["auto"]):
+        for seed in range(asked.seeds):
+            for ratio in asked.ratios:
+                for selector in SELECTORS:
+                    measure(bench, effort, refit, ratio, seed, selector)
     FILE.with_suffix(".md").write_text("\n".join(page(bench)), encoding="utf-8")
 
 
