@@ -38,7 +38,8 @@ JUDGED_WINDOWS = 16
 # So many layers correct the predicted curves.
 MEASURED_LAYERS = 8
 FEWEST_TURNS, MOST_TURNS, SECONDS_OF_TIMING = 5, 200, 0.5  # how often, and for how long, sizes are timed
-_DAMPING = 1e-3  # of a re-fit that is measured at many sizes, on other windows than it is fitted to
+# Of a re-fit that is measured, on other windows than it is fitted to. Chosen by the few rows that judge, it makes damage look too small.
+_DAMPING = 1e-3
 CostUnit = Literal["parameters", "bytes", "milliseconds"]
 
 
@@ -141,14 +142,10 @@ def rescale_curves(
         walk = Layerwise(view, windows_NT)
         entering = [walk.first]
         layers = measured_layers(len(view.layers))
-        judged: dict[str, list[Tensor]] = {}
+        judged: dict[str, Moments] = {}
         prefixes = tuple(f"{view.layer_name(layer)}." for layer in layers)
         readers = {name: view.model.get_submodule(name) for name in inputs if name.startswith(prefixes)}
-
-        def keep(name: str, rows: Tensor) -> None:
-            judged.setdefault(name, []).append(rows.reshape(-1, rows.shape[-1]))
-
-        with watched_inputs(readers, keep):
+        with watched_inputs(readers, adder(judged)):
             for layer in range(len(view.layers)):
                 entering.append(walk.run(layer, entering[-1]))
         dense = [log_probabilities(logits) for logits in walk.logits(entering[-1])]
@@ -159,10 +156,7 @@ def rescale_curves(
                 if size == group.units or promised <= 0:
                     continue
                 reader = group.reader.parameter.rpartition(".")[0]
-                rows_NI = torch.cat(judged[reader])
-                mine = Moments.empty(rows_NI.shape[1], rows_NI.device)
-                mine.add(rows_NI)
-                seen = Seen(inputs[reader].without(mine), None, (rows_NI,))
+                seen = inputs[reader].without(judged[reader])
                 found = _divergence(view, walk, layer, entering[layer], dense, group, scores.values[group.name], size, seen)
                 factors.setdefault(group.kind, {})[layer] = max(0.0, found) / promised
             say(Step("measuring the damage near the chosen widths in layers", step + 1, len(layers)))
@@ -235,9 +229,7 @@ def _damages(view: ModelView, groups: Groups, scores: Scores, windows_NT: Tensor
                 found[group.name] = (divergence_without(judge_walk, group, inputs, dense), 0.0)
                 continue
             damage = [
-                _divergence(
-                    view, judge_walk, layer, inputs[layer], dense, group, scores.values[group.name], size, Seen(moments[group.name])
-                )
+                _divergence(view, judge_walk, layer, inputs[layer], dense, group, scores.values[group.name], size, moments[group.name])
                 for size in _sizes(group)[:-1]
             ]
             found[group.name] = (*damage, 0.0)
@@ -291,18 +283,15 @@ def _divergence(
     group: Group,
     scores: Sequence[float],
     size: int,
-    seen: Seen,
+    moments: Moments,
 ) -> float:
-    """Returns the mean divergence per token, in nats, of the model with one group cut to ``size`` units.
-
-    The damping is the best for the rows that judge, as it will be in the end; without any it is a usual one.
-    """
+    """Returns the mean divergence per token, in nats, of the model with one group cut to ``size`` units."""
     module = copy.deepcopy(view.layers[layer])
     reader = group.reader
     name = reader.parameter.removeprefix(f"{view.layer_name(layer)}.").rpartition(".")[0]
     ranked = sorted(range(group.units), key=lambda unit: (-scores[unit], unit))[:size]
-    channels = torch.tensor(sorted(index for unit in ranked for index in reader.indices(unit)), device=seen.fit.total_D.device)
-    refit(module.get_submodule(name), reader.axis, seen, channels, "least_squares", None if seen.judges else _DAMPING)
+    channels = torch.tensor(sorted(index for unit in ranked for index in reader.indices(unit)), device=moments.total_D.device)
+    refit(module.get_submodule(name), reader.axis, Seen(moments), channels, "least_squares", _DAMPING)
     hidden = walk.run(layer, entering, module)
     for above in range(layer + 1, len(view.layers)):
         hidden = walk.run(above, hidden)
