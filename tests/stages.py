@@ -86,6 +86,12 @@ def contents(folder: Path, stage: Stage) -> dict[str, str]:
     return found
 
 
+def other_files(folder: Path, stage: Stage, alone: dict[str, str]) -> str:
+    """Returns which files of an output differ from those of an undisturbed run, the first of them; empty where none does."""
+    differing = sorted(set(contents(folder, stage).items()) ^ set(alone.items()))
+    return f"other files: {differing[:4]}" if differing else ""
+
+
 def _digest(file: Path) -> str:
     if file.suffix == ".db":
         return ""  # what SQLite writes depends on when it writes: its pages hold times, and the order of free pages

@@ -6,12 +6,15 @@ Linux is what the tests run on. A test imports every module as Windows would, wi
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 WINDOWS = sys.platform == "win32"
 # How a file is opened whose lock says that somebody works here: never through a link, and not for child processes.
 MARK_FLAGS = os.O_RDWR | os.O_CREAT | (os.O_BINARY | os.O_NOINHERIT if sys.platform == "win32" else os.O_NOFOLLOW | os.O_CLOEXEC)
+# Exit code of a process that its timer of processor time has ended; None where there are no such timers.
+OUT_OF_TIME = None if sys.platform == "win32" else -signal.SIGPROF
 
 if sys.platform == "win32":
     import msvcrt

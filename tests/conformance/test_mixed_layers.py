@@ -5,7 +5,6 @@ What is removed is silenced beside it, by code that knows the names of a family'
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-import fresh
+from families_grid import DELTA_NET as SHORT_DELTA_NET
+from families_grid import FULL, LINEAR, SIZES
 from folders import edit_json
+from fresh_logits import logits_in_a_fresh_process
 from regraft.cli.app import run
 from regraft.groups.discover import discover
 from regraft.models.build import declared_sizes
@@ -31,15 +31,7 @@ from regraft.surgery.cut import cut
 from verdicts import KINDS
 
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(3))
-SIZES: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "intermediate_size": 64,
-    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-LINEAR, FULL = "linear_attention", "full_attention"
-DELTA_NET = {
-    **SIZES, "layer_types": [LINEAR, FULL, LINEAR, FULL], "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-}  # fmt: skip
+DELTA_NET = {**SHORT_DELTA_NET, "layer_types": [LINEAR, FULL] * 2, "num_hidden_layers": 4}
 LLAMAS = ("self_attn.o_proj", "mlp.down_proj")
 EVERY = {"heads", "query_heads", "ffn", "attention", "mlp", "layer"}
 
@@ -229,21 +221,6 @@ def test_what_is_asked_too_much_or_not_known_is_said_in_one_line(tmp_path: Path,
     assert len(said.strip().splitlines()) == 1
 
 
-PROGRAM = """
-import json, sys, torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
-import regraft
-ids = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(3))
-found = {}
-for name, folder in json.loads(sys.argv[1]).items():
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    with torch.no_grad():
-        found[name] = model(ids, use_cache=False).logits.contiguous()
-save_file(found, sys.argv[2])
-"""
-
-
 @pytest.mark.slow
 def test_saved_loaded_in_a_fresh_process_and_generated(tmp_path: Path) -> None:
     folders: dict[str, str] = {}
@@ -256,8 +233,6 @@ def test_saved_loaded_in_a_fresh_process_and_generated(tmp_path: Path) -> None:
         ids = IDS[:1, :5]
         with_cache, without = (pruned.generate(ids, use_cache=use, **settings) for use in (True, False))
         assert torch.equal(with_cache, without), family
-    done = fresh.run(["-c", PROGRAM, json.dumps(folders), str(tmp_path / "out.safetensors")])
-    assert done.returncode == 0, done.stderr[-2000:]
-    got = load_file(tmp_path / "out.safetensors")
+    got = logits_in_a_fresh_process(folders, IDS, tmp_path)
     for family, logits_there in want.items():
         assert (got[family] - logits_there).abs().max() <= 1e-5, family

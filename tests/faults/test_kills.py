@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from forked import Command, Forks
-from stages import STAGES, Stage, clear, contents, make_start
+from stages import STAGES, Stage, clear, contents, make_start, other_files
 
 KILLS = 2  # of each command
 
@@ -35,8 +35,8 @@ def problem(forks: Forks, folder: Path, stage: Stage, kill: Command, alone: dict
     again = forks.run(folder, *stage.again())
     if again.code != 0:
         return f"{at}: begun again it says {again.err[-300:]}"
-    found = contents(folder, stage)
-    return "" if found == alone else f"{at}: other files: {sorted(set(found.items()) ^ set(alone.items()))[:4]}"
+    found = other_files(folder, stage, alone)
+    return found and f"{at}: {found}"
 
 
 @pytest.mark.long

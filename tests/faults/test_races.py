@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from forked import Command, Ended, Forks
-from stages import STAGES, Stage, clear, contents, make_start
+from stages import STAGES, Stage, clear, contents, make_start, other_files
 
 PAIRS = 1  # of each command
 REFUSED = re.compile(r"^error: .*(is in use by (process \d+ on .* since .*|another process)|exists)")
@@ -37,8 +37,7 @@ def problem(folder: Path, stage: Stage, ended: list[Ended], alone: dict[str, str
         return f"exit codes {codes}: {[one.err[-300:] for one in lost]}"
     if not REFUSED.match(lost[0].lines[-1]):
         return f"the second was told: {lost[0].err[-300:]}"
-    found = contents(folder, stage)
-    return "" if found == alone else f"other files: {sorted(set(found.items()) ^ set(alone.items()))[:4]}"
+    return other_files(folder, stage, alone)
 
 
 @pytest.mark.long

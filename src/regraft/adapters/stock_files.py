@@ -7,7 +7,6 @@ matcher that can take longer than the universe is old. Neither reaches it.
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.errors import ModelError, shown
+from regraft.platforms import OUT_OF_TIME
 from regraft.reading import read_object
 
 FILE = "adapter_config.json"
@@ -27,7 +27,8 @@ _SPECIAL = set("*+{?")
 _MATCH = """
 import json, re, signal, sys
 patterns, names, seconds = json.load(sys.stdin)
-signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process, also within a match
+if seconds:
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process, also within a match
 for pattern in patterns:
     compiled = re.compile(pattern)
     for name in names:
@@ -71,15 +72,15 @@ def check_patterns(folder: Path, config: Mapping[str, Any], names: Iterable[str]
     try:
         code = subprocess.run(
             [sys.executable, "-I", "-c", _MATCH],
-            input=json.dumps([hard, list(names), PATTERN_SECONDS]),
+            input=json.dumps([hard, list(names), PATTERN_SECONDS if OUT_OF_TIME is not None else 0]),
             text=True,
             capture_output=True,
             timeout=_WAIT_SECONDS,
             check=False,
         ).returncode
     except subprocess.TimeoutExpired:
-        code = -signal.SIGPROF
-    if code == -signal.SIGPROF:
+        code = None
+    if code is None or code == OUT_OF_TIME:
         slow = f"the pattern '{shown(hard[0], 80)}' takes more than {PATTERN_SECONDS:g} s to match"
         raise ModelError(f"'{folder / FILE}': {slow}; name the modules in a list")
     if code:

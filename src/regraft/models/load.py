@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from huggingface_hub import snapshot_download
@@ -391,6 +392,11 @@ def device_named(name: str) -> torch.device:
     elif device.type not in ("cpu", "mps"):
         raise InputError(f"device '{name}' is not supported; use {_DEVICES}")
     return device
+
+
+def free_bytes(device: torch.device) -> int:
+    """Returns the bytes of memory that are free on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def with_float64(settings: LoadSettings) -> LoadSettings:

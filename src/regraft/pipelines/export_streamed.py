@@ -5,12 +5,11 @@ from __future__ import annotations
 from math import prod
 from pathlib import Path
 
-import psutil
 import torch
 
 from regraft.atomic import atomic_folder
 from regraft.export import ModelFormat
-from regraft.models.load import Loaded, device_named
+from regraft.models.load import Loaded, device_named, free_bytes
 from regraft.models.weights import DTYPES, FLOATS, stored_tensors
 from regraft.pipelines.export_model import ModelExport, finish, refuse_factors
 from regraft.settings import ExportSettings, LoadSettings
@@ -33,8 +32,7 @@ def memory_of_check(folder: Path, load: LoadSettings) -> int:
 
 def free_memory(load: LoadSettings) -> int:
     """Returns the bytes that are free where the model would be."""
-    device = device_named(load.device)
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return free_bytes(device_named(load.device))
 
 
 def why_not_compared(folder: Path, load: LoadSettings) -> str:

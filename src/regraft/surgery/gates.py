@@ -23,13 +23,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from regraft.errors import InputError
 from regraft.models.precision import float32_on_cpu
 from regraft.models.trainable import only_these_train
 from regraft.models.view import ModelView
-from regraft.numerics.divergence import log_probabilities, summed_divergence
+from regraft.numerics.divergence import log_probabilities, mean_divergence, summed_divergence
 from regraft.plans import Cut, Group, Groups, PrunePlan, Scores
 from regraft.progress import Say, Step, say_nothing
 from regraft.selection.budget import Budget, best_units
@@ -102,8 +101,7 @@ def learn_gates(given: Gating) -> Scores:
         for place, (what, thetas) in enumerate(answers.items()):
             with torch.no_grad():
                 model = apply_plan(given.view, given.groups, _plan(given, thetas), fitted_NT, given.refit)
-                nats = [float(_divergence(model, ids, aim)) for ids, aim in zip(judged, aims, strict=True)]
-            found[what] = sum(nats) / sum(ids.numel() for ids in judged)
+                found[what] = mean_divergence((model(input_ids=ids, use_cache=False).logits for ids in judged), aims)
             given.say(Step(f"judging gates, {what}: divergence {found[what]:.4f} nats", place + 1, len(answers)))
     best = answers[min(found, key=lambda what: found[what])]
     return replace(given.scores, criterion=f"gates from {given.scores.criterion}", values=_values(given, best))
@@ -121,7 +119,8 @@ def _trained(given: Gating, begun: Mapping[str, Tensor], fitted_NT: Tensor, read
             chances = {name: theta.sigmoid() for name, theta in thetas.items()}
             gates = {name: masks[name] + chance - chance.detach() for name, chance in chances.items()}
             with _gated(given.view, readers, gates):
-                loss = _divergence(given.view.model, ids, aim) / ids.numel()
+                now = log_probabilities(given.view.model(input_ids=ids, use_cache=False).logits)
+            loss = summed_divergence(now, aim) / ids.numel()
             optimizer.zero_grad()
             loss.backward()
         optimizer.step()
@@ -213,8 +212,3 @@ def _gated(view: ModelView, readers: _Readers, gates: Mapping[str, Tensor]) -> I
 def _dense(view: ModelView, ids_BT: Tensor) -> Tensor:
     """Returns the dense model's log-probabilities (windows, tokens, vocabulary)."""
     return log_probabilities(view.model(input_ids=ids_BT, use_cache=False).logits)
-
-
-def _divergence(model: PreTrainedModel, ids_BT: Tensor, aim_BTV: Tensor) -> Tensor:
-    """Returns the divergence from the dense predictions, summed over tokens, in nats."""
-    return summed_divergence(log_probabilities(model(input_ids=ids_BT, use_cache=False).logits), aim_BTV)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel
 from regraft.data.own_text import write_own_text
 from regraft.data.tokens import context_limit
 from regraft.errors import InputError, ModelError
-from regraft.models.load import Loaded
+from regraft.models.load import Loaded, free_bytes
 from regraft.models.precision import float32_on_cpu
 from regraft.pipelines.prune.resolved import layers_in
 from regraft.plans import WHOLE, Cut, GroupKind, Groups, PrunePlan, Scores
@@ -102,9 +101,7 @@ def worse_than_random(chosen: Chosen) -> tuple[str, ...]:
 def _has_room(chosen: Chosen) -> bool:
     """Returns whether another pruned model fits into memory, in the precision that it is computed in."""
     sizes = [parameter.numel() * max(_FLOAT32_BYTES, parameter.element_size()) for parameter in chosen.pruned.parameters()]
-    device = chosen.model.device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return 2 * sum(sizes) < free
+    return 2 * sum(sizes) < free_bytes(chosen.model.device)
 
 
 def _whole(chosen: Chosen) -> bool:

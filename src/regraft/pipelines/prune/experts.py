@@ -136,14 +136,13 @@ def experts_wanted(model: PreTrainedModel, settings: PruneSettings, seed: int, k
     return wanted
 
 
-def plan_experts(wanted: ExpertsWanted, walk: Walk | None) -> PrunePlan:
+def plan_experts(wanted: ExpertsWanted, walk: Walk) -> PrunePlan:
     """Returns the plan that keeps the units with the highest scores.
 
     Args:
         wanted: What is to go.
         walk: The model with its calibration windows.
     """
-    assert walk is not None
     score = score_experts if wanted.groups.groups[0].kind == "experts" else score_channels
     return plan_by_scores(wanted, score(walk, wanted.groups.fingerprint))
 

@@ -109,8 +109,8 @@ class Planning:
         if selector.learned:
             assert self.windows is not None
             aligned = replace(budget, align=plan.align)
-            refit = None if settings.reconstruct == "none" else "mean" if settings.reconstruct == "mean" else "least_squares"
-            scores = learn_gates(Gating(view, groups, scores, aligned, plan, self.windows, refit, self.resolved.seed, self.say))
+            resolved = self.resolved
+            scores = learn_gates(Gating(view, groups, scores, aligned, plan, self.windows, resolved.layerwise, resolved.seed, self.say))
             plan = select(settings.select, groups, scores, aligned)
         return replace(plan, removed=removed_by(groups, scores, plan.cuts))
 

@@ -355,8 +355,7 @@ def _experts(order: _Order) -> PruneResult:
         check_counts(wanted.groups, order.plan)
     windows = draw_windows(loaded, order.text(loaded), wanted.resolved) if order.plan is None else None
     order.say("scoring the experts")
-    walk = None if windows is None else WholeModel(loaded.model, windows).walk()
-    plan = order.plan or plan_experts(wanted, walk)
+    plan = order.plan or plan_experts(wanted, WholeModel(loaded.model, windows).walk())
     pruned = None if order.dry_run else cut_experts(loaded.model, wanted.groups, plan)
     if live and pruned is not None:
         own_tensors(pruned, loaded.model)
@@ -506,6 +505,4 @@ def _cut(
     if resolved.refit is None and not resolved.settings.bridge:
         return cut(model, groups, plan)
     assert windows is not None
-    # From where least squares ends it goes on to the predictions.
-    method = None if resolved.refit is None else "mean" if resolved.refit == "mean" else "least_squares"
-    return apply_plan(ModelView(model), groups, plan, windows, method, source_N, bridged=resolved.settings.bridge)
+    return apply_plan(ModelView(model), groups, plan, windows, resolved.layerwise, source_N, bridged=resolved.settings.bridge)

@@ -23,6 +23,7 @@ from regraft.plans import WHOLE, GroupKind, Groups, PrunePlan
 from regraft.selection import SELECTORS, Budget
 from regraft.selection.budget import MOST_MISSED
 from regraft.settings import PruneSettings, Target
+from regraft.surgery.refit_layerwise import RefitMethod
 from regraft.surgery.refit_predictions import refitting_bytes
 
 Reconstruct = Literal["divergence", "least_squares", "mean", "none"]
@@ -66,6 +67,11 @@ class ResolvedPrune:
         method = self.settings.reconstruct
         assert method != "auto"
         return None if method == "none" else method
+
+    @property
+    def layerwise(self) -> RefitMethod | None:
+        """Method of the re-fit layer by layer; the one to the predictions goes on from where least squares ends."""
+        return None if self.refit is None else "mean" if self.refit == "mean" else "least_squares"
 
     @property
     def kinds(self) -> tuple[GroupKind, ...]:

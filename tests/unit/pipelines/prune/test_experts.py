@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-import fresh
 from folders import text_file, tiny_tokenizer
+from fresh_logits import logits_in_a_fresh_process
 from regraft.cli.app import run
 from regraft.groups.experts import channel_groups, expert_groups, experts_of
 from regraft.importance.experts import score_channels, score_experts
@@ -235,26 +234,9 @@ def test_channels_and_counts_that_differ_from_layer_to_layer(tmp_path: Path) -> 
         assert torch.equal(with_cache, without), family
         folders[f"{family} counts"], want[f"{family} counts"] = str(tmp_path / f"{family}-counts"), logits(uneven)
         uneven.save_pretrained(tmp_path / f"{family}-counts")
-    done = fresh.run(["-c", PROGRAM, json.dumps(folders), str(tmp_path / "out.safetensors")])
-    assert done.returncode == 0, done.stderr[-2000:]
-    got = load_file(tmp_path / "out.safetensors")
+    got = logits_in_a_fresh_process(folders, IDS, tmp_path)
     for name, there in want.items():
         assert (got[name] - there).abs().max() <= 1e-5, name
-
-
-PROGRAM = """
-import json, sys, torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
-import regraft
-ids = torch.randint(3, 97, (3, 16), generator=torch.Generator().manual_seed(3))
-found = {}
-for name, folder in json.loads(sys.argv[1]).items():
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    with torch.no_grad():
-        found[name] = model(ids, use_cache=False).logits.contiguous()
-save_file(found, sys.argv[2])
-"""
 
 
 @torch.no_grad()
