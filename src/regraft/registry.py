@@ -68,8 +68,9 @@ def _built_in() -> Mapping[str, Mapping[str, str]]:
 def listed(kind: str, *, also: Sequence[str] = (), without: Collection[str] = ()) -> str:
     """Returns the names of the built-in methods of a kind in words, for help texts.
 
-    >>> listed("selector"), listed("selector", also=("none",), without=("global",))
-    ('uniform, global or knapsack', 'uniform, knapsack or none')
+    >>> words = listed("selector", also=("none",), without=("global",))
+    >>> words.endswith(" or none"), "uniform" in words, "global" in words
+    (True, True, False)
     """
     names = [name for name in (*built_in(kind), *also) if name not in without]
     return f"{', '.join(names[:-1])} or {names[-1]}"
