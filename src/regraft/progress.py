@@ -12,19 +12,21 @@ class Step(str):
         doing: What is done, such as ``measuring the damage of layers``.
         done: How many are finished.
         total: How many there are.
+        found: What was found so far, such as a loss.
 
-    >>> str(Step("scoring layers", 3, 12))
-    'scoring layers: 3 of 12'
+    >>> str(Step("scoring layers", 3, 12)), str(Step("training", 3, 12, "loss 2.5"))
+    ('scoring layers: 3 of 12', 'training: 3 of 12, loss 2.5')
     """
 
     doing: str
     done: int
     total: int
+    found: str
 
-    def __new__(cls, doing: str, done: int, total: int) -> Step:
+    def __new__(cls, doing: str, done: int, total: int, found: str = "") -> Step:
         """Makes the line of a count."""
-        line = super().__new__(cls, f"{doing}: {done} of {total}")
-        line.doing, line.done, line.total = doing, done, total
+        line = super().__new__(cls, f"{doing}: {done} of {total}{', ' if found else ''}{found}")
+        line.doing, line.done, line.total, line.found = doing, done, total, found
         return line
 
 

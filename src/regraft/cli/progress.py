@@ -79,8 +79,9 @@ class _Bar:
             case Step():
                 if line.doing != self._doing:  # another stage: its speed says nothing of this one's
                     self._doing = line.doing
-                    self._bar.reset(self._task, total=line.total, description=shown(line.doing))
-                self._bar.update(self._task, completed=line.done, total=line.total)
+                    self._bar.reset(self._task, total=line.total)
+                words = f"{line.doing}, {line.found}" if line.found else line.doing
+                self._bar.update(self._task, description=shown(words), completed=line.done, total=line.total)
             case _:
                 self._doing = ""
                 self._bar.update(self._task, description=shown(line), total=None)

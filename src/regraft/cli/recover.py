@@ -13,6 +13,7 @@ from rich.table import Table
 from regraft.atomic import json_with, reserved_file, write_text
 from regraft.cli.later import later
 from regraft.cli.options import JsonOption, ModelArgument, OutputOption, SeedOption, command_line, with_settings
+from regraft.cli.progress import progress
 from regraft.cli.screen import Screen, saved_to
 from regraft.cli.words import as_options
 from regraft.plans import LOSS_UNITS, to_json
@@ -38,8 +39,9 @@ def recover(
     seed: SeedOption = 0,
 ) -> None:
     """Train a small adapter on a pruned model and fold it in: text or instructions, best checkpoint by held-out loss."""
-    with reserved_file(json_file if is_main() else None, json_with("first_loss", "best_loss", "best_step")):
-        result = recover_model(model, output, recover, load=load, seed=seed, resume=resume, command=recorded(command_line()))
+    reserved = reserved_file(json_file if is_main() else None, json_with("first_loss", "best_loss", "best_step"))
+    with reserved, progress("preparing to train", quiet=recover.quiet or not is_main()) as say:
+        result = recover_model(model, output, recover, load=load, seed=seed, resume=resume, command=recorded(command_line()), say=say)
         if not is_main():
             return
         if json_file is not None:

@@ -56,6 +56,7 @@ def run(
     with progress("running the recipe", quiet=quiet, bar=False) as heard:
 
         def say(line: str) -> None:
+            heard(line)  # what is repeated meanwhile belongs to this stage
             status.stop()
             if not quiet:
                 console.print(line, style="dim", markup=False)

@@ -38,6 +38,7 @@ from regraft.pipelines.proved import prove_adapter, prove_model
 from regraft.pipelines.results import Saving
 from regraft.pipelines.texts import Texts, described, in_memory, path_in, read, text_for
 from regraft.plans import LOSS_UNITS, Provenance
+from regraft.progress import Say, say_nothing
 from regraft.reading import is_folder
 from regraft.settings import TRAINING_TOKENS, LoadSettings, RecoverSettings, takes_settings, with_keywords
 from regraft.surgery.adapter_files import is_master
@@ -131,6 +132,7 @@ def recover_model(
     resume: bool = False,
     work: Path | None = None,
     command: str = "regraft.recover",
+    say: Say = say_nothing,
     **keywords: Any,
 ) -> RecoverResult:
     """Trains an adapter on a model and saves the result.
@@ -152,6 +154,7 @@ def recover_model(
             would write is success: it is read, and the result says so by ``finished_before``.
         work: Folder for checkpoints, in place of one next to the output; the caller removes it.
         command: How this was called, for the folder's record.
+        say: Called with one line at each step of progress, unless ``quiet`` is set.
         **keywords: Single settings by name, such as ``rank=8``; they count before those in ``settings`` and ``load``.
 
     Raises:
@@ -164,7 +167,7 @@ def recover_model(
         chosen = chosen.model_copy(update={"data": path_in(data)})
     output = Path(output) if output is not None else None
     _check_early(chosen)
-    order = _Order(model, tokenizer, in_memory(data), chosen, load, seed, in_place, resume, command)
+    order = _Order(model, tokenizer, in_memory(data), chosen, load, seed, in_place, resume, command, say_nothing if chosen.quiet else say)
     if resume and output is not None and work is None:
         prepared = _prepared_before(order, output)
         if prepared is not None:
@@ -190,6 +193,7 @@ class _Order:
     in_place: bool
     resume: bool
     command: str
+    say: Say
 
 
 def _carry_out(order: _Order, work: Path) -> RecoverResult:
@@ -208,6 +212,7 @@ def _carry_out(order: _Order, work: Path) -> RecoverResult:
         resume=order.resume,
         teacher=teacher,
         injected=injected,
+        say=order.say,
     )
     return _result(done, loaded, settings, corpora, began_with, seed=seed, command=order.command)
 

@@ -469,7 +469,7 @@ class RecoverSettings(Settings):
     report_to: tuple[str, ...] = Field(
         default=(), description="experiment trackers, with their names in the Hugging Face Trainer", json_schema_extra=NO_EFFECT
     )
-    quiet: bool = Field(default=False, description="show no progress bar", json_schema_extra=NO_EFFECT)
+    quiet: bool = Field(default=False, description="show no progress", json_schema_extra=NO_EFFECT)
 
     @field_validator("adapter_options")
     @classmethod

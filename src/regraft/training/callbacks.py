@@ -1,4 +1,4 @@
-"""Trainer callbacks: seeds of dropout, loss log, best tensors, checkpoints and progress bar."""
+"""Trainer callbacks: seeds of dropout, loss log, best tensors, checkpoints and progress."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from regraft.adapters.seeding import derived_seed
+from regraft.progress import Say, Step, say_nothing
 from regraft.surgery.adapters import Injected
 from regraft.training.checkpoint import (
     Checkpoint,
@@ -229,43 +228,26 @@ class Keeper(TrainerCallback):
 
 
 @final
-class Bar(TrainerCallback):
-    """Callback for a progress bar with losses and remaining time, on the standard error; silent if that is no terminal.
+class Told(TrainerCallback):
+    """Callback that tells how far training is, with the latest losses, in one process.
 
     Args:
-        quiet: Whether to show nothing.
+        say: Called with each line.
+        doing: What the steps are for.
     """
 
-    def __init__(self, quiet: bool) -> None:
-        console = Console(stderr=True)
+    def __init__(self, say: Say, doing: str = "training") -> None:
+        self._say = say if is_main() else say_nothing
+        self._doing = doing
         self._losses: dict[str, float] = {}
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[losses]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=quiet or not console.is_terminal or not is_main(),
-            transient=True,
-        )
-        self._task = self._progress.add_task("training", total=None, losses="")
-
-    def asking(self, done: int, rows: int) -> None:
-        """Shows the number of rows that the teacher has processed."""
-        self._progress.start()
-        self._progress.update(self._task, completed=done, total=rows, losses="asking the teacher")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Shows the bar."""
-        self._progress.update(self._task, total=state.max_steps, completed=state.global_step, losses="")
-        self._progress.start()
+        """Tells where training begins."""
+        self._tell(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Advances the bar."""
-        self._progress.update(self._task, completed=state.global_step)
+        """Tells the number of the step."""
+        self._tell(state)
 
     def on_log(
         self,
@@ -275,15 +257,14 @@ class Bar(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Shows the latest losses."""
+        """Notes the latest losses."""
         names = {"loss": "train", "eval_loss": "held-out"}
         self._losses |= {names[name]: value for name, value in (logs or {}).items() if name in names}
-        text = " · ".join(f"{name} {value:.3f}" for name, value in self._losses.items())
-        self._progress.update(self._task, losses=text)
+        self._tell(state)
 
-    def close(self) -> None:
-        """Removes the bar."""
-        self._progress.stop()
+    def _tell(self, state: TrainerState) -> None:
+        found = " and ".join(f"{name} {value:.3f}" for name, value in self._losses.items())
+        self._say(Step(self._doing, state.global_step, state.max_steps, f"loss {found}" if found else ""))
 
 
 @final

@@ -33,12 +33,13 @@ from regraft.data.text import Corpus
 from regraft.errors import InputError, OutputError, TrainingError
 from regraft.plans import RankPlan
 from regraft.platforms import peak_memory_bytes
+from regraft.progress import Say, Step, say_nothing
 from regraft.reading import read_object
 from regraft.settings import RecoverSettings
 from regraft.surgery.adapters import Injected, inject, merge
 from regraft.surgery.adapters import finish as finish_adapter
 from regraft.surgery.probe import TEXTS, Probe, probe
-from regraft.training.callbacks import AfterStep, Bar, Keeper, LogRow, Pace
+from regraft.training.callbacks import AfterStep, Keeper, LogRow, Pace, Told
 from regraft.training.checkpoint import checkpoints, put_tensors, trained_tensors
 from regraft.training.distill import Distillation, Teacher, fit_projections
 from regraft.training.distributed import filled, is_main, skeleton_of
@@ -128,6 +129,7 @@ def recover(
     resume: bool = False,
     teacher: Teacher | None = None,
     injected: Injected | None = None,
+    say: Say = say_nothing,
 ) -> Recovered:
     """Trains an adapter on a model, in place, and keeps the weights with the lowest held-out loss.
 
@@ -146,6 +148,7 @@ def recover(
         resume: Whether to continue from the last checkpoint in ``work``, if there is one.
         teacher: The model to learn from; None for the task loss alone. It is freed once its outputs are in ``settings.teacher_cache``.
         injected: The model with an adapter whose training is continued; None to put the settings' adapter on the model.
+        say: Called with each step of training, and with the rows that the teacher has processed.
 
     Raises:
         InputError: A setting does not fit the model: rank, window, tracker, device.
@@ -157,15 +160,16 @@ def recover(
         OutputError: A checkpoint cannot be written. Earlier ones are kept.
     """
     job = prepare(model, tokenizer, train, held_out, settings, seed=seed, work=work, resume=resume, teacher=teacher)
-    return finish(job, train_adapter(job, injected))
+    return finish(job, train_adapter(job, injected, say))
 
 
-def train_adapter(job: Job, injected: Injected | None = None) -> Trained:
+def train_adapter(job: Job, injected: Injected | None = None, say: Say = say_nothing) -> Trained:
     """Trains the adapter of a job on its model, in place, and puts the weights with the lowest held-out loss into it.
 
     Args:
         job: Everything that was checked.
         injected: The model with an adapter whose training is continued; None to put the settings' adapter on the model.
+        say: Called with each step of training.
 
     Raises:
         InputError: The rank or a target does not fit the model.
@@ -178,17 +182,17 @@ def train_adapter(job: Job, injected: Injected | None = None) -> Trained:
     injected = injected if injected is not None else inject(model, settings, job.ranks, job.seed, evidence)
     groups = _groups_or_nothing(injected, settings)
     _make_folder(job.work)
-    keeper, bar = Keeper(job.work, injected, job.identity, job.resumed, settings.patience), Bar(settings.quiet)
+    keeper = Keeper(job.work, injected, job.identity, job.resumed, settings.patience)
     with _as_it_was(model, job.work), trainable_weights(model, compute), _taught_in(job.teacher, compute), isolated(job.seed):
-        cache = _filled_cache(job, bar)
+        cache = _filled_cache(job, say)
         distillation = _distillation(job, injected, evidence)
         with in_four_bits(injected.model, compute) if settings.load_in_4bit else nullcontext():
-            rates = _swept(job, injected, bar, distillation, cache)
+            rates = _swept(job, injected, say, distillation, cache)
             if rates is not None:
                 groups = parameter_groups(injected, settings.model_copy(update={"lr": rates.best}))
-            callbacks = (Pace(settings.eval_every, job.seed), AfterStep(injected), keeper, bar)
+            callbacks = (Pace(settings.eval_every, job.seed), AfterStep(injected), keeper, Told(say))
             trainer = RecoveryTrainer(job, injected, groups, callbacks, distillation, cache)
-            injected = _with_best_weights(trainer, keeper, bar, injected, checkpoints(job.work)[-1] if job.resumed else None)
+            injected = _with_best_weights(trainer, keeper, injected, checkpoints(job.work)[-1] if job.resumed else None)
             peak_bytes = _peak_memory_bytes(model.device)
     return Trained(
         injected=injected,
@@ -229,7 +233,7 @@ def finish(job: Job, trained: Trained) -> Recovered:
     )
 
 
-def _swept(job: Job, injected: Injected, bar: Bar, distillation: Distillation | None, cache: TeacherCache | None) -> Rates | None:
+def _swept(job: Job, injected: Injected, say: Say, distillation: Distillation | None, cache: TeacherCache | None) -> Rates | None:
     """Tries learning rates, and leaves the adapter as it was; a resumed run reads what it tried before its first checkpoint.
 
     Each short run begins with the same values and draws, so that only the rate differs.
@@ -249,11 +253,11 @@ def _swept(job: Job, injected: Injected, bar: Bar, distillation: Distillation | 
         keeper = Keeper(short.work, injected, job.identity, None)
         groups = parameter_groups(injected, short.settings)
         with isolated(job.seed):
-            trainer = RecoveryTrainer(
-                short, injected, groups, (Pace(steps, job.seed), AfterStep(injected), keeper, bar), distillation, cache
-            )
+            told = Told(say, f"trying the learning rate {lr:g}")
+            callbacks = (Pace(steps, job.seed), AfterStep(injected), keeper, told)
+            trainer = RecoveryTrainer(short, injected, groups, callbacks, distillation, cache)
             try:
-                _with_best_weights(trainer, keeper, bar, injected, None)
+                _with_best_weights(trainer, keeper, injected, None)
             except TrainingError:
                 if not keeper.rows:  # not the rate, but the model
                     raise
@@ -270,7 +274,7 @@ def _swept(job: Job, injected: Injected, bar: Bar, distillation: Distillation | 
     return rates
 
 
-def _with_best_weights(trainer: RecoveryTrainer, keeper: Keeper, bar: Bar, injected: Injected, checkpoint: Path | None) -> Injected:
+def _with_best_weights(trainer: RecoveryTrainer, keeper: Keeper, injected: Injected, checkpoint: Path | None) -> Injected:
     """Trains, from a checkpoint or from the start, and returns the plain, unwrapped model with the best weights."""
     skeleton = skeleton_of(injected.module) if trainer.is_fsdp_enabled else None
     try:
@@ -280,8 +284,6 @@ def _with_best_weights(trainer: RecoveryTrainer, keeper: Keeper, bar: Bar, injec
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except TrainingError as error:
         raise TrainingError(f"{error}{keeper.where_the_best_is()}") from None
-    finally:
-        bar.close()
     keeper.put_best()
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     trainer.accelerator.free_memory()
@@ -295,7 +297,7 @@ def _with_best_weights(trainer: RecoveryTrainer, keeper: Keeper, bar: Bar, injec
     return dataclasses.replace(injected, module=whole, model=cast(PreTrainedModel, whole.get_submodule(inner)))
 
 
-def _filled_cache(job: Job, bar: Bar) -> TeacherCache | None:
+def _filled_cache(job: Job, say: Say) -> TeacherCache | None:
     """Fills the teacher's cache on disk and frees the teacher; returns None if no cache is used."""
     teacher, settings = job.teacher, job.settings
     if teacher is None or settings.teacher_cache is None or settings.distill == 0.0:
@@ -303,7 +305,8 @@ def _filled_cache(job: Job, bar: Bar) -> TeacherCache | None:
     if settings.distill_hidden:
         raise InputError("`distill_hidden` needs the teacher's hidden states, which `teacher_cache` does not keep; give one of the two")
     cache = TeacherCache(settings.teacher_cache, teacher, settings, job.compute)
-    cache.fill(teacher, job.rows.wanted(), settings.batch, job.padding, bar.asking)
+    asked = "asking the teacher"
+    cache.fill(teacher, job.rows.wanted(), settings.batch, job.padding, lambda done, rows: say(Step(asked, done, rows)))
     teacher.release()
     return cache
 

@@ -49,8 +49,9 @@ def test_a_terminal_gets_a_bar_with_the_count_and_no_escape_of_a_line() -> None:
     with progress("loading", console=console) as say:
         say(Step("scoring layers", 3, 4))
         say("a name \x1b]0;forged\x07")
-        say(Step("writing", 1, 2))
+        say(Step("writing", 1, 2, "loss 2.5"))
     assert "\x1b]0;forged" not in stream.getvalue()
+    assert "writing, loss 2.5" in stream.getvalue()
     assert "1/2" in stream.getvalue()
 
 

@@ -24,6 +24,7 @@ from regraft.models.save import save
 from regraft.pipelines import recover as pipeline
 from regraft.pipelines.recover import recover_model
 from regraft.plans import Provenance
+from regraft.progress import Step
 from regraft.settings import LoadSettings, RecoverSettings
 from regraft.surgery.adapter_folder import load_adapted
 
@@ -123,6 +124,22 @@ def test_nothing_is_written_without_an_output(folder: Path, settings: Callable[.
 
 
 @pytest.mark.slow
+def test_each_step_is_told_with_its_losses_unless_quiet(folder: Path, settings: Callable[..., RecoverSettings]) -> None:
+    lines: list[str] = []
+    recover_model(folder, None, settings(lr=None, steps=64, eval_every=32, quiet=False), say=lines.append)
+    steps = [line for line in lines if isinstance(line, Step)]
+    tried = {line.doing for line in steps if line.doing.startswith("trying the learning rate ")}
+    assert len(tried) >= 2  # a short recovery for each rate comes first
+    own = [line for line in steps if line.doing == "training"]
+    assert {(line.done, line.total) for line in own} == {(step, 64) for step in range(65)}
+    assert "held-out" in own[-1].found
+    assert "train" in own[-1].found
+
+    told = len(lines)
+    recover_model(folder, None, settings(quiet=True), say=lines.append)
+    assert len(lines) == told
+
+
 def test_half_precision_is_kept_on_disk(folder: Path, settings: Callable[..., RecoverSettings], tmp_path: Path) -> None:
     recover_model(folder, tmp_path / "out", settings(steps=5), load=LoadSettings(dtype="float16"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")

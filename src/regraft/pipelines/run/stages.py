@@ -256,7 +256,9 @@ def _recover(order: RunOrder, source: str | Path, settings: RecoverSettings) -> 
     def make(folder: Path) -> None:
         work = order.folder.work("recover")
         loaded = order.load(source)
-        result = recover_model(loaded, None, settings, load=read, seed=seed, resume=True, work=work, command=order.command)
+        result = recover_model(
+            loaded, None, settings, load=read, seed=seed, resume=True, work=work, command=order.command, say=order.progress
+        )
         result.save_pretrained(folder, replace=True)
         done = result.recovered
         facts = {"best_step": done.best_step, "best_loss_nats": done.best_loss, "first_loss_nats": done.first_loss}
