@@ -201,7 +201,12 @@ def measure(options: argparse.Namespace, work: Path) -> list[Row]:
     label = options.shape + (f", {options.layers} layers" if options.layers else "")
     making = [sys.executable, __file__, "--shape", options.shape, "--make", str(source)]
     subprocess.run([*making, *(["--layers", str(options.layers)] if options.layers else [])], check=True)
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(options.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "REGRAFT_REPORT": "0",
+    }
     text = work / "calibration.txt"
     text.write_text("\n<|endoftext|>\n".join(read_corpus(None, "validation").documents), encoding="utf-8")
     usual = [

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from regraft.cli.later import later
-from regraft.cli.options import ModelArgument, Only, QuietOption, SeedOption, with_settings
+from regraft.cli.options import ModelArgument, Only, QuietOption, ReportOption, SeedOption, with_settings
 from regraft.cli.progress import progress
+from regraft.cli.report import page_beside
 from regraft.cli.screen import Screen, saved_to
 from regraft.cli.words import as_options
 from regraft.plans import RankSearch
@@ -60,6 +61,7 @@ def allocate(
     recover: Annotated[RecoverSettings, RECOVERY],
     load: LoadSettings,
     resume: Annotated[bool, typer.Option("--resume", help="resume a stopped search, or join one in a shared storage")] = False,
+    report: ReportOption = True,
     quiet: QuietOption = False,
     seed: SeedOption = 0,
 ) -> None:
@@ -73,9 +75,10 @@ def allocate(
                 console.print(as_options(line), style="dim", markup=False, soft_wrap=True)
 
         found = allocate_ranks(model, output, allocate, recover, load=load, seed=seed, resume=resume, say=say)
+        page = page_beside(output.with_suffix(".search"), wanted=report)
     show(console, found.search)
     console.print(f"plan written to {output}", soft_wrap=True, markup=False)
-    console.print(saved_to(output.with_suffix(".search"), "everything else is "), soft_wrap=True, markup=False)
+    console.print(saved_to(output.with_suffix(".search"), "everything else is ", page), soft_wrap=True, markup=False)
 
 
 def show(console: Console, found: RankSearch) -> None:

@@ -11,8 +11,9 @@ from rich.table import Table
 
 from regraft.atomic import json_with, reserved_file, write_text
 from regraft.cli.later import later
-from regraft.cli.options import DryRunOption, ModelArgument, QuietOption, SeedOption, command_line, with_settings
+from regraft.cli.options import DryRunOption, ModelArgument, QuietOption, ReportOption, SeedOption, command_line, with_settings
 from regraft.cli.progress import progress
+from regraft.cli.report import page_beside
 from regraft.cli.screen import Screen, saved_to
 from regraft.cli.words import as_options
 from regraft.errors import InputError, PlanError
@@ -39,6 +40,7 @@ def compress(
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the plan and what was measured to this file")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a search of ranks that was stopped")] = False,
     dry_run: DryRunOption = False,
+    report: ReportOption = True,
     quiet: QuietOption = False,
     seed: SeedOption = 0,
 ) -> None:
@@ -62,10 +64,11 @@ def compress(
             command=command_line(),
             say=say,
         )
+        page = page_beside(output, wanted=report and not dry_run)
         if json is not None:
-            write_text(json, to_json(result.as_dict()) + "\n")
+            write_text(json, to_json(result.as_dict() | {"page": page}) + "\n")
     _show(console, result)
-    console.print("dry run: nothing was written" if dry_run else saved_to(output), soft_wrap=True)
+    console.print("dry run: nothing was written" if dry_run else saved_to(output, page=page), soft_wrap=True)
 
 
 def read_plan(path: Path) -> FactorPlan | RankPlan:

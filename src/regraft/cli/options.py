@@ -43,6 +43,12 @@ OutputOption = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", hel
 SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="seed of all random draws", min=0, max=2**32 - 1)]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="show no progress")]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="file for the figures as JSON")]
+ReportOption = Annotated[
+    bool,
+    typer.Option(
+        "--report/--no-report", envvar="REGRAFT_REPORT", help="write the page report.html, about 2 MB, into the folder of the result"
+    ),
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="print the plan and the sizes before and after, and write nothing")]
 
 

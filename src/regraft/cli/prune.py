@@ -13,8 +13,9 @@ from rich.table import Table
 
 from regraft.atomic import json_with, reserved_file, write_text
 from regraft.cli.later import later
-from regraft.cli.options import DryRunOption, JsonOption, ModelArgument, QuietOption, SeedOption, command_line, with_settings
+from regraft.cli.options import DryRunOption, JsonOption, ModelArgument, QuietOption, ReportOption, SeedOption, command_line, with_settings
 from regraft.cli.progress import progress
+from regraft.cli.report import page_beside
 from regraft.cli.screen import Screen, saved_to
 from regraft.cli.words import as_options
 from regraft.errors import InputError
@@ -56,6 +57,7 @@ def prune(
         Path | None, typer.Option("--plan", metavar="FILE", help="prune by this plan, with the settings and the seed stored in it")
     ] = None,
     json_file: JsonOption = None,
+    report: ReportOption = True,
     quiet: QuietOption = False,
     seed: SeedOption = 0,
 ) -> None:
@@ -76,8 +78,9 @@ def prune(
             result = prune_model(model, output, prune, dry_run=dry_run or plan_only, **common)
         if plan_only and output is not None and not dry_run:
             write_plan(result.plan, output)
+        page = page_beside(output, wanted=report and not (dry_run or plan_only))
         if json_file is not None:
-            write_text(json_file, to_json(figures(result)) + "\n")
+            write_text(json_file, to_json(figures(result) | {"page": page}) + "\n")
     show_plan(console, result.groups, result.plan)
     for note in result.notes:
         console.print(as_options(note), soft_wrap=True, markup=False)
@@ -86,7 +89,7 @@ def prune(
     elif plan_only and output is not None:
         console.print(f"plan written to {plan_path(output)}", soft_wrap=True, markup=False)
     else:
-        console.print(saved_to(output), soft_wrap=True, markup=False)
+        console.print(saved_to(output, page=page), soft_wrap=True, markup=False)
         if output is not None:
             console.print(*who_cannot_load(output), sep="\n", end="", soft_wrap=True, markup=False)
 

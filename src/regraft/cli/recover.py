@@ -12,8 +12,9 @@ from rich.table import Table
 
 from regraft.atomic import json_with, reserved_file, write_text
 from regraft.cli.later import later
-from regraft.cli.options import JsonOption, ModelArgument, OutputOption, SeedOption, command_line, with_settings
+from regraft.cli.options import JsonOption, ModelArgument, OutputOption, ReportOption, SeedOption, command_line, with_settings
 from regraft.cli.progress import progress
+from regraft.cli.report import page_beside
 from regraft.cli.screen import Screen, saved_to
 from regraft.cli.words import as_options
 from regraft.plans import LOSS_UNITS, to_json
@@ -36,6 +37,7 @@ def recover(
     load: LoadSettings,
     resume: Annotated[bool, typer.Option("--resume", help="resume a stopped run from its checkpoints")] = False,
     json_file: JsonOption = None,
+    report: ReportOption = True,
     seed: SeedOption = 0,
 ) -> None:
     """Train a small adapter on a pruned model and fold it in: text or instructions, best checkpoint by held-out loss."""
@@ -44,8 +46,9 @@ def recover(
         result = recover_model(model, output, recover, load=load, seed=seed, resume=resume, command=recorded(command_line()), say=say)
         if not is_main():
             return
+        page = page_beside(output, wanted=report)
         if json_file is not None:
-            found = figures(result.recovered, LOSS_UNITS[recover.task], result.judged)
+            found = figures(result.recovered, LOSS_UNITS[recover.task], result.judged) | {"page": page}
             write_text(json_file, to_json(found) + "\n")
     console = Screen()
     if result.finished_before:
@@ -55,7 +58,7 @@ def recover(
     for line in result.recovered.data.lines():
         console.print(as_options(line), soft_wrap=True, style="yellow" if line.startswith("warning") else None)
     what = "model" if result.recovered.injected is None else "adapter"
-    console.print(saved_to(output, f"{what} "), soft_wrap=True)
+    console.print(saved_to(output, f"{what} ", page), soft_wrap=True)
 
 
 def recorded(command: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,12 +25,16 @@ def visible(text: str) -> str:
     return "\n".join(shown(line.expandtabs(8), _LONGEST_LINE) for line in text.split("\n"))
 
 
-def saved_to(folder: object, what: str = "") -> str:
-    """Returns the line that says where something was saved, and which command makes a page of it.
+def saved_to(folder: object, what: str = "", page: Path | None = None) -> str:
+    """Returns the line that says where something was saved, and its page, or the command that makes one.
 
     >>> saved_to("my model", "adapter ")
     "adapter saved to my model; a page of it: regraft report 'my model' --open"
+    >>> saved_to("pruned", page=Path("pruned/report.html"))
+    'saved to pruned; its page: pruned/report.html'
     """
+    if page is not None:
+        return f"{what}saved to {folder}; its page: {page}"
     return f"{what}saved to {folder}; a page of it: regraft report {shlex.quote(str(folder))} --open"
 
 

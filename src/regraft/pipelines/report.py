@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from regraft.atomic import write_text
 from regraft.claims import holder, lock_file, remove
 from regraft.errors import DataError, InputError, OutputError, PlanError, RegraftError, did_you_mean, shown
 from regraft.models.provenance import read_provenance
+from regraft.pipelines.finished_recovery import LOSS_LOG
 from regraft.pipelines.ranks.files import SEARCH
 from regraft.pipelines.run.folder import LOCK, RUN_FILE, TIMINGS
-from regraft.pipelines.run.page import REPORT
-from regraft.plans import LossReport, PrunePlan, RankSearch, from_json
-from regraft.reading import is_file, is_folder, read_bytes, read_object
+from regraft.pipelines.run.page import REPORT, read_curve
+from regraft.plans import LOSS_UNITS, LossReport, PrunePlan, RankSearch, from_json
+from regraft.reading import is_file, is_folder, object_in, read_bytes, read_object
 from regraft.report.page import to_html
 from regraft.report.summary import PastRun, RunReport, Width
 
@@ -94,7 +95,18 @@ def report_of(folder: Path) -> RunReport:
     facts |= {f"SHA-256 of {name}": checksum for name, checksum in made.files.items()}
     plan = made.plan or _plan_of_parents(made.parents)
     widths = widths_of(plan) if plan is not None else ()
-    return RunReport(folder.resolve().name, "", "", (), plan=plan, widths=widths, factors=made.factors, rank_plan=made.ranks, facts=facts)
+    report = RunReport(folder.resolve().name, "", "", (), plan=plan, widths=widths, factors=made.factors, rank_plan=made.ranks, facts=facts)
+    return _with_curve(report, folder, made.settings.get("recover"))
+
+
+def _with_curve(report: RunReport, folder: Path, recovery: object) -> RunReport:
+    """Returns a report with the losses of the recovery that a folder is from, and the step of the lowest held-out loss, which was kept."""
+    if recovery is None or not is_file(folder / LOSS_LOG):
+        return report
+    curve = read_curve(folder)
+    held = [(point.held_out_nats, point.step) for point in curve if point.held_out_nats is not None]
+    unit = LOSS_UNITS.get(str(object_in(recovery).get("task")), report.unit)
+    return replace(report, curve=curve, best_step=min(held)[1] if held else None, unit=unit)
 
 
 def widths_of(plan: PrunePlan) -> tuple[Width, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from regraft.plans import LOSS_UNITS
 from regraft.report.summary import CurvePoint
 
 WIDTH, HEIGHT = 640, 300
@@ -12,12 +13,13 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 120, 14, 40
 TRAIN, HELD_OUT = "#9aa7b5", "#0b6bcb"
 
 
-def loss_curve(points: Sequence[CurvePoint], best_step: int | None = None) -> str:
+def loss_curve(points: Sequence[CurvePoint], best_step: int | None = None, unit: str = LOSS_UNITS["language"]) -> str:
     """Draws training and held-out loss over the steps.
 
     Args:
         points: Losses in the order of the steps.
         best_step: The step whose weights were kept; it is marked on the held-out curve.
+        unit: Unit of the losses.
 
     Returns:
         An ``<svg>`` element; an empty string when there is nothing to draw.
@@ -31,13 +33,13 @@ def loss_curve(points: Sequence[CurvePoint], best_step: int | None = None) -> st
     low, high, step = _scale(min(values), max(values))
     x = _Axis(0, last, LEFT, WIDTH - RIGHT)
     y = _Axis(low, high, HEIGHT - BOTTOM, TOP)
-    parts = [_grid(x, y, step), _line(train, x, y, TRAIN, "train"), _line(held_out, x, y, HELD_OUT, "held out")]
+    parts = [_grid(x, y, step, unit), _line(train, x, y, TRAIN, "train"), _line(held_out, x, y, HELD_OUT, "held out")]
     kept = dict(held_out).get(best_step) if best_step is not None else None
     if best_step is not None and kept is not None:
         parts.append(f'<circle cx="{x(best_step)}" cy="{y(kept)}" r="4" fill="none" stroke="{HELD_OUT}"><title>kept</title></circle>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="Loss in nats over optimizer steps" font-family="sans-serif" font-size="11">{"".join(parts)}</svg>'
+        f'aria-label="Loss in {unit} over optimizer steps" font-family="sans-serif" font-size="11">{"".join(parts)}</svg>'
     )
 
 
@@ -64,7 +66,7 @@ def _scale(low: float, high: float) -> tuple[float, float, float]:
     return math.floor(low / step) * step, (math.floor(high / step) + 1) * step, step
 
 
-def _grid(x: _Axis, y: _Axis, step: float) -> str:
+def _grid(x: _Axis, y: _Axis, step: float, unit: str) -> str:
     digits = max(0, -math.floor(math.log10(step)))
     parts: list[str] = []
     for index in range(round((y.high - y.low) / step) + 1):
@@ -75,7 +77,7 @@ def _grid(x: _Axis, y: _Axis, step: float) -> str:
         at = round(x.high * share)
         parts.append(f'<text x="{x(at)}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle" fill="#556">{at}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle" fill="#556">optimizer steps (loss in nats a token)</text>')
+    parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle" fill="#556">optimizer steps (loss in {unit})</text>')
     return "".join(parts)
 
 

@@ -127,7 +127,7 @@ def _sections(report: RunReport, pictures: Sequence[Picture], *, drawn: bool) ->
         yield _section("Tasks and texts", _html_table(*tasks_table(report.tasks), label="tasks and texts") + note + worst)
     for name in ("layers", "curve", "search", "front"):
         if name in named:
-            extra = loss_curve(report.curve, best_step=report.best_step) if name == "curve" and not drawn else ""
+            extra = loss_curve(report.curve, report.best_step, report.unit) if name == "curve" and not drawn else ""
             yield _pictured(named[name], _about(name, report), extra, drawn=drawn)
     if report.plan is not None and "layers" not in named:
         yield _section("What was cut", "".join(f"<p>{escape(line)}</p>" for line in plan_lines(report)))

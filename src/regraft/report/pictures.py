@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from regraft.plans import RankSearch
+from regraft.plans import LOSS_UNITS, RankSearch
 from regraft.report.summary import CurvePoint, PastRun, RunReport, front_of
 
 # Distinct in light and dark, for readers who confuse red and green too (after Okabe and Ito).
@@ -42,7 +42,8 @@ class Picture:
 
 def pictures_of(report: RunReport, past: Sequence[PastRun]) -> list[Picture]:
     """Returns the pictures for which a report has numbers."""
-    made = (layers_picture(report), curve_picture(report.curve, report.best_step), search_picture(report.ranks), front_picture(past))
+    curve = curve_picture(report.curve, report.best_step, report.unit)
+    made = (layers_picture(report), curve, search_picture(report.ranks), front_picture(past))
     return [picture for picture in made if picture is not None]
 
 
@@ -82,7 +83,7 @@ def layers_picture(report: RunReport) -> Picture | None:
     )
 
 
-def curve_picture(curve: Sequence[CurvePoint], best_step: int | None) -> Picture | None:
+def curve_picture(curve: Sequence[CurvePoint], best_step: int | None, unit: str = LOSS_UNITS["language"]) -> Picture | None:
     """Draws the losses while recovering."""
     if not curve:
         return None
@@ -93,8 +94,8 @@ def curve_picture(curve: Sequence[CurvePoint], best_step: int | None) -> Picture
         _trace("held out", held, KEPT, "lines+markers"),
         _trace(f"kept: step {best_step}", [point for point in held if point[0] == best_step], SECOND, "markers", size=13),
     ]
-    layout = _layout("optimizer steps") | {"yaxis": {"title": {"text": "loss, nats a token"}}}
-    table = [["step", "training, nats", "held out, nats"]]
+    layout = _layout("optimizer steps") | {"yaxis": {"title": {"text": f"loss, {unit}"}}}
+    table = [["step", f"training, {unit}", f"held out, {unit}"]]
     table += [[str(point.step), _number(point.train_nats), _number(point.held_out_nats)] for point in curve]
     words = f"Training and held-out loss over {curve[-1].step} steps; step {best_step} was kept, which has the lowest held-out loss."
     return Picture("curve", "Loss while recovering", words, {"data": data, "layout": layout}, table)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from regraft.plans import FactorPlan, Measurement, PrunePlan, RankPlan, RankSearch, TaskReport, TaskScore
+from regraft.plans import LOSS_UNITS, FactorPlan, Measurement, PrunePlan, RankPlan, RankSearch, TaskReport, TaskScore
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class RunReport:
         facts: Provenance of the run: command, seed, versions, checksums.
         tasks: Scores on tasks and further texts, one entry for each model; empty when none were asked for.
         rank_plan: Ranks that were trained, where no search is recorded.
+        unit: Unit of the losses in the loss log.
     """
 
     title: str
@@ -70,6 +71,7 @@ class RunReport:
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     tasks: tuple[TaskReport, ...] = ()
     rank_plan: RankPlan | None = None
+    unit: str = LOSS_UNITS["language"]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,10 @@ from regraft.report.summary import RunReport, scaled, won_back
 
 def verdict(report: RunReport) -> str:
     """Returns the result of a run in one sentence."""
+    held = [point.held_out_nats for point in report.curve if point.held_out_nats is not None]
+    if held and not report.measurements:
+        lost = f"The held-out loss went from {held[0]:.3f} to {min(held):.3f} {report.unit}"
+        return f"{lost} in {report.curve[-1].step} steps of training, of which step {report.best_step} was kept."
     won = won_back(report.measurements)
     if len(report.measurements) > 1:
         first, last = report.measurements[0], report.measurements[-1]

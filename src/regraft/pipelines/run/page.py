@@ -45,7 +45,7 @@ def write_page(order: RunOrder, groups: Groups, made: Made, measured: Measured) 
         widths=_widths(groups, made.plan) if made.plan is not None else (),
         factors=made.factors,
         ranks=made.ranks,
-        curve=_read_curve(recovered) if recovered is not None else (),
+        curve=read_curve(recovered) if recovered is not None else (),
         best_step=_read_best_step(recovered) if recovered is not None else None,
         prompt=sample.prompt if sample is not None else "",
         samples={label: (folder / SAMPLE).read_text(encoding="utf-8") for label, folder in sampled.items()},
@@ -79,7 +79,12 @@ def _widths(groups: Groups, plan: PrunePlan) -> tuple[Width, ...]:
     return tuple(Width(row["group"], row["before"], row["after"]) for row in plan_summary(groups, plan))
 
 
-def _read_curve(folder: Path) -> tuple[CurvePoint, ...]:
+def read_curve(folder: Path) -> tuple[CurvePoint, ...]:
+    """Returns the losses that a recovery logged in its folder.
+
+    Raises:
+        PlanError: The log is missing or damaged.
+    """
     path = folder / LOSS_LOG
     try:
         rows = csv.DictReader(io.StringIO(read_bytes(path, PlanError).decode("utf-8")))
