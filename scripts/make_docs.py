@@ -1,12 +1,18 @@
 """Writes what is made from the code: ``docs/commands.md``, the table in ``docs/export.md`` and the recipe that explains every key.
 
+The table names the tests that prove its rows, which carry the mark ``exports``; a row that is declared as run and has none is an error.
+
 Run it after a change of options or settings (``make docs``); ``--check`` only says whether they are up to date, as the tests do.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import re
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,7 @@ import yaml
 from regraft.cli.app import COMMANDS, load_command
 from regraft.cli.examples import EXAMPLES
 from regraft.export import EXPORTERS
+from regraft.export.contract import Holding
 from regraft.pipelines.run.recipe import SECTIONS, Recipe
 from regraft.settings import Settings
 
@@ -46,15 +53,74 @@ def commands_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+@dataclass(frozen=True)
+class Mark:
+    """What a test proves: ``@pytest.mark.exports("gguf", "deci, openelm", "query heads", "F32")``.
+
+    Attributes:
+        form: Name of the format.
+        rows: Names of rows of the format.
+        facts: Shapes of these rows, and number types, which count for all rows.
+        file: Name of the test's file.
+    """
+
+    form: str
+    rows: tuple[str, ...]
+    facts: tuple[str, ...]
+    file: str
+
+
+def marks(folder: Path) -> list[Mark]:
+    """Returns the marks ``exports`` of all tests in a folder, read without importing them."""
+    found: list[Mark] = []
+    for file in sorted(folder.rglob("test_*.py")):
+        text = file.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)) if "pytest.mark.exports(" in text else ():
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.exports":
+                form, rows, *facts = (str(ast.literal_eval(argument)) for argument in node.args)
+                found.append(Mark(form, tuple(rows.split(", ")), tuple(facts), file.name))
+    return found
+
+
+def facts_of(row: Holding) -> dict[str, tuple[str, ...]]:
+    """Returns the shapes and the number types of a row, each with the rows whose tests count for it; none for those of all rows."""
+    shapes = re.split(r"[,;] ", row.uneven) if row.uneven else ["equal layers"]
+    return dict.fromkeys(row.numbers.split(", "), ()) | dict.fromkeys(shapes, (row.name,))
+
+
+def proved_by(form: str, row: Holding, found: Sequence[Mark]) -> dict[str, set[str]]:
+    """Returns the files of the tests that prove each shape and number type of a row; an empty set where none does."""
+    return {
+        fact: {mark.file for mark in found if mark.form == form and fact in mark.facts and (not rows or set(rows) & set(mark.rows))}
+        for fact, rows in facts_of(row).items()
+    }
+
+
+def complaints(formats: Mapping[str, Sequence[Holding]], found: Sequence[Mark]) -> Iterator[str]:
+    """Yields a line for each shape and number type that is declared as run without a test's mark, and for each mark of none declared."""
+    for form, rows in formats.items():
+        for row in rows:
+            lacking = [fact for fact, files in proved_by(form, row, found).items() if not files and row.proof.startswith("run")]
+            yield from (f"{form} {row.name} declares '{fact}' as run, and no test has the mark exports for it" for fact in lacking)
+    for mark in found:
+        declared = [facts_of(row) for row in formats.get(mark.form, ()) if row.name in mark.rows]
+        idle = [fact for fact in mark.facts if not any(fact in facts for facts in declared)]
+        yield from (f"{mark.file} has the mark exports for {mark.form}: '{fact}', which is not declared" for fact in idle)
+        yield from () if len(declared) == len(mark.rows) else (f"{mark.file} has the mark exports for rows that are not declared",)
+
+
 def export_page() -> str:
     """Returns the page on exports: written text, with the table that the exporters declare in the place of its mark."""
+    found = marks(ROOT / "tests")
     text = EXPORT_PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(TABLE_STARTS)
     _, _, after = rest.partition(TABLE_ENDS)
     lines = ["", "| format | loaded by | families | layers may differ in | numbers | lost | proof |", "|---|---|---|---|---|---|---|"]
     for name in EXPORTERS:
         for row in EXPORTERS.get(name).holds:
-            cells = (f"`{name}`", row.runtime, row.families, row.uneven or "nothing", row.numbers, row.lost, row.proof)
+            files = sorted(set().union(*proved_by(name, row, found).values()))
+            proof = row.proof + (f": {', '.join(files)}" if files else "")
+            cells = (f"`{name}`", row.runtime, row.families, row.uneven or "nothing", row.numbers, row.lost, proof)
             lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
     return before + TABLE_STARTS + "\n".join(lines) + "\n" + TABLE_ENDS + after
 
@@ -148,6 +214,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when a page is out of date")
     wanted = {COMMANDS_PAGE: commands_page(), EXPLAINED_RECIPE: explained_recipe(), EXPORT_PAGE: export_page()}
+    unproved = list(complaints({name: EXPORTERS.get(name).holds for name in EXPORTERS}, marks(ROOT / "tests")))
+    if unproved:
+        print(*unproved, sep="\n", file=sys.stderr)
+        return 1
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if parser.parse_args().check:
         for path in stale:

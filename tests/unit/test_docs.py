@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import runpy
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import fresh
+from regraft.export.contract import Holding
 from regraft.pipelines.run.recipe import SECTIONS, Recipe, read_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +20,30 @@ ROOT = Path(__file__).parents[2]
 def test_commands_and_the_explained_recipe_are_up_to_date() -> None:
     done = fresh.run(["scripts/make_docs.py", "--check"], cwd=ROOT)
     assert done.returncode == 0, done.stderr + "\nrun: python scripts/make_docs.py"
+
+
+def test_a_row_without_a_test_and_a_mark_without_a_row_are_found() -> None:
+    made = runpy.run_path(str(ROOT / "scripts" / "make_docs.py"))
+    complaints, mark = made["complaints"], made["Mark"]
+    row = Holding("a program", "a family", "heads, width", "F32, Q8_0", "nothing", "run", "one")
+    proved = [mark("a", ("one",), ("heads", "F32"), "test_a.py"), mark("a", ("one",), ("width", "Q8_0"), "test_b.py")]
+    assert list(complaints({"a": (row,)}, proved)) == []
+    assert list(complaints({"a": (row,)}, proved[:1])) == [
+        "a one declares 'Q8_0' as run, and no test has the mark exports for it",
+        "a one declares 'width' as run, and no test has the mark exports for it",
+    ]
+    # Number types count for all rows of a format, shapes for their own, and what is checked by rules needs no test.
+    other = replace(row, name="two")
+    assert [line.partition(",")[0] for line in complaints({"a": (row, other)}, proved)] == [
+        "a two declares 'heads' as run",
+        "a two declares 'width' as run",
+    ]
+    assert list(complaints({"a": (row, replace(other, proof="rules"))}, proved)) == []
+    idle = [*proved, mark("a", ("one",), ("heds",), "test_c.py"), mark("b", ("one",), (), "test_c.py")]
+    assert list(complaints({"a": (row,)}, idle)) == [
+        "test_c.py has the mark exports for a: 'heds', which is not declared",
+        "test_c.py has the mark exports for rows that are not declared",
+    ]
 
 
 def test_the_explained_recipe_has_every_key_at_its_default() -> None:

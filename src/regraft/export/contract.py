@@ -50,6 +50,8 @@ class Holding:
         numbers: Number types of the weights.
         lost: Abilities that the exported model loses, or costs that it has.
         proof: How an export is checked: ``run`` in that program, or ``rules``: by the rules of its published reader, without running it.
+            For what begins with ``run``, a test has to carry the mark ``exports`` for every shape and every number type of the row.
+        name: Name of the row among those of the format, by which tests mark what they prove; empty for the only row.
     """
 
     runtime: str
@@ -58,6 +60,7 @@ class Holding:
     numbers: str
     lost: str
     proof: str
+    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def _theirs(folder: Path, ids: Sequence[int]) -> Tensor:
 FORMAT = ModelFormat(
     "the master copy: safetensors and config, with code where layers differ",
     (
-        Holding("transformers, stock classes", "all of docs/families.md", "", "float32, bfloat16, float16", "nothing", "run"),
+        Holding("transformers, stock classes", "all of docs/families.md", "", "float32, bfloat16, float16", "nothing", "run", "stock"),
         Holding(
             "transformers with the folder's code; vLLM with `vllm serve FOLDER --model-impl transformers`",
             "all of docs/families.md",
@@ -164,6 +164,7 @@ FORMAT = ModelFormat(
             "float32, bfloat16, float16",
             "nothing; trust_remote_code, or import regraft. vLLM: not run here, and it takes no layer without attention",
             "run",
+            "own code",
         ),
     ),
     refuse,

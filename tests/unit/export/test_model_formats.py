@@ -71,6 +71,8 @@ def test_a_head_count_that_no_stock_class_takes_is_filled_up(tmp_path: Path) -> 
 
 
 @pytest.mark.long
+@pytest.mark.exports("hf", "own code", "query heads", "key-value heads", "feed-forward width", "attention or feed-forward network removed")
+@pytest.mark.exports("hf-uniform", "", "filled up with zeros")
 @pytest.mark.parametrize("to", ["hf", "hf-uniform"])
 def test_a_fresh_process_without_regraft_computes_the_same(tmp_path: Path, to: str) -> None:
     done = export(as_loaded(uneven(toy("llama"), **UNEVEN)), tmp_path / "out", to, settings=FEW, check=TEXT)
@@ -78,6 +80,21 @@ def test_a_fresh_process_without_regraft_computes_the_same(tmp_path: Path, to: s
     assert done.parity.largest < 1e-3
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert list(config.get("auto_map", {})) == (["AutoConfig", "AutoModel", "AutoModelForCausalLM"] if to == "hf" else [])
+
+
+@pytest.mark.exports("hf", "stock", "equal layers", "float32", "bfloat16", "float16")
+@pytest.mark.exports("hf-uniform", "", "float32", "bfloat16", "float16")
+@pytest.mark.parametrize("to", ["hf", "hf-uniform"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_stock_class_computes_the_same_in_every_float_type(tmp_path: Path, to: str, dtype: torch.dtype) -> None:
+    rounded = toy("llama", num_hidden_layers=2)  # of which frequencies stay in float32, as they do in what is loaded
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.copy_(parameter.to(dtype))
+    export(as_loaded(toy("llama", num_hidden_layers=2).to(dtype)), tmp_path / "out", to, settings=FEW, check=None)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (type(stock).__module__, stock.dtype) == ("transformers.models.llama.modeling_llama", dtype)
+    torch.testing.assert_close(logits(stock.float()), logits(rounded), rtol=0, atol=0)
 
 
 def test_weights_are_sharded_by_size(tmp_path: Path) -> None:
@@ -102,6 +119,7 @@ def test_fused_projections_are_not_filled_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exports("nemotron-nas", "", "float32")
 @pytest.mark.parametrize("changes", [UNEVEN, {"layer0": (0, 0, 96), "layer2": (3, 1, 32)}, {}])
 def test_nemotron_nas_follows_the_rules_of_its_readers(tmp_path: Path, changes: dict[str, tuple[int, int, int]]) -> None:
     model = uneven(toy("llama", attention_bias=False), **changes)

@@ -101,6 +101,7 @@ CASES = [(family, name) for family in ("llama", "gpt2") for name in EXPORTED]
 
 
 @pytest.mark.slow
+@pytest.mark.exports("peft-lora", "", "the base's layers", "float32")
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_stock_peft_loads_the_export_with_equal_logits(base, tmp_path, capsys, family: str, name: str) -> None:
     adapted = saved(tmp_path / "adapter", base(family), name)

@@ -120,6 +120,7 @@ def _holdings() -> tuple[Holding, ...]:
             numbers,
             entry.lost,
             "run",
+            entry.name,
         )
         for entry in ARCHITECTURES
     )

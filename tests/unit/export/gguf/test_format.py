@@ -60,6 +60,7 @@ def architecture_of(file: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.exports("gguf", "llama, qwen2, qwen3, gemma2, gemma3, qwen3moe, phi3, gpt2", "equal layers", "F32")
 @pytest.mark.parametrize("name", EXACT)
 def test_a_uniform_model_computes_the_same_in_llama_cpp(tmp_path: Path, name: str) -> None:
     family, config = EXACT[name]
@@ -83,6 +84,7 @@ UNEVEN = {
 
 
 @pytest.mark.slow
+@pytest.mark.exports("gguf", "deci", "query heads", "key-value heads", "feed-forward width", "attention or feed-forward network removed")
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("name", UNEVEN)
 def test_an_uneven_model_is_written_as_deci(tmp_path: Path, name: str, family: str) -> None:
@@ -112,6 +114,7 @@ def test_deci_takes_what_the_plain_architectures_do_not(tmp_path: Path, make: An
 
 
 @pytest.mark.slow
+@pytest.mark.exports("gguf", "openelm", "query heads", "key-value heads", "feed-forward width")
 def test_an_uneven_qwen3_with_tied_embeddings_is_written_as_openelm(tmp_path: Path) -> None:
     model = uneven(toy("qwen3", tie_word_embeddings=True), layer1=(2, 1, 64), layer3=(4, 2, 32))
     done = export(as_loaded(model), tmp_path / "out", "gguf", settings=FEW, check=TEXT)
@@ -121,6 +124,7 @@ def test_an_uneven_qwen3_with_tied_embeddings_is_written_as_openelm(tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.exports("gguf", "step35", "query heads", "key-value heads")
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_uneven_qwen3_is_written_as_step35_when_asked(tmp_path: Path, tied: bool) -> None:
     model = uneven(toy("qwen3", tie_word_embeddings=tied), layer1=(2, 1, 96), layer3=(2, 2, 96))
@@ -154,13 +158,29 @@ def test_a_tokenizer_of_the_sentencepiece_kind(tmp_path: Path) -> None:
     assert done.parity.characters == 10_000
 
 
+CLOSE = {"F16": 1e-5, "BF16": 1e-4, "Q8_0": 1e-3, "Q6_K": 0.01, "Q5_K_M": 0.02, "Q5_K_S": 0.02, "Q4_K_M": 0.1, "Q4_K_S": 0.1, "Q3_K_M": 0.4}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("quantize", "largest"), [("F16", 0.02), ("BF16", 0.02), ("Q8_0", 0.05), ("Q4_K_M", 0.5)])
+@pytest.mark.exports("gguf", "llama", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M")
+@pytest.mark.parametrize(("quantize", "largest"), CLOSE.items())
 def test_quantized_files_stay_close(tmp_path: Path, quantize: str, largest: float) -> None:
     settings = ExportSettings(quantize=quantize, check_positions=10)
     done = export(as_loaded(toy("llama", scale=0.05, hidden_size=256)), tmp_path / "out", "gguf", settings=settings, check=TEXT)
     assert done.parity is not None
     assert done.parity.divergence < largest
+
+
+@pytest.mark.slow
+@pytest.mark.exports("ollama", "", "as `gguf`")
+def test_ollama_gets_the_same_file_and_a_modelfile(tmp_path: Path) -> None:
+    loaded = as_loaded(uneven(toy("llama", num_hidden_layers=2), layer1=(2, 1, 64)))
+    done = export(loaded, tmp_path / "out", "ollama", settings=FEW, check=TEXT)
+    assert done.parity is not None
+    assert done.parity.largest < 2e-3
+    export(loaded, tmp_path / "gguf", "gguf", settings=FEW, check=None)
+    assert (tmp_path / "out" / "model.gguf").read_bytes() == (tmp_path / "gguf" / "model.gguf").read_bytes()
+    assert (tmp_path / "out" / "Modelfile").read_text().startswith("FROM ./model.gguf\n")
 
 
 @pytest.mark.slow
