@@ -35,6 +35,7 @@ from regraft.models.view import fingerprint
 from regraft.pipelines.finished_recovery import LOSS_LOG as LOSS_LOG
 from regraft.pipelines.finished_recovery import TIMINGS, TRAINED, read_finished
 from regraft.pipelines.proved import prove_adapter, prove_model
+from regraft.pipelines.ranks.pattern import pattern_of
 from regraft.pipelines.results import Saving
 from regraft.pipelines.texts import Texts, described, in_memory, path_in, read, text_for
 from regraft.plans import LOSS_UNITS, Provenance
@@ -269,6 +270,8 @@ def _prepared(order: _Order) -> Prepared:
         corpora = built_in_rows(loaded)
     if injected is not None:
         settings = _continuing(settings, injected)
+    elif settings.ranks is None:
+        settings = settings.model_copy(update={"ranks": pattern_of(settings, loaded)})
     if settings.epochs is not None:
         join_processes(loaded.model.device)  # a step is of rows of all processes
     return in_steps(settings, corpora[0], require_tokenizer(loaded), loaded.model, seed), loaded, injected, corpora
@@ -315,7 +318,7 @@ def _continuing(settings: RecoverSettings, injected: Injected) -> RecoverSetting
     Raises:
         InputError: They say something of the adapter, which is there already.
     """
-    of_the_adapter = {"adapter", "rank", "alpha", "ranks", "targets", "dropout", "adapter_options", "load_in_4bit"}
+    of_the_adapter = {"adapter", "rank", "alpha", "ranks", "rank_pattern", "targets", "dropout", "adapter_options", "load_in_4bit"}
     said = sorted(of_the_adapter & settings.model_fields_set)
     if said:
         raise InputError(f"`{said[0]}` is that of the adapter which the model carries; leave it out, or give the model without an adapter")

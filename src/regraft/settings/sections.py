@@ -386,6 +386,11 @@ class RecoverSettings(Settings):
     ranks: Path | RankPlan | None = Field(
         default=None, description="rank plan (JSON) with a rank for each module, instead of `rank`", json_schema_extra=BY_CONTENT
     )
+    rank_pattern: Literal["auto", "uniform", "proportional"] = Field(
+        default="auto",
+        description="without `ranks`, how layers share the parameters of `rank`: uniform, or proportional to what pruning took from each; "
+        "auto: proportional for lora where pruning took unequal shares",
+    )
     targets: Annotated[tuple[str, ...], BeforeValidator(in_a_list)] = Field(
         default=(), description="modules to adapt, such as q_proj or layers.0.*; default: every projection of every layer"
     )
@@ -484,6 +489,13 @@ class RecoverSettings(Settings):
     def _ranks_bring_alpha(cls, value: Path | RankPlan | None, info: ValidationInfo) -> Path | RankPlan | None:
         if value is not None and info.data.get("alpha") is not None:
             raise ValueError("a rank plan brings its own alpha; give either ranks or alpha")
+        return value
+
+    @field_validator("rank_pattern")
+    @classmethod
+    def _one_says_the_ranks(cls, value: str, info: ValidationInfo) -> str:
+        if value != "auto" and info.data.get("ranks") is not None:
+            raise ValueError(f"a rank plan says the rank of every module, and so does '{value}'; give either ranks or rank_pattern")
         return value
 
 

@@ -113,7 +113,7 @@ def measured_slots(
         steps = max(1, round(settings.adalora_share * recover.steps))
         tokenizer = require_tokenizer(loaded)
         curves[ADALORA] = triplet_importance(loaded.model, tokenizer, train, tuple(modules), ranks, recover, steps=steps, seed=seed)
-    damage = _damage(loaded, bare)
+    damage = damage_of(loaded, bare)
     return tuple(_slot(slot, ranks, curves, damage.get(slot.name, {})) for slot in bare)
 
 
@@ -130,7 +130,7 @@ def _windows(loaded: Loaded, train: Corpus, settings: AllocateSettings, seed: in
     return calibration_windows(train, require_tokenizer(loaded), settings.samples, seq_len, seed)
 
 
-def _damage(loaded: Loaded, slots: Sequence[Bare]) -> dict[str, dict[str, float]]:
+def damage_of(loaded: Loaded, slots: Sequence[Bare]) -> dict[str, dict[str, float]]:
     """Returns pruned share and removed importance of every slot, from the record of the model's folder; empty without a record.
 
     A module's share is computed from the remaining units of its groups: a matrix that lost half of its outputs and half of its inputs has a
