@@ -64,6 +64,8 @@ def test_a_loaded_model_knows_how_its_tensors_were_renamed(llama: LlamaForCausal
 
 def test_names_that_saved_models_use_without_this_package(llama: LlamaForCausalLM) -> None:
     assert llama.config._attn_implementation_internal == "eager", "models/uneven writes it into the configs of layers"
+    assert llama.config._experts_implementation_internal == "eager", "and this"
+    assert LlamaForCausalLM._can_set_experts_implementation() is False, "models/uneven answers it for the family's own file"
     assert next(iter(llama.model.layers[0]._modules)) == "self_attn"
     assert list(llama.lm_head._parameters) == ["weight", "bias"]
 

@@ -28,6 +28,9 @@ if not hasattr(PreTrainedConfig, "per_layer_config"):
 # know the models here.
 BEFORE_FIRST_CONFIG: list[Callable[[str], None]] = []
 
+# What a model chooses for all of its layers, and transformers changes in the model's config alone: how attention and experts are computed.
+CHOSEN_FOR_ALL = ("_attn_implementation_internal", "_experts_implementation_internal")
+
 LAYOUT: dict[str, Any] = {
     "layers": "layers",  # name of the list of layers in the base model
     "attention": "self_attn",  # name of the attention in a layer
@@ -73,8 +76,8 @@ class UnevenConfig:
     def __getattr__(self, name: str) -> Any:
         # Only reached for what a layer's config has not: see `layer`.
         whole = self.__dict__.get("whole_config")
-        if name == "_attn_implementation_internal" and whole is not None:
-            return whole._attn_implementation_internal
+        if name in CHOSEN_FOR_ALL and whole is not None:
+            return getattr(whole, name)
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
     def laid_out(self, key: str) -> Any:
@@ -84,11 +87,12 @@ class UnevenConfig:
     def layer(self, index: int) -> PreTrainedConfig:
         """Returns the config of one layer, with ``skip`` always set.
 
-        Its attention implementation stays that of the whole model, also when that is changed later.
+        Its implementation of attention and of experts stays that of the whole model, also when that is changed later.
         """
         config: Any = copy.copy(self.per_layer_config[index])  # pyright: ignore[reportAttributeAccessIssue]
         config.skip = list(getattr(config, "skip", None) or [])
-        config.__dict__.pop("_attn_implementation_internal", None)
+        for name in CHOSEN_FOR_ALL:
+            config.__dict__.pop(name, None)
         config.__dict__["whole_config"] = self
         return self._narrowed(config)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .configuration_regraft import UnevenConfig, config_named
+from .configuration_regraft import CHOSEN_FOR_ALL, UnevenConfig, config_named
 from .factored_regraft import PLAIN, fit_factors
 
 
@@ -109,7 +109,7 @@ def fit_layers(model: PreTrainedModel, config: UnevenConfig) -> None:
         config: What it is to become.
     """
     # Chosen while the even model was built, on its own copy of the config.
-    config.__dict__["_attn_implementation_internal"] = model.config._attn_implementation_internal
+    config.__dict__.update((name, getattr(model.config, name)) for name in CHOSEN_FOR_ALL if hasattr(model.config, name))
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config = config  # pyright: ignore[reportAttributeAccessIssue]
@@ -273,6 +273,8 @@ def _made(name: str, stem: str, auto_class: str, base: type[PreTrainedModel]) ->
         "__qualname__": name,
         "config_class": config_named(f"Regraft{stem}Config"),
         "_auto_class": auto_class,
+        # transformers looks for experts in the file of a class; those of the layers are in the family's.
+        "_can_set_experts_implementation": classmethod(lambda cls: base._can_set_experts_implementation()),
     }
     return type(name, (Uneven, base), body)
 

@@ -227,6 +227,13 @@ def test_channels_and_counts_that_differ_from_layer_to_layer(tmp_path: Path) -> 
         wanted = experts_wanted(model, PruneSettings(targets=("experts",), ratio=4 * each / groups.parameters, shape="per-layer"), 0)
         uneven: Any = cut_experts(model, groups, plan_by_scores(wanted, Scores(groups.fingerprint, "planted", values)))
         assert [experts.count for experts in experts_of(uneven)] == [5, 3]
+        in_one_call, how = logits(uneven), model.config._experts_implementation
+        assert how == "grouped_mm"
+        for way in (how, "eager"):
+            uneven.set_experts_implementation(way)
+            modules: list[Any] = [experts.module for experts in experts_of(uneven)]
+            assert {module.config._experts_implementation for module in modules} == {way}, "the layers compute as the model says"
+            assert (logits(uneven) - in_one_call).abs().max() <= 1e-5
         with never_chosen(family, model, gone):
             assert (logits(uneven) - logits(model)).abs().max() <= 1e-5, family
         settings_of = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
