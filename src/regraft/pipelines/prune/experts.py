@@ -88,16 +88,14 @@ def of_experts(settings: PruneSettings) -> bool:
     Raises:
         InputError: They are cut together with something else.
     """
+    if settings.experts is not None and "experts" not in settings.targets:
+        raise InputError("`experts` is for `targets=experts`; leave it out, or name that target")
     if not set(settings.targets) & set(TARGETS):
-        if settings.experts is not None:
-            raise InputError("`experts` is for `targets=experts`; leave it out, or name that target")
         return False
     if len(settings.targets) > 1:
         mine = next(target for target in settings.targets if target in TARGETS)
         others = ",".join(target for target in settings.targets if target != mine)
         raise InputError(f"experts are cut by themselves; prune with `targets={mine}` first, and the result with `targets={others}`")
-    if settings.experts is not None and "expert_ffn" in settings.targets:
-        raise InputError("`experts` is for `targets=experts`; leave it out, or name that target")
     if settings.experts is not None and _per_layer(settings):
         raise InputError("`experts` keeps the same number of experts in every layer; use `shape=uniform`, or `ratio` in its place")
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,8 +90,11 @@ def prune_streamed(request: StreamedPrune) -> Streamed:
         OutputError: The output cannot be written; finished shards are kept for the next attempt.
     """
     skeleton = open_skeleton(request.source, request.load)
-    if of_experts(request.resolved.settings):
-        return _experts(request, skeleton)
+    return (_experts if of_experts(request.resolved.settings) else _groups)(request, skeleton)
+
+
+def _groups(request: StreamedPrune, skeleton: Skeleton) -> Streamed:
+    """Prunes heads, channels, layers and parts of layers."""
     found = skeleton.look_for(kinds_wanted(request.resolved.settings, request.plan))
     groups, resolved = found.groups, request.resolved
     if request.plan is None:
@@ -106,14 +110,9 @@ def prune_streamed(request: StreamedPrune) -> Streamed:
     windows = draw_windows(skeleton.loaded, request.text(skeleton.loaded), resolved) if resolved.needs_text else None
     if request.plan is not None:
         check_text(request.plan, windows)
-    job = _Job(request, skeleton, groups, windows)
-    if request.output is None:
-        with TemporaryDirectory(prefix="regraft-") as work:
-            plan = request.plan or job.plan(Path(work))
-    else:
-        plan = job.write(request.output)
-    notes = (*left_out(resolved.settings, found), *missed_by_shape(plan)) if request.plan is None else ()
-    return Streamed(plan, skeleton.loaded, groups, resolved, (*job.notes(), *notes))
+    done = _GroupsJob(request, skeleton, groups, windows).run()
+    notes = (*left_out(resolved.settings, found), *missed_by_shape(done.plan)) if request.plan is None else ()
+    return replace(done, notes=(*done.notes, *notes))
 
 
 def _experts(request: StreamedPrune, skeleton: Skeleton) -> Streamed:
@@ -125,44 +124,56 @@ def _experts(request: StreamedPrune, skeleton: Skeleton) -> Streamed:
         check_plan(wanted.groups, request.plan)
         check_counts(wanted.groups, request.plan)
     windows = draw_windows(skeleton.loaded, request.text(skeleton.loaded), wanted.resolved) if request.plan is None else None
-    job = _Job(request, skeleton, wanted.groups, windows, wanted)
-    if request.output is None:
-        with TemporaryDirectory(prefix="regraft-") as work:
-            plan = request.plan or job.plan(Path(work))
-    else:
-        plan = job.write(request.output)
-    return Streamed(plan, skeleton.loaded, wanted.groups, wanted.resolved, job.notes())
+    return _ExpertsJob(request, skeleton, wanted, windows).run()
 
 
-class _Job:
-    """One streamed run over one checkpoint."""
+class _Job(ABC):
+    """One streamed run over one checkpoint.
 
-    def __init__(
-        self,
-        request: StreamedPrune,
-        skeleton: Skeleton,
-        groups: Groups,
-        windows: Tensor | None,
-        experts: ExpertsWanted | None = None,
-    ) -> None:
+    Args:
+        request: The inputs.
+        skeleton: The checkpoint's model without its weights.
+        groups: Its groups.
+        windows: Calibration tokens, int64 (windows, tokens), where they are needed.
+    """
+
+    def __init__(self, request: StreamedPrune, skeleton: Skeleton, groups: Groups, windows: Tensor | None) -> None:
         self._request = request
-        self._experts = experts
         self._skeleton = skeleton
         self._groups = groups
         self._windows = windows
         settings = request.resolved.settings
         assert settings.memory is not None
-        looks_at = None if experts is not None else CRITERIA.get(settings.criterion).looks_at
-        task = Task(
-            looks_at=looks_at if request.plan is None else None,
-            squares=looks_at == "gradients" and settings.order != "first",
-            refits=experts is None and request.resolved.refit is not None and request.output is not None,
-            windows=0 if windows is None else windows.shape[0],
-            tokens=0 if windows is None else windows.shape[1],
-        )
-        self._room: Room = find_room(skeleton, task, settings.memory)
+        count, tokens = (0, 0) if windows is None else windows.shape
+        self._room: Room = find_room(skeleton, self._task(count, tokens), settings.memory)
 
-    def notes(self) -> tuple[str, ...]:
+    @abstractmethod
+    def _task(self, windows: int, tokens: int) -> Task:
+        """Returns what the run does with so many windows, which decides how much memory a layer takes."""
+
+    @abstractmethod
+    def _plan(self, work: Path) -> PrunePlan:
+        """Scores the layers and chooses the units to keep.
+
+        Args:
+            work: A folder for hidden states.
+        """
+
+    def _refitted(self, plan: PrunePlan, layout: PrunedLayout, work: Path, done: int) -> Iterator[tuple[int, Mapping[str, Tensor]]] | None:
+        """Returns the new tensors of every layer that is not written yet, computed one after another; None without a re-fit."""
+        return None
+
+    def run(self) -> Streamed:
+        """Plans, and writes the pruned checkpoint where an output was asked for."""
+        request = self._request
+        if request.output is None:
+            with TemporaryDirectory(prefix="regraft-") as work:
+                plan = request.plan or self._plan(Path(work))
+        else:
+            plan = self._write(request.output)
+        return Streamed(plan, self._skeleton.loaded, self._groups, request.resolved, self._notes())
+
+    def _notes(self) -> tuple[str, ...]:
         """Returns notes to the user, one line each."""
         room, found = self._room, list(self._request.resolved.notes)
         if not room.fits:
@@ -174,31 +185,14 @@ class _Job:
             found.append(f"hidden states of the calibration text ({in_words(room.hidden_bytes)}) were kept on disk")
         return tuple(found)
 
-    def plan(self, work: Path) -> PrunePlan:
-        """Scores the layers and chooses the units to keep.
-
-        Args:
-            work: A folder for hidden states.
-        """
-        request = self._request
-        settings = request.resolved.settings
-        if self._experts is not None:
-            assert self._windows is not None
-            walk = StreamedWalk(self._skeleton, self._windows, self._hidden(work), request.say)
-            return plan_experts(self._experts, walk)
-        planning = Planning(request.resolved, self._windows, request.say)
-        passes = StreamedPasses(self._skeleton, self._windows, self._hidden(work), self._room.limits, request.say)
-        plan = planning.once(self._skeleton.view, self._groups, budget_of(self._groups, settings), passes)
-        return replace(plan, ratio=settings.ratio, made_with=planning.made_with(plan))
-
-    def write(self, output: Path) -> PrunePlan:
+    def _write(self, output: Path) -> PrunePlan:
         """Makes a plan, unless there is one from an interrupted run or the user, and writes the pruned checkpoint."""
         request = self._request
         with resumable(output, self._asked()) as progress:
             (progress.folder / HIDDEN).unlink(missing_ok=True)
             if progress.plan is not None:
                 request.say("going on where an interrupted run stopped")
-            plan = progress.plan or request.plan or self.plan(progress.folder)
+            plan = progress.plan or request.plan or self._plan(progress.folder)
             progress.decided(plan)
             layout = layout_of(self._skeleton, self._groups, plan)
             done = progress.finished(layout.shards)
@@ -206,23 +200,6 @@ class _Job:
             record = record_of(self._skeleton.loaded, plan, request.resolved, command=request.command)
             finish_pruned(layout, progress, record, card_of)
         return plan
-
-    def _refitted(self, plan: PrunePlan, layout: PrunedLayout, work: Path, done: int) -> Iterator[tuple[int, Mapping[str, Tensor]]] | None:
-        """Returns the new tensors of every layer that is not written yet, computed one after another; None without a re-fit."""
-        if self._experts is not None:
-            return None
-        method, windows = self._request.resolved.refit, self._windows
-        if method is None:
-            return None
-        assert windows is not None
-        assert method in ("least_squares", "mean"), "the other takes the whole model; refused before"
-        before = FinishedLayers(layout, work, done, readers_of(self._groups, plan))
-        if before.count == len(self._skeleton.view.layers):
-            return iter(())
-        gone, narrow = split_by_part(self._groups, plan.cuts)
-        hidden, say = self._hidden(work), self._request.say
-        walk = StreamedWalk(self._skeleton, windows, hidden, say, finished=before.put, start=before.count, gone=gone)
-        return refitted(walk, self._groups, narrow, method)
 
     def _hidden(self, work: Path) -> Callable[[], HiddenStates]:
         """Returns a function that opens a storage for hidden states: in memory if they fit, else in a work folder."""
@@ -252,3 +229,61 @@ class _Job:
             "device": skeleton.device.type,
             "versions": versions(),
         }
+
+
+class _GroupsJob(_Job):
+    """A run that cuts groups and re-fits what reads them."""
+
+    def _task(self, windows: int, tokens: int) -> Task:
+        resolved = self._request.resolved
+        looks_at = CRITERIA.get(resolved.settings.criterion).looks_at
+        return Task(
+            looks_at=looks_at if self._request.plan is None else None,
+            squares=looks_at == "gradients" and resolved.settings.order != "first",
+            refits=resolved.refit is not None and self._request.output is not None,
+            windows=windows,
+            tokens=tokens,
+        )
+
+    def _plan(self, work: Path) -> PrunePlan:
+        request, settings = self._request, self._request.resolved.settings
+        planning = Planning(request.resolved, self._windows, request.say)
+        passes = StreamedPasses(self._skeleton, self._windows, self._hidden(work), self._room.limits, request.say)
+        plan = planning.once(self._skeleton.view, self._groups, budget_of(self._groups, settings), passes)
+        return replace(plan, ratio=settings.ratio, made_with=planning.made_with(plan))
+
+    def _refitted(self, plan: PrunePlan, layout: PrunedLayout, work: Path, done: int) -> Iterator[tuple[int, Mapping[str, Tensor]]] | None:
+        method, windows = self._request.resolved.refit, self._windows
+        if method is None:
+            return None
+        assert windows is not None
+        assert method in ("least_squares", "mean"), "the other takes the whole model; refused before"
+        before = FinishedLayers(layout, work, done, readers_of(self._groups, plan))
+        if before.count == len(self._skeleton.view.layers):
+            return iter(())
+        gone, narrow = split_by_part(self._groups, plan.cuts)
+        hidden, say = self._hidden(work), self._request.say
+        walk = StreamedWalk(self._skeleton, windows, hidden, say, finished=before.put, start=before.count, gone=gone)
+        return refitted(walk, self._groups, narrow, method)
+
+
+class _ExpertsJob(_Job):
+    """A run that cuts experts, or channels of experts, and re-fits nothing.
+
+    Args:
+        request: The inputs.
+        skeleton: The checkpoint's model without its weights.
+        wanted: What is to go.
+        windows: Calibration tokens, int64 (windows, tokens); None for a plan to replay.
+    """
+
+    def __init__(self, request: StreamedPrune, skeleton: Skeleton, wanted: ExpertsWanted, windows: Tensor | None) -> None:
+        self._wanted = wanted
+        super().__init__(request, skeleton, wanted.groups, windows)
+
+    def _task(self, windows: int, tokens: int) -> Task:
+        return Task(looks_at=None, squares=False, refits=False, windows=windows, tokens=tokens)
+
+    def _plan(self, work: Path) -> PrunePlan:
+        assert self._windows is not None
+        return plan_experts(self._wanted, StreamedWalk(self._skeleton, self._windows, self._hidden(work), self._request.say))
