@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from regraft.data.text import SEPARATOR, Split, read_corpus
@@ -31,6 +31,21 @@ def tiny_tokenizer(vocabulary: int = 97) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def byte_pair_tokenizer() -> PreTrainedTokenizerFast:
+    """Returns a byte-level tokenizer with merges, of 620 tokens."""
+    return PreTrainedTokenizerFast(tokenizer_object=_byte_pairs(), unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|im_end|>")
+
+
+@cache
+def _byte_pairs() -> Tokenizer:
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<unk>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=620, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator(read_corpus(None, "train").documents[:40], trainer)
+    return core
 
 
 def provenance() -> Provenance:

@@ -69,8 +69,16 @@ class Vocabulary:
         """Returns a token with all tokens on the way of its merges; the token alone if no merges make it."""
         if self.data["model"]["type"] != "BPE" or token in self.special or token not in self.tokens:
             return frozenset((token,))
-        made = self._merged(self.tokens[token])
-        return frozenset(self._own[part] for part in made if part in self._own) | {token} if made else frozenset((token,))
+        pairs = self._merges(self.tokens[token])
+        return frozenset(self._own[part] for pair in pairs for part in pair if part in self._own) | {token}
+
+    def halves(self, token: int) -> tuple[int, int] | None:
+        """Returns the two tokens that the last merge makes a token of, which spell it where it is gone; None if no merges make it."""
+        if self.data["model"]["type"] != "BPE" or token in self.special or token not in self.tokens:
+            return None
+        pairs = self._merges(self.tokens[token])
+        first, second = (self._own.get(part) for part in pairs[-1]) if pairs else (None, None)
+        return None if first is None or second is None else (first, second)
 
     @cached_property
     def _own(self) -> dict[str, int]:
@@ -81,12 +89,12 @@ class Vocabulary:
     def _ranks(self) -> dict[tuple[str, str], int]:
         return {pair: rank for rank, pair in enumerate(_pairs(self.data["model"]))}
 
-    def _merged(self, token: str) -> list[str]:
-        """Returns every symbol that merges make out of a token's characters until the token is there; none if it never is."""
+    def _merges(self, token: str) -> list[tuple[str, str]]:
+        """Returns the merges that make a token out of its characters, in their order; none if they never make it."""
         model = self.data["model"]
         prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
         symbols = _characters(token, prefix, suffix)
-        made = list(symbols)
+        made: list[tuple[str, str]] = []
         while len(symbols) > 1:
             ranked = [
                 (self._ranks[pair], place)
@@ -96,8 +104,9 @@ class Vocabulary:
             if not ranked:
                 return []
             _, place = min(ranked)
-            symbols[place : place + 2] = [symbols[place] + symbols[place + 1].removeprefix(prefix)]
-            made.append(symbols[place])
+            first, second = symbols[place : place + 2]
+            symbols[place : place + 2] = [first + second.removeprefix(prefix)]
+            made.append((first, second))
         return made if symbols == [token] else []
 
 

@@ -23,6 +23,13 @@ _FURTHER_SIZES = ("vocab_size_per_layer_input",)
 
 
 def vocabulary_groups(model: PreTrainedModel) -> Groups:
+    """Returns the group of a model's tokens alone; see :func:`token_group`."""
+    view = ModelView(model)
+    found = (token_group(model),)
+    return Groups(fingerprint(model), view.family.model_type, len(view.layers), parameter_count(model), found, parameter_shapes(model))
+
+
+def token_group(model: PreTrainedModel) -> Group:
     """Returns the group of a model's tokens: a unit is a row of every embedding that token ids index, and of the head.
 
     Raises:
@@ -40,9 +47,7 @@ def vocabulary_groups(model: PreTrainedModel) -> Groups:
             parameters[names[id(parameter)]] = parameter
     members = tuple(Member(name, 0, "out") for name in parameters)
     unit = sum(math.prod(parameter.shape[1:]) for parameter in parameters.values())
-    group = Group(VOCABULARY, "vocabulary", None, rows, members, unit)
-    view = ModelView(model)
-    return Groups(fingerprint(model), view.family.model_type, len(view.layers), parameter_count(model), (group,), parameter_shapes(model))
+    return Group(VOCABULARY, "vocabulary", None, rows, members, unit)
 
 
 def ids_of_configs(model: PreTrainedModel) -> set[int]:

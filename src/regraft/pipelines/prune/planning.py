@@ -16,6 +16,7 @@ from regraft.importance.two_sided import readers
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.view import ModelView
 from regraft.pipelines.prune.effort import EFFORTS
+from regraft.pipelines.prune.priced_tokens import PricedTokens
 from regraft.pipelines.prune.removal_record import removed_by, renumbered, together
 from regraft.pipelines.prune.resolved import ResolvedPrune
 from regraft.pipelines.prune.score_cache import ScoreCache, checksum_of
@@ -72,11 +73,13 @@ class Planning:
         resolved: How it is pruned.
         windows: Calibration tokens, int64 (windows, tokens), where they are needed.
         say: Called with a line of progress at each step.
+        tokens: Tokens that may go, in one budget with the groups; None where the vocabulary stays.
     """
 
     resolved: ResolvedPrune
     windows: Tensor | None
     say: Say = say_nothing
+    tokens: PricedTokens | None = None
 
     def once(self, view: ModelView, groups: Groups, budget: Budget, passes: Passes | None = None) -> PrunePlan:
         """Scores a model and chooses the units to keep.
@@ -92,7 +95,8 @@ class Planning:
         """
         settings = self.resolved.settings
         auto = settings.align == "auto"
-        check_possible(groups, replace(budget, align=1) if auto else budget)
+        every = groups if self.tokens is None else self.tokens.beside(groups)
+        check_possible(every, replace(budget, align=1) if auto else budget)
         passes = passes or WholeModel(view.model, self.windows)
         scores = self._scores(view, groups, passes)
         selector = SELECTORS.get(settings.select)
@@ -102,17 +106,26 @@ class Planning:
         ranked = scores
         if selector.compares_layers and not CRITERIA.get(settings.criterion).between_layers:
             ranked = standardised(groups, scores)
-        plan = select(by, groups, ranked, budget, auto_align=auto)
+        plan = self._selected(by, view, groups, ranked, budget, auto)
         if budget.curves is not None and self._predicted:
             curves = self._rescaled(view, groups, scores, budget.curves, plan, passes)
-            plan = select(by, groups, scores, replace(budget, curves=curves), auto_align=auto)
+            plan = self._selected(by, view, groups, scores, replace(budget, curves=curves), auto)
         if selector.learned:
             assert self.windows is not None
             aligned = replace(budget, align=plan.align)
             resolved = self.resolved
             scores = learn_gates(Gating(view, groups, scores, aligned, plan, self.windows, resolved.layerwise, resolved.seed, self.say))
             plan = select(settings.select, groups, scores, aligned)
+        if self.tokens is not None:
+            return self.tokens.in_ids(replace(plan, removed=removed_by(every, self.tokens.scored(scores), plan.cuts)))
         return replace(plan, removed=removed_by(groups, scores, plan.cuts))
+
+    def _selected(self, by: str, view: ModelView, groups: Groups, scores: Scores, budget: Budget, auto: bool) -> PrunePlan:
+        """Chooses how much stays of each group, and of the tokens beside them."""
+        if self.tokens is not None and budget.curves is not None:
+            budget = replace(budget, curves=self.tokens.drawn(budget.curves, view.model.dtype.itemsize))
+            groups, scores = self.tokens.beside(groups), self.tokens.scored(scores)
+        return select(by, groups, scores, budget, auto_align=auto)
 
     @property
     def _predicted(self) -> bool:

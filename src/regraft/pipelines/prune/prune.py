@@ -16,7 +16,7 @@ from regraft.groups.discover import discover, look_for
 from regraft.importance.passes import WholeModel
 from regraft.in_short import in_short
 from regraft.models.live import ModelLike, become, own_tensors, place_of, resting, take
-from regraft.models.load import Loaded, with_float64
+from regraft.models.load import Loaded, require_tokenizer, with_float64
 from regraft.models.save import save
 from regraft.models.towers import left_behind, load_tower, save_inside
 from regraft.models.view import ModelView
@@ -25,6 +25,7 @@ from regraft.pipelines.prune.effort import EFFORTS, forecast
 from regraft.pipelines.prune.experts import experts_wanted, of_experts, plan_experts, resolved_for_experts
 from regraft.pipelines.prune.plan_files import settings_of
 from regraft.pipelines.prune.planning import Planning, check_text, composed, draw_windows
+from regraft.pipelines.prune.priced_tokens import PricedTokens, priced_tokens, with_tokens, within_layers, without_tokens
 from regraft.pipelines.prune.record import card_of, record_of
 from regraft.pipelines.prune.resolved import (
     ResolvedPrune,
@@ -51,6 +52,7 @@ from regraft.surgery.apply_plan import apply_plan
 from regraft.surgery.cut import check_counts, check_plan, cut, layers_after
 from regraft.surgery.experts import cut_experts
 from regraft.surgery.refit_predictions import refit_to_predictions
+from regraft.surgery.vocabulary import VOCABULARY
 
 
 @dataclass(frozen=True, repr=False)
@@ -390,45 +392,65 @@ def _streamed(order: _Order, resolved: ResolvedPrune) -> PruneResult:
 def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
     """Prunes a model that is in memory."""
     model = loaded.model
-    found = look_for(model, kinds_wanted(order.settings, order.plan))
+    kinds = kinds_wanted(order.settings, order.plan)
+    found = look_for(model, [kind for kind in kinds if kind != VOCABULARY])
     view = ModelView(model)
     resolved = with_shape(order.resolved(view), found.groups, view.family)
     groups = found.groups if order.plan is not None else only_wanted(found.groups, resolved.settings)
+    every = with_tokens(groups, model) if VOCABULARY in kinds else groups
     check_own_text(order.settings, order.calibration)
     if order.plan is not None:
-        check_plan(groups, order.plan)
-        check_counts(groups, order.plan)
+        check_plan(every, order.plan)
+        check_counts(every, order.plan)
     else:
         budget_of(groups, resolved.settings)  # before any text is read
     drawn = drawn_windows(loaded, resolved, order.calibration, order.say) if resolved.needs_text else None
     windows = drawn.windows_NT if drawn is not None else None
     if windows is not None and order.plan is None:
         order.say(forecast(view, groups, resolved.settings, windows))
-    plan = order.plan if order.plan is not None else plan_pruning(model, groups, resolved, windows, say=order.say)
+    tokens = None
+    if VOCABULARY in kinds and order.plan is None:
+        assert drawn is not None, "it is weighed by measured damage"
+        tokens = priced_tokens(loaded, drawn.windows_NT, drawn.corpus, order.say)
+    plan = order.plan if order.plan is not None else plan_pruning(model, groups, resolved, windows, say=order.say, tokens=tokens)
     check_text(plan, windows)
-    notes = (*resolved.notes, *left_out(resolved.settings, found), *missed_by_shape(plan)) if order.plan is None else ()
+    notes = (
+        (*resolved.notes, *left_out(resolved.settings, replace(found, groups=every)), *missed_by_shape(plan)) if order.plan is None else ()
+    )
+    notes = notes if tokens is None else (*notes, tokens.note(plan))
     record = record_of(loaded, plan, resolved, command=order.command)
     if drawn is not None and drawn.corpus is not None and order.calibration is not None:
         record = replace(record, settings={**record.settings, "calibration": described(drawn.corpus)})
     if order.dry_run:
-        return PruneResult(plan, None, loaded, groups, resolved, notes, record)
+        return PruneResult(plan, None, loaded, every, resolved, notes, record)
     source_N = drawn.source_N if drawn is not None else None
-    pruned = cut_to_plan(model, groups, plan, resolved, windows, source_N=source_N, say=order.say)
-    if live:
-        own_tensors(pruned, model)
+    inside = within_layers(groups, plan)
+    pruned = cut_to_plan(model, groups, inside, resolved, windows, source_N=source_N, say=order.say)
     if resolved.settings.criterion != BASELINE:
         order.say("comparing with random removal of the same size")
         read = windows if windows is not None else windows_to_judge(loaded, resolved.seed)
-        notes = (*notes, *worse_than_random(Chosen(model, groups, plan, pruned, read, resolved.seed)))
+        notes = (*notes, *worse_than_random(Chosen(model, groups, inside, pruned, read, resolved.seed)))
     line = by_source(model, pruned, drawn.judged) if drawn is not None else None
     notes = (*notes, line) if line is not None else notes
-    result = PruneResult(plan, pruned, loaded, groups, resolved, notes, record)
+    smaller = None
+    if len(inside.cuts) < len(plan.cuts):
+        order.say("cutting the vocabulary")
+        pruned, smaller = without_tokens(pruned, require_tokenizer(loaded), plan)
+    if live:
+        own_tensors(pruned, model)
+    result = PruneResult(plan, pruned, loaded, every, resolved, notes, record, smaller)
     result = _write(order, result)
     return replace(result, model=become(model, pruned)) if live and order.in_place else result
 
 
 def plan_pruning(
-    model: PreTrainedModel, groups: Groups, resolved: ResolvedPrune, windows: Tensor | None, *, say: Say = say_nothing
+    model: PreTrainedModel,
+    groups: Groups,
+    resolved: ResolvedPrune,
+    windows: Tensor | None,
+    *,
+    say: Say = say_nothing,
+    tokens: PricedTokens | None = None,
 ) -> PrunePlan:
     """Scores the groups of a model and chooses what stays; the model is left as it is.
 
@@ -440,12 +462,13 @@ def plan_pruning(
         resolved: How it is pruned.
         windows: Calibration tokens, int64 (windows, tokens), from :func:`draw_windows`; None where nothing needs text.
         say: Called with a line of progress at each step.
+        tokens: Tokens that may go in one budget with the groups; None where the vocabulary stays.
 
     Raises:
         InputError: The ratio cannot be met.
     """
     settings = resolved.settings
-    planning = Planning(resolved, windows, say)
+    planning = Planning(resolved, windows, say, tokens)
     budget = budget_of(groups, settings)
     view, current, plan = ModelView(model), groups, None
     for step in range(1, settings.rounds + 1):
@@ -485,7 +508,7 @@ def cut_to_plan(
         say: Called with a line of progress at each step.
     """
     pruned = _cut(model, groups, plan, resolved, windows, source_N)
-    if resolved.refit == "divergence":
+    if resolved.refit == "divergence" and plan.cuts:
         assert windows is not None
         effort = EFFORTS[resolved.settings.effort]
         refit_to_predictions(
@@ -502,7 +525,7 @@ def _cut(
     windows: Tensor | None,
     source_N: Tensor | None = None,
 ) -> PreTrainedModel:
-    if resolved.refit is None and not resolved.settings.bridge:
+    if not plan.cuts or (resolved.refit is None and not resolved.settings.bridge):
         return cut(model, groups, plan)
     assert windows is not None
     return apply_plan(ModelView(model), groups, plan, windows, resolved.layerwise, source_N, bridged=resolved.settings.bridge)

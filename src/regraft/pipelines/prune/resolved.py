@@ -35,6 +35,7 @@ KIND_OF: dict[Target, GroupKind] = {
     "heads": "heads",
     "ffn": "ffn",
     "query_heads": "query_heads",
+    "mixer_heads": "mixer_heads",
     "residual": "residual",
     "layers": "layer",
     "attention": "attention",
@@ -159,6 +160,11 @@ def resolve(settings: PruneSettings, view: ModelView | None = None, seed: int = 
         raise InputError(f"`depth={depth}` is a criterion of units, not of layers and their parts; use one of {', '.join(fit)}")
     decided = settings.model_copy(update={"select": select, "reconstruct": reconstruct, "depth": depth})
     strategy.refuse(decided)
+    if "vocabulary" in settings.targets and select != "knapsack":
+        raise InputError(
+            f"a vocabulary beside other targets is weighed against them by measured damage, which `select={select}` does not; use "
+            "`select=knapsack` and a criterion that reads text, or `targets=vocabulary` alone"
+        )
     return ResolvedPrune(
         settings=decided,
         seed=seed,

@@ -53,10 +53,10 @@ class PrunedVocabulary:
 
 
 def of_vocabulary(settings: PruneSettings) -> bool:
-    """Returns whether the vocabulary is cut.
+    """Returns whether the vocabulary alone is cut.
 
     Raises:
-        InputError: It is cut together with something else, or it is not said how far.
+        InputError: It is not said how far; or it is cut beside other targets, and something does not go with that.
     """
     asked = [name for name in ("vocabulary_size", "keep_tokens") if getattr(settings, name) is not None]
     if "vocabulary" not in settings.targets:
@@ -64,13 +64,35 @@ def of_vocabulary(settings: PruneSettings) -> bool:
             raise InputError(f"`{asked[0]}` is for `targets=vocabulary`; leave it out, or name that target")
         return False
     if set(settings.targets) != {"vocabulary"}:
-        others = ",".join(target for target in settings.targets if target != "vocabulary")
-        raise InputError(f"the vocabulary is cut by itself; prune with `targets=vocabulary` first, and the result with `targets={others}`")
+        _check_beside(settings, asked)
+        return False
     if len(asked) != 1:
         raise InputError("`targets=vocabulary` takes `vocabulary_size`, a number of tokens, or `keep_tokens`, a file of them: give one")
     if settings.memory is not None:
         raise InputError("`memory` is not for `targets=vocabulary`, which needs no more than the model itself; leave it out")
     return True
+
+
+def _check_beside(settings: PruneSettings, asked: list[str]) -> None:
+    """Refuses what does not go with a vocabulary that is cut beside other targets, in one budget with them.
+
+    Raises:
+        InputError: As said.
+    """
+    others = ",".join(target for target in settings.targets if target != "vocabulary")
+    alone = f"or prune with `targets=vocabulary` first, and the result with `targets={others}`"
+    if asked:
+        raise InputError(
+            f"`{asked[0]}` is for `targets=vocabulary` alone, beside other targets `ratio` counts for all; leave it out, {alone}"
+        )
+    if "residual" in settings.targets:
+        raise InputError(f"`targets=vocabulary,residual` share weights, as a token is a row as wide as the stream; leave one out, {alone}")
+    if settings.memory is not None:
+        raise InputError(f"`memory` leaves no room to measure what tokens are worth beside `targets={others}`; leave it out, {alone}")
+    if settings.rounds > 1:
+        raise InputError(f"`rounds={settings.rounds}` does not go with a vocabulary beside other targets; use `rounds=1`, {alone}")
+    if settings.budget == "milliseconds":
+        raise InputError("`budget=milliseconds` does not know what tokens cost; use `budget=parameters` or `budget=bytes`")
 
 
 def prune_vocabulary(
@@ -94,7 +116,7 @@ def prune_vocabulary(
     tokenizer = require_tokenizer(loaded)
     vocabulary = vocabulary_of(tokenizer)
     groups = vocabulary_groups(loaded.model)
-    needed = _needed(vocabulary, loaded.model)
+    needed = needed_tokens(vocabulary, loaded.model)
     resolved = ResolvedPrune(settings, seed, needs_text=settings.vocabulary_size is not None)
     if plan is None:
         if settings.keep_tokens is not None:
@@ -102,7 +124,9 @@ def prune_vocabulary(
         else:
             assert settings.vocabulary_size is not None
             say("counting the tokens of the calibration text")
-            counts = _counted(text(), tokenizer)
+            counts = counted_tokens(text(), tokenizer)
+            most = max(counts.values(), default=0)
+            counts.update(dict.fromkeys(template_tokens(tokenizer), most + 1))
             kept, criterion = _most_used(settings.vocabulary_size, vocabulary, needed, counts), "frequency"
         plan = _plan(groups, kept, criterion, resolved)
     kept = plan.cuts[0].kept
@@ -110,31 +134,44 @@ def prune_vocabulary(
     if dry_run:
         return PrunedVocabulary(plan, None, None, groups, resolved, notes)
     say("cutting the vocabulary")
-    smaller = smaller_tokenizer(tokenizer, vocabulary, kept)
-    _check(tokenizer, smaller, kept)
+    smaller = checked_tokenizer(tokenizer, vocabulary, kept)
     return PrunedVocabulary(plan, cut_vocabulary(loaded.model, groups, plan), smaller, groups, resolved, notes)
 
 
-def _needed(vocabulary: Vocabulary, model: PreTrainedModel) -> set[int]:
+def checked_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, kept: tuple[int, ...]) -> PreTrainedTokenizerBase:
+    """Returns a tokenizer of some of the tokens, compared with the whole one.
+
+    Raises:
+        ModelError: It encodes otherwise.
+    """
+    smaller = smaller_tokenizer(tokenizer, vocabulary, kept)
+    _check(tokenizer, smaller, kept)
+    return smaller
+
+
+def needed_tokens(vocabulary: Vocabulary, model: PreTrainedModel) -> set[int]:
     """Returns the tokens that always stay: special ones, those that the configs name, and those without which some text has no tokens."""
     named = ids_of_configs(model)
     return {part for token in vocabulary.alphabet | named for part in vocabulary.with_parts(token)} | set(vocabulary.special)
 
 
-def _counted(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Counter[int]:
-    """Returns how often each token occurs in a text; what the chat template writes itself comes before all."""
+def counted_tokens(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Counter[int]:
+    """Returns how often each token occurs in a text."""
     counts: Counter[int] = Counter()
-    texts = (*corpus.documents, *(part for record in corpus.records for part in record.texts))
-    for document in texts:
+    for document in (*corpus.documents, *(part for record in corpus.records for part in record.texts)):
         counts.update(tokenizer.encode(document, add_special_tokens=False))
-    if tokenizer.chat_template:
-        try:
-            written = tokenizer.apply_chat_template(_CHAT, tokenize=False, add_generation_prompt=True)
-        except Exception:  # a template may refuse any conversation
-            return counts
-        most = max(counts.values(), default=0)
-        counts.update(dict.fromkeys(set(tokenizer.encode(str(written), add_special_tokens=False)), most + 1))
     return counts
+
+
+def template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Returns the tokens that a chat template writes itself; none without a template, or with one that refuses a short conversation."""
+    if not tokenizer.chat_template:
+        return set()
+    try:
+        written = tokenizer.apply_chat_template(_CHAT, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template may refuse any conversation
+        return set()
+    return set(tokenizer.encode(str(written), add_special_tokens=False))
 
 
 def _most_used(size: int, vocabulary: Vocabulary, needed: set[int], counts: Counter[int]) -> list[int]:

@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from folders import text_file
+from folders import byte_pair_tokenizer, text_file
 from regraft.cli.app import run
-from regraft.data.text import read_corpus
 from regraft.models.load import load
 from regraft.pipelines.prune.prune import prune
 
@@ -25,14 +23,7 @@ ROWS = 640  # a few more than the tokenizer has tokens, as in many models
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    core = Tokenizer(models.BPE(unk_token="<unk>"))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        read_corpus(None, "train").documents[:40],
-        trainers.BpeTrainer(vocab_size=620, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|im_end|>")
+    tokenizer = byte_pair_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(path)
     torch.manual_seed(0)
@@ -112,7 +103,12 @@ def test_a_file_of_tokens_and_the_plan_again(folder: Path, tmp_path: Path) -> No
         (["--keep-tokens", "missing"], "missing"),
         ([], "takes --vocabulary-size, a number of tokens, or --keep-tokens, a file of them: give one"),
         (["--vocabulary-size", "400", "--memory", "3GB"], "--memory is not for --targets vocabulary"),
-        (["--vocabulary-size", "400", "--targets", "vocabulary,ffn"], "the vocabulary is cut by itself"),
+        (["--vocabulary-size", "400", "--targets", "vocabulary,ffn"], "--vocabulary-size is for --targets vocabulary alone"),
+        (["--targets", "vocabulary,residual"], "--targets vocabulary,residual share weights, as a token is a row as wide as the stream"),
+        (["--targets", "vocabulary,ffn", "--memory", "3GB"], "--memory leaves no room to measure what tokens are worth"),
+        (["--targets", "vocabulary,ffn", "--rounds", "2"], "--rounds 2 does not go with a vocabulary beside other targets"),
+        (["--targets", "vocabulary,ffn", "--budget", "milliseconds"], "--budget milliseconds does not know what tokens cost"),
+        (["--targets", "vocabulary,ffn", "--criterion", "l2"], "by measured damage, which --select uniform does not"),
         (["--vocabulary-size", "400", "--targets", "ffn"], "--vocabulary-size is for --targets vocabulary"),
     ],
 )
