@@ -40,7 +40,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": ("gpt_oss", {**MIXTURE, "num_local_experts": 4}),
 }  # fmt: skip
 
-KINDS = {"heads": "heads", "ffn": "FFN", "layer": "layers", "residual": "residual"}
+KINDS = {"heads": "heads", "ffn": "FFN", "mixer_heads": "mixer heads", "layer": "layers", "residual": "residual"}
 COLUMNS = {
     **KINDS, "experts": "experts", "vocabulary": "vocabulary", "memory": "`--memory`", "recover": "recover", "allocate": "allocate",
     "compress": "compress", "hf": "hf", "hf-uniform": "hf-uniform", "peft-lora": "peft-lora", "gguf": "gguf",
@@ -50,16 +50,17 @@ _TABLE = {"residual": "the norms of a family without a table cannot be rescaled 
 _DENSE = _TABLE | {"experts": "none"}
 GRID: dict[str, dict[str, str]] = {
     "Qwen 3.5": _DENSE,
-    "LFM2": _DENSE,
-    "Granite 4": _DENSE,
+    "LFM2": _DENSE | {"mixer_heads": "none"},
+    "Granite 4": _DENSE | {"mixer_heads": "is none of the mixers whose heads are known here"},
     "Nemotron-H": _DENSE,
     "Gemma 4": _DENSE
     | {
+        "mixer_heads": "none",
         "heads": "its layers have heads of several sizes",
         "layer": "holds a part for each layer",
-        "compress": "lists sizes of single layers by itself, beside which layers cannot differ in others",
+        "compress": "lists sizes of single layers by itself, beside which no layer is stored as two factors; prune its channels",
     },
-    "Qwen3-MoE": {"residual": _TABLE["residual"], "ffn": "none"},
+    "Qwen3-MoE": {"residual": _TABLE["residual"], "ffn": "none", "mixer_heads": "none"},
     "gpt-oss": _TABLE | dict.fromkeys(KINDS, "cannot follow the channels through node 'softmax'"),
 }
 

@@ -257,8 +257,8 @@ feed-forward network nor experts beside its attention, is refused with what is i
 ## Layers of several kinds
 
 Hybrids have attention in some layers and a *mixer* in the others: linear attention, a short convolution, a state space model. A group of a
-kind exists in the layers that have it. Mixers, with experts among them, stay as they are, and everything beside them is cut: the
-channels of feed-forward networks, heads of the layers with attention, whole layers. The config's lists and numbers of layers
+kind exists in the layers that have it. Mixers, with experts among them, stay as they are unless they are named, and everything beside them
+is cut: the channels of feed-forward networks, heads of the layers with attention, whole layers. The config's lists and numbers of layers
 (`layer_types`, `layers_block_type`, `no_rope_layers`, `mlp_only_layers`) follow the layers that are left, an interval that does not hold
 any more (`full_attention_interval`) is dropped, and a width means what it says (`block_auto_adjust_ff_dim` is false).
 
@@ -281,13 +281,19 @@ generated alike with and without cache, and that a fresh process loads what was 
 7. Its heads have several sizes, layers share keys and values, and an embedding holds a part for each layer. Models with
    `use_double_wide_mlp` are refused.
 
+`--targets mixer_heads` removes heads of Gated DeltaNet (Qwen 3.5, Qwen3-Next, OLMo-Hybrid) and of Mamba-2 where each group has a norm of
+its own (Nemotron-H): a key head, or group, with all value heads that read its state. Scores, re-fit, selection and `--memory` are those of
+other heads: scores look at what the heads write after their state has seen the text. `tests/conformance/test_mixer_heads.py` shows the same
+three things as above. The same number in every layer keeps the stock class. The Mamba-2 of Granite 4, whose heads share one norm and whose
+number follows from the width, is refused by name.
+
 Looking at a family and tracing a model of real size take no weights: 2 to 9 s of processor time and less than 0.6 GB in all for Qwen3.5-4B,
 LFM2-2.6B, Granite 4 tiny, Nemotron-H-4B, Ministral 3 8B and Gemma 4 E4B (`benchmarks/results/discovery_real_sizes.md`).
 
 ## Every command over these
 
 `tests/conformance/test_families_grid.py` runs every command on a small model of each of these and asserts the mark: **yes**, or the words
-of a refusal in one line, which leaves nothing behind. The first six columns say what is cut, the others what runs on the uncut model.
+of a refusal in one line, which leaves nothing behind. The first seven columns say what is cut, the others what runs on the uncut model.
 
 {grid}
 

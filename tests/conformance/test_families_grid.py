@@ -20,7 +20,7 @@ from regraft.groups.traced import Traced
 from regraft.plans import Cut, GroupKind, Groups, PrunePlan
 from regraft.surgery.vocabulary import cut_vocabulary, ids_of_configs, vocabulary_groups
 
-KINDS_OF_GROUPS: tuple[GroupKind, ...] = ("heads", "ffn", "layer", "residual")
+KINDS_OF_GROUPS: tuple[GroupKind, ...] = ("heads", "ffn", "mixer_heads", "layer", "residual")
 SHORT = ("--samples", "2", "--seq-len", "16")
 
 

@@ -121,8 +121,8 @@ def overlap(groups: Iterable[Group]) -> bool:
 
 
 _OVERLAPPING = (
-    *({"residual", kind} for kind in ("heads", "query_heads", "ffn", *WHOLE)),
-    *({"layer", kind} for kind in ("heads", "query_heads", "ffn", "attention", "mlp")),
+    *({"residual", kind} for kind in ("heads", "query_heads", "mixer_heads", "ffn", *WHOLE)),
+    *({"layer", kind} for kind in ("heads", "query_heads", "mixer_heads", "ffn", "attention", "mlp")),
     *({"attention", kind} for kind in ("heads", "query_heads")),
     {"mlp", "ffn"},
     {"heads", "query_heads"},

@@ -22,7 +22,7 @@ Granularity = Literal["element", "vector"]
 LooksAt = Literal["nothing", "weights", "channels", "moments", "gradients"]
 Readable = Literal["seed", "order", "granularity", "reduce", "consecutive"]
 EVERYTHING: frozenset[Readable] = frozenset({"seed", "order", "granularity", "reduce", "consecutive"})
-WIDTHS: tuple[GroupKind, ...] = ("heads", "query_heads", "ffn", "residual")
+WIDTHS: tuple[GroupKind, ...] = ("heads", "query_heads", "mixer_heads", "ffn", "residual")
 Saliency = Callable[[str], Tensor]
 """A function from a parameter name to the signed saliency of each weight, in the parameter's shape."""
 
@@ -166,7 +166,7 @@ def _vectors(saliency: Tensor, member: Member, granularity: Granularity) -> Tens
     values = saliency.abs() if granularity == "element" else saliency
     if values.dim() == 1:
         return values.double()
-    return values.sum(dim=1 - member.axis, dtype=torch.float64)
+    return values.sum(dim=[axis for axis in range(values.dim()) if axis != member.axis], dtype=torch.float64)
 
 
 def _combine(per_unit_MU: Tensor, how: Reduction) -> Tensor:

@@ -156,10 +156,12 @@ def config_for(
             if config is not None:
                 return config
     if own_lists:
-        raise PlanError(
-            f"family '{family.model_type}' lists sizes of single layers by itself, beside which layers cannot differ in others; prune with "
-            "`shape=uniform`"
+        beside_it = (
+            "no layer is stored as two factors; prune its channels in place of that, with `targets=ffn`"
+            if values.get("factored")
+            else "layers cannot differ in others; prune with `shape=uniform`"
         )
+        raise PlanError(f"family '{family.model_type}' lists sizes of single layers by itself, beside which {beside_it}")
     own = {
         "head_dim": shown.head_dim if shown.query_heads else values.get("head_dim"),
         "layout": _layout(family, base, projecting=projecting),
@@ -338,6 +340,9 @@ def _common(sizes: Sequence[LayerSizes], family: Family) -> dict[str, int]:
     found = dict(zip((key for key in attention if key), heads.most_common(1)[0][0], strict=True)) if heads else {}
     if widths:
         found[ffn] = widths.most_common(1)[0][0]
+    mixers = Counter(layer.mixer for layer in sizes if all(layer.mixer))
+    if mixers:
+        found |= dict(zip(family.keys.mixer, mixers.most_common(1)[0][0], strict=True))
     return found
 
 
@@ -345,7 +350,8 @@ def _own_sizes(layer: LayerSizes, family: Family) -> dict[str, int]:
     """Returns the sizes of a layer under the names of its family's config."""
     keys = family.keys
     found = {keys.heads: layer.query_heads, keys.ffn or "intermediate_size": layer.ffn}
-    return found | ({keys.kv_heads: layer.kv_heads} if keys.kv_heads else {})
+    found |= {keys.kv_heads: layer.kv_heads} if keys.kv_heads else {}
+    return found | (dict(zip(keys.mixer, layer.mixer, strict=True)) if keys.mixer else {})
 
 
 def _overrides(

@@ -60,6 +60,7 @@ class Keys:
         per_layer: Lists with one entry for each layer, under the usual names of transformers.
         indices: Lists of the indices of layers.
         first_layers: Numbers of layers, counted from the first, that something holds for.
+        mixer: Numbers of key heads and of value heads of mixers, where their heads are known.
         patterns: Keys of a pattern and its number of repetitions, each with the list that the family's config computes from it.
     """
 
@@ -71,6 +72,7 @@ class Keys:
     per_layer: tuple[str, ...] = ("layer_types", "mlp_layer_types", "no_rope_layers")
     indices: tuple[str, ...] = ()
     first_layers: tuple[str, ...] = ()
+    mixer: tuple[str, ...] = ()
     patterns: Mapping[str, str] = field(default_factory=dict[str, str])
 
 

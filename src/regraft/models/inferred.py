@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from regraft.compat import own_parameters
 from regraft.errors import ModelError
-from regraft.models.mixers import first_stack, mixers_of
+from regraft.models.mixers import first_stack, mixer_counts, mixers_of
 from regraft.models.quiet import in_one_line
 from regraft.models.small_model import (
     DOUBLING_KEYS,
@@ -177,6 +177,7 @@ def _table(small: SmallModel, shapes: Shapes) -> dict[str, Any]:
             "kv_heads": shapes.kv_key,
             "ffn": shapes.ffn_key,
             "first_layers": tuple(key for key in FIRST_LAYERS_KEYS if key in small.known),
+            "mixer": mixer_counts(small.known),
             "indices": tuple(key for key in INDEX_KEYS if key in small.known),
             "per_layer": (*_lists_of_layers(small),),
         },

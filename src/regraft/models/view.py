@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from regraft.errors import ModelError
 from regraft.models.family import Family, family_of
-from regraft.models.mixers import NO_ATTENTION, NO_MLP
+from regraft.models.mixers import NO_ATTENTION, NO_MLP, mixer_of
 from regraft.models.uneven.factored_regraft import FactoredLinear
 from regraft.models.weights import memory_of
 
@@ -37,6 +37,7 @@ class LayerSizes:
         slopes: Indices that the query heads had in the unpruned model, for families whose heads differ by a position slope (ALiBi);
             empty for other families.
         absent: Parts that the layer never had, in families with layers of several kinds: ``attention`` or ``mlp``.
+        mixer: Key heads and value heads of its mixer; zeros without a mixer whose heads are known.
     """
 
     query_heads: int
@@ -45,6 +46,7 @@ class LayerSizes:
     ffn: int
     slopes: tuple[int, ...] = ()
     absent: tuple[Literal["attention", "mlp"], ...] = ()
+    mixer: tuple[int, int] = (0, 0)
 
     @property
     def removed(self) -> tuple[Literal["attention", "mlp"], ...]:
@@ -116,7 +118,9 @@ class ModelView:
         # Queries, keys and values are written together, where one matrix holds several; what comes back is as wide as the queries.
         kv_heads = keys[0] // self.head_dim if keys else (widths.get(("heads", "out"), 0) // self.head_dim - query_heads) // 2
         absent = self._absent(layer, query_heads, ffn) if self.family.mixed else ()
-        return LayerSizes(query_heads, kv_heads, self.head_dim, ffn, self._slopes(layer, query_heads), absent)
+        mixer = mixer_of(self.layers[layer], self.model.config) if self.family.keys.mixer else None
+        heads = (0, 0) if mixer is None else (mixer.key_heads, mixer.value_heads)
+        return LayerSizes(query_heads, kv_heads, self.head_dim, ffn, self._slopes(layer, query_heads), absent, heads)
 
     def _absent(self, layer: int, query_heads: int, ffn: int) -> tuple[Literal["attention", "mlp"], ...]:
         """Returns the parts that a layer lacks, although nothing stands in the place of a removed one."""

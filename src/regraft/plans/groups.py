@@ -9,7 +9,9 @@ from typing import Literal
 from regraft.in_short import in_short
 
 Side = Literal["out", "in"]
-GroupKind = Literal["ffn", "heads", "query_heads", "residual", "attention", "mlp", "layer", "vocabulary", "experts", "expert_ffn"]
+GroupKind = Literal[
+    "ffn", "heads", "query_heads", "mixer_heads", "residual", "attention", "mlp", "layer", "vocabulary", "experts", "expert_ffn"
+]
 WHOLE: tuple[GroupKind, ...] = ("layer", "attention", "mlp")  # kinds of groups with one unit, which is kept or removed
 
 

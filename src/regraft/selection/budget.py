@@ -19,6 +19,7 @@ _CLOSE_ENOUGH = 0.0025
 # The share of all parameters, and the share of the ratio, that a wide alignment may cost at most.
 MOST_MISSED = 0.01
 _MOST_OF_RATIO = 0.05
+TOKEN_STEPS = 256  # in which the tokens that may go are counted
 # A width has at least this many steps of a wide alignment, so that layers and kinds can still differ by what they are worth.
 _FEWEST_STEPS = 8
 
@@ -55,6 +56,8 @@ class Budget:
 
     def step(self, group: Group) -> int:
         """Returns the alignment of a group's number of units."""
+        if group.kind == "vocabulary":
+            return max(1, group.units // TOKEN_STEPS)
         return self.align if group.kind in ("ffn", "residual") else 1
 
     def floor(self, group: Group) -> int:

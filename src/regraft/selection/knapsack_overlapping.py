@@ -88,7 +88,7 @@ def _alternatives(
     """Returns the alternatives for one layer: sizes of its parts, or its removal unless it is the spared layer."""
     kinds = {group.kind: group for group in here}
     parts: list[_Rows] = []
-    for sizes, whole in ((("heads", "query_heads"), "attention"), (("ffn",), "mlp")):
+    for sizes, whole in ((("heads", "query_heads"), "attention"), (("mixer_heads",), None), (("vocabulary",), None), (("ffn",), "mlp")):
         widths = [kinds[kind] for kind in sizes if kind in kinds]
         choices = [dict(pairs) for pairs in product(*([(group.name, kept) for kept in sizes_of(group, budget)] for group in widths))]
         if whole in kinds:

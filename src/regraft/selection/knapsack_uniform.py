@@ -50,7 +50,7 @@ def _depths(layers: Sequence[Group], curves: Mapping[str, Curve], total: int) ->
 
 
 def _sizes(lane: tuple[Group, ...], budget: Budget) -> list[dict[str, int]]:
-    sizes = widths_of(lane[0], budget, alone=False) if lane[0].kind == "residual" else sizes_of(lane[0], budget)
+    sizes = widths_of(lane[0], budget, alone=False) if lane[0].kind in ("residual", "vocabulary") else sizes_of(lane[0], budget)
     return [{group.name: size for group in lane} for size in sizes]
 
 

@@ -15,7 +15,7 @@ from regraft.plans import WHOLE, Group, GroupKind, Groups, Scores
 from regraft.selection.budget import SELECTORS, Budget, Kept, Selector
 
 # Kinds from the smallest units to the largest; the first kind that is a target closes the gap.
-FINEST_FIRST: tuple[GroupKind, ...] = ("ffn", "residual", "query_heads", "heads", "mlp", "attention", "layer")
+FINEST_FIRST: tuple[GroupKind, ...] = ("ffn", "residual", "vocabulary", "query_heads", "heads", "mixer_heads", "mlp", "attention", "layer")
 
 
 def uniform(groups: Groups, scores: Scores, budget: Budget) -> Kept:

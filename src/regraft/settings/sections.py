@@ -43,7 +43,9 @@ _NOT_OF_PARTS = {
     if name not in _OF_PARTS
 }
 Reduction = Literal["sum", "mean", "max", "product", "last"]
-Target = Literal["heads", "ffn", "query_heads", "residual", "layers", "attention", "mlp", "vocabulary", "experts", "expert_ffn"]
+Target = Literal[
+    "heads", "ffn", "query_heads", "mixer_heads", "residual", "layers", "attention", "mlp", "vocabulary", "experts", "expert_ffn"
+]
 
 
 def _countable(value: int) -> int:
@@ -283,8 +285,9 @@ class PruneSettings(Settings):
     targets: tuple[Target, ...] = Field(
         default=("heads", "ffn"),
         description="parts to prune: heads (KV heads with their query heads), ffn (feed-forward channels), query_heads (equally many in "
-        "each KV group), residual (width of the residual stream), layers, attention or mlp (in single layers), vocabulary "
-        "(tokens, by itself), experts (whole ones of mixtures) or expert_ffn (channels of each), by themselves",
+        "each KV group), mixer_heads (of Gated DeltaNet and Mamba-2: a key head with its value heads), residual (width of the residual "
+        "stream), layers, attention or mlp (in single layers), vocabulary (tokens: alone to a size, or beside others in one budget), "
+        "experts (whole ones of mixtures) or expert_ffn (channels of each), by themselves",
     )
     tower: Literal["text"] | None = Field(
         default=None, description="the part of a multimodal checkpoint that is pruned, and saved as a model of its own; default: the model"
@@ -296,7 +299,7 @@ class PruneSettings(Settings):
         default=None, description="with `targets=experts`, number of experts to keep in every layer; default: as `ratio` says"
     )
     vocabulary_size: Positive | None = Field(
-        default=None, description="with `targets=vocabulary`, number of tokens to keep: those that the calibration text uses most"
+        default=None, description="with `targets=vocabulary` alone, number of tokens to keep: those that the calibration text uses most"
     )
     keep_tokens: Path | None = Field(
         default=None,

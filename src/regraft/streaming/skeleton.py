@@ -38,7 +38,7 @@ from regraft.settings import LoadSettings
 from regraft.streaming.checkpoint import CheckpointFiles
 
 # Kinds of groups within one layer, which can be cut while the layer is written.
-WITHIN_A_LAYER: tuple[GroupKind, ...] = ("heads", "query_heads", "ffn", *WHOLE)
+WITHIN_A_LAYER: tuple[GroupKind, ...] = ("heads", "query_heads", "mixer_heads", "ffn", *WHOLE)
 
 
 class Skeleton:

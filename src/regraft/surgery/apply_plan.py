@@ -16,7 +16,7 @@ from regraft.surgery.cut import cut, layers_after
 from regraft.surgery.refit_layerwise import RefitMethod, compensate
 
 # Kinds of groups whose channels have a single reading projection, which can be re-fitted.
-REFITTED: tuple[GroupKind, ...] = ("heads", "query_heads", "ffn")
+REFITTED: tuple[GroupKind, ...] = ("heads", "query_heads", "mixer_heads", "ffn")
 
 
 def apply_plan(

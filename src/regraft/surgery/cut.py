@@ -236,7 +236,10 @@ def sizes_after(view: ModelView, groups: Groups, cuts: tuple[Cut, ...]) -> list[
         ffn = len(kept.get(("ffn", layer), range(sizes.ffn))) if kept.get(("mlp", layer), (0,)) else 0
         heads = [group * repeats + query for group in groups_kept for query in queries_kept]
         slopes = tuple(sizes.slopes[head] for head in heads) if sizes.slopes else ()
-        found.append(LayerSizes(len(heads), len(groups_kept), sizes.head_dim, ffn, slopes, sizes.absent))
+        keys, values = sizes.mixer
+        left = len(kept.get(("mixer_heads", layer), range(keys)))
+        mixer = (left, left * values // keys) if keys else (0, 0)
+        found.append(LayerSizes(len(heads), len(groups_kept), sizes.head_dim, ffn, slopes, sizes.absent, mixer))
     return found
 
 

@@ -55,8 +55,8 @@ def test_settings_cannot_be_changed(kind: type[Settings]) -> None:
         (
             PruneSettings,
             {"targets": ["heads", "ears"]},
-            "targets.1: should be 'heads', 'ffn', 'query_heads', 'residual', 'layers', 'attention', 'mlp', 'vocabulary', 'experts' or "
-            "'expert_ffn' (got 'ears')",
+            "targets.1: should be 'heads', 'ffn', 'query_heads', 'mixer_heads', 'residual', 'layers', 'attention', 'mlp', 'vocabulary', "
+            "'experts' or 'expert_ffn' (got 'ears')",
         ),
         (PruneSettings, {"targets": "ffn"}, "targets: should be a list (got 'ffn')"),
         (RecoverSettings, {"lr": 0}, "lr: should be above 0.0 (got 0)"),

@@ -11,6 +11,7 @@ from regraft.selection.uniform import FINEST_FIRST
 WORDS: dict[GroupKind, str] = {
     "heads": "key-value heads",
     "query_heads": "query heads",
+    "mixer_heads": "heads of mixers",
     "ffn": "feed-forward channels",
     "residual": "the residual width",
     "layer": "layers",
