@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import subprocess
@@ -32,6 +33,7 @@ import regraft
 from folders import tiny_tokenizer
 from regraft.data.text import Corpus, split_corpus
 from regraft.errors import ConfigError, DataError, InputError, ModelError, RegraftError
+from regraft.pipelines import texts
 
 # PEFT 0.21 asks for a property that transformers 5.23 renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -199,6 +201,8 @@ def test_epochs_are_counted_in_steps(model: PreTrainedModel) -> None:
     result = regraft.recover(model, tokenizer=tokenizer, data=TEXTS[:8], num_train_epochs=2, held_out=0.25, rank=2, **usual)
     train, _ = split_corpus(Corpus("texts", "all", tuple(TEXTS[:8])), 0.25, 0)
     tokens = sum(len(tokenizer(text).input_ids) + 1 for text in train.documents) - 1  # with EOS between two
+    with pytest.raises(InputError, match="above the limit of 1,000,000; give fewer, or `steps`"):
+        regraft.recover(model, tokenizer=tokenizer, data=TEXTS[:8], num_train_epochs=1e9, rank=2, **usual)
     assert result.settings.steps == math.ceil(2 * (tokens // 24) / 2)
     assert result.recovered.log[-1].step == result.settings.steps
     assert result.settings.epochs is None
@@ -209,7 +213,7 @@ def test_a_model_in_memory_is_measured_as_its_folder_is(model: PreTrainedModel, 
     tokenizer = tiny_tokenizer()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    live = regraft.evaluate(model, tokenizer=tokenizer, text=TEXTS, window=32)
+    live = regraft.evaluate(model, tokenizer=tokenizer, text=iter(TEXTS), window=32)
     folder = regraft.evaluate(tmp_path / "model", text=text, window=32)
     assert live.loss.loss_nats == folder.loss.loss_nats
     assert live.size.parameters == folder.size.parameters
@@ -369,6 +373,10 @@ BAD: dict[str, tuple[Callable[[PreTrainedModel], Any], dict[str, Any], type[Regr
     "rows without a text column": (lambda model: model, {"calibration": Rows([{"body": "x"}])}, DataError, "its keys: 'body'"),
     "splits": (lambda model: model, {"calibration": {"train": TEXTS, "test": TEXTS}}, DataError, "give one part of it"),
     "empty text": (lambda model: model, {"calibration": []}, DataError, "is empty"),
+    "texts without an order": (lambda model: model, {"calibration": set(TEXTS)}, DataError, "is a set, which has another order each time"),
+    "texts without an end": (lambda model: model, {"calibration": itertools.repeat("x")}, DataError, "is a stream of more than 100 rows"),
+    "a switch that is none": (lambda model: model, {"in_place": "no"}, InputError, "`in_place` is 'no'; give True or False"),
+    "no function": (lambda model: model, {"say": 3}, InputError, "`say` is 3; give a function"),
     "a number": (lambda model: model, {"calibration": 7}, DataError, "`calibration` is a int"),
     "a live PEFT model": (
         lambda model: get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])), {}, ModelError, "merge_and_unload"
@@ -389,6 +397,7 @@ BAD: dict[str, tuple[Callable[[PreTrainedModel], Any], dict[str, Any], type[Regr
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_clear_error_and_changes_nothing(model: PreTrainedModel, name: str, tmp_path: Path, monkeypatch: Any) -> None:
     make, given, kind, words = BAD[name]
+    monkeypatch.setattr(texts, "MOST_STREAMED_ROWS", 100)
     monkeypatch.chdir(tmp_path)
     wrong = make(model)
     values = {key: tensor.clone() for key, tensor in wrong.state_dict().items()} if "meta" not in name and name != "no weights" else {}
@@ -459,7 +468,11 @@ def test_settings_are_checked_when_they_are_made() -> None:
     with pytest.raises(ConfigError, match="r and rank are one setting; give one of the two"):
         regraft.RecoverSettings(r=4, rank=8)
     assert regraft.LoadSettings(torch_dtype=torch.bfloat16, device_map="cpu") == regraft.LoadSettings(dtype="bfloat16", device="cpu")
-    assert regraft.RecoverSettings(target_modules="all-linear") == regraft.RecoverSettings()
+    assert regraft.RecoverSettings(target_modules="all-linear", report_to="none") == regraft.RecoverSettings()
+    with pytest.raises(ConfigError, match="epochs and steps both say how long to train"):
+        regraft.RecoverSettings(max_steps=3, num_train_epochs=1)
+    with pytest.raises(InputError, match="PruneSettings does not change"):
+        regraft.PruneSettings().ratio = 0.3  # type: ignore[misc]
     assert "secret" not in repr(regraft.LoadSettings(token="secret"))
     assert "secret" not in regraft.LoadSettings(token="secret").model_dump_json()
 

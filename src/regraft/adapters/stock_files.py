@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ KINDS = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "VERA", "HRA",
 LARGEST_NUMBER = 2.0**64  # seeds are the largest
 PATTERN_SECONDS = 1.0  # of processor time; names and patterns of real adapters take milliseconds
 _WAIT_SECONDS = 10.0  # where other work takes the processor
-_SPECIAL = set("*+{?")
+_SPECIAL = frozenset("*+{?()[]|\\^$")
 _MATCH = """
 import json, re, signal, sys
 patterns, names, seconds = json.load(sys.stdin)
@@ -66,9 +67,24 @@ def check_patterns(folder: Path, config: Mapping[str, Any], names: Iterable[str]
     for key in ("rank_pattern", "alpha_pattern"):
         entries = config.get(key)
         patterns += [rf"(.*\\.)?({name})" for name in entries] if isinstance(entries, Mapping) else []
-    hard = [pattern for pattern in patterns if len(_SPECIAL.intersection(pattern)) and pattern != "all-linear"]
+    problem = problem_of(tuple(pattern for pattern in patterns if pattern != "all-linear"), tuple(names))
+    if problem:
+        raise ModelError(f"'{folder / FILE}': {problem}; name the modules in a list")
+
+
+@lru_cache(maxsize=64)
+def problem_of(patterns: tuple[str, ...], names: tuple[str, ...]) -> str:
+    """Returns what is wrong with regular expressions, in words: no expression, or one that takes too long; nothing if all is well.
+
+    They are tried in a process of their own, which ends when the time is up, as a match that goes back and back cannot be interrupted.
+
+    Args:
+        patterns: The expressions.
+        names: Names of modules to match them with.
+    """
+    hard = [pattern for pattern in patterns if _SPECIAL.intersection(pattern)]
     if not hard:
-        return
+        return ""
     try:
         code = subprocess.run(
             [sys.executable, "-I", "-c", _MATCH],
@@ -81,10 +97,8 @@ def check_patterns(folder: Path, config: Mapping[str, Any], names: Iterable[str]
     except subprocess.TimeoutExpired:
         code = None
     if code is None or code == OUT_OF_TIME:
-        slow = f"the pattern '{shown(hard[0], 80)}' takes more than {PATTERN_SECONDS:g} s to match"
-        raise ModelError(f"'{folder / FILE}': {slow}; name the modules in a list")
-    if code:
-        raise ModelError(f"'{folder / FILE}': '{shown(hard[0], 80)}' is no pattern; name the modules in a list")
+        return f"the pattern '{shown(hard[0], 80)}' takes more than {PATTERN_SECONDS:g} s to match"
+    return f"'{shown(hard[0], 80)}' is no pattern" if code else ""
 
 
 def _entries(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

@@ -124,7 +124,11 @@ def winner(space: RankSpace, history: Sequence[RankTrial], learner: Learner) -> 
     """
     done = [trial for trial in history if trial.kind == "recovery" and trial.loss_nats is not None]
     if not done:
-        raise InputError("no rank vector could be recovered: every trial failed; see their notes, and try a lower learning rate")
+        why = next((trial.note for trial in history if trial.note), "no trial was measured")
+        raise InputError(
+            f"no rank vector could be recovered: every trial failed, the first one since: {why}; try a lower `lr`, or fewer `workers` "
+            "where memory ran out, and a new `output`"
+        )
     longest = max(trial.fidelity for trial in done)
     vectors = sorted({trial.ranks for trial in done if trial.fidelity == longest})
     gains = learner.predict(space, history, vectors).gain_nats

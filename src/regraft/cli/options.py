@@ -160,8 +160,23 @@ def _as_option(problem: str) -> str:
 def _plain(value: Any) -> Any:
     """Splits values such as ``heads,ffn`` of repeatable options; all other values remain text, which the section parses."""
     if isinstance(value, list | tuple):
-        return tuple(part.strip() for text in value for part in str(text).split(",") if part.strip())
+        return tuple(part.strip() for text in value for part in _split(str(text)) if part.strip())
     return value
+
+
+def _split(text: str) -> list[str]:
+    r"""Returns the parts of a text between commas; those within brackets belong to a regular expression.
+
+    >>> _split(r"q_proj,.*[.]\d{1,2}[.](q|v)_proj")
+    ['q_proj', '.*[.]\\d{1,2}[.](q|v)_proj']
+    """
+    depth, parts = 0, [""]
+    for character in text:
+        depth = max(0, depth + (character in "([{") - (character in ")]}"))
+        parts[-1] += "" if character == "," and not depth else character
+        if character == "," and not depth:
+            parts.append("")
+    return parts if not depth else text.split(",")
 
 
 def _parameter(name: str, field: FieldInfo, section: type[Settings]) -> inspect.Parameter:

@@ -42,7 +42,7 @@ def recover(
 ) -> None:
     """Train a small adapter on a pruned model and fold it in: text or instructions, best checkpoint by held-out loss."""
     reserved = reserved_file(json_file if is_main() else None, json_with("first_loss", "best_loss", "best_step"))
-    with reserved, progress("preparing to train", quiet=recover.quiet or not is_main()) as say:
+    with reserved, progress("recovering" if recover.quiet else "preparing to train", quiet=recover.quiet or not is_main()) as say:
         result = recover_model(model, output, recover, load=load, seed=seed, resume=resume, command=recorded(command_line()), say=say)
         if not is_main():
             return

@@ -60,7 +60,8 @@ def evaluate_model(
     chosen, load = with_keywords("regraft.evaluate", keywords, settings or EvaluateSettings(), load or LoadSettings())
     if text is not None:
         chosen = chosen.model_copy(update={"text": path_in(text)})
-    given = in_memory(text) if in_memory(text) is not None else chosen.text
+    texts = in_memory(text)
+    given = texts if texts is not None else chosen.text
     place = place_of(model)
     if place is not None and is_classifier_folder(Path(place)):
         raise not_for_labels(place)

@@ -68,7 +68,8 @@ def evaluate_tasks(
     )
     if not chosen.tasks and not chosen.texts:
         raise InputError("nothing is measured: name tasks with `tasks`, or texts with `texts`")
-    given = in_memory(text) if in_memory(text) is not None else (path_in(text) or reading.text)
+    held = in_memory(text)
+    given = held if held is not None else (path_in(text) or reading.text)
     # Whatever can be wrong with files and names is found before a model is loaded.
     files = {name: read_task(Path(name), chosen.shots or 0, chosen.limit) for name in chosen.tasks if _is_file_of_questions(name)}
     of_harness = [name for name in chosen.tasks if name not in files and name not in FROM_TEXT]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from regraft.data.tokens import context_limit
-from regraft.errors import InputError
+from regraft.errors import InputError, ModelError, shown
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.load import load as load_model
 from regraft.reading import check_text, list_in
@@ -85,12 +86,13 @@ def generate(
         show: Called with each piece of text when it is complete.
 
     Raises:
-        InputError: The prompt fills the context, or the temperature is negative.
+        InputError: The prompt fills the context, or the temperature is negative or no number.
+        ModelError: The model predicts no numbers.
     """
     tokenizer, model = require_tokenizer(loaded), loaded.model
     limit = context_limit(model.config)
-    if temperature < 0:
-        raise InputError(f"a temperature of {temperature} is negative; use 0 for the likeliest token, or about 0.7")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"a temperature of {temperature} is negative or no number; use 0 for the likeliest token, or about 0.7")
     if limit is not None and len(ids) >= limit:
         raise InputError(f"the prompt has {len(ids)} tokens and the model's context {limit}: nothing can follow; shorten it")
     declared: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
@@ -109,8 +111,30 @@ def generate(
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
         generate_with: Any = model.generate
-        generate_with(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=written)
+        generate_with(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            generation_config=config,
+            streamer=written,
+            logits_processor=LogitsProcessorList([_Numbers(loaded.source, len(ids))]),
+        )
     return written.text
+
+
+class _Numbers(LogitsProcessor):
+    """Refuses predictions that are no numbers: the likeliest of them is any token, and none can be drawn."""
+
+    def __init__(self, source: str, prompt_tokens: int) -> None:
+        self._source, self._prompt_tokens = source, prompt_tokens
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        if not scores.amax(dim=-1).isfinite().all():  # a NaN is the largest; single tokens may be ruled out by minus infinity
+            place = input_ids.shape[1] - self._prompt_tokens + 1
+            raise ModelError(
+                f"'{shown(self._source)}' predicts no numbers for token {place} after the prompt (NaN or infinite logits); "
+                "use `dtype=float32`, or check the model with: regraft evaluate"
+            )
+        return scores
 
 
 class _Written(TextStreamer):

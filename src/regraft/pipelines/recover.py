@@ -177,6 +177,7 @@ def recover_model(
     with _work_folder(output, work, resume=resume, data=lambda: training_rows(chosen, seed, given) if given is not None else None) as kept:
         result = _carry_out(order, kept)
         if output is not None and is_main():
+            order.say("saving the result, and reading it again to compare")
             result = dataclasses.replace(result, provenance=result.save_pretrained(output))
     return result
 
@@ -263,7 +264,9 @@ def _prepared(order: _Order) -> Prepared:
     if settings.ranks is not None:  # a record holds the plan, wherever its file lies
         settings = settings.model_copy(update={"ranks": read_ranks(settings.ranks)})
     given = order.texts if order.texts is not None else settings.data
+    order.say("reading the data")
     corpora = training_rows(settings, seed, given) if given is not None or settings.task != "language" else None
+    order.say("loading the model")
     loaded, injected = _student(order.model, order.tokenizer, corpora, settings, order.load, seed=seed, in_place=order.in_place)
     check_made_for(settings.ranks, loaded.fingerprint)
     if corpora is None:

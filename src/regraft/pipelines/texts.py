@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set, Sized
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +14,8 @@ from regraft.models.load import SEEDLING, Loaded
 from regraft.models.provenance import read_provenance
 from regraft.plans import Provenance
 from regraft.reading import text_in
+
+MOST_STREAMED_ROWS = 10**6  # of a generator or a streamed data set, all of which is read
 
 Texts = str | Path | Iterable[str] | Iterable[Mapping[str, Any]]
 """What every call takes for text: a file, or texts, or records as files hold them; a ``datasets.Dataset`` is the last of these."""
@@ -54,11 +56,28 @@ def read(given: Texts, split: Split, setting: str, *, skip_bad: bool = False) ->
         case Mapping():
             known = ", ".join(map(repr, list(values)[:4]))
             raise DataError(f"`{setting}` is a {type(values).__name__} of {known}; give one part of it, such as `{setting}`['train']")
+        case Set():
+            raise DataError(f"`{setting}` is a {type(values).__name__}, which has another order each time; give a list")
         case Iterable():
-            rows = ((f"row {number}", _row(value)) for number, value in enumerate(values, 1))
+            rows = ((f"row {number}", _row(value)) for number, value in enumerate(_counted(values, f"`{setting}`"), 1))
             return corpus_of(setting, rows, skip_bad=skip_bad)
         case _:
             raise DataError(f"`{setting}` is a {type(values).__name__}; give a file, texts, or a data set with a column 'text'")
+
+
+def _counted(values: Iterable[Any], what: str) -> Iterator[Any]:
+    """Yields what a stream gives, which may have no end; what knows its length is at hand already.
+
+    Raises:
+        DataError: It gives more rows than anybody waits for.
+    """
+    if isinstance(values, Sized):
+        yield from values
+        return
+    for number, value in enumerate(values):
+        if number >= MOST_STREAMED_ROWS:
+            raise DataError(f"{what} is a stream of more than {MOST_STREAMED_ROWS:,} rows; give a part of it, such as STREAM.take(10_000)")
+        yield value
 
 
 def _row(value: Any) -> Any:
@@ -77,7 +96,7 @@ def in_memory(given: Texts | None) -> Texts | None:
         case None | str() | Path():
             return None
         case Iterator():
-            return cast(Texts, list(given))
+            return cast(Texts, list(_counted(given, "the text")))
         case _:
             return given
 

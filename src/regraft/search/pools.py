@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
@@ -19,6 +20,7 @@ from typing import Any, Self, final
 
 from regraft.errors import InputError, RegraftError, TrainingError
 from regraft.plans import RankTrial
+from regraft.progress import Say, say_nothing
 from regraft.search.child import begin
 from regraft.search.contract import Job, Measure, MeasureSpec
 
@@ -131,10 +133,12 @@ class Processes(Pool):
     Args:
         spec: Value that is opened once in each process.
         size: Number of processes.
+        say: Called with a line for each process that dies.
     """
 
-    def __init__(self, spec: MeasureSpec, size: int) -> None:
+    def __init__(self, spec: MeasureSpec, size: int, say: Say = say_nothing) -> None:
         self.size = size
+        self._say = say
         self._spec = spec
         self._waiting: list[tuple[Group, int]] = []
         self._workers: list[_Worker] = []
@@ -189,7 +193,10 @@ class Processes(Pool):
         except (EOFError, OSError):  # the pipe is closed, so the process is dead
             self._workers.remove(worker)
             self._end(worker)
-            if attempts >= MAX_ATTEMPTS:
+            given_up = attempts >= MAX_ATTEMPTS
+            how, then = _how(worker.process.exitcode), "counts as failed" if given_up else "is measured again by another"
+            self._say(f"a measuring process died ({how}), at attempt {attempts} of {MAX_ATTEMPTS}; what it measured {then}")
+            if given_up:
                 return died(jobs, "the process")
             self._waiting.insert(0, (jobs, attempts))
             return []
@@ -211,6 +218,14 @@ class Processes(Pool):
         if worker.process.is_alive():
             worker.process.kill()
             worker.process.join()
+
+
+def _how(code: int | None) -> str:
+    """Returns how a process ended, in words: the signal that ended it, or its exit code."""
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name if -code in {*signal.Signals} else f"signal {-code}"
+    return f"{name}, as where memory ran out" if name == "SIGKILL" else name
 
 
 def serve(pipe: Connection, threads: int) -> None:

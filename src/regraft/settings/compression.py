@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from regraft.registry import known_name, listed
-from regraft.settings.sections import NO_EFFECT, Memory, Positive, Rate, Ratio, Settings
+from regraft.settings.sections import NO_EFFECT, Memory, Positive, Rate, Ratio, Settings, in_a_list
 
 
 class CompressSettings(Settings):
@@ -46,7 +46,9 @@ class CompressSettings(Settings):
     align: Positive | Literal["auto"] = Field(
         default="auto", description="number of which all ranks are multiples; auto: 8, less in small layers"
     )
-    targets: tuple[str, ...] = Field(default=(), description="names of projections that may be factored, such as q_proj; default: all")
+    targets: Annotated[tuple[str, ...], BeforeValidator(in_a_list)] = Field(
+        default=(), description="names of projections that may be factored, such as q_proj, globs or regular expressions; default: all"
+    )
     mix: bool = Field(
         default=False, description="remove heads and feed-forward channels instead, where that costs fewer nats than lower ranks"
     )

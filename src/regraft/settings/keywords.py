@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast, overload
 
 from pydantic import ValidationError
 
-from regraft.errors import ConfigError, InputError, did_you_mean
+from regraft.errors import ConfigError, InputError, did_you_mean, shown
 from regraft.reading import LARGEST_SEED, path_of, whole_number
 from regraft.settings.problems import problems_of
 from regraft.settings.sections import EvaluateSettings, LoadSettings, RecoverSettings, Settings
@@ -114,6 +114,12 @@ def _check_call(given: Mapping[str, Any], kind: type[Settings] | None) -> None:
     for name in ("output", "settings", "plan", "recover"):
         if _is_tokenizer(given.get(name)):
             raise InputError(f"`{name}` is a {type(given[name]).__name__}; a tokenizer is given by its name: tokenizer=...")
+    for name in ("in_place", "dry_run", "resume", "replace"):
+        if not isinstance(given.get(name, False), bool):
+            raise InputError(f"`{name}` is {shown(repr(given[name]), 80)}; give True or False")
+    for name in ("say", "progress"):
+        if name in given and not callable(given[name]):
+            raise InputError(f"`{name}` is {shown(repr(given[name]), 80)}; give a function that takes a line, such as print")
     if "seed" in given:
         whole_number(given["seed"], "`seed`", 0, LARGEST_SEED)
     for name in ("output", "work", "folder"):

@@ -59,7 +59,8 @@ def _line(where: str, problems: Sequence[dict[str, Any]], kind: type[BaseModel])
     first = problems[0]
     if first["type"] == "extra_forbidden":
         known = list(_fields_at(kind, first["loc"][:-1]))
-        return f"{where}: unknown key{did_you_mean(str(first['loc'][-1]), known) or '; known: ' + ', '.join(known)}"
+        hint = did_you_mean(str(first["loc"][-1]), known) or (f"; known: {', '.join(known)}" if known else "; there are none to set")
+        return f"{where}: unknown key{hint}"
     if first["type"] == "missing":
         return f"{where}: required, but not given"
     got = f"(got {reprlib.repr(first['input'])})"
@@ -69,12 +70,13 @@ def _line(where: str, problems: Sequence[dict[str, Any]], kind: type[BaseModel])
             return f"{where}: {message}" if where else message
         return f"{where}: {message}" if f"'{first['input']}'" in message else f"{where}: {message} {got}"
     limits = _limits(kind, where) if first["type"] in _OUT_OF_RANGE else ""
-    wanted = [limits] if limits else [_wanted(problem) for problem in problems]
+    wanted = [limits] if limits else [_wanted(problem) for problem in problems if problem["type"] not in _OF_FIELDS] or ["another value"]
     choices = re.findall(r"'([^']*)'", " ".join(str(problem.get("ctx", {}).get("expected", "")) for problem in problems))
     hint = did_you_mean(text_in(first["input"]) or "", choices)
     return f"{where}: should be {' or '.join(dict.fromkeys(wanted))} {got}{hint}"
 
 
+_OF_FIELDS = ("missing", "unexpected_keyword_argument", "dataclass_type")  # of a plan that a value of another kind was tried as
 _OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 _PLAIN_WORDS = {
     "model_type": "keys and values",

@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic.config import JsonDict
 
-from regraft.errors import ConfigError, shown
+from regraft.errors import ConfigError, InputError, shown
 from regraft.in_short import named
 from regraft.plans import RANK_CHOICES, RankPlan, Shape
 from regraft.reading import is_whole, text_in
@@ -106,6 +106,13 @@ def in_a_list(value: Any) -> Any:
     return value if text_in(value) is None else (value,)
 
 
+def trackers_in(value: Any) -> Any:
+    """Returns a list of one for a single text, as the Trainer takes it; ``none`` is an empty list."""
+    if value in ("none", ("none",), ["none"]):
+        return ()
+    return value if text_in(value) is None else (value,)
+
+
 Memory = Annotated[int, BeforeValidator(bytes_in)]
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -159,6 +166,10 @@ class Settings(BaseModel):
 
         # pydantic calls this as its own __init__ only when asked to make one section; nested sections are checked as data.
         __init__.__pydantic_base_init__ = True
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            kind = type(self).__name__
+            raise InputError(f"{kind} does not change; make another by {kind}({shown(name, 80)}=...), or give the setting as a keyword")
 
     def __repr__(self) -> str:
         """Returns the settings that were given and are not the defaults, in one short line."""
@@ -395,7 +406,9 @@ class RecoverSettings(Settings):
         "auto: proportional for lora where pruning took unequal shares",
     )
     targets: Annotated[tuple[str, ...], BeforeValidator(in_a_list)] = Field(
-        default=(), description="modules to adapt, such as q_proj or layers.0.*; default: every projection of every layer"
+        default=(),
+        description="modules to adapt: names such as q_proj, globs such as layers.0.*, or a regular expression of whole names, as in PEFT; "
+        "default: every projection of every layer",
     )
     adapter_options: Options = Field(default=(), description="options of the adapter as NAME=VALUE; see docs/adapters.md")
     teacher: str | None = Field(
@@ -474,7 +487,7 @@ class RecoverSettings(Settings):
     merge: bool = Field(
         default=True, description="merge the adapter into the weights; otherwise save the adapter alone", json_schema_extra=NO_EFFECT
     )
-    report_to: tuple[str, ...] = Field(
+    report_to: Annotated[tuple[str, ...], BeforeValidator(trackers_in)] = Field(
         default=(), description="experiment trackers, with their names in the Hugging Face Trainer", json_schema_extra=NO_EFFECT
     )
     quiet: bool = Field(default=False, description="show no progress", json_schema_extra=NO_EFFECT)
@@ -486,6 +499,14 @@ class RecoverSettings(Settings):
             if not option.partition("=")[0].strip() or "=" not in option:
                 raise ValueError(f"'{option}' is not an option; write it as NAME=VALUE, such as gamma=0.01")
         return options
+
+    @field_validator("epochs")
+    @classmethod
+    def _steps_or_epochs(cls, value: float | None, info: ValidationInfo) -> float | None:
+        steps, usual = info.data.get("steps"), cls.model_fields["steps"].default
+        if value is not None and steps not in (None, usual):
+            raise ValueError(f"epochs and steps both say how long to train (epochs {value:g}, steps {steps}); give one of the two")
+        return value
 
     @field_validator("ranks")
     @classmethod

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from regraft.adapters.linear_like import is_site, is_table
+from regraft.adapters.stock_files import problem_of
 from regraft.errors import InputError, did_you_mean
 from regraft.surgery.adapted import Adapted
 
-_EXPRESSION = frozenset("()|\\^$+")  # characters of regular expressions, which no module's name and no glob has
+_EXPRESSION = frozenset("()|\\^$+{")  # characters of regular expressions, which no module's name and no glob has
 
 
 def find_targets(model: PreTrainedModel, patterns: Iterable[str] = ()) -> dict[str, nn.Module]:
@@ -20,8 +22,8 @@ def find_targets(model: PreTrainedModel, patterns: Iterable[str] = ()) -> dict[s
 
     Args:
         model: A model with or without adapters; for adapted modules, the plain modules inside are returned.
-        patterns: Full names, ends of names (``q_proj``, ``mlp.up_proj``) or globs of either (``*.layers.0.*``, ``*_proj``). Empty for
-            every projection of every layer, without embeddings, heads, and matrices that a kernel of a mixer reads by itself.
+        patterns: As :func:`matching` takes them. Empty for every projection of every layer, without embeddings, heads, and matrices that
+            a kernel of a mixer reads by itself.
 
     Raises:
         InputError: A pattern matches no module; the message lists the modules.
@@ -34,14 +36,49 @@ def find_targets(model: PreTrainedModel, patterns: Iterable[str] = ()) -> dict[s
         if not found:
             raise InputError(f"no layer of {type(model).__name__} has a linear projection to adapt; name modules with `targets`")
         return found
-    for pattern in wanted:
-        if not any(_matches(name, pattern) for name in sites):
-            known = sorted({name.rpartition(".")[2] for name in sites})
-            hint = did_you_mean(pattern, [*known, *sites])
-            if _EXPRESSION.intersection(pattern) or ".*" in pattern:
-                hint = "; patterns are names and globs such as *.layers.0.*_proj, several as a list, not regular expressions"
+    chosen = matching(sites, wanted)
+    return {name: module for name, module in sites.items() if name in chosen}
+
+
+def matching(names: Collection[str], patterns: Iterable[str]) -> frozenset[str]:
+    r"""Returns the names of modules that any of several patterns matches.
+
+    Args:
+        names: Full names of modules.
+        patterns: Full names, ends of names (``q_proj``, ``mlp.up_proj``), globs of either (``*.layers.0.*``, ``*_proj``), or regular
+            expressions, which match a whole name as PEFT's do (``.*\.(q|v)_proj``). What is a glob that matches counts as one.
+
+    Raises:
+        InputError: A pattern matches nothing; the message lists the ends of the names.
+
+    >>> sorted(matching(["layers.0.q_proj", "layers.1.v_proj"], ["q_proj", r".*\.1\..*"]))
+    ['layers.0.q_proj', 'layers.1.v_proj']
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name in names if _matches(name, pattern)} or _by_expression(names, pattern)
+        if not hits:
+            known = sorted({name.rpartition(".")[2] for name in names})
+            hint = did_you_mean(pattern, [*known, *names])
+            if _is_expression(pattern):
+                hint = "; a regular expression has to match a whole name, as in PEFT, such as .*[.](q|v)_proj"
             raise InputError(f"target '{pattern}' matches nothing; the model has: {', '.join(known)}{hint}")
-    return {name: module for name, module in sites.items() if any(_matches(name, pattern) for pattern in wanted)}
+        found |= hits
+    return frozenset(found)
+
+
+def _is_expression(pattern: str) -> bool:
+    return bool(_EXPRESSION.intersection(pattern)) or ".*" in pattern
+
+
+def _by_expression(names: Collection[str], pattern: str) -> set[str]:
+    """Returns the names that a regular expression matches as a whole; none where the pattern is no such expression."""
+    if not _is_expression(pattern):
+        return set()
+    if problem := problem_of((pattern,), tuple(names)):
+        raise InputError(f"`targets`: {problem}; write a list of names, or globs such as *.layers.0.*_proj")
+    expression = re.compile(pattern)
+    return {name for name in names if expression.fullmatch(name)}
 
 
 def _sites(model: nn.Module) -> dict[str, nn.Module]:

@@ -26,6 +26,7 @@ from regraft.training.distributed import process_count
 
 # Number of rows that are made, as a multiple of the wanted ones, so that the drawn rows come from many documents.
 _POOL = 4
+MOST_STEPS = 10**6
 _DOCUMENTS_AT_ONCE = 32
 _RECORDS_OF_A_ROW = 8
 
@@ -133,6 +134,9 @@ def in_steps(
         tokenizer: The model's tokenizer.
         model: The model, for its context length.
         seed: Seed for drawing documents.
+
+    Raises:
+        InputError: These are more steps than anybody takes.
     """
     if settings.epochs is None:
         return settings
@@ -142,7 +146,10 @@ def in_steps(
             rows = len(make_examples(train, tokenizer, seq_len, wanted=sys.maxsize, seed=seed, records=record_format(settings)))
         case _:
             rows = len(train)
-    steps = math.ceil(settings.epochs * rows / (settings.batch * settings.accumulate * process_count()))
+    passes = settings.epochs * rows / (settings.batch * settings.accumulate * process_count())
+    if passes > MOST_STEPS:
+        raise InputError(f"`epochs={settings.epochs:g}` is {passes:.3g} steps, above the limit of {MOST_STEPS:,}; give fewer, or `steps`")
+    steps = math.ceil(passes)
     return settings.model_copy(update={"steps": max(1, steps), "epochs": None})
 
 

@@ -11,7 +11,7 @@ import torch
 from gguf_toys import as_loaded, byte_level_tokenizer, toy
 from regraft.cli.app import run
 from regraft.cli.generate import show_piece
-from regraft.errors import InputError, harmless
+from regraft.errors import InputError, ModelError, harmless
 from regraft.pipelines.generate import generate, prompt_ids
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
@@ -66,6 +66,19 @@ def test_what_cannot_be_answered_is_refused() -> None:
         generate(loaded, [5] * 128)
     with pytest.raises(InputError, match="negative"):
         generate(loaded, [5], temperature=-1.0)
+    for none in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match="no number; use 0"):
+            generate(loaded, [5], temperature=none)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_model_that_predicts_no_numbers_is_refused(value: float, temperature: float) -> None:
+    loaded = as_loaded(toy("llama"))
+    with torch.no_grad():
+        loaded.model.get_parameter("model.norm.weight").fill_(value)
+    with pytest.raises(ModelError, match=r"predicts no numbers for token 1 .*`dtype=float32`"):
+        generate(loaded, prompt_ids(loaded, "the king"), tokens=4, temperature=temperature)
 
 
 @pytest.mark.slow

@@ -100,8 +100,12 @@ def test_what_is_wrong_with_all_candidates_stops_the_search_and_gives_its_jobs_b
 def test_processes_measure_the_same_and_survive_the_death_of_one(tmp_path: Path) -> None:
     fatal = by_hand()[2].ranks
     spec = PlantedMeasure(tmp_path / "log", seconds=0.1, dies_on=(fatal,), unless=tmp_path / "died")
-    found = run(tmp_path, Processes(spec, 2))
+    said: list[str] = []
+    found = run(tmp_path, Processes(spec, 2, said.append))
     assert [trial for _, trial in found] == by_hand()
+    (line,) = said
+    assert line.startswith("a measuring process died (")
+    assert line.endswith("at attempt 1 of 3; what it measured is measured again by another")
     counts = Counter(measured(tmp_path / "log"))
     assert [line for line, count in counts.items() if count > 1] == [f"{','.join(map(str, fatal))} 0.25 search/0"]
     assert len({line.split()[0] for line in (tmp_path / "log").read_text().splitlines()}) == 3

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from regraft.errors import InputError
@@ -13,9 +15,26 @@ from regraft.surgery.targets import find_targets
 from regraft.testing.toys import tiny_llama
 
 
-@pytest.mark.parametrize("pattern", [".*q_proj", "(q|v)_proj", r"layers\.0\.self_attn\.q_proj"])
-def test_a_regular_expression_is_answered_by_the_form_that_is_taken(pattern: str) -> None:
-    with pytest.raises(InputError, match=r"globs such as \*\.layers\.0\.\*_proj, several as a list, not regular expressions$"):
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize(
+    "pattern",
+    [r".*q_proj", r".*\.(q|v)_proj", r"model\.layers\.[01]\.self_attn\.q_proj", r".*\.\d{1,2}\.mlp\.(up|down)_proj", r".*(?<!gate)_proj"],
+)
+def test_a_regular_expression_finds_what_it_finds_in_peft(pattern: str) -> None:
+    adapted = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=pattern))
+    theirs = {name.removeprefix("base_model.model.") for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
+    assert set(find_targets(tiny_llama(), [pattern])) == theirs != set()
+
+
+@pytest.mark.parametrize("pattern", ["(q|v)_proj", r"layers\.0\.self_attn\.q_proj"])
+def test_an_expression_of_a_part_of_a_name_is_refused_with_the_form_that_is_taken(pattern: str) -> None:
+    with pytest.raises(InputError, match=r"has to match a whole name, as in PEFT, such as \.\*\[\.\]\(q\|v\)_proj$"):
+        find_targets(tiny_llama(), [pattern])
+
+
+@pytest.mark.parametrize(("pattern", "problem"), [("(.*)*(.*)*(.*)*x$", "takes more than 1 s"), (".*(q_proj", "is no pattern")])
+def test_an_expression_that_never_ends_or_is_none_is_refused(pattern: str, problem: str) -> None:
+    with pytest.raises(InputError, match=rf"^`targets`: .*{problem}.*; write a list of names, or globs"):
         find_targets(tiny_llama(), [pattern])
 
 

@@ -12,7 +12,7 @@ from regraft.compression import Compressor, Decomposed, Evidence, SavedMoments, 
 from regraft.compression.gather import weight_of
 from regraft.data.text import Corpus, read_corpus
 from regraft.data.tokens import calibration_windows, window_tokens
-from regraft.errors import InputError, PlanError, did_you_mean
+from regraft.errors import InputError, PlanError
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.view import ModelView, parameter_count
 from regraft.pipelines.prune.score_cache import checksum_of
@@ -21,6 +21,7 @@ from regraft.plans import Factoring, FactorPlan, FactorSpace, RankPlan, stored_n
 from regraft.progress import Say
 from regraft.settings import CALIBRATION_TOKENS, CompressSettings
 from regraft.surgery.factorize import check_factor_plan
+from regraft.surgery.targets import matching
 
 _JUDGED = 4  # one window in so many judges ranks, where no text of its own does
 
@@ -41,7 +42,7 @@ def projections_of(view: ModelView, targets: tuple[str, ...] = ()) -> dict[str, 
 
     Args:
         view: The model.
-        targets: Last parts of names; none for all.
+        targets: Names, globs or regular expressions, as :func:`regraft.surgery.targets.matching` takes them; none for all.
 
     Raises:
         InputError: A target names none.
@@ -52,11 +53,8 @@ def projections_of(view: ModelView, targets: tuple[str, ...] = ()) -> dict[str, 
         for name in view.linear_names()
         if (module := view.module(layer, name)) is not None
     }
-    known = tuple(dict.fromkeys(name.rpartition(".")[2] for name in found))
-    for target in targets:
-        if target not in known:
-            raise InputError(f"target '{target}' is no projection of this model; it has {', '.join(known)}{did_you_mean(target, known)}")
-    return {name: module for name, module in found.items() if not targets or name.rpartition(".")[2] in targets}
+    chosen = matching(found, targets) if targets else frozenset(found)
+    return {name: module for name, module in found.items() if name in chosen}
 
 
 def needs_judging(settings: CompressSettings) -> bool:

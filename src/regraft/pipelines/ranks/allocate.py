@@ -468,7 +468,7 @@ def _pool(request: SearchOrder, space: RankSpace, work: Path) -> Pool:
     spec = Measuring(source, request.load, placed(request.recover), to_json(space), work.absolute() / _RECOVERIES, request.seed)
     if settings.ray is not None:
         return RayPool(spec, settings.ray, gpus=1.0 if device_named(request.load.device).type == "cuda" else 0.0)
-    return Processes(spec, settings.workers) if settings.workers > 1 else Inline(spec)
+    return Processes(spec, settings.workers, request.say) if settings.workers > 1 else Inline(spec)
 
 
 def _from_closed_forms(pairs: Sequence[tuple[Job, RankTrial]]) -> set[Ranks]:

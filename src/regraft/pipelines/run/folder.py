@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.atomic import MANIFEST, atomic_folder, refuse_existing, sha256_of, sweep, write_text
-from regraft.claims import SUFFIX, WORK, claimed, is_mark, is_work_folder, lock_file, remove, resolved
+from regraft.claims import SUFFIX, WORK, claimed, is_mark, is_work_folder, lock_file, remove, resolved, work_folder
 from regraft.errors import OutputError, shown
 from regraft.progress import Say
 from regraft.reading import entry, read_object
@@ -229,8 +229,9 @@ def open_run(path: Path, identity: Mapping[str, Any], *, resume: bool, say: Say)
 
 
 def _left_before_it_began(entry: Path) -> bool:
-    """Returns whether an entry was left by a run that was killed before it wrote its first file."""
-    return is_work_folder(entry) or (entry.name == LOCK and is_mark(entry))
+    """Returns whether an entry was left by a run that was killed before it wrote its first file, or marked that file's folder."""
+    unmarked = entry == work_folder(entry.with_name(RUN_FILE)) and entry.is_dir() and not any(entry.iterdir())
+    return unmarked or is_work_folder(entry) or (entry.name == LOCK and is_mark(entry))
 
 
 def _make_folder(path: Path) -> list[Path]:

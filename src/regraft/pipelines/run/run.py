@@ -23,13 +23,14 @@ from regraft.pipelines.compress.prepare import needs_judging, projections_of
 from regraft.pipelines.prune.prune import prune
 from regraft.pipelines.prune.resolved import kinds_wanted, layers_in, resolve
 from regraft.pipelines.prune.sources import check_text_sources
-from regraft.pipelines.run.folder import open_run, refuse_begun
+from regraft.pipelines.run.folder import RUN_FILE, open_run, refuse_begun
 from regraft.pipelines.run.page import write_page
 from regraft.pipelines.run.recipe import Recipe, find_recipe, read_recipe
 from regraft.pipelines.run.stages import RunOrder, files_of, make_smaller, make_trained, measure
 from regraft.pipelines.texts import text_for
 from regraft.plans import Groups, Measurement, PrunePlan, SizeReport
 from regraft.progress import Say, say_nothing
+from regraft.reading import is_file
 from regraft.report.summary import RunReport
 from regraft.settings import CALIBRATION_TOKENS, TRAINING_TOKENS, CompressSettings
 from regraft.surgery.cut import cut
@@ -96,7 +97,7 @@ def run(
     file = find_recipe(str(source))
     name = file.stem
     path = Path(output) if output is not None else Path("runs") / name
-    if not (resume or dry_run):
+    if not (resume or dry_run or is_file(path / RUN_FILE)):  # that a run lies there is said after what is wrong with the files
         refuse_begun(path)
     dense = load(recipe.model, recipe.load)
     check_fit(recipe, dense, file.name)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from regraft.atomic import sha256_of
+from regraft.claims import work_folder
 from regraft.errors import InputError, OutputError
 from regraft.pipelines.run.folder import RunFolder, changes, open_run
 
@@ -270,6 +271,15 @@ def run_until_killed(path: Path, delay: float) -> int:
     """Returns the exit code of a run that is killed after some seconds."""
     command = [sys.executable, "-c", KILLED, str(path), str(delay)]
     return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+
+
+def test_killed_between_making_and_marking_its_first_folder_it_goes_on(tmp_path: Path, work: Work) -> None:
+    work_folder(tmp_path / "run" / "run.json").mkdir(parents=True)
+    assert work.run(tmp_path / "run", resume=True) == ["first", "second"]
+    (tmp_path / "other" / ".mine.regraft").mkdir(parents=True)
+    with pytest.raises(OutputError, match="is not a run folder"):
+        work.run(tmp_path / "other", resume=True)
+    assert (tmp_path / "other" / ".mine.regraft").is_dir()
 
 
 @pytest.mark.long
