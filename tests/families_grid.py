@@ -50,8 +50,8 @@ _TABLE = {"residual": "the norms of a family without a table cannot be rescaled 
 _DENSE = _TABLE | {"experts": "none"}
 GRID: dict[str, dict[str, str]] = {
     "Qwen 3.5": _DENSE,
-    "LFM2": _DENSE | {"mixer_heads": "none"},
-    "Granite 4": _DENSE | {"mixer_heads": "is none of the mixers whose heads are known here"},
+    "LFM2": _DENSE | {"mixer_heads": "none", "gguf": "yes"},
+    "Granite 4": _DENSE | {"mixer_heads": "is none of the mixers whose heads are known here", "gguf": "yes"},
     "Nemotron-H": _DENSE,
     "Gemma 4": _DENSE
     | {

@@ -8,6 +8,7 @@ from typing import Any
 
 from regraft.errors import InputError
 from regraft.export.gguf.fused import gpt2, phi3
+from regraft.export.gguf.hybrid import granite, granite_refusal, lfm2, lfm2_refusal
 from regraft.export.gguf.llama_like import FOUR_NORMS, TWO_NORMS, Gated, gemma2, gemma3, lay_out, step35
 from regraft.export.gguf.mixture import qwen3moe
 from regraft.export.gguf.mixture import refusal as mixture_refusal
@@ -154,6 +155,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("qwen3moe", ("qwen3_moe",), "", _both(_silu, _no_bias, _rotary(), mixture_refusal), qwen3moe, lost=WINDOWLESS),
     Architecture("phi3", ("phi3",), "", _both(_uneven, _silu), phi3),
     Architecture("gpt2", ("gpt2",), "", _both(_uneven, _gpt2), gpt2),
+    Architecture("lfm2", ("lfm2",), "", _both(_rotary(), lfm2_refusal), lfm2),
+    Architecture("granitehybrid", ("granitemoehybrid",), "", _both(_silu, _rotary(), granite_refusal), granite),
     _gated(
         Gated("deci", TWO_NORMS, permuted=True, per_layer=True),
         "llama mistral qwen2",
@@ -208,5 +211,5 @@ def choose(source: Source, wanted: str = "") -> Architecture:
         if not reason and (wanted or not entry.asked_for):
             return entry
         reasons.append(f"{entry.name}: {reason or 'taken only when asked for by name'}")
-    further = "" if source.is_uniform else ", or with `to=hf-uniform` and then that folder with `to=gguf`"
+    further = "" if source.is_uniform or source.family.mixed else ", or with `to=hf-uniform` and then that folder with `to=gguf`"
     raise InputError(f"no GGUF architecture holds this {source.kind} ({'; '.join(reasons)}); export with `to=hf`{further}")

@@ -175,12 +175,14 @@ def _layer(kind: Gated, source: Source, index: int, scale: float) -> list[Entry]
         for part, exact in (("weight", False), ("bias", True)):
             if f"{name}.{part}" in source.shapes:
                 shape = shapes[stem] if part == "weight" else shapes[stem][:1]
-                make = _made(source, f"{name}.{part}", heads, factor)
+                make = made(source, f"{name}.{part}", heads, factor)
                 entries.append(Entry(f"blk.{index}.{stem}.{part}", shape, make, exact, "" if exact else name, index))
     return _fuse(entries, index) if kind.fused else entries
 
 
-def _made(source: Source, name: str, heads: int, factor: float) -> Callable[[], Tensor]:
+def made(source: Source, name: str, heads: int, factor: float) -> Callable[[], Tensor]:
+    """Returns what computes a tensor: with rows :func:`paired` where heads are given, and multiplied by a factor."""
+
     def make() -> Tensor:
         tensor = source.tensor(name)
         tensor = paired(tensor, heads) if heads else tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+import regraft
 from gguf_toys import as_loaded, byte_level_tokenizer, spaced_tokenizer, toy, uneven
 from regraft.errors import InputError, OutputError
 from regraft.export import EXPORTERS
 from regraft.export.contract import ModelFormat
-from regraft.export.gguf.catalogue import ARCHITECTURES
+from regraft.export.gguf.catalogue import ARCHITECTURES, choose
+from regraft.export.gguf.source import source_of
 from regraft.pipelines.export import export
 from regraft.settings import ExportSettings
 
@@ -32,6 +35,18 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 OWN_YARN = YARN | {"beta_fast": 16.0, "attention_factor": 1.2}
+LFM2: dict[str, Any] = {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}
+GRANITE: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "num_local_experts": 0,
+    "shared_intermediate_size": 96,
+    "mamba_n_heads": 8,
+    "mamba_d_state": 16,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 2.0,
+}
 EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -50,6 +65,12 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma 3": ("gemma3_text", {"sliding_window": 24, "query_pre_attn_scalar": 10, "num_hidden_layers": 6}),
     "gemma 2, no caps": ("gemma2", {"sliding_window": 24, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "gemma 2, 46 layers": ("gemma2", {"sliding_window": 24, "num_hidden_layers": 46, "head_dim": 32}),
+    "lfm2": ("lfm2", LFM2),
+    "granitehybrid": ("granitemoehybrid", GRANITE),
+    "granitehybrid, rotated, groups": (
+        "granitemoehybrid",
+        GRANITE | {"position_embedding_type": "rope", "mamba_n_groups": 2, "tie_word_embeddings": True, "head_dim": 8},
+    ),
     "phi 3": ("phi3", {}),
     "gpt 2": ("gpt2", {"n_embd": 64, "n_head": 4, "n_layer": 3, "n_positions": 128, "n_inner": 96}),
 }
@@ -60,7 +81,7 @@ def architecture_of(file: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.exports("gguf", "llama, qwen2, qwen3, gemma2, gemma3, qwen3moe, phi3, gpt2", "equal layers", "F32")
+@pytest.mark.exports("gguf", "llama, qwen2, qwen3, gemma2, gemma3, qwen3moe, lfm2, granitehybrid, phi3, gpt2", "equal layers", "F32")
 @pytest.mark.parametrize("name", EXACT)
 def test_a_uniform_model_computes_the_same_in_llama_cpp(tmp_path: Path, name: str) -> None:
     family, config = EXACT[name]
@@ -132,6 +153,23 @@ def test_an_uneven_qwen3_is_written_as_step35_when_asked(tmp_path: Path, tied: b
     done = export(as_loaded(model), tmp_path / "out", "gguf", settings=settings, check=TEXT)
     assert done.parity is not None
     assert done.parity.largest < 2e-3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("family", "config"), [("lfm2", LFM2), ("granitemoehybrid", GRANITE)])
+def test_a_pruned_hybrid_is_written_and_uneven_layers_are_refused(tmp_path: Path, family: str, config: dict[str, Any]) -> None:
+    pruned = regraft.prune(toy(family, **config), tokenizer=byte_level_tokenizer(), ratio=0.1, criterion="l2", targets=("ffn",), align=8)
+    done = export(as_loaded(pruned.model), tmp_path / "out", "gguf", settings=FEW, check=TEXT)
+    assert done.parity is not None
+    assert done.parity.largest < 1e-3
+    source = source_of(pruned.model)
+    assert source.sizes[0].ffn < 96
+    choose(source)
+    first, *others = source.sizes
+    with pytest.raises(InputError, match=r"one width: prune with `shape=uniform`\); export with `to=hf`$"):
+        choose(replace(source, sizes=(replace(first, ffn=8), *others)))
+    with pytest.raises(InputError, match="lost its attention or feed-forward network"):
+        choose(replace(source, sizes=(replace(first, ffn=0), *others)))
 
 
 def test_every_architecture_that_is_declared_is_compared_in_this_file() -> None:
@@ -237,6 +275,10 @@ def test_the_file_holds_names_and_template(tmp_path: Path) -> None:
         (lambda: toy("qwen3", rope_parameters=OWN_YARN), {}, "beta_fast"),
         (lambda: toy("gemma2", tie_word_embeddings=False), {}, "must be the token embedding"),
         (lambda: toy("gemma3_text", num_hidden_layers=6, use_bidirectional_attention=True), {}, "looks back only"),
+        (lambda: toy("lfm2", **LFM2, conv_bias=True), {}, "no biases in convolutions"),
+        (lambda: toy("lfm2", **LFM2, head_dim=8), {}, "as wide as the stream"),
+        (lambda: toy("granitemoehybrid", **(GRANITE | {"num_local_experts": 2})), {}, "experts beside the shared network"),
+        (lambda: toy("granitemoehybrid", **GRANITE, time_step_limit=(0.001, 0.1)), {}, "no limits on the time steps"),
         (lambda: toy("opt", ffn_dim=96, word_embed_proj_dim=64), {}, "with `to=hf`"),
     ],
 )
