@@ -5,6 +5,7 @@ A mark is ``yes``, or the words with which the refusal has to explain itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 SIZES: dict[str, Any] = {
@@ -40,9 +41,41 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": ("gpt_oss", {**MIXTURE, "num_local_experts": 4}),
 }  # fmt: skip
 
+# The same, of which only what is cut is looked at.
+_TWO = {**SIZES, "num_hidden_layers": 2}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen3-Next": ("qwen3_next", {**DELTA_NET, "mlp_only_layers": [0, 1]}),
+    "Qwen3-Next, with experts": (
+        "qwen3_next",
+        {**DELTA_NET, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
+    ),
+    "OLMo-Hybrid": ("olmo_hybrid", DELTA_NET),
+    "LFM3": ("lfm3", {**_TWO, "layer_types": ["conv", FULL]}),
+    "LFM2-MoE": (
+        "lfm2_moe",
+        {**_TWO, "layer_types": ["conv", FULL], "num_dense_layers": 1, "num_experts": 4, "moe_intermediate_size": 24,
+         "num_experts_per_tok": 2},
+    ),
+    "Falcon-H1": (
+        "falcon_h1", {**_TWO, "mamba_d_ssm": 48, "mamba_n_heads": 6, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 2},
+    ),
+    "Bamba": ("bamba", {**_TWO, "attn_layer_indices": [1], "mamba_n_heads": 6, "mamba_d_state": 16}),
+    "Granite SWA": ("granite_swa", {**_TWO, "layer_types": ["sliding_attention", FULL]}),
+    "SmolLM3": ("smollm3", {**_TWO, "no_rope_layers": [1, 0]}),
+    "Ministral 3": ("ministral3", {**_TWO, "rope_parameters": None}),
+    "Arcee": ("arcee", _TWO),
+    "Hunyuan, dense": ("hunyuan_v1_dense", _TWO),
+    "ERNIE 4.5": ("ernie4_5", _TWO),
+    "Apertus": ("apertus", _TWO),
+    "Mixtral": ("mixtral", {**MIXTURE, "num_local_experts": 4}),
+    "OLMoE": ("olmoe", {**MIXTURE, "num_experts": 4}),
+    "Granite MoE": ("granitemoe", {**MIXTURE, "num_local_experts": 4}),
+}  # fmt: skip
+
 KINDS = {"heads": "heads", "ffn": "FFN", "mixer_heads": "mixer heads", "layer": "layers", "residual": "residual"}
+CUT = {**KINDS, "experts": "experts", "vocabulary": "vocabulary"}
 COLUMNS = {
-    **KINDS, "experts": "experts", "vocabulary": "vocabulary", "memory": "`--memory`", "recover": "recover", "allocate": "allocate",
+    **CUT, "memory": "`--memory`", "recover": "recover", "allocate": "allocate",
     "compress": "compress", "hf": "hf", "hf-uniform": "hf-uniform", "peft-lora": "peft-lora", "gguf": "gguf",
 }  # fmt: skip
 
@@ -63,16 +96,34 @@ GRID: dict[str, dict[str, str]] = {
     "Qwen3-MoE": {"residual": _TABLE["residual"], "ffn": "none", "mixer_heads": "none"},
     "gpt-oss": _TABLE | dict.fromkeys(KINDS, "cannot follow the channels through node 'softmax'"),
 }
+_PLAIN = {"residual": _TABLE["residual"], "mixer_heads": "none", "experts": "none"}
+_EXPERTS = {"residual": _TABLE["residual"], "mixer_heads": "none", "ffn": "none"}
+GRID |= {
+    "Qwen3-Next": _DENSE,
+    "Qwen3-Next, with experts": {"residual": _TABLE["residual"], "ffn": "none"},
+    "OLMo-Hybrid": _DENSE | {"heads": "computes one number from all channels, so that removing one changes the others"},
+    "LFM3": _PLAIN,
+    "LFM2-MoE": {"residual": _TABLE["residual"], "mixer_heads": "none"},
+    "Falcon-H1": _PLAIN | {"mixer_heads": "is none of the mixers whose heads are known here"},
+    "Bamba": dict.fromkeys(CUT, "is not known"),
+    **dict.fromkeys(("Granite SWA", "SmolLM3", "Ministral 3", "Arcee", "Hunyuan, dense", "ERNIE 4.5", "Apertus"), _PLAIN),
+    "Mixtral": _EXPERTS,
+    "OLMoE": _EXPERTS | {"heads": "computes one number from all channels, so that removing one changes the others"},
+    "Granite MoE": _EXPERTS,
+}
 
 
 def table() -> str:
-    """Returns the table of the page, with the reasons below it."""
+    """Returns the tables of the page, with the reasons below them."""
     notes: dict[str, str] = {}
 
     def cell(family: str, column: str) -> str:
         mark = GRID[family].get(column, "yes")
         return mark if mark in ("yes", "none") else f"no [{notes.setdefault(mark, chr(ord('a') + len(notes)))}]"
 
-    head = f"| family | {' | '.join(COLUMNS.values())} |\n|{'---|' * (len(COLUMNS) + 1)}\n"
-    rows = "\n".join(f"| {family} | {' | '.join(cell(family, column) for column in COLUMNS)} |" for family in MODELS)
-    return f"{head}{rows}\n\n" + "\n".join(f'- {letter}: "... {reason} ..."' for reason, letter in notes.items())
+    def rows(families: Iterable[str], columns: dict[str, str]) -> str:
+        head = f"| family | {' | '.join(columns.values())} |\n|{'---|' * (len(columns) + 1)}\n"
+        return head + "\n".join(f"| {family} | {' | '.join(cell(family, column) for column in columns)} |" for family in families)
+
+    tables = f"{rows(MODELS, COLUMNS)}\n\nIn others only what is cut is looked at:\n\n{rows(OTHERS, CUT)}"
+    return f"{tables}\n\n" + "\n".join(f'- {letter}: "... {reason} ..."' for reason, letter in notes.items())

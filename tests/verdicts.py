@@ -285,7 +285,7 @@ generated alike with and without cache, and that a fresh process loads what was 
 its own (Nemotron-H): a key head, or group, with all value heads that read its state. Scores, re-fit, selection and `--memory` are those of
 other heads: scores look at what the heads write after their state has seen the text. `tests/conformance/test_mixer_heads.py` shows the same
 three things as above. The same number in every layer keeps the stock class. The Mamba-2 of Granite 4, whose heads share one norm and whose
-number follows from the width, is refused by name.
+number follows from the width, and that of Falcon-H1 are refused by name.
 
 Looking at a family and tracing a model of real size take no weights: 2 to 9 s of processor time and less than 0.6 GB in all for Qwen3.5-4B,
 LFM2-2.6B, Granite 4 tiny, Nemotron-H-4B, Ministral 3 8B and Gemma 4 E4B (`benchmarks/results/discovery_real_sizes.md`).

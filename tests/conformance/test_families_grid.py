@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from families_grid import COLUMNS, GRID, KINDS, MODELS
+from families_grid import COLUMNS, CUT, GRID, KINDS, MODELS, OTHERS
 from folders import text_file, tiny_tokenizer
 from regraft.cli.app import run
 from regraft.errors import RegraftError
@@ -27,7 +27,7 @@ SHORT = ("--samples", "2", "--seq-len", "16")
 @cache
 def model_of(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    kind, values = MODELS[family]
+    kind, values = (MODELS | OTHERS)[family]
     return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**values)).eval()
 
 
@@ -95,12 +95,16 @@ def command_of(family: str, column: str, folder: Path) -> list[str]:
     return ["export", model, "--to", column, *(["--no-check"] if column == "gguf" else [])]
 
 
-def verdict(family: str, column: str, folder: Path, capsys: Any) -> str:
-    """Returns ``yes``, or the line with which this is refused."""
+def what_is_cut(family: str, column: str) -> str:
     if column in KINDS:
         return cut_of_kind(family, column)
-    if column in ("experts", "vocabulary"):
-        return cut_of_experts(family) if column == "experts" else cut_of_vocabulary(family)
+    return cut_of_experts(family) if column == "experts" else cut_of_vocabulary(family)
+
+
+def verdict(family: str, column: str, folder: Path, capsys: Any) -> str:
+    """Returns ``yes``, or the line with which this is refused."""
+    if column in CUT:
+        return what_is_cut(family, column)
     name = "plan.json" if column == "allocate" else column
     capsys.readouterr()
     code = run([*command_of(family, column, folder), "-o", str(folder / name)])
@@ -124,3 +128,12 @@ def test_every_command_works_or_says_why_not(family: str, tmp_path: Path, capsys
     for column, mark in marks.items():
         want = GRID[family].get(column, "yes")
         assert want in mark, (family, column, mark)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", list(OTHERS))
+def test_what_is_cut_in_other_families(family: str) -> None:
+    marks = {column: what_is_cut(family, column) for column in CUT}
+    for column, mark in marks.items():
+        assert GRID[family].get(column, "yes") in mark, (family, column, mark)

@@ -99,7 +99,7 @@ def _traced(view: ModelView) -> Traced:
     odd = {group.name: Refusal(group.kind, group.layer, why) for group in found.groups.groups if (why := _unlike_table(view, group))}
     fixed += odd.values()
     kept = tuple(group for group in found.groups.groups if group.kind not in barred and group.name not in odd)
-    mixers, unknown = mixer_head_groups(view) if family.mixed else ((), ())
+    mixers, unknown = mixer_head_groups(view)
     inside = [group for group in (*kept, *mixers) if group.layer is not None]
     ordered = (*sorted(inside, key=lambda group: group.layer or 0), *(group for group in kept if group.layer is None))
     return Traced(replace(found.groups, groups=ordered), (*found.refusals, *fixed, *unknown))

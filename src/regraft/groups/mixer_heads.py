@@ -25,7 +25,7 @@ def mixer_head_groups(view: ModelView) -> tuple[tuple[Group, ...], tuple[Refusal
     groups: list[Group] = []
     refused: dict[str, Refusal] = {}
     for index, layer in enumerate(view.layers):
-        mixer = mixer_of(layer, view.model.config) if view.family.keys.mixer else None
+        mixer = mixer_of(layer, view.model.config) if view.family.mixed and view.family.keys.mixer else None
         if mixer is not None:
             groups.append(_group(view, index, mixer))
         elif (found := recurrent_of(layer)) is not None:
