@@ -112,7 +112,7 @@ def test_every_field_of_every_section_is_an_option_with_its_default_and_help(kin
     result = CliRunner().invoke(app, [])
     assert result.exit_code == 0, result.output
     assert seen == [kind()]
-    text = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "500", "TERMINAL_WIDTH": "500"}).output
+    text = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "900", "TERMINAL_WIDTH": "900"}).output
     for name, field in kind.model_fields.items():
         assert f"--{name.replace('_', '-')}" in text
         assert field.description is not None
