@@ -139,8 +139,8 @@ def refuse_special(path: Path) -> None:
     Raises:
         OutputError: The message says which.
     """
-    name = shown(path)
-    _refuse_unwritable(resolved(path.parent) / path.name if path.name != ".." else resolved(path), name)
+    name, whole = shown(path), resolved(path)
+    _refuse_unwritable(resolved(path.parent) / path.name if path.name != ".." else whole, name)
     if path.is_symlink():
         raise OutputError(f"'{name}' is a link; give the file that it leads to, or another name")
     if path.is_dir() or path.name in ("", ".."):

@@ -29,6 +29,7 @@ from typing import Any
 
 from regraft.errors import OutputError, shown
 from regraft.platforms import MARK_FLAGS, lock, read_start, remove_and_close, write_start
+from regraft.reading import home_expanded
 
 MARK = "owner.json"
 SUFFIX = ".regraft"
@@ -45,8 +46,10 @@ def resolved(path: Path) -> Path:
     """Returns a path without links, ``.`` and ``..``: two names of one output are one output.
 
     Raises:
-        OutputError: It cannot be a path.
+        OutputError: It cannot be a path, or begins with ``~``, which shells replace and everything that is read expands.
     """
+    if home_expanded(path) != path:
+        raise OutputError(f"'{shown(path)}' begins with ~, which no shell has replaced; write the home folder out, as $HOME/NAME")
     try:
         return Path(os.path.realpath(path))
     except (OSError, ValueError) as error:

@@ -367,3 +367,14 @@ def test_a_clock_that_is_set_anew_makes_no_owner_dead(tmp_path: Path, monkeypatc
         owner = json.loads((work_folder(tmp_path / "out") / MARK).read_text())
         assert claims._lives(owner)
         assert not claims._lives(owner | {"started": owner["started"] + 1})
+
+
+@pytest.mark.parametrize("name", ["~", "~/x", "~/x.json"])
+def test_a_home_that_no_shell_has_replaced_is_no_output(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read is expanded, so that a folder of that name could not be found again, and `rm -r` of it would mean another."""
+    monkeypatch.chdir(tmp_path)
+    for write in (refuse_existing, lambda path: write_text(path, "x"), lambda path: atomic_folder(path).__enter__()):
+        with pytest.raises(OutputError, match="begins with ~, which no shell has replaced"):
+            write(Path(name))
+    write_text(tmp_path / "~nosuchuser", "x")
+    assert os.listdir(tmp_path) == ["~nosuchuser"]

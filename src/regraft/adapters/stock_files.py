@@ -16,11 +16,12 @@ from typing import Any
 
 from regraft.errors import ModelError, shown
 from regraft.platforms import OUT_OF_TIME
-from regraft.reading import read_object
+from regraft.reading import is_whole, read_object
 
 FILE = "adapter_config.json"
 # Kinds that change layers by what their own tensors say. Prompts, and mixtures of adapters in other folders, are none.
 KINDS = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "VERA", "HRA", "FOURIERFT", "RANDLORA", "LN_TUNING", "MISS", "SHIRA")
+LARGEST_ID = 2**31 - 1
 LARGEST_NUMBER = 2.0**64  # seeds are the largest
 PATTERN_SECONDS = 1.0  # of processor time; names and patterns of real adapters take milliseconds
 _WAIT_SECONDS = 10.0  # where other work takes the processor
@@ -54,6 +55,11 @@ def read_stock_config(folder: Path) -> dict[str, Any]:
             raise ModelError(f"'{path}': {shown(key)} leads to another file ({shown(repr(value), 60)}); remove that entry")
         if isinstance(value, int | float) and not abs(value) <= LARGEST_NUMBER:
             raise ModelError(f"'{path}': {shown(key)} {shown(value, 40)} is no number that an adapter has; copy it again")
+    invoked = config.get("alora_invocation_tokens")
+    if invoked is not None and not (isinstance(invoked, list) and invoked and all(is_whole(token, 0, LARGEST_ID) for token in invoked)):
+        raise ModelError(
+            f"'{path}': alora_invocation_tokens {shown(repr(invoked), 60)} is no list of token ids; copy it again, or remove it"
+        )
     return config
 
 

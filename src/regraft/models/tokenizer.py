@@ -8,8 +8,9 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from regraft.errors import ModelError
+from regraft.errors import ModelError, shown
 from regraft.models.quiet import in_one_line, quiet
+from regraft.reading import check_text
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
 # A text on which tokenizers differ: spaces, runs of spaces, line ends, capitals, digits, contractions, accents, scripts, code, symbols.
@@ -44,6 +45,7 @@ def load_tokenizer(folder: Path, rows: int, *, trust_remote_code: bool) -> PreTr
             if file.is_file() and (largest_id(tokenizer) >= rows or not _does_what_its_file_says(tokenizer, file)):
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), **settings)
     except Exception as error:  # tokenizers raises plain Exception
+        check_text(str(folder), f"the name of the folder '{shown(folder)}'", ModelError)  # tokenizers opens no other names
         reason = in_one_line(error)
         raise ModelError(f"the tokenizer of '{folder}' cannot be loaded: {reason}; copy its tokenizer files again") from error
     if largest_id(tokenizer) >= rows:

@@ -30,6 +30,7 @@ def written(folder: Path, **entries: object) -> Path:
         {"peft_type": None},
         {"corda_config": {"cache_file": "/elsewhere"}},
         {"some_path": "/etc/passwd"},
+        *({"alora_invocation_tokens": value} for value in (True, -1, "x", [], [1.5], [None], {"a": 1}, [10**30])),
     ],
     ids=str,
 )
