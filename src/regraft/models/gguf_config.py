@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from regraft.errors import ModelError
+from regraft.errors import ModelError, shown
 from regraft.models.gguf_header import GgufHeader
 
 FREQUENCIES = "rope_freqs.weight"
@@ -36,9 +36,10 @@ def complete_config(config: Any, header: GgufHeader, path: Path) -> None:
         path: The file.
 
     Raises:
-        ModelError: The file has a scaling of the rotation that is not known here.
+        ModelError: The file has a scaling of the rotation that is not known here, or lacks a number that llama.cpp asks for.
     """
     said = _Said(header)
+    _check_numbers(said)
     rows = header.tensors["token_embd.weight"].shape[0]
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # defaults of the class may lie beyond a small vocabulary
         number = getattr(config, name, None)
@@ -76,6 +77,34 @@ class _Said:
             raise ModelError(f"the file lacks '{self._prefix}{key}'; convert it again")
         return found
 
+    def number(self, key: str, least: float, most: float) -> None:
+        """Refuses a number that is missing, no number, or out of range; NaN is in no range."""
+        value = self[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+            raise ModelError(
+                f"'{self._prefix}{key}' is {shown(value, 40)}, and should be from {least:g} to {most:g}; convert the file again"
+            )
+
+
+def _check_numbers(said: _Said) -> None:
+    """Refuses numbers without which, or with which, the model would compute something else than in llama.cpp.
+
+    Raises:
+        ModelError: One is missing, of another type, or out of range.
+    """
+    epsilons = [name for name in ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon") if said.get(name) is not None]
+    said.number("context_length", 1, 2**31 - 1)
+    said.number(epsilons[0] if epsilons else "attention.layer_norm_rms_epsilon", 0.0, 1.0)
+    for name in ("rope.freq_base", "rope.freq_base_swa"):
+        if said.get(name) is not None:
+            said.number(name, 1e-3, 1e12)
+    for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        if said.get(name) is not None:
+            said.number(name, 1, 2**20)
+    keys, values = said.get("attention.key_length"), said.get("attention.value_length")
+    if keys is not None and values not in (None, keys):
+        raise ModelError("its values have heads of another size than its keys, which is not read; give the Hugging Face folder")
+
 
 def _gemma(config: Any, architecture: str, said: _Said) -> None:
     by_width = config.num_hidden_layers == SCALED_BY_WIDTH[architecture]
@@ -97,6 +126,8 @@ def _rotation(config: Any, before: Mapping[str, Any], header: GgufHeader, said: 
     found: dict[str, Any] = {}
     dimensions = said.get("rope.dimension_count")
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    if dimensions and int(dimensions) > head_dim:
+        raise ModelError(f"it rotates {dimensions} channels of heads that have {head_dim}; convert the file again")
     if dimensions and int(dimensions) < head_dim:
         found["partial_rotary_factor"] = int(dimensions) / head_dim
     factor = said.get("rope.scaling.attn_factor")

@@ -6,6 +6,7 @@ The folder lies in a cache, one for each content of a file, so that everything t
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from contextlib import redirect_stderr
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from regraft.atomic import atomic_folder
 from regraft.claims import claimed
@@ -132,6 +133,7 @@ def _unpack(path: Path, header: GgufHeader, folder: Path) -> None:
     for names in (report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"]):
         if names:
             raise ModelError(f"'{path}' does not hold what its keys ask for: '{min(names, key=str)}'; copy or download it again")
+    _refuse_left_over(path, header, model)
     kinds = header.kinds()
     with atomic_folder(folder) as partial:
         with quiet():
@@ -146,6 +148,21 @@ def _unpack(path: Path, header: GgufHeader, folder: Path) -> None:
             settings={"dequantised from": {kind: count for kind, count in kinds.items() if kind not in FLOATS}, "stored as": kinds},
         )
         write_folder(partial, provenance, None)
+
+
+def _refuse_left_over(path: Path, header: GgufHeader, model: PreTrainedModel) -> None:
+    """Refuses a file with more weights than the model that was made of it.
+
+    Raises:
+        ModelError: The reader left some out.
+    """
+    there = sum(math.prod(tensor.shape) for name, tensor in header.tensors.items() if not name.startswith("rope_"))
+    taken = sum(parameter.numel() for parameter in model.parameters())
+    if there > taken:
+        raise ModelError(
+            f"'{path}' holds {there:,} weights, of which a {header.architecture} of its sizes has {taken:,}; "
+            "give the Hugging Face folder that it was made from"
+        )
 
 
 def _tokenizer(path: Path, gguf: Any) -> PreTrainedTokenizerBase | None:

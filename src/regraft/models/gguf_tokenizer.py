@@ -109,6 +109,8 @@ def tokenizer_of(value: Value) -> PreTrainedTokenizerFast | None:
 
 
 def _byte_level(value: Value, tokens: list[str], rule: str) -> Tokenizer:
+    if not value("ggml.merges"):
+        raise ModelError("the tokenizer has no merges, without which every text is spelled in bytes; convert the file again")
     merges = [tuple(merge.split(" ", 1)) for merge in value("ggml.merges") or []]
     core = Tokenizer(models.BPE(vocab=_numbered(tokens), merges=merges, ignore_merges=rule in WHOLE_PIECES))
     core.pre_tokenizer = splitter(RULES[rule])

@@ -158,6 +158,14 @@ HOSTILE: dict[str, Callable[[bytearray], None]] = {
     "a million layers": before(b"llama.block_count", "<I", 10**6, 17 + 4),
     "a width of 2**32 - 1": before(b"llama.embedding_length", "<I", 2**32 - 1, 22 + 4),
     "a feed-forward width of 2**31": before(b"llama.feed_forward_length", "<I", 2**31, 25 + 4),
+    "no epsilon": before(b"llama.attention.layer_norm_rms_epsilon", "<B", ord("x"), 0),
+    "an infinite epsilon": before(b"llama.attention.layer_norm_rms_epsilon", "<I", 0x7F800000, 38 + 4),
+    "an infinite base": before(b"llama.rope.freq_base", "<I", 0x7F800000, 20 + 4),
+    "more rotated than a head has": before(b"llama.rope.dimension_count", "<I", 2**16, 26 + 4),
+    "values of another size": before(b"llama.attention.value_length", "<I", 8, 28 + 4),
+    "no context": before(b"llama.context_length", "<I", 0, 20 + 4),
+    "no merges": before(b"tokenizer.ggml.merges", "<B", ord("x"), 0),
+    "a tensor of another name": before(b"\x0d\0\0\0\0\0\0\0output.weight", "<B", ord("O"), 8),
     "no head": before(b"llama.attention.head_count", "<I", 0, 26 + 4),
 }
 
