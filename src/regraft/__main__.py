@@ -1,6 +1,7 @@
 """The command ``regraft``, and ``python -m regraft``: signals first, then all that takes time to load."""
 
 import importlib
+import os
 import sys
 
 from regraft import signals
@@ -8,6 +9,7 @@ from regraft import signals
 
 def main() -> None:
     """Runs the command line of this process and exits."""
+    open_closed_streams()
     signals.install()
     try:
         code = importlib.import_module("regraft.cli.app").run(sys.argv[1:])
@@ -20,6 +22,17 @@ def main() -> None:
         code = code or 2
         sys.stdout = None
     sys.exit(code)
+
+
+def open_closed_streams() -> None:
+    """Opens the null device in the place of standard streams that were closed, as by ``>&-``: the next file would take their number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
 
 
 if __name__ == "__main__":

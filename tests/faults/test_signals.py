@@ -219,3 +219,13 @@ def workers(command: Command) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def test_closed_streams_are_opened_before_a_file_takes_their_number() -> None:
+    code = (
+        "import os, sys; [os.close(n) for n in (0, 1)]; sys.stdin = sys.stdout = None;"
+        "from regraft.__main__ import open_closed_streams; open_closed_streams();"
+        "assert os.open(os.devnull, os.O_RDONLY) > 2; assert sys.stdin.read() == ''; print('x'); sys.stdout.flush()"
+    )
+    done = fresh.run(["-c", code])
+    assert done.returncode == 0, done.stderr
