@@ -119,6 +119,7 @@ def steps(recipe: Recipe) -> list[list[str]]:
             "targets",
             "rank",
             "ranks",
+            "rank_pattern",
             "alpha",
             "adapter_options",
             "task",

@@ -65,7 +65,7 @@ from regraft.settings import TRAINING_TOKENS, AllocateSettings, LoadSettings, Re
 SPACE = "space.json"
 _RECOVERIES = ".recoveries"
 _FEW_STEPS = 20  # with fewer steps, gains of ranks are not measurable yet
-_CHOSEN_BY_THE_SEARCH = ("rank", "alpha", "patience")
+_CHOSEN_BY_THE_SEARCH = ("rank", "rank_pattern", "alpha", "patience")
 
 
 @dataclass(frozen=True, repr=False)
