@@ -25,6 +25,7 @@ from regraft.models.view import parameter_count
 from regraft.plans import Cut, Groups, PrunePlan
 from regraft.surgery.cut import cut
 from verdicts import KINDS
+from zeroing import random_model
 
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(3))
 SIZES: dict[str, Any] = {
@@ -66,15 +67,6 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, str, str], set[str]]] = {
     "bitnet": (GROUPED, LLAMAS, {"heads", "query_heads", "ffn"}),
     "nemotron": (GROUPED, ("model.layers", "self_attn.o_proj", "mlp.down_proj"), set()),
 }  # fmt: skip
-
-
-def random_model(family: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**FAMILIES[family][0])).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
-    return model
 
 
 def logits(model: PreTrainedModel) -> Tensor:
@@ -139,7 +131,7 @@ LOST: dict[str, dict[str, list[int]]] = {
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_removing_is_silencing_in_every_mode_and_together(family, tmp_path):
     assert family not in families()
-    model = random_model(family)
+    model = random_model(family, FAMILIES[family][0])
     groups = discover(model, KINDS)
     there = {group.kind for group in groups.groups}
     assert set(KINDS) - there == {"residual"} | FAMILIES[family][2]
@@ -161,7 +153,7 @@ def test_removing_is_silencing_in_every_mode_and_together(family, tmp_path):
 
 
 def saved(family: str, folder) -> str:
-    random_model(family).save_pretrained(folder)
+    random_model(family, FAMILIES[family][0]).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
 

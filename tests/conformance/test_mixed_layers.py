@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from families_grid import DELTA_NET as SHORT_DELTA_NET
 from families_grid import FULL, LINEAR, SIZES
@@ -29,6 +29,7 @@ from regraft.models.view import ModelView, parameter_count
 from regraft.plans import Cut, Groups, PrunePlan
 from regraft.surgery.cut import cut
 from verdicts import KINDS
+from zeroing import random_model
 
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(3))
 DELTA_NET = {**SHORT_DELTA_NET, "layer_types": [LINEAR, FULL] * 2, "num_hidden_layers": 4}
@@ -79,11 +80,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, str], set[str], set[int]]] 
 
 @cache
 def subject(family: str) -> tuple[PreTrainedModel, Groups]:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**FAMILIES[family][0])).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
+    model = random_model(family, FAMILIES[family][0])
     return model, discover(model, KINDS)
 
 

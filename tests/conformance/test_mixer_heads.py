@@ -24,6 +24,7 @@ from regraft.models.build import declared_sizes
 from regraft.models.view import ModelView, parameter_count
 from regraft.plans import Cut, Groups, PrunePlan
 from regraft.surgery.cut import cut, parameters_after
+from zeroing import random_model
 
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(3))
 LAYERS = {"layer_types": [LINEAR, FULL, LINEAR], "num_hidden_layers": 3}
@@ -46,11 +47,7 @@ EVEN, UNEVEN = {0: [1], 2: [0]}, {0: [2], 2: [0, 1]}
 
 @cache
 def subject(family: str) -> tuple[PreTrainedModel, Groups]:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**FAMILIES[family][0])).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
+    model = random_model(family, FAMILIES[family][0])
     return model, discover(model, ("mixer_heads",))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from regraft.export.gguf.llama_like import made, norm, outside
+from regraft.export.gguf.llama_like import ATTENTION, QUERIES_KEYS_VALUES, TWO_NORMS, made, norm, outside
 from regraft.export.gguf.rotary import rotary
 from regraft.export.gguf.source import Entry, Layout, Metadata, Source
 from regraft.models.view import LayerSizes
@@ -19,9 +19,7 @@ from regraft.models.view import LayerSizes
 LFM2_NORMS = {"operator_norm": "attn_norm", "ffn_norm": "ffn_norm"}
 LFM2_HEAD_NORMS = {"self_attn.q_layernorm": "attn_q_norm", "self_attn.k_layernorm": "attn_k_norm"}
 LFM2 = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
+    **QUERIES_KEYS_VALUES,
     "self_attn.out_proj": "attn_output",
     "conv.in_proj": "shortconv.in_proj",
     "conv.out_proj": "shortconv.out_proj",
@@ -29,12 +27,8 @@ LFM2 = {
     "feed_forward.w3": "ffn_up",
     "feed_forward.w2": "ffn_down",
 }
-GRANITE_NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 GRANITE = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
+    **ATTENTION,
     "mamba.in_proj": "ssm_in",
     "mamba.out_proj": "ssm_out",
     "shared_mlp.output_linear": "ffn_down",
@@ -111,7 +105,7 @@ def granite(source: Source) -> Layout:
 
     def layer(index: int) -> list[Entry]:
         prefix, stem = f"{source.family.layers}.{index}", f"blk.{index}"
-        entries = _named(source, index, GRANITE_NORMS, GRANITE, paired_heads=True)
+        entries = _named(source, index, TWO_NORMS, GRANITE, paired_heads=True)
         entries += _halves(source, index)
         if f"{prefix}.mamba.A_log" not in source.shapes:
             return entries

@@ -17,11 +17,10 @@ from regraft.export.gguf.rotary import FREQUENCIES, rotary
 from regraft.export.gguf.source import Entry, Layout, Metadata, Source
 from regraft.models.gguf_config import NO_CAP, SCALED_BY_WIDTH
 
+QUERIES_KEYS_VALUES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
+ATTENTION = {**QUERIES_KEYS_VALUES, "self_attn.o_proj": "attn_output"}
 PROJECTIONS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
+    **ATTENTION,
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
