@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from common import table
 from regraft.completion.descent import Descent, Stepper, automatic_step, descend
 from regraft.completion.entries import EntryList, Observed, WholeMatrix
 from regraft.completion.theory import bases, blocks, end_to_end_basis, rho_path
@@ -243,16 +244,14 @@ def completion_table(found: dict[str, Any]) -> list[str]:
         f"Step size {found['step_size']:.3g} (sum form). A full step takes {1e3 * found['full_step_seconds']['mask']:.1f} ms with a "
         f"dense mask and {1e3 * found['full_step_seconds']['list']:.1f} ms with entry lists; the full network ran with the quicker.",
         "",
-        "| solver | parameters | iterations | against full | seconds | train error | test error |",
-        "|---|---|---|---|---|---|---|",
     ]
+    body: list[list[str]] = []
     rows = []
     for name, run in runs.items():
         ended = "" if run["converged"] else " (stopped)"
-        lines.append(
-            f"| {name} | {run['parameters']:,} | {run['iterations']:,}{ended} | {run['iterations'] / full['iterations']:.3f} | "
-            f"{run['seconds']:.1f} | {run['train_error']:.2e} | {run['test_error']:.2e} |"
-        )
+        against = f"{run['iterations'] / full['iterations']:.3f}"
+        body.append([name, f"{run['parameters']:,}", f"{run['iterations']:,}{ended}", against, f"{run['seconds']:.1f}"])
+        body[-1] += [f"{run['train_error']:.2e}", f"{run['test_error']:.2e}"]
         rows.append({"solver": name, **{key: value for key, value in run.items() if key != "curve"}})
     write_csv(RESULTS / "deep_factorization_completion.csv", rows)
     curves = [
@@ -261,7 +260,8 @@ def completion_table(found: dict[str, Any]) -> list[str]:
         for point in run["curve"][:: max(1, len(run["curve"]) // 60)]
     ]
     write_csv(RESULTS / "deep_factorization_curves.csv", curves)
-    return lines
+    head = ["solver", "parameters", "iterations", "against full", "seconds", "train error", "test error"]
+    return [*lines, *table(head, body)]
 
 
 def thousand_table(found: dict[str, Any]) -> list[str]:
@@ -270,10 +270,10 @@ def thousand_table(found: dict[str, Any]) -> list[str]:
     lines = [
         "## d = 1000, r = 5, 20 % seen: seconds",
         "",
-        "| solver | seconds per step (median) | against compressed |",
-        "|---|---|---|",
-        *(f"| {name} | {seconds:.4g} | {seconds / steps['compressed']:.1f} |" for name, seconds in steps.items()),
-        "",
+        *table(
+            ["solver", "seconds per step (median)", "against compressed"],
+            ([name, f"{seconds:.4g}", f"{seconds / steps['compressed']:.1f}"] for name, seconds in steps.items()),
+        ),
         f"The compressed factorization ran whole: {run['iterations']:,} iterations, {run['seconds']:.1f} s, train error "
         f"{run['train_error']:.2e}, test error {run['test_error']:.2e}. The full network at its quicker step needs "
         f"{full * run['iterations'] / 1.15:,.0f} s even if it converged in 1/1.15 of these iterations: "
@@ -293,11 +293,10 @@ def scaling_table(found: dict[str, Any]) -> list[str]:
         ("compressed, 50 entries a row", "dimension", 500),
         ("compressed, d = 4000", "entries", 200_000),
     ]
-    lines = ["## Growth of the seconds per step", "", "| series | " + "against | fitted from | exponent |", "|---|---|---|---|"]
-    lines += [f"| {series} | {against} | {least:,} up | {exponent(rows, series, against, least):.2f} |" for series, against, least in fits]
-    lines += ["", "| series | d | entries | ms per step |", "|---|---|---|---|"]
-    lines += [f"| {row['series']} | {row['dimension']:,} | {row['entries']:,} | {1e3 * row['seconds']:.3g} |" for row in rows]
-    return lines
+    fitted = ([series, against, f"{least:,} up", f"{exponent(rows, series, against, least):.2f}"] for series, against, least in fits)
+    measured = ([row["series"], f"{row['dimension']:,}", f"{row['entries']:,}", f"{1e3 * row['seconds']:.3g}"] for row in rows)
+    lines = ["## Growth of the seconds per step", "", *table(["series", "against", "fitted from", "exponent"], fitted)]
+    return [*lines, *table(["series", "d", "entries", "ms per step"], measured)]
 
 
 def subspace_table(found: dict[str, Any]) -> list[str]:
@@ -373,11 +372,11 @@ def render(work: Path) -> None:
         "gamma 0.01, entries of variance one.",
         "",
     ]
-    for name, table in tables.items():
+    for name, drawn in tables.items():
         if name in found:
             machine = found[name]["machine"]
             lines += [
-                *table(found[name]),
+                *drawn(found[name]),
                 "",
                 f"Measured with {machine['threads']} thread(s), torch {machine['torch']}, "
                 f"{machine['processor']}; the machine had other work beside it.",

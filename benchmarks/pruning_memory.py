@@ -30,6 +30,7 @@ from typing import Any
 
 import psutil
 
+from common import table
 from regraft.data.text import read_corpus
 
 RESULTS = Path(__file__).parent / "results"
@@ -295,21 +296,26 @@ def draw(path: Path) -> None:
         "dropped from the page cache. The floor of arithmetic is the operations of the passes (forward, forward again, backward: 8 for "
         "each weight of a layer and each token) over the speed of one large product, measured right after.",
         "",
-        "| model | parameters | how | peak memory, GB | time (of processors), s | read / written, GB | floor of in- and output, s | operations, TFLOP "
-        "| floor of arithmetic, s | load before |",
-        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
+    head = ["model", "parameters", "how", "peak memory, GB", "time (of processors), s", "read / written, GB", "floor of in- and output, s"]
+    head += ["operations, TFLOP", "floor of arithmetic, s", "load before"]
+    body: list[list[str]] = []
     for row in rows:
         arithmetic = float(row["tera_flop"]) * 1000 / float(row["gflop_per_second"])
         text = f"{row['samples']} x {row['seq_len']} tokens"
-        lines.append(
-            f"| {row['shape']}, {float(row['checkpoint_gb']):.2f} GB | {int(row['parameters']):,} | {row['way']}, {text} "
-            f"| {float(row['peak_rss_gb']):.2f} ({float(row['kernel_peak_gb']):.2f}) | {float(row['seconds']):.0f} ({float(row['cpu_seconds']):.0f}) "
-            f"| {float(row['read_gb']):.1f} / {float(row['written_gb']):.1f} | {float(row['io_floor_seconds']):.0f} "
-            f"| {float(row['tera_flop']):.1f} | {arithmetic:.0f} | {float(row['load']):.1f} |"
-        )
+        body.append([f"{row['shape']}, {float(row['checkpoint_gb']):.2f} GB", f"{int(row['parameters']):,}", f"{row['way']}, {text}"])
+        body[-1] += [
+            f"{float(row['peak_rss_gb']):.2f} ({float(row['kernel_peak_gb']):.2f})",
+            f"{float(row['seconds']):.0f} ({float(row['cpu_seconds']):.0f})",
+            f"{float(row['read_gb']):.1f} / {float(row['written_gb']):.1f}",
+            f"{float(row['io_floor_seconds']):.0f}",
+            f"{float(row['tera_flop']):.1f}",
+            f"{arithmetic:.0f}",
+            f"{float(row['load']):.1f}",
+        ]
+    lines += table(head, body)
     machines = dict.fromkeys(f"{row['machine']}, {row['threads']} threads, {row['versions']}, seed {row['seed']}" for row in rows)
-    lines += ["", *(f"Machine: {machine}." for machine in machines), ""]
+    lines += [*(f"Machine: {machine}." for machine in machines), ""]
     path.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
 
 

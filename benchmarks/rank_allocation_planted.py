@@ -36,6 +36,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from common import table
 from regraft.allocation import (
     ALLOCATORS,
     MOST_FINALISTS,
@@ -294,10 +295,9 @@ def prior_rows(seeds: int) -> list[dict[str, object]]:
     return rows
 
 
-def table(rows: Sequence[dict[str, str]], section: str) -> list[str]:
+def section_table(rows: Sequence[dict[str, str]], section: str) -> list[str]:
     """One Markdown table: mean share with a 95 % interval over seeds, least share, cost, seconds, what confirmation kept."""
-    lines = ["| layers | noise | objective | method | searches | share of the attainable gain | least | cost | seconds | kept |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    body: list[list[str]] = []
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
         if row["section"] == section:
@@ -310,10 +310,9 @@ def table(rows: Sequence[dict[str, str]], section: str) -> list[str]:
         told = ", ".join(f"{count} {origin}" for origin, count in kept.items() if count) if cost else ""
         share = f"{statistics.mean(shares):.3f} ± {half:.3f}" if section != "flat" else ""
         least = f"{min(shares):.2f}" if section != "flat" else ""
-        lines.append(
-            f"| {layers} | {noise} | {world} | {method} | {len(members)} | {share} | {least} | {cost:.2f} | {seconds:.1f} | {told} |"
-        )
-    return lines
+        body.append([layers, noise, world, method, str(len(members)), share, least, f"{cost:.2f}", f"{seconds:.1f}", told])
+    head = ["layers", "noise", "objective", "method", "searches", "share of the attainable gain", "least", "cost", "seconds", "kept"]
+    return table(head, body)
 
 
 TITLES = {
@@ -340,7 +339,7 @@ def report(rows: Sequence[dict[str, str]]) -> str:
     ]
     for section, title in TITLES.items():
         if any(row["section"] == section for row in rows):
-            lines += ["", f"## {title}", "", *table(rows, section)]
+            lines += ["", f"## {title}", "", *section_table(rows, section)]
     return "\n".join(lines) + "\n"
 
 

@@ -17,8 +17,7 @@ import statistics
 from importlib.metadata import version
 from pathlib import Path
 
-from scipy.stats import t
-
+from common import interval, table
 from regraft.completion.complete import BASELINES, OURS, CompletionReport, complete_ratings
 from regraft.settings import CompletionSettings
 
@@ -26,13 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "movielens-small" / "ratings.csv"
 
 
-def half_width(differences: list[float]) -> float:
-    """Half of Student's interval of 95 % for a mean."""
-    count = len(differences)
-    return float(t.ppf(0.975, count - 1)) * statistics.stdev(differences) / count**0.5
-
-
-def table(reports: list[CompletionReport]) -> str:
+def page(reports: list[CompletionReport]) -> str:
     """The Markdown page."""
     first = reports[0]
     lines = [
@@ -41,19 +34,18 @@ def table(reports: list[CompletionReport]) -> str:
         f"Written by `python benchmarks/ratings.py`: {Path(first.ratings).name}, {first.known + first.held_out:,} ratings of {first.users:,} users "
         f"for {first.items:,} items, {len(reports)} random splits of 90/10, rank {first.rank}, depth {first.settings.depth}.",
         "",
-        "| method | RMSE, mean | SD over splits | MAE, mean | RMSE less ours (95 %, paired) |",
-        "|---|---:|---:|---:|---:|",
     ]
+    body: list[list[str]] = []
     ours = [report.errors[OURS].rmse for report in reports]
     for name in (OURS, *BASELINES):
         rmse = [report.errors[name].rmse for report in reports]
         mae = statistics.mean(report.errors[name].mae for report in reports)
         differences = [other - own for other, own in zip(rmse, ours, strict=True)]
-        gap = "" if name == OURS else f"{statistics.mean(differences):+.4f} ± {half_width(differences):.4f}"
-        lines.append(f"| {name} | {statistics.mean(rmse):.4f} | {statistics.stdev(rmse):.4f} | {mae:.4f} | {gap} |")
+        gap = "" if name == OURS else "{:+.4f} ± {:.4f}".format(*interval(differences))
+        body.append([name, f"{statistics.mean(rmse):.4f}", f"{statistics.stdev(rmse):.4f}", f"{mae:.4f}", gap])
+    lines += table(["method", "RMSE, mean", "SD over splits", "MAE, mean", "RMSE less ours (95 %, paired)"], body)
     seconds = statistics.median(report.seconds for report in reports)
     lines += [
-        "",
         f"Seconds for one split, all methods, median: {seconds:.0f}. Machine: {os.cpu_count()} cores, {platform.machine()}; "
         + ", ".join(f"{name} {version(name)}" for name in ("regraft", "torch", "scikit-learn"))
         + f"; seeds 0 to {len(reports) - 1}.",
@@ -83,7 +75,7 @@ def main() -> None:
             for name, errors in report.errors.items():
                 row = [report.seed, name, f"{errors.rmse:.6f}", f"{errors.mae:.6f}", report.rank, f"{report.threshold:.4g}"]
                 writer.writerow([*row, report.known, report.held_out, f"{report.seconds:.1f}"])
-    (RESULTS / "ratings.md").write_text(table(reports), encoding="utf-8")
+    (RESULTS / "ratings.md").write_text(page(reports), encoding="utf-8")
 
 
 if __name__ == "__main__":

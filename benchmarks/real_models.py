@@ -33,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import regraft
 import rivals
 from common import RESULTS, add_row, interval, machine, read_rows, table, versions
+from regraft.data.calibration import Source, counts_of, mixed
 from regraft.data.own_text import repeated_share
 from regraft.data.text import read_corpus
 from regraft.data.tokens import calibration_windows
@@ -88,7 +89,8 @@ def rows_of(domains: tuple[Domain, ...], own: Domain) -> Iterator[tuple[str, str
     for name in (f"{own.name} alone", "all domains"):
         yield "LLM-Pruner's recipe", name, RECIPE
     for package, setting in rivals.RIVALS:
-        yield f"{package}: {setting}", f"{own.name} alone", (package, setting)
+        for name in (f"{own.name} alone", "all domains"):
+            yield f"{package}: {setting}", name, (package, setting)
 
 
 @torch.no_grad()
@@ -154,8 +156,7 @@ def pruned(
     if calibration is None:
         return loaded.model, 0.0
     if isinstance(how, tuple):
-        corpus = read_corpus(Path(calibration), "validation")
-        windows = calibration_windows(corpus, require_tokenizer(loaded), samples or 128, TOKENS, seed)
+        windows = drawn_alike(loaded, calibration.split(","), samples or 128, seed)
         found = rivals.RIVALS[how](loaded.model, rivals.Evidence(windows), ratio)
         before, after = (sum(weight.numel() for weight in model.parameters()) if model else 0 for model in (loaded.model, found))
         return found, 1.0 - after / before
@@ -163,6 +164,15 @@ def pruned(
     settings = PruneSettings.model_validate({"ratio": ratio, "calibration": calibration, **given, **how})
     result = regraft.prune(loaded, settings=settings, seed=seed, say=lambda line: print(line, flush=True))
     return result.model, result.plan.achieved
+
+
+def drawn_alike(loaded: Loaded, files: list[str], samples: int, seed: int) -> Tensor:
+    """Returns windows of the files in equal parts, int64 (windows, tokens): other packages take windows, and no sources."""
+    corpora = [read_corpus(Path(file), "validation") for file in files]
+    counts = counts_of(tuple(Source(file, 1.0 / len(files)) for file in files), samples)
+    tokenizer = require_tokenizer(loaded)
+    parts = [calibration_windows(corpus, tokenizer, count, TOKENS, seed) for corpus, count in zip(corpora, counts, strict=True)]
+    return mixed(files, parts, seed).tokens_NT
 
 
 def prices(asked: argparse.Namespace) -> None:

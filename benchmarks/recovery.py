@@ -36,6 +36,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from common import interval, table
 from regraft.data.text import Corpus, read_corpus
 from regraft.models.load import Loaded, load, require_tokenizer
 from regraft.pipelines.prune.prune import prune
@@ -263,12 +264,10 @@ def our_steps(model: str, corpus: Corpus, settings: RecoverSettings) -> list[tup
     return clock.durations()
 
 
-def interval(values: Sequence[float]) -> str:
-    """Returns mean and half of a 95 % interval by Student's t."""
-    if len(values) < 2:
-        return f"{statistics.fmean(values):.3f}"
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}[len(values)]
-    return f"{statistics.fmean(values):.3f} ± {t * statistics.stdev(values) / len(values) ** 0.5:.3f}"
+def with_interval(values: Sequence[float]) -> str:
+    """Returns mean and half of a 95 % interval by Student's t, the mean alone where there is one value."""
+    mean, half = interval(values)
+    return f"{mean:.3f}" if len(values) < 2 else f"{mean:.3f} ± {half:.3f}"
 
 
 def tables(rows: Sequence[Row], speeds: Sequence[Speed], model: str) -> str:
@@ -280,22 +279,31 @@ def tables(rows: Sequence[Row], speeds: Sequence[Speed], model: str) -> str:
         dense = rows[0].dense_nats
         setting = f"LoRA of rank {RANK}, batches of {BATCH} x {TOKENS} tokens"
         lines += [f"{setting}. Dense: {dense:.4f} nats a token. Gaps to it, in nats a token, on text that nothing else has seen.", ""]
-        lines += ["| pruned | steps | distillation | T | lr | pruned gap | recovered gap | seeds |", "|---|---|---|---|---|---|---|---|"]
+        body: list[list[str]] = []
         groups: dict[tuple[Any, ...], list[Row]] = {}
         for row in rows:
             groups.setdefault((row.steps, *row.key[:4]), []).append(row)
         for (steps, pruned, share, temperature, lr), members in sorted(groups.items()):
             gaps = [row.recovered_nats - dense for row in members]
             before = members[0].pruned_nats - dense
-            lines.append(f"| {pruned} | {steps} | {share:g} | {temperature:g} | {lr:g} | {before:.3f} | {interval(gaps)} | {len(gaps)} |")
-        lines += ["", *_ratio_lines(rows, dense)]
+            body.append(
+                [pruned, str(steps), f"{share:g}", f"{temperature:g}", f"{lr:g}", f"{before:.3f}", with_interval(gaps), str(len(gaps))]
+            )
+        lines += table(["pruned", "steps", "distillation", "T", "lr", "pruned gap", "recovered gap", "seeds"], body)
+        lines += _ratio_lines(rows, dense)
     if speeds:
-        lines += ["", "| steps of | median s | tokens/s | median CPU s | speed by CPU time beside plain PEFT |", "|---|---|---|---|---|"]
         base = next(speed.cpu_seconds for speed in speeds if speed.what.startswith("PEFT"))
-        lines += [
-            f"| {one.what} | {one.seconds:.4f} | {BATCH * TOKENS / one.seconds:,.0f} | {one.cpu_seconds:.4f} | {base / one.cpu_seconds:.3f} |"
+        timed = (
+            [
+                one.what,
+                f"{one.seconds:.4f}",
+                f"{BATCH * TOKENS / one.seconds:,.0f}",
+                f"{one.cpu_seconds:.4f}",
+                f"{base / one.cpu_seconds:.3f}",
+            ]
             for one in speeds
-        ]
+        )
+        lines += ["", *table(["steps of", "median s", "tokens/s", "median CPU s", "speed by CPU time beside plain PEFT"], timed)]
     return "\n".join(lines) + "\n"
 
 
@@ -310,7 +318,7 @@ def _ratio_lines(rows: Sequence[Row], dense: float) -> list[str]:
             gaps.append({row.seed: row.recovered_nats - dense for row in mine})
         seeds = sorted(gaps[0].keys() & gaps[1].keys())
         if seeds:
-            ratio = interval([gaps[0][seed] / gaps[1][seed] for seed in seeds])
+            ratio = with_interval([gaps[0][seed] / gaps[1][seed] for seed in seeds])
             lines.append(
                 f"{steps} steps: gap of ours over that of the original, each at its best rate, seed by seed: {ratio} ({len(seeds)} seeds)."
             )
