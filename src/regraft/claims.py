@@ -198,6 +198,10 @@ def _locked(folder: Path, path: Path, wait_seconds: float) -> int:
             return _locked_file(folder / MARK, path, wait_seconds)
         except FileNotFoundError:  # its last owner removed it between the two lines above
             continue
+        except OSError:
+            with suppress(OSError):
+                folder.rmdir()  # which found no room for its mark, and is empty
+            raise
 
 
 def _locked_file(file: Path, path: Path, wait_seconds: float) -> int:

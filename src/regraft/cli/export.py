@@ -13,6 +13,7 @@ from regraft.cli.options import JsonOption, OutputOption, QuietOption, command_l
 from regraft.cli.progress import progress
 from regraft.cli.screen import Screen
 from regraft.cli.words import as_options
+from regraft.errors import InputError
 from regraft.plans import to_dict, to_json
 from regraft.settings import ExportSettings, LoadSettings
 
@@ -48,6 +49,8 @@ def export(
     quiet: QuietOption = False,
 ) -> None:
     """Write a model or an adapter for another program, and prove that it computes the same there."""
+    if no_check and check:
+        raise InputError("`check` gives the text of a comparison that `check=None` leaves out; give one of them")
     text = None if no_check else check
     source_path: str | Path = Path(source) if Path(source).expanduser().exists() else source
     with reserved_file(json_file, json_with("words", "modules", "rank", "parity")), progress("exporting", quiet=quiet):

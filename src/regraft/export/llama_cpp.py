@@ -60,12 +60,16 @@ class Runtime:
         self._said = tempfile.TemporaryFile()
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said)
         assert self._process.stdout is not None
-        for line in self._process.stdout:  # llama.cpp may print before the address
-            if line.startswith(b'{"address"'):
-                self.address = json.loads(line)["address"]
-                return self
-        self._process.wait()
-        words = self.last_words()
+        try:
+            for line in self._process.stdout:  # llama.cpp may print before the address
+                if line.startswith(b'{"address"'):
+                    self.address = json.loads(line)["address"]
+                    return self
+            self._process.wait()
+            words = self.last_words()
+        except BaseException:  # an interruption while it starts
+            self.close()
+            raise
         self.close()
         raise OutputError(f"llama.cpp does not load '{self.file.name}': {words}; export without `quantize`, or with `to=hf`")
 

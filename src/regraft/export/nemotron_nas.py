@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from regraft.errors import InputError, OutputError
 from regraft.export.contract import EXPORTERS, Holding, ModelFormat, Parity, Written
+from regraft.export.gguf.catalogue import architectures_for
 from regraft.export.hf import bits_of, refuse_gguf_settings, write_folder
 from regraft.export.padding import padded
 from regraft.export.parity import compare, our_log_probabilities, refuse_difference, sampled
@@ -168,7 +169,8 @@ def refuse(loaded: Loaded, settings: ExportSettings) -> None:
     refuse_gguf_settings(settings)
     family = ModelView(loaded.model).family.model_type
     if family not in FAMILIES:
-        raise InputError(f"nemotron-nas computes a Llama ({', '.join(FAMILIES)}), not family '{family}'; export with `to=hf` or `to=gguf`")
+        others = "`to=hf` or `to=gguf`" if architectures_for(family) else "`to=hf`"
+        raise InputError(f"nemotron-nas computes a Llama ({', '.join(FAMILIES)}), not family '{family}'; export with {others}")
     window = getattr(loaded.model.config, "sliding_window", None)
     if window:
         raise InputError(f"nemotron-nas has no sliding window, this model one of {window} tokens; export with `to=hf`, or with `to=gguf`")

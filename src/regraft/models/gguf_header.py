@@ -202,9 +202,29 @@ def _placed(data: _Bytes, table: list[tuple[str, tuple[int, ...], int, int]], fi
         if not count or shape[-1] % block or name in found or offset % alignment or end > len(data.content):
             raise data.refuse(f"the tensor '{name[:80]}' of shape {list(shape)} in {kind} does not lie within the file, ends at byte {end}")
         found[name] = GgufTensor(kind, shape, first + offset, size)
-    ends = 0
-    for name, tensor in sorted(found.items(), key=lambda item: item[1].start):
-        if tensor.start < ends:
-            raise data.refuse(f"the tensor '{name[:80]}' lies over another")
-        ends = tensor.start + tensor.size
+    _check_gapless(data, found, first, alignment)
     return found
+
+
+def _check_gapless(data: _Bytes, tensors: Mapping[str, GgufTensor], first: int, alignment: int) -> None:
+    """Refuses tensors that overlap, and bytes that belong to none, as a tensor of a changed type or shape leaves them.
+
+    ggml asks for the same: each tensor begins where the one before it ends, up to the alignment.
+
+    Raises:
+        ModelError: The message names the tensor.
+    """
+    ends, padded, last = first, first, "the header"
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
+        if tensor.start < ends:
+            raise data.refuse(f"the tensor '{name[:80]}' lies over {last}")
+        if tensor.start > padded:
+            raise _hole(data, tensor.start - ends, f"between {last} and '{name[:80]}'")
+        ends, last = tensor.start + tensor.size, f"'{name[:80]}' (shape {list(tensor.shape)}, {tensor.kind})"
+        padded = -(-ends // alignment) * alignment
+    if len(data.content) > padded:
+        raise _hole(data, len(data.content) - ends, f"after {last}")
+
+
+def _hole(data: _Bytes, count: int, where: str) -> ModelError:
+    return ModelError(f"'{data.path}' is damaged: {count} bytes {where} belong to no tensor, so that a type or a shape is wrong; {AGAIN}")

@@ -113,6 +113,7 @@ def export(
     form = EXPORTERS.get(to) if to != MERGED else None
     output, place = Path(output), place_of(model)
     if not isinstance(form, ModelFormat):
+        _refuse_settings_of_models(options, check, to)
         match model:
             case PeftModel():
                 return _of_live_adapter(model, output, to, tokenizer, loading, command)
@@ -134,6 +135,18 @@ def export(
         with resting(loaded.model):
             done = export_loaded(loaded, output, to, form, options, check=check, command=command)
     return ExportResult(done.words, notes=done.notes, parity=done.parity, folder=output)
+
+
+def _refuse_settings_of_models(settings: ExportSettings, check: str | None, to: str) -> None:
+    """Refuses settings that say how a whole model is written or compared, where an adapter is written or folded in.
+
+    Raises:
+        InputError: One is given.
+    """
+    given = [*settings.model_dump(exclude_defaults=True), *(["check"] if check else [])]
+    if given:
+        whole = ", ".join(name for name in EXPORTERS if isinstance(EXPORTERS.get(name), ModelFormat))
+        raise InputError(f"`{given[0]}` is for formats of whole models, not for '{to}'; leave it out, or export with one of them: {whole}")
 
 
 def export_adapter(
@@ -162,7 +175,10 @@ def export_adapter(
     form = EXPORTERS.get(to) if to != MERGED else None
     with reserved(output):
         if not is_adapter(folder):
-            raise ModelError(f"'{folder}' holds no adapter (neither adapter.json nor adapter_config.json); give the folder of one")
+            raise ModelError(
+                f"'{folder}' holds no adapter (neither adapter.json nor adapter_config.json), and '{to}' is a form of adapters; "
+                "give the folder of one, or export a model with `to=hf` or `to=gguf`"
+            )
         if not isinstance(form, AdapterFormat):
             return _merged(folder, output, load or LoadSettings(), command)
         return _factored(folder, output, form, to, load or LoadSettings(), command)

@@ -154,13 +154,15 @@ def check_text(given: str) -> str:
         given: Name of a text file, or the text itself.
 
     Raises:
-        DataError: The file cannot be read.
+        DataError: The file cannot be read, or is a folder.
     """
     path = Path(given) if len(given) < 1000 and "\n" not in given else None
     try:
-        is_file = path is not None and path.is_file()
+        is_file, is_folder = path is not None and path.is_file(), path is not None and path.is_dir()
     except OSError:  # a text longer than a file name may be
-        is_file = False
+        is_file, is_folder = False, False
+    if is_folder:
+        raise DataError(f"'{given}' is a folder; give a text file, or the text itself")
     if not is_file:
         if path is not None and path.suffix in (".txt", ".jsonl", ".json"):
             raise DataError(f"there is no file '{given}'; give a text file, or the text itself")

@@ -49,6 +49,16 @@ def test_a_disk_that_fills_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_fewer_bytes_than_asked_for_count_as_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*arguments: object) -> None:
+        raise OSError("6144 requested and 5140 written")  # what numpy says, without a reason
+
+    monkeypatch.setattr(import_module("gguf").GGUFWriter, "write_tensor_data", short)
+    with pytest.raises(OutputError, match="disk is full"):
+        export(as_loaded(toy("llama")), tmp_path / "out", "gguf", check=None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
@@ -68,7 +78,13 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         (["--to", "gguf", "--architecture", "qwen3"], "does not compute family 'llama'"),
         (["--to", "gguf", "--check", "nowhere.txt"], "no file 'nowhere.txt'"),
         (["--to", "gguf", "--check", "a"], "give a longer one"),
-        (["--to", "peft-lora"], "holds no adapter"),
+        (["--to", "gguf", "--check", "."], "'.' is a folder"),
+        (["--to", "gguf", "--check", "a b", "--no-check"], "--check gives the text of a comparison that --no-check leaves out"),
+        (["--to", "gguf", "--importance", "nowhere.txt"], "F32 has none; add --quantize Q4_K_M"),
+        (["--to", "ollama", "--shard-size", "1GB"], "GGUF is one file"),
+        (["--to", "peft-lora", "--quantize", "Q8_0"], "--quantize is for formats of whole models, not for 'peft-lora'"),
+        (["--to", "merged", "--check", "a b c"], "hf, hf-uniform"),
+        (["--to", "peft-lora"], "or export a model with --to hf or --to gguf"),
     ],
 )
 def test_the_command_says_what_is_wrong(

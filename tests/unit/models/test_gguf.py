@@ -166,6 +166,10 @@ HOSTILE: dict[str, Callable[[bytearray], None]] = {
     "no context": before(b"llama.context_length", "<I", 0, 20 + 4),
     "no merges": before(b"tokenizer.ggml.merges", "<B", ord("x"), 0),
     "a tensor of another name": before(b"\x0d\0\0\0\0\0\0\0output.weight", "<B", ord("O"), 8),
+    "a type of half the bytes": before(b"token_embd.weight", "<I", 1, 37),
+    "a shape of half the rows": before(b"blk.1.ffn_gate.weight", "<Q", 48, 21 + 4 + 8),
+    "the last tensor in a smaller type": before(b"\x0d\0\0\0\0\0\0\0output.weight", "<I", 30, 8 + 13 + 4 + 16),
+    "bytes after the last tensor": lambda raw: raw.extend(b"\0" * 32),
     "no head": before(b"llama.attention.head_count", "<I", 0, 26 + 4),
 }
 
@@ -185,6 +189,14 @@ def test_a_hostile_file_is_refused(tmp_path: Path, whole: bytes, name: str) -> N
         load(file)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "cache" / "gguf").exists() or not list((tmp_path / "cache" / "gguf").iterdir())
+
+
+def test_a_hole_between_tensors_is_named_with_its_neighbours(tmp_path: Path, whole: bytes) -> None:
+    raw = bytearray(whole)
+    HOSTILE["a type of half the bytes"](raw)
+    (tmp_path / "hole.gguf").write_bytes(raw)
+    with pytest.raises(ModelError, match=r"40960 bytes between 'token_embd.weight' \(shape \[320, 64\], F16\) and 'blk.0.attn_norm"):
+        read_gguf_header(tmp_path / "hole.gguf")
 
 
 @pytest.mark.parametrize("length", [0, 3, 8, 23, 100, 5000, -1, -10_000])

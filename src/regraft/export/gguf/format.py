@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from regraft.errors import InputError
 from regraft.export.contract import Holding, ModelFormat, Parity, Written
 from regraft.export.gguf.catalogue import ARCHITECTURES, choose
 from regraft.export.gguf.importance import Importance, channel_energy
@@ -37,10 +38,17 @@ def refuse(loaded: Loaded, settings: ExportSettings) -> None:
     """Refuses what no file can hold.
 
     Raises:
-        InputError: No architecture takes the layers, GGUF has no form for the tokenizer, or the quantization is not known.
+        InputError: No architecture takes the layers, GGUF has no form for the tokenizer, the quantization is not known, or a setting
+            would change nothing.
         MissingDependencyError: gguf-py is not installed.
     """
-    scheme_of(loaded.model.dtype, settings)
+    scheme = scheme_of(loaded.model.dtype, settings)
+    if settings.importance is not None and scheme.usual not in K_TYPES:
+        raise InputError(
+            f"`importance` weighs the errors of K quantization, and {scheme.name} has none; add `quantize=Q4_K_M`, or leave it out"
+        )
+    if "shard_size" in settings.model_dump(exclude_defaults=True):
+        raise InputError("`shard_size` belongs to the Hugging Face formats, and GGUF is one file; leave it out")
     require_gguf()
     source = source_of(loaded.model)
     choose(source, settings.architecture)

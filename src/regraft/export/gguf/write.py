@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,7 @@ def write_file(
         writer.write_ti_data_to_file()
         for entry, kind in zip(layout.entries, kinds, strict=True):
             weights = (importance or {}).get(entry.reads) if entry.reads else None
-            writer.write_tensor_data(encode(entry.make(), kind, weights))
+            _write_values(writer, path, encode(entry.make(), kind, weights))
     finally:
         writer.close()
     coarse = [
@@ -69,6 +71,20 @@ def write_file(
             f"than {scheme.name}; prune with `align={block}` to avoid it where it comes from pruning",
         )
     return ()
+
+
+def _write_values(writer: Any, path: Path, values: np.ndarray) -> None:
+    """Writes the values of a tensor.
+
+    Raises:
+        OSError: They do not fit on the disk. numpy gives no reason where fewer bytes were written than there are; this names it.
+    """
+    try:
+        writer.write_tensor_data(values)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
