@@ -63,7 +63,7 @@ def trials_of(plan: Path) -> list[dict[str, str]]:
 def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The plan of one whole search."""
     plan = tmp_path_factory.mktemp("found") / "plan.json"
-    assert allocate(folder, plan) == 0
+    assert allocate(folder, plan, "--json", str(plan.with_name("figures.json"))) == 0
     return plan
 
 
@@ -92,6 +92,9 @@ def test_the_folder_tells_the_whole_search(found: Path) -> None:
     assert [row["origin"] for row in trials_of(found)][:1] == ["uniform"]
     assert len(trials_of(found)) == len(search.trials) + len(search.confirming)
     assert search.search_cost + search.confirming_cost <= 8
+    figures = json.loads(found.with_name("figures.json").read_text(encoding="utf-8"))
+    assert (figures["verdict"], figures["ranks"]) == (search.verdict, dict(search.plan.ranks))
+    assert figures["search_cost"] == search.search_cost
     report = (beside / "report.md").read_text()
     assert search.verdict in report
     assert all(slot.name in report for slot in search.space.slots)

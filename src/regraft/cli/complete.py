@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from regraft.atomic import json_with, reserved_file, write_text
+from regraft.cli.figures import Figures
 from regraft.cli.later import later
-from regraft.cli.options import QuietOption, SeedOption, with_settings
+from regraft.cli.options import JsonOption, QuietOption, SeedOption, with_settings
 from regraft.cli.progress import progress
 from regraft.cli.screen import Screen
 from regraft.errors import InputError
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from regraft.completion.complete import CompletionReport, complete_ratings
 else:
     complete_ratings = later("regraft.completion.complete", "complete_ratings")
-
-STDOUT = Path("-")
 
 LABELS = {
     "compressed": "compressed factorization",
@@ -51,26 +49,23 @@ def complete(
     pairs: Annotated[
         Path | None, typer.Option("--pairs", metavar="FILE", help="file of users and items to predict; predictions go to pairs.csv")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="file for the figures as JSON; - for the screen")] = None,
+    json_file: JsonOption = None,
     quiet: QuietOption = False,
     seed: SeedOption = 0,
 ) -> None:
     """Complete a table of ratings by a compressed deep factorization; report held-out errors beside four baselines."""
     if pairs is not None and output is None:
         raise InputError(f"--pairs {pairs} asks for predictions, but --output is missing; say where they go")
-    file = json_file if json_file != STDOUT else None
-    with reserved_file(file, json_with("rmse", "mae", "baselines")):
+    wanted = Figures(json_file)
+    with wanted.reserved("rmse", "mae", "baselines"):
         with progress("reading the ratings", quiet=quiet) as say:
 
             def share(label: str, done: float) -> None:
                 say(Step(label, min(100, int(100 * done)), 100))
 
             report = complete_ratings(ratings, output, complete, pairs=pairs, seed=seed, progress=share)
-        text = json.dumps(report.flat(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-        if file is not None:
-            write_text(file, text)
-    if json_file == STDOUT:
-        print(text, end="")
+        wanted.write(json.dumps(report.flat(), indent=2, allow_nan=False, ensure_ascii=False))
+    if wanted.on_screen:
         return
     console = Screen()
     _show(console, report)

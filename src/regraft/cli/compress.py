@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from regraft.atomic import json_with, reserved_file, write_text
+from regraft.cli.figures import Figures
 from regraft.cli.later import later
 from regraft.cli.options import DryRunOption, ModelArgument, QuietOption, ReportOption, SeedOption, command_line, with_settings
 from regraft.cli.progress import progress
@@ -37,7 +37,7 @@ def compress(
     plan: Annotated[
         Path | None, typer.Option("--plan", metavar="FILE", help="take the ranks of this plan, of this model or one of the same shape")
     ] = None,
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the plan and what was measured to this file")] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="file for plan and figures as JSON; - for the screen")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a search of ranks that was stopped")] = False,
     dry_run: DryRunOption = False,
     report: ReportOption = True,
@@ -48,9 +48,9 @@ def compress(
     if output is None and not dry_run:
         raise InputError("--output is missing; say where the compressed model goes, or look first with --dry-run")
     given = None if plan is None else read_plan(plan)
-    console = Screen()
+    console, wanted = Screen(), Figures(json)
     with ExitStack() as stack:
-        stack.enter_context(reserved_file(json, json_with("factorings", "parameters_after")))
+        stack.enter_context(wanted.reserved("factorings", "parameters_after"))
         say = stack.enter_context(progress("compressing", quiet=quiet))
         result = compress_model(
             model,
@@ -65,8 +65,9 @@ def compress(
             say=say,
         )
         page = page_beside(output, wanted=report and not dry_run)
-        if json is not None:
-            write_text(json, to_json(result.as_dict() | {"page": page}) + "\n")
+        wanted.write(to_json(result.as_dict() | {"page": page}))
+    if wanted.on_screen:
+        return
     _show(console, result)
     console.print("dry run: nothing was written" if dry_run else saved_to(output, page=page), soft_wrap=True)
 

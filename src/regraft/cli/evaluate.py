@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from regraft.atomic import json_with, reserved_file, write_text
+from regraft.cli.figures import Figures
 from regraft.cli.later import later
 from regraft.cli.options import ModelArgument, QuietOption, SeedOption, with_settings
 from regraft.cli.progress import progress
@@ -32,8 +32,6 @@ else:
     evaluate_model = later("regraft.pipelines.evaluate", "evaluate_model")
     evaluate_labels = later("regraft.pipelines.evaluate_labels", "evaluate_labels")
     evaluate_tasks = later("regraft.pipelines.evaluate_tasks", "evaluate_tasks")
-
-STDOUT = Path("-")
 
 
 @with_settings
@@ -62,8 +60,8 @@ def evaluate(
         raise InputError(f"--data {labels.data} is for models for labels, --text {evaluate.text} for language; give one of the two")
     reports: list[TaskReport] = []
     lines: list[tuple[str, str]] = []
-    file = json_file if json_file != STDOUT else None
-    with reserved_file(file, json_with("model", "parameters")):
+    wanted = Figures(json_file)
+    with wanted.reserved("model", "parameters"):
         with progress("measuring", quiet=quiet) as say:
 
             def count(done: int, total: int) -> None:
@@ -79,18 +77,15 @@ def evaluate(
             else:
                 measurement = evaluate_model(model, evaluate, load=load, seed=seed, progress=count)
                 figures, lines = flat(measurement), rows(measurement)
-        text = json.dumps(figures, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-        if file is not None:
-            write_text(file, text)
-    if json_file == STDOUT:
-        print(text, end="")
+        wanted.write(json.dumps(figures, indent=2, allow_nan=False, ensure_ascii=False))
+    if wanted.on_screen:
         return
     if reports:
         show_tasks(Screen(), reports, seed)
     else:
         show_figures(Screen(), model, lines)
-    if file is not None:
-        Screen().print(f"written to {file}", soft_wrap=True, markup=False, highlight=False)
+    if json_file is not None:
+        Screen().print(f"written to {json_file}", soft_wrap=True, markup=False, highlight=False)
 
 
 def show_figures(console: Console, label: str, lines: Iterable[tuple[str, str]]) -> None:

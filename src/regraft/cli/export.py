@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from regraft.atomic import json_with, reserved_file, write_text
+from regraft.cli.figures import Figures
 from regraft.cli.later import later
 from regraft.cli.options import JsonOption, OutputOption, QuietOption, command_line, with_settings
 from regraft.cli.progress import progress
@@ -53,11 +53,11 @@ def export(
         raise InputError("`check` gives the text of a comparison that `check=None` leaves out; give one of them")
     text = None if no_check else check
     source_path: str | Path = Path(source) if Path(source).expanduser().exists() else source
-    with reserved_file(json_file, json_with("words", "modules", "rank", "parity")), progress("exporting", quiet=quiet):
+    wanted = Figures(json_file)
+    with wanted.reserved("words", "modules", "rank", "parity"), progress("exporting", quiet=quiet):
         result = export_to(source_path, output, to, settings=settings, load=load, check=text, command=command_line())
-        if json_file is not None:
-            write_text(json_file, to_json(figures(result)) + "\n")
-    console = Screen()
+        wanted.write(to_json(figures(result)))
+    console = Screen(stderr=wanted.on_screen)
     for line in (f"{result.words} written to {output}", *(f"note: {as_options(note)}" for note in result.notes)):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if result.parity is not None:

@@ -42,7 +42,7 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a model fol
 OutputOption = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="folder to write, which must not exist")]
 SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="seed of all random draws", min=0, max=2**32 - 1)]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="show no progress")]
-JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="file for the figures as JSON")]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="file for the figures as JSON; - for the screen")]
 ReportOption = Annotated[
     bool,
     typer.Option(

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from regraft.atomic import json_with, reserved_file, write_text
+from regraft.cli.figures import Figures
 from regraft.cli.later import later
 from regraft.cli.options import DryRunOption, JsonOption, ModelArgument, QuietOption, ReportOption, SeedOption, command_line, with_settings
 from regraft.cli.progress import progress
@@ -25,8 +25,8 @@ from regraft.progress import Say
 from regraft.settings import LoadSettings, PruneSettings
 
 if TYPE_CHECKING:
-    from regraft.pipelines.prune.prune import PruneResult, replay
     from regraft.pipelines.prune.prune import prune as prune_model
+    from regraft.pipelines.prune.prune import replay
     from regraft.pipelines.prune.summary import collapsed, plan_summary, why_kept
 else:
     collapsed = later("regraft.pipelines.prune.summary", "collapsed")
@@ -66,9 +66,9 @@ def prune(
         raise InputError("--output is missing; say where the pruned model goes, or look first with --dry-run")
     if plan_only and plan is not None:
         raise InputError(f"--plan-only makes a plan, and --plan {plan} brings one; use one of the two")
-    console = Screen()
+    console, wanted = Screen(), Figures(json_file)
     with ExitStack() as stack:
-        stack.enter_context(reserved_file(json_file, json_with("parameters_before", "parameters_after", "groups")))
+        stack.enter_context(wanted.reserved("parameters_before", "parameters_after", "groups"))
         say = stack.enter_context(progress("pruning", quiet=quiet))
         stack.enter_context(reserved_plan(output if plan_only else None))
         common: Common = {"load": load, "seed": seed, "command": command_line(), "say": say}
@@ -79,8 +79,9 @@ def prune(
         if plan_only and output is not None and not dry_run:
             write_plan(result.plan, output)
         page = page_beside(output, wanted=report and not (dry_run or plan_only))
-        if json_file is not None:
-            write_text(json_file, to_json(figures(result) | {"page": page}) + "\n")
+        wanted.write(to_json(figures(result.groups, result.plan) | {"notes": list(result.notes), "page": page}))
+    if wanted.on_screen:
+        return
     show_plan(console, result.groups, result.plan)
     for note in result.notes:
         console.print(as_options(note), soft_wrap=True, markup=False)
@@ -104,21 +105,19 @@ def who_cannot_load(folder: Path) -> list[str]:
     return [OWN_CLASS.format(why=why), UNEVEN_REMEDIES.format(folder=folder) if differ else EVEN_REMEDY, ""]
 
 
-def figures(result: PruneResult) -> dict[str, Any]:
+def figures(groups: Groups, plan: PrunePlan) -> dict[str, Any]:
     """Returns the sizes of a pruning and how its plan was made, as plain JSON types."""
-    plan, report = result.plan, result.report
     return {
-        "parameters_before": report.parameters_before,
-        "parameters_after": report.parameters_after,
+        "parameters_before": plan.parameters_before,
+        "parameters_after": plan.parameters_after,
         "ratio": plan.ratio,
         "achieved": plan.achieved,
         "criterion": plan.criterion,
         "selection": plan.selection,
         "shape": plan.shape,
         "align": plan.align,
-        "groups": list(report.rows),
-        "kept": list(report.kept),
-        "notes": list(report.notes),
+        "groups": plan_summary(groups, plan),
+        "kept": list(why_kept(groups, plan)),
     }
 
 

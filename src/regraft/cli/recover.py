@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from regraft.atomic import json_with, reserved_file, write_text
+from regraft.cli.figures import Figures
 from regraft.cli.later import later
 from regraft.cli.options import JsonOption, ModelArgument, OutputOption, ReportOption, SeedOption, command_line, with_settings
 from regraft.cli.progress import progress
@@ -41,15 +41,16 @@ def recover(
     seed: SeedOption = 0,
 ) -> None:
     """Train a small adapter on a pruned model and fold it in: text or instructions, best checkpoint by held-out loss."""
-    reserved = reserved_file(json_file if is_main() else None, json_with("first_loss", "best_loss", "best_step"))
+    wanted = Figures(json_file if is_main() else None)
+    reserved = wanted.reserved("first_loss", "best_loss", "best_step")
     with reserved, progress("recovering" if recover.quiet else "preparing to train", quiet=recover.quiet or not is_main()) as say:
         result = recover_model(model, output, recover, load=load, seed=seed, resume=resume, command=recorded(command_line()), say=say)
         if not is_main():
             return
         page = page_beside(output, wanted=report)
-        if json_file is not None:
-            found = figures(result.recovered, LOSS_UNITS[recover.task], result.judged) | {"page": page}
-            write_text(json_file, to_json(found) + "\n")
+        wanted.write(to_json(figures(result.recovered, LOSS_UNITS[recover.task], result.judged) | {"page": page}))
+    if wanted.on_screen:
+        return
     console = Screen()
     if result.finished_before:
         console.print(f"{output} was finished before, with the same settings, seed and source; nothing is left to do", soft_wrap=True)

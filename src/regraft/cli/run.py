@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from regraft.cli.figures import Figures
 from regraft.cli.later import later
-from regraft.cli.options import DryRunOption, QuietOption
+from regraft.cli.options import DryRunOption, JsonOption, QuietOption
 from regraft.cli.progress import progress
+from regraft.cli.prune import figures as plan_figures
 from regraft.cli.prune import show_plan
 from regraft.cli.screen import Screen, saying
 from regraft.errors import InputError
+from regraft.plans import to_dict, to_json
 from regraft.report.page import screen_table
 from regraft.report.summary import caption, scaled, speed_note, won_back
 
 if TYPE_CHECKING:
+    from regraft.evaluation.harness import flat
     from regraft.pipelines.run.recipe import read_recipe, shipped_recipes, to_yaml
     from regraft.pipelines.run.run import RunResult
     from regraft.pipelines.run.run import run as run_recipe
 else:
+    flat = later("regraft.evaluation.harness", "flat")
     read_recipe = later("regraft.pipelines.run.recipe", "read_recipe")
     shipped_recipes = later("regraft.pipelines.run.recipe", "shipped_recipes")
     to_yaml = later("regraft.pipelines.run.recipe", "to_yaml")
@@ -42,6 +47,7 @@ def run(
     ] = None,
     dry_run: DryRunOption = False,
     resume: Annotated[bool, typer.Option("--resume", help="resume a stopped run after its last finished stage")] = False,
+    json_file: JsonOption = None,
     quiet: QuietOption = False,
     show_list: Annotated[bool, typer.Option("--list", help="list the recipes that come with regraft")] = False,
 ) -> None:
@@ -52,18 +58,19 @@ def run(
         return
     if not recipe:
         raise InputError(f"no recipe was given; give a YAML file or one of: {', '.join(shipped_recipes())}")
-    status = console.status("")
-    with progress("running the recipe", quiet=quiet, bar=False) as heard:
+    status, wanted = console.status(""), Figures(json_file)
+    silent = quiet or wanted.on_screen
+    with wanted.reserved("folder", "measurements"), progress("running the recipe", quiet=quiet, bar=False) as heard:
 
         def say(line: str) -> None:
             heard(line)  # what is repeated meanwhile belongs to this stage
             status.stop()
-            if not quiet:
+            if not silent:
                 console.print(line, style="dim", markup=False)
 
         def advance(line: str) -> None:
             heard(line)
-            if not quiet:
+            if not silent:
                 saying(status)(line)
                 status.start()
 
@@ -71,10 +78,28 @@ def run(
             result = run_recipe(recipe, output, overrides=overrides or [], resume=resume, dry_run=dry_run, say=say, progress=advance)
         finally:
             status.stop()
+        wanted.write(to_json(figures(result)))
+    if wanted.on_screen:
+        return
     if dry_run:
         _show_dry_run(console, result)
     else:
         _show_result(console, result)
+
+
+def figures(result: RunResult) -> dict[str, Any]:
+    """Returns what a run measured and decided, as plain JSON types; after a dry run the sizes and the plan."""
+    report = result.report
+    won = None if report is None else won_back(report.measurements)
+    return {
+        "folder": result.path,
+        "measurements": [] if report is None else [flat(entry) for entry in report.measurements],
+        "sizes": {label: to_dict(size) for label, size in result.sizes.items()},
+        "plan": None if result.plan is None else plan_figures(result.groups, result.plan),
+        "verdict": None if report is None or report.ranks is None else report.ranks.verdict,
+        "won_back": None if won is None else {"cost_nats": won.cost_nats, "gain_nats": won.gain_nats, "share": won.share},
+        "page": None if result.path is None else result.path / "report.html",
+    }
 
 
 def _show_recipes(console: Console) -> None:

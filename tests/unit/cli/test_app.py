@@ -17,7 +17,7 @@ from regraft.cli.examples import EXAMPLES
 from regraft.errors import ConfigError, InputError
 
 FOLDER = Path(app.__file__).parent
-NOT_COMMANDS = {"__init__", "app", "examples", "later", "no_memory", "options", "progress", "screen", "tasks", "words"}
+NOT_COMMANDS = {"figures", "__init__", "app", "examples", "later", "no_memory", "options", "progress", "screen", "tasks", "words"}
 
 
 def python(code: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -57,7 +57,7 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
     ("option", "names"),
     [
         ("--quiet", {"run", "prune", "compress", "recover", "allocate", "evaluate", "export", "complete"}),
-        ("--json", {"prune", "compress", "recover", "evaluate", "export", "complete", "inspect", "runs", "doctor"}),
+        ("--json", {"run", "prune", "compress", "recover", "allocate", "evaluate", "export", "complete", "inspect", "runs", "doctor"}),
     ],
 )
 def test_what_takes_long_can_be_quiet_and_what_measures_gives_its_figures(option: str, names: set[str]) -> None:
