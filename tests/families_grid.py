@@ -50,6 +50,11 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         {**DELTA_NET, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
     ),
     "OLMo-Hybrid": ("olmo_hybrid", DELTA_NET),
+    "Gemma 3n": (
+        "gemma3n_text",
+        {**SIZES, "num_hidden_layers": 6, "layer_types": ["sliding_attention", FULL] * 3, "num_kv_shared_layers": 2, "laurel_rank": 8,
+         "activation_sparsity_pattern": [0.9] + [0.0] * 5, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 97},
+    ),
     "LFM3": ("lfm3", {**_TWO, "layer_types": ["conv", FULL]}),
     "LFM2-MoE": (
         "lfm2_moe",
@@ -90,7 +95,6 @@ GRID: dict[str, dict[str, str]] = {
     | {
         "mixer_heads": "none",
         "heads": "its layers have heads of several sizes",
-        "layer": "holds a part for each layer",
         "compress": "lists sizes of single layers by itself, beside which no layer is stored as two factors; prune its channels",
     },
     "Qwen3-MoE": {"residual": _TABLE["residual"], "ffn": "none", "mixer_heads": "none"},
@@ -102,6 +106,7 @@ GRID |= {
     "Qwen3-Next": _DENSE,
     "Qwen3-Next, with experts": {"residual": _TABLE["residual"], "ffn": "none"},
     "OLMo-Hybrid": _DENSE | {"heads": "computes one number from all channels, so that removing one changes the others"},
+    "Gemma 3n": _PLAIN | {"heads": "lets layers use the keys and values of others"},
     "LFM3": _PLAIN,
     "LFM2-MoE": {"residual": _TABLE["residual"], "mixer_heads": "none"},
     "Falcon-H1": _PLAIN | {"mixer_heads": "is none of the mixers whose heads are known here"},

@@ -272,20 +272,27 @@ generated alike with and without cache, and that a fresh process loads what was 
 | Granite 4 (`granitemoehybrid`), without experts | in layers with attention | of the shared MLP | yes | yes |
 | OLMo-Hybrid | no [4] | yes | no [5] | yes |
 | Nemotron-H | in layers with attention | in layers with an MLP | no [6] | yes |
-| Gemma 4 (`gemma4_text`) | no [7] | yes, alike in all layers | no [7] | no [7] |
+| Gemma 4 (`gemma4_text`) | no [7] | yes, alike in all layers | no [7] | yes [8] |
+| Gemma 3n (`gemma3n_text`) | no [7] | yes [9] | no [7] | yes [8] |
 | Granite SWA (a sink goes with its head), SmolLM3, Ministral 3, Arcee, Hunyuan dense, ERNIE 4.5 | yes | yes | yes | yes |
 
 4. Its norms of queries and keys run over all heads.
 5. A norm of one name serves the attention in some layers and the feed-forward network in others.
 6. Its attention and its feed-forward network are layers of their own.
-7. Its heads have several sizes, layers share keys and values, and an embedding holds a part for each layer. Models with
-   `use_double_wide_mlp` are refused.
+7. Its last layers use the keys and values of others, and heads of Gemma 4 have several sizes. With
+   `use_double_wide_mlp` channels stay, too.
+8. With their slices of the per-layer embeddings. Layers whose keys and values others use stay, and so does the last one of Gemma 4.
+9. Its config has a width for each layer, so that the class stays stock. Layers that keep few channels by mean and deviation of all
+   (`activation_sparsity_pattern` above 0) stay.
 
 `--targets mixer_heads` removes heads of Gated DeltaNet (Qwen 3.5, Qwen3-Next, OLMo-Hybrid) and of Mamba-2 where each group has a norm of
 its own (Nemotron-H): a key head, or group, with all value heads that read its state. Scores, re-fit, selection and `--memory` are those of
 other heads: scores look at what the heads write after their state has seen the text. `tests/conformance/test_mixer_heads.py` shows the same
 three things as above. The same number in every layer keeps the stock class. The Mamba-2 of Granite 4, whose heads share one norm and whose
 number follows from the width, and that of Falcon-H1 are refused by name.
+
+Layers of Gemma 4 and Gemma 3n read embeddings of the tokens and shared keys and values beside the hidden states. In memory every batch
+keeps its own; `--memory` takes these families with a criterion that reads weights alone (`l2`), and refuses a calibration text.
 
 Looking at a family and tracing a model of real size take no weights: 2 to 9 s of processor time and less than 0.6 GB in all for Qwen3.5-4B,
 LFM2-2.6B, Granite 4 tiny, Nemotron-H-4B, Ministral 3 8B and Gemma 4 E4B (`benchmarks/results/discovery_real_sizes.md`).

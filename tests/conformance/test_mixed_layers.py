@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from families_grid import DELTA_NET as SHORT_DELTA_NET
-from families_grid import FULL, LINEAR, SIZES
+from families_grid import FULL, LINEAR, OTHERS, SIZES
 from folders import edit_json
 from fresh_logits import logits_in_a_fresh_process
 from regraft.cli.app import run
@@ -67,8 +67,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, str], set[str], set[int]]] 
     "gemma4_text": (  # heads of several sizes, an embedding that holds a part for each layer, keys and values that layers share
         {**SIZES, "num_hidden_layers": 4, "layer_types": ["sliding_attention", FULL] * 2, "global_head_dim": 16, "num_kv_shared_layers": 2,
          "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 97},
-        LLAMAS, {"ffn"}, set(),
+        LLAMAS, {"ffn", "layer"}, set(),
     ),
+    # four streams, channels kept by mean and deviation in the first layer, an embedding for each layer, keys and values that layers share
+    "gemma3n_text": (OTHERS["Gemma 3n"][1], LLAMAS, {"ffn", "layer"}, set()),
     "granite_swa": ({**SIZES, "num_hidden_layers": 4, "layer_types": ["sliding_attention", FULL] * 2}, LLAMAS, EVERY, {0, 1, 2, 3}),
     "smollm3": ({**SIZES, "num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 1]}, LLAMAS, EVERY, {0, 1, 2, 3}),
     "ministral3": ({**SIZES, "num_hidden_layers": 4, "rope_parameters": None}, LLAMAS, EVERY, {0, 1, 2, 3}),
@@ -134,8 +136,10 @@ def lost_units(family: str) -> list[dict[str, list[int]]]:
     feeding = [group.layer or 0 for group in groups.of("ffn")]
     attending = sorted(FAMILIES[family][3]) or [0]
     first, last = attending[0], attending[-1]
-    if FAMILIES[family][2] == {"ffn"}:  # alike in all layers
-        return [{f"layers.{layer}.ffn": list(range(layer, layer + 40)) for layer in feeding}]
+    if family == "gemma4_text":  # alike in all layers; those that others take keys and values from stay, and so does the last
+        channels = {f"layers.{layer}.ffn": list(range(layer, layer + 40)) for layer in feeding}
+        shorter = {"layers.2.layer": [0]}
+        return [channels, shorter, {name: units for name, units in channels.items() if ".2." not in name} | shorter]
     modes: dict[str, dict[str, list[int]]] = {
         "heads": {f"layers.{first}.heads": [1], f"layers.{last}.heads": [0, 2]},
         "query_heads": {f"layers.{first}.query_heads": [1]},

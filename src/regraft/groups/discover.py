@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from regraft.groups.mixer_heads import mixer_head_groups
 from regraft.groups.traced import Refusal, Traced
 from regraft.models.family import matches
 from regraft.models.view import ModelView, refuse_factored
-from regraft.plans import Group, GroupKind, Groups
+from regraft.plans import Group, GroupKind, Groups, Member
 
 USUAL: tuple[GroupKind, ...] = ("heads", "ffn")
 
@@ -85,6 +86,36 @@ def _unlike_table(view: ModelView, group: Group) -> str:
     return f"'{prefix}{different[0]}' serves more than its {group.kind} in some models of this family" if different else ""
 
 
+def _bound_layers(view: ModelView) -> dict[int, str]:
+    """Returns the layers that have to stay, with the reason: their keys and values serve others, or the last one has to be the last."""
+    config, count = view.model.config.to_dict(), len(view.layers)
+    types = config.get("layer_types") or ["" for _ in range(count)]
+    found: dict[int, str] = {}
+    for key in view.family.keys.last_layers:
+        first = count - (config.get(key) or 0)
+        for kind in dict.fromkeys(types[first:]):
+            layer = max((index for index in range(first) if types[index] == kind), default=None)
+            if layer is not None:
+                found[layer] = f"layers after it use the keys and values of '{view.layer_name(layer)}'"
+    if view.family.last_layer_stays:
+        found[count - 1] = f"its family has a layer type of its own for the last layer, '{view.layer_name(count - 1)}'"
+    return found
+
+
+def _with_slices(view: ModelView, group: Group) -> Group:
+    """Returns the group of a whole layer with the slices that parameters outside the layers hold for it."""
+    if group.kind != "layer" or group.layer is None:
+        return group
+    slices: list[Member] = []
+    own = 0
+    for name, axis in view.family.for_each_layer.items():
+        shape = view.model.get_parameter(name).shape
+        size = shape[axis] // len(view.layers)
+        slices.append(Member(name, axis, "out", offset=group.layer * size, size=size))
+        own += size * math.prod(shape) // shape[axis]
+    return replace(group, members=(*group.members, *slices), unit_parameters=group.unit_parameters + own)
+
+
 def _traced(view: ModelView) -> Traced:
     """Traces a model; refuses the groups that the classes of its family cannot express after a cut."""
     family, config = view.family, view.model.config
@@ -93,12 +124,15 @@ def _traced(view: ModelView) -> Traced:
         numbered_heads=family.has_alibi(config),
         counted_layer_norms=family.norm == "layer",
         rescaled_norms=tuple(family.head_norms),
+        mlp=tuple(family.mlp_parts or (family.mlp,)),
     )
     fixed = [Refusal(entry.kind, None, entry.why) for entry in family.fixed if matches(entry.when, config)]
     barred = {refusal.kind for refusal in fixed}
     odd = {group.name: Refusal(group.kind, group.layer, why) for group in found.groups.groups if (why := _unlike_table(view, group))}
+    bound = _bound_layers(view)
+    odd |= {g.name: Refusal("layer", g.layer, bound[g.layer]) for g in found.groups.groups if g.kind == "layer" and g.layer in bound}
     fixed += odd.values()
-    kept = tuple(group for group in found.groups.groups if group.kind not in barred and group.name not in odd)
+    kept = tuple(_with_slices(view, group) for group in found.groups.groups if group.kind not in barred and group.name not in odd)
     mixers, unknown = mixer_head_groups(view)
     inside = [group for group in (*kept, *mixers) if group.layer is not None]
     ordered = (*sorted(inside, key=lambda group: group.layer or 0), *(group for group in kept if group.layer is None))

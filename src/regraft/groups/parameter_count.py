@@ -78,7 +78,7 @@ class Ledger:
         members: dict[tuple[str, int], list[Member]] = {}
         for member in group.members:
             parameter = self._parameters.setdefault(member.parameter, _Parameter())
-            if group.kind in WHOLE:
+            if group.kind in WHOLE and member.width == shapes[member.parameter][member.axis]:
                 parameter.whole.append(group.name)
                 continue
             parameter.axes.setdefault(member.axis, _Axis(shapes[member.parameter][member.axis]))

@@ -144,6 +144,8 @@ def config_for(
     slopes_of = values.get("alibi_of") or values[names.get(family.keys.heads, family.keys.heads)]
     common = _common(sizes, family)
     values |= {names.get(key, key): value for key, value in common.items()}
+    if family.keys.ffn_listed:  # the family's own list says what differs
+        values[family.keys.ffn] = [layer.ffn for layer in sizes]
     per_layer = _overrides(sizes, family, common, _cut_slopes(sizes, slopes_of, family.has_alibi(base)))
     for new, entry in _beside(base, values, kept, sizes, beside or {}).items():
         per_layer[new] = per_layer.get(new, {}) | entry
@@ -177,6 +179,9 @@ def _entries_of_layers(values: Mapping[str, Any], keys: Keys, kept: Sequence[int
     place = {old: new for new, old in enumerate(kept)}
     indices = {key: [place[old] for old in values[key] if old in place] for key in keys.indices if values.get(key)}
     counts = {key: sum(index < values[key] for index in kept) for key in keys.first_layers if key in values}
+    if keys.last_layers:
+        depth = max(len(values[key]) for key in keys.per_layer if values.get(key))
+        counts |= {key: sum(index >= depth - values[key] for index in kept) for key in keys.last_layers if key in values}
     patterns = {key: [[lists[listed], 1]] for key, listed in keys.patterns.items() if listed in lists}
     return lists | indices | counts | patterns
 
@@ -359,7 +364,9 @@ def _overrides(
 ) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for index, layer in enumerate(sizes):
-        entry: dict[str, Any] = {key: value for key, value in _own_sizes(layer, family).items() if value and value != common[key]}
+        listed = (family.keys.ffn,) if family.keys.ffn_listed else ()
+        own = {key: value for key, value in _own_sizes(layer, family).items() if key not in listed}
+        entry: dict[str, Any] = {key: value for key, value in own.items() if value and value != common[key]}
         skip = list(layer.removed)
         if skip:
             entry["skip"] = skip

@@ -60,6 +60,8 @@ class Keys:
         per_layer: Lists with one entry for each layer, under the usual names of transformers.
         indices: Lists of the indices of layers.
         first_layers: Numbers of layers, counted from the first, that something holds for.
+        last_layers: Numbers of layers, counted from the last, that use keys and values of layers before them.
+        ffn_listed: Whether ``ffn`` is a list with a width for each layer.
         mixer: Numbers of key heads and of value heads of mixers, where their heads are known.
         patterns: Keys of a pattern and its number of repetitions, each with the list that the family's config computes from it.
     """
@@ -72,6 +74,8 @@ class Keys:
     per_layer: tuple[str, ...] = ("layer_types", "mlp_layer_types", "no_rope_layers")
     indices: tuple[str, ...] = ()
     first_layers: tuple[str, ...] = ()
+    last_layers: tuple[str, ...] = ()
+    ffn_listed: bool = False
     mixer: tuple[str, ...] = ()
     patterns: Mapping[str, str] = field(default_factory=dict[str, str])
 
@@ -141,6 +145,8 @@ class Family:
         single_kv_when: Config values with which all query heads share one key-value head, in spite of the config's number.
         mixed: Whether layers are of several kinds, of which some lack the attention or the feed-forward network.
         settings: Config values with which the widths in a config are meant as they are.
+        for_each_layer: Parameters outside the layers that hold a slice for each of them, and the axis along which these follow one another.
+        last_layer_stays: Whether the config gives the last layer a type of its own, so that no other can become the last.
     """
 
     model_type: str
@@ -175,6 +181,8 @@ class Family:
     single_kv_when: Mapping[str, Any] = field(default_factory=dict[str, Any])
     mixed: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    for_each_layer: Mapping[str, int] = field(default_factory=dict[str, int])
+    last_layer_stays: bool = False
 
     def has_alibi(self, config: Any) -> bool:
         """Returns whether the heads of a model have different position slopes."""

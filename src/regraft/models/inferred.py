@@ -34,6 +34,7 @@ from regraft.models.small_model import (
     INDEX_KEYS,
     KV_HEADS,
     KV_KEYS,
+    LAST_LAYERS_KEYS,
     LITERAL,
     OTHER_HEADS,
     OTHER_KV_HEADS,
@@ -45,9 +46,11 @@ from regraft.models.small_model import (
     WIDTH,
     SmallModel,
     called_last,
-    depends_on_depth,
+    changes_last_layer,
+    in_order_of_layers,
     is_causal,
     part_served,
+    parts_for_layers,
     seen_at,
     silent,
     small_model,
@@ -79,7 +82,7 @@ class Shapes:
         ffn_key: Config key of the feed-forward width; empty if it is computed from the hidden size.
         attending: Indices of the layers with this attention, of one layer of each kind.
         feeding: Indices of the layers with this feed-forward network, of one layer of each kind.
-        several_head_sizes: Whether some layers have the same attention with heads of another size.
+        heads_stay: Why no layer's heads are cut or its attention removed; empty if they can be.
     """
 
     out: Matrix
@@ -92,7 +95,7 @@ class Shapes:
     ffn_key: str
     attending: tuple[int, ...]
     feeding: tuple[int, ...]
-    several_head_sizes: bool = False
+    heads_stay: str = ""
 
     @property
     def own_head_dim(self) -> bool:
@@ -145,13 +148,15 @@ def _table(small: SmallModel, shapes: Shapes) -> dict[str, Any]:
         raise ModelError("the matrices of its attention are not in one module")
     model: Any = small.model
     serving = _serving(small, shapes)
-    mixed = len(small.kinds) > 1 or shapes.down is None or shapes.several_head_sizes
+    mixed = len(small.kinds) > 1 or shapes.down is None or bool(shapes.heads_stay)
+    lists = _lists_of_layers(small)
+    parts = parts_for_layers(small)
     fixed = (
         _fixed("residual", "the norms of a family without a table cannot be rescaled with certainty"),
         *_unreplaceable(small, shapes),
         *_unscalable(small, shapes, mixed=mixed),
         *_intertwined(shapes, serving),
-        *_deep(small),
+        *_deep(small, parts),
     )
     first_norm = next(((layer, name) for layer, name, _ in serving), None)
     return {
@@ -179,8 +184,12 @@ def _table(small: SmallModel, shapes: Shapes) -> dict[str, Any]:
             "first_layers": tuple(key for key in FIRST_LAYERS_KEYS if key in small.known),
             "mixer": mixer_counts(small.known),
             "indices": tuple(key for key in INDEX_KEYS if key in small.known),
-            "per_layer": (*_lists_of_layers(small),),
+            "per_layer": (*lists,),
+            "last_layers": tuple(key for key in LAST_LAYERS_KEYS if key in small.known),
+            "ffn_listed": shapes.ffn_key in lists,
         },
+        "for_each_layer": parts,
+        "last_layer_stays": changes_last_layer(small),
         "fixed": fixed,
         "couplings": _couplings(shapes),
         "mixed": mixed,
@@ -214,9 +223,9 @@ def _intertwined(shapes: Shapes, serving: Sequence[tuple[int, str, str]]) -> lis
     return [_fixed(kind, why) for kind in ("attention", "mlp")]
 
 
-def _deep(small: SmallModel) -> list[dict[str, Any]]:
+def _deep(small: SmallModel, parts: Mapping[str, int]) -> list[dict[str, Any]]:
     """Returns refusals for what depends on the depth: layers of which something outside holds a part, and doubled widths."""
-    name = depends_on_depth(small)
+    name = next((name for name, axis in parts.items() if not in_order_of_layers(small, name, axis)), "")
     found = [_fixed("layer", f"'{name}' holds a part for each layer")] if name else []
     for key in DOUBLING_KEYS:
         if key in small.known:
@@ -246,7 +255,7 @@ def _couplings(shapes: Shapes) -> tuple[dict[str, Any], ...]:
     heads = [{"module": m.name, "side": "out", "block": blocks.get(m.outputs, "fused")} for m in shapes.qkv]
     channels = [{"module": m.name, "side": "out", "block": "one" if m.outputs == shapes.ffn else "fused"} for m in shapes.up]
     attention = {"kind": "heads", "axes": (*heads, {"module": shapes.out.name, "side": "in", "block": "query_group"})}
-    found = () if shapes.several_head_sizes else (attention,)
+    found = () if shapes.heads_stay else (attention,)
     if shapes.down is None:
         return found
     return (*found, {"kind": "ffn", "axes": (*channels, {"module": shapes.down.name, "side": "in", "block": "one"})})
@@ -290,7 +299,10 @@ def _shapes(small: SmallModel) -> Shapes:
     ffn_key = next((key for key in keys if key in small.known), "") if feeding else "intermediate_size"
     found = Shapes(out, tuple(qkv), down, tuple(up), head_dim, ffn, kv_key, ffn_key, tuple(attending), tuple(feeding))
     others_attend = any(out.name in dict(small.layers[layer].named_modules()) for layer in small.kinds if layer not in attending)
-    return replace(found, several_head_sizes=others_attend)
+    sharing = next((key for key in LAST_LAYERS_KEYS if key in small.known), "")
+    if others_attend:
+        return replace(found, heads_stay="its layers have heads of several sizes")
+    return replace(found, heads_stay=f"`{sharing}` lets layers use the keys and values of others" if sharing else "")
 
 
 def _without(small: SmallModel, what: str) -> str:
@@ -410,8 +422,8 @@ def _unreplaceable(small: SmallModel, shapes: Shapes) -> list[dict[str, Any]]:
 
 def _unscalable(small: SmallModel, shapes: Shapes, *, mixed: bool) -> list[dict[str, Any]]:
     """Returns refusals for heads, if the family's classes do not accept other numbers of heads."""
-    if shapes.several_head_sizes:
-        return [_fixed(kind, "its layers have heads of several sizes") for kind in ("heads", "query_heads", "attention", "mlp")]
+    if shapes.heads_stay:
+        return [_fixed(kind, shapes.heads_stay) for kind in ("heads", "query_heads", "attention", "mlp")]
     if mixed and not shapes.own_head_dim:
         why = "its classes compute the head size from the hidden size, which its other kinds of layers share"
         return [_fixed(kind, why) for kind in ("heads", "query_heads")]

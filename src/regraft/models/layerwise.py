@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from regraft.models.precision import round_weights
 from regraft.models.trainable import replaced_forwards
@@ -21,8 +24,48 @@ from regraft.models.view import ModelView
 from regraft.plans import Group
 
 
+@dataclass(frozen=True)
+class Arguments:
+    """What the model passes to each layer beside the hidden states, in one forward pass.
+
+    Attributes:
+        positional: Positional arguments after the hidden states, for each layer.
+        named: Named arguments, for each layer.
+    """
+
+    positional: tuple[tuple[Any, ...], ...]
+    named: tuple[dict[str, Any], ...]
+
+    def sharing(self, known: Arguments) -> Arguments:
+        """Returns these arguments with the tensors of others in place of equal ones, so that they are in memory once."""
+        mine, form = tree_flatten((self.positional, self.named))
+        others, form_there = tree_flatten((known.positional, known.named))
+        if form != form_there:
+            return self
+        return Arguments(*tree_unflatten([two if _equal(one, two) else one for one, two in zip(mine, others, strict=True)], form))
+
+    def alike(self, other: Arguments) -> bool:
+        """Returns whether all tensors are equal, and no argument is a store that layers write into."""
+        pairs = zip(tree_leaves((self.positional, self.named)), tree_leaves((other.positional, other.named)), strict=True)
+        same = all(_equal(one, two) for one, two in pairs if isinstance(one, Tensor) or isinstance(two, Tensor))
+        return same and not any(self.stores(layer) for layer in range(len(self.named)))
+
+    def stores(self, layer: int) -> list[UserDict[Any, Any]]:
+        """Returns the stores that a layer may write into, for layers after it: keys and values that layers share."""
+        return [value for value in (*self.positional[layer], *self.named[layer].values()) if isinstance(value, UserDict)]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Returns whether two values are the same, or tensors of equal values."""
+    both = isinstance(one, Tensor) and isinstance(other, Tensor) and one.dtype == other.dtype and one.device == other.device
+    return one is other or (both and torch.equal(one, other))
+
+
 class Layerwise:
     """The layers of a model, each called with the same arguments as in the model's forward pass.
+
+    Layers of some families read the tokens beside the hidden states (per-layer embeddings), or keys and values of layers before them. Each
+    batch therefore has its own arguments; those that are equal are kept once.
 
     Args:
         view: The model; it is read, never changed, and has to be in evaluation mode.
@@ -33,14 +76,14 @@ class Layerwise:
     def __init__(self, view: ModelView, windows_NT: Tensor, batch: int = 8) -> None:
         self.view = view
         self.batches: list[Tensor] = list(windows_NT.split(batch))
-        self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self.arguments: list[Arguments] = []
         self.first: list[Tensor] = []
+        self._reached: dict[int, int] = {}
+        self._shared: dict[tuple[int, int], list[dict[Any, Any]]] = {}
         for ids in self.batches:
-            rows = ids.shape[0]
             hidden, arguments = _record(view, ids)
             self.first.append(hidden)
-            # The arguments depend only on the shape of a batch.
-            self._arguments.setdefault(rows, arguments)
+            self.arguments.append(arguments.sharing(self.arguments[0]) if self.arguments else arguments)
 
     @torch.no_grad()
     def run(self, layer: int, hidden: list[Tensor], module: nn.Module | None = None) -> list[Tensor]:
@@ -51,13 +94,30 @@ class Layerwise:
             hidden: Inputs of the layer, a tensor for each batch.
             module: A module to run in the layer's place, such as a changed copy.
         """
-        return [self.call(layer, batch, module) for batch in hidden]
+        return [self.call(layer, part, module, index) for index, part in enumerate(hidden)]
 
-    def call(self, layer: int, hidden_BTD: Tensor, module: nn.Module | None = None) -> Tensor:
-        """Returns the output of one layer for one batch, with autograd if it is enabled."""
-        positional, named = self._arguments[hidden_BTD.shape[0]][layer]
-        output = (module or self.view.layers[layer])(hidden_BTD, *positional, **named)
+    def call(self, layer: int, hidden_BTD: Tensor, module: nn.Module | None = None, batch: int = 0) -> Tensor:
+        """Returns the output of one layer for one batch, with autograd if it is enabled.
+
+        Args:
+            layer: Index of the layer.
+            hidden_BTD: Input of the layer.
+            module: A module to run in the layer's place.
+            batch: Index of the batch that the input belongs to.
+        """
+        arguments = self.arguments[batch]
+        self._restore(arguments, layer, batch)
+        output = (module or self.view.layers[layer])(hidden_BTD, *arguments.positional[layer], **arguments.named[layer])
+        self._reached[batch] = layer
         return output[0] if isinstance(output, tuple) else output
+
+    def _restore(self, arguments: Arguments, layer: int, batch: int) -> None:
+        """Gives a layer the keys and values of the run that it continues, or those that it had when it was first reached."""
+        stores = arguments.stores(layer)
+        if self._reached.get(batch) != layer - 1:  # not the next layer of the last run
+            for store, before in zip(stores, self._shared.get((layer, batch), ()), strict=False):
+                store.data = dict(before)
+        self._shared.setdefault((layer, batch), [dict(store) for store in stores])
 
     @torch.no_grad()
     def logits(self, hidden: list[Tensor]) -> Iterator[Tensor]:
@@ -132,9 +192,9 @@ class WholeWalk(Walk):
     def look(self, layer: int, module: nn.Module | None = None, until: nn.Module | None = None) -> None:
         """Runs the windows through a layer as far as ``until``, and discards the output."""
         self._round(module)
-        for batch in self._hidden:
+        for index, batch in enumerate(self._hidden):
             with stopped_at(until):
-                self._layerwise.call(layer, batch, module)
+                self._layerwise.call(layer, batch, module, index)
 
     def advance(self, layer: int, module: nn.Module | None = None) -> None:
         """Runs the windows through a layer and keeps the output."""
@@ -146,7 +206,7 @@ class WholeWalk(Walk):
             round_weights(module, self._stored)
 
 
-def _record(view: ModelView, ids: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+def _record(view: ModelView, ids: Tensor) -> tuple[Tensor, Arguments]:
     """Runs the model with layers that only record; returns the embedded tokens and the other arguments of each layer."""
     notes: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     entering: list[Tensor] = []
@@ -159,7 +219,8 @@ def _record(view: ModelView, ids: Tensor) -> tuple[Tensor, list[tuple[tuple[Any,
 
     with replaced_forwards(dict.fromkeys(view.layers, note)), torch.no_grad():
         view.model(input_ids=ids.to(view.model.device), use_cache=False, logits_to_keep=1)
-    return entering[0], notes
+    positional, named = zip(*notes, strict=True)
+    return entering[0], Arguments(positional, named)
 
 
 def silenced(view: ModelView, group: Group) -> nn.Module:

@@ -29,6 +29,7 @@ KV_KEYS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 FFN_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "inner_dim")
 SHARED_FFN_KEYS = ("shared_intermediate_size",)  # the width of a feed-forward network beside experts
 FIRST_LAYERS_KEYS = ("max_window_layers", "num_dense_layers", "first_k_dense_replace")  # what holds for so many of the first layers
+LAST_LAYERS_KEYS = ("num_kv_shared_layers",)  # so many of the last layers use keys and values of layers before them
 DOUBLING_KEYS = ("use_double_wide_mlp",)  # switches with which some layers have twice the feed-forward width
 INDEX_KEYS = ("full_attn_idxs", "mlp_only_layers")  # lists of the indices of layers
 PER_LAYER_KEYS = ("layer_types", "mlp_layer_types", "no_rope_layers")  # the usual names of lists with an entry for each layer
@@ -46,6 +47,7 @@ _MIXERS: dict[str, int] = {
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 24,
     "num_kv_shared_layers": 0,
+    "laurel_rank": 20,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
@@ -210,21 +212,73 @@ def _tokens() -> Tensor:
     return torch.arange(3, 3 + 2 * TOKENS).reshape(2, TOKENS)
 
 
-def depends_on_depth(small: SmallModel) -> str:
-    """Returns the first parameter outside the layers whose shape follows the number of layers; empty if there is none."""
+def parts_for_layers(small: SmallModel) -> dict[str, int]:
+    """Returns the parameters outside the layers whose shape follows the number of layers, each with the axis that does."""
     config_class: Any = type(small.model.config)
-    values = {key: value for key, value in small.model.config.to_dict().items() if key in small.known and key != "per_layer_config"}
-    key = config_class.attribute_map.get("layer_types", "layer_types")
-    listed = values.get(key)
-    more = {key: [*listed[:1], *listed]} if isinstance(listed, list) else {}
     count = config_class.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    values = {key: value for key, value in small.model.config.to_dict().items() if key in small.known and key != "per_layer_config"}
+    longer = {key: [*value[:1], *value] for key, value in values.items() if isinstance(value, list) and len(value) == len(small.layers)}
     try:
-        deeper = _without_weights(config_class(**{**values, **more, count: len(small.layers) + 1}))
+        deeper = _without_weights(config_class(**{**values, **longer, count: len(small.layers) + 1}))
     except Exception:  # a family may refuse this number with any error
-        return ""
+        return {}
     shapes = {name: parameter.shape for name, parameter in deeper.named_parameters()}
-    outside = (name for name, _ in small.model.named_parameters() if not name.startswith(f"{small.layers_name}."))
-    return next((name for name in outside if shapes.get(name) != small.model.get_parameter(name).shape), "")
+    found: dict[str, int] = {}
+    for name, parameter in small.model.named_parameters():
+        now, then = parameter.shape, shapes.get(name, parameter.shape)
+        if not name.startswith(f"{small.layers_name}.") and now != then:
+            found[name] = next(axis for axis, size in enumerate(now) if size != then[axis])
+    return found
+
+
+@torch.no_grad()
+def in_order_of_layers(small: SmallModel, name: str, axis: int) -> bool:
+    """Returns whether a parameter holds one slice for each layer, one after another, which that layer alone reads."""
+    parameter = small.model.get_parameter(name)
+    if parameter.shape[axis] % len(small.layers):
+        return False
+    size = parameter.shape[axis] // len(small.layers)
+    before, logits = [_first_input(small, layer) for layer in range(len(small.layers))], logits_of(small)
+    for layer in range(len(small.layers)):
+        part = parameter.narrow(axis, layer * size, size)
+        kept = part.clone()
+        part.mul_(2.0)
+        reached = torch.equal(_first_input(small, layer), before[layer]) and not torch.equal(logits_of(small), logits)
+        later = layer + 1 == len(small.layers) or not torch.equal(_first_input(small, layer + 1), before[layer + 1])
+        part.copy_(kept)
+        if not (reached and later):
+            return False
+    return True
+
+
+def _first_input(small: SmallModel, layer: int) -> Tensor:
+    notes: list[Tensor] = []
+
+    def note(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        notes.append((inputs[0] if inputs else named["hidden_states"]).clone())
+
+    handle = small.layers[layer].register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        logits_of(small)
+    finally:
+        handle.remove()
+    return notes[-1]
+
+
+def changes_last_layer(small: SmallModel) -> bool:
+    """Returns whether the family's config gives the last layer another type than it is asked for."""
+    config_class: Any = type(small.model.config)
+    key = config_class.attribute_map.get("layer_types", "layer_types")
+    types = small.model.config.to_dict().get(key)
+    if not isinstance(types, list) or len(set(types)) < 2:
+        return False
+    wanted = [*types[1:], next(entry for entry in types if entry != types[-1])]
+    values = {name: value for name, value in small.model.config.to_dict().items() if name in small.known and name != "per_layer_config"}
+    try:
+        with quiet():
+            return config_class(**{**values, key: list(wanted)}).to_dict()[key] != wanted
+    except Exception:  # a family may refuse these types with any error
+        return True
 
 
 @torch.no_grad()

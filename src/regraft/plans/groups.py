@@ -109,6 +109,11 @@ class Groups:
         """Returns the groups by name."""
         return {group.name: group for group in self.groups}
 
+    def holds_slice(self, member: Member) -> bool:
+        """Returns whether a member of one unit is a slice of its parameter, such as what one layer owns of a table outside the layers."""
+        shape = self.shapes.get(member.parameter)
+        return shape is not None and member.width < shape[member.axis]
+
     def of(self, kind: GroupKind) -> tuple[Group, ...]:
         """Returns the groups of one kind, in the order of the layers."""
         return tuple(group for group in self.groups if group.kind == kind)

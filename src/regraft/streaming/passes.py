@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from regraft.errors import ModelError
 from regraft.importance.passes import Gradients, Passes, refuse_single_tokens
 from regraft.models.layerwise import Layerwise, Walk, emptied, stopped_at
 from regraft.models.precision import round_weights
@@ -209,12 +210,16 @@ class Calls:
     Args:
         skeleton: The checkpoint.
         windows_NT: Calibration tokens; the other arguments depend only on the number and the length of the windows.
+
+    Raises:
+        ModelError: Layers read more than that: the tokens themselves, keys and values of other layers, or several streams side by side.
     """
 
     def __init__(self, skeleton: Skeleton, windows_NT: Tensor) -> None:
         self._skeleton = skeleton
         self._windows = windows_NT
         self._known: dict[int, Layerwise] = {}
+        refuse_further_inputs(skeleton.view, windows_NT)
 
     def embedded(self, ids_BT: Tensor) -> Tensor:
         """Returns the input of the first layer, (batch, tokens, channels)."""
@@ -229,6 +234,26 @@ class Calls:
         if count not in self._known:
             self.embedded(self._windows[:count])
         return self._known[count].call(layer, hidden_BTD, module)
+
+
+def refuse_further_inputs(view: ModelView, windows_NT: Tensor) -> None:
+    """Refuses layers that read more than the hidden states of one stream.
+
+    Args:
+        view: The model; its layers need no weights.
+        windows_NT: Calibration tokens.
+
+    Raises:
+        ModelError: Layers read the tokens, or keys and values of other layers, or several streams side by side.
+    """
+    ids = windows_NT[:1]
+    first, other = (Layerwise(view, tokens) for tokens in (ids, torch.where(ids > 0, ids - 1, ids + 1)))
+    if first.first[0].dim() != 3 or not first.arguments[0].alike(other.arguments[0]):
+        raise ModelError(
+            f"layers of '{view.family.model_type}' read more than the hidden states of one stream (embeddings for each layer, keys and "
+            "values of other layers), which `memory` does not hold with a calibration text; leave `memory` out, or use `criterion=l2`, "
+            "which needs no text"
+        )
 
 
 class _Backward:

@@ -152,10 +152,10 @@ def _fit(walk: Layerwise, layer: int, projection: nn.Module, axis: int, hidden: 
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
     held_out = False
-    for batch, goal in zip(hidden, goals, strict=True):
+    for index, (batch, goal) in enumerate(zip(hidden, goals, strict=True)):
         seen: dict[str, Tensor] = {}
         with watched_inputs({"h": projection}, seen.__setitem__):
-            outputs.append(walk.call(layer, batch))
+            outputs.append(walk.call(layer, batch, batch=index))
         inputs.append(seen["h"].reshape(*batch.shape[:2], -1))
         first = len(batch) - (max(1, len(batch) // 8) if len(batch) > 1 else 0)
         missing = (goal - outputs[-1]).double() / factor  # beside what the projection gives now

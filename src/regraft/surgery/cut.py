@@ -118,16 +118,16 @@ def changed_state(state: Mapping[str, Tensor], changed: Mapping[str, Tensor]) ->
 def removed_indices(groups: Groups, cuts: tuple[Cut, ...]) -> dict[tuple[str, int], set[int]]:
     """Returns the removed indices for each (parameter, axis); fused projections collect those of all their members.
 
-    Parameters of removed layers and parts are not included: see :func:`removed_parameters`.
+    Parameters of removed layers and parts are not included (see :func:`removed_parameters`), but the slices that others hold for them.
     """
     named = groups.named()
     removed: defaultdict[tuple[str, int], set[int]] = defaultdict(set)
     for entry in cuts:
         group = named[entry.group]
-        if group.kind in WHOLE:
-            continue
         gone = sorted(set(range(group.units)) - set(entry.kept))
         for member in group.members:
+            if group.kind in WHOLE and not groups.holds_slice(member):
+                continue
             for unit in gone if member.entry is None else ():
                 removed[member.parameter, member.axis].update(member.indices(unit))
     return dict(removed)
@@ -169,7 +169,7 @@ def removed_parameters(groups: Groups, cuts: tuple[Cut, ...]) -> set[str]:
     """Returns the names of all parameters of removed layers and parts."""
     named = groups.named()
     gone = [named[entry.group] for entry in cuts if named[entry.group].kind in WHOLE and not entry.kept]
-    return {member.parameter for group in gone for member in group.members}
+    return {member.parameter for group in gone for member in group.members if not groups.holds_slice(member)}
 
 
 def layers_after(groups: Groups, cuts: tuple[Cut, ...]) -> tuple[int, ...]:

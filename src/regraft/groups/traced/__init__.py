@@ -60,6 +60,7 @@ def follow_channels(
     numbered_heads: bool = False,
     counted_layer_norms: bool = False,
     rescaled_norms: Collection[str] | None = None,
+    mlp: Collection[str] = (),
 ) -> Traced:
     """Returns the groups of a causal language model, as :func:`trace` does, and the reasons why others cannot be cut.
 
@@ -70,6 +71,8 @@ def follow_channels(
         counted_layer_norms: Whether a pruned model's layer norms still count the removed channels of the residual stream.
         rescaled_norms: Names, within a layer, of the RMS norms over several heads or over feed-forward channels that are rescaled after
             a cut, so that they do not prevent it; None for all of them.
+        mlp: Names, within a layer, of the modules of the feed-forward network, where a layer has other channels of its own too; empty
+            if they are not known.
 
     Raises:
         ModelError: The computation cannot be exported or followed; the message names the node.
@@ -87,6 +90,7 @@ def follow_channels(
         numbered_heads=numbered_heads,
         counted_layer_norms=counted_layer_norms,
         rescaled_norms=rescaled_norms,
+        mlp=mlp,
     )
     found = report.groups()
     config = getattr(module, "config", None)

@@ -58,6 +58,7 @@ class Report:
         numbered_heads: As in :func:`~regraft.groups.traced.follow_channels`.
         counted_layer_norms: As in :func:`~regraft.groups.traced.follow_channels`.
         rescaled_norms: As in :func:`~regraft.groups.traced.follow_channels`.
+        mlp: As in :func:`~regraft.groups.traced.follow_channels`.
     """
 
     def __init__(
@@ -70,7 +71,9 @@ class Report:
         numbered_heads: bool = False,
         counted_layer_norms: bool = False,
         rescaled_norms: Collection[str] | None = None,
+        mlp: Collection[str] = (),
     ) -> None:
+        self._mlp = tuple(mlp)
         self._rescaled = rescaled_norms
         self._numbered: tuple[GroupKind, ...] = ("heads", "query_heads") if numbered_heads else ()
         self._counted: tuple[GroupKind, ...] = ("residual",) if counted_layer_norms else ()
@@ -115,7 +118,7 @@ class Report:
         """Returns the groups within a layer."""
         inside = [units for units in self._coupled if {self.layers.index(name) for name in units.parameters} == {layer}]
         heads = [units for units in inside if np.isin(units.components, self._attended).any()]
-        ffn = [units for units in inside if not np.isin(units.components, self._attended).any()]
+        ffn = self._feeding([units for units in inside if not np.isin(units.components, self._attended).any()], layer)
         found: list[_Found] = []
         kinds: tuple[tuple[GroupKind, list[Units]], ...] = (("heads", heads), ("ffn", ffn))
         for kind, sets in kinds:
@@ -130,6 +133,12 @@ class Report:
             if queries is not None:
                 found.append(_Found("query_heads", layer, queries))
         return found
+
+    def _feeding(self, sets: list[Units], layer: int) -> list[Units]:
+        """Returns the channels of the feed-forward network, where its modules are known and other channels are beside it."""
+        modules = tuple(f"{self.layers.name}.{layer}.{name}" for name in self._mlp)
+        inside = [units for units in sets if all(_inside(name, modules) for name in units.parameters)]
+        return inside if len(sets) > 1 and inside else sets
 
     def _without_shared_norms(self, heads: Units) -> Units:
         """Leaves out norms inside a head when there is only one head, so that its size is the same as with several heads."""
@@ -270,9 +279,11 @@ class Report:
         """Returns the names of the modules of a layer's attention and of its feed-forward network."""
         prefix = f"{self.layers.name}.{layer}"
         found: dict[str, tuple[str, ...]] = {"attention": (), "mlp": ()}
-        for units in self._coupled:
-            if {self.layers.index(name) for name in units.parameters} == {layer}:
-                part = "attention" if np.isin(units.components, self._attended).any() else "mlp"
+        inside = [units for units in self._coupled if {self.layers.index(name) for name in units.parameters} == {layer}]
+        attending = [units for units in inside if np.isin(units.components, self._attended).any()]
+        feeding = self._feeding([units for units in inside if all(units is not other for other in attending)], layer)
+        for part, sets in (("attention", attending), ("mlp", feeding)):
+            for units in sets:
                 children = {name.removeprefix(f"{prefix}.").partition(".")[0] for name in units.parameters}
                 found[part] = (*found[part], *sorted(f"{prefix}.{child}" for child in children))
         return found

@@ -46,6 +46,8 @@ LAYOUT = (
 )
 SHAPE_ONLY = "zeros_like ones_like full_like new_zeros new_ones new_full"
 REDUCTIONS = "mean sum amax amin prod var std logsumexp linalg_vector_norm norm any all argmax argmin max min median"
+# Other names of pointwise operators, which torch does not mark as such.
+POINTWISE = "multiply subtract divide negative absolute"
 ALONG = "softmax _softmax log_softmax _log_softmax cumsum cumprod logcumsumexp sort topk cummax"
 
 
@@ -388,11 +390,12 @@ def shape_only(state: Follower, call: Call) -> Plain:
 def _is_square(call: Call) -> bool:
     if call.name == "pow":
         return call.args[1] == 2
-    return call.name == "square" or (call.name == "mul" and call.node.args[0] is call.node.args[1])
+    return call.name == "square" or (call.name in ("mul", "multiply") and call.node.args[0] is call.node.args[1])
 
 
 RULES: dict[str, Rule] = {
     "pointwise": pointwise,
+    **dict.fromkeys(POINTWISE.split(), pointwise),
     "linear": linear,
     "addmm": addmm,
     "matmul": matmul,
