@@ -43,7 +43,7 @@ from regraft.models.uneven.factored_regraft import FactoredLinear
 from regraft.models.view import ModelView, parameter_count
 from regraft.pipelines.compress import compress
 from regraft.pipelines.compress.prepare import projections_of
-from regraft.pipelines.compress.search import searched_ranks
+from regraft.pipelines.compress.search import RankSearch, searched_ranks
 from regraft.pipelines.prune.prune import prune
 from regraft.plans import FactorSpace
 from regraft.settings import CompressSettings, PruneSettings
@@ -231,19 +231,8 @@ def bayes(subject: Subject, ratios: Sequence[float], draws: int, trials: int = 5
             start = time.perf_counter()
             if groups:
                 with tempfile.TemporaryDirectory() as folder:
-                    ranks = searched_ranks(
-                        trial,
-                        space,
-                        judging,
-                        trials=trials,
-                        layer_groups=groups,
-                        kl_weight=1e-3,
-                        identity={},
-                        folder=Path(folder),
-                        seed=draw,
-                        resume=False,
-                        say=lambda line: None,
-                    )
+                    how = RankSearch(trials, groups, 1e-3, identity={}, folder=Path(folder), seed=draw)
+                    ranks = searched_ranks(model, truncations, space, judging, how, lambda line: None)
                 passes = trials * len(judging)
             else:
                 damage = measured_damage(model, space, truncations, judging)

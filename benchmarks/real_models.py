@@ -317,7 +317,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument(
-        "--only", default="", help="parts of METHOD|CALIBRATION between semicolons, each of which chooses rows, in this order"
+        "--only", default="", help="METHOD|CALIBRATION, or a part of it, between semicolons: each chooses rows, in this order"
     )
     parser.add_argument("--prices", action="store_true")
     parser.add_argument("--growth", action="store_true")
@@ -334,7 +334,7 @@ def main() -> None:
         domains = domains_in(asked.domains)
         own = next(domain for domain in domains if domain.name == asked.own)
         keys = ["|".join(key[:2]) for key in rows_of(domains, own)]
-        chosen = [key for part in asked.only.split(";") for key in keys if part in key]
+        chosen = [key for part in asked.only.split(";") for key in keys if part == key or (part not in keys and part in key)]
         for seed in range(asked.seeds):
             for ratio in asked.ratio.split(","):
                 for key in dict.fromkeys(["dense|none", *chosen]):

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from regraft.registry import known_name, listed
-from regraft.settings.sections import NO_EFFECT, Memory, Positive, Rate, Ratio, Settings, in_a_list
+from regraft.settings.sections import NO_EFFECT, RAY, STORAGE, WORKERS, Memory, Positive, Rate, Ratio, Settings, in_a_list
 
 
 class CompressSettings(Settings):
@@ -85,6 +85,9 @@ class CompressSettings(Settings):
     kl_weight: float = Field(
         default=1e-3, ge=0.0, allow_inf_nan=False, description="weight of the divergence, added to the perplexity that `ranks=bayes` lowers"
     )
+    workers: Positive = Field(default=1, description=WORKERS, json_schema_extra=NO_EFFECT)
+    storage: str | None = Field(default=None, description=STORAGE, json_schema_extra=NO_EFFECT)
+    ray: str | None = Field(default=None, description=RAY, json_schema_extra=NO_EFFECT)
     warm_start: Annotated[str, known_name("compression method", "random")] = Field(
         default="fisher",
         validate_default=False,

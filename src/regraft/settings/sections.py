@@ -148,6 +148,11 @@ def _takes_bool(annotation: Any) -> bool:
 NO_EFFECT: JsonDict = {"affects_result": False}
 BY_CONTENT: JsonDict = {"affects_result": "by content"}  # keys of results use a digest of the contents that the field points to
 
+# What the two searches for ranks, of adapters and of compression, say alike.
+WORKERS = "number of measuring processes on this machine"
+STORAGE = "database for several machines, such as postgresql://user@host/name; default: a file next to the output"
+RAY = "Ray cluster for measuring: auto, local or host:port; default: only this machine"
+
 
 class Settings(BaseModel):
     """Base class of all sections: frozen, and refusing unknown keys."""
@@ -564,17 +569,9 @@ class AllocateSettings(Settings):
     adalora_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=0.25, description="training length of method adalora, as a share of a full recovery's steps"
     )
-    workers: Positive = Field(default=1, description="number of measuring processes on this machine", json_schema_extra=NO_EFFECT)
-    storage: str | None = Field(
-        default=None,
-        description="database for several machines, such as postgresql://user@host/name; default: a file next to the plan",
-        json_schema_extra=NO_EFFECT,
-    )
-    ray: str | None = Field(
-        default=None,
-        description="Ray cluster for measuring: auto, local or host:port; default: only this machine",
-        json_schema_extra=NO_EFFECT,
-    )
+    workers: Positive = Field(default=1, description=WORKERS, json_schema_extra=NO_EFFECT)
+    storage: str | None = Field(default=None, description=STORAGE, json_schema_extra=NO_EFFECT)
+    ray: str | None = Field(default=None, description=RAY, json_schema_extra=NO_EFFECT)
 
     @field_validator("budget", mode="before")
     @classmethod

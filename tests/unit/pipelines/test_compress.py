@@ -18,9 +18,12 @@ from regraft.data.text import read_corpus
 from regraft.errors import ConfigError, DataError, InputError, ModelError, PlanError, StorageError
 from regraft.models.provenance import read_provenance
 from regraft.models.view import ModelView, fingerprint, parameter_count
+from regraft.numerics.truncation import Truncation, truncation
 from regraft.pipelines.compress import CompressResult, compress
-from regraft.plans import FactorPlan, RankPlan, from_json, to_json
-from regraft.settings import CompressSettings
+from regraft.pipelines.compress.search import Elsewhere, Objective, read_terms, write_terms
+from regraft.plans import FactorPlan, FactorSite, FactorSpace, RankPlan, RankSlot, RankSpace, from_json, to_json
+from regraft.settings import CompressSettings, LoadSettings
+from regraft.surgery.trial_ranks import TrialModel
 from regraft.training.distill import Teacher
 from regraft.training.recover import recover
 
@@ -127,6 +130,61 @@ def test_a_search_keeps_the_budget_and_goes_on(quickly: Compress, texts: dict[st
         quickly(**few | {"dry_run": True})
     again = quickly(**few | {"dry_run": True, "resume": True})
     assert again.plan == first.plan
+
+
+@pytest.mark.long
+def test_other_processes_find_the_same_ranks(folder: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+    """Two processes load the model and what was decomposed, and give what one process gives; their file goes, the trials stay."""
+    given: dict[str, Any] = {"ranks": "bayes", "trials": 4, "method": "bolaco", "samples": 24, "seq_len": 24, "dry_run": True}
+    given |= {"calibration": texts["calibration"], "validation": texts["validation"]}
+    alone = compress(folder, work=tmp_path / "alone", **given)
+    both = compress(folder, work=tmp_path / "both", workers=2, **given)
+    assert both.plan == alone.plan
+    assert (tmp_path / "both" / "search.db").is_file()
+    assert not list(tmp_path.rglob("*.safetensors.*"))
+    assert not (tmp_path / "both" / "decompositions.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_an_objective_that_is_opened_elsewhere_measures_the_same(folder: Path, make_tiny, tmp_path: Path) -> None:
+    """What is written for other processes, biases included, gives the same number to the bit; a damaged file is one line."""
+    model = make_tiny()
+    generator = torch.Generator().manual_seed(2)
+    truncations: dict[str, Truncation] = {}
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp.down_proj"
+        weight_OI = model.get_submodule(name).get_parameter("weight").detach()
+        mean_I = torch.rand(weight_OI.shape[1], dtype=torch.float64, generator=generator) if layer else None
+        truncations[name] = truncation(weight_OI, None, None, mean_I=mean_I)
+    windows_NT = torch.randint(3, 60, (3, 16), generator=generator)
+    file = tmp_path / "terms.safetensors"
+    write_terms(file, truncations, windows_NT)
+    again, text_NT = read_terms(file)
+    assert torch.equal(text_NT, windows_NT)
+    sites = tuple(
+        FactorSite(name, 0, "down_proj", one.left_OK.shape[0], one.right_KI.shape[1], 0, (8, one.full_rank), (0.1, 0.0))
+        for name, one in truncations.items()
+    )
+    space = FactorSpace("0" * 16, "svd", "nats", "plain", 1000, 10**6, sites)
+    slots = RankSpace("0" * 16, "module", (RankSlot("down_proj", tuple(truncations), 0, 100, 100),), (20, 100), 100, 20)
+    here = Objective.over(TrialModel(model, truncations), space, slots, windows_NT, 0.1)
+    there = Elsewhere(str(folder), LoadSettings(), file, to_json(space), to_json(slots), 0.1).open()
+    assert {name: set(one.__dict__) for name, one in again.items()} == {name: set(one.__dict__) for name, one in truncations.items()}
+    for percent in (20, 100):
+        assert there.of((percent,)) == here.of((percent,))
+    assert here.of((20,)) != here.of((100,))
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(InputError, match="cannot be read"):
+        read_terms(file)
+
+
+def test_who_measures_is_asked_before_anything_is_computed(quickly: Compress, folder: Path) -> None:
+    with pytest.raises(InputError, match="`ranks=auto` makes none; use `ranks=bayes`"):
+        quickly(workers=2)
+    with pytest.raises(InputError, match="give a folder or a hub id"):
+        quickly(ranks="bayes", workers=2)
+    with pytest.raises(InputError, match=r"no Ray cluster is at 'nowhere'|pip install"):
+        compress(folder, ranks="bayes", ray="nowhere")
 
 
 @pytest.mark.slow

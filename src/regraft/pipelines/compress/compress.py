@@ -39,16 +39,17 @@ from regraft.pipelines.compress.prepare import (
     space_of,
 )
 from regraft.pipelines.compress.record import card_of, rank_rows, record_of, refuse_short_text
-from regraft.pipelines.compress.search import searched_ranks
+from regraft.pipelines.compress.search import RankSearch, searched_ranks
 from regraft.pipelines.compress.streamed import StreamedCompress, compress_streamed, refuse_whole_model
 from regraft.pipelines.prune.score_cache import checksum_of
 from regraft.pipelines.results import Saving
 from regraft.pipelines.texts import Texts, described, in_memory, path_in, text_for
 from regraft.plans import FactorPlan, FactorSpace, LossReport, Provenance, PrunePlan, RankPlan, to_dict
 from regraft.progress import Say, say_nothing
+from regraft.search.measurers import check_measurers
 from regraft.settings import CompressSettings, LoadSettings, takes_settings, with_keywords
 from regraft.surgery.factorize import densified, factorize
-from regraft.surgery.trial_ranks import TrialModel, measured_damage
+from regraft.surgery.trial_ranks import measured_damage
 from regraft.training.pc_lora import FadeSettings, fade_out
 
 PC_LORA = "pc_lora"
@@ -203,18 +204,18 @@ def compress(
     target = None if output is None else Path(output)
     with reserved(None if dry_run else target):
         if settings.method == PC_LORA and _is_encoder(model, load):
-            order = _Order(settings, target, calibration, seed, None, dry_run, resume, work, command, say)
-            return _encoder(model, tokenizer, load, plan, order)
-        _refuse_clashes(settings, plan)
+            order = _Order(settings, load, target, calibration, seed, None, dry_run, resume, work, command, say)
+            return _encoder(model, tokenizer, plan, order)
+        _refuse_clashes(settings, plan, place_of(model))
         if resume and settings.ranks != "bayes":
             say(f"`resume` goes on with a search, and `ranks={settings.ranks}` makes none: it begins anew")
         compressor_of(_method_of(settings, plan), settings)  # a wrong name is refused before a model is loaded
-        order = _Order(settings, target, in_memory(calibration), seed, plan, dry_run, resume, work, command, say)
+        order = _Order(settings, load, target, in_memory(calibration), seed, plan, dry_run, resume, work, command, say)
         if settings.memory is not None:
-            return _streamed(model, order, load)
+            return _streamed(model, order)
         loaded = take(model, tokenizer, load)
         with resting(loaded.model):
-            return _carried_out(loaded, order)
+            return _carried_out(loaded, order, place_of(model))
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,7 @@ class _Order:
     """The parameters of a call of :func:`compress`, other than the model."""
 
     settings: CompressSettings
+    load: LoadSettings
     target: Path | None
     calibration: Texts | None
     seed: int
@@ -233,7 +235,7 @@ class _Order:
     say: Say
 
 
-def _carried_out(loaded: Loaded, order: _Order) -> CompressResult:
+def _carried_out(loaded: Loaded, order: _Order, place: str | Path | None) -> CompressResult:
     settings, plan, seed, say = order.settings, order.plan, order.seed, order.say
     method = _method_of(settings, plan)
     compressor = compressor_of(method, settings)
@@ -250,7 +252,7 @@ def _carried_out(loaded: Loaded, order: _Order) -> CompressResult:
         match plan:
             case None:
                 space = space_of(loaded, found, compressor, settings, settings.ratio)
-                plan = _choose(loaded, found, space, texts, settings, seed, _trials_in(order), resume=order.resume, say=say)
+                plan = _choose(loaded, found, space, texts, order, place)
             case RankPlan():
                 plan = plan_from_ranks(plan, found, loaded.fingerprint, parameter_count(loaded.model), settings)
             case FactorPlan():
@@ -288,7 +290,7 @@ def _is_encoder(source: ModelLike, load: LoadSettings) -> bool:
 
 
 def _encoder(
-    source: ModelLike, tokenizer: PreTrainedTokenizerBase | None, load: LoadSettings, plan: FactorPlan | RankPlan | None, order: _Order
+    source: ModelLike, tokenizer: PreTrainedTokenizerBase | None, plan: FactorPlan | RankPlan | None, order: _Order
 ) -> CompressResult:
     """Compresses an encoder, which PC-LoRA alone does."""
     settings = order.settings
@@ -300,7 +302,7 @@ def _encoder(
         case Loaded():
             loaded = source
         case _:
-            loaded = load_encoder(source, load)
+            loaded = load_encoder(source, order.load)
     corpus = text_for(loaded, settings.calibration if order.calibration is None else order.calibration, "train", "calibration")
     with resting(loaded.model):
         wanted = EncoderOrder(settings, corpus, plan, order.target, order.dry_run, order.seed, order.command, order.say)
@@ -308,7 +310,7 @@ def _encoder(
     return CompressResult(done.plan, done.model, loaded, done.space, done.notes)
 
 
-def _streamed(source: ModelLike, order: _Order, load: LoadSettings) -> CompressResult:
+def _streamed(source: ModelLike, order: _Order) -> CompressResult:
     """Compresses within a memory limit; the model stays on disk."""
     settings, plan = order.settings, order.plan
     place = place_of(source)
@@ -320,7 +322,8 @@ def _streamed(source: ModelLike, order: _Order, load: LoadSettings) -> CompressR
     refuse_whole_model(settings, method)  # among them is the one method that takes a rank plan
     assert not isinstance(plan, RankPlan)
     output, compressor = None if order.dry_run else order.target, compressor_of(method, settings)
-    request = StreamedCompress(place, output, settings, compressor, order.calibration, load, order.seed, plan, order.command, order.say)
+    text, load = order.calibration, order.load
+    request = StreamedCompress(place, output, settings, compressor, text, load, order.seed, plan, order.command, order.say)
     done = compress_streamed(request)
     return CompressResult(done.plan, None, done.loaded, done.space, done.notes)
 
@@ -405,18 +408,10 @@ def _trials_in(order: _Order) -> Path | None:
 
 
 def _choose(
-    loaded: Loaded,
-    found: list[Decomposed],
-    space: FactorSpace,
-    texts: CompressionTexts,
-    settings: CompressSettings,
-    seed: int,
-    trials: Path | None,
-    *,
-    resume: bool,
-    say: Say,
+    loaded: Loaded, found: list[Decomposed], space: FactorSpace, texts: CompressionTexts, order: _Order, place: str | Path | None
 ) -> FactorPlan:
     """Chooses the ranks and returns the plan, with what it was made with."""
+    settings, seed, say = order.settings, order.seed, order.say
     truncations = {one.priced.name: one.truncation for one in found}
     choice = settings.ranks
     if choice == "auto":
@@ -434,21 +429,23 @@ def _choose(
     if choice == "bayes":
         assert texts.judging is not None
         with TemporaryDirectory(prefix="regraft-") as scratch:
-            folder = Path(scratch) if trials is None else trials
+            folder = _trials_in(order) or Path(scratch)
             folder.mkdir(parents=True, exist_ok=True)
-            ranks = searched_ranks(
-                TrialModel(loaded.model, truncations),
-                space,
-                texts.judging,
+            how = RankSearch(
                 trials=settings.trials,
                 layer_groups=settings.layer_groups,
                 kl_weight=settings.kl_weight,
                 identity=made_with | {"fingerprint": loaded.fingerprint},
                 folder=folder,
                 seed=seed,
-                resume=resume,
-                say=say,
+                resume=order.resume,
+                workers=settings.workers,
+                storage=settings.storage,
+                ray=settings.ray,
+                source=None if place is None else str(place),
+                load=order.load,
             )
+            ranks = searched_ranks(loaded.model, truncations, space, texts.judging, how, say)
     else:
         ranks = RANK_CHOICES.get(choice)(space)
     biases = {one.priced.name: one.has_bias or one.truncation.mean_I is not None for one in found}
@@ -456,14 +453,22 @@ def _choose(
     return replace(factor_plan(space, ranks, name, settings.ratio, biases), made_with=made_with)
 
 
-def _refuse_clashes(settings: CompressSettings, plan: FactorPlan | RankPlan | None) -> None:
-    """Refuses settings of which two would make the same choice.
+def _refuse_clashes(settings: CompressSettings, plan: FactorPlan | RankPlan | None, place: str | Path | None) -> None:
+    """Refuses settings of which two would make the same choice, and those that ask for what cannot be.
 
     Raises:
-        InputError: Two of them choose the same.
+        InputError: Two of them choose the same, or processes are to measure a model that is in this one only.
     """
     if isinstance(plan, RankPlan) and settings.method != PC_LORA:
         raise InputError(f"a rank plan is for method pc_lora, not for {settings.method}; give a plan that compress wrote")
+    check_measurers(settings.workers, settings.ray)
+    elsewhere = settings.workers > 1 or settings.ray is not None
+    if settings.ranks != "bayes" and (elsewhere or settings.storage is not None):
+        raise InputError(f"`workers`, `ray` and `storage` are for a search, and `ranks={settings.ranks}` makes none; use `ranks=bayes`")
+    if elsewhere and place is None:
+        raise InputError(
+            "`workers` and `ray` measure in processes that load the model themselves; give a folder or a hub id, or leave them out"
+        )
     if settings.mix and plan is not None:
         raise InputError("mix chooses channels and ranks anew, and a plan brings ranks; use one of the two")
     if settings.mix and settings.ranks not in ("auto", "knapsack"):

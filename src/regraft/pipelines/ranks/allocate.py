@@ -55,8 +55,8 @@ from regraft.pipelines.texts import Texts, in_memory, path_in, read
 from regraft.plans import Confirmation, Provenance, RankPlan, RankSearch, RankSpace, RankTrial, from_json, to_json
 from regraft.progress import Say, say_nothing
 from regraft.search.contract import Job
-from regraft.search.pools import Inline, Pool, Processes
-from regraft.search.ray_pool import RayPool, import_ray, refuse_nobody
+from regraft.search.measurers import check_measurers, pool_of
+from regraft.search.pools import Pool
 from regraft.search.run import measure_all, open_search, search
 from regraft.search.sampler import AllocatorSampler
 from regraft.search.storage import open_storage
@@ -263,11 +263,7 @@ def check_settings(settings: AllocateSettings, recover: RecoverSettings) -> None
         raise InputError(f"`elastic={settings.elastic}` has no effect on method '{settings.method}'; leave it out")
     if settings.confirm_seeds == 1:
         raise InputError("`confirm_seeds=1` gives no interval; use 2 or more, or 0 to take the ranks as they are found")
-    if settings.ray is not None:
-        import_ray()
-        refuse_nobody(settings.ray)
-        if settings.workers > 1:
-            raise InputError(f"`workers={settings.workers}` and `ray={settings.ray}` both say who measures; leave one of them out")
+    check_measurers(settings.workers, settings.ray)
 
 
 @dataclass(frozen=True)
@@ -466,9 +462,8 @@ def _pool(request: SearchOrder, space: RankSpace, work: Path) -> Pool:
     settings = request.settings
     source = str(Path(request.source).absolute()) if Path(request.source).is_dir() else request.source
     spec = Measuring(source, request.load, placed(request.recover), to_json(space), work.absolute() / _RECOVERIES, request.seed)
-    if settings.ray is not None:
-        return RayPool(spec, settings.ray, gpus=1.0 if device_named(request.load.device).type == "cuda" else 0.0)
-    return Processes(spec, settings.workers, request.say) if settings.workers > 1 else Inline(spec)
+    on_gpu = device_named(request.load.device).type == "cuda"
+    return pool_of(spec, settings.workers, settings.ray, on_gpu=on_gpu, say=request.say)
 
 
 def _from_closed_forms(pairs: Sequence[tuple[Job, RankTrial]]) -> set[Ranks]:
