@@ -110,7 +110,7 @@ GRID |= {
     "LFM3": _PLAIN,
     "LFM2-MoE": {"residual": _TABLE["residual"], "mixer_heads": "none"},
     "Falcon-H1": _PLAIN | {"mixer_heads": "is none of the mixers whose heads are known here"},
-    "Bamba": dict.fromkeys(CUT, "is not known"),
+    "Bamba": _PLAIN | {"mixer_heads": "is none of the mixers whose heads are known here"},
     **dict.fromkeys(("Granite SWA", "SmolLM3", "Ministral 3", "Arcee", "Hunyuan, dense", "ERNIE 4.5", "Apertus"), _PLAIN),
     "Mixtral": _EXPERTS,
     "OLMoE": _EXPERTS | {"heads": "computes one number from all channels, so that removing one changes the others"},

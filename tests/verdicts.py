@@ -260,7 +260,8 @@ Hybrids have attention in some layers and a *mixer* in the others: linear attent
 kind exists in the layers that have it. Mixers, with experts among them, stay as they are unless they are named, and everything beside them
 is cut: the channels of feed-forward networks, heads of the layers with attention, whole layers. The config's lists and numbers of layers
 (`layer_types`, `layers_block_type`, `no_rope_layers`, `mlp_only_layers`) follow the layers that are left, an interval that does not hold
-any more (`full_attention_interval`) is dropped, and a width means what it says (`block_auto_adjust_ff_dim` is false).
+any more (`full_attention_interval`) is dropped, indices (`attn_layer_indices`) are counted anew, and a width means what it says
+(`block_auto_adjust_ff_dim` is false).
 
 `tests/conformance/test_mixed_layers.py` shows, for each of these on a random model, that removing equals silencing to 1e-5, that text is
 generated alike with and without cache, and that a fresh process loads what was saved:
@@ -270,6 +271,7 @@ generated alike with and without cache, and that a fresh process loads what was 
 | Qwen 3.5 (`qwen3_5_text`), Qwen3-Next without experts | in layers with attention | yes | yes | yes |
 | LFM2, LFM3; LFM2-MoE (its first, dense layers) | in layers with attention | yes | yes | yes |
 | Granite 4 (`granitemoehybrid`), without experts | in layers with attention | of the shared MLP | yes | yes |
+| Bamba | in layers with attention | yes | yes | yes |
 | OLMo-Hybrid | no [4] | yes | no [5] | yes |
 | Nemotron-H | in layers with attention | in layers with an MLP | no [6] | yes |
 | Gemma 4 (`gemma4_text`) | no [7] | yes, alike in all layers | no [7] | yes [8] |
@@ -288,8 +290,8 @@ generated alike with and without cache, and that a fresh process loads what was 
 `--targets mixer_heads` removes heads of Gated DeltaNet (Qwen 3.5, Qwen3-Next, OLMo-Hybrid) and of Mamba-2 where each group has a norm of
 its own (Nemotron-H): a key head, or group, with all value heads that read its state. Scores, re-fit, selection and `--memory` are those of
 other heads: scores look at what the heads write after their state has seen the text. `tests/conformance/test_mixer_heads.py` shows the same
-three things as above. The same number in every layer keeps the stock class. The Mamba-2 of Granite 4, whose heads share one norm and whose
-number follows from the width, and that of Falcon-H1 are refused by name.
+three things as above. The same number in every layer keeps the stock class. The Mamba-2 of Granite 4 and Bamba, whose heads share one norm
+and whose number follows from the width, and that of Falcon-H1 are refused by name.
 
 Layers of Gemma 4 and Gemma 3n read embeddings of the tokens and shared keys and values beside the hidden states. In memory every batch
 keeps its own; `--memory` takes these families with a criterion that reads weights alone (`l2`), and refuses a calibration text.

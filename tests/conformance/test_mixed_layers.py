@@ -71,6 +71,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, str], set[str], set[int]]] 
     ),
     # four streams, channels kept by mean and deviation in the first layer, an embedding for each layer, keys and values that layers share
     "gemma3n_text": (OTHERS["Gemma 3n"][1], LLAMAS, {"ffn", "layer"}, set()),
+    "bamba": (
+        {**SIZES, "attn_layer_indices": [1, 3], "num_hidden_layers": 4, "mamba_n_heads": 6, "mamba_d_state": 16},
+        ("self_attn.o_proj", "feed_forward.down_proj"), EVERY, {1, 3},
+    ),
     "granite_swa": ({**SIZES, "num_hidden_layers": 4, "layer_types": ["sliding_attention", FULL] * 2}, LLAMAS, EVERY, {0, 1, 2, 3}),
     "smollm3": ({**SIZES, "num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 1]}, LLAMAS, EVERY, {0, 1, 2, 3}),
     "ministral3": ({**SIZES, "num_hidden_layers": 4, "rope_parameters": None}, LLAMAS, EVERY, {0, 1, 2, 3}),
@@ -106,7 +110,8 @@ def silenced(model: PreTrainedModel, family: str, lost: dict[str, list[int]]) ->
         return before
 
     def handed_on(_module: Any, given: tuple[Tensor, ...], named: dict[str, Any], output: Any) -> Any:
-        return given[0] if given else named["hidden_states"]
+        entering = given[0] if given else named["hidden_states"]
+        return (entering, *output[1:]) if isinstance(output, tuple) else entering
 
     for name, units in lost.items():
         _, index, kind = name.split(".")

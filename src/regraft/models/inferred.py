@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from regraft.compat import own_parameters
 from regraft.errors import ModelError
-from regraft.models.mixers import first_stack, mixer_counts, mixers_of
+from regraft.models.mixers import first_stack, mixer_counts, mixers_of, shapes_of
 from regraft.models.quiet import in_one_line
 from regraft.models.small_model import (
     DOUBLING_KEYS,
@@ -55,7 +55,9 @@ from regraft.models.small_model import (
     silent,
     small_model,
     subtracts_mean,
+    why_none,
 )
+from regraft.models.uneven.modeling_regraft import made_again
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def describe(model_type: str) -> dict[str, Any]:
         small = small_model(model_type, known, head_dim)
         if small is not None:
             return _table(small, _shapes(small))
-    raise ModelError("no small model of it can be built to see how it is made")
+    raise ModelError(f"no small model of it can be built to see how it is made ({why_none(model_type, known)})")
 
 
 def _table(small: SmallModel, shapes: Shapes) -> dict[str, Any]:
@@ -328,9 +330,11 @@ def _refuse_odd_layer(small: SmallModel, layer: int) -> None:
     kind: Any = type(small.layers[layer])
     try:
         with init_empty_weights(include_buffers=False):
-            kind(small.model.config, layer)
+            again = made_again(small.layers[layer], small.model.config, layer)
     except Exception:  # the constructor needs other arguments
         raise ModelError(f"a layer ({kind.__name__}) is not made from a config and its number") from None
+    if shapes_of(again) != shapes_of(small.layers[layer]):
+        raise ModelError(f"a layer ({kind.__name__}) made from its config and its number is another than the model has")
     output = seen_at(small, layer, "")[1]
     if not isinstance(output[0] if isinstance(output, tuple) else output, Tensor):
         raise ModelError(f"a layer ({kind.__name__}) does not return hidden states")

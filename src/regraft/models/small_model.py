@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 
 from regraft.errors import ModelError
 from regraft.models.mixers import shapes_of
-from regraft.models.quiet import quiet
+from regraft.models.quiet import in_one_line, quiet
 
 HEADS, KV_HEADS, WIDTH, LAYERS, VOCABULARY = 8, 2, 128, 3, 97
 OTHER_HEADS, OTHER_KV_HEADS = 6, 3  # head counts of a second model, to test whether single heads can be removed
@@ -31,7 +31,7 @@ SHARED_FFN_KEYS = ("shared_intermediate_size",)  # the width of a feed-forward n
 FIRST_LAYERS_KEYS = ("max_window_layers", "num_dense_layers", "first_k_dense_replace")  # what holds for so many of the first layers
 LAST_LAYERS_KEYS = ("num_kv_shared_layers",)  # so many of the last layers use keys and values of layers before them
 DOUBLING_KEYS = ("use_double_wide_mlp",)  # switches with which some layers have twice the feed-forward width
-INDEX_KEYS = ("full_attn_idxs", "mlp_only_layers")  # lists of the indices of layers
+INDEX_KEYS = ("full_attn_idxs", "mlp_only_layers", "attn_layer_indices")  # lists of the indices of layers
 PER_LAYER_KEYS = ("layer_types", "mlp_layer_types", "no_rope_layers")  # the usual names of lists with an entry for each layer
 # Values with which a config means the widths that it gives.
 LITERAL = {"block_auto_adjust_ff_dim": False}
@@ -111,6 +111,24 @@ def small_model(
     Raises:
         ModelError: The model has parts other than those of a decoder, or would not be small.
     """
+    try:
+        return _built(model_type, known, head_dim, heads, width)
+    except ModelError:
+        raise
+    except Exception:  # a family may refuse these sizes with any error
+        return None
+
+
+def why_none(model_type: str, known: frozenset[str]) -> str:
+    """Returns the error with which a family refuses a small model, in one line."""
+    try:
+        _built(model_type, known, None, (HEADS, KV_HEADS), WIDTH)
+    except Exception as error:  # whatever the family raises
+        return f"{type(error).__name__}: {in_one_line(error)}"
+    return ""
+
+
+def _built(model_type: str, known: frozenset[str], head_dim: int | None, heads: tuple[int, int], width: int) -> SmallModel:
     wanted: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": width,
@@ -124,25 +142,20 @@ def small_model(
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    wanted |= {"mlp_only_layers": [0]}  # where others have experts
+    wanted |= {"mlp_only_layers": [0], "attn_layer_indices": [1]}  # where others have experts, or a state space
     wanted |= dict.fromkeys(SHARED_FFN_KEYS, SHARED_FFN) | _MIXERS | LITERAL
     if not known.isdisjoint(SHARED_FFN_KEYS):  # such a family has members without experts
         wanted["num_local_experts"] = 0
     values = {key: value for key, value in wanted.items() if key in known} | ({"head_dim": head_dim} if head_dim else {})
-    try:
-        with torch.random.fork_rng(devices=[]), quiet(), torch.no_grad():
-            torch.manual_seed(0)
-            config_class: Any = CONFIG_MAPPING[model_type]
-            config: PreTrainedConfig = config_class(**{**values, **_of_every_kind(config_class, values)})
-            _refuse_what_is_large(config)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape))  # so that no value is exactly zero or one
-            model(input_ids=_tokens(), use_cache=False)
-    except ModelError:
-        raise
-    except Exception:  # a family may refuse these sizes with any error
-        return None
+    with torch.random.fork_rng(devices=[]), quiet(), torch.no_grad():
+        torch.manual_seed(0)
+        config_class: Any = CONFIG_MAPPING[model_type]
+        config: PreTrainedConfig = config_class(**{**values, **_of_every_kind(config_class, values)})
+        _refuse_what_is_large(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))  # so that no value is exactly zero or one
+        model(input_ids=_tokens(), use_cache=False)
     return SmallModel(model_type, known, head_dim, model, *_layers(model))
 
 

@@ -81,7 +81,9 @@ class ModelView:
         if all(coupling.kind != "heads" for coupling in self.family.couplings):
             return 1
         config = self.model.config
-        declared = getattr(config, "head_dim", None)
+        # A family that computes its head size takes no other from its config; ours do.
+        own = self.family.head_size == "explicit" or config.model_type.startswith("regraft_")
+        declared = getattr(config, "head_dim", None) if own else None
         return int(declared if declared else config.hidden_size // config.num_attention_heads)
 
     @property

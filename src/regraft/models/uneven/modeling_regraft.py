@@ -7,6 +7,7 @@ its own config. The mathematics of a layer is therefore the stock class's own, w
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -117,7 +118,7 @@ def fit_layers(model: PreTrainedModel, config: UnevenConfig) -> None:
     layers: Any = base.get_submodule(config.laid_out("layers"))
     for index in range(len(layers)):
         layer_config: Any = config.layer(index)
-        layers[index] = layer = type(layers[index])(layer_config, index)
+        layers[index] = layer = made_again(layers[index], layer_config, index)
         _size_mlp(layer, layer_config)
         if "attention" in layer_config.skip:
             _replace(layer, (config.laid_out("attention"),), lambda index=index: NoAttn(index))
@@ -134,6 +135,19 @@ def fit_layers(model: PreTrainedModel, config: UnevenConfig) -> None:
     _set_width(model, config)
     fit_factors(base, getattr(config, "factored", None) or {}, getattr(config, "factor_layout", None) or PLAIN)
     model.post_init()
+
+
+def made_again(layer: nn.Module, config: Any, index: int) -> nn.Module:
+    """Returns a layer of the same class for another config; some families give the layer's type beside its number.
+
+    Args:
+        layer: The layer.
+        config: What the new one is made from.
+        index: Number of the layer.
+    """
+    kind: Any = type(layer)
+    typed = "layer_type" in inspect.signature(kind.__init__).parameters
+    return kind(config, index, config.layer_types[index]) if typed else kind(config, index)
 
 
 def _replace(layer: nn.Module, names: Sequence[str], make: Any) -> None:
