@@ -15,14 +15,14 @@ from regraft.errors import InputError
 
 if TYPE_CHECKING:
     from regraft.pipelines.advise import facts_of, for_bytes, for_speed, least_minutes, times_in
-    from regraft.settings.sections import bytes_in
+    from regraft.settings.base import bytes_in
 else:
     facts_of = later("regraft.pipelines.advise", "facts_of")
     for_bytes = later("regraft.pipelines.advise", "for_bytes")
     for_speed = later("regraft.pipelines.advise", "for_speed")
     least_minutes = later("regraft.pipelines.advise", "least_minutes")
     times_in = later("regraft.pipelines.advise", "times_in")
-    bytes_in = later("regraft.settings.sections", "bytes_in")
+    bytes_in = later("regraft.settings.base", "bytes_in")
 
 TOKENS = 200 * 8 * 256  # of a recovery by its defaults
 

@@ -4,30 +4,13 @@ Each section holds the settings of one stage; :mod:`regraft.settings.problems` d
 the names from this package.
 """
 
+from regraft.settings.base import CALIBRATION_TOKENS, EVERY_PROJECTION, TRAINING_TOKENS, Memory, Positive, Settings, option_values
 from regraft.settings.compression import CompressSettings
 from regraft.settings.export import ExportSettings
 from regraft.settings.keywords import takes_settings, with_keywords
+from regraft.settings.measuring import CompletionSettings, EvaluateSettings, LabelSettings, SampleSettings, TaskSettings
 from regraft.settings.problems import checked, problems_of
-from regraft.settings.sections import (
-    CALIBRATION_TOKENS,
-    EVERY_PROJECTION,
-    TRAINING_TOKENS,
-    AllocateSettings,
-    CompletionSettings,
-    EvaluateSettings,
-    LabelSettings,
-    LoadSettings,
-    Memory,
-    Positive,
-    PruneSettings,
-    RecoverSettings,
-    Reduction,
-    SampleSettings,
-    Settings,
-    Target,
-    TaskSettings,
-    option_values,
-)
+from regraft.settings.sections import AllocateSettings, LoadSettings, PruneSettings, RecoverSettings, Reduction, Target
 
 # Every section: what the command line has options for, and recipes keys.
 SECTIONS: tuple[type[Settings], ...] = (

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from regraft.registry import known_name, listed
-from regraft.settings.sections import NO_EFFECT, RAY, STORAGE, WORKERS, Memory, Positive, Rate, Ratio, Settings, in_a_list
+from regraft.settings.base import NO_EFFECT, RAY, STORAGE, WORKERS, Memory, Positive, Rate, Ratio, Settings, in_a_list
 
 
 class CompressSettings(Settings):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from regraft.settings.sections import Settings
+from regraft.settings.base import Settings
 
 
 class ExportSettings(Settings):

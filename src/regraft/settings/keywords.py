@@ -12,8 +12,10 @@ from pydantic import ValidationError
 
 from regraft.errors import ConfigError, InputError, did_you_mean, shown
 from regraft.reading import LARGEST_SEED, path_of, whole_number
+from regraft.settings.base import Settings
+from regraft.settings.measuring import EvaluateSettings
 from regraft.settings.problems import problems_of
-from regraft.settings.sections import EvaluateSettings, LoadSettings, RecoverSettings, Settings
+from regraft.settings.sections import LoadSettings, RecoverSettings
 
 A = TypeVar("A", bound=Settings)
 B = TypeVar("B", bound=Settings)

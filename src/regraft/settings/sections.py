@@ -1,38 +1,44 @@
-"""Sections of settings, with defaults and limits, defined once for recipes, the command line and the Python API.
-
-Each class is one section of a recipe. Unknown keys are refused and every problem of a section is found at once.
-"""
+"""Sections of settings for loading, pruning, recovery and the search of ranks: once for recipes, the command line and the API."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from enum import Enum
-from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
-from pydantic.config import JsonDict
 
-from regraft.errors import ConfigError, InputError, shown
-from regraft.in_short import named
 from regraft.plans import RANK_CHOICES, RankPlan, Shape
-from regraft.reading import is_whole, text_in
+from regraft.reading import is_whole
 from regraft.registry import built_in, known_name, listed
-from regraft.settings.problems import problems_of
+from regraft.settings.base import (
+    BY_CONTENT,
+    NO_EFFECT,
+    RAY,
+    STORAGE,
+    WORKERS,
+    Count,
+    Dtype,
+    Memory,
+    Options,
+    Positive,
+    Rate,
+    Ratio,
+    Settings,
+    TwoOrMore,
+    in_a_list,
+    schedule_name,
+    trackers_in,
+    type_name,
+)
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _OF_PARTS = ("block_influence", "angular", "removal")  # criteria that score layers and their parts, not units
 _NOT_OF_UNITS: dict[str, str] = dict.fromkeys(
     _OF_PARTS, "does not score heads or channels, but layers and their parts: it is one for `depth`"
@@ -46,184 +52,6 @@ Reduction = Literal["sum", "mean", "max", "product", "last"]
 Target = Literal[
     "heads", "ffn", "query_heads", "mixer_heads", "residual", "layers", "attention", "mlp", "vocabulary", "experts", "expert_ffn"
 ]
-
-
-def _countable(value: int) -> int:
-    """Refuses a number of things that nobody counts out: more is a slip of the keyboard."""
-    if value > 10**6:
-        raise ValueError(f"{value if value < 10**30 else 'a number of more than 30 digits'} is above the limit of 1000000")
-    return value
-
-
-Positive = Annotated[int, Field(gt=0), AfterValidator(_countable)]
-Count = Annotated[int, Field(ge=0), AfterValidator(_countable)]
-TwoOrMore = Annotated[int, Field(ge=2), AfterValidator(_countable)]
-
-MOST_FACTORS = 1000  # of a completion; its memory and time are proportional to them
-
-# Default lengths of windows in tokens; shorter if the model's context is shorter.
-CALIBRATION_TOKENS = 128
-TRAINING_TOKENS = 256
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-
-
-def bytes_in(amount: Any) -> int:
-    """Returns an amount of memory in bytes.
-
-    Raises:
-        ValueError: The text is not an amount of memory.
-
-    >>> bytes_in("6GB"), bytes_in("1.5 GiB"), bytes_in(1000)
-    (6000000000, 1610612736, 1000)
-    """
-    text = str(amount)[:100] if not is_whole(amount, 10**30, math.inf) else "that number"
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(|[KMGT]|[KMGT]I)B?\s*", text.upper())
-    count = int(min(float(found[1]) * _UNITS[found[2]], 1e30)) if found else 0
-    if not 1 <= count < 10**18:
-        raise ValueError(f"'{text}' is not an amount of memory; write it as 6GB, 512MB or 4GiB")
-    return count
-
-
-def type_name(value: Any) -> Any:
-    """Returns the name of a number type, as text or as torch has it: ``torch.bfloat16`` is ``bfloat16``."""
-    return str(value).removeprefix("torch.")
-
-
-def schedule_name(value: Any) -> Any:
-    """Returns our name of a learning-rate schedule of transformers; all of ours begin with a warm-up."""
-    name = value.value if isinstance(value, Enum) else value
-    return "constant" if name == "constant_with_warmup" else name
-
-
-EVERY_PROJECTION = "all-linear"  # PEFT's word for what is adapted by default
-
-
-def in_a_list(value: Any) -> Any:
-    """Returns a list of one for a single text; ``all-linear`` is an empty list."""
-    if value in (EVERY_PROJECTION, (EVERY_PROJECTION,), [EVERY_PROJECTION]):
-        return ()
-    return value if text_in(value) is None else (value,)
-
-
-def trackers_in(value: Any) -> Any:
-    """Returns a list of one for a single text, as the Trainer takes it; ``none`` is an empty list."""
-    if value in ("none", ("none",), ["none"]):
-        return ()
-    return value if text_in(value) is None else (value,)
-
-
-Memory = Annotated[int, BeforeValidator(bytes_in)]
-Ratio = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-
-
-def options_in(given: Any) -> Any:
-    """Returns a mapping, as in recipes, as ``NAME=VALUE`` texts; a list is returned unchanged.
-
-    >>> options_in({"gamma": 0.01, "depth": 3})
-    ('gamma=0.01', 'depth=3')
-    """
-    return tuple(f"{name}={value}" for name, value in given.items()) if isinstance(given, Mapping) else given
-
-
-def option_values(options: Iterable[str]) -> dict[str, str]:
-    """Returns ``NAME=VALUE`` texts as a mapping; the last value of a name counts.
-
-    >>> option_values(("gamma=0.01", "depth=3"))
-    {'gamma': '0.01', 'depth': '3'}
-    """
-    return {name.strip(): value.strip() for name, _, value in (option.partition("=") for option in options)}
-
-
-Options = Annotated[tuple[str, ...], BeforeValidator(options_in)]
-
-
-def _takes_bool(annotation: Any) -> bool:
-    """Returns whether true and false are among the values of an annotation."""
-    return annotation in (bool, Any) or any(_takes_bool(part) for part in get_args(annotation))
-
-
-# Declarations on a field (``json_schema_extra``). The value of a field without a declaration affects the result.
-NO_EFFECT: JsonDict = {"affects_result": False}
-BY_CONTENT: JsonDict = {"affects_result": "by content"}  # keys of results use a digest of the contents that the field points to
-
-# What the two searches for ranks, of adapters and of compression, say alike.
-WORKERS = "number of measuring processes on this machine"
-STORAGE = "database for several machines, such as postgresql://user@host/name; default: a file next to the output"
-RAY = "Ray cluster for measuring: auto, local or host:port; default: only this machine"
-
-
-class Settings(BaseModel):
-    """Base class of all sections: frozen, and refusing unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, defer_build=True)
-    # Words that PEFT and transformers have for a setting, each with the name that it has here; taken wherever settings are given.
-    aliases: ClassVar[Mapping[str, str]] = {}
-
-    if not TYPE_CHECKING:  # the signature that type checkers see is that of the fields
-
-        def __init__(self, **values: Any) -> None:
-            try:
-                super().__init__(**values)
-            except ValidationError as error:
-                raise ConfigError(type(self).__name__, problems_of(error, type(self))) from None
-
-        # pydantic calls this as its own __init__ only when asked to make one section; nested sections are checked as data.
-        __init__.__pydantic_base_init__ = True
-
-        def __setattr__(self, name: str, value: Any) -> None:
-            kind = type(self).__name__
-            raise InputError(f"{kind} does not change; make another by {kind}({shown(name, 80)}=...), or give the setting as a keyword")
-
-    def __repr__(self) -> str:
-        """Returns the settings that were given and are not the defaults, in one short line."""
-        shown = {name: field for name, field in type(self).model_fields.items() if field.repr and name in self.model_fields_set}
-        given = {name: getattr(self, name) for name in shown}
-        return named(type(self).__name__, {name: value for name, value in given.items() if value != shown[name].default})
-
-    __str__ = __repr__
-
-    @classmethod
-    def words(cls) -> dict[str, str]:
-        """Returns every word for a setting with the setting's name: the names themselves, and what other libraries call them."""
-        return {name: name for name in cls.model_fields} | dict(cls.aliases)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _by_their_names(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        named: dict[str, Any] = {}
-        words: dict[str, str] = {}
-        for word, value in values.items():
-            name = cls.aliases.get(word, word)
-            if name in named:
-                raise ValueError(f"{words[name]} and {word} are one setting; give one of the two")
-            named[name], words[name] = value, word
-        return named
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _of_a_kind(cls, value: Any, about: ValidationInfo) -> Any:
-        """Refuses what pydantic takes for something else: a name with a zero byte, and true for the number 1."""
-        match value:
-            case str() | PurePath() if "\0" in str(value):
-                raise ValueError(f"'{shown(value, 80)}' has a zero byte, which no name has; choose another")
-            case bool() if about.field_name is not None and not _takes_bool(cls.model_fields[about.field_name].annotation):
-                raise ValueError(f"{str(value).lower()} is no number and no text")
-            case _:
-                return value
-
-    def decisive(self, *, varied: Iterable[str] = ()) -> dict[str, Any]:
-        """Returns the values that affect the result, as plain JSON types: all fields except those declared otherwise.
-
-        Args:
-            varied: Fields that the caller sets itself, independently of the settings.
-        """
-        declared = {name: field.json_schema_extra for name, field in type(self).model_fields.items()}
-        others = {name for name, extra in declared.items() if extra in (NO_EFFECT, BY_CONTENT)}
-        return self.model_dump(mode="json", exclude=others | set(varied))
 
 
 class LoadSettings(Settings):
@@ -577,85 +405,3 @@ class AllocateSettings(Settings):
     @classmethod
     def _as_text(cls, value: Any) -> Any:
         return str(value) if is_whole(value, -math.inf, math.inf) else value
-
-
-class EvaluateSettings(Settings):
-    """Settings of a measurement of a language model."""
-
-    aliases: ClassVar[Mapping[str, str]] = {"max_length": "window"}
-
-    text: Path | None = Field(default=None, description="held-out text; built-in text is used only for seedling and models made from it")
-    window: Positive | None = Field(default=None, description="length of the context in tokens; default: 512 or the model's limit")
-    stride: Positive | None = Field(
-        default=None, description="number of tokens between the starts of two windows; default: half the window"
-    )
-    max_tokens: Annotated[int, Field(gt=0, le=10**12)] | None = Field(
-        default=None, description="largest number of tokens to measure; default: all of the text"
-    )
-    bos: bool | Literal["auto"] = Field(default="auto", description="BOS token at the start of documents; auto: as the tokenizer has it")
-    speed: bool = Field(default=False, description="also measure the times of prefill and decode, and peak memory")
-
-
-class TaskSettings(Settings):
-    """Settings of tasks and of several texts, which are measured with one model or two."""
-
-    tasks: tuple[str, ...] = Field(
-        default=(),
-        description="tasks: names of lm-evaluation-harness (boolq,piqa,...), files with questions, or continuation and repetition, which "
-        "are made from the held-out text",
-    )
-    limit: Positive | None = Field(default=None, description="largest number of items of each task; default: 200 of those made from text")
-    shots: Annotated[int, Field(ge=0, le=100)] | None = Field(
-        default=None, description="solved examples before each question; default: none, or what the harness has for its task"
-    )
-    answer_tokens: Positive = Field(default=32, description="longest answer in tokens, of tasks that are answered in words")
-    texts: tuple[Path, ...] = Field(default=(), description="held-out texts to measure the loss on, the worst of which is named")
-    windows: tuple[Positive, ...] = Field(
-        default=(), description="lengths of the context for the texts, such as 128,2048; default: that of the other measurement"
-    )
-
-
-class LabelSettings(Settings):
-    """Settings of a measurement of a classification or regression model."""
-
-    aliases: ClassVar[Mapping[str, str]] = {"max_length": "seq_len"}
-
-    data: Path | None = Field(default=None, description="labelled rows (csv, tsv, json, jsonl), for a classification or regression model")
-    text_columns: tuple[str, ...] = Field(
-        default=(), description="one or two text columns of labelled data; default: usual names, such as sentence1,sentence2"
-    )
-    label_column: str | None = Field(default=None, description="label column of labelled data; default: label or score")
-    seq_len: Positive | None = Field(default=None, description="length of the longest row in tokens; default: 256 or the model's limit")
-
-
-class SampleSettings(Settings):
-    """Settings of the greedy text sample of each model."""
-
-    aliases: ClassVar[Mapping[str, str]] = {"max_new_tokens": "tokens"}
-
-    prompt: str = Field(default="", description="prompt that the model continues; empty: the BOS token")
-    tokens: Positive = Field(default=48, description="number of tokens to generate")
-
-
-class CompletionSettings(Settings):
-    """Settings of the completion of a table of ratings."""
-
-    rank: Positive | Literal["auto"] = Field(default=10, description="rank of the completion; auto: by held-out error")
-    depth: Annotated[TwoOrMore, Field(le=MOST_FACTORS)] = Field(
-        default=3, description="number of inner factors of the compressed factorization"
-    )
-    held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        default=0.1, description="share of the ratings on which the error is measured"
-    )
-    threshold: Annotated[float, Field(ge=0.0, lt=1.0)] | Literal["auto"] = Field(
-        default="auto", description="threshold for the singular values, as a share of the top one; 0: exact data"
-    )
-    gamma: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(
-        default=0.01, description="learning rate of the outer factors relative to the inner ones, at threshold 0"
-    )
-    biases: bool = Field(default=True, description="remove the mean and the biases of users and items before the fit")
-    duplicates: Literal["refuse", "mean", "last"] = Field(
-        default="refuse", description="treatment of items that a user rated more than once"
-    )
-    recommend: Count = Field(default=10, description="number of unrated items to recommend to every user; 0: none")
-    device: str = Field(default="cpu", description="device: cpu, cuda or cuda:N")

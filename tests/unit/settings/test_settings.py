@@ -21,7 +21,7 @@ from regraft.settings import (
     checked,
     problems_of,
 )
-from regraft.settings.sections import BY_CONTENT, NO_EFFECT
+from regraft.settings.base import BY_CONTENT, NO_EFFECT
 
 ALL = [LoadSettings, PruneSettings, RecoverSettings, EvaluateSettings, SampleSettings]
 
