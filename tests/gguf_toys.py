@@ -65,15 +65,18 @@ def toy(model_type: str, scale: float = 0.15, **config: Any) -> PreTrainedModel:
     """Returns a random model whose biases and norms are not trivial."""
     torch.manual_seed(0)
     known = AutoConfig.for_model(model_type)
-    wanted = {key: value for key, value in (SIZES | config).items() if hasattr(known, key) or key in config}
+    wanted = {key: value for key, value in (SIZES | config).items() if key in config or hasattr(known, key)}
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **wanted)).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             plain = "norm" in name or ".ln_" in name
-            center = 0.0 if model_type.startswith("gemma") else 1.0
+            center = 0.0 if model_type.startswith(("gemma2", "gemma3")) else 1.0
             parameter.copy_(center + 0.1 * noise if plain and not name.endswith("bias") else scale * noise)
+        for number, (name, buffer) in enumerate(model.named_buffers()):
+            if name.endswith("layer_scalar"):  # Gemma 4's factor on what a layer makes
+                buffer.fill_(0.8 + 0.05 * number)
     return model
 
 

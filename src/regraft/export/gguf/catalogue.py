@@ -8,8 +8,24 @@ from typing import Any
 
 from regraft.errors import InputError
 from regraft.export.gguf.fused import gpt2, phi3
+from regraft.export.gguf.gemma4 import gemma4
+from regraft.export.gguf.gemma4 import refusal as gemma4_refusal
 from regraft.export.gguf.hybrid import granite, granite_refusal, lfm2, lfm2_refusal
-from regraft.export.gguf.llama_like import FOUR_NORMS, TWO_NORMS, Gated, gemma2, gemma3, lay_out, step35
+from regraft.export.gguf.llama_like import (
+    ATTENTION,
+    FOUR_NORMS,
+    GLM4_NORMS,
+    POST_NORMS,
+    TWO_NORMS,
+    Gated,
+    cohere2,
+    gemma2,
+    gemma3,
+    lay_out,
+    multipliers,
+    olmo,
+    step35,
+)
 from regraft.export.gguf.mixture import qwen3moe
 from regraft.export.gguf.mixture import refusal as mixture_refusal
 from regraft.export.gguf.rotary import refusal as rotary_refusal
@@ -83,7 +99,7 @@ def _pattern(source: Source, full_every: int) -> str:
     """Returns why the windows of a model are not where the runtime puts them."""
     kinds = [index % full_every < full_every - 1 for index in range(len(source.sizes))]
     found = [kind == "sliding_attention" for kind in source.config.layer_types]
-    return "" if kinds == found else f"every layer but each {full_every}th must have a sliding window, and layers were removed since"
+    return "" if kinds == found else f"every layer but each {full_every}th must have a sliding window: layers were removed, or are others"
 
 
 def _gemma2(source: Source) -> str:
@@ -111,6 +127,23 @@ def _gemma3(source: Source) -> str:
         or _pattern(source, 6)
         or ("" if _gelu(source) else f"it computes gelu, the model {source.config.hidden_activation}")
     )
+
+
+def _smollm3(source: Source) -> str:
+    rotated = [(index + 1) % 4 > 0 for index in range(len(source.sizes))]
+    same = [bool(there) for there in source.config.no_rope_layers] == rotated
+    return "" if same else "every layer but each 4th must have a rotation: layers were removed, or are others"
+
+
+def _olmo(source: Source) -> str:
+    parameters: Any = source.config.rope_parameters
+    kinds = source.config.to_dict().get("layer_types") or []
+    if "sliding_attention" not in kinds:
+        return ""
+    local, whole = (parameters.get(kind, parameters) for kind in ("sliding_attention", "full_attention"))
+    if local.get("rope_type", "default") != "default" or local["rope_theta"] != whole["rope_theta"]:
+        return "it does not scale the rotation within windows, and has one base for all layers"
+    return _pattern(source, 4)
 
 
 def _gelu(source: Source) -> bool:
@@ -155,6 +188,33 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("qwen3moe", ("qwen3_moe",), "", _both(_silu, _no_bias, _rotary(), mixture_refusal), qwen3moe, lost=WINDOWLESS),
     Architecture("phi3", ("phi3",), "", _both(_uneven, _silu), phi3),
     Architecture("gpt2", ("gpt2",), "", _both(_uneven, _gpt2), gpt2),
+    _gated(Gated("smollm3", TWO_NORMS, permuted=True), "smollm3", _both(_uneven, _silu, _no_bias, _rotary(), _smollm3), lost=WINDOWLESS),
+    _gated(Gated("olmo2", POST_NORMS, window=True, extra=olmo), "olmo2 olmo3", _both(_uneven, _silu, _no_bias, _as_wide, _rotary(), _olmo)),
+    _gated(Gated("granite", TWO_NORMS, permuted=True, extra=multipliers), "granite", _both(_uneven, _silu, _no_bias, _rotary())),
+    _gated(
+        Gated("cohere2", {"input_layernorm": "attn_norm"}, window=True, extra=cohere2, epsilon="layer_norm_eps"),
+        "cohere2",
+        _both(_uneven, _silu, _tied, _as_wide, _no_bias, _rotary(), lambda source: _pattern(source, 4)),
+    ),
+    _gated(
+        Gated("glm4", GLM4_NORMS, projections={**ATTENTION, "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}),
+        "glm4",
+        _both(_uneven, _silu, _rotary()),
+    ),
+    _gated(Gated("ernie4_5", TWO_NORMS), "ernie4_5", _both(_uneven, _silu, _no_bias, _rotary())),
+    _gated(
+        Gated(
+            "hunyuan-dense", TWO_NORMS, head_norms={"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"}
+        ),
+        "hunyuan_v1_dense",
+        _both(_uneven, _silu, _no_bias, _rotary()),
+    ),
+    _gated(
+        Gated("seed_oss", {"input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm"}),
+        "seed_oss",
+        _both(_uneven, _silu, _rotary()),
+    ),
+    Architecture("gemma4", ("gemma4_text",), "feed-forward width", gemma4_refusal, gemma4),
     Architecture("lfm2", ("lfm2",), "", _both(_rotary(), lfm2_refusal), lfm2),
     Architecture("granitehybrid", ("granitemoehybrid",), "", _both(_silu, _rotary(), granite_refusal), granite),
     _gated(

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from regraft.export.gguf.llama_like import ATTENTION, QUERIES_KEYS_VALUES, TWO_NORMS, made, norm, outside
+from regraft.export.gguf.llama_like import ATTENTION, QUERIES_KEYS_VALUES, TWO_NORMS, made, multipliers, norm, outside
 from regraft.export.gguf.rotary import rotary
 from regraft.export.gguf.source import Entry, Layout, Metadata, Source
 from regraft.models.view import LayerSizes
@@ -95,10 +95,7 @@ def granite(source: Source) -> Layout:
         "ssm.state_size": int(config.mamba_d_state),
         "ssm.time_step_rank": int(config.mamba_n_heads),
         "ssm.group_count": int(config.mamba_n_groups),
-        "embedding_scale": float(config.embedding_multiplier),
-        "residual_scale": float(config.residual_multiplier),
-        "logit_scale": float(config.logits_scaling),
-        "attention.scale": float(config.attention_multiplier),
+        **multipliers(source)[0],
         "rope.scaling.finetuned": config.position_embedding_type == "rope",  # by this key the runtime knows whether there is a rotation
     }
     groups = int(config.mamba_n_groups)

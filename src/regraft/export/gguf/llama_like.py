@@ -1,4 +1,4 @@
-"""GGUF architectures of decoders with separate projections and rotary embeddings: Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3.
+"""GGUF architectures of decoders with rotary embeddings, which differ in names, norms and factors: Llama, Qwen, Gemma, OLMo, Granite.
 
 ``deci`` is the architecture that llama.cpp has for NVIDIA's Nemotron models; it takes the head counts and the feed-forward width of
 every layer from lists, and computes a Llama. ``openelm`` (Apple's) does the same for Qwen 3 with tied embeddings.
@@ -7,7 +7,7 @@ every layer from lists, and computes a Llama. ``openelm`` (Apple's) does the sam
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,13 @@ FOUR_NORMS = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+POST_NORMS = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+GLM4_NORMS = {
+    "input_layernorm": "attn_norm",
+    "post_self_attn_layernorm": "post_attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "post_mlp_layernorm": "post_ffw_norm",
+}
 ZERO_WIDTH = 32  # channels of a feed-forward network that stands for none: one block of the usual quantisations
 
 
@@ -48,6 +55,9 @@ class Gated:
         window: Whether it knows a sliding window.
         fused: Whether queries, keys and values are one matrix.
         extra: Further keys of a model, and a factor on its queries.
+        projections: Names of the matrices, by name of the module inside a layer.
+        head_norms: Names of the norms of queries and keys, by name of the module.
+        epsilon: Name of the norms' epsilon in the config, which says whether they are root-mean-square norms.
     """
 
     name: str
@@ -57,6 +67,9 @@ class Gated:
     window: bool = False
     fused: bool = False
     extra: Callable[[Source], tuple[Metadata, float]] = lambda source: ({}, 1.0)
+    projections: Mapping[str, str] = field(default_factory=lambda: PROJECTIONS)
+    head_norms: Mapping[str, str] = field(default_factory=lambda: HEAD_NORMS)
+    epsilon: str = "rms_norm_eps"
 
 
 def paired(tensor: Tensor, heads: int) -> Tensor:
@@ -96,7 +109,7 @@ def lay_out(kind: Gated, source: Source) -> Layout:
         **_sizes(kind, source),
         "attention.key_length": source.head_dim,
         "attention.value_length": source.head_dim,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        f"attention.layer_norm_{'rms_' if 'rms' in kind.epsilon else ''}epsilon": float(getattr(config, kind.epsilon)),
         **{f"rope.{key}": value for key, value in rope.items()},
         **keys,
     }
@@ -153,15 +166,15 @@ def _layer(kind: Gated, source: Source, index: int, scale: float) -> list[Entry]
     }
     present = {"attn": query_heads > 0, "ffn": ffn > 0}
     entries: list[Entry] = []
-    for module, stem in {**kind.norms, **HEAD_NORMS}.items():
+    for module, stem in {**kind.norms, **kind.head_norms}.items():
         name = f"{source.family.layers}.{index}.{module}"
         if f"{name}.weight" in source.shapes:
             factor = scale if module == "self_attn.q_norm" else 1.0
             entries.append(norm(source, name, f"blk.{index}.{stem}", index, factor))
-        elif module not in HEAD_NORMS and present["attn" if "attn" in stem or "attention" in stem else "ffn"]:
+        elif module not in kind.head_norms and present["attn" if "attn" in stem or "attention" in stem else "ffn"]:
             entries.append(Entry(f"blk.{index}.{stem}.weight", (width,), lambda: torch.ones(width), exact=True, layer=index))
-    in_norm = any(f"{source.family.layers}.{index}.{module}.weight" in source.shapes for module in HEAD_NORMS)
-    for module, stem in PROJECTIONS.items():
+    in_norm = any(f"{source.family.layers}.{index}.{module}.weight" in source.shapes for module in kind.head_norms)
+    for module, stem in kind.projections.items():
         if not present[stem.partition("_")[0]]:
             continue
         name = f"{source.family.layers}.{index}.{module}"
@@ -173,7 +186,7 @@ def _layer(kind: Gated, source: Source, index: int, scale: float) -> list[Entry]
             continue
         for part, exact in (("weight", False), ("bias", True)):
             if f"{name}.{part}" in source.shapes:
-                shape = shapes[stem] if part == "weight" else shapes[stem][:1]
+                shape = source.shapes[f"{name}.{part}"]
                 make = made(source, f"{name}.{part}", heads, factor)
                 entries.append(Entry(f"blk.{index}.{stem}.{part}", shape, make, exact, "" if exact else name, index))
     return _fuse(entries, index) if kind.fused else entries
@@ -232,6 +245,28 @@ def gemma3(source: Source) -> tuple[Metadata, float]:
     local: Any = config.rope_parameters["sliding_attention"]
     keys: Metadata = {"attention.sliding_window": int(config.sliding_window), "rope.freq_base_swa": float(local["rope_theta"])}
     return keys, _own_scale(source)
+
+
+def multipliers(source: Source) -> tuple[Metadata, float]:
+    """Returns the keys of Granite's factors on embeddings, residuals, logits and attention."""
+    config = source.config
+    return {
+        "embedding_scale": float(config.embedding_multiplier),
+        "residual_scale": float(config.residual_multiplier),
+        "logit_scale": float(config.logits_scaling),
+        "attention.scale": float(config.attention_multiplier),
+    }, 1.0
+
+
+def cohere2(source: Source) -> tuple[Metadata, float]:
+    """Returns the keys of Cohere 2: its windows, and the factor on logits."""
+    return {"attention.sliding_window": int(source.config.sliding_window), "logit_scale": float(source.config.logit_scale)}, 1.0
+
+
+def olmo(source: Source) -> tuple[Metadata, float]:
+    """Returns the key of OLMo 3's windows; OLMo 2 has none."""
+    window = _window(source.config)
+    return ({} if window is None else {"attention.sliding_window": window}), 1.0
 
 
 def step35(source: Source) -> tuple[Metadata, float]:
