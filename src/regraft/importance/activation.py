@@ -141,14 +141,7 @@ def rising(units: int, order: list[int], costs: list[float]) -> Tensor:
 
 CRITERIA.include(Criterion("wanda", needs_text=True, units=wanda_units, looks_at="channels", reads=frozenset({"reduce"})))
 CRITERIA.include(
-    Criterion(
-        "flap",
-        needs_text=True,
-        units=reader_units(lambda moments: moments.variance_D),
-        looks_at="channels",
-        reads=frozenset(),
-        between_layers=False,
-    ),
+    Criterion("flap", needs_text=True, units=reader_units(lambda moments: moments.variance_D), looks_at="channels", reads=frozenset()),
 )
 CRITERIA.include(
     Criterion("energy", needs_text=True, units=reader_units(lambda moments: moments.power_D), looks_at="channels", reads=frozenset()),

@@ -73,8 +73,8 @@ class Criterion:
             by their values. The criterion sees the defaults of all other fields (:meth:`seen`), so that a field that is missing here
             cannot give a wrong cache hit. Left out: all fields, which is always right.
         in_nats: Whether the scores of a group, added up from the lowest, are what the predictions lose, in nats for each token.
-        between_layers: Whether a selector compares scores of different layers as they are. False: they are standardised within each group
-            first, as the source of the criterion does (FLAP).
+        between_layers: Whether scores are prices in the loss, which a selector compares between layers and kinds as they are. False: it
+            compares what share of its group's total a unit carries.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Criterion:
     scores: tuple[GroupKind, ...] = WIDTHS
     reads: frozenset[Readable] = EVERYTHING
     in_nats: bool = False
-    between_layers: bool = True
+    between_layers: bool = False
 
     def seen(self, evidence: Evidence) -> Evidence:
         """Returns the evidence with its default in every field that this criterion does not read."""

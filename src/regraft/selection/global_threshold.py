@@ -9,8 +9,8 @@ target first, and the threshold chooses among the units of the rest.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from statistics import fmean, pstdev
 
 from regraft.groups.parameter_count import Ledger
 from regraft.plans import WHOLE, Group, Groups, Scores
@@ -89,20 +89,21 @@ def _blocks(lane: tuple[Group, ...], scores: Scores, budget: Budget) -> list[_Bl
     return blocks
 
 
-def standardised(groups: Groups, scores: Scores) -> Scores:
-    """Returns scores that compare between layers and kinds: each group of units has mean 0 and standard deviation 1 per parameter.
+def as_shares(groups: Groups, scores: Scores) -> Scores:
+    """Returns scores that compare between layers and kinds: the share of its group's total that each unit carries.
 
-    FLAP (arXiv 2312.11983, section 4.2) so standardises the scores of each layer and kind before one threshold ranks them all, and ranks
-    heads and channels by the standardised score itself. The selectors count scores per parameter, so the standardised ones are multiplied
-    by the parameters of a unit. The order within a group stays. Layers and parts of layers keep their scores.
+    How large the output of a part is follows the scale of the residual stream in its layer, which norms take out again; what share of the
+    output goes does not. FLAP (arXiv 2312.11983, section 4.2) gives each group mean 0 and standard deviation 1 to the same end. That
+    makes +1 and -1 of any two heads, whatever they are worth, and lost more by every criterion (docs/log.md). A channel of the residual
+    stream runs through two parts of every layer and counts once for each. Layers and parts of layers keep their scores.
     """
     values = dict(scores.values)
     for group in groups.groups:
         if group.kind in WHOLE:
             continue
-        here = values[group.name]
-        mean, spread = fmean(here), pstdev(here)
-        values[group.name] = tuple((value - mean) / spread * group.unit_parameters if spread else 0.0 for value in here)
+        total = math.fsum(abs(value) for value in values[group.name])
+        parts = 2 * groups.layers if group.kind == "residual" else 1
+        values[group.name] = tuple(parts * value / total if total else 0.0 for value in values[group.name])
     return replace(scores, values=values)
 
 

@@ -1,7 +1,7 @@
 """The comparison of a pruned model with random removal of the same size: a choice that is no better than chance ends with a warning.
 
-Three models read a few windows of text: the pruned one, one that lost random units, the same share of every layer, and the dense one, from
-whose loss harm is counted.
+The pruned model, models that lost random units, the same share of every layer, and the dense one, from whose loss harm is counted, read a
+few windows of text. A choice is better than chance where it does a tenth less harm than they do on average, and less than each of them.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from regraft.data.own_text import write_own_text
-from regraft.data.tokens import context_limit
-from regraft.errors import InputError, ModelError
-from regraft.models.load import Loaded, free_bytes
+from regraft.data.text import Corpus
+from regraft.data.tokens import calibration_windows, context_limit
+from regraft.errors import DataError, InputError, ModelError
+from regraft.models.load import Loaded, free_bytes, require_tokenizer
 from regraft.models.precision import float32_on_cpu
 from regraft.pipelines.prune.resolved import layers_in
 from regraft.plans import WHOLE, Cut, GroupKind, Groups, PrunePlan, Scores
@@ -25,18 +27,48 @@ from regraft.selection.budget import best_units
 from regraft.surgery.cut import cut
 
 BASELINE = "random"  # whoever asks for the baseline is not warned of it
-TOKENS, FEWEST_WINDOWS, MOST_WINDOWS = 512, 4, 16  # that each of the models reads: seconds for 135 M parameters
+FEWEST_TOKENS, MOST_TOKENS = 512, 2048  # that each of the models reads
+TOKENS_BY_PARAMETERS = 1e11  # over the parameters: as many tokens as take seconds, on 135 M parameters as on 3 M
+FEWEST_WINDOWS, MOST_WINDOWS = 4, 16
+LONGEST_WINDOW = 256
+_OTHER_WINDOWS = 104_729  # added to the seed that drew the calibration windows
 OWN_WINDOWS, OWN_TOKENS = 8, 32  # of text that the model writes, where nothing else read any
 CLEARLY = 0.9  # share of the harm of chance that a clearly better choice stays below; few windows show no smaller difference
-DRAWS = 3  # of random removals, whose mean counts: on a small model the losses of single draws differ by half a nat
+DRAWS = 5  # of random removals: on a small model the losses of single draws differ by half a nat
 LEAST_HARM_NATS = 0.01  # random removal that does less harm is no measure of anything, as in a model that was never trained
 _SURE = 3.0  # standard errors
 _FLOAT32_BYTES = 4
+_MOST_LOGITS = 1 << 24  # of one forward pass
 CutModel = Callable[[PreTrainedModel, Groups, PrunePlan], PreTrainedModel]
 
 
-def windows_to_judge(loaded: Loaded, seed: int) -> Tensor:
-    """Returns a few windows that a model writes, int64 (windows, tokens), for choices that read no text; none where it cannot write."""
+def windows_to_judge(loaded: Loaded, seed: int, windows_NT: Tensor | None, corpus: Corpus | None = None) -> Tensor:
+    """Returns the windows that choices are judged by, int64 (windows, tokens).
+
+    They are other windows of the calibration text than those that the choice was made on, which flatter it, and longer ones where the model
+    is small: heads matter more where there is more to look back at.
+
+    Args:
+        loaded: The dense model.
+        seed: Seed that drew the calibration windows.
+        windows_NT: The calibration windows; None for choices that read no text, which are judged by text that the model writes. There are
+            no windows where it cannot write.
+        corpus: The calibration text; None where it is not a single one, or is too short: the calibration windows judge then.
+    """
+    if windows_NT is None:
+        return _own_windows(loaded, seed)
+    if corpus is None:
+        return windows_NT
+    limit = min(LONGEST_WINDOW, context_limit(loaded.model.config) or LONGEST_WINDOW)
+    tokens = max(windows_NT.shape[1], min(limit, _tokens_to_read(loaded.model) // (2 * FEWEST_WINDOWS)))
+    try:
+        found = calibration_windows(corpus, require_tokenizer(loaded), _count(loaded.model, tokens), tokens, seed + _OTHER_WINDOWS)
+    except DataError:
+        return windows_NT
+    return found if len(found) >= FEWEST_WINDOWS else windows_NT
+
+
+def _own_windows(loaded: Loaded, seed: int) -> Tensor:
     limit = context_limit(loaded.model.config)
     tokens = min(OWN_TOKENS, limit) if limit else OWN_TOKENS
     try:
@@ -74,8 +106,7 @@ def worse_than_random(chosen: Chosen) -> tuple[str, ...]:
     The random one is cut and nothing more, so that a warning is never the fault of the re-fit. Nothing is compared where it has no room in
     memory, nor where random removal does no harm that these windows show.
     """
-    count = min(max(TOKENS // max(1, chosen.windows_NT.shape[1]), FEWEST_WINDOWS), MOST_WINDOWS)
-    windows = chosen.windows_NT[:count]
+    windows = chosen.windows_NT[: _count(chosen.model, chosen.windows_NT.shape[1])]
     if windows.shape[1] < 2 or len(windows) < 2 or not _has_room(chosen):
         return ()
     dense_W, ours_W = _losses(chosen.model, windows), _losses(chosen.pruned, windows)
@@ -83,12 +114,13 @@ def worse_than_random(chosen: Chosen) -> tuple[str, ...]:
     if not drawn:
         return ()
     theirs_W = torch.stack(drawn).mean(dim=0)
+    luckiest = min(float(losses_W.mean()) for losses_W in drawn)
     harm_W = theirs_W - dense_W
     harm = float(harm_W.mean())
     if not harm > max(LEAST_HARM_NATS, _SURE * float(harm_W.std()) / len(windows) ** 0.5):
         return ()
     ours, theirs, dense = (float(losses_W.mean()) for losses_W in (ours_W, theirs_W, dense_W))
-    if ours - dense <= CLEARLY * harm:
+    if ours - dense <= CLEARLY * harm and ours < luckiest:
         return ()
     how = "hardly better than" if ours < theirs else "worse than"
     what = "layers or parts of layers" if _whole(chosen) else "units"
@@ -96,6 +128,16 @@ def worse_than_random(chosen: Chosen) -> tuple[str, ...]:
         f"{how} random removal of the same size: {ours:.3f} nats a token on the text that was read, against {theirs:.3f} where random "
         f"{what} go and {dense:.3f} before; choose another `criterion` or `select`",
     )
+
+
+def _tokens_to_read(model: PreTrainedModel) -> int:
+    """Returns how many tokens each of the models reads."""
+    return int(min(MOST_TOKENS, max(FEWEST_TOKENS, TOKENS_BY_PARAMETERS / model.num_parameters())))
+
+
+def _count(model: PreTrainedModel, tokens: int) -> int:
+    """Returns how many windows of so many tokens are read."""
+    return min(max(_tokens_to_read(model) // max(1, tokens), FEWEST_WINDOWS), MOST_WINDOWS)
 
 
 def _has_room(chosen: Chosen) -> bool:
@@ -140,6 +182,10 @@ def _layers(chosen: Chosen) -> tuple[int, ...]:
 @torch.no_grad()
 def _losses(model: PreTrainedModel, windows_WT: Tensor) -> Tensor:
     """Returns the mean loss over each window, float64 (windows,), in nats for each token."""
+    at_once = max(1, _MOST_LOGITS // (windows_WT.shape[1] * model.config.get_text_config().vocab_size))
+    found: list[Tensor] = []
     with float32_on_cpu(model):
-        losses = [float(model(input_ids=ids, labels=ids, use_cache=False).loss) for ids in windows_WT.to(model.device).split(1)]
-    return torch.tensor(losses, dtype=torch.float64)
+        for ids in windows_WT.to(model.device).split(at_once):
+            logits_BTV = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            found.append(functional.cross_entropy(logits_BTV.transpose(1, 2), ids[:, 1:], reduction="none").double().mean(dim=1).cpu())
+    return torch.cat(found)

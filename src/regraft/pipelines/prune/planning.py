@@ -15,6 +15,7 @@ from regraft.importance.passes import Passes, WholeModel
 from regraft.importance.two_sided import readers
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.view import ModelView
+from regraft.pipelines.prune.at_once import better_at_once
 from regraft.pipelines.prune.effort import EFFORTS
 from regraft.pipelines.prune.priced_tokens import PricedTokens
 from regraft.pipelines.prune.removal_record import removed_by, renumbered, together
@@ -24,7 +25,7 @@ from regraft.plans import WHOLE, Curves, Cut, Groups, PrunePlan, Scores
 from regraft.progress import Say, say_nothing
 from regraft.selection import SELECTORS, Budget, select
 from regraft.selection.budget import check_possible
-from regraft.selection.global_threshold import standardised
+from regraft.selection.global_threshold import as_shares
 from regraft.settings import CALIBRATION_TOKENS
 from regraft.surgery.cut import layers_after
 from regraft.surgery.damage_curves import measure_curves, predict_curves, rescale_curves
@@ -105,11 +106,14 @@ class Planning:
             budget = replace(budget, curves=self._curves(view, groups, scores, budget))
         ranked = scores
         if selector.compares_layers and not CRITERIA.get(settings.criterion).between_layers:
-            ranked = standardised(groups, scores)
+            ranked = as_shares(groups, scores)
         plan = self._selected(by, view, groups, ranked, budget, auto)
         if budget.curves is not None and self._predicted:
             curves = self._rescaled(view, groups, scores, budget.curves, plan, passes)
             plan = self._selected(by, view, groups, scores, replace(budget, curves=curves), auto)
+        if budget.curves is not None and self._as_cut(budget):
+            assert self.windows is not None
+            plan = better_at_once(view, groups, scores, budget, plan, self.windows, auto_align=auto, say=self.say)
         if selector.learned:
             assert self.windows is not None
             aligned = replace(budget, align=plan.align)
@@ -126,6 +130,10 @@ class Planning:
             budget = replace(budget, curves=self.tokens.drawn(budget.curves, view.model.dtype.itemsize))
             groups, scores = self.tokens.beside(groups), self.tokens.scored(scores)
         return select(by, groups, scores, budget, auto_align=auto)
+
+    def _as_cut(self, budget: Budget) -> bool:
+        """Returns whether a cut without a re-fit is the result, in equal layers, so that whole answers can be compared."""
+        return budget.shape == "uniform" and budget.counted and self.tokens is None and self.resolved.refit is None
 
     @property
     def _predicted(self) -> bool:

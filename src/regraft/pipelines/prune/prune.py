@@ -365,7 +365,7 @@ def _experts(order: _Order) -> PruneResult:
     notes = ()
     if pruned is not None:
         order.say("comparing with random removal of the same size")
-        read = windows if windows is not None else windows_to_judge(loaded, order.seed)
+        read = windows_to_judge(loaded, order.seed, windows)
         notes = worse_than_random(Chosen(loaded.model, wanted.groups, plan, pruned, read, order.seed, cut=cut_experts))
     result = PruneResult(plan, pruned, loaded, wanted.groups, wanted.resolved, notes, record)
     if not order.dry_run:
@@ -428,7 +428,7 @@ def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
     pruned = cut_to_plan(model, groups, inside, resolved, windows, source_N=source_N, say=order.say)
     if resolved.settings.criterion != BASELINE:
         order.say("comparing with random removal of the same size")
-        read = windows if windows is not None else windows_to_judge(loaded, resolved.seed)
+        read = windows_to_judge(loaded, resolved.seed, windows, drawn.corpus if drawn is not None else None)
         notes = (*notes, *worse_than_random(Chosen(model, groups, inside, pruned, read, resolved.seed)))
     line = by_source(model, pruned, drawn.judged) if drawn is not None else None
     notes = (*notes, line) if line is not None else notes
