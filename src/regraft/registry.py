@@ -86,22 +86,28 @@ def registry_of(kind: str) -> Registry[Any]:
     return _ALL[kind]
 
 
-def known_name(kind: str, *also: str, unfit: Mapping[str, str] | None = None) -> AfterValidator:
+def known_name(
+    kind: str, *also: str, unfit: Mapping[str, str] | None = None, why_unfit: Callable[[Any], str] = lambda value: ""
+) -> AfterValidator:
     """Returns a check for a settings field that holds a registered name.
 
     Args:
         kind: Kind of the registry.
         also: Further words that the field takes, such as ``auto``.
-        unfit: Registered names that this field does not take, each with the reason in words; they are not listed as known.
+        unfit: Built-in names that this field does not take, each with the reason in words; they are not listed as known.
+        why_unfit: Returns the reason for which this field does not take what an outside package brings, or nothing.
     """
-    unfit = unfit or {}
+    taken = built_in(kind).keys() - (unfit or {}).keys()
 
     def check(value: str) -> str:
-        if value in unfit:
-            names = [name for name in (*also, *registry_of(kind)) if name not in unfit]
-            raise InputError(f"{kind} '{value}' {unfit[value]}; use one of {', '.join(names)}")
-        if value not in also and value not in built_in(kind):
-            registry_of(kind).check(value, also, unfit)
+        if value in also or value in taken:
+            return value
+        registry = registry_of(kind)
+        reasons = dict(unfit or {}) | {name: why for name, found in registry.outside().items() if (why := why_unfit(found))}
+        if value in reasons:
+            names = [name for name in (*also, *registry) if name not in reasons]
+            raise InputError(f"{kind} '{value}' {reasons[value]}; use one of {', '.join(names)}")
+        registry.check(value, also, reasons)
         return value
 
     return AfterValidator(check)
@@ -187,6 +193,11 @@ class Registry(Generic[T]):
         """Returns every name, sorted."""
         self._load_outside()
         return tuple(sorted({*self._values, *built_in(self.kind)}))
+
+    def outside(self) -> dict[str, T]:
+        """Returns what is no built-in, by name."""
+        self._load_outside()
+        return {name: value for name, value in self._values.items() if name not in built_in(self.kind)}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())

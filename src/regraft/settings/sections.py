@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import (
     BeforeValidator,
@@ -39,15 +39,30 @@ from regraft.settings.base import (
     type_name,
 )
 
-_OF_PARTS = ("block_influence", "angular", "removal")  # criteria that score layers and their parts, not units
-_NOT_OF_UNITS: dict[str, str] = dict.fromkeys(
-    _OF_PARTS, "does not score heads or channels, but layers and their parts: it is one for `depth`"
-)
-_NOT_OF_PARTS = {
-    name: "does not score layers or their parts, but heads and channels: it is one for `criterion`"
-    for name in built_in("criterion")
-    if name not in _OF_PARTS
-}
+_OF_PARTS = ("block_influence", "angular", "removal")  # built-in criteria that score layers and their parts, not units
+_FOR_DEPTH = "does not score heads or channels, but layers and their parts: it is one for `depth`"
+_FOR_UNITS = "does not score layers or their parts, but heads and channels: it is one for `criterion`"
+_NOT_OF_UNITS: dict[str, str] = dict.fromkeys(_OF_PARTS, _FOR_DEPTH)
+_NOT_OF_PARTS = {name: _FOR_UNITS for name in built_in("criterion") if name not in _OF_PARTS}
+
+
+class _Scoring(Protocol):
+    """A criterion, as far as settings look at it."""
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Kinds of groups that it can score."""
+        ...
+
+
+def _why_not_units(criterion: _Scoring) -> str:
+    return _FOR_DEPTH if set(criterion.scores) <= {"layer", "attention", "mlp"} else ""
+
+
+def _why_not_parts(criterion: _Scoring) -> str:
+    return "" if {"layer", "attention", "mlp"} & set(criterion.scores) else _FOR_UNITS
+
+
 Reduction = Literal["sum", "mean", "max", "product", "last"]
 Target = Literal[
     "heads", "ffn", "query_heads", "mixer_heads", "residual", "layers", "attention", "mlp", "vocabulary", "experts", "expert_ffn"
@@ -95,7 +110,7 @@ class PruneSettings(Settings):
         default="default",
         description="effort of planning; quick: 32 windows, no re-fit to the predictions; thorough: every group is measured at every size",
     )
-    criterion: Annotated[str, known_name("criterion", "auto", unfit=_NOT_OF_UNITS)] = Field(
+    criterion: Annotated[str, known_name("criterion", "auto", unfit=_NOT_OF_UNITS, why_unfit=_why_not_units)] = Field(
         default="auto",
         validate_default=False,
         description=f"criterion for scores of units: {listed('criterion', without=_OF_PARTS)}; auto: "
@@ -150,7 +165,7 @@ class PruneSettings(Settings):
         description="with `targets=vocabulary`, file of the tokens to keep: one a line, or a JSON list of tokens and ids; what they and "
         "every text need is kept too",
     )
-    depth: Annotated[str, known_name("criterion", "auto", unfit=_NOT_OF_PARTS)] = Field(
+    depth: Annotated[str, known_name("criterion", "auto", unfit=_NOT_OF_PARTS, why_unfit=_why_not_parts)] = Field(
         default="auto",
         validate_default=False,
         description="criterion for the removal of layers, attention and mlp: block_influence, angular or removal; auto: removal, the "

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers import SchedulerType
 
-from regraft.errors import ConfigError, InputError
+from regraft.errors import ConfigError, InputError, RegraftError
+from regraft.importance import CRITERIA
+from regraft.registry import built_in
 from regraft.settings import (
     AllocateSettings,
     EvaluateSettings,
@@ -20,6 +24,7 @@ from regraft.settings import (
     Settings,
     checked,
     problems_of,
+    sections,
 )
 from regraft.settings.base import BY_CONTENT, NO_EFFECT
 
@@ -153,3 +158,26 @@ def test_what_decides_a_result_is_every_field_but_those_declared_otherwise(secti
     assert set(section().decisive()) == set(section.model_fields) - declared
     name = next(iter(set(section.model_fields) - declared))
     assert name not in section().decisive(varied=(name,))
+
+
+def test_criteria_of_plug_ins_are_taken_and_listed_where_they_can_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[3] / "examples" / "plugin")
+    spread = importlib.import_module("regraft_example_plugin").SPREAD
+    deep = replace(spread, name="deep", scores=("layer", "attention", "mlp"))
+    both = replace(spread, name="both", scores=("ffn", "layer", "attention", "mlp"))
+    for criterion in (spread, deep, both):
+        monkeypatch.setitem(CRITERIA._values, criterion.name, criterion)
+    for field, fit, unfit in (("criterion", "spread", "deep"), ("depth", "deep", "spread")):
+        assert {getattr(PruneSettings.model_validate({field: name}), field) for name in (fit, "both")} == {fit, "both"}
+        for name in (unfit, "nonsense"):
+            wrong: dict[str, Any] = {field: name}
+            with pytest.raises(RegraftError) as caught:
+                PruneSettings(**wrong)
+            listed = str(caught.value).partition("use one of" if name == unfit else "known:")[2].replace(";", ",").split(", ")
+            assert {fit, "both"} <= {word.strip() for word in listed}
+            assert unfit not in {word.strip() for word in listed}
+
+
+def test_settings_know_which_built_in_criteria_score_layers() -> None:
+    parts = {name for name in built_in("criterion") if "layer" in CRITERIA.get(name).scores}
+    assert parts == {name for name in built_in("criterion") if name in sections._NOT_OF_UNITS}

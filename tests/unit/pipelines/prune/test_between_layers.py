@@ -46,7 +46,9 @@ def test_a_layer_of_another_scale_loses_no_more_than_before(make_model: Callable
     assert all(0 < count < 0.8 * units for count in after.values()), (before, after)
 
 
-def test_without_the_standard_scores_the_small_layer_is_emptied(make_model: Callable[..., PreTrainedModel], monkeypatch) -> None:
+def test_without_the_standard_scores_the_small_layer_is_emptied(
+    make_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The negative control: a criterion that claims to compare, and does not."""
 
     def units(evidence: Evidence) -> dict[str, torch.Tensor]:
@@ -115,5 +117,11 @@ def test_a_small_trained_model_loses_less_than_by_chance(make_model: Callable[..
     with torch.no_grad():
         dense = float(model(input_ids=held, labels=held).loss)
     chance = sum(loss("random", "uniform", seed=seed) for seed in range(3)) / 3
-    for pair in (("energy", "global"), ("energy", "knapsack"), ("flap", "global"), ("energy", "global", "per-layer")):
+    pairs = (
+        ("energy", "global", "uniform"),
+        ("energy", "knapsack", "uniform"),
+        ("flap", "global", "uniform"),
+        ("energy", "global", "per-layer"),
+    )
+    for pair in pairs:
         assert loss(*pair) < dense + 0.5 * (chance - dense), pair
