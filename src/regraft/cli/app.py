@@ -13,17 +13,16 @@ import importlib
 import io
 import os
 import sys
-import tempfile
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
 import typer.main
 
+import regraft
 from regraft.cli.examples import epilog
 from regraft.cli.later import later
 from regraft.cli.no_memory import is_no_memory, no_memory_line
@@ -86,7 +85,7 @@ def load_command(name: str) -> Any:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"regraft {version('regraft')}")
+        typer.echo(f"regraft {regraft.__version__}")
         raise typer.Exit
 
 
@@ -198,6 +197,8 @@ def _how_to_go_on(arguments: Sequence[str]) -> str:
 
 def _written(error: BaseException) -> str:
     """Writes the full trace of a fault to a file and returns its name."""
+    import tempfile  # at use, for the sake of --help: it is slow to load
+
     text = "".join(traceback.format_exception(error))
     try:
         handle, name = tempfile.mkstemp(prefix="regraft-fault-", suffix=".txt")
