@@ -14,12 +14,13 @@ from regraft.cli.words import flag
 from regraft.errors import InputError
 
 if TYPE_CHECKING:
-    from regraft.pipelines.advise import facts_of, for_bytes, for_speed, least_minutes, times_in
+    from regraft.pipelines.advise import facts_of, for_bytes, for_speed, in_megabytes, least_minutes, times_in
     from regraft.settings.base import bytes_in
 else:
     facts_of = later("regraft.pipelines.advise", "facts_of")
     for_bytes = later("regraft.pipelines.advise", "for_bytes")
     for_speed = later("regraft.pipelines.advise", "for_speed")
+    in_megabytes = later("regraft.pipelines.advise", "in_megabytes")
     least_minutes = later("regraft.pipelines.advise", "least_minutes")
     times_in = later("regraft.pipelines.advise", "times_in")
     bytes_in = later("regraft.settings.base", "bytes_in")
@@ -47,7 +48,7 @@ def advise(
             raise InputError(f"{next(iter(wanted))} {memory or size}: {error}") from None
         found = for_bytes(facts, limit, running=bool(memory))
     console = Screen(highlight=False, soft_wrap=True)
-    console.print(f"{model}: {facts.parameters:,} parameters, {facts.stored_bytes / 1e6:,.0f} MB of weights")
+    console.print(f"{model}: {facts.parameters:,} parameters, {in_megabytes(facts.stored_bytes)} of weights")
     console.print(found.words)
     if found.ratio:
         minutes = least_minutes(facts, TOKENS)

@@ -14,6 +14,7 @@ from regraft.data.tokens import context_limit
 from regraft.errors import DataError, InputError, MissingDependencyError, did_you_mean, shown
 from regraft.evaluation.inference import input_device
 from regraft.evaluation.loss import most_tokens_on
+from regraft.evaluation.questions import FROM_TEXT
 from regraft.models.quiet import in_one_line, quiet
 from regraft.models.trainable import evaluating
 from regraft.plans import TaskScore
@@ -32,17 +33,22 @@ def check_harness(names: Sequence[str]) -> Any:
         MissingDependencyError: ``lm_eval`` is not installed.
         InputError: There is no task of a name; the message has the nearest one.
     """
+    named = [name for name in names if not name.lower().endswith(YAML)]
     try:
         tasks = importlib.import_module("lm_eval.tasks")
     except ImportError:
+        for name in named:
+            if hint := did_you_mean(name, FROM_TEXT):
+                raise InputError(f"there is no task '{shown(name)}' without lm_eval{hint}") from None
         raise MissingDependencyError("lm_eval", "eval") from None
-    named = [name for name in names if not name.lower().endswith(YAML)]
     manager = tasks.TaskManager(include_defaults=bool(named))
     known = set(manager.all_tasks)
     for name in named:
         if name not in known:
             made = "continuation, repetition, or a file with questions (.jsonl, .json, .csv, .tsv)"
-            raise InputError(f"task '{shown(name)}' is none of the {len(known):,} of lm_eval, and not {made}{did_you_mean(name, known)}")
+            raise InputError(
+                f"task '{shown(name)}' is none of the {len(known):,} of lm_eval, and not {made}{did_you_mean(name, (*FROM_TEXT, *known))}"
+            )
     return manager
 
 

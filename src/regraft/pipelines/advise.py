@@ -145,34 +145,44 @@ def for_bytes(facts: Facts, limit_bytes: int, *, running: bool) -> Advice:
     """
     spare = facts.cache_bytes + facts.stored_bytes // 20 if running else 0
     room = limit_bytes - spare
-    goal = f"{limit_bytes / 1e6:,.0f} MB" + (
-        f", of which {spare / 1e6:,.0f} are a cache of {facts.context_tokens} tokens and room" if spare else ""
+    goal = f"{in_megabytes(limit_bytes)}" + (
+        f", of which {in_megabytes(spare)} are a cache of {facts.context_tokens} tokens and room" if spare else ""
     )
     if facts.stored_bytes <= room:
         return Advice(
-            f"It fits as it is: {facts.stored_bytes / 1e6:,.0f} MB of {goal}.", (Step("generate", facts.source, {}),), facts.stored_bytes
+            f"It fits as it is: {in_megabytes(facts.stored_bytes)} of {goal}.", (Step("generate", facts.source, {}),), facts.stored_bytes
         )
     if 2 * facts.parameters <= room:
         step = Step("export", facts.source, {"to": "hf", "dtype": "bfloat16", "output": "smaller"})
-        return Advice(f"Store it in 16 bits: {2 * facts.parameters / 1e6:,.0f} MB of {goal}.", (step,), 2 * facts.parameters)
+        return Advice(f"Store it in 16 bits: {in_megabytes(2 * facts.parameters)} of {goal}.", (step,), 2 * facts.parameters)
     for name, width in _GGUF.items():
         size = int(width * facts.parameters)
         if size <= room:
             step = Step("export", facts.source, {"to": "gguf", "quantize": name, "output": name.lower()})
-            return Advice(f"Store it as {name}, about {size / 1e6:,.0f} MB of {goal}.", (step,), size, quantize=name)
+            return Advice(f"Store it as {name}, about {in_megabytes(size)} of {goal}.", (step,), size, quantize=name)
     name, width = "Q4_K_M", _GGUF["Q4_K_M"]
     ratio = _up(1 - room / (width * facts.parameters))
     most = min(MOST_PRUNED, (facts.prunable - facts.least) / facts.parameters)
     if ratio > most:
         reached = int(width * facts.parameters * (1 - most)) + spare
         raise InputError(
-            f"{limit_bytes / 1e6:,.0f} MB is less than pruning and quantizing reach: '{shown(facts.source)}' becomes about "
-            f"{reached / 1e6:,.0f} MB at a ratio of {most:.2f} in {name}; allow more, or start from a smaller model"
+            f"{in_megabytes(limit_bytes)} is less than pruning and quantizing reach: '{shown(facts.source)}' becomes about "
+            f"{in_megabytes(reached)} at a ratio of {most:.2f} in {name}; allow more, or start from a smaller model"
         )
     size = int(width * facts.parameters * (1 - ratio))
     export = Step("export", "recovered", {"to": "gguf", "quantize": name, "output": name.lower()})
-    words = f"Prune {ratio:.1%}, recover, and store it as {name}: about {size / 1e6:,.0f} MB of {goal}."
+    words = f"Prune {ratio:.1%}, recover, and store it as {name}: about {in_megabytes(size)} of {goal}."
     return Advice(words, (*_pruning(facts.source, ratio), export), size, ratio, name)
+
+
+def in_megabytes(count_bytes: float) -> str:
+    """Returns a number of bytes in megabytes, with two digits that count where it is small.
+
+    >>> in_megabytes(538_060_032), in_megabytes(657_664), in_megabytes(9_950_000)
+    ('538 MB', '0.66 MB', '9.9 MB')
+    """
+    megabytes = count_bytes / 1e6
+    return f"{megabytes:,.0f} MB" if megabytes >= 10 else f"{megabytes:.2g} MB"
 
 
 def for_speed(facts: Facts, times: float) -> Advice:

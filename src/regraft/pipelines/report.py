@@ -79,6 +79,8 @@ def report_of(folder: Path) -> RunReport:
     if is_file(folder / SEARCH):
         search = from_json(RankSearch, read_bytes(folder / SEARCH, PlanError))
         return RunReport(f"ranks for {folder.stem}", "", "", (), ranks=search, facts={"fingerprint of the model": search.plan.fingerprint})
+    if is_file(folder / RUN_FILE) and _is_search(folder):
+        raise InputError(f"the search '{shown(folder)}' is not finished; go on with it by `regraft allocate` and `resume`")
     if is_file(folder / RUN_FILE):
         raise InputError(f"the run '{shown(folder)}' is not finished; go on with it by `regraft run` and `resume`, which writes its page")
     try:
@@ -134,7 +136,7 @@ def past_of(folder: Path) -> tuple[PastRun, ...]:
 
 
 def list_runs(folder: Path) -> list[Listed]:
-    """Returns the runs in a folder, by name.
+    """Returns the runs in a folder, by name; searches for ranks, which lie beside their plans, are none.
 
     Raises:
         InputError: The folder does not exist.
@@ -143,7 +145,7 @@ def list_runs(folder: Path) -> list[Listed]:
         raise InputError(f"'{shown(folder)}' is no folder; give the folder that holds the runs, such as runs")
     runs: list[Listed] = []
     for path in sorted(folder.iterdir()):
-        if is_file(path / RUN_FILE):
+        if is_file(path / RUN_FILE) and not _is_search(path):
             try:
                 report = _read(path / REPORT) if is_file(path / REPORT) else None
             except RegraftError:
@@ -207,6 +209,14 @@ def remove_run(run: Listed) -> None:
             if entry.name != LOCK:
                 remove(entry)
     run.path.rmdir()
+
+
+def _is_search(folder: Path) -> bool:
+    """Returns whether a folder with stages is a search of ``allocate``, finished or not."""
+    try:
+        return "allocate" in read_object(folder / RUN_FILE, DataError)
+    except RegraftError:
+        return False
 
 
 def _read(file: Path) -> RunReport:

@@ -35,7 +35,11 @@ def test_runs_are_listed_compared_and_removed(tmp_path: Path, capsys: pytest.Cap
     run_at(tmp_path / "elsewhere", 1.0, 10, text="another text")
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "run.json").write_text("{}")
+    (tmp_path / "plan.search").mkdir()  # of `allocate`, not finished
+    (tmp_path / "plan.search" / "run.json").write_text('{"allocate": {}, "recover": {}}')
     assert [run.name for run in list_runs(tmp_path)] == ["begun", "elsewhere", "one", "two"]
+    with pytest.raises(InputError, match=r"the search '.*plan.search' is not finished; go on with it by `regraft allocate`"):
+        report_of(tmp_path / "plan.search")
     assert app.run(["runs", str(tmp_path), "--compare", "one,two", "--json"]) == 0
     lines = json.loads(capsys.readouterr().out)
     assert [(line["run"], line["model"], round(line["change_nats"], 6)) for line in lines] == [
