@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
@@ -26,17 +27,20 @@ from regraft.settings import LoadSettings
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torchao.", "bitsandbytes.")  # modules with these homes
 
+_MADE: WeakKeyDictionary[nn.Module, Provenance] = WeakKeyDictionary()  # what we made in memory, as long as somebody holds it
+M = TypeVar("M", bound=nn.Module)
+
 ModelLike = PreTrainedModel | Loaded | str | Path
 """What every call takes for a model: an object in memory, or a folder, a hub id, or ``seedling``."""
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """Origin of a model object, as far as its config gives it.
+    """Origin of a model object, as far as it is known.
 
     Attributes:
         source: Its ``name_or_path``, or the name of its class.
-        provenance: The record in that folder, where regraft made it.
+        provenance: How regraft made it: remembered where that was in this process, else the record in that folder.
     """
 
     source: str
@@ -156,11 +160,28 @@ def check_object(model: Any) -> None:
 
 
 def lineage(model: PreTrainedModel) -> Lineage:
-    """Returns where a model object came from, as far as its config says."""
+    """Returns where a model object came from: what was remembered of it, else what its config says."""
     source = str(model.name_or_path or "")
     folder = Path(source)
-    provenance = read_provenance(folder) if source and folder.is_dir() else None
+    provenance = _MADE.get(model)
+    if provenance is None and source and folder.is_dir():
+        provenance = read_provenance(folder)
     return Lineage(source or type(model).__name__, provenance)
+
+
+def remember(model: M, provenance: Provenance | None) -> M:
+    """Keeps how a model object was made, for the calls that it is given to next, and returns it.
+
+    A folder holds this record beside the weights. An object holds none, so that it is kept here, by the object and not by its weights, for
+    as long as the object lives. Copies of it and what transformers loads from its folder are other objects.
+
+    Args:
+        model: A model that was made in this process.
+        provenance: How it was made; None where that is not known.
+    """
+    if provenance is not None:
+        _MADE[model] = provenance
+    return model
 
 
 @contextmanager

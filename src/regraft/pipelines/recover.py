@@ -25,7 +25,7 @@ from regraft.errors import InputError, ModelError, OutputError
 from regraft.models.card import model_card
 from regraft.models.classifier import classes_of, is_classifier, load_classifier, row_limit, save_classifier
 from regraft.models.folder import FOUND_AT, write_folder
-from regraft.models.live import ModelLike, fitting_tokenizer, lineage, take
+from regraft.models.live import ModelLike, fitting_tokenizer, lineage, plain, remember, take
 from regraft.models.load import SEEDLING, Loaded, locate, require_tokenizer
 from regraft.models.load import load as load_model
 from regraft.models.places import where_it_may_be
@@ -306,13 +306,16 @@ def _student(
         case Loaded(), _:
             return model, None
         case PeftModel(), _:
+            found = lineage(plain(model))
             injected = continued(model if in_place else copy.deepcopy(model))
-            found = lineage(injected.model)
+            remember(injected.model, found.provenance)
             fitting = fitting_tokenizer(tokenizer, injected.model)
             return Loaded(injected.model, fitting, found.source, fingerprint_without(injected.model), found.provenance), injected
         case _:
             loaded = take(model, tokenizer)
-            return (loaded if in_place else dataclasses.replace(loaded, model=copy.deepcopy(loaded.model))), None
+            if in_place:
+                return loaded, None
+            return dataclasses.replace(loaded, model=remember(copy.deepcopy(loaded.model), loaded.provenance)), None
 
 
 def _continuing(settings: RecoverSettings, injected: Injected) -> RecoverSettings:
@@ -354,6 +357,8 @@ def _result(
         settings={"recover": settings.model_dump(mode="json"), **classes, **began_with, **_counted(done)},
         parents=parents_of(loaded.provenance),
     )
+    if done.injected is None:  # an adapter that stays lies on the model that it was trained on, whose record is that of before
+        remember(done.model, record)
     return RecoverResult(done, loaded, settings, record, None, _judged(done, loaded, corpora[1], settings))
 
 

@@ -21,7 +21,7 @@ from regraft.evaluation.loss import evaluate_loss
 from regraft.groups.discover import discover
 from regraft.in_short import in_short
 from regraft.models.encoders import is_encoder, is_encoder_folder, load_encoder
-from regraft.models.live import ModelLike, own_tensors, place_of, resting, take
+from regraft.models.live import ModelLike, own_tensors, place_of, remember, resting, take
 from regraft.models.load import Loaded, locate_by, require_tokenizer
 from regraft.models.save import save
 from regraft.models.view import ModelView, fingerprint, parameter_count, refuse_factored
@@ -275,7 +275,7 @@ def _carried_out(loaded: Loaded, order: _Order, place: str | Path | None) -> Com
     record = record_of(loaded, plan, settings, seed=seed, command=order.command, pruning=pruning)
     if texts.given is not None:
         record = replace(record, settings={**record.settings, "calibration": described(texts.given)})
-    result = CompressResult(plan, model, loaded, space, texts.notes, test, pruning, record)
+    result = CompressResult(plan, remember(model, record), loaded, space, texts.notes, test, pruning, record)
     if order.target is not None:
         result.save_pretrained(order.target)
     return result

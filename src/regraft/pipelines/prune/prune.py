@@ -15,7 +15,7 @@ from regraft.errors import InputError
 from regraft.groups.discover import discover, look_for
 from regraft.importance.passes import WholeModel
 from regraft.in_short import in_short
-from regraft.models.live import ModelLike, become, own_tensors, place_of, resting, take
+from regraft.models.live import ModelLike, become, own_tensors, place_of, remember, resting, take
 from regraft.models.load import Loaded, require_tokenizer, with_float64
 from regraft.models.save import save
 from regraft.models.towers import left_behind, load_tower, save_inside
@@ -280,6 +280,13 @@ def _path(output: str | Path | None) -> Path | None:
 
 
 def _carry_out(order: _Order) -> PruneResult:
+    result = _pruned(order)
+    if result.model is not None:
+        remember(result.model, result.provenance)
+    return result
+
+
+def _pruned(order: _Order) -> PruneResult:
     with reserved(None if order.dry_run else order.output):
         order = _with_tower(order)
         if of_vocabulary(order.settings):
