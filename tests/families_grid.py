@@ -65,6 +65,12 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         "falcon_h1", {**_TWO, "mamba_d_ssm": 48, "mamba_n_heads": 6, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 2},
     ),
     "Bamba": ("bamba", {**_TWO, "attn_layer_indices": [1], "mamba_n_heads": 6, "mamba_d_state": 16}),
+    "DeepSeek-V3": (
+        "deepseek_v3",
+        {**_TWO, "num_key_value_heads": 6, "first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+         "topk_group": 1, "moe_intermediate_size": 24, "q_lora_rank": 12, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+         "v_head_dim": 8},
+    ),
     "Granite SWA": ("granite_swa", {**_TWO, "layer_types": ["sliding_attention", FULL]}),
     "SmolLM3": ("smollm3", {**_TWO, "no_rope_layers": [1, 0]}),
     "Ministral 3": ("ministral3", {**_TWO, "rope_parameters": None}),
@@ -98,7 +104,7 @@ GRID: dict[str, dict[str, str]] = {
         "compress": "lists sizes of single layers by itself, beside which no layer is stored as two factors; prune its channels",
     },
     "Qwen3-MoE": {"residual": _TABLE["residual"], "ffn": "none", "mixer_heads": "none"},
-    "gpt-oss": _TABLE | dict.fromkeys(KINDS, "cannot follow the channels through node 'softmax'"),
+    "gpt-oss": _TABLE | {"ffn": "none", "mixer_heads": "none"},
 }
 _PLAIN = {"residual": _TABLE["residual"], "mixer_heads": "none", "experts": "none"}
 _EXPERTS = {"residual": _TABLE["residual"], "mixer_heads": "none", "ffn": "none"}
@@ -106,6 +112,12 @@ GRID |= {
     "Qwen3-Next": _DENSE,
     "Qwen3-Next, with experts": {"residual": _TABLE["residual"], "ffn": "none"},
     "OLMo-Hybrid": _DENSE | {"heads": "computes one number from all channels, so that removing one changes the others"},
+    "DeepSeek-V3": {
+        "residual": _TABLE["residual"],
+        "mixer_heads": "none",
+        "heads": "it has no attention that writes the stream through one matrix",
+        "experts": "has an entry for each expert that is no parameter",
+    },
     "Gemma 3n": _PLAIN | {"heads": "lets layers use the keys and values of others"},
     "LFM3": _PLAIN,
     "LFM2-MoE": {"residual": _TABLE["residual"], "mixer_heads": "none"},

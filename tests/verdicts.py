@@ -276,6 +276,7 @@ generated alike with and without cache, and that a fresh process loads what was 
 | Nemotron-H | in layers with attention | in layers with an MLP | no [6] | yes |
 | Gemma 4 (`gemma4_text`) | no [7] | yes, alike in all layers | no [7] | yes [8] |
 | Gemma 3n (`gemma3n_text`) | no [7] | yes [9] | no [7] | yes [8] |
+| DeepSeek-V3, and other latent attention (MiniCPM3, GLM 4 MoE lite, Youtu) | no [10] | in dense layers | no [10] | yes |
 | Granite SWA (a sink goes with its head), SmolLM3, Ministral 3, Arcee, Hunyuan dense, ERNIE 4.5 | yes | yes | yes | yes |
 
 4. Its norms of queries and keys run over all heads.
@@ -286,6 +287,8 @@ generated alike with and without cache, and that a fresh process loads what was 
 8. With their slices of the per-layer embeddings. Layers whose keys and values others use stay, and so does the last one of Gemma 4.
 9. Its config has a width for each layer, so that the class stays stock. Layers that keep few channels by mean and deviation of all
    (`activation_sparsity_pattern` above 0) stay.
+
+10. What is latent serves all heads: the attention stays as it is.
 
 `--targets mixer_heads` removes heads of Gated DeltaNet (Qwen 3.5, Qwen3-Next, OLMo-Hybrid) and of Mamba-2 where each group has a norm of
 its own (Nemotron-H): a key head, or group, with all value heads that read its state. Scores, re-fit, selection and `--memory` are those of
@@ -298,6 +301,9 @@ keeps its own; `--memory` takes these families with a criterion that reads weigh
 
 Looking at a family and tracing a model of real size take no weights: 2 to 9 s of processor time and less than 0.6 GB in all for Qwen3.5-4B,
 LFM2-2.6B, Granite 4 tiny, Nemotron-H-4B, Ministral 3 8B and Gemma 4 E4B (`benchmarks/results/discovery_real_sizes.md`).
+
+`benchmarks/all_families.py` tries every causal language model that transformers knows: heads and channels of a small random model are cut
+and compared with zeros, or the line of the refusal is written down (`benchmarks/results/all_families.md`).
 
 ## Every command over these
 
@@ -315,7 +321,7 @@ experts. By default LoRA leaves out the last matrix of a Mamba mixer, which a ke
 lowest mean product of router weight and norm of the output go (REAP). `tests/unit/pipelines/prune/test_experts.py` shows for Qwen3-MoE,
 Mixtral, OLMoE, gpt-oss and Granite MoE that what is left computes as the whole does when its router never chooses the others. Fewer experts
 than each token is sent to are refused. Heads, attention and layers are cut as elsewhere; OLMoE's heads, whose norms run over all of them,
-and everything but experts of gpt-oss stay.
+stay; sinks of gpt-oss go with their heads.
 
 `--targets expert_ffn` removes channels of experts: the same number in every expert of a layer, and in each its own. The channels go that
 write least for the tokens sent to their expert: the sum over tokens of (router weight x activation)^2, times the squared norm of the column
@@ -329,7 +335,8 @@ and written so.
 
 ## Towers
 
-The language model of a multimodal checkpoint (`mistral3`, `gemma3`, `qwen3_5`) is pruned by `regraft prune DIR --tower text`, and saved
-as a model of its own or, with `--keep-rest`, inside the checkpoint. `tests/unit/models/test_towers.py` shows that both agree in logits,
-and that no other tensor of the checkpoint changes. Layers that predict several tokens ahead (`mtp.`) are left out, and a line says so.
+The language model of a multimodal checkpoint (`mistral3`, `gemma3`, `gemma4`, `qwen3_5`) is pruned by `regraft prune DIR --tower text`,
+and saved as a model of its own or, with `--keep-rest`, inside the checkpoint. `tests/unit/models/test_towers.py` shows that both agree in
+logits, and that no other tensor of the checkpoint changes. Layers that predict several tokens ahead (`mtp.`) are left out,
+and a line says so.
 """

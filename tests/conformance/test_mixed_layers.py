@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from families_grid import DELTA_NET as SHORT_DELTA_NET
-from families_grid import FULL, LINEAR, OTHERS, SIZES
+from families_grid import FULL, LINEAR, MODELS, OTHERS, SIZES
 from folders import edit_json
 from fresh_logits import logits_in_a_fresh_process
 from regraft.cli.app import run
@@ -74,6 +74,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, str], set[str], set[int]]] 
     "bamba": (
         {**SIZES, "attn_layer_indices": [1, 3], "num_hidden_layers": 4, "mamba_n_heads": 6, "mamba_d_state": 16},
         ("self_attn.o_proj", "feed_forward.down_proj"), EVERY, {1, 3},
+    ),
+    # latent attention, of which nothing is cut
+    "deepseek_v3": (
+        {**OTHERS["DeepSeek-V3"][1], "num_hidden_layers": 4, "first_k_dense_replace": 3}, LLAMAS, {"ffn", "layer"}, set(),
     ),
     "granite_swa": ({**SIZES, "num_hidden_layers": 4, "layer_types": ["sliding_attention", FULL] * 2}, LLAMAS, EVERY, {0, 1, 2, 3}),
     "smollm3": ({**SIZES, "num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 1]}, LLAMAS, EVERY, {0, 1, 2, 3}),
@@ -203,6 +207,23 @@ def test_what_a_config_counts_follows_the_layers() -> None:
     assert type(shorter) is type(subject("lfm2")[0])
     assert shorter.config.intermediate_size == 32
     assert shorter.config.block_auto_adjust_ff_dim is False
+
+
+@pytest.mark.slow
+def test_a_sink_goes_with_its_head_in_a_softmax_over_both() -> None:
+    model = random_model(*MODELS["gpt-oss"])
+    groups = discover(model, ("heads",))
+    cuts = tuple(Cut(f"layers.{layer}.heads", (0, 2)) for layer in (0, 1))
+    plan = PrunePlan(groups.fingerprint, "planted", "planted", "uniform", 0.1, 1, groups.parameters, groups.parameters, cuts)
+    pruned = cut(model, groups, plan)
+    dense = logits(model)
+    with torch.no_grad():
+        for layer in (0, 1):
+            model.get_parameter(f"model.layers.{layer}.self_attn.o_proj.weight")[:, 16:32] = 0.0
+    assert (logits(model) - dense).abs().max() > 1e-3
+    assert (logits(pruned) - logits(model)).abs().max() <= 1e-5
+    assert type(pruned) is type(model)
+    assert pruned.get_parameter("model.layers.0.self_attn.sinks").shape == (4,)
 
 
 @pytest.mark.slow

@@ -125,6 +125,7 @@ def _traced(view: ModelView) -> Traced:
         counted_layer_norms=family.norm == "layer",
         rescaled_norms=tuple(family.head_norms),
         mlp=tuple(family.mlp_parts or (family.mlp,)),
+        whole=family.whole,
     )
     fixed = [Refusal(entry.kind, None, entry.why) for entry in family.fixed if matches(entry.when, config)]
     barred = {refusal.kind for refusal in fixed}

@@ -146,6 +146,8 @@ def config_for(
     values |= {names.get(key, key): value for key, value in common.items()}
     if family.keys.ffn_listed:  # the family's own list says what differs
         values[family.keys.ffn] = [layer.ffn for layer in sizes]
+    if values.get(family.keys.heads_listed):
+        values[family.keys.heads_listed] = [layer.query_heads or common.get(family.keys.heads, 0) for layer in sizes]
     per_layer = _overrides(sizes, family, common, _cut_slopes(sizes, slopes_of, family.has_alibi(base)))
     for new, entry in _beside(base, values, kept, sizes, beside or {}).items():
         per_layer[new] = per_layer.get(new, {}) | entry

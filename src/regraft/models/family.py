@@ -62,6 +62,7 @@ class Keys:
         first_layers: Numbers of layers, counted from the first, that something holds for.
         last_layers: Numbers of layers, counted from the last, that use keys and values of layers before them.
         ffn_listed: Whether ``ffn`` is a list with a width for each layer.
+        heads_listed: A list with the number of query heads of each layer; empty where there is none.
         mixer: Numbers of key heads and of value heads of mixers, where their heads are known.
         patterns: Keys of a pattern and its number of repetitions, each with the list that the family's config computes from it.
     """
@@ -76,6 +77,7 @@ class Keys:
     first_layers: tuple[str, ...] = ()
     last_layers: tuple[str, ...] = ()
     ffn_listed: bool = False
+    heads_listed: str = ""
     mixer: tuple[str, ...] = ()
     patterns: Mapping[str, str] = field(default_factory=dict[str, str])
 
@@ -146,6 +148,7 @@ class Family:
         mixed: Whether layers are of several kinds, of which some lack the attention or the feed-forward network.
         settings: Config values with which the widths in a config are meant as they are.
         for_each_layer: Parameters outside the layers that hold a slice for each of them, and the axis along which these follow one another.
+        whole: Attentions, by their names within a layer, whose heads are not known, so that they are kept as they are.
         last_layer_stays: Whether the config gives the last layer a type of its own, so that no other can become the last.
     """
 
@@ -183,6 +186,7 @@ class Family:
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     for_each_layer: Mapping[str, int] = field(default_factory=dict[str, int])
     last_layer_stays: bool = False
+    whole: tuple[str, ...] = ()
 
     def has_alibi(self, config: Any) -> bool:
         """Returns whether the heads of a model have different position slopes."""

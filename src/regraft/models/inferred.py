@@ -85,6 +85,7 @@ class Shapes:
         attending: Indices of the layers with this attention, of one layer of each kind.
         feeding: Indices of the layers with this feed-forward network, of one layer of each kind.
         heads_stay: Why no layer's heads are cut or its attention removed; empty if they can be.
+        unlike: Whether that is because the matrices of the attention are not those of queries, keys and values.
     """
 
     out: Matrix
@@ -98,6 +99,7 @@ class Shapes:
     attending: tuple[int, ...]
     feeding: tuple[int, ...]
     heads_stay: str = ""
+    unlike: bool = False
 
     @property
     def own_head_dim(self) -> bool:
@@ -175,7 +177,8 @@ def _table(small: SmallModel, shapes: Shapes) -> dict[str, Any]:
         "mlp_norms": _norms_of("mlp", serving),
         "discovery": "traced",
         "transposed": isinstance(small.layers[shapes.attending[0]].get_submodule(shapes.out.name), Conv1D),
-        "head_size": "explicit" if shapes.own_head_dim else "derived",
+        # Heads that stay have the size that the config gives, however it does.
+        "head_size": "explicit" if shapes.own_head_dim or shapes.heads_stay else "derived",
         "writers": shapes.writers,
         # Norms without weights are layer norms.
         "norm": "layer" if first_norm is None or subtracts_mean(small, *first_norm) else "rms",
@@ -189,8 +192,10 @@ def _table(small: SmallModel, shapes: Shapes) -> dict[str, Any]:
             "per_layer": (*lists,),
             "last_layers": tuple(key for key in LAST_LAYERS_KEYS if key in small.known),
             "ffn_listed": shapes.ffn_key in lists,
+            "heads_listed": next((key for key in lists if small.model.config.to_dict().get(key) == [HEADS] * len(small.layers)), ""),
         },
         "for_each_layer": parts,
+        "whole": (shapes.attention,) if shapes.unlike else (),
         "last_layer_stays": changes_last_layer(small),
         "fixed": fixed,
         "couplings": _couplings(shapes),
@@ -289,22 +294,45 @@ def _shapes(small: SmallModel) -> Shapes:
         layer: [matrix for matrix in found if layer not in feeding or matrix not in (feeding[layer][0], *feeding[layer][1])]
         for layer, found in matrices.items()
     }
-    attending = {
-        layer: found
-        for layer in small.kinds
-        if (found := _attention(others[layer], head_dim, grouped=bool(kv_key), within=f"{small.layers_name}.{layer}"))
-    }
+    unlike = ""
+    try:
+        attending = {
+            layer: found
+            for layer in small.kinds
+            if (found := _attention(others[layer], head_dim, grouped=bool(kv_key), within=f"{small.layers_name}.{layer}"))
+        }
+    except ModelError as error:
+        attending, unlike = {}, str(error)
     if not attending:
-        raise ModelError(_without(small, "it has no attention that writes the stream through one matrix"))
+        alone = "it has no attention that writes the stream through one matrix"
+        unlike = unlike or (alone if feeding else _without(small, alone))
+        attending = _of_other_make(others)
+        if not attending or not feeding:
+            raise ModelError(unlike)
     down, up = _one(feeding, "feed-forward networks") if feeding else (None, [])
     out, qkv = _one(attending, "attentions")
     ffn_key = next((key for key in keys if key in small.known), "") if feeding else "intermediate_size"
     found = Shapes(out, tuple(qkv), down, tuple(up), head_dim, ffn, kv_key, ffn_key, tuple(attending), tuple(feeding))
     others_attend = any(out.name in dict(small.layers[layer].named_modules()) for layer in small.kinds if layer not in attending)
     sharing = next((key for key in LAST_LAYERS_KEYS if key in small.known), "")
+    if unlike:
+        return replace(found, heads_stay=unlike, unlike=True)
     if others_attend:
         return replace(found, heads_stay="its layers have heads of several sizes")
     return replace(found, heads_stay=f"`{sharing}` lets layers use the keys and values of others" if sharing else "")
+
+
+def _of_other_make(others: Mapping[int, Sequence[Matrix]]) -> dict[int, tuple[Matrix, list[Matrix]]]:
+    """Returns the matrices of an attention whose heads are not known, such as a latent one, in the layers that have the same one."""
+    found: dict[int, tuple[Matrix, list[Matrix]]] = {}
+    for layer, matrices in others.items():
+        out = next((matrix for matrix in reversed(matrices) if matrix.outputs == WIDTH and "." in matrix.name), None)
+        if out is not None:
+            part = f"{out.name.rpartition('.')[0]}."
+            rest = [matrix for matrix in matrices if matrix is not out and matrix.name.startswith(part)]
+            if rest and (not found or (out, rest) in found.values()):
+                found[layer] = (out, rest)
+    return found
 
 
 def _without(small: SmallModel, what: str) -> str:

@@ -48,6 +48,13 @@ _MIXERS: dict[str, int] = {
     "hidden_size_per_layer_input": 24,
     "num_kv_shared_layers": 0,
     "laurel_rank": 20,
+    "q_lora_rank": 40,
+    "kv_lora_rank": 36,
+    "qk_nope_head_dim": 20,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+    "n_group": 1,
+    "topk_group": 1,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
@@ -111,24 +118,27 @@ def small_model(
     Raises:
         ModelError: The model has parts other than those of a decoder, or would not be small.
     """
-    try:
-        return _built(model_type, known, head_dim, heads, width)
-    except ModelError:
-        raise
-    except Exception:  # a family may refuse these sizes with any error
-        return None
+    # A family with a network beside experts has members without experts, if its classes take their number to be 0.
+    for experts in (0, _MIXERS["num_local_experts"]) if not known.isdisjoint(SHARED_FFN_KEYS) else (_MIXERS["num_local_experts"],):
+        try:
+            return _built(model_type, known, head_dim, heads, width, experts)
+        except ModelError:
+            raise
+        except Exception:  # a family may refuse these sizes with any error
+            continue
+    return None
 
 
 def why_none(model_type: str, known: frozenset[str]) -> str:
     """Returns the error with which a family refuses a small model, in one line."""
     try:
-        _built(model_type, known, None, (HEADS, KV_HEADS), WIDTH)
+        _built(model_type, known, None, (HEADS, KV_HEADS), WIDTH, _MIXERS["num_local_experts"])
     except Exception as error:  # whatever the family raises
         return f"{type(error).__name__}: {in_one_line(error)}"
     return ""
 
 
-def _built(model_type: str, known: frozenset[str], head_dim: int | None, heads: tuple[int, int], width: int) -> SmallModel:
+def _built(model_type: str, known: frozenset[str], head_dim: int | None, heads: tuple[int, int], width: int, experts: int) -> SmallModel:
     wanted: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": width,
@@ -144,8 +154,9 @@ def _built(model_type: str, known: frozenset[str], head_dim: int | None, heads: 
     }
     wanted |= {"mlp_only_layers": [0], "attn_layer_indices": [1]}  # where others have experts, or a state space
     wanted |= dict.fromkeys(SHARED_FFN_KEYS, SHARED_FFN) | _MIXERS | LITERAL
-    if not known.isdisjoint(SHARED_FFN_KEYS):  # such a family has members without experts
-        wanted["num_local_experts"] = 0
+    wanted["num_local_experts"] = experts
+    if "kv_lora_rank" in known:  # latent attention: every query head has keys and values of its own
+        wanted |= dict.fromkeys(KV_KEYS, heads[0])
     values = {key: value for key, value in wanted.items() if key in known} | ({"head_dim": head_dim} if head_dim else {})
     with torch.random.fork_rng(devices=[]), quiet(), torch.no_grad():
         torch.manual_seed(0)

@@ -34,6 +34,12 @@ VISION: dict[str, Any] = {
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mistral3": ({**TEXT, "model_type": "ministral3"}, {**VISION, "model_type": "pixtral", "head_dim": 8}),
     "gemma3": ({**TEXT, "model_type": "gemma3_text", "sliding_window": 16}, {**VISION, "model_type": "siglip_vision_model"}),
+    "gemma4": (
+        {**TEXT, "model_type": "gemma4_text", "layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 16,
+         "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97},
+        {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+         "head_dim": 8, "patch_size": 4, "position_embedding_size": 16, "model_type": "gemma4_vision"},
+    ),
     "qwen3_5": (
         {**TEXT, "model_type": "qwen3_5_text", "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
          "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
@@ -44,6 +50,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 FURTHER: dict[str, dict[str, Any]] = {
     "mistral3": {"image_token_index": 91, "spatial_merge_size": 1},
     "gemma3": {"image_token_id": 91, "boi_token_index": 92, "eoi_token_index": 93, "mm_tokens_per_image": 1},
+    "gemma4": {"image_token_id": 91, "video_token_id": 92, "boi_token_id": 93, "eoi_token_id": 94, "audio_token_id": 95},
     "qwen3_5": {"image_token_id": 91, "video_token_id": 92, "vision_start_token_id": 93, "vision_end_token_id": 94},
 }
 

@@ -61,6 +61,7 @@ def follow_channels(
     counted_layer_norms: bool = False,
     rescaled_norms: Collection[str] | None = None,
     mlp: Collection[str] = (),
+    whole: Collection[str] = (),
 ) -> Traced:
     """Returns the groups of a causal language model, as :func:`trace` does, and the reasons why others cannot be cut.
 
@@ -73,13 +74,14 @@ def follow_channels(
             a cut, so that they do not prevent it; None for all of them.
         mlp: Names, within a layer, of the modules of the feed-forward network, where a layer has other channels of its own too; empty
             if they are not known.
+        whole: Names, within a layer, of attentions that are never cut and not followed.
 
     Raises:
         ModelError: The computation cannot be exported or followed; the message names the node.
     """
     module = without_weights(model) if isinstance(model, PreTrainedConfig) else model
     layers = find_layers(module)
-    graph = export(module, layers)
+    graph = export(module, layers, whole)
     state = Follower(RULES, graph.parameters, graph.constants)
     state.walk(graph.module)
     report = Report(

@@ -198,10 +198,18 @@ def reduction(state: Follower, call: Call) -> Any:
 
 
 def along(state: Follower, call: Call) -> Any:
-    """A softmax, cumulative sum or sort: allowed along tokens, refused along channels."""
+    """A softmax, cumulative sum or sort: allowed along tokens, refused along channels.
+
+    A softmax over the tokens and a sink of the same head joins the two: they are removed together.
+    """
     value = call.args[0]
     dims = dims_of(call.args[1:2] if call.name != "topk" else call.args[2:3], call.kwargs, value.labels.dim(), default=-1)
     kept = constant_along(value.labels, dims)
+    rows = rows_of(value.labels, dims)
+    of_two = rows.shape[1] > 2 and bool(((rows == rows[:, :1]) | (rows == rows[:, -1:])).all())
+    if kept is None and of_two and "softmax" in call.name and not value.derived:
+        joined = torch.from_numpy(state.space.join_all(rows.numpy()))
+        kept = joined.reshape([1 if axis in dims else size for axis, size in enumerate(value.labels.shape)])
     if kept is None:
         raise state.refuse(call.node, "it mixes channels with one another")
     return call.for_each_output(lambda fake: Channels(kept.expand(fake.shape).contiguous(), derived=value.derived))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,12 +113,13 @@ def find_layers(model: nn.Module) -> Layers:
     return Layers(name, tuple(tuple(indices) for indices in kinds.values()))
 
 
-def export(model: nn.Module, layers: Layers) -> Graph:
+def export(model: nn.Module, layers: Layers, whole: Collection[str] = ()) -> Graph:
     """Exports the computation of a model's skeleton.
 
     Args:
         model: Any causal language model that takes token ids; it is not changed.
         layers: Layers of the model.
+        whole: Attentions, by their names within a layer, that are never cut and not followed.
 
     Raises:
         ModelError: ``torch.export`` cannot capture the computation.
@@ -131,7 +132,7 @@ def export(model: nn.Module, layers: Layers) -> Graph:
     program: Any = None
     for paired, shorter in attempts:
         try:
-            program = _exported(_skeleton(model, layers, paired=paired, shorter=shorter))
+            program = _exported(_skeleton(model, layers, whole, paired=paired, shorter=shorter))
             break
         except Exception as error:  # whatever the model's own code raises
             errors.append(error)
@@ -179,7 +180,7 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
     return tuple(described)
 
 
-def _skeleton(model: nn.Module, layers: Layers, *, paired: bool, shorter: bool) -> nn.Module:
+def _skeleton(model: nn.Module, layers: Layers, whole: Collection[str], *, paired: bool, shorter: bool) -> nn.Module:
     """Returns a copy on the CPU with fake parameters and the first layer of each kind; real buffers are kept."""
     memo: dict[int, Any] = {}
     with fake_tensors():
@@ -191,7 +192,7 @@ def _skeleton(model: nn.Module, layers: Layers, *, paired: bool, shorter: bool) 
                 memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
     memo |= {id(buffer): buffer.cpu() for buffer in model.buffers() if not buffer.is_meta}
     every: Any = model.get_submodule(layers.name)
-    memo[id(every)] = nn.ModuleList(_without_mixers(copy.deepcopy(every[kind[0]], memo), paired=paired) for kind in layers.kinds)
+    memo[id(every)] = nn.ModuleList(_without_mixers(copy.deepcopy(every[kind[0]], memo), whole, paired=paired) for kind in layers.kinds)
     small = copy.deepcopy(model, memo).eval()
     configs: dict[int, Any] = {}
     for module in small.modules():
@@ -223,9 +224,12 @@ class _PassedOn(nn.Module):
         return (hidden.clone(), None) if self.paired else hidden.clone()
 
 
-def _without_mixers(layer: nn.Module, *, paired: bool) -> nn.Module:
+def _without_mixers(layer: nn.Module, whole: Collection[str], *, paired: bool) -> nn.Module:
     for name in mixers_of(layer):
         setattr(layer, name, _PassedOn(paired=paired))
+    for name in whole:
+        if name in layer._modules and not isinstance(layer._modules[name], _PassedOn):
+            setattr(layer, name, _PassedOn(paired=True))
     return layer
 
 
