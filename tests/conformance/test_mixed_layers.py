@@ -196,6 +196,7 @@ def test_removing_is_silencing_in_the_layers_that_have_the_part(family: str) -> 
     assert not lists, "the lists with an entry for each layer are shorter by one"
 
 
+@pytest.mark.slow
 def test_what_a_config_counts_follows_the_layers() -> None:
     pruned = pruned_by("qwen3_5_text", {"layers.0.layer": [0]})
     assert pruned.config.layer_types == [FULL, LINEAR, FULL]

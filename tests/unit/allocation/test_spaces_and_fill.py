@@ -19,6 +19,7 @@ costs = some.lists(some.integers(1, 60), min_size=2, max_size=4)
 seeds = some.integers(0, 2**16)
 
 
+@pytest.mark.slow
 @given(costs, seeds)
 @settings(max_examples=40)
 def test_fill_is_the_best_of_all_vectors(prices: list[int], seed: int) -> None:

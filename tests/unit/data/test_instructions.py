@@ -159,6 +159,7 @@ def test_what_is_cut_is_chosen_and_counted(make_tokenizer: Make, truncation: Tru
         assert tuple(ids) == (whole[:-4] if truncation == "right" else whole[4:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("truncation", ["right", "drop"])
 def test_a_row_of_megabytes_is_cut_before_it_is_encoded(
     make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch, truncation: Truncation

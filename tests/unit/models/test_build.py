@@ -82,6 +82,7 @@ def test_generation_with_and_without_cache_agrees(make_model, family, kept):
     _assert_generates_alike(small)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kept",
     [REMOVED, [Kept((), range(64)), Kept((0, 1, 2), range(64)), Kept((), range(64))], [Kept((), ())] * 3],
@@ -103,6 +104,7 @@ def _assert_generates_alike(model):
     assert len(without[0].unique()) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 def test_attention_kernel_stays_and_can_be_changed(make_model, family, kernel):
     other = {"eager": "sdpa", "sdpa": "eager"}[kernel]

@@ -34,6 +34,7 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(MODELS))
 def test_parameters_are_found_in_the_files_and_written_as_transformers_does(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -57,6 +58,7 @@ def test_parameters_are_found_in_the_files_and_written_as_transformers_does(fami
     assert open_skeleton(tmp_path / "model").loaded.fingerprint == load(tmp_path / "model").fingerprint
 
 
+@pytest.mark.slow
 def test_nemotron_h_is_streamed_under_the_names_of_its_checkpoints(tmp_path: Path) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(CONFIG_MAPPING["nemotron_h"](**MODELS["nemotron_h"][0])).save_pretrained(tmp_path / "model")

@@ -75,6 +75,7 @@ def test_every_document_lies_in_the_split_of_its_path_and_in_no_other(splits: di
     assert all(split_of(document.path) == split for split in SPLITS for document in splits[split])
 
 
+@pytest.mark.slow
 def test_shares_of_the_splits_are_usable(splits: dict[str, list[Document]]) -> None:
     chars = {split: sum(len(document.text) for document in splits[split]) for split in SPLITS}
     assert chars["train"] > 0.75 * sum(chars.values())

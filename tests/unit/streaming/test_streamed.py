@@ -208,6 +208,7 @@ def test_knapsack_gives_way_and_it_is_said(make_folder, settings):
     assert any(note.startswith("selection: uniform; the knapsack") for note in made.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

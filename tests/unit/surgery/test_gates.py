@@ -57,6 +57,7 @@ def live_kept(groups: Groups, scores: Scores, budget: Budget) -> float:
     return sum(unit % 2 for entry in plan.cuts for unit in entry.kept) / (3 * IDLE)
 
 
+@pytest.mark.slow
 def test_gates_find_the_channels_that_work_from_a_beginning_that_is_mostly_wrong(planted: PreTrainedModel) -> None:
     """Three of four of the units that the beginning keeps do nothing."""
     given, groups, _ = gating(planted, lambda unit: float((unit % 2 == 0) != (unit % 8 < 2)))
@@ -69,11 +70,13 @@ def test_gates_find_the_channels_that_work_from_a_beginning_that_is_mostly_wrong
     assert all(parameter.grad is None for parameter in planted.parameters())
 
 
+@pytest.mark.slow
 def test_a_beginning_that_nothing_betters_is_returned(planted: PreTrainedModel) -> None:
     given, groups, _ = gating(planted, lambda unit: float(unit % 2))
     assert live_kept(groups, learn_gates(given), given.budget) == 1.0
 
 
+@pytest.mark.slow
 def test_the_same_seed_learns_the_same(planted: PreTrainedModel) -> None:
     given, _, _ = gating(planted, lambda unit: float((unit * 7) % 13))
     assert learn_gates(given) == learn_gates(given)

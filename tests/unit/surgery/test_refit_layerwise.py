@@ -33,6 +33,7 @@ def divergence(dense, other, windows=WINDOWS):
     return float((before.exp() * (before - after)).sum(-1).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "llama-bias", "mistral-window", "qwen3"])
 def test_layer_by_layer_is_the_model(make_model, family):
     model = make_model(family)
@@ -96,6 +97,7 @@ def test_least_squares_matches_a_dense_solution(make_model):
     assert error < best_error + 0.4 * (plain - best_error), "damping, chosen on other windows, gives up a part"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "bloom", "olmo2"])
 def test_parts_that_did_not_change_are_not_run_again(make_model, monkeypatch, family):
     """Attention runs once, whatever comes after its projection; where that cannot be, the layer runs again."""

@@ -140,6 +140,7 @@ def test_each_step_is_told_with_its_losses_unless_quiet(folder: Path, settings: 
     assert len(lines) == told
 
 
+@pytest.mark.slow
 def test_half_precision_is_kept_on_disk(folder: Path, settings: Callable[..., RecoverSettings], tmp_path: Path) -> None:
     recover_model(folder, tmp_path / "out", settings(steps=5), load=LoadSettings(dtype="float16"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")

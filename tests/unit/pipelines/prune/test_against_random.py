@@ -58,6 +58,7 @@ def test_a_choice_that_is_worse_than_chance_says_so(
             assert any(WORSE in note for note in notes) == warned, notes
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_the_baseline_or_where_chance_does_no_harm(half_used: tuple[PreTrainedModel, list[str]]) -> None:
     model, sentences = half_used
     for text in (sentences, None):

@@ -64,6 +64,7 @@ def test_heads_that_a_stock_class_ties_to_the_width_stay_unless_asked_for(make_m
     assert not any("targets" in note for note in both.notes)
 
 
+@pytest.mark.slow
 def test_heads_go_too_where_the_feed_forward_parts_alone_would_lose_more_than_half(make_model: Make) -> None:
     result = prune(make_model("gpt2"), None, PruneSettings(criterion="l2", ratio=0.45, align=1))
     assert sizes(result.model)[0].query_heads < 6

@@ -39,6 +39,7 @@ def shares(dense: Any, small: Any) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_layers_that_lost_more_get_higher_ranks_for_the_same_parameters(pruned: Callable[..., tuple[Any, Any]], tmp_path: Path) -> None:
     dense, result = pruned(shape="per-layer", layers="0:2", ratio=0.12)
     result.save_pretrained(tmp_path / "pruned")
@@ -69,6 +70,7 @@ OTHERS: tuple[dict[str, Any], ...] = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others", OTHERS)
 def test_one_rank_stands_elsewhere(pruned: Callable[..., tuple[Any, Any]], others: dict[str, Any], tmp_path: Path) -> None:
     _, result = pruned(shape="per-layer", layers="0:2", ratio=0.2)
@@ -77,6 +79,7 @@ def test_one_rank_stands_elsewhere(pruned: Callable[..., tuple[Any, Any]], other
     assert pattern_of(RecoverSettings.model_validate({"rank": 8} | others), loaded) is None
 
 
+@pytest.mark.slow
 def test_equal_shares_keep_one_rank_and_an_unpruned_model_has_no_proportion(
     pruned: Callable[..., tuple[Any, Any]], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
