@@ -1,4 +1,4 @@
-"""Every pair of criterion and selector that is offered, on a real model: better than random removal of the same size, or it says so."""
+"""Every criterion that reads text, with one share for all layers and with one threshold, on a real model: better than random removal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not STORIES.is_file(), reason="needs ../shared w
 
 @pytest.mark.long
 @pytest.mark.parametrize("select", ["uniform", "global"])
-def test_every_pair_beats_chance_or_warns(tmp_path: Path, select: str) -> None:
+def test_every_pair_beats_chance(tmp_path: Path, select: str) -> None:
     """Criteria without text (l1, l2) have no calibration windows to be judged on; they are left out here."""
     loaded = load(MODEL)
     stories = read_corpus(STORIES, "test").documents
@@ -41,7 +41,7 @@ def test_every_pair_beats_chance_or_warns(tmp_path: Path, select: str) -> None:
     found = {name: outcome(name, select) for name in sorted(CRITERIA.names()) if _reads_text(name)}
     for name, (loss, notes) in found.items():
         print(f"{select} {name}: {loss:.3f} nats, random {chance:.3f}; {len(notes)} notes")
-        assert loss < chance or any("worse than random" in note for note in notes), (name, loss, chance)
+        assert loss < chance, (name, loss, chance)
 
 
 def _reads_text(name: str) -> bool:
