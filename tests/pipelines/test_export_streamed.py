@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gguf_toys import as_loaded, byte_level_tokenizer, toy, uneven
+from regraft.cli.app import run
 from regraft.errors import InputError, ModelError
 from regraft.models.load import load
 from regraft.models.save import save
@@ -25,12 +26,20 @@ from regraft.settings import ExportSettings
 pytest.importorskip("gguf")
 
 UNEVEN = {"layer1": (2, 2, 64), "layer2": (0, 0, 64)}
+GEMMA4: dict[str, Any] = {  # whose layers have a buffer that is stored
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_key_value_heads": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 0,
+}
 MODELS: dict[str, Any] = {
     "llama": lambda: toy("llama"),
     "tied bfloat16": lambda: toy("qwen3", tie_word_embeddings=True).bfloat16(),
     "uneven": lambda: uneven(toy("llama"), **UNEVEN),
     "gemma 2": lambda: toy("gemma2"),
     "gpt 2": lambda: toy("gpt2", n_embd=64, n_head=4, n_layer=2, n_positions=128, n_inner=96),
+    "gemma 4": lambda: toy("gemma4_text", **GEMMA4),
     "phi 3": lambda: toy("phi3").half(),
 }
 
@@ -46,7 +55,7 @@ def test_the_bytes_and_the_record_are_those_of_the_export_from_memory(tmp_path: 
     folder = saved(MODELS[name](), tmp_path / "model")
     loaded = load(folder)
     for to, quantize in (("gguf", ""), ("ollama", "Q8_0"), ("hf", "")):
-        settings = ExportSettings(quantize=quantize, shard_size="100KB")
+        settings = ExportSettings(shard_size="100KB") if to == "hf" else ExportSettings(quantize=quantize)
         from_memory = export(loaded, tmp_path / f"{to}-memory", to, settings=settings, check=None)
         streamed = export(folder, tmp_path / f"{to}-streamed", to, settings=settings, check=None)
         assert (streamed.words, streamed.notes) == (from_memory.words, from_memory.notes)
@@ -58,6 +67,17 @@ def test_the_bytes_and_the_record_are_those_of_the_export_from_memory(tmp_path: 
     assert len(list((tmp_path / "hf-streamed").glob("*.safetensors"))) > 1
     assert again.fingerprint == loaded.fingerprint
     assert type(again.model) is type(loaded.model)
+    for name, buffer in loaded.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], buffer)
+
+
+@pytest.mark.slow
+def test_a_factored_model_that_is_not_compared_is_written_from_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved(toy("llama"), tmp_path / "model")
+    line = ["compress", str(folder), "--method", "svd", "--ratio", "0.3", "--device", "cpu", "--quiet", "-o", str(tmp_path / "factored")]
+    assert run(line) == 0, capsys.readouterr().err
+    export(tmp_path / "factored", tmp_path / "out", "hf", check=None)
+    assert load(tmp_path / "out").fingerprint == load(tmp_path / "factored").fingerprint
 
 
 def test_a_model_that_does_not_fit_is_written_and_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

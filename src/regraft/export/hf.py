@@ -79,7 +79,7 @@ def write(loaded: Loaded, folder: Path, settings: ExportSettings) -> Written:
 
 def stream(skeleton: Skeleton, once: OnePass, folder: Path, settings: ExportSettings) -> Written:
     """Writes the checkpoint's tensors, one at a time, into files of at most the size of a shard."""
-    parts = [(None, {name: tuple(parameter.shape)}) for name, parameter in skeleton.loaded.model.named_parameters()]
+    parts = [(None, {name: shape}) for name, shape in skeleton.shapes.items()]
     shards = shards_of(parts, skeleton.dtype, shard_bytes(settings))
     files: dict[str, str] = {}
     for shard in shards:

@@ -25,6 +25,7 @@ from regraft.models.load import Loaded, locate_by
 from regraft.models.provenance import parents_of, versions
 from regraft.models.save import save
 from regraft.models.view import fingerprint
+from regraft.models.weights import stored_tensors
 from regraft.pipelines.export_model import export_loaded
 from regraft.pipelines.export_streamed import export_streamed, why_not_compared
 from regraft.pipelines.proved import prove_adapter, prove_model, text_ids
@@ -125,7 +126,7 @@ def export(
         given = _folded_live(model, tokenizer)[0] if isinstance(model, PeftModel) else model
         if place is not None and is_adapter(place):
             given = _folded(Path(place), loading)[0]
-        elif place is not None and form.stream and tokenizer is None and options.importance is None and not check:
+        elif place is not None and _is_streamed(form, tokenizer, options, check) and not _is_factored(locate_by(place, loading)):
             folder = locate_by(place, loading)
             why = why_not_compared(folder, loading) if check is not None else ""
             if check is None or why:
@@ -135,6 +136,16 @@ def export(
         with resting(loaded.model):
             done = export_loaded(loaded, output, to, form, options, check=check, command=command)
     return ExportResult(done.words, notes=done.notes, parity=done.parity, folder=output)
+
+
+def _is_streamed(form: ModelFormat, tokenizer: PreTrainedTokenizerBase | None, settings: ExportSettings, check: str | None) -> bool:
+    """Returns whether a format may be written tensor by tensor, without the model in memory."""
+    return form.stream is not None and tokenizer is None and settings.importance is None and not check
+
+
+def _is_factored(folder: Path) -> bool:
+    """Returns whether a folder stores linear layers as two factors, which are not read tensor by tensor."""
+    return any(name.endswith(".expand.weight") for name in stored_tensors(folder))
 
 
 def _refuse_settings_of_models(settings: ExportSettings, check: str | None, to: str) -> None:

@@ -198,7 +198,7 @@ def layout_of(skeleton: Skeleton, groups: Groups, plan: PrunePlan) -> PrunedLayo
     view, layers = skeleton.view, layers_after(groups, plan.cuts)
     removed, gone = removed_indices(groups, plan.cuts), removed_parameters(groups, plan.cuts)
     inside = removed_inside(groups, plan.cuts)
-    full = {name: parameter.shape for name, parameter in view.model.named_parameters()}
+    full = skeleton.shapes
     names = renumbered_names([name for name in full if name not in gone], view.family.layers, layers)
     prefix = f"{view.family.layers}."
 

@@ -76,6 +76,11 @@ class Skeleton:
         self.embedding.__dict__["forward"] = self._embed
         self.head.__dict__["forward"] = lambda hidden: self._project(hidden)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what the checkpoint stores, parameters and buffers, in the order of the modules."""
+        return {name: tuple(values.shape) for name, values in self.loaded.model.state_dict().items() if name in self._stored}
+
     def groups(self, kinds: Sequence[GroupKind] = USUAL) -> Groups:
         """Returns the prunable groups, as :func:`regraft.groups.discover.discover` finds them in the model in memory."""
         return self.look_for(kinds).groups
@@ -268,15 +273,20 @@ def _stored_names(model: PreTrainedModel, checkpoint: CheckpointFiles, dtype: to
             found[names[0]] = there[0]
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
-    buffers = {name for name, _ in model.named_buffers()}
+    buffers = dict(model.named_buffers())
+    kept = {name: buffers[name] for name in model.state_dict() if name in buffers and name in checkpoint.places}
     extra = [name for name in checkpoint.places if name not in used and not any(pattern.search(name) for pattern in ignored)]
     wrong = [(name, source.shape, shapes[name]) for name, source in found.items()]
+    wrong += [(name, checkpoint.places[name].shape, tuple(buffer.shape)) for name, buffer in kept.items()]
     report = {
         "missing_keys": [name for name in shapes if name not in found],
         "unexpected_keys": [name for name in extra if name not in buffers],
         "mismatched_keys": [entry for entry in wrong if entry[1] != entry[2]],
     }
     check_loading_report(checkpoint.folder, report)
+    for name, buffer in kept.items():  # such as the factor on what a layer of Gemma 4 makes
+        buffer.copy_(checkpoint.read(name))
+        found[name] = Source((name,), tuple(buffer.shape))
     return found
 
 
