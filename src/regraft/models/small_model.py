@@ -214,6 +214,8 @@ def _refuse_what_is_large(config: PreTrainedConfig) -> None:
     try:
         model = _without_weights(config)
     except Exception:  # its constructor computes with values; the model is inspected after it is built
+        if config.get_text_config() is not config:
+            raise ModelError("its language model lies beside others, so that no small one can be built; prune it by `tower=text`") from None
         return
     _layers(model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
