@@ -1,16 +1,18 @@
 """The knapsack's answer for equal layers, beside the same share of every kind: both are cut and measured.
 
 Curves are measured with one group cut, and the knapsack adds them up. Where all layers lose the same, that is far from what they lose
-together: half of the attention is little in any layer, and much in all of them.
+together: half of the attention is little in any layer, and much in all of them. Both models are therefore made as the result will be, their
+projections re-fitted where that is asked for, on a part of the text, and judged on windows that the re-fit does not read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from regraft.errors import InputError
 from regraft.models.precision import float32_on_cpu
@@ -19,32 +21,65 @@ from regraft.numerics.divergence import log_probabilities, mean_divergence
 from regraft.plans import Groups, PrunePlan, Scores
 from regraft.progress import Say
 from regraft.selection import Budget, select
+from regraft.surgery.apply_plan import apply_plan
 from regraft.surgery.cut import cut
 from regraft.surgery.damage_curves import JUDGED_WINDOWS
+from regraft.surgery.refit_layerwise import RefitMethod
+
+FITTED_WINDOWS = 32  # enough to rank two shapes, for a quarter of the time of the re-fit that follows
 
 
-def better_at_once(
-    view: ModelView, groups: Groups, scores: Scores, budget: Budget, plan: PrunePlan, windows_NT: Tensor, *, auto_align: bool, say: Say
-) -> PrunePlan:
-    """Returns a plan, or the same share of every kind by the same scores where its model, cut and not re-fitted, diverges less.
+@dataclass(frozen=True)
+class Making:
+    """How the models that are compared are made.
 
-    Args:
+    Attributes:
         view: The dense model; left as it is.
         groups: Groups of the model.
+        windows_NT: Calibration tokens, int64 (windows, tokens); the last of them judge, the first of the others are fitted to.
+        refit: Method of re-fitting the reading projections; None for a cut alone.
+        bridged: Whether gaps that removed layers leave are bridged.
+    """
+
+    view: ModelView
+    groups: Groups
+    windows_NT: Tensor
+    refit: RefitMethod | None
+    bridged: bool = False
+
+    @property
+    def judging_NT(self) -> Tensor:
+        """Windows that no re-fit reads, int64 (windows, tokens); all of the last ones where nothing is re-fitted."""
+        most = len(self.windows_NT) if self.refit is None and not self.bridged else max(1, len(self.windows_NT) // 4)
+        return self.windows_NT[-min(JUDGED_WINDOWS, most) :]
+
+    def of(self, plan: PrunePlan) -> PreTrainedModel:
+        """Returns the model of a plan."""
+        if self.refit is None and not self.bridged:
+            return cut(self.view.model, self.groups, plan)
+        rest_NT = self.windows_NT[: -len(self.judging_NT)] if len(self.windows_NT) > 1 else self.windows_NT
+        return apply_plan(self.view, self.groups, plan, rest_NT[:FITTED_WINDOWS], self.refit, bridged=self.bridged)
+
+
+def better_at_once(making: Making, scores: Scores, budget: Budget, plan: PrunePlan, *, auto_align: bool, say: Say) -> PrunePlan:
+    """Returns a plan, or the same share of every kind by the same scores where its model diverges less from the dense one.
+
+    Args:
+        making: How both models are made.
         scores: Scores of the model.
         budget: The budget that the plan was made for.
         plan: The plan.
-        windows_NT: Calibration tokens, int64 (windows, tokens); the last 16 at most are read.
         auto_align: Whether the alignment of the even share is chosen too.
         say: Called with a line where the even share is better.
     """
     try:
-        even = select("uniform", groups, scores, budget, auto_align=auto_align)
+        even = select("uniform", making.groups, scores, budget, auto_align=auto_align)
     except InputError:  # no even share of so few units comes near the ratio
         return plan
     if even.cuts == plan.cuts:
         return plan
-    ours, shared = _divergences(view, groups, (plan, even), windows_NT[-JUDGED_WINDOWS:])
+    say("comparing the knapsack's answer with the same share of every kind, in all layers at once")
+    ours, shared = _divergences(making, (plan, even))
     if ours <= shared:
         return plan
     say(
@@ -54,14 +89,15 @@ def better_at_once(
 
 
 @torch.no_grad()
-def _divergences(view: ModelView, groups: Groups, plans: Sequence[PrunePlan], windows_NT: Tensor) -> list[float]:
+def _divergences(making: Making, plans: Sequence[PrunePlan]) -> list[float]:
     """Returns how far the predictions of each plan's model are from the dense ones, in nats a token."""
-    batches = windows_NT.to(view.model.device).split(1)
-    with float32_on_cpu(view.model):
-        dense = [log_probabilities(view.model(input_ids=ids, use_cache=False).logits) for ids in batches]
+    dense_model = making.view.model
+    batches = making.judging_NT.to(dense_model.device).split(1)
+    with float32_on_cpu(dense_model):
+        dense = [log_probabilities(dense_model(input_ids=ids, use_cache=False).logits) for ids in batches]
     found: list[float] = []
     for plan in plans:
-        pruned = cut(view.model, groups, plan)
+        pruned = making.of(plan)
         with float32_on_cpu(pruned):
             found.append(mean_divergence((pruned(input_ids=ids, use_cache=False).logits for ids in batches), dense))
     return found

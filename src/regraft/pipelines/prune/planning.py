@@ -15,7 +15,7 @@ from regraft.importance.passes import Passes, WholeModel
 from regraft.importance.two_sided import readers
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.view import ModelView
-from regraft.pipelines.prune.at_once import better_at_once
+from regraft.pipelines.prune.at_once import Making, better_at_once
 from regraft.pipelines.prune.effort import EFFORTS
 from regraft.pipelines.prune.priced_tokens import PricedTokens
 from regraft.pipelines.prune.removal_record import removed_by, renumbered, together
@@ -98,6 +98,7 @@ class Planning:
         auto = settings.align == "auto"
         every = groups if self.tokens is None else self.tokens.beside(groups)
         check_possible(every, replace(budget, align=1) if auto else budget)
+        in_memory = passes is None
         passes = passes or WholeModel(view.model, self.windows)
         scores = self._scores(view, groups, passes)
         selector = SELECTORS.get(settings.select)
@@ -111,9 +112,10 @@ class Planning:
         if budget.curves is not None and self._predicted:
             curves = self._rescaled(view, groups, scores, budget.curves, plan, passes)
             plan = self._selected(by, view, groups, scores, replace(budget, curves=curves), auto)
-        if budget.curves is not None and self._as_cut(budget):
+        if budget.curves is not None and in_memory and self._equal_layers(budget):
             assert self.windows is not None
-            plan = better_at_once(view, groups, scores, budget, plan, self.windows, auto_align=auto, say=self.say)
+            making = Making(view, groups, self.windows, self.resolved.layerwise, bridged=settings.bridge)
+            plan = better_at_once(making, scores, budget, plan, auto_align=auto, say=self.say)
         if selector.learned:
             assert self.windows is not None
             aligned = replace(budget, align=plan.align)
@@ -131,9 +133,9 @@ class Planning:
             groups, scores = self.tokens.beside(groups), self.tokens.scored(scores)
         return select(by, groups, scores, budget, auto_align=auto)
 
-    def _as_cut(self, budget: Budget) -> bool:
-        """Returns whether a cut without a re-fit is the result, in equal layers, so that whole answers can be compared."""
-        return budget.shape == "uniform" and budget.counted and self.tokens is None and self.resolved.refit is None
+    def _equal_layers(self, budget: Budget) -> bool:
+        """Returns whether all layers get the same sizes, so that whole answers have to be compared."""
+        return budget.shape == "uniform" and budget.counted and self.tokens is None
 
     @property
     def _predicted(self) -> bool:
