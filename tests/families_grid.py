@@ -100,6 +100,7 @@ GRID: dict[str, dict[str, str]] = {
     "Gemma 4": _DENSE
     | {
         "mixer_heads": "none",
+        "gguf": "yes",
         "heads": "its layers have heads of several sizes",
         "compress": "lists sizes of single layers by itself, beside which no layer is stored as two factors; prune its channels",
     },
