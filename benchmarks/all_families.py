@@ -2,6 +2,8 @@
 
     python benchmarks/all_families.py [MODEL_TYPE ...]
 
+Without names, families that have no row yet are measured and their rows kept, so that an interrupted run goes on.
+
 A small random model of each family is made as `regraft` itself makes one to look at it (`models/small_model.py`), in a process of its own.
 One unit of the heads and a third of the channels go from every layer that has them; beside it, the removed units are set to zero in what
 reads them and, where a norm runs over all heads, in what writes them. Logits may differ by 1e-5 of the largest. Then text is generated with and
@@ -18,11 +20,14 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
-from common import RESULTS, machine, table, versions, write_rows
+from common import RESULTS, add_row, machine, read_rows, table, versions
 
 KINDS = ("heads", "ffn")
+HEAD = ("model type", "heads", "FFN channels", "processor time, s")
+FILE = RESULTS / "all_families.csv"
 LIMIT_SECONDS = 300
 TOLERANCE = 1e-5
 
@@ -125,28 +130,38 @@ def alone(model_type: str) -> list[str]:
 
 
 def main() -> int:
-    """Measures all families, or those that are named, and writes the table; returns the number of faults."""
+    """Measures all families that have no row yet, or those that are named, and draws the table; returns the number of faults."""
     warnings.simplefilter("ignore")
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     every = sorted(kind for kind in CONFIG_MAPPING if CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING)
+    named, done = sys.argv[1:], {row[HEAD[0]] for row in read_rows(FILE)}
     rows: list[list[str]] = []
-    for model_type in sys.argv[1:] or every:
+    for model_type in named or [kind for kind in every if kind not in done]:
         rows.append(alone(model_type))
         print(*rows[-1], sep=" | ", flush=True)
-    faults = sum(any(word in cell for word in ("WRONG", "TRACEBACK", "HANGS")) for row in rows for cell in row)
-    if not sys.argv[1:]:
-        head = ("model type", "heads", "FFN channels", "processor time, s")
-        write_rows(RESULTS / "all_families.csv", [dict(zip(head, row, strict=True)) for row in rows])
-        cut = sum(any(cell.startswith("yes") for cell in row) for row in rows)
-        lines = ["# Every causal language model of transformers", "", "Written by `benchmarks/all_families.py`; do not edit by hand.", ""]
-        lines += [f"{machine()}; {versions('torch', 'transformers')}; processor time, one thread, without the imports.", ""]
-        lines += [f"{len(rows)} model types: heads or channels of {cut} are cut, {len(rows) - cut} are refused, {faults} faults.", ""]
-        lines += [*table(head, rows), ""]
-        (RESULTS / "all_families.md").write_text("\n".join(lines), encoding="utf-8")
-    return faults
+        if not named:
+            add_row(FILE, dict(zip(HEAD, rows[-1], strict=True)))
+    if not named:
+        rows = [[row[column] for column in HEAD] for row in read_rows(FILE)]
+        draw(rows, len(every))
+    return faults_in(rows)
+
+
+def faults_in(rows: Sequence[Sequence[str]]) -> int:
+    return sum(any(word in cell for word in ("WRONG", "TRACEBACK", "HANGS")) for row in rows for cell in row)
+
+
+def draw(rows: Sequence[Sequence[str]], families: int) -> None:
+    """Draws the table of all rows."""
+    cut = sum(any(cell.startswith("yes") for cell in row) for row in rows)
+    lines = ["# Every causal language model of transformers", "", "Written by `benchmarks/all_families.py`; do not edit by hand.", ""]
+    lines += [f"{machine()}; {versions('torch', 'transformers')}; processor time, one thread, without the imports.", ""]
+    counts = f"heads or channels of {cut} are cut, {len(rows) - cut} are refused or have no small model, {faults_in(rows)} faults"
+    lines += [f"{len(rows)} of {families} model types: {counts}.", "", *table(HEAD, rows)]
+    FILE.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
