@@ -23,7 +23,17 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
+
 from common import RESULTS, add_row, machine, read_rows, table, versions
+from regraft.errors import RegraftError
+from regraft.groups.discover import look_for
+from regraft.models.family import family_of
+from regraft.models.small_model import small_model
+from regraft.plans import Cut, PrunePlan
+from regraft.surgery.cut import cut
 
 KINDS = ("heads", "ffn")
 HEAD = ("model type", "heads", "FFN channels", "processor time, s")
@@ -34,13 +44,6 @@ TOLERANCE = 1e-5
 
 def found_of(model_type: str) -> tuple[str, str]:
     """Returns what becomes of heads and of channels."""
-    from transformers import CONFIG_MAPPING
-
-    from regraft.errors import RegraftError
-    from regraft.groups.discover import look_for
-    from regraft.models.family import family_of
-    from regraft.models.small_model import small_model
-
     try:
         family_of(model_type)
         config = CONFIG_MAPPING[model_type]
@@ -58,12 +61,6 @@ def found_of(model_type: str) -> tuple[str, str]:
 
 def cut_of(model: Any, found: Any, kind: str) -> str:
     """Returns ``yes`` with the number of layers, or what is in the way, or what went wrong."""
-    import torch
-
-    from regraft.errors import RegraftError
-    from regraft.plans import Cut, PrunePlan
-    from regraft.surgery.cut import cut
-
     here = [group for group in found.groups.groups if group.kind == kind]
     if not here:
         reasons = dict.fromkeys(refusal.reason for refusal in found.refusals if refusal.kind == kind)
@@ -97,8 +94,6 @@ def cut_of(model: Any, found: Any, kind: str) -> str:
 
 def generated(model: Any, ids: Any) -> str:
     """Returns what is wrong with generation by cache; nothing if it gives the same text as without, or the family has no cache."""
-    import torch
-
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     try:
         plain = model.generate(ids, use_cache=False, **settings)
@@ -132,9 +127,6 @@ def alone(model_type: str) -> list[str]:
 def main() -> int:
     """Measures all families that have no row yet, or those that are named, and draws the table; returns the number of faults."""
     warnings.simplefilter("ignore")
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
-    from transformers.utils import logging
-
     logging.set_verbosity_error()
     every = sorted(kind for kind in CONFIG_MAPPING if CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING)
     named, done = sys.argv[1:], {row[HEAD[0]] for row in read_rows(FILE)}

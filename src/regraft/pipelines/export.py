@@ -126,8 +126,7 @@ def export(
         given = _folded_live(model, tokenizer)[0] if isinstance(model, PeftModel) else model
         if place is not None and is_adapter(place):
             given = _folded(Path(place), loading)[0]
-        elif place is not None and _is_streamed(form, tokenizer, options, check) and not _is_factored(locate_by(place, loading)):
-            folder = locate_by(place, loading)
+        elif place is not None and _is_streamed(form, tokenizer, options, check) and not _is_factored(folder := locate_by(place, loading)):
             why = why_not_compared(folder, loading) if check is not None else ""
             if check is None or why:
                 done = export_streamed(folder, output, to, form, options, loading, source=str(model), command=command)

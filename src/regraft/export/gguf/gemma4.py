@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from regraft.export.gguf.llama_like import FOUR_NORMS, HEAD_NORMS, PROJECTIONS, made, norm, outside
+from regraft.export.gguf.llama_like import FOUR_NORMS, HEAD_NORMS, PROJECTIONS, made, norm, outside, stored_parts
 from regraft.export.gguf.rotary import FREQUENCIES
 from regraft.export.gguf.source import Entry, Layout, Metadata, Source
 from regraft.models.gguf_config import NO_CAP
@@ -139,17 +139,8 @@ def _of_all_layers(source: Source) -> list[Entry]:
 
 
 def _of_layer(source: Source, index: int) -> list[Entry]:
-    prefix, stem = _layer(source, index), f"blk.{index}"
-    entries = [
-        norm(source, f"{prefix}.{module}", f"{stem}.{name}", index)
-        for module, name in NORMS.items()
-        if f"{prefix}.{module}.weight" in source.shapes
-    ]
-    for module, name in MATRICES.items():
-        weight = f"{prefix}.{module}.weight"
-        if weight in source.shapes:
-            make = made(source, weight, 0, 1.0)
-            entries.append(Entry(f"{stem}.{name}.weight", source.shapes[weight], make, reads=f"{prefix}.{module}", layer=index))
-    scalar = f"{prefix}.layer_scalar"
-    entries.append(Entry(f"{stem}.layer_output_scale.weight", source.shapes[scalar], made(source, scalar, 0, 1.0), exact=True, layer=index))
+    entries = stored_parts(source, index, NORMS, MATRICES)
+    scalar = f"{_layer(source, index)}.layer_scalar"
+    make, name = made(source, scalar, 0, 1.0), f"blk.{index}.layer_output_scale.weight"
+    entries.append(Entry(name, source.shapes[scalar], make, exact=True, layer=index))
     return entries

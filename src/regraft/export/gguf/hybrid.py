@@ -6,12 +6,12 @@ Which layers have attention the runtimes read from the list of key-value heads, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from regraft.export.gguf.llama_like import ATTENTION, QUERIES_KEYS_VALUES, TWO_NORMS, made, multipliers, norm, outside
+from regraft.export.gguf.llama_like import ATTENTION, QUERIES_KEYS_VALUES, TWO_NORMS, multipliers, norm, outside, stored_parts
 from regraft.export.gguf.rotary import rotary
 from regraft.export.gguf.source import Entry, Layout, Metadata, Source
 from regraft.models.view import LayerSizes
@@ -79,7 +79,7 @@ def lfm2(source: Source) -> Layout:
 
     def layer(index: int) -> list[Entry]:
         prefix = f"{source.family.layers}.{index}"
-        entries = _named(source, index, {**LFM2_NORMS, **LFM2_HEAD_NORMS}, LFM2)
+        entries = stored_parts(source, index, {**LFM2_NORMS, **LFM2_HEAD_NORMS}, LFM2)
         return [*entries, *_kernel(source, f"{prefix}.conv.conv", f"blk.{index}.shortconv.conv", index)]
 
     return _file("lfm2", source, metadata, "token_embd_norm", layer)
@@ -102,7 +102,7 @@ def granite(source: Source) -> Layout:
 
     def layer(index: int) -> list[Entry]:
         prefix, stem = f"{source.family.layers}.{index}", f"blk.{index}"
-        entries = _named(source, index, TWO_NORMS, GRANITE, paired_heads=True)
+        entries = stored_parts(source, index, TWO_NORMS, GRANITE, paired_heads=True)
         entries += _halves(source, index)
         if f"{prefix}.mamba.A_log" not in source.shapes:
             return entries
@@ -145,25 +145,6 @@ def _file(name: str, source: Source, metadata: Metadata, last_norm: str, layer: 
     if not source.tied:
         entries.append(outside(source, source.family.head, "output"))
     return Layout(name, metadata, tuple(entries), int(metadata["context_length"]))
-
-
-def _named(
-    source: Source, index: int, norms: Mapping[str, str], projections: Mapping[str, str], *, paired_heads: bool = False
-) -> list[Entry]:
-    """Returns norms and projections of a layer, of those that it has, under their names in the file."""
-    prefix, size = f"{source.family.layers}.{index}", source.sizes[index]
-    heads: dict[str, int] = {"attn_q": size.query_heads, "attn_k": size.kv_heads} if paired_heads else {}
-    entries = [
-        norm(source, f"{prefix}.{module}", f"blk.{index}.{stem}", index)
-        for module, stem in norms.items()
-        if f"{prefix}.{module}.weight" in source.shapes
-    ]
-    for module, stem in projections.items():
-        name = f"{prefix}.{module}.weight"
-        if name in source.shapes:
-            make = made(source, name, heads.get(stem, 0), 1.0)
-            entries.append(Entry(f"blk.{index}.{stem}.weight", source.shapes[name], make, reads=f"{prefix}.{module}", layer=index))
-    return entries
 
 
 def _kernel(source: Source, module: str, stem: str, layer: int) -> list[Entry]:

@@ -230,6 +230,27 @@ def norm(source: Source, module: str, stem: str, layer: int = -1, factor: float 
     return Entry(f"{stem}.weight", shape, make, exact=True, layer=layer)
 
 
+def stored_parts(
+    source: Source, index: int, norms: Mapping[str, str], projections: Mapping[str, str], *, paired_heads: bool = False
+) -> list[Entry]:
+    """Returns norms and projections of a layer, of those that it has, under their names in the file."""
+    prefix = f"{source.family.layers}.{index}"
+    heads: dict[str, int] = {}
+    if paired_heads:
+        heads = {"attn_q": source.sizes[index].query_heads, "attn_k": source.sizes[index].kv_heads}
+    entries = [
+        norm(source, f"{prefix}.{module}", f"blk.{index}.{stem}", index)
+        for module, stem in norms.items()
+        if f"{prefix}.{module}.weight" in source.shapes
+    ]
+    for module, stem in projections.items():
+        name = f"{prefix}.{module}.weight"
+        if name in source.shapes:
+            make = made(source, name, heads.get(stem, 0), 1.0)
+            entries.append(Entry(f"blk.{index}.{stem}.weight", source.shapes[name], make, reads=f"{prefix}.{module}", layer=index))
+    return entries
+
+
 def gemma2(source: Source) -> tuple[Metadata, float]:
     """Returns the keys of Gemma 2: its windows, its caps, and the factor that its own scale of attention puts on queries."""
     config = source.config

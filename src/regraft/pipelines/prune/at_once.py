@@ -48,14 +48,19 @@ class Making:
     bridged: bool = False
 
     @property
+    def fits(self) -> bool:
+        """Whether anything is fitted to the text."""
+        return self.refit is not None or self.bridged
+
+    @property
     def judging_NT(self) -> Tensor:
         """Windows that no re-fit reads, int64 (windows, tokens); all of the last ones where nothing is re-fitted."""
-        most = len(self.windows_NT) if self.refit is None and not self.bridged else max(1, len(self.windows_NT) // 4)
+        most = max(1, len(self.windows_NT) // 4) if self.fits else len(self.windows_NT)
         return self.windows_NT[-min(JUDGED_WINDOWS, most) :]
 
     def of(self, plan: PrunePlan) -> PreTrainedModel:
         """Returns the model of a plan."""
-        if self.refit is None and not self.bridged:
+        if not self.fits:
             return cut(self.view.model, self.groups, plan)
         rest_NT = self.windows_NT[: -len(self.judging_NT)] if len(self.windows_NT) > 1 else self.windows_NT
         return apply_plan(self.view, self.groups, plan, rest_NT[:FITTED_WINDOWS], self.refit, bridged=self.bridged)
