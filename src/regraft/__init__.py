@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     from regraft.pipelines.inspect import InspectReport as InspectReport
     from regraft.pipelines.inspect import inspect_model as inspect
     from regraft.pipelines.prune.plan_files import read_plan as read_plan
-    from regraft.pipelines.prune.prune import PruneReport as PruneReport
-    from regraft.pipelines.prune.prune import PruneResult as PruneResult
     from regraft.pipelines.prune.prune import prune as prune
     from regraft.pipelines.prune.prune import replay as replay
+    from regraft.pipelines.prune.result import PruneReport as PruneReport
+    from regraft.pipelines.prune.result import PruneResult as PruneResult
     from regraft.pipelines.ranks.allocate import RankResult as RankResult
     from regraft.pipelines.ranks.allocate import allocate_ranks as allocate_ranks
     from regraft.pipelines.recover import RecoverResult as RecoverResult
@@ -128,8 +128,8 @@ _PUBLIC = {
     "Loaded": ("regraft.models.load", "Loaded"),
     "Measurement": ("regraft.plans", "Measurement"),
     "PrunePlan": ("regraft.plans", "PrunePlan"),
-    "PruneReport": ("regraft.pipelines.prune.prune", "PruneReport"),
-    "PruneResult": ("regraft.pipelines.prune.prune", "PruneResult"),
+    "PruneReport": ("regraft.pipelines.prune.result", "PruneReport"),
+    "PruneResult": ("regraft.pipelines.prune.result", "PruneResult"),
     "PruneSettings": ("regraft.settings", "PruneSettings"),
     "RankPlan": ("regraft.plans", "RankPlan"),
     "RankResult": ("regraft.pipelines.ranks.allocate", "RankResult"),

@@ -47,6 +47,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_anywhere_and_given_again_it_ends_with_the_same_bytes(inputs: Path, tmp_path: Path, stage: str) -> None:
     command, file, kept = STAGES[stage]

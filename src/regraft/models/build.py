@@ -154,18 +154,11 @@ def config_for(
     own_lists = _native_lists(base, kept)
     shown = next((layer for layer in sizes if layer.query_heads), sizes[0])  # one with heads, where not all have some
     if not per_layer and _as_computed(shown, family, width) and not (values.get("norm_width") or values.get("factored")):
-        for candidate in (family.model_type, family.stand_in):
-            stock = _stock_values(values, shown, family) | ({"per_layer_config": own_lists} if own_lists else {})
-            config = _stock_config(stock, family.model_type, candidate) if candidate else None
-            if config is not None:
-                return config
+        stock = _first_stock(_stock_values(values, shown, family) | ({"per_layer_config": own_lists} if own_lists else {}), family)
+        if stock is not None:
+            return stock
     if own_lists:
-        beside_it = (
-            "no layer is stored as two factors; prune its channels in place of that, with `targets=ffn`"
-            if values.get("factored")
-            else "layers cannot differ in others; prune with `shape=uniform`"
-        )
-        raise PlanError(f"family '{family.model_type}' lists sizes of single layers by itself, beside which {beside_it}")
+        raise _two_lists(family, factored=bool(values.get("factored")))
     own = {
         "head_dim": shown.head_dim if shown.query_heads else values.get("head_dim"),
         "layout": _layout(family, base, projecting=projecting),
@@ -214,6 +207,23 @@ def _native_lists(base: PreTrainedConfig, kept: Sequence[int]) -> dict[str, dict
         return {}
     said = {int(index): entry for index, entry in (base.to_dict().get("per_layer_config") or {}).items()}
     return {str(new): dict(said[old]) for new, old in enumerate(kept) if said.get(old)}
+
+
+def _first_stock(values: Mapping[str, Any], family: Family) -> PreTrainedConfig | None:
+    """Returns the config of the family's stock class, or of the one that stands in for it; None where neither holds the values."""
+    candidates = (name for name in (family.model_type, family.stand_in) if name)
+    configs = (_stock_config(values, family.model_type, name) for name in candidates)
+    return next((config for config in configs if config is not None), None)
+
+
+def _two_lists(family: Family, *, factored: bool) -> PlanError:
+    """Returns the refusal of layers that differ, for a family whose stock config lists sizes of single layers by itself."""
+    reason = (
+        "no layer is stored as two factors; prune its channels in place of that, with `targets=ffn`"
+        if factored
+        else "layers cannot differ in others; prune with `shape=uniform`"
+    )
+    return PlanError(f"family '{family.model_type}' lists sizes of single layers by itself, beside which {reason}")
 
 
 def _as_computed(layer: LayerSizes, family: Family, width: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,30 +72,46 @@ def evaluate_tasks(
         raise InputError("nothing is measured: name tasks with `tasks`, or texts with `texts`")
     held = in_memory(text)
     given = held if held is not None else (path_in(text) or reading.text)
-    # Whatever can be wrong with files and names is found before a model is loaded.
-    files = {name: read_task(Path(name), chosen.shots or 0, chosen.limit) for name in chosen.tasks if _is_file_of_questions(name)}
-    of_harness = [name for name in chosen.tasks if name not in files and name not in FROM_TEXT]
-    corpora = [read(path, "test", "texts") for path in chosen.texts]
+    wanted = _wanted(chosen)
     source = read(given, "test", "text") if given is not None else None
-    manager = check_harness(of_harness) if of_harness else None
     loaded, _ = taken(model, tokenizer, load)
     if is_classifier(loaded.model):
         raise not_for_labels(loaded.source)
-    made = _made_tasks(loaded, chosen, source)
+    tasks = dict(wanted.files) | _made_tasks(loaded, chosen, source)
     with evaluating(loaded.model):
         scores: list[TaskScore] = []
         for name in chosen.tasks:
-            if name in of_harness:
-                one = score_by_harness(
-                    loaded.model, require_tokenizer(loaded), [name], manager, limit=chosen.limit, shots=chosen.shots, seed=seed
-                )
-                scores += one
+            if name in tasks:
+                scores += _scored(loaded, tasks[name], chosen, progress)
             else:
-                scores += _scored(loaded, (files | made)[name], chosen, progress)
-        losses = _losses(loaded, corpora, chosen, reading, progress)
+                own = require_tokenizer(loaded)
+                scores += score_by_harness(loaded.model, own, [name], wanted.manager, limit=chosen.limit, shots=chosen.shots, seed=seed)
+        losses = _losses(loaded, wanted.corpora, chosen, reading, progress)
     name = label if label is not None else (str(model) if isinstance(model, str | Path) else loaded.source)
-    known = versions() | (dict(harness_version()) if of_harness else {})
+    known = versions() | (dict(harness_version()) if wanted.manager is not None else {})
     return TaskReport(name, tuple(scores), losses, parameter_count(loaded.model), known)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is read before a model is loaded, as whatever can be wrong with files and names is found by it.
+
+    Attributes:
+        files: Tasks from files of questions, by name.
+        manager: The harness's index of tasks; None where no task is of the harness.
+        corpora: Texts whose losses are measured.
+    """
+
+    files: Mapping[str, Task]
+    manager: Any
+    corpora: Sequence[Corpus]
+
+
+def _wanted(chosen: TaskSettings) -> _Wanted:
+    files = {name: read_task(Path(name), chosen.shots or 0, chosen.limit) for name in chosen.tasks if _is_file_of_questions(name)}
+    of_harness = [name for name in chosen.tasks if name not in files and name not in FROM_TEXT]
+    manager = check_harness(of_harness) if of_harness else None
+    return _Wanted(files, manager, [read(path, "test", "texts") for path in chosen.texts])
 
 
 def _is_file_of_questions(name: str) -> bool:
@@ -123,7 +141,7 @@ def _scored(loaded: Loaded, task: Task, chosen: TaskSettings, progress: SayCount
 
 
 def _losses(
-    loaded: Loaded, corpora: list[Corpus], chosen: TaskSettings, reading: EvaluateSettings, progress: SayCount | None
+    loaded: Loaded, corpora: Sequence[Corpus], chosen: TaskSettings, reading: EvaluateSettings, progress: SayCount | None
 ) -> tuple[LossReport, ...]:
     """Measures each text at each window. Of several windows, those longer than the model's context are left out."""
     limit = context_limit(loaded.model.config)

@@ -16,7 +16,8 @@ from folders import byte_pair_tokenizer, text_file
 from regraft.groups.discover import discover
 from regraft.models.vocabulary import vocabulary_of
 from regraft.pipelines.prune.priced_tokens import ranked_tokens, within_layers
-from regraft.pipelines.prune.prune import PruneResult, prune, replay
+from regraft.pipelines.prune.prune import prune, replay
+from regraft.pipelines.prune.result import PruneResult
 from regraft.surgery.cut import cut
 from regraft.surgery.vocabulary import VOCABULARY
 
