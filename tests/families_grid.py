@@ -83,7 +83,9 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Granite MoE": ("granitemoe", {**MIXTURE, "num_local_experts": 4}),
 }  # fmt: skip
 
-KINDS = {"heads": "heads", "ffn": "FFN", "mixer_heads": "mixer heads", "layer": "layers", "residual": "residual"}
+KINDS = {
+    "heads": "heads", "query_heads": "query heads", "ffn": "FFN", "mixer_heads": "mixer heads", "layer": "layers", "residual": "residual",
+}  # fmt: skip
 CUT = {**KINDS, "experts": "experts", "vocabulary": "vocabulary"}
 COLUMNS = {
     **CUT, "memory": "`--memory`", "recover": "recover", "allocate": "allocate",
@@ -108,25 +110,26 @@ GRID: dict[str, dict[str, str]] = {
     "gpt-oss": _TABLE | {"ffn": "none", "mixer_heads": "none"},
 }
 _PLAIN = {"residual": _TABLE["residual"], "mixer_heads": "none", "experts": "none"}
+_NORMED = dict.fromkeys(("heads", "query_heads"), "computes one number from all channels, so that removing one changes the others")
 _EXPERTS = {"residual": _TABLE["residual"], "mixer_heads": "none", "ffn": "none"}
 GRID |= {
     "Qwen3-Next": _DENSE,
     "Qwen3-Next, with experts": {"residual": _TABLE["residual"], "ffn": "none"},
-    "OLMo-Hybrid": _DENSE | {"heads": "computes one number from all channels, so that removing one changes the others"},
+    "OLMo-Hybrid": _DENSE | _NORMED,
     "DeepSeek-V3": {
         "residual": _TABLE["residual"],
         "mixer_heads": "none",
-        "heads": "it has no attention that writes the stream through one matrix",
+        **dict.fromkeys(("heads", "query_heads"), "it has no attention that writes the stream through one matrix"),
         "experts": "has an entry for each expert that is no parameter",
     },
     "Gemma 3n": _PLAIN | {"heads": "lets layers use the keys and values of others"},
     "LFM3": _PLAIN,
     "LFM2-MoE": {"residual": _TABLE["residual"], "mixer_heads": "none"},
-    "Falcon-H1": _PLAIN | {"mixer_heads": "is none of the mixers whose heads are known here"},
+    "Falcon-H1": _PLAIN | {"mixer_heads": "yes"},
     "Bamba": _PLAIN | {"mixer_heads": "is none of the mixers whose heads are known here"},
     **dict.fromkeys(("Granite SWA", "SmolLM3", "Ministral 3", "Arcee", "Hunyuan, dense", "ERNIE 4.5", "Apertus"), _PLAIN),
     "Mixtral": _EXPERTS,
-    "OLMoE": _EXPERTS | {"heads": "computes one number from all channels, so that removing one changes the others"},
+    "OLMoE": _EXPERTS | _NORMED,
     "Granite MoE": _EXPERTS,
 }
 

@@ -274,16 +274,18 @@ generated alike with and without cache, and that a fresh process loads what was 
 | Bamba | in layers with attention | yes | yes | yes |
 | OLMo-Hybrid | no [4] | yes | no [5] | yes |
 | Nemotron-H | in layers with attention | in layers with an MLP | no [6] | yes |
-| Gemma 4 (`gemma4_text`) | no [7] | yes, alike in all layers | no [7] | yes [8] |
-| Gemma 3n (`gemma3n_text`) | no [7] | yes [9] | no [7] | yes [8] |
+| Gemma 4 (`gemma4_text`) | query heads, alike in all layers [7] | yes, alike in all layers | no [7] | yes [8] |
+| Gemma 3n (`gemma3n_text`) | query heads [7] | yes [9] | no [7] | yes [8] |
+| Falcon-H1 (attention and Mamba-2 beside each other) | yes | yes | yes | yes |
 | DeepSeek-V3, and other latent attention (MiniCPM3, GLM 4 MoE lite, Youtu) | no [10] | in dense layers | no [10] | yes |
 | Granite SWA (a sink goes with its head), SmolLM3, Ministral 3, Arcee, Hunyuan dense, ERNIE 4.5 | yes | yes | yes | yes |
 
 4. Its norms of queries and keys run over all heads.
 5. A norm of one name serves the attention in some layers and the feed-forward network in others.
 6. Its attention and its feed-forward network are layers of their own.
-7. Its last layers use the keys and values of others, and heads of Gemma 4 have several sizes. With
-   `use_double_wide_mlp` channels stay, too.
+7. Its last layers use the keys and values of others, and heads of Gemma 4 have several sizes: `--targets query_heads` takes query heads
+   evenly from each key-value head, which stays. Where layers have key-value heads of several numbers, these stay too. With
+   `use_double_wide_mlp` channels stay.
 8. With their slices of the per-layer embeddings. Layers whose keys and values others use stay, and so does the last one of Gemma 4.
 9. Its config has a width for each layer, so that the class stays stock. Layers that keep few channels by mean and deviation of all
    (`activation_sparsity_pattern` above 0) stay.
@@ -293,8 +295,9 @@ generated alike with and without cache, and that a fresh process loads what was 
 `--targets mixer_heads` removes heads of Gated DeltaNet (Qwen 3.5, Qwen3-Next, OLMo-Hybrid) and of Mamba-2 where each group has a norm of
 its own (Nemotron-H): a key head, or group, with all value heads that read its state. Scores, re-fit, selection and `--memory` are those of
 other heads: scores look at what the heads write after their state has seen the text. `tests/conformance/test_mixer_heads.py` shows the same
-three things as above. The same number in every layer keeps the stock class. The Mamba-2 of Granite 4 and Bamba, whose heads share one norm
-and whose number follows from the width, and that of Falcon-H1 are refused by name.
+three things as above. The same number in every layer keeps the stock class. Falcon-H1 without a norm in its mixers, as published, loses
+value heads, evenly from each group, and the same number in every layer. Its mixers with a norm, and the Mamba-2 of Granite 4 and Bamba,
+whose heads share one norm and whose number follows from the width, are refused by name.
 
 Layers of Gemma 4 and Gemma 3n read embeddings of the tokens and shared keys and values beside the hidden states. In memory every batch
 keeps its own; `--memory` takes these families with a criterion that reads weights alone (`l2`), and refuses a calibration text.
@@ -308,7 +311,7 @@ and compared with zeros, or the line of the refusal is written down (`benchmarks
 ## Every command over these
 
 `tests/conformance/test_families_grid.py` runs every command on a small model of each of these and asserts the mark: **yes**, or the words
-of a refusal in one line, which leaves nothing behind. The first seven columns say what is cut, the others what runs on the uncut model.
+of a refusal in one line, which leaves nothing behind. The first eight columns say what is cut, the others what runs on the uncut model.
 
 {grid}
 

@@ -64,13 +64,18 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, str], set[str], set[int]]] 
          "ssm_state_size": 16},
         ("mixer.o_proj", "mixer.down_proj"), {"heads", "query_heads", "ffn", "layer"}, {1, 3},
     ),
-    "gemma4_text": (  # heads of several sizes, an embedding that holds a part for each layer, keys and values that layers share
+    # query heads go evenly from each group: heads have several sizes, and the keys and values of two layers serve two others
+    "gemma4_text": (  # an embedding that holds a part for each layer
         {**SIZES, "num_hidden_layers": 4, "layer_types": ["sliding_attention", FULL] * 2, "global_head_dim": 16, "num_kv_shared_layers": 2,
          "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 97},
-        LLAMAS, {"ffn", "layer"}, set(),
+        LLAMAS, {"query_heads", "ffn", "layer"}, set(),
     ),
     # four streams, channels kept by mean and deviation in the first layer, an embedding for each layer, keys and values that layers share
-    "gemma3n_text": (OTHERS["Gemma 3n"][1], LLAMAS, {"ffn", "layer"}, set()),
+    "gemma3n_text": (OTHERS["Gemma 3n"][1], LLAMAS, {"query_heads", "ffn", "layer"}, set()),
+    "falcon_h1": (  # attention and Mamba-2 beside each other in every layer, multiplied by vectors that the model puts into its layers
+        {**OTHERS["Falcon-H1"][1], "num_hidden_layers": 4, "ssm_multipliers": [0.5, 0.7, 1.3, 0.9, 1.1]},
+        ("self_attn.o_proj", "feed_forward.down_proj"), EVERY, {0, 1, 2, 3},
+    ),
     "bamba": (
         {**SIZES, "attn_layer_indices": [1, 3], "num_hidden_layers": 4, "mamba_n_heads": 6, "mamba_d_state": 16},
         ("self_attn.o_proj", "feed_forward.down_proj"), EVERY, {1, 3},
@@ -130,8 +135,10 @@ def silenced(model: PreTrainedModel, family: str, lost: dict[str, list[int]]) ->
                 "heads": [2 * unit + query for unit in units for query in (0, 1)],
                 "query_heads": [2 * group + unit for unit in units for group in range(3)],
             }
-            channels = [8 * head + channel for head in heads.get(kind, range(6)) for channel in range(8)]
-            handles.append(layer.get_submodule(attention).register_forward_pre_hook(zeros(channels)))
+            out: Any = layer.get_submodule(attention)
+            size = out.in_features // 6
+            channels = [size * head + channel for head in heads.get(kind, range(6)) for channel in range(size)]
+            handles.append(out.register_forward_pre_hook(zeros(channels)))
     try:
         yield
     finally:
@@ -147,8 +154,10 @@ def lost_units(family: str) -> list[dict[str, list[int]]]:
     first, last = attending[0], attending[-1]
     if family == "gemma4_text":  # alike in all layers; those that others take keys and values from stay, and so does the last
         channels = {f"layers.{layer}.ffn": list(range(layer, layer + 40)) for layer in feeding}
+        queries = {f"layers.{layer}.query_heads": [layer % 2] for layer in feeding}
         shorter = {"layers.2.layer": [0]}
-        return [channels, shorter, {name: units for name, units in channels.items() if ".2." not in name} | shorter]
+        together = {name: units for name, units in (channels | queries).items() if ".2." not in name}
+        return [channels, queries, shorter, together | shorter]
     modes: dict[str, dict[str, list[int]]] = {
         "heads": {f"layers.{first}.heads": [1], f"layers.{last}.heads": [0, 2]},
         "query_heads": {f"layers.{first}.query_heads": [1]},

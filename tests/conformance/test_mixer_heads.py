@@ -6,6 +6,7 @@ head h reads the state of key head h // (value heads / key heads).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from families_grid import DELTA_NET, FULL, LINEAR, MODELS, SIZES
+from families_grid import DELTA_NET, FULL, LINEAR, MODELS, OTHERS, SIZES
 from folders import text_file, tiny_tokenizer
 from fresh_logits import logits_in_a_fresh_process
 from regraft.cli.app import run
+from regraft.errors import PlanError
 from regraft.groups.discover import discover
+from regraft.groups.mixer_heads import mixer_head_groups
 from regraft.models.build import declared_sizes
 from regraft.models.view import ModelView, parameter_count
 from regraft.plans import Cut, Groups, PrunePlan
@@ -159,3 +162,43 @@ def test_mixers_whose_heads_are_not_known_are_named_in_one_line(tmp_path: Path, 
     assert "'model.layers.0.mamba' (GraniteMoeHybridMambaLayer) is none of the mixers whose heads are known here" in said
     assert len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+def test_a_value_head_of_every_group_goes_where_no_norm_runs_over_them(tmp_path: Path) -> None:
+    groups_of_heads, per_group, size = 2, 4, 8
+    sizes = {"mamba_n_groups": groups_of_heads, "mamba_n_heads": 8, "mamba_d_ssm": 64, "ssm_multipliers": [0.5, 0.7, 1.3, 0.9, 1.1]}
+    model = random_model("falcon_h1", {**OTHERS["Falcon-H1"][1], **sizes})
+    groups = discover(model, ("mixer_heads",))
+    assert [group.units for group in groups.groups] == [per_group, per_group]
+    lost = {0: (1, 3), 1: (0, 2)}
+    cuts = tuple(Cut(f"layers.{layer}.mixer_heads", tuple(unit for unit in range(4) if unit not in gone)) for layer, gone in lost.items())
+    plan = PrunePlan(groups.fingerprint, "planted", "planted", "uniform", 0.1, 1, groups.parameters, groups.parameters, cuts)
+    pruned: Any = cut(model, groups, plan)
+    assert type(pruned) is type(model)
+    assert (pruned.config.mamba_n_groups, pruned.config.mamba_n_heads, pruned.config.mamba_d_ssm) == (2, 4, 32)
+    assert parameter_count(pruned) == groups.parameters - 2 * sum(group.unit_parameters for group in groups.groups)
+    dense = logits(model)
+    with torch.no_grad():
+        for layer, gone in lost.items():
+            heads = [per_group * group + unit for group in range(groups_of_heads) for unit in gone]
+            columns = [size * head + channel for head in heads for channel in range(size)]
+            model.get_parameter(f"model.layers.{layer}.mamba.out_proj.weight")[:, columns] = 0.0
+    want = logits(model)
+    assert (want - dense).abs().max() > 1e-2
+    assert (logits(pruned) - want).abs().max() <= 1e-5
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with_cache, without = (pruned.generate(IDS[:1, :5], use_cache=use, **settings) for use in (True, False))
+    assert torch.equal(with_cache, without)
+    pruned.save_pretrained(tmp_path / "pruned")
+    there = logits_in_a_fresh_process({"pruned": str(tmp_path / "pruned")}, IDS, tmp_path)["pruned"]
+    assert (there - want).abs().max() <= 1e-5
+    with pytest.raises(PlanError, match=r"6 to 8 mixer heads, and family 'falcon_h1' computes with one number for all layers"):
+        cut(model, groups, replace(plan, cuts=(Cut("layers.0.mixer_heads", (0, 1, 2)),)))
+
+
+def test_heads_of_a_mixer_with_a_norm_over_its_groups_stay() -> None:
+    config = CONFIG_MAPPING["falcon_h1"](**OTHERS["Falcon-H1"][1], mamba_rms_norm=True)
+    found, refused = mixer_head_groups(ModelView(AutoModelForCausalLM.from_config(config)))
+    assert not found
+    assert "is none of the mixers whose heads are known here" in refused[0].reason

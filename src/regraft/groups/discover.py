@@ -12,6 +12,7 @@ from regraft.errors import ModelError
 from regraft.groups import declared, traced
 from regraft.groups.mixer_heads import mixer_head_groups
 from regraft.groups.traced import Refusal, Traced
+from regraft.models.build import why_layers_are_alike
 from regraft.models.family import matches
 from regraft.models.view import ModelView, refuse_factored
 from regraft.plans import Group, GroupKind, Groups, Member
@@ -134,6 +135,11 @@ def _traced(view: ModelView) -> Traced:
     odd |= {g.name: Refusal("layer", g.layer, bound[g.layer]) for g in found.groups.groups if g.kind == "layer" and g.layer in bound}
     fixed += odd.values()
     kept = tuple(_with_slices(view, group) for group in found.groups.groups if group.kind not in barred and group.name not in odd)
+    counts = {group.units for group in kept if group.kind == "query_heads"}
+    if len(counts) > 1 and why_layers_are_alike(config, "query_heads"):
+        why = f"its layers have {min(counts)} to {max(counts)} query heads for a key-value head, and one number of query heads"
+        fixed.append(Refusal("query_heads", None, why))
+        kept = tuple(group for group in kept if group.kind != "query_heads")
     mixers, unknown = mixer_head_groups(view)
     inside = [group for group in (*kept, *mixers) if group.layer is not None]
     ordered = (*sorted(inside, key=lambda group: group.layer or 0), *(group for group in kept if group.layer is None))

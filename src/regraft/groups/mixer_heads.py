@@ -1,7 +1,7 @@
 """Heads of mixers with a recurrent state: a key head with its value heads is one unit, in every layer that has such a mixer.
 
 No key head sees the state of another, and the norm of the outputs is that of a head or of a key head. Removing units therefore equals
-setting to zero what they write, and needs no correction.
+setting to zero what they write, and needs no correction. Where there is no norm at all, one value head of every key head is a unit.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 
 from regraft.groups.traced import Refusal
-from regraft.models.mixers import VALUES, Mixer, mixer_of, recurrent_of
+from regraft.models.mixers import KEYS, VALUES, Mixer, mixer_of, recurrent_of
 from regraft.models.view import ModelView
-from regraft.plans import Group, Member
+from regraft.plans import Group, Member, Side
 
 KIND = "mixer_heads"
 
@@ -43,18 +43,27 @@ def _group(view: ModelView, index: int, mixer: Mixer) -> Group:
     for part, weight in mixer.module.named_parameters():
         here = _members(mixer, f"{prefix}.{part}", part.removesuffix(".weight").removesuffix(".bias"), weight.dim())
         members += here
-        size += sum(member.size * math.prod(weight.shape) // weight.shape[member.axis] for member in here)
-    return Group(f"layers.{index}.{KIND}", KIND, index, mixer.key_heads, tuple(members), size)
+        size += sum(member.width * math.prod(weight.shape) // weight.shape[member.axis] for member in here)
+    return Group(f"layers.{index}.{KIND}", KIND, index, mixer.units, tuple(members), size)
 
 
 def _members(mixer: Mixer, name: str, stem: str, axes: int) -> list[Member]:
     """Returns the members of a parameter: one for each segment that the heads write, or the columns that read them."""
     if stem == mixer.layout.reader:
-        return [Member(name, 1, "in", size=mixer.widths[VALUES])] if axes == 2 else []
+        return [_member(mixer, name, "in", 0, mixer.widths[VALUES])] if axes == 2 else []
     found: list[Member] = []
     offset = 0
     for segment in mixer.layout.parts.get(stem, ()):
         size = sum(mixer.widths[letter] for letter in segment)
-        found.append(Member(name, 0, "out", offset=offset, size=size))
+        if not (mixer.layout.evenly and KEYS in segment):
+            found.append(_member(mixer, name, "out", offset, size))
         offset += size * mixer.key_heads
     return found
+
+
+def _member(mixer: Mixer, name: str, side: Side, offset: int, size: int) -> Member:
+    """Returns the member of a segment that holds ``size`` channels for each key head."""
+    axis = int(side == "in")
+    if not mixer.layout.evenly:
+        return Member(name, axis, side, offset=offset, size=size)
+    return Member(name, axis, side, offset, size // mixer.units, repeats=mixer.key_heads, stride=size)

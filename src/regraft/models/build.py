@@ -130,6 +130,7 @@ def config_for(
     kept = _kept_layers(base, sizes, layers)
     family = family_of(base.model_type)
     _refuse_impossible(sizes, family)
+    own_lists = _native_lists(base, kept)
     names = base.attribute_map
     values = {key: value for key, value in base.to_dict().items() if key not in DERIVED}
     values |= {names.get("num_hidden_layers", "num_hidden_layers"): len(sizes)}
@@ -144,14 +145,17 @@ def config_for(
     slopes_of = values.get("alibi_of") or values[names.get(family.keys.heads, family.keys.heads)]
     common = _common(sizes, family)
     values |= {names.get(key, key): value for key, value in common.items()}
+    if family.keys.mixer_total and family.keys.mixer[1] in common:
+        total, of_head = family.keys.mixer_total
+        values[total] = common[family.keys.mixer[1]] * values[of_head]
     if family.keys.ffn_listed:  # the family's own list says what differs
         values[family.keys.ffn] = [layer.ffn for layer in sizes]
     if values.get(family.keys.heads_listed):
         values[family.keys.heads_listed] = [layer.query_heads or common.get(family.keys.heads, 0) for layer in sizes]
     per_layer = _overrides(sizes, family, common, _cut_slopes(sizes, slopes_of, family.has_alibi(base)))
+    per_layer = {index: entry for index, entry in per_layer.items() if not entry.items() <= own_lists.get(index, {}).items()}
     for new, entry in _beside(base, values, kept, sizes, beside or {}).items():
         per_layer[new] = per_layer.get(new, {}) | entry
-    own_lists = _native_lists(base, kept)
     shown = next((layer for layer in sizes if layer.query_heads), sizes[0])  # one with heads, where not all have some
     if not per_layer and _as_computed(shown, family, width) and not (values.get("norm_width") or values.get("factored")):
         stock = _first_stock(_stock_values(values, shown, family) | ({"per_layer_config": own_lists} if own_lists else {}), family)
@@ -201,6 +205,20 @@ def _beside(
     return found
 
 
+def why_layers_are_alike(config: PreTrainedConfig, kind: str) -> str:
+    """Returns why no class holds layers with different numbers of units of a kind; empty if ours does.
+
+    Args:
+        config: Config of the model before the change.
+        kind: Kind of groups within a layer.
+    """
+    if _native_lists(config, range(config.num_hidden_layers)):
+        return f"family '{config.model_type}' lists sizes of single layers by itself, beside which layers cannot differ in others"
+    if kind == "mixer_heads" and family_of(config.model_type).keys.mixer_total:
+        return f"family '{config.model_type}' computes with one number of mixer heads for all layers"
+    return ""
+
+
 def _native_lists(base: PreTrainedConfig, kept: Sequence[int]) -> dict[str, dict[str, Any]]:
     """Returns what a stock config says of single layers by itself, such as the head size of some, for the kept layers."""
     if base.model_type.startswith("regraft_"):
@@ -235,6 +253,8 @@ def _as_computed(layer: LayerSizes, family: Family, width: int) -> bool:
 def _stock_values(values: Mapping[str, Any], layer: LayerSizes, family: Family) -> dict[str, Any]:
     """Returns the values for a stock config, with the head size only if it differs from the usual quotient."""
     known = {key: value for key, value in values.items() if key not in OURS and not (key == "head_dim" and value is None)}
+    if family.keys.head_dim_listed:
+        return known
     if family.head_size == "derived" and "head_dim" not in {field.name for field in dataclasses.fields(CONFIG_MAPPING[family.model_type])}:
         known.pop("head_dim", None)
     elif layer.query_heads and ("head_dim" in known or layer.head_dim * layer.query_heads != known["hidden_size"]):
@@ -329,8 +349,14 @@ def _kept_layers(base: PreTrainedConfig, sizes: Sequence[LayerSizes], layers: Se
 
 
 def _refuse_impossible(sizes: Sequence[LayerSizes], family: Family) -> None:
+    mixers = sorted({layer.mixer for layer in sizes})
+    if family.keys.mixer_total and len(mixers) > 1:
+        raise PlanError(
+            f"layers with {mixers[0][1]} to {mixers[-1][1]} mixer heads, and family '{family.model_type}' computes with one number for all "
+            "layers; prune with `shape=uniform`"
+        )
     for index, layer in enumerate(sizes):
-        if layer.head_dim != sizes[0].head_dim:
+        if layer.head_dim != sizes[0].head_dim and not family.keys.head_dim_listed:
             raise PlanError(
                 f"layer {index} has heads of {layer.head_dim} channels, layer 0 of {sizes[0].head_dim}; "
                 "heads are kept or removed whole: use one head size"

@@ -62,8 +62,11 @@ class Keys:
         first_layers: Numbers of layers, counted from the first, that something holds for.
         last_layers: Numbers of layers, counted from the last, that use keys and values of layers before them.
         ffn_listed: Whether ``ffn`` is a list with a width for each layer.
+        head_dim_listed: Whether layers have heads of several sizes, and the config lists those of single layers under ``per_layer_config``.
         heads_listed: A list with the number of query heads of each layer; empty where there is none.
         mixer: Numbers of key heads and of value heads of mixers, where their heads are known.
+        mixer_evenly: Whether a unit of mixer heads is one value head of every key head.
+        mixer_total: Channels of all value heads of a mixer, and of one; empty where the config has no entry for all.
         patterns: Keys of a pattern and its number of repetitions, each with the list that the family's config computes from it.
     """
 
@@ -77,8 +80,11 @@ class Keys:
     first_layers: tuple[str, ...] = ()
     last_layers: tuple[str, ...] = ()
     ffn_listed: bool = False
+    head_dim_listed: bool = False
     heads_listed: str = ""
     mixer: tuple[str, ...] = ()
+    mixer_evenly: bool = False
+    mixer_total: tuple[str, ...] = ()
     patterns: Mapping[str, str] = field(default_factory=dict[str, str])
 
 

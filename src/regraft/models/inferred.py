@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from regraft.compat import own_parameters
 from regraft.errors import ModelError
-from regraft.models.mixers import first_stack, mixer_counts, mixers_of, shapes_of
+from regraft.models.mixers import first_stack, layout_by, mixers_of, shapes_of
 from regraft.models.quiet import in_one_line
 from regraft.models.small_model import (
     DOUBLING_KEYS,
@@ -86,6 +86,8 @@ class Shapes:
         feeding: Indices of the layers with this feed-forward network, of one layer of each kind.
         heads_stay: Why no layer's heads are cut or its attention removed; empty if they can be.
         unlike: Whether that is because the matrices of the attention are not those of queries, keys and values.
+        parts_stay: Why nothing but query heads, evenly from each group, goes from the attention; empty if more can.
+        sized: Whether layers have heads of several sizes, which the config lists.
     """
 
     out: Matrix
@@ -100,6 +102,8 @@ class Shapes:
     feeding: tuple[int, ...]
     heads_stay: str = ""
     unlike: bool = False
+    parts_stay: str = ""
+    sized: bool = False
 
     @property
     def own_head_dim(self) -> bool:
@@ -152,13 +156,15 @@ def _table(small: SmallModel, shapes: Shapes) -> dict[str, Any]:
         raise ModelError("the matrices of its attention are not in one module")
     model: Any = small.model
     serving = _serving(small, shapes)
-    mixed = len(small.kinds) > 1 or shapes.down is None or bool(shapes.heads_stay)
+    layout = layout_by(small.known)
+    mixed = len(small.kinds) > 1 or shapes.down is None or bool(shapes.heads_stay or shapes.parts_stay or layout)
     lists = _lists_of_layers(small)
     parts = parts_for_layers(small)
     fixed = (
         _fixed("residual", "the norms of a family without a table cannot be rescaled with certainty"),
         *_unreplaceable(small, shapes),
         *_unscalable(small, shapes, mixed=mixed),
+        *_shared(shapes),
         *_intertwined(shapes, serving),
         *_deep(small, parts),
     )
@@ -187,11 +193,14 @@ def _table(small: SmallModel, shapes: Shapes) -> dict[str, Any]:
             "kv_heads": shapes.kv_key,
             "ffn": shapes.ffn_key,
             "first_layers": tuple(key for key in FIRST_LAYERS_KEYS if key in small.known),
-            "mixer": mixer_counts(small.known),
+            "mixer": layout.counts if layout is not None else (),
+            "mixer_evenly": layout is not None and layout.evenly,
+            "mixer_total": (layout.total, layout.sizes[1]) if layout is not None and layout.total else (),
             "indices": tuple(key for key in INDEX_KEYS if key in small.known),
             "per_layer": (*lists,),
             "last_layers": tuple(key for key in LAST_LAYERS_KEYS if key in small.known),
             "ffn_listed": shapes.ffn_key in lists,
+            "head_dim_listed": shapes.sized,
             "heads_listed": next((key for key in lists if small.model.config.to_dict().get(key) == [HEADS] * len(small.layers)), ""),
         },
         "for_each_layer": parts,
@@ -309,17 +318,34 @@ def _shapes(small: SmallModel) -> Shapes:
         attending = _of_other_make(others)
         if not attending or not feeding:
             raise ModelError(unlike)
+    if not feeding and not mixers_of(small.layers[next(iter(attending))]):
+        raise ModelError("its feed-forward network has another width than its config says")
     down, up = _one(feeding, "feed-forward networks") if feeding else (None, [])
     out, qkv = _one(attending, "attentions")
     ffn_key = next((key for key in keys if key in small.known), "") if feeding else "intermediate_size"
     found = Shapes(out, tuple(qkv), down, tuple(up), head_dim, ffn, kv_key, ffn_key, tuple(attending), tuple(feeding))
-    others_attend = any(out.name in dict(small.layers[layer].named_modules()) for layer in small.kinds if layer not in attending)
-    sharing = next((key for key in LAST_LAYERS_KEYS if key in small.known), "")
     if unlike:
         return replace(found, heads_stay=unlike, unlike=True)
-    if others_attend:
-        return replace(found, heads_stay="its layers have heads of several sizes")
-    return replace(found, heads_stay=f"`{sharing}` lets layers use the keys and values of others" if sharing else "")
+    return _with_layers_unlike(small, found, others)
+
+
+def _with_layers_unlike(small: SmallModel, found: Shapes, others: Mapping[int, Sequence[Matrix]]) -> Shapes:
+    """Returns the roles with what the layers' attentions do not have in common: the size of their heads, or keys of their own."""
+    sharing = next((key for key in LAST_LAYERS_KEYS if key in small.known), "")
+    parts_stay = f"`{sharing}` lets layers use the keys and values of others" if sharing else ""
+    unlike = [
+        layer for layer in small.kinds if layer not in found.attending and found.out.name in {matrix.name for matrix in others[layer]}
+    ]
+    if not unlike:
+        return replace(found, parts_stay=parts_stay)
+    several = "its layers have heads of several sizes"
+    names = [matrix.name for matrix in found.qkv]
+    for layer in unlike:
+        width = next(matrix.inputs for matrix in others[layer] if matrix.name == found.out.name)
+        there = _attention(others[layer], width // HEADS, grouped=bool(found.kv_key), within=f"{small.layers_name}.{layer}")
+        if width % HEADS or there is None or [matrix.name for matrix in there[1]] != names:
+            return replace(found, heads_stay=several)
+    return replace(found, attending=(*found.attending, *unlike), parts_stay=several, sized=True)
 
 
 def _of_other_make(others: Mapping[int, Sequence[Matrix]]) -> dict[int, tuple[Matrix, list[Matrix]]]:
@@ -477,6 +503,14 @@ def _unscalable(small: SmallModel, shapes: Shapes, *, mixed: bool) -> list[dict[
     if clash is None:
         return []
     return [_fixed(kind, f"'{clash}' has the name of a matrix that writes the stream") for kind in ("heads", "query_heads")]
+
+
+def _shared(shapes: Shapes) -> list[dict[str, Any]]:
+    """Returns refusals for what layers share in their attentions, or have in several sizes; query heads alone can go."""
+    if not shapes.parts_stay:
+        return []
+    alone = f"{shapes.parts_stay}; query heads alone can go, evenly from each group (`targets=query_heads`)"
+    return [_fixed("heads", alone), *(_fixed(kind, shapes.parts_stay) for kind in ("attention", "mlp"))]
 
 
 def _written(part: str, inputs: tuple[Any, ...], output: Any) -> Tensor | None:

@@ -4,8 +4,8 @@ They hold weights with more than two axes (a convolution's kernel, a stack of ex
 and leaves them is as wide as the residual stream, so that everything beside them can be cut.
 
 The heads of some mixers with a recurrent state are known: those of Gated DeltaNet (Yang et al., arXiv 2412.06464) and of Mamba-2 (Dao and
-Gu, arXiv 2405.21060) where every key head, there called a group, has a norm of its own. A key head with the value heads that read its state
-is computed without a look at the others.
+Gu, arXiv 2405.21060) where every key head, there called a group, has a norm of its own, or where there is no norm. A key head with the
+value heads that read its state is computed without a look at the others; where nothing normalises them together, so is a value head alone.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ class Layout:
             head after another what its letters say.
         reader: The matrix that reads the value heads and writes the stream.
         shared: What serves all heads alike.
+        evenly: Whether a unit is a value head of every key head, so that keys stay, in place of a key head with its value heads.
+        total: Config key of the channels of all value heads; empty where the config computes them.
     """
 
     counts: tuple[str, str]
@@ -61,6 +63,13 @@ class Layout:
     parts: Mapping[str, tuple[str, ...]]
     reader: str
     shared: frozenset[str] = frozenset()
+    evenly: bool = False
+    total: str = ""
+
+    @property
+    def keys(self) -> set[str]:
+        """Config keys without which this is not the layout."""
+        return {*self.counts, *self.sizes, *([self.total] if self.total else [])}
 
     @property
     def names(self) -> set[str]:
@@ -101,6 +110,14 @@ LAYOUTS = (
         },
         "out_proj",
     ),
+    Layout(  # Falcon-H1, without a norm; most have one group
+        ("mamba_n_groups", "mamba_n_heads"),
+        ("mamba_d_state", "mamba_d_head"),
+        {"in_proj": ("v", "v", "k", "k", "h"), "conv1d": ("v", "k", "k"), "A_log": ("h",), "dt_bias": ("h",), "D": ("h",)},
+        "out_proj",
+        evenly=True,
+        total="mamba_d_ssm",
+    ),
 )
 
 
@@ -124,10 +141,15 @@ class Mixer:
     value_heads: int
     widths: Mapping[str, int]
 
+    @property
+    def units(self) -> int:
+        """Number of units that can be removed singly."""
+        return self.value_heads // self.key_heads if self.layout.evenly else self.key_heads
 
-def mixer_counts(known: Container[str]) -> tuple[str, ...]:
-    """Returns the config keys of the numbers of key heads and value heads of a family's mixers; none where they are not known."""
-    return next((layout.counts for layout in LAYOUTS if all(key in known for key in (*layout.counts, *layout.sizes))), ())
+
+def layout_by(known: Container[str]) -> Layout | None:
+    """Returns the layout of a family's mixers from the keys of its config; families with the same keys hold their heads alike."""
+    return next((layout for layout in LAYOUTS if all(key in known for key in layout.keys)), None)
 
 
 def recurrent_of(layer: nn.Module) -> tuple[str, nn.Module] | None:
@@ -149,7 +171,7 @@ def mixer_of(layer: nn.Module, config: Any) -> Mixer | None:
     shapes = {part: tuple(weight.shape) for part, weight in module.named_parameters()}
     names = {_stem(part) for part in shapes}
     values = config.to_dict()
-    layout = next((layout for layout in LAYOUTS if layout.names == names and {*layout.counts, *layout.sizes} <= values.keys()), None)
+    layout = next((layout for layout in LAYOUTS if layout.names == names and layout.keys <= values.keys()), None)
     if layout is None:
         return None
     of_key, of_value = (int(values[key]) for key in layout.sizes)

@@ -67,6 +67,7 @@ _MIXERS: dict[str, int] = {
     "mamba_chunk_size": 16,
     "chunk_size": 16,
 }
+_BESIDE_OTHERS = "its language model lies beside others, so that no small one can be built; prune it by `tower=text`"
 # Kinds of layers that a family may know beside those of its default config.
 _FURTHER_KINDS = ("full_attention", "conv", "linear_attention")
 TOKENS = 12
@@ -215,12 +216,14 @@ def _refuse_what_is_large(config: PreTrainedConfig) -> None:
         model = _without_weights(config)
     except Exception:  # its constructor computes with values; the model is inspected after it is built
         if config.get_text_config() is not config:
-            raise ModelError("its language model lies beside others, so that no small one can be built; prune it by `tower=text`") from None
+            raise ModelError(_BESIDE_OTHERS) from None
         return
     _layers(model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     total = sum(sizes.values())
     if total > MOST_PARAMETERS:
+        if config.get_text_config() is not config:
+            raise ModelError(_BESIDE_OTHERS)
         largest = max(sizes, key=lambda name: sizes[name])
         raise ModelError(f"even a small model of it has {total / 1e6:,.0f} million parameters, such as '{largest}'")
 

@@ -75,9 +75,13 @@ class ModelView:
                 f"{type(model).__name__} has no '{self.family.layers}'; its layers differ from family '{self.family.model_type}'"
             ) from None
 
+    def head_dim_of(self, layer: int) -> int:
+        """Returns the channels of one attention head of a layer."""
+        return int(self.model.config.per_layer_config[layer].head_dim) if self.family.keys.head_dim_listed else self.head_dim
+
     @property
     def head_dim(self) -> int:
-        """Channels of one attention head; the same in every layer. 1 in families whose heads are not known, and never cut."""
+        """Channels of one attention head, where all layers have the same. 1 in families whose heads are not known, and never cut."""
         if all(coupling.kind != "heads" for coupling in self.family.couplings):
             return 1
         config = self.model.config
@@ -116,13 +120,16 @@ class ModelView:
                 size = self._width(layer, axis.module, axis.side)
                 widths[coupling.kind, axis.side] = widths.get((coupling.kind, axis.side), 0) + size
                 keys += [size] if axis.block == "head" else []
-        query_heads, ffn = widths.get(("heads", "in"), 0) // self.head_dim, widths.get(("ffn", "in"), 0)
+        head_dim = self.head_dim_of(layer)
+        query_heads, ffn = widths.get(("heads", "in"), 0) // head_dim, widths.get(("ffn", "in"), 0)
         # Queries, keys and values are written together, where one matrix holds several; what comes back is as wide as the queries.
-        kv_heads = keys[0] // self.head_dim if keys else (widths.get(("heads", "out"), 0) // self.head_dim - query_heads) // 2
+        kv_heads = keys[0] // head_dim if keys else (widths.get(("heads", "out"), 0) // head_dim - query_heads) // 2
+        if query_heads and not kv_heads:  # the keys are those of another layer
+            kv_heads = int(getattr(self.model.config.per_layer_config[layer], self.family.keys.kv_heads))
         absent = self._absent(layer, query_heads, ffn) if self.family.mixed else ()
         mixer = mixer_of(self.layers[layer], self.model.config) if self.family.keys.mixer else None
         heads = (0, 0) if mixer is None else (mixer.key_heads, mixer.value_heads)
-        return LayerSizes(query_heads, kv_heads, self.head_dim, ffn, self._slopes(layer, query_heads), absent, heads)
+        return LayerSizes(query_heads, kv_heads, head_dim, ffn, self._slopes(layer, query_heads), absent, heads)
 
     def _absent(self, layer: int, query_heads: int, ffn: int) -> tuple[Literal["attention", "mlp"], ...]:
         """Returns the parts that a layer lacks, although nothing stands in the place of a removed one."""

@@ -236,11 +236,23 @@ def sizes_after(view: ModelView, groups: Groups, cuts: tuple[Cut, ...]) -> list[
         ffn = len(kept.get(("ffn", layer), range(sizes.ffn))) if kept.get(("mlp", layer), (0,)) else 0
         heads = [group * repeats + query for group in groups_kept for query in queries_kept]
         slopes = tuple(sizes.slopes[head] for head in heads) if sizes.slopes else ()
-        keys, values = sizes.mixer
-        left = len(kept.get(("mixer_heads", layer), range(keys)))
-        mixer = (left, left * values // keys) if keys else (0, 0)
+        mixer = _mixer_after(sizes.mixer, kept.get(("mixer_heads", layer)), evenly=view.family.keys.mixer_evenly)
         found.append(LayerSizes(len(heads), len(groups_kept), sizes.head_dim, ffn, slopes, sizes.absent, mixer))
     return found
+
+
+def _mixer_after(mixer: tuple[int, int], kept: Sequence[int] | None, *, evenly: bool) -> tuple[int, int]:
+    """Returns the numbers of key heads and value heads of a mixer after a cut.
+
+    Args:
+        mixer: The numbers before.
+        kept: The units that stay; None where the mixer is not cut.
+        evenly: Whether a unit is a value head of every key head, in place of a key head with its value heads.
+    """
+    keys, values = mixer
+    if kept is None or not keys:
+        return mixer
+    return (keys, keys * len(kept)) if evenly else (len(kept), len(kept) * values // keys)
 
 
 def without_doubles(model: PreTrainedModel) -> dict[str, Tensor]:

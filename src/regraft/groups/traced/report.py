@@ -128,11 +128,26 @@ class Report:
                 self.refusals.append(Refusal(kind, layer, f"its channels are not cut alike everywhere: {where}"))
             elif sets:
                 found.append(_Found(kind, layer, self._without_shared_norms(sets[0]) if kind == "heads" else sets[0]))
-        if len(heads) == 1:
-            queries = self._query_heads(heads[0], layer)
-            if queries is not None:
-                found.append(_Found("query_heads", layer, queries))
+        attending = heads or self._heads_across_layers(layer)
+        queries = self._query_heads(attending[0], layer) if len(attending) == 1 else None
+        if queries is not None:
+            found.append(_Found("query_heads", layer, queries))
         return found
+
+    def _heads_across_layers(self, layer: int) -> list[Units]:
+        """Returns this layer's part of heads whose keys and values serve several layers: these can lose query heads alone."""
+        prefix = f"{self.layers.name}.{layer}."
+        shared = [
+            units
+            for units in self._coupled
+            if len(layers := {self.layers.index(name) for name in units.parameters}) > 1
+            and layer in layers
+            and None not in layers
+            and np.isin(units.components, self._attended).any()
+        ]
+        if shared:
+            self.refusals.append(Refusal("heads", layer, "its keys and values serve several layers"))
+        return [units.narrowed(lambda name: name.startswith(prefix)) for units in shared]
 
     def _feeding(self, sets: list[Units], layer: int) -> list[Units]:
         """Returns the channels of the feed-forward network, where its modules are known and other channels are beside it."""

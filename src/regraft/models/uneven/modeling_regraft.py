@@ -118,7 +118,9 @@ def fit_layers(model: PreTrainedModel, config: UnevenConfig) -> None:
     layers: Any = base.get_submodule(config.laid_out("layers"))
     for index in range(len(layers)):
         layer_config: Any = config.layer(index)
-        layers[index] = layer = made_again(layers[index], layer_config, index)
+        before = layers[index]
+        layers[index] = layer = made_again(before, layer_config, index)
+        _hand_on_buffers(before, layer)
         _size_mlp(layer, layer_config)
         if "attention" in layer_config.skip:
             _replace(layer, (config.laid_out("attention"),), lambda index=index: NoAttn(index))
@@ -148,6 +150,15 @@ def made_again(layer: nn.Module, config: Any, index: int) -> nn.Module:
     kind: Any = type(layer)
     typed = "layer_type" in inspect.signature(kind.__init__).parameters
     return kind(config, index, config.layer_types[index]) if typed else kind(config, index)
+
+
+def _hand_on_buffers(before: nn.Module, layer: nn.Module) -> None:
+    """Gives a layer the buffers that the model puts into its layers after it made them."""
+    for name, module in before.named_modules():
+        new = layer.get_submodule(name)
+        for key, buffer in module._buffers.items():
+            if key not in new._buffers:
+                new.register_buffer(key, buffer, persistent=key not in module._non_persistent_buffers_set)
 
 
 def _replace(layer: nn.Module, names: Sequence[str], make: Any) -> None:
@@ -260,6 +271,17 @@ class Uneven:
     def __init__(self, config: UnevenConfig) -> None:
         super().__init__(config.even())  # pyright: ignore[reportCallIssue]
         fit_layers(self, config)  # pyright: ignore[reportArgumentType]
+
+    def initialize_weights(self) -> None:
+        """Gives what a checkpoint does not hold its first value.
+
+        transformers leaves out modules without tensors of their own where a class is not its own. Some families set buffers of their
+        layers there.
+        """
+        super().initialize_weights()  # pyright: ignore[reportAttributeAccessIssue]
+        for module in self.modules():  # pyright: ignore[reportAttributeAccessIssue]
+            if not (module._parameters or module._buffers):
+                self._init_weights(module)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def model_named(name: str) -> Any:

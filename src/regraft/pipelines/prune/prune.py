@@ -33,6 +33,7 @@ from regraft.pipelines.prune.resolved import (
     left_out,
     missed_by_shape,
     only_wanted,
+    refuse_unlike_layers,
     resolve,
     resolve_replay,
     with_shape,
@@ -307,6 +308,7 @@ def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
         check_counts(every, order.plan)
     else:
         budget_of(groups, resolved.settings)  # before any text is read
+        refuse_unlike_layers(resolved.settings, groups, model.config)
     drawn = drawn_windows(loaded, resolved, order.calibration, order.say) if resolved.needs_text else None
     windows = drawn.windows_NT if drawn is not None else None
     if windows is not None and order.plan is None:
@@ -318,7 +320,9 @@ def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
     plan = order.plan if order.plan is not None else plan_pruning(model, groups, resolved, windows, say=order.say, tokens=tokens)
     check_text(plan, windows)
     notes = (
-        (*resolved.notes, *left_out(resolved.settings, replace(found, groups=every)), *missed_by_shape(plan)) if order.plan is None else ()
+        (*resolved.notes, *left_out(resolved.settings, replace(found, groups=every)), *missed_by_shape(plan, groups, model.config))
+        if order.plan is None
+        else ()
     )
     notes = notes if tokens is None else (*notes, tokens.note(plan))
     record = record_of(loaded, plan, resolved, command=order.command)

@@ -13,9 +13,12 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from transformers import PreTrainedConfig
+
 from regraft.errors import InputError
 from regraft.groups.traced import Traced
 from regraft.importance import CRITERIA
+from regraft.models.build import why_layers_are_alike
 from regraft.models.family import Family
 from regraft.models.view import ModelView
 from regraft.pipelines.prune.effort import EFFORTS
@@ -226,6 +229,30 @@ def _without_tied_heads(resolved: ResolvedPrune, groups: Groups, family: Family)
     return replace(resolved, notes=(*resolved.notes, note))
 
 
+def refuse_unlike_layers(settings: PruneSettings, groups: Groups, config: PreTrainedConfig) -> None:
+    """Refuses a shape that no class of the family holds, before anything is measured.
+
+    Args:
+        settings: Settings with the shape decided.
+        groups: The groups that are cut.
+        config: Config of the model.
+
+    Raises:
+        InputError: Layers of this family have equally many units of one of the kinds.
+    """
+    if settings.shape == "uniform":
+        return
+    why = _why_alike(groups, config)
+    if why:
+        raise InputError(f"{why}; prune all `layers` with `shape=uniform`")
+
+
+def _why_alike(groups: Groups, config: PreTrainedConfig) -> str:
+    """Returns why layers have equally many units of a kind that is cut; empty if they may differ in all."""
+    kinds = dict.fromkeys(group.kind for group in groups.groups if group.layer is not None and group.kind not in WHOLE)
+    return next((why for kind in kinds if (why := why_layers_are_alike(config, kind))), "")
+
+
 def only_wanted(groups: Groups, settings: PruneSettings) -> Groups:
     """Returns the groups of the kinds that the settings cut."""
     wanted = kinds_wanted(settings)
@@ -250,14 +277,15 @@ def layers_differ(groups: Groups, kinds: Collection[GroupKind]) -> str | None:
     return None
 
 
-def missed_by_shape(plan: PrunePlan) -> tuple[str, ...]:
+def missed_by_shape(plan: PrunePlan, groups: Groups, config: PreTrainedConfig) -> tuple[str, ...]:
     """Returns a line on a ratio that layers of equal widths do not meet."""
     if plan.shape != "uniform" or abs(plan.achieved - plan.ratio) <= MOST_MISSED:
         return ()
     counted = plan.made_with.get("settings", {}).get("budget", "parameters")
     if counted != "parameters":
         return ()
-    return (f"layers of equal widths come no closer to {plan.ratio:.2%} than {plan.achieved:.2%}; `shape=per-layer` may",)
+    missed = f"layers of equal widths come no closer to {plan.ratio:.2%} than {plan.achieved:.2%}"
+    return (missed if _why_alike(groups, config) else f"{missed}; `shape=per-layer` may",)
 
 
 def _check_bridge(settings: PruneSettings) -> None:

@@ -18,7 +18,16 @@ from regraft.models.provenance import versions
 from regraft.pipelines.prune.experts import ExpertsWanted, experts_wanted, of_experts, plan_experts
 from regraft.pipelines.prune.planning import Planning, check_text, draw_windows
 from regraft.pipelines.prune.record import card_of, record_of
-from regraft.pipelines.prune.resolved import ResolvedPrune, budget_of, kinds_wanted, left_out, missed_by_shape, only_wanted, with_shape
+from regraft.pipelines.prune.resolved import (
+    ResolvedPrune,
+    budget_of,
+    kinds_wanted,
+    left_out,
+    missed_by_shape,
+    only_wanted,
+    refuse_unlike_layers,
+    with_shape,
+)
 from regraft.pipelines.prune.score_cache import checksum_of
 from regraft.plans import Groups, PrunePlan, to_dict
 from regraft.progress import Say
@@ -100,6 +109,7 @@ def _groups(request: StreamedPrune, skeleton: Skeleton) -> Streamed:
     if request.plan is None:
         resolved = with_shape(resolved, groups, skeleton.view.family)
         groups = only_wanted(groups, resolved.settings)
+        refuse_unlike_layers(resolved.settings, groups, skeleton.view.model.config)
     request = replace(request, resolved=resolved)
     refuse_beyond_layers(skeleton.view.family, groups)
     if request.plan is not None:
@@ -111,7 +121,11 @@ def _groups(request: StreamedPrune, skeleton: Skeleton) -> Streamed:
     if request.plan is not None:
         check_text(request.plan, windows)
     done = _GroupsJob(request, skeleton, groups, windows).run()
-    notes = (*left_out(resolved.settings, found), *missed_by_shape(done.plan)) if request.plan is None else ()
+    notes = (
+        (*left_out(resolved.settings, found), *missed_by_shape(done.plan, groups, skeleton.view.model.config))
+        if request.plan is None
+        else ()
+    )
     return replace(done, notes=(*done.notes, *notes))
 
 
