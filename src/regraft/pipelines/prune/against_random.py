@@ -34,6 +34,7 @@ LONGEST_WINDOW = 256
 _OTHER_WINDOWS = 104_729  # added to the seed that drew the calibration windows
 OWN_WINDOWS, OWN_TOKENS = 8, 32  # of text that the model writes, where nothing else read any
 CLEARLY = 0.9  # share of the harm of chance that a clearly better choice stays below; few windows show no smaller difference
+PLAINLY = 0.25  # a choice that stays below this share of the harm of the first draw is not compared with others
 DRAWS = 5  # of random removals: on a small model the losses of single draws differ by half a nat
 LEAST_HARM_NATS = 0.01  # random removal that does less harm is no measure of anything, as in a model that was never trained
 _SURE = 3.0  # standard errors
@@ -110,14 +111,17 @@ def worse_than_random(chosen: Chosen) -> tuple[str, ...]:
     if windows.shape[1] < 2 or len(windows) < 2 or not _has_room(chosen):
         return ()
     dense_W, ours_W = _losses(chosen.model, windows), _losses(chosen.pruned, windows)
-    drawn = [_losses(chosen.cut(chosen.model, chosen.groups, plan), windows) for plan in _chances(chosen)]
+    drawn: list[Tensor] = []
+    for plan in _chances(chosen):
+        drawn.append(_losses(chosen.cut(chosen.model, chosen.groups, plan), windows))
+        if _sure(drawn[0] - dense_W) and float((ours_W - dense_W).mean()) < PLAINLY * float((drawn[0] - dense_W).mean()):
+            return ()
     if not drawn:
         return ()
     theirs_W = torch.stack(drawn).mean(dim=0)
     luckiest = min(float(losses_W.mean()) for losses_W in drawn)
-    harm_W = theirs_W - dense_W
-    harm = float(harm_W.mean())
-    if not harm > max(LEAST_HARM_NATS, _SURE * float(harm_W.std()) / len(windows) ** 0.5):
+    harm = float((theirs_W - dense_W).mean())
+    if not _sure(theirs_W - dense_W):
         return ()
     ours, theirs, dense = (float(losses_W.mean()) for losses_W in (ours_W, theirs_W, dense_W))
     if ours - dense <= CLEARLY * harm and ours < luckiest:
@@ -128,6 +132,11 @@ def worse_than_random(chosen: Chosen) -> tuple[str, ...]:
         f"{how} random removal of the same size: {ours:.3f} nats a token on the text that was read, against {theirs:.3f} where random "
         f"{what} go and {dense:.3f} before; choose another `criterion` or `select`",
     )
+
+
+def _sure(harm_W: Tensor) -> bool:
+    """Returns whether the harm on each window is that of more than chance and more than nothing."""
+    return float(harm_W.mean()) > max(LEAST_HARM_NATS, _SURE * float(harm_W.std()) / len(harm_W) ** 0.5)
 
 
 def _tokens_to_read(model: PreTrainedModel) -> int:

@@ -34,6 +34,8 @@ class Effort:
 
     Attributes:
         samples: Number of calibration windows where none is asked for.
+        source_windows: Number of windows that judge each of several sources, and that nothing is fitted to. A divergence has a smaller
+            spread than a loss, so that a few are enough to rank sources.
         near_windows: Number of windows that measure each group once, near the width it is given, where its curve is predicted.
         all_sizes: Whether curves are measured at all sizes although they could be predicted.
         predictions: Whether projections are re-fitted to the dense model's predictions too.
@@ -43,6 +45,7 @@ class Effort:
     """
 
     samples: int
+    source_windows: int
     near_windows: int
     all_sizes: bool
     predictions: bool
@@ -52,9 +55,15 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(samples=32, near_windows=1, all_sizes=False, predictions=False, steps=0, usual_steps=0, least_gain=0.0),
-    "default": Effort(samples=128, near_windows=4, all_sizes=False, predictions=True, steps=4, usual_steps=1, least_gain=0.1),
-    "thorough": Effort(samples=128, near_windows=JUDGED_WINDOWS, all_sizes=True, predictions=True, steps=4, usual_steps=4, least_gain=0.0),
+    "quick": Effort(
+        samples=32, source_windows=2, near_windows=1, all_sizes=False, predictions=False, steps=0, usual_steps=0, least_gain=0.0
+    ),
+    "default": Effort(
+        samples=128, source_windows=4, near_windows=4, all_sizes=False, predictions=True, steps=4, usual_steps=1, least_gain=0.1
+    ),
+    "thorough": Effort(
+        samples=128, source_windows=4, near_windows=JUDGED_WINDOWS, all_sizes=True, predictions=True, steps=4, usual_steps=4, least_gain=0.0
+    ),
 }
 
 

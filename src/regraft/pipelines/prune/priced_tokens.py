@@ -2,28 +2,30 @@
 
 A token that is gone is spelled by what is left. Its price, in nats for each byte of text, is predicted: its share of the calibration text,
 times what spelling it by the two halves of its last merge costs in a unigram model of that text, ``log q(t) - log q(a) - log q(b)``. Prices
-only rank the tokens. The damage of keeping the first so many is measured: text that was not counted is encoded anew, and the loss on
-it with the logits of the kept tokens alone, as the pruned model computes them, is compared with its loss before. A difference of losses in
-nats a token is what the divergences of other groups are on average, as long as the model's predictions are right, so that the knapsack adds
-them up.
+only rank the tokens. The damage of keeping the first so many is measured: documents that were not counted are encoded anew, and the loss on
+them with the logits of the kept tokens alone, as the pruned model computes them, is compared with their loss before. (Windows of counted
+documents say too little: a document repeats its rare words.) A difference of losses in nats a token is what the divergences of other groups
+are on average, as long as the model's predictions are right, so that the knapsack adds them up.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from regraft.data.text import Corpus
-from regraft.data.tokens import context_limit
+from regraft.data.text import split_corpus
+from regraft.data.tokens import calibration_windows, context_limit
+from regraft.errors import DataError
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.precision import float32_on_cpu
 from regraft.models.vocabulary import Vocabulary, smaller_tokenizer, vocabulary_of
+from regraft.pipelines.prune.sources import Part
 from regraft.pipelines.prune.vocabulary import checked_tokenizer, counted_tokens, needed_tokens, template_tokens
 from regraft.plans import Curve, Curves, Cut, Group, Groups, PrunePlan, Scores
 from regraft.progress import Say, Step
@@ -32,7 +34,8 @@ from regraft.surgery.vocabulary import VOCABULARY, cut_vocabulary, token_group, 
 
 # Kept shares of the tokens that may go at which the damage is measured.
 SHARES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
-JUDGED_WINDOWS = 16  # at most a quarter of the windows
+JUDGED_WINDOWS = 16  # of all sources together, as far as the text reaches
+HELD_OUT = 0.1  # share of each source whose tokens are not counted
 
 
 @dataclass(frozen=True)
@@ -99,13 +102,13 @@ class PricedTokens:
         )
 
 
-def priced_tokens(loaded: Loaded, windows_NT: Tensor, corpus: Corpus | None, say: Say) -> PricedTokens:
+def priced_tokens(loaded: Loaded, parts: Sequence[Part], seed: int, say: Say) -> PricedTokens:
     """Returns the tokens of a model that may go, with their prices and the damage.
 
     Args:
         loaded: The model with its tokenizer.
-        windows_NT: Calibration tokens, int64 (windows, tokens), of which the last ones judge.
-        corpus: The text that they are drawn from, whose tokens are counted; None to count those of the other windows.
+        parts: The calibration windows of each source. A source counts as much as it has windows, however long its text is.
+        seed: Seed for the documents that judge.
         say: Called with a line of progress at each step.
 
     Raises:
@@ -117,11 +120,8 @@ def priced_tokens(loaded: Loaded, windows_NT: Tensor, corpus: Corpus | None, say
     written = {part for token in template_tokens(tokenizer) for part in vocabulary.with_parts(token)}
     needed = frozenset(needed_tokens(vocabulary, model) | written)
     say("counting the tokens of the calibration text")
-    judged = windows_NT[-max(1, min(JUDGED_WINDOWS, len(windows_NT) // 4)) :]
-    counts = Counter(windows_NT[: -len(judged)].flatten().tolist()) if corpus is None else counted_tokens(corpus, tokenizer)
-    if corpus is not None:
-        counts.subtract(judged.flatten().tolist())
-    order, prices = ranked_tokens(vocabulary, needed, +counts, whole.units)
+    counts, judged = counted_and_judged(parts, tokenizer, seed)
+    order, prices = ranked_tokens(vocabulary, needed, counts, whole.units)
     fewest = smaller_tokenizer(tokenizer, vocabulary, sorted(needed))
     texts = _texts(judged, tokenizer, fewest, context_limit(model.config))
     sizes = sorted({*(round(share * len(order)) for share in SHARES), len(order)})
@@ -137,33 +137,73 @@ def priced_tokens(loaded: Loaded, windows_NT: Tensor, corpus: Corpus | None, say
     return PricedTokens(whole, needed, order, tuple(price / per_token for price in prices), damage, per_token)
 
 
+def counted_and_judged(parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[dict[int, float], list[list[int]]]:
+    """Returns how often each token occurs, and windows of documents that were not counted.
+
+    Args:
+        parts: The calibration windows of each source, and its text.
+        tokenizer: The model's tokenizer.
+        seed: Seed for the documents that judge.
+
+    Returns:
+        Token to its number in all sources, each weighted so that its share of the whole is its share of the windows; and windows of ids, in
+        equal numbers of each source.
+    """
+    each = math.ceil(JUDGED_WINDOWS / len(parts))
+    found = [_split(part, tokenizer, each, seed) for part in parts]
+    tokens = [max(1, counts.total()) for counts, _ in found]
+    windows = sum(len(part.windows_NT) for part in parts)
+    weighted: dict[int, float] = {}
+    for part, (counts, _), own in zip(parts, found, tokens, strict=True):
+        weight = len(part.windows_NT) / windows * sum(tokens) / own
+        for token, count in counts.items():
+            weighted[token] = weighted.get(token, 0.0) + weight * count
+    return weighted, [ids for _, judged in found for ids in judged.tolist()]
+
+
+def _split(part: Part, tokenizer: PreTrainedTokenizerBase, judging: int, seed: int) -> tuple[Counter[int], Tensor]:
+    """Returns the counts of one source, and windows of its other documents; of the windows alone, where the text is too short for both."""
+    if part.corpus is not None:
+        try:
+            counted, held_out = split_corpus(part.corpus, HELD_OUT, seed)
+            judged = calibration_windows(held_out, tokenizer, judging, part.windows_NT.shape[1], seed)
+        except DataError:
+            pass
+        else:
+            return counted_tokens(counted, tokenizer), judged
+    judged = part.windows_NT[-max(1, min(judging, len(part.windows_NT) // 4)) :]
+    counts = Counter(part.windows_NT.flatten().tolist()) if part.corpus is None else counted_tokens(part.corpus, tokenizer)
+    counts.subtract(judged.flatten().tolist())
+    return +counts, judged
+
+
 def ranked_tokens(
-    vocabulary: Vocabulary, needed: Iterable[int], counts: Counter[int], rows: int
+    vocabulary: Vocabulary, needed: Iterable[int], counts: Mapping[int, float], rows: int
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Returns the tokens that may go, the dearest first, each after those that it is merged from, and prices that never rise.
 
     Args:
         vocabulary: The vocabulary.
         needed: Ids that always stay.
-        counts: Token to its number in a text.
+        counts: Token to its number in a text; tokens that are not in it may be missing.
         rows: Rows of the embedding; those without a token come last.
 
     Returns:
         Ids, and prices in nats for each token of the text.
     """
     total = sum(counts.values())
-    surprisal = {token: -math.log((counts[token] + 1) / (total + rows)) for token in vocabulary.tokens}
+    surprisal = {token: -math.log((counts.get(token, 0.0) + 1) / (total + rows)) for token in vocabulary.tokens}
     usual = sum(count * surprisal.get(token, 0.0) for token, count in counts.items()) / max(1, total)
 
     def price(token: int) -> float:
         halves = vocabulary.halves(token)
         extra = usual if halves is None else sum(surprisal[half] for half in halves) - surprisal[token]
-        return counts[token] / max(1, total) * max(0.0, extra)
+        return counts.get(token, 0.0) / max(1, total) * max(0.0, extra)
 
     there = set(needed)
     order: list[int] = []
     own: list[float] = []
-    prices = {token: price(token) if counts[token] else 0.0 for token in vocabulary.tokens}
+    prices = {token: price(token) if counts.get(token, 0.0) else 0.0 for token in vocabulary.tokens}
     for token in sorted(vocabulary.tokens, key=lambda token: (-prices[token], token)):
         parts = sorted(vocabulary.with_parts(token) - there - {token}) + ([token] if token not in there else [])
         there.update(parts)
@@ -213,10 +253,12 @@ class _Text:
     rest: str
 
 
-def _texts(windows_NT: Tensor, tokenizer: PreTrainedTokenizerBase, smallest: PreTrainedTokenizerBase, limit: int | None) -> list[_Text]:
+def _texts(
+    windows: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, smallest: PreTrainedTokenizerBase, limit: int | None
+) -> list[_Text]:
     """Returns the texts of windows, so short that they fit a context however they are spelled."""
     found: list[_Text] = []
-    for ids in windows_NT.tolist():
+    for ids in windows:
         while len(ids) > 1:
             text = _Text(str(tokenizer.decode(ids[:1])), str(tokenizer.decode(ids[1:])))
             if not limit or len(_encoded(smallest, text)[0]) <= limit:

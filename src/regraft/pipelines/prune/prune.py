@@ -316,7 +316,7 @@ def _in_memory(order: _Order, loaded: Loaded, *, live: bool) -> PruneResult:
     tokens = None
     if VOCABULARY in kinds and order.plan is None:
         assert drawn is not None, "it is weighed by measured damage"
-        tokens = priced_tokens(loaded, drawn.windows_NT, drawn.corpus, order.say)
+        tokens = priced_tokens(loaded, drawn.parts, resolved.seed, order.say)
     plan = order.plan if order.plan is not None else plan_pruning(model, groups, resolved, windows, say=order.say, tokens=tokens)
     check_text(plan, windows)
     notes = (

@@ -21,14 +21,26 @@ from regraft.errors import DataError, InputError
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.precision import float32_on_cpu
 from regraft.numerics.divergence import log_probabilities, mean_divergence
+from regraft.pipelines.prune.effort import EFFORTS
 from regraft.pipelines.prune.resolved import ResolvedPrune
 from regraft.pipelines.texts import Texts, made_from_seedling, text_for
 from regraft.progress import Say
 from regraft.settings import CALIBRATION_TOKENS, PruneSettings
 
-# Windows of each source that nothing is fitted to. A divergence has a smaller spread than a loss, so that a few are enough to rank sources.
-JUDGED = 4
 GIVEN = "the given text"
+
+
+@dataclass(frozen=True)
+class Part:
+    """The windows of one source.
+
+    Attributes:
+        windows_NT: Token ids, int64 (windows, tokens).
+        corpus: The text that they are drawn from; None where the model wrote them.
+    """
+
+    windows_NT: Tensor
+    corpus: Corpus | None
 
 
 @dataclass(frozen=True)
@@ -39,13 +51,19 @@ class Drawn:
         windows_NT: Token ids, int64 (windows, tokens).
         source_N: Index of the source of each window, int64 (windows,); None where there is one source.
         judged: Source to windows that nothing is fitted to, int64 (windows, tokens); empty where there is one source.
-        corpus: The single text, if there is one.
+        parts: The windows of each source.
     """
 
     windows_NT: Tensor
     source_N: Tensor | None
     judged: Mapping[str, Tensor]
-    corpus: Corpus | None
+    parts: tuple[Part, ...]
+
+    @property
+    def corpus(self) -> Corpus | None:
+        """The text that was given, if it is a single one."""
+        found = [part.corpus for part in self.parts if part.corpus is not None]
+        return found[0] if len(found) == 1 else None
 
 
 def check_own_text(settings: PruneSettings, given: Texts | None = None) -> None:
@@ -109,24 +127,23 @@ def drawn_windows(loaded: Loaded, resolved: ResolvedPrune, given: Texts | None, 
     if beside and settings.samples < len(sources):
         sources = sources[:1]
     own: Tensor | None = None
+    spare = EFFORTS[settings.effort].source_windows if len(sources) > 1 else 0
     counts = counts_of(sources, settings.samples)
     if SELF in [source.name for source in sources]:
-        own = _own(loaded, dict(zip(sources, counts, strict=True)), seq_len, seed, say, needed=not beside)
+        own = _own(loaded, dict(zip(sources, counts, strict=True)), spare, seq_len, seed, say, needed=not beside)
         if own is None:
-            sources, counts = sources[:1], (settings.samples,)
-    spare = JUDGED if len(sources) > 1 else 0
+            sources, counts, spare = sources[:1], (settings.samples,), 0
     corpora = [None if source.name == SELF else _corpus(loaded, source.name, given) for source in sources]
-    parts: list[Tensor] = []
+    parts: list[Part] = []
     judged: dict[str, Tensor] = {}
     for source, count, corpus in zip(sources, counts, corpora, strict=True):
         found = own if corpus is None else calibration_windows(corpus, require_tokenizer(loaded), count + spare, seq_len, seed)
         assert found is not None
-        parts.append(found[:count])
+        parts.append(Part(found[:count], corpus))
         if len(found) > count and spare:
             judged["own text" if source.name == SELF else source.name] = found[count:]
-    windows = mixed([source.name for source in sources], parts, seed)
-    single = corpora[0] if len([corpus for corpus in corpora if corpus is not None]) == 1 else None
-    return Drawn(windows.tokens_NT, windows.source_N if len(sources) > 1 else None, judged, single)
+    windows = mixed([source.name for source in sources], [part.windows_NT for part in parts], seed)
+    return Drawn(windows.tokens_NT, windows.source_N if len(sources) > 1 else None, judged, tuple(parts))
 
 
 def _sources(loaded: Loaded, settings: PruneSettings, given: Texts | None) -> tuple[Source, ...]:
@@ -149,14 +166,14 @@ def _corpus(loaded: Loaded, name: str, given: Texts | None) -> Corpus:
     return text_for(loaded, None if name == BUILT_IN else name, "validation", "calibration")
 
 
-def _own(loaded: Loaded, counts: Mapping[Source, int], seq_len: int, seed: int, say: Say, *, needed: bool) -> Tensor | None:
+def _own(loaded: Loaded, counts: Mapping[Source, int], spare: int, seq_len: int, seed: int, say: Say, *, needed: bool) -> Tensor | None:
     """Returns the windows that the model writes, or None where they run in circles and another text is there."""
     count = next(count for source, count in counts.items() if source.name == SELF)
     others = ", ".join(source.name for source in counts if source.name != SELF)
     beside = "" if needed else f", beside {others}"
     say(f"the model writes {count} windows of {seq_len} tokens to calibrate on{beside}")
     with float32_on_cpu(loaded.model):
-        own = write_own_text(loaded.model, loaded.tokenizer, count + (JUDGED if len(counts) > 1 else 0), seq_len, seed)
+        own = write_own_text(loaded.model, loaded.tokenizer, count + spare, seq_len, seed)
     if not own.degenerate:
         return own.windows_NT
     circles = f"the model's own text runs in circles: {own.repeated:.0%} of its runs of four tokens are repeats"
