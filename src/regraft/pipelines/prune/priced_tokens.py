@@ -26,7 +26,7 @@ from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.precision import float32_on_cpu
 from regraft.models.vocabulary import Vocabulary, smaller_tokenizer, vocabulary_of
 from regraft.pipelines.prune.sources import Part
-from regraft.pipelines.prune.vocabulary import checked_tokenizer, counted_tokens, needed_tokens, template_tokens
+from regraft.pipelines.prune.vocabulary import checked_tokenizer, counted_tokens, needed_tokens, template_tokens, weighted
 from regraft.plans import Curve, Curves, Cut, Group, Groups, PrunePlan, Scores
 from regraft.progress import Say, Step
 from regraft.surgery.cut import parameters_after
@@ -146,19 +146,12 @@ def counted_and_judged(parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase
         seed: Seed for the documents that judge.
 
     Returns:
-        Token to its number in all sources, each weighted so that its share of the whole is its share of the windows; and windows of ids, in
-        equal numbers of each source.
+        Token to its number in all sources, each by its share of the windows; and windows of ids, in equal numbers of each source.
     """
     each = math.ceil(JUDGED_WINDOWS / len(parts))
     found = [_split(part, tokenizer, each, seed) for part in parts]
-    tokens = [max(1, counts.total()) for counts, _ in found]
-    windows = sum(len(part.windows_NT) for part in parts)
-    weighted: dict[int, float] = {}
-    for part, (counts, _), own in zip(parts, found, tokens, strict=True):
-        weight = len(part.windows_NT) / windows * sum(tokens) / own
-        for token, count in counts.items():
-            weighted[token] = weighted.get(token, 0.0) + weight * count
-    return weighted, [ids for _, judged in found for ids in judged.tolist()]
+    counts = weighted([own for own, _ in found], [len(part.windows_NT) for part in parts])
+    return counts, [ids for _, judged in found for ids in judged.tolist()]
 
 
 def _split(part: Part, tokenizer: PreTrainedTokenizerBase, judging: int, seed: int) -> tuple[Counter[int], Tensor]:

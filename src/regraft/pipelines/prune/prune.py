@@ -39,7 +39,7 @@ from regraft.pipelines.prune.resolved import (
     with_shape,
 )
 from regraft.pipelines.prune.result import PruneResult
-from regraft.pipelines.prune.sources import by_source, check_own_text, drawn_windows, refuse_several
+from regraft.pipelines.prune.sources import by_source, check_own_text, counted_texts, drawn_windows, refuse_several
 from regraft.pipelines.prune.streamed import StreamedPrune, prune_streamed
 from regraft.pipelines.prune.vocabulary import of_vocabulary, prune_vocabulary
 from regraft.pipelines.texts import Texts, described, in_memory, path_in, text_for
@@ -241,7 +241,16 @@ def _vocabulary(order: _Order) -> PruneResult:
     """Cuts the vocabulary of a model."""
     loaded = take(order.model, order.tokenizer, order.load)
     live = place_of(order.model) is None and loaded is not order.model
-    done = prune_vocabulary(loaded, order.settings, order.seed, order.plan, lambda: order.text(loaded), order.say, dry_run=order.dry_run)
+    settings = order.settings
+    done = prune_vocabulary(
+        loaded,
+        settings,
+        order.seed,
+        order.plan,
+        lambda: counted_texts(loaded, settings, order.calibration),
+        order.say,
+        dry_run=order.dry_run,
+    )
     record = record_of(loaded, done.plan, done.resolved, command=order.command)
     if live and done.model is not None:
         own_tensors(done.model, loaded.model)

@@ -146,6 +146,21 @@ def drawn_windows(loaded: Loaded, resolved: ResolvedPrune, given: Texts | None, 
     return Drawn(windows.tokens_NT, windows.source_N if len(sources) > 1 else None, judged, tuple(parts))
 
 
+def counted_texts(loaded: Loaded, settings: PruneSettings, given: Texts | None) -> list[tuple[Corpus, float]]:
+    """Returns the texts whose tokens are counted, each with its share.
+
+    Raises:
+        InputError: The model's own text is among them, which is too short to count on.
+        DataError: There is no text, or one is missing or empty.
+    """
+    if given is not None or settings.calibration is None:
+        return [(text_for(loaded, given, "validation", "calibration"), 1.0)]
+    sources = sources_in(settings.calibration)
+    if SELF in [source.name for source in sources]:
+        raise InputError("`calibration=self` is too short to count tokens on; give texts, such as `calibration=a.txt,b.txt`")
+    return [(_corpus(loaded, source.name, None), source.share) for source in sources]
+
+
 def _sources(loaded: Loaded, settings: PruneSettings, given: Texts | None) -> tuple[Source, ...]:
     """Returns the sources by name, the model's own text beside a single one included."""
     if given is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +96,14 @@ def _check_beside(settings: PruneSettings, asked: list[str]) -> None:
 
 
 def prune_vocabulary(
-    loaded: Loaded, settings: PruneSettings, seed: int, plan: PrunePlan | None, text: Callable[[], Corpus], say: Say, *, dry_run: bool
+    loaded: Loaded,
+    settings: PruneSettings,
+    seed: int,
+    plan: PrunePlan | None,
+    texts: Callable[[], Sequence[tuple[Corpus, float]]],
+    say: Say,
+    *,
+    dry_run: bool,
 ) -> PrunedVocabulary:
     """Cuts the vocabulary of a model and its tokenizer.
 
@@ -105,7 +112,7 @@ def prune_vocabulary(
         settings: The number of tokens, or the file of those that stay.
         seed: Seed for the record; nothing here is random.
         plan: A plan to replay; None to make one.
-        text: Function that reads the calibration text.
+        texts: Function that reads the calibration texts, each with its share.
         say: Called with a line of progress at each step.
         dry_run: Whether only the plan is made.
 
@@ -124,9 +131,10 @@ def prune_vocabulary(
         else:
             assert settings.vocabulary_size is not None
             say("counting the tokens of the calibration text")
-            counts = counted_tokens(text(), tokenizer)
-            most = max(counts.values(), default=0)
-            counts.update(dict.fromkeys(template_tokens(tokenizer), most + 1))
+            read = texts()
+            counts = weighted([counted_tokens(corpus, tokenizer) for corpus, _ in read], [share for _, share in read])
+            most = max(counts.values(), default=0.0)
+            counts |= dict.fromkeys(template_tokens(tokenizer), most + 1.0)
             kept, criterion = _most_used(settings.vocabulary_size, vocabulary, needed, counts), "frequency"
         plan = _plan(groups, kept, criterion, resolved)
     kept = plan.cuts[0].kept
@@ -163,6 +171,22 @@ def counted_tokens(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Counte
     return counts
 
 
+def weighted(counts: Sequence[Counter[int]], shares: Sequence[float]) -> dict[int, float]:
+    """Returns the numbers of tokens of several texts together, so that each text has its share of all, however long it is.
+
+    Args:
+        counts: Token to its number, for each text.
+        shares: Of each text, above 0; in any unit.
+    """
+    totals = [max(1, one.total()) for one in counts]
+    found: dict[int, float] = {}
+    for one, share, own in zip(counts, shares, totals, strict=True):
+        weight = (share / sum(shares)) * (sum(totals) / own)
+        for token, count in one.items():
+            found[token] = found.get(token, 0.0) + weight * count
+    return found
+
+
 def template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Returns the tokens that a chat template writes itself; none without a template, or with one that refuses a short conversation."""
     if not tokenizer.chat_template:
@@ -174,7 +198,7 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return set(tokenizer.encode(str(written), add_special_tokens=False))
 
 
-def _most_used(size: int, vocabulary: Vocabulary, needed: set[int], counts: Counter[int]) -> list[int]:
+def _most_used(size: int, vocabulary: Vocabulary, needed: set[int], counts: Mapping[int, float]) -> list[int]:
     """Returns the needed tokens and the most frequent others, each with its parts; then those with the lowest ids.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from folders import byte_pair_tokenizer, text_file
 from regraft.cli.app import run
 from regraft.models.load import load
 from regraft.pipelines.prune.prune import prune
+from regraft.pipelines.prune.vocabulary import weighted
 
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
 SPECIAL = ["<unk>", "<|im_start|>", "<|im_end|>"]
@@ -123,3 +125,22 @@ def test_bad_input_is_refused_in_one_line(folder: Path, tmp_path: Path, capsys: 
     assert why in said
     assert len(said.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_every_text_counts_by_its_share_however_long_it_is() -> None:
+    long, short = Counter({7: 60, 8: 30, 9: 10}), Counter({9: 5})
+    even = weighted([long, short], [1.0, 1.0])
+    assert sum(even.values()) == pytest.approx(105)
+    assert {token: count / 105 for token, count in even.items()} == pytest.approx({7: 0.3, 8: 0.15, 9: 0.55})
+    assert weighted([long], [0.4]) == long
+    assert weighted([long, Counter()], [1.0, 1.0])[7] == pytest.approx(0.5 * 60 * 101 / 100)
+
+
+@pytest.mark.slow
+def test_several_texts_are_counted_and_own_text_is_not(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one.txt").write_text("zq zq zq " * 50, encoding="utf-8")
+    (tmp_path / "two.txt").write_text("the cat " * 5000, encoding="utf-8")
+    command = ["prune", str(folder), "--dry-run", "--targets", "vocabulary", "--vocabulary-size", "450", "--calibration"]
+    assert run([*command, f"{tmp_path / 'one.txt'},{tmp_path / 'two.txt'}"]) == 0
+    assert run([*command, f"{tmp_path / 'one.txt'},self"]) == 2
+    assert "too short to count tokens on" in capsys.readouterr().err
