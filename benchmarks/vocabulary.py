@@ -87,7 +87,7 @@ def budgets(
             text = ",".join(map(str, files.values()))
             prune(str(model), out, ratio=ratio, targets=targets, shape="per-layer", effort="quick", calibration=text)
             smaller = load(out)
-            tokens = smaller.model.get_input_embeddings().weight.shape[0]
+            tokens = smaller.model.config.get_text_config().vocab_size
             row = {
                 **said,
                 "targets": ", ".join(targets),
