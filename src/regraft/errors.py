@@ -88,6 +88,16 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "backslashreplace").decode("ascii")
 
 
+def kind_of(value: object) -> str:
+    """Returns the name of a value's class with its article, for messages.
+
+    >>> kind_of(3), kind_of([])
+    ('an int', 'a list')
+    """
+    name = type(value).__name__
+    return f"an {name}" if name[:1] in tuple("aeioAEIO") else f"a {name}"
+
+
 class RegraftError(Exception):
     """Base of every error that a user can cause and mend.
 

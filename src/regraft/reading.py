@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from regraft.errors import InputError, RegraftError, shown
+from regraft.errors import InputError, RegraftError, kind_of, shown
 
 LARGEST_JSON_BYTES = 1 << 28  # a plan with every unit of a large model takes a few megabytes
 DEEPEST_JSON = 100
@@ -34,7 +34,7 @@ def path_of(value: object, what: str = "path") -> Path:
         InputError: It is no text, empty, or cannot be a path.
     """
     if not isinstance(value, str | os.PathLike):
-        raise InputError(f"{what} {shown(repr(value))} is no path; give a text or a pathlib.Path")
+        raise InputError(f"{what} is {kind_of(value)}, no path; give a text or a pathlib.Path")
     text = os.fspath(value)
     if not isinstance(text, str):
         raise InputError(f"{what} {shown(repr(value))} is no text; decode it with os.fsdecode")

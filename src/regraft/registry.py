@@ -19,7 +19,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import AfterValidator
 
-from regraft.errors import InputError, did_you_mean, shown
+from regraft.errors import InputError, did_you_mean, kind_of, shown
+from regraft.reading import text_in
 
 LOG = logging.getLogger(__name__)
 
@@ -182,11 +183,13 @@ class Registry(Generic[T]):
             InputError: Nothing has this name; the message lists what does, or says why the entry point of this name is left out.
         """
         known = {*self.names(), *also}
+        listed = sorted(known - {*unlisted})
+        if text_in(name) is None:
+            raise InputError(f"the name of the {self.kind} is {kind_of(name)}; known: {', '.join(listed)}")
         if name in known:
             return
         if name in self._broken:
             raise InputError(self._broken[name])
-        listed = sorted(known - {*unlisted})
         raise InputError(f"unknown {self.kind} '{name}'; known: {', '.join(listed)}{did_you_mean(name, listed)}")
 
     def names(self) -> tuple[str, ...]:

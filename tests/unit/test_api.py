@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
@@ -34,6 +36,7 @@ from folders import tiny_tokenizer
 from regraft.data.text import Corpus, split_corpus
 from regraft.errors import ConfigError, DataError, InputError, ModelError, RegraftError
 from regraft.pipelines import texts
+from regraft.pipelines.export_model import check_text, to_compare
 
 # PEFT 0.21 asks for a property that transformers 5.23 renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -53,6 +56,9 @@ class Rows:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self.rows)
+
+
+CHAT = [{"role": "user", "content": "What jumps?"}, {"role": "assistant", "content": "The fox."}]
 
 
 @pytest.fixture
@@ -377,7 +383,17 @@ BAD: dict[str, tuple[Callable[[PreTrainedModel], Any], dict[str, Any], type[Regr
     "texts without an end": (lambda model: model, {"calibration": itertools.repeat("x")}, DataError, "is a stream of more than 100 rows"),
     "a switch that is none": (lambda model: model, {"in_place": "no"}, InputError, "`in_place` is 'no'; give True or False"),
     "no function": (lambda model: model, {"say": 3}, InputError, "`say` is 3; give a function"),
-    "a number": (lambda model: model, {"calibration": 7}, DataError, "`calibration` is a int"),
+    "a text in the place of a file": (
+        lambda model: model, {"calibration": " ".join(TEXTS)}, DataError, "characters stands where the name of a file is read"
+    ),
+    "lines in the place of a file": (lambda model: model, {"calibration": "a\nb"}, DataError, "give texts in a list: [TEXT]"),
+    "bytes": (lambda model: model, {"calibration": b"abc"}, DataError, "`calibration` is a bytes; give a file"),
+    "one chat, not in a list": (
+        lambda model: model, {"calibration": CHAT}, DataError, "row 1 is one message of a chat; give chats, each a list of its messages"
+    ),
+    "a wrapped model": (torch.nn.DataParallel, {}, ModelError, "a DataParallel is not a model; give its `module`"),
+    "a model without its head": (lambda model: model.base_model, {}, ModelError, "LlamaModel does not predict the next token"),
+    "a number": (lambda model: model, {"calibration": 7}, DataError, "`calibration` is an int"),
     "a live PEFT model": (
         lambda model: get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])), {}, ModelError, "merge_and_unload"
     ),
@@ -447,6 +463,11 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], str]
         regraft.evaluate, (tiny_tokenizer(),), {}, "a tokenizer is given by its name: tokenizer=..."
     ),
     "texts in the place of the output": (regraft.compress, (TEXTS,), {}, "`output` is a list, no path"),
+    "no output": (regraft.export, (None, "hf"), {}, "`output` is None; give the name of a new folder"),
+    "no name of a format": (regraft.export, ("never", 3), {}, "the name of the export format is an int; known: "),
+    "no plan": (regraft.replay, ({},), {}, "`plan` is a dict; give the `plan` of a result"),
+    "a file in the place of a plan": (regraft.compress, (), {"plan": "plan.json"}, "`plan` is a str; give the `plan` of a result"),
+    "data by the word of a trainer": (regraft.recover, (), {"train_dataset": TEXTS}, "the text of this call is `data`"),
     "text of recovery by another word": (regraft.recover, (), {"calibration": TEXTS}, "the text of this call is `data`"),
     "text of pruning by another word": (regraft.prune, (), {"data": TEXTS}, "the text of this call is `calibration`"),
     "text of a measurement by another word": (regraft.evaluate, (), {"data": TEXTS}, "the text of this call is `text`"),
@@ -459,7 +480,51 @@ def test_an_argument_in_the_wrong_place_is_named_shortly(name: str) -> None:
     with pytest.raises(InputError) as caught:
         call("seedling", *given, **keywords)
     assert words in str(caught.value)
-    assert len(str(caught.value)) < 120
+    assert len(str(caught.value)) < 140
+
+
+@pytest.mark.parametrize("rows", [pd.DataFrame({"text": TEXTS, "n": range(40)}), pa.table({"text": TEXTS})], ids=["pandas", "pyarrow"])
+def test_a_table_gives_its_rows_and_not_its_columns(rows: Any) -> None:
+    assert texts.read(rows, "test", "text") == texts.read(TEXTS, "test", "text")
+
+
+def test_a_chat_is_a_list_of_messages_or_a_row_with_them() -> None:
+    chats = texts.read([CHAT, CHAT], "test", "data")
+    assert chats == texts.read([{"messages": CHAT}] * 2, "test", "data")
+    assert [record.output for record in chats.records] == ["The fox."] * 2
+
+
+def test_the_text_of_a_comparison_is_given_as_any_other(text: Path) -> None:
+    assert to_compare(text) == str(text)
+    assert to_compare(TEXTS) == check_text(str(text)) == "\n\n".join(TEXTS)
+    assert [to_compare(given) for given in (None, "", "some text")] == [None, "", "some text"]
+    with pytest.raises(DataError, match="`check` is an int"):
+        to_compare(3)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.slow
+def test_a_pruned_model_without_linear_layers_is_recovered_by_default(make_model: Callable[..., PreTrainedModel]) -> None:
+    """GPT-2's projections are of a kind of their own, which the proportional ranks of the default do not count."""
+    pruned = regraft.prune(make_model("gpt2"), criterion="l2", ratio=0.2).model
+    assert pruned is not None
+    result = regraft.recover(pruned, tokenizer=tiny_tokenizer(), data=TEXTS, r=2, **STEPS)
+    assert result.recovered.best_loss < result.recovered.first_loss
+
+
+@pytest.mark.slow
+def test_the_residual_width_alone_is_cut_by_default(model: PreTrainedModel) -> None:
+    result = regraft.prune(model, tokenizer=tiny_tokenizer(), calibration=TEXTS, ratio=0.2, targets="residual", **QUICK)
+    assert result.model is not None
+    assert result.model.config.hidden_size < model.config.hidden_size
+
+
+@pytest.mark.slow
+def test_an_adapter_that_is_switched_off_learns_all_the_same(model: PreTrainedModel) -> None:
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    cast(Any, adapted.base_model).disable_adapter_layers()
+    result = regraft.recover(adapted, tokenizer=tiny_tokenizer(), data=TEXTS, learning_rate=1e-2, **STEPS)
+    assert result.recovered.best_loss < result.recovered.first_loss
+    assert not any(parameter.requires_grad for name, parameter in adapted.named_parameters() if "lora_" in name)
 
 
 def test_settings_are_checked_when_they_are_made() -> None:
@@ -469,6 +534,11 @@ def test_settings_are_checked_when_they_are_made() -> None:
         regraft.RecoverSettings(r=4, rank=8)
     assert regraft.LoadSettings(torch_dtype=torch.bfloat16, device_map="cpu") == regraft.LoadSettings(dtype="bfloat16", device="cpu")
     assert regraft.RecoverSettings(target_modules="all-linear", report_to="none") == regraft.RecoverSettings()
+    assert regraft.RecoverSettings(target_modules=None) == regraft.RecoverSettings()
+    with pytest.raises(ConfigError, match=r"ranks: should be a file name or a RankPlan \(got"):
+        regraft.RecoverSettings(ranks=object())
+    places = ({"": "cpu"}, {"": 1}, 0, None, torch.device("cpu"))
+    assert [regraft.LoadSettings(device_map=place).device for place in places] == ["cpu", "cuda:1", "cuda:0", "auto", "cpu"]
     with pytest.raises(ConfigError, match="epochs and steps both say how long to train"):
         regraft.RecoverSettings(max_steps=3, num_train_epochs=1)
     with pytest.raises(InputError, match="PruneSettings does not change"):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from regraft.errors import InputError
+from regraft.reading import is_there
 
 SELF, BUILT_IN = "self", "built-in"
 
@@ -64,7 +65,7 @@ def sources_in(text: str | Path | None) -> tuple[Source, ...]:
     if text is None:
         return (Source(BUILT_IN, 1.0),)
     whole = str(text)
-    if Path(whole).exists() or not whole.strip():
+    if is_there(Path(whole)) or not whole.strip():
         return (Source(whole, 1.0),)
     parts = [part.strip() for part in whole.split(",")]
     named = [part.rpartition("=") if "=" in part else (part, "", "") for part in parts]

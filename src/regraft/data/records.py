@@ -1,9 +1,9 @@
 """Instructions and chats: one row of a data set, in any of its usual forms, becomes a text or a :class:`Record`.
 
 Read are ``{"text": …}``, ``{"instruction": …, "input": …, "output": …}`` under these or other usual names, TRL's ``{"prompt": …,
-"completion": …}`` as texts or as lists of messages, OpenAI's ``{"messages": [{"role": …, "content": …}, …]}`` and ShareGPT's
-``{"conversations": [{"from": …, "value": …}, …]}``. A chat may have a system message, several turns, and contents in parts. Other keys are
-allowed and not read.
+"completion": …}`` as texts or as lists of messages, OpenAI's ``{"messages": [{"role": …, "content": …}, …]}``, such a list of messages
+itself, and ShareGPT's ``{"conversations": [{"from": …, "value": …}, …]}``. A chat may have a system message, several turns, and contents in
+parts. Other keys are allowed and not read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from regraft.errors import DataError
+from regraft.errors import DataError, kind_of
 from regraft.reading import text_in
 
 Role = Literal["system", "user", "assistant"]
@@ -96,13 +96,15 @@ def entry_of(where: str, value: Any) -> str | Record:
             return _string(where, value, "text")
         case Mapping() if any(name in value for part in ("instruction", "output") for name in PARTS[part]):
             return _record(where, value)
+        case [Mapping(), *_]:  # a chat, as ``tokenizer.apply_chat_template`` takes it
+            return _chat(where, "messages", value)
+        case {"role": _, "content": _}:
+            raise DataError(f"{where} is one message of a chat; give chats, each a list of its messages: [MESSAGES]")
         case Mapping():
             found = ", ".join(map(repr, list(value)[:6])) or "none"
             raise DataError(f"{where} has neither 'text' nor instruction, input and output nor 'messages'; its keys: {found}")
         case _:
-            raise DataError(
-                f"{where} is a {type(value).__name__}, not an object with 'text', with instruction and output, or with messages"
-            )
+            raise DataError(f"{where} is {kind_of(value)}, not an object with 'text', with instruction and output, or with messages")
 
 
 def _is_answered(row: Mapping[str, Any]) -> bool:
@@ -166,7 +168,7 @@ def _turn(where: str, turn: Any) -> tuple[Role, str]:
         case Mapping():
             name, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         case _:
-            raise DataError(f"{where} is a {type(turn).__name__}, not an object with 'role' and 'content'")
+            raise DataError(f"{where} is {kind_of(turn)}, not an object with 'role' and 'content'")
     role = _ROLES.get(text_in(name) or "")
     if role is None:
         raise DataError(f"{where} has the role {name!r}; known: {', '.join(_ROLES)}: remove that message or rename its role")

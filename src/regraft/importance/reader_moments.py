@@ -48,10 +48,12 @@ def reader_moments(model: PreTrainedModel, names: Iterable[str], windows_NT: Ten
         windows_NT: Tokens, int64 (windows, tokens).
         seed: Seed for the tokens that are drawn.
     """
+    readers = {name: model.get_submodule(name) for name in names}
+    if not readers:  # the residual width alone is cut
+        return {}
     generator = torch.Generator(model.device).manual_seed(seed)
     inputs: dict[str, Moments] = {}
     outputs: dict[str, Moments] = {}
-    readers = {name: model.get_submodule(name) for name in names}
     per_batch, per_graph = (max(1, tokens // windows_NT.shape[1]) for tokens in (BATCH_TOKENS, GRADIENT_BATCH_TOKENS))
     drawn = max(FEWEST_GRADIENTS, len(windows_NT) // GRADIENT_SHARE)
     last = ""

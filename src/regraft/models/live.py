@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from regraft.errors import ModelError
+from regraft.errors import ModelError, kind_of
 from regraft.models.checks import check_finite
 from regraft.models.classifier import is_classifier
 from regraft.models.load import Loaded, load
@@ -26,6 +26,8 @@ from regraft.plans import Provenance
 from regraft.settings import LoadSettings
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torchao.", "bitsandbytes.")  # modules with these homes
+
+_HOLDERS = ("_orig_mod", "module", "model")  # where torch.compile, parallel wrappers, and trainers and results hold their model
 
 _MADE: WeakKeyDictionary[nn.Module, Provenance] = WeakKeyDictionary()  # what we made in memory, as long as somebody holds it
 M = TypeVar("M", bound=nn.Module)
@@ -125,6 +127,7 @@ def held(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Loaded:
             f"{type(model).__name__} carries an adapter of PEFT in '{inside}'; give what merge_and_unload() or unload() of its "
             "PeftModel returns"
         )
+    check_predicts(model)
     ModelView(model)  # refuses a family that is not known, and a model that is not built as its family is
     found = lineage(model)
     check_finite(model, found.source)
@@ -143,7 +146,9 @@ def check_object(model: Any) -> None:
             f"{name} carries an adapter of PEFT; fold it in with merge_and_unload() or take it off with unload(), and give that"
         )
     if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"a {name} is not a model; give a PreTrainedModel of transformers, a folder, or a hub id")
+        held_in = next((word for word in _HOLDERS if isinstance(getattr(model, word, None), PreTrainedModel)), None)
+        remedy = f"its `{held_in}`" if held_in else "a PreTrainedModel of transformers, a folder, or a hub id"
+        raise ModelError(f"{kind_of(model)} is not a model; give {remedy}")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ModelError(f"{name} is quantized; load it again without a quantization_config")
     packed = next((key for key, module in model.named_modules() if type(module).__module__.startswith(_QUANTIZED)), None)
@@ -226,7 +231,7 @@ def fitting_tokenizer(tokenizer: Any, model: PreTrainedModel) -> PreTrainedToken
     if tokenizer is None:
         return None
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ModelError(f"`tokenizer` is a {type(tokenizer).__name__}; give the model's own, from AutoTokenizer.from_pretrained")
+        raise ModelError(f"`tokenizer` is {kind_of(tokenizer)}; give the model's own, from AutoTokenizer.from_pretrained")
     embedding: Any = model.get_input_embeddings()
     rows = int(embedding.weight.shape[0])
     if largest_id(tokenizer) >= rows:

@@ -26,10 +26,11 @@ from regraft.models.provenance import parents_of, versions
 from regraft.models.save import save
 from regraft.models.view import fingerprint
 from regraft.models.weights import stored_tensors
-from regraft.pipelines.export_model import export_loaded
+from regraft.pipelines.export_model import export_loaded, to_compare
 from regraft.pipelines.export_streamed import export_streamed, why_not_compared
 from regraft.pipelines.proved import prove_adapter, prove_model, text_ids
 from regraft.pipelines.results import upload
+from regraft.pipelines.texts import Texts
 from regraft.plans import Provenance
 from regraft.settings import ExportSettings, LoadSettings, takes_settings, with_keywords
 from regraft.surgery.adapted import adapted_modules
@@ -85,7 +86,7 @@ def export(
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: ExportSettings | None = None,
     load: LoadSettings | None = None,
-    check: str | None = "",
+    check: Texts | None = "",
     command: str = "regraft.export",
     **keywords: Any,
 ) -> ExportResult:
@@ -99,9 +100,9 @@ def export(
         tokenizer: The tokenizer for a model in memory; for a folder, a replacement for the folder's own.
         settings: How it is written.
         load: How the model, or the adapter's base, is loaded.
-        check: Text of the comparison: a file, the text itself, or empty for text that the model writes (for seedling the
-            built-in text), where the model fits into memory; None for no comparison. Without one, GGUF and ``hf`` are written from a
-            folder tensor by tensor, and the model is never in memory.
+        check: Text of the comparison: a file, the text itself, texts or a data set as for other calls, or empty for text that the
+            model writes (for seedling the built-in text), where the model fits into memory; None for no comparison. Without one, GGUF and
+            ``hf`` are written from a folder tensor by tensor, and the model is never in memory.
         command: How this was called, for the record.
         **keywords: Single settings by name, such as ``quantize="Q8_0"``; they count before those in ``settings`` and ``load``.
 
@@ -113,6 +114,7 @@ def export(
     options, loading = with_keywords(command, keywords, settings or ExportSettings(), load or LoadSettings())
     form = EXPORTERS.get(to) if to != MERGED else None
     output, place = Path(output), place_of(model)
+    check = to_compare(check)
     if not isinstance(form, ModelFormat):
         _refuse_settings_of_models(options, check, to)
         match model:

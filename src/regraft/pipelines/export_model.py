@@ -8,7 +8,7 @@ from pathlib import Path
 
 from regraft.atomic import atomic_folder
 from regraft.data.own_text import write_own_text
-from regraft.data.text import read_corpus
+from regraft.data.text import Corpus, read_corpus
 from regraft.data.tokens import context_limit
 from regraft.errors import DataError, ModelError
 from regraft.export import ModelFormat, Parity, Written
@@ -20,7 +20,7 @@ from regraft.models.load import Loaded
 from regraft.models.precision import float32_on_cpu
 from regraft.models.provenance import parents_of, versions
 from regraft.models.view import ModelView
-from regraft.pipelines.texts import made_from_seedling
+from regraft.pipelines.texts import Texts, made_from_seedling, read
 from regraft.plans import Provenance
 from regraft.settings import ExportSettings
 
@@ -147,6 +147,21 @@ def standing_text(loaded: Loaded) -> tuple[str, tuple[str, ...]]:
     return mixed_text((), CHARACTERS), (f"no text was given for the comparison, so both programs read characters of many kinds{ask}",)
 
 
+def to_compare(given: Texts | None) -> str | None:
+    """Returns what a user gave for the comparison as the name of a file or the text itself; nothing as it is.
+
+    Raises:
+        DataError: It is something else than text, texts or a data set.
+    """
+    match given:
+        case None | str():
+            return given
+        case Path():
+            return str(given)
+        case _:
+            return _joined(read(given, "test", "check"))
+
+
 def check_text(given: str) -> str:
     """Returns the text of a comparison.
 
@@ -167,5 +182,9 @@ def check_text(given: str) -> str:
         if path is not None and path.suffix in (".txt", ".jsonl", ".json"):
             raise DataError(f"there is no file '{given}'; give a text file, or the text itself")
         return given
-    corpus = read_corpus(Path(given), "test")
+    return _joined(read_corpus(Path(given), "test"))
+
+
+def _joined(corpus: Corpus) -> str:
+    """Returns the first texts of a corpus, or the first answers of its records, as one text."""
     return "\n\n".join(corpus.documents or tuple(record.output for record in corpus.records))[:PROBE_CHARACTERS]

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Set, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set, Sized
 from pathlib import Path
 from typing import Any, cast
 
 from regraft import seedling
 from regraft.data.text import Corpus, Split, corpus_of, read_corpus
-from regraft.errors import DataError
+from regraft.errors import DataError, kind_of
 from regraft.models.load import SEEDLING, Loaded
 from regraft.models.provenance import read_provenance
 from regraft.plans import Provenance
-from regraft.reading import text_in
+from regraft.reading import is_there, text_in
 
 MOST_STREAMED_ROWS = 10**6  # of a generator or a streamed data set, all of which is read
+
+_LONGEST_NAME_BYTES = 255  # of one part of a path, on all file systems in use
+
+# Tables that give their columns when they are iterated over, and how each gives its rows; none of these packages is imported for this.
+_ROWS_OF: Mapping[tuple[str, str], Callable[[Any], Any]] = {
+    ("pandas", "DataFrame"): lambda table: table.to_dict("records"),
+    ("polars", "DataFrame"): lambda table: table.to_dicts(),
+    ("pyarrow", "Table"): lambda table: table.to_pylist(),
+}
 
 Texts = str | Path | Iterable[str] | Iterable[Mapping[str, Any]]
 """What every call takes for text: a file, or texts, or records as files hold them; a ``datasets.Dataset`` is the last of these."""
@@ -54,15 +63,17 @@ def read(given: Texts, split: Split, setting: str, *, skip_bad: bool = False) ->
         case str() | Path():
             return read_corpus(values, split, skip_bad=skip_bad)
         case Mapping():
-            known = ", ".join(map(repr, list(values)[:4]))
-            raise DataError(f"`{setting}` is a {type(values).__name__} of {known}; give one part of it, such as `{setting}`['train']")
+            known, first = ", ".join(map(repr, list(values)[:4])), next(iter(values), "train")
+            raise DataError(f"`{setting}` is {kind_of(values)} of {known}; give one part of it, such as `{setting}`[{first!r}]")
+        case _ if (rows_of := _ROWS_OF.get((type(values).__module__.partition(".")[0], type(values).__name__))) is not None:
+            return read(rows_of(values), split, setting, skip_bad=skip_bad)
         case Set():
-            raise DataError(f"`{setting}` is a {type(values).__name__}, which has another order each time; give a list")
-        case Iterable():
+            raise DataError(f"`{setting}` is {kind_of(values)}, which has another order each time; give a list")
+        case Iterable() if not isinstance(values, bytes | bytearray | memoryview):
             rows = ((f"row {number}", _row(value)) for number, value in enumerate(_counted(values, f"`{setting}`"), 1))
             return corpus_of(setting, rows, skip_bad=skip_bad)
         case _:
-            raise DataError(f"`{setting}` is a {type(values).__name__}; give a file, texts, or a data set with a column 'text'")
+            raise DataError(f"`{setting}` is {kind_of(values)}; give a file, texts, or a data set with a column 'text'")
 
 
 def _counted(values: Iterable[Any], what: str) -> Iterator[Any]:
@@ -86,8 +97,23 @@ def _row(value: Any) -> Any:
 
 
 def path_in(given: Texts | None) -> Path | None:
-    """Returns the file that was given, for the settings; None for nothing and for what is in memory."""
-    return Path(given) if isinstance(given, str | Path) else None
+    """Returns the file that was given, for the settings; None for nothing and for what is in memory.
+
+    Raises:
+        DataError: It is a text that is no name of a file.
+    """
+    match given:
+        case str() if not is_there(Path(given)) and _is_prose(given):
+            raise DataError(f"a text of {len(given):,} characters stands where the name of a file is read; give texts in a list: [TEXT]")
+        case str() | Path():
+            return Path(given)
+        case _:
+            return None
+
+
+def _is_prose(text: str) -> bool:
+    """Returns whether a text cannot be the name of a file, or of several."""
+    return "\n" in text or any(len(part.encode("utf-8", "replace")) > _LONGEST_NAME_BYTES for part in text.split("/"))
 
 
 def in_memory(given: Texts | None) -> Texts | None:

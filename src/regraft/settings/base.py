@@ -75,6 +75,19 @@ def type_name(value: Any) -> Any:
     return str(value).removeprefix("torch.")
 
 
+def device_name(value: Any) -> Any:
+    """Returns the name of a device, as text or as ``device_map`` of transformers has it: None, ``{"": "cpu"}`` or the number of a GPU."""
+    match value:
+        case None:
+            return "auto"
+        case {"": only} if len(value) == 1:
+            return device_name(only)
+        case int() if not isinstance(value, bool):
+            return f"cuda:{value}"
+        case _:
+            return str(value)
+
+
 def schedule_name(value: Any) -> Any:
     """Returns our name of a learning-rate schedule of transformers; all of ours begin with a warm-up."""
     name = value.value if isinstance(value, Enum) else value
@@ -85,9 +98,14 @@ EVERY_PROJECTION = "all-linear"  # PEFT's word for what is adapted by default
 
 
 def in_a_list(value: Any) -> Any:
-    """Returns a list of one for a single text; ``all-linear`` is an empty list."""
-    if value in (EVERY_PROJECTION, (EVERY_PROJECTION,), [EVERY_PROJECTION]):
+    """Returns a list of one for a single text; ``all-linear`` and None, as PEFT has it, are an empty list."""
+    if value in (None, EVERY_PROJECTION, (EVERY_PROJECTION,), [EVERY_PROJECTION]):
         return ()
+    return named_alone(value)
+
+
+def named_alone(value: Any) -> Any:
+    """Returns a list of one for a single text."""
     return value if text_in(value) is None else (value,)
 
 
@@ -95,7 +113,7 @@ def trackers_in(value: Any) -> Any:
     """Returns a list of one for a single text, as the Trainer takes it; ``none`` is an empty list."""
     if value in ("none", ("none",), ["none"]):
         return ()
-    return value if text_in(value) is None else (value,)
+    return named_alone(value)
 
 
 Memory = Annotated[int, BeforeValidator(bytes_in)]

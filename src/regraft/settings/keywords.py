@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast, overload
 
 from pydantic import ValidationError
 
-from regraft.errors import ConfigError, InputError, did_you_mean, shown
+from regraft.errors import ConfigError, InputError, did_you_mean, kind_of, shown
 from regraft.reading import LARGEST_SEED, path_of, whole_number
 from regraft.settings.base import Settings
 from regraft.settings.measuring import EvaluateSettings
@@ -66,7 +66,7 @@ def _instead(name: str, sections: Sequence[Settings]) -> str:
     known = [word for section in sections for word in section.words()]
     fields = dict.fromkeys(word for section in sections for word in type(section).model_fields)
     own = next((word for word in fields if word in TEXT_WORDS), None)
-    if name in TEXT_WORDS and own is not None:
+    if own is not None and (name in TEXT_WORDS or "dataset" in name):
         return f"; the text of this call is `{own}`"
     return did_you_mean(name, known) or "; known: " + ", ".join(fields)
 
@@ -79,8 +79,13 @@ def _changed(section: Settings, values: Mapping[str, Any]) -> Settings:
     return type(section).model_validate(kept | dict(values))
 
 
-def takes_settings(*kinds: type[Settings]) -> Callable[[F], F]:
-    """Shows the settings among the parameters of a function that takes them as ``**keywords``, and checks what it is called with."""
+def takes_settings(*kinds: type[Settings], plan: Any = object) -> Callable[[F], F]:
+    """Shows the settings among the parameters of a function that takes them as ``**keywords``, and checks what it is called with.
+
+    Args:
+        *kinds: The sections, first the one that ``settings`` is.
+        plan: What ``plan`` may be, where the function has such a parameter: a class, or several with ``|``.
+    """
 
     def shown(function: F) -> F:
         signature = inspect.signature(function)
@@ -94,7 +99,12 @@ def takes_settings(*kinds: type[Settings]) -> Callable[[F], F]:
 
         @wraps(function)
         def call(*arguments: Any, **keywords: Any) -> Any:
-            _check_call(dict(zip(signature.parameters, arguments, strict=False)) | keywords, kinds[0] if kinds else None)
+            given = dict(zip(signature.parameters, arguments, strict=False)) | keywords
+            _check_call(given, kinds[0] if kinds else None)
+            if "plan" in given and not isinstance(given["plan"], plan):
+                raise InputError(f"`plan` is {kind_of(given['plan'])}; give the `plan` of a result, or what `regraft.read_plan` returns")
+            if "output" in given and given["output"] is None and signature.parameters["output"].default is inspect.Parameter.empty:
+                raise InputError("`output` is None; give the name of a new folder")
             return function(*arguments, **keywords)
 
         call.__signature__ = signature.replace(parameters=[*own, *more])  # pyright: ignore[reportAttributeAccessIssue]
@@ -115,7 +125,7 @@ def _check_call(given: Mapping[str, Any], kind: type[Settings] | None) -> None:
     """
     for name in ("output", "settings", "plan", "recover"):
         if _is_tokenizer(given.get(name)):
-            raise InputError(f"`{name}` is a {type(given[name]).__name__}; a tokenizer is given by its name: tokenizer=...")
+            raise InputError(f"`{name}` is {kind_of(given[name])}; a tokenizer is given by its name: tokenizer=...")
     for name in ("in_place", "dry_run", "resume", "replace"):
         if not isinstance(given.get(name, False), bool):
             raise InputError(f"`{name}` is {shown(repr(given[name]), 80)}; give True or False")
@@ -127,14 +137,14 @@ def _check_call(given: Mapping[str, Any], kind: type[Settings] | None) -> None:
     for name in ("output", "work", "folder"):
         value = given.get(name)
         if value is not None and not isinstance(value, str | os.PathLike):
-            raise InputError(f"`{name}` is a {type(value).__name__}, no path; give a text or a pathlib.Path")
+            raise InputError(f"`{name}` is {kind_of(value)}, no path; give a text or a pathlib.Path")
         if value is not None:
             path_of(value, name)
     sections = (("settings", kind), ("load", LoadSettings), ("recover", RecoverSettings), ("evaluate", EvaluateSettings))
     for name, wanted in sections:
         value = given.get(name)
         if value is not None and wanted is not None and not isinstance(value, wanted):
-            raise InputError(f"`{name}` is a {type(value).__name__}; give {wanted.__name__}(...), or single settings as keywords")
+            raise InputError(f"`{name}` is {kind_of(value)}; give {wanted.__name__}(...), or single settings as keywords")
 
 
 def _is_tokenizer(value: object) -> bool:

@@ -76,7 +76,7 @@ def _line(where: str, problems: Sequence[dict[str, Any]], kind: type[BaseModel])
     return f"{where}: should be {' or '.join(dict.fromkeys(wanted))} {got}{hint}"
 
 
-_OF_FIELDS = ("missing", "unexpected_keyword_argument", "dataclass_type")  # of a plan that a value of another kind was tried as
+_OF_FIELDS = ("missing", "unexpected_keyword_argument")  # of a plan that a value of another kind was tried as
 _OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 _PLAIN_WORDS = {
     "model_type": "keys and values",
@@ -92,6 +92,8 @@ _PLAIN_WORDS = {
 def _wanted(problem: dict[str, Any]) -> str:
     """Returns the expected kind of a value in plain words."""
     kind: str = problem["type"]
+    if kind == "dataclass_type":
+        return f"a {problem['ctx']['class_name']}"
     plain = _PLAIN_WORDS.get(kind) or _PLAIN_WORDS.get(kind.partition("_")[0])
     return plain or problem["msg"].removeprefix("Input should be ")
 

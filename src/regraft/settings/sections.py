@@ -33,7 +33,9 @@ from regraft.settings.base import (
     Ratio,
     Settings,
     TwoOrMore,
+    device_name,
     in_a_list,
+    named_alone,
     schedule_name,
     trackers_in,
     type_name,
@@ -77,7 +79,7 @@ class LoadSettings(Settings):
     dtype: Annotated[Dtype, BeforeValidator(type_name)] = Field(
         default="auto", description="dtype of the weights; auto: the dtype of the file"
     )
-    device: Annotated[str, BeforeValidator(str)] = Field(
+    device: Annotated[str, BeforeValidator(device_name)] = Field(
         default="auto", description="device: cpu, cuda, cuda:N or mps; auto: the first available of cuda, mps and cpu"
     )
     trust_remote_code: bool = Field(default=False, description="run Python code from the model's folder")
@@ -141,7 +143,7 @@ class PruneSettings(Settings):
     budget: Literal["parameters", "bytes", "milliseconds"] = Field(default="parameters", description="quantity that `ratio` is a share of")
     rounds: Positive = Field(default=1, description="number of pruning steps, with new scores for each")
     layers: str = Field(default=":", description="range of layers to prune, as a Python slice: 1:-1 spares the first and the last")
-    targets: tuple[Target, ...] = Field(
+    targets: Annotated[tuple[Target, ...], BeforeValidator(named_alone)] = Field(
         default=("heads", "ffn"),
         description="parts to prune: heads (KV heads with their query heads), ffn (feed-forward channels), query_heads (equally many in "
         "each KV group), mixer_heads (of Gated DeltaNet and Mamba-2: a key head with its value heads), residual (width of the residual "

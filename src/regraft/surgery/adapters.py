@@ -98,7 +98,10 @@ def continued(adapted: PeftModel) -> Injected:
     """
     names = list(adapted.peft_config)
     if names != [NAME]:
-        raise InputError(f"the model carries the adapters {', '.join(names)}; training goes on with one, called '{NAME}'")
+        raise InputError(
+            f"the model carries the adapters {', '.join(names)}; training goes on with one, called '{NAME}': take off the others by "
+            "delete_adapter()"
+        )
     config = adapted.peft_config[NAME]
     if not isinstance(config, LoraConfig) or isinstance(config, AdaLoraConfig):
         remedy = "give the model without it" if config.is_prompt_learning else "fold it in with merge_and_unload()"
@@ -107,6 +110,7 @@ def continued(adapted: PeftModel) -> Injected:
     assert isinstance(adapter, PeftAdapter)
     model = cast(PreTrainedModel, adapted.get_base_model())
     adapted.requires_grad_(False)
+    cast(Any, adapted.base_model).enable_adapter_layers()  # it may have been switched off
     adapted.set_adapter(NAME)
     return Injected(adapted, model, adapter, frozenset())
 

@@ -61,7 +61,7 @@ def test_neighbours_of_one_role_are_one_message() -> None:
         ({"messages": openai(("user", "a"), ("assistant", None))}, "message 2 has 'content' of type NoneType"),
         ({"messages": openai(("user", [{"type": "image", "url": "x"}]), ("assistant", "c"))}, "part of kind 'image'"),
         ({"messages": "hello"}, "'messages' of type str"),
-        ({"messages": [3]}, "message 1 is a int"),
+        ({"messages": [3]}, "message 1 is an int"),
         ({"conversations": openai(("user", "a"), ("assistant", " "))}, "empty answer"),
         ({"messages": openai(("user", " "), ("assistant", "b"))}, "empty message of the user"),
         ({"messages": openai(("user", "\ud800"), ("assistant", "b"))}, "half a surrogate pair"),

@@ -63,7 +63,7 @@ def test_settings_cannot_be_changed(kind: type[Settings]) -> None:
             "targets.1: should be 'heads', 'ffn', 'query_heads', 'mixer_heads', 'residual', 'layers', 'attention', 'mlp', 'vocabulary', "
             "'experts' or 'expert_ffn' (got 'ears')",
         ),
-        (PruneSettings, {"targets": "ffn"}, "targets: should be a list (got 'ffn')"),
+        (PruneSettings, {"targets": 3}, "targets: should be a list (got 3)"),
         (RecoverSettings, {"lr": 0}, "lr: should be above 0.0 (got 0)"),
         (RecoverSettings, {"lr": float("inf")}, "lr: should be above 0.0 (got inf)"),
         (RecoverSettings, {"steps": 0}, "steps: should be above 0 (got 0)"),

@@ -157,7 +157,7 @@ class CompressResult(Saving):
         return found
 
 
-@takes_settings(CompressSettings, LoadSettings)
+@takes_settings(CompressSettings, LoadSettings, plan=FactorPlan | RankPlan | None)
 def compress(
     model: ModelLike,
     output: str | Path | None = None,

@@ -93,7 +93,7 @@ def prune(
     return _carry_out(_Order(model, tokenizer, texts, _path(output), chosen, load, seed, in_place, dry_run, None, command, say))
 
 
-@takes_settings(PruneSettings, LoadSettings)
+@takes_settings(PruneSettings, LoadSettings, plan=PrunePlan)
 def replay(
     model: ModelLike,
     plan: PrunePlan,

@@ -35,7 +35,10 @@ def pattern_of(settings: RecoverSettings, loaded: Loaded) -> RankPlan | None:
     asked, own = settings.rank_pattern, settings.adapter != MEASURED or settings.alpha is not None or bool(settings.targets)
     if asked == "uniform" or (asked == "auto" and (own or not in_all(loaded.provenance))):
         return None
-    bare = bare_slots(ModelView(loaded.model), "layer")
+    view = ModelView(loaded.model)
+    if asked == "auto" and not view.adapted_modules():  # GPT-2's projections are no nn.Linear; PEFT adapts them with one rank
+        return None
+    bare = bare_slots(view, "layer")
     damage = damage_of(loaded, bare)
     shares = [found[SHARE_PRUNED] for found in damage.values()]
     slots = [slot.plain(damage.get(slot.name)) for slot in bare]
