@@ -22,6 +22,7 @@ from regraft.models.save import save
 from regraft.pipelines.export import export
 from regraft.plans import Provenance
 from regraft.settings import ExportSettings
+from regraft.streaming import checkpoint
 
 pytest.importorskip("gguf")
 
@@ -51,17 +52,18 @@ def saved(model: Any, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_bytes_and_the_record_are_those_of_the_export_from_memory(tmp_path: Path, name: str) -> None:
+def test_the_bytes_and_the_record_are_those_of_the_export_from_memory(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 3000)  # matrices come in many blocks, which do not end with a head
     folder = saved(MODELS[name](), tmp_path / "model")
     loaded = load(folder)
-    for to, quantize in (("gguf", ""), ("ollama", "Q8_0"), ("hf", "")):
+    for to, quantize in (("gguf", ""), ("ollama", "Q8_0"), ("hf-uniform", ""), ("hf", "")):
         settings = ExportSettings(shard_size="100KB") if to == "hf" else ExportSettings(quantize=quantize)
         from_memory = export(loaded, tmp_path / f"{to}-memory", to, settings=settings, check=None)
         streamed = export(folder, tmp_path / f"{to}-streamed", to, settings=settings, check=None)
         assert (streamed.words, streamed.notes) == (from_memory.words, from_memory.notes)
         records = [json.loads((tmp_path / f"{to}-{way}" / "regraft.json").read_text()) for way in ("memory", "streamed")]
         assert records[0]["source_fingerprint"] == records[1]["source_fingerprint"]
-        if to != "hf":  # whose files may be divided otherwise
+        if not to.startswith("hf"):  # whose files may be divided otherwise
             assert records[0]["files"] == records[1]["files"]
     again = load(tmp_path / "hf-streamed")
     assert len(list((tmp_path / "hf-streamed").glob("*.safetensors"))) > 1

@@ -145,6 +145,7 @@ class ModelFormat:
         check: Compares the written files, in their runtime, with the model; raises an error if they compute something else.
         takes_factors: Whether the format holds linear layers that are stored as two factors; where it does not, such models are refused.
         stream: Writes into an empty folder from a checkpoint that is read tensor by tensor; None for a format that needs the whole model.
+        streams_uneven: Whether ``stream`` takes models of our class, whose layers have sizes of their own.
     """
 
     summary: str
@@ -154,6 +155,7 @@ class ModelFormat:
     check: Callable[[Loaded, Path, Written, str, ExportSettings], Parity | None]
     takes_factors: bool = False
     stream: Callable[[Skeleton, OnePass, Path, ExportSettings], Written] | None = None
+    streams_uneven: bool = True
 
 
 Exporter = AdapterFormat | ModelFormat

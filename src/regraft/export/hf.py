@@ -85,7 +85,7 @@ def stream(skeleton: Skeleton, once: OnePass, folder: Path, settings: ExportSett
     for shard in shards:
         with ShardWriter(folder, shard) as writer:
             for name in shard.shapes:
-                writer.write(name, [once.tensor(name)])
+                writer.write(name, once.pieces(name))
         files[shard.name] = writer.sha256
     config = skeleton.loaded.model.config
     found = write_all_but_weights(skeleton, folder, config, shards)

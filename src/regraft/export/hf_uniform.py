@@ -6,7 +6,7 @@ from pathlib import Path
 
 from regraft.errors import InputError
 from regraft.export.contract import EXPORTERS, Holding, ModelFormat, Parity, Written
-from regraft.export.hf import bits_of, in_transformers, is_own, refuse_gguf_settings, write_folder
+from regraft.export.hf import bits_of, described, in_transformers, is_own, refuse_gguf_settings, stream, write_folder
 from regraft.export.padding import next_even, padded, refuse_fused, uniform_sizes
 from regraft.export.parity import refuse_difference
 from regraft.models.build import conform
@@ -49,7 +49,8 @@ def write(loaded: Loaded, folder: Path, settings: ExportSettings) -> Written:
             "neither smaller nor faster than the largest layer everywhere",
         )
     write_folder(model, loaded, folder, settings)
-    return Written(f"a Hugging Face folder of the stock class {type(model).__name__}", folder, notes)
+    words, *_ = described(type(model), False, folder)
+    return Written(words, folder, notes)
 
 
 def check(loaded: Loaded, folder: Path, written: Written, text: str, settings: ExportSettings) -> Parity:
@@ -72,5 +73,7 @@ FORMAT = ModelFormat(
     refuse,
     write,
     check,
+    stream=stream,
+    streams_uneven=False,
 )
 EXPORTERS.add("hf-uniform", FORMAT)

@@ -32,6 +32,7 @@ from regraft.pipelines.proved import prove_adapter, prove_model, text_ids
 from regraft.pipelines.results import upload
 from regraft.pipelines.texts import Texts
 from regraft.plans import Provenance
+from regraft.reading import read_object
 from regraft.settings import ExportSettings, LoadSettings, takes_settings, with_keywords
 from regraft.surgery.adapted import adapted_modules
 from regraft.surgery.adapter_files import is_master, read_master
@@ -128,7 +129,11 @@ def export(
         given = _folded_live(model, tokenizer)[0] if isinstance(model, PeftModel) else model
         if place is not None and is_adapter(place):
             given = _folded(Path(place), loading)[0]
-        elif place is not None and _is_streamed(form, tokenizer, options, check) and not _is_factored(folder := locate_by(place, loading)):
+        elif (
+            place is not None
+            and _is_streamed(form, tokenizer, options, check)
+            and not _needs_memory(form, folder := locate_by(place, loading))
+        ):
             why = why_not_compared(folder, loading) if check is not None else ""
             if check is None or why:
                 done = export_streamed(folder, output, to, form, options, loading, source=str(model), command=command)
@@ -144,8 +149,10 @@ def _is_streamed(form: ModelFormat, tokenizer: PreTrainedTokenizerBase | None, s
     return form.stream is not None and tokenizer is None and settings.importance is None and not check
 
 
-def _is_factored(folder: Path) -> bool:
-    """Returns whether a folder stores linear layers as two factors, which are not read tensor by tensor."""
+def _needs_memory(form: ModelFormat, folder: Path) -> bool:
+    """Returns whether a folder is not written tensor by tensor: it stores two factors, or the format fills its layers up."""
+    if not form.streams_uneven and str(read_object(folder / "config.json", ModelError).get("model_type")).startswith("regraft_"):
+        return True
     return any(name.endswith(".expand.weight") for name in stored_tensors(folder))
 
 

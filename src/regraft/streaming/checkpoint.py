@@ -17,8 +17,8 @@ from torch import Tensor
 from regraft.models.view import digest_of_pieces
 from regraft.models.weights import DTYPES, StoredTensor, fill, read_header, stored_tensors
 
-# Rows of a matrix that are compared or copied in one go.
-PIECE_BYTES = 1 << 25
+# Rows of a matrix that are compared or copied in one go: few enough that their memory is used again for the next ones.
+PIECE_BYTES = 1 << 23
 _digests: dict[tuple[Any, ...], bytes] = {}  # of tensors, by file, its size and time, and place in it
 
 
@@ -76,15 +76,15 @@ class CheckpointFiles:
             _digests[key] = digest_of_pieces(piece.to(dtype) for piece in self.pieces(name))
         return _digests[key]
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """Yields a tensor in blocks of rows, in order."""
+    def pieces(self, name: str, together: int = 1) -> Iterator[Tensor]:
+        """Yields a tensor in blocks of rows, in order, each of a multiple of ``together`` rows."""
         place = self.places[name]
         if not place.shape:
             yield self.read(name)
             return
         rows = place.shape[0]
         nbytes = place.numel * DTYPES[place.dtype].itemsize
-        step = max(1, PIECE_BYTES // max(1, nbytes // max(1, rows)))
+        step = max(1, PIECE_BYTES // max(1, nbytes // max(1, rows)) // together) * together
         for start in range(0, rows, step):
             yield self.rows(name, start, min(rows, start + step))
 

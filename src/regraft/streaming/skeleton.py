@@ -105,14 +105,14 @@ class Skeleton:
         """Returns a parameter in the model's dtype, on the CPU."""
         return self._stored[name].made(self.checkpoint.read, self.loaded.model).to(self.dtype)
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """Yields a parameter in the model's dtype, in blocks of rows, on the CPU.
+    def pieces(self, name: str, together: int = 1) -> Iterator[Tensor]:
+        """Yields a parameter in the model's dtype, in blocks of rows, on the CPU; each is whole or has a multiple of ``together`` rows.
 
         Raises:
             ModelError: The parameter holds NaN, infinity or values far beyond those of a trained model.
         """
         source = self._stored[name]
-        for piece in self.checkpoint.pieces(source.parts[0]) if source.plain else [self.stored(name)]:
+        for piece in self.checkpoint.pieces(source.parts[0], together) if source.plain else [self.stored(name)]:
             values = piece.to(self.dtype)
             if name not in self._checked:
                 check_values(name, values, self.loaded.source)

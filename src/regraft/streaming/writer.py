@@ -1,4 +1,4 @@
-"""Writer of a safetensors file tensor by tensor, so that at most one tensor is in memory.
+"""Writer of a safetensors file tensor by tensor, so that at most one tensor is in memory, and of any large file in blocks.
 
 The format is described in :mod:`regraft.models.weights`. The writer of the safetensors library needs all tensors of a file at once.
 """
@@ -9,7 +9,9 @@ import hashlib
 import json
 import os
 import struct
+from collections import deque
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -18,8 +20,72 @@ import torch
 from torch import Tensor
 
 from regraft.models.weights import memory_of
+from regraft.platforms import let_go
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
+
+
+# While a file is written, its last bytes up to this many stay in memory; those before are on the disk or on their way.
+WINDOW_BYTES = 1 << 27
+_STEP_BYTES = 1 << 24
+_WAITING = 4  # blocks that may wait for the thread that hashes
+
+
+class HashedFile:
+    """A new file that is hashed and put on the disk while it is written; use it as a context manager.
+
+    A thread hashes each block while the next one is made, so that the checksum costs no second reading. The disk begins with the first
+    blocks, and does not wait for the last: a file larger than memory pushes nothing of other programs out of the page cache.
+
+    Args:
+        path: The file; what is there is replaced.
+
+    Attributes:
+        sha256: SHA-256 of the file in hexadecimal, once it is closed without an error.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._digest = hashlib.sha256()
+        self._waiting: deque[Future[None]] = deque()
+        self._position = self._begun = 0
+        self.sha256 = ""
+
+    def __enter__(self) -> HashedFile:
+        self._file = self._path.open("wb", buffering=0)
+        self._thread = ThreadPoolExecutor(1)
+        return self
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Writes a block, which nobody may change afterwards.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        while len(self._waiting) >= _WAITING:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(self._digest.update, data))
+        left = memoryview(data)
+        while left:
+            left = left[self._file.write(left) :]
+        self._position += len(data)
+        if self._position - self._begun >= _STEP_BYTES:
+            start = max(0, self._begun - WINDOW_BYTES)
+            let_go(self._file.fileno(), start, self._position - start)
+            self._begun = self._position
+
+    def pad(self, block: int) -> None:
+        """Writes zeros up to the next multiple of ``block`` bytes."""
+        self.write(bytes(-self._position % block))
+
+    def __exit__(self, kind: object, value: object, trace: object) -> None:
+        try:
+            self._thread.shutdown(cancel_futures=kind is not None)
+            if kind is None:
+                os.fsync(self._file.fileno())
+                self.sha256 = self._digest.hexdigest()
+        finally:
+            self._file.close()
 
 
 @dataclass(frozen=True)
@@ -61,13 +127,12 @@ class ShardWriter:
 
     def __init__(self, folder: Path, shard: Shard) -> None:
         self._shard = shard
-        self._path = folder / shard.name
         self._left = list(shard.shapes)
-        self._digest = hashlib.sha256()
+        self._file = HashedFile(folder / shard.name)
         self.sha256 = ""
 
     def __enter__(self) -> ShardWriter:
-        self._file = self._path.open("wb")
+        self._file.__enter__()
         offset, header = 0, {"__metadata__": {"format": "pt"}}
         entries: dict[str, object] = dict(header)
         for name, shape in self._shard.shapes.items():
@@ -76,7 +141,7 @@ class ShardWriter:
             offset += size
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the reference writer aligns the data to eight bytes
-        self._put(struct.pack("<Q", len(text)) + text)
+        self._file.write(struct.pack("<Q", len(text)) + text)
         return self
 
     def write(self, name: str, pieces: Iterable[Tensor]) -> None:
@@ -86,20 +151,12 @@ class ShardWriter:
         count = 0
         for piece in pieces:
             flat = piece.detach().to(device="cpu", dtype=self._shard.dtype_of(name)).contiguous().reshape(-1)
-            self._put(memory_of(flat))
+            self._file.write(memory_of(flat))
             count += flat.numel()
         assert count == prod(self._shard.shapes[name]), f"'{name}' has {count} values, not {self._shard.shapes[name]}"
 
     def __exit__(self, kind: object, value: object, trace: object) -> None:
-        try:
-            if kind is None:
-                assert not self._left, f"'{self._left[0]}' was not written"
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self.sha256 = self._digest.hexdigest()
-        finally:
-            self._file.close()
-
-    def _put(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._digest.update(data)
+        self._file.__exit__(kind, value, trace)
+        if kind is None:
+            assert not self._left, f"'{self._left[0]}' was not written"
+            self.sha256 = self._file.sha256

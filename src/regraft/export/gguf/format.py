@@ -65,7 +65,7 @@ def write(loaded: Loaded, folder: Path, settings: ExportSettings) -> Written:
 
 def stream(skeleton: Skeleton, once: OnePass, folder: Path, settings: ExportSettings) -> Written:
     """Writes ``model.gguf`` from a checkpoint."""
-    source = source_of(skeleton.loaded.model, once.tensor)
+    source = source_of(skeleton.loaded.model, once)
     return _write(skeleton.loaded, source, scheme_of(skeleton.dtype, settings), folder, settings, None)
 
 
@@ -76,13 +76,14 @@ def _write(
     about = {"type": "model", "name": Path(loaded.source).name, "quantized_by": "regraft"}
     if not scheme.is_quantized:
         about.pop("quantized_by")
-    notes = write_file(folder / FILE, layout, _vocabulary(loaded, source.vocabulary), scheme, about, importance)
+    notes, sha256 = write_file(folder / FILE, layout, _vocabulary(loaded, source.vocabulary), scheme, about, importance)
     size = (folder / FILE).stat().st_size
     return Written(
         f"GGUF of architecture '{layout.architecture}' in {scheme.name}, {size / 1e6:.1f} MB",
         folder / FILE,
         (*layout.notes, *notes, *((UNWEIGHED,) if scheme.usual in K_TYPES and importance is None else ())),
         {"architecture": layout.architecture, "context": layout.context, "weighed": importance is not None},
+        files={FILE: sha256},
     )
 
 

@@ -120,7 +120,10 @@ def _matrix(source: Source, index: int, module: str, stem: str, *, turned: bool)
         tensor = source.tensor(f"{name}.weight")
         return tensor.T if turned else tensor
 
-    return Entry(f"blk.{index}.{stem}.weight", shape[::-1] if turned else shape, make, reads=name, layer=index)
+    place = f"blk.{index}.{stem}.weight"
+    if turned:
+        return Entry(place, shape[::-1], make, reads=name, layer=index)
+    return Entry(place, shape, make, reads=name, layer=index, pieces=lambda: source.pieces(f"{name}.weight", 1))
 
 
 def _layer_norm(source: Source, module: str, stem: str, layer: int) -> list[Entry]:

@@ -6,7 +6,7 @@ every layer from lists, and computes a Llama. ``openelm`` (Apple's) does the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,8 +187,8 @@ def _layer(kind: Gated, source: Source, index: int, scale: float) -> list[Entry]
         for part, exact in (("weight", False), ("bias", True)):
             if f"{name}.{part}" in source.shapes:
                 shape = source.shapes[f"{name}.{part}"]
-                make = made(source, f"{name}.{part}", heads, factor)
-                entries.append(Entry(f"blk.{index}.{stem}.{part}", shape, make, exact, "" if exact else name, index))
+                make, pieces = made(source, f"{name}.{part}", heads, factor), blocks(source, f"{name}.{part}", heads, factor)
+                entries.append(Entry(f"blk.{index}.{stem}.{part}", shape, make, exact, "" if exact else name, index, pieces))
     return _fuse(entries, index) if kind.fused else entries
 
 
@@ -199,6 +199,21 @@ def made(source: Source, name: str, heads: int, factor: float) -> Callable[[], T
         tensor = source.tensor(name)
         tensor = paired(tensor, heads) if heads else tensor
         return tensor if factor == 1.0 else tensor.double() * factor
+
+    return make
+
+
+def blocks(source: Source, name: str, heads: int, factor: float) -> Callable[[], Iterable[Tensor]] | None:
+    """Returns what computes a matrix as :func:`made`, in blocks of rows; None for a vector."""
+    shape = source.shapes[name]
+    if len(shape) == 1:
+        return None
+    head = shape[0] // heads if heads else 1
+
+    def make() -> Iterable[Tensor]:
+        for piece in source.pieces(name, head):
+            turned = paired(piece, piece.shape[0] // head) if heads else piece
+            yield turned if factor == 1.0 else turned.double() * factor
 
     return make
 
@@ -216,7 +231,9 @@ def outside(source: Source, module: str, stem: str) -> Entry:
     """Returns the entry of the token embedding or the output projection."""
     name = f"{module}.weight"
     reads = source.family.head if stem == "output" else ""
-    return Entry(f"{stem}.weight", (source.vocabulary, source.width), lambda: source.tensor(name), reads=reads)
+    return Entry(
+        f"{stem}.weight", (source.vocabulary, source.width), lambda: source.tensor(name), reads=reads, pieces=lambda: source.pieces(name, 1)
+    )
 
 
 def norm(source: Source, module: str, stem: str, layer: int = -1, factor: float = 1.0) -> Entry:
@@ -246,8 +263,9 @@ def stored_parts(
     for module, stem in projections.items():
         name = f"{prefix}.{module}.weight"
         if name in source.shapes:
-            make = made(source, name, heads.get(stem, 0), 1.0)
-            entries.append(Entry(f"blk.{index}.{stem}.weight", source.shapes[name], make, reads=f"{prefix}.{module}", layer=index))
+            ways = (made(source, name, heads.get(stem, 0), 1.0), blocks(source, name, heads.get(stem, 0), 1.0))
+            place = f"blk.{index}.{stem}.weight"
+            entries.append(Entry(place, source.shapes[name], ways[0], reads=f"{prefix}.{module}", layer=index, pieces=ways[1]))
     return entries
 
 

@@ -48,7 +48,7 @@ Q5_K, Q6_K = Stored("Q5_K", 13, 256, 176), Stored("Q6_K", 14, 256, 210)
 FLOATS = (F32, F16, BF16)
 QUANTIZATION_VERSION = 2
 K_TYPES = (Q3_K, Q4_K, Q5_K, Q6_K)
-CHUNK_VALUES = 1 << 22  # are converted to float32 at a time
+CHUNK_VALUES = 1 << 18  # are converted to float32 at a time: they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,8 @@ def encode(tensor: Tensor, kind: Stored, importance: np.ndarray | None = None) -
     chunks = [rows[start : start + step].to(torch.float32).contiguous().numpy() for start in range(0, rows.shape[0], step)]
     if kind in K_TYPES:
         return np.concatenate([_quantized(chunk, kind, importance) for chunk in chunks])
+    if kind is Q8_0:
+        return np.concatenate([_in_eight_bits(torch.from_numpy(chunk)) for chunk in chunks])
     gguf = require_gguf()
     return np.concatenate([gguf.quants.quantize(chunk, gguf.GGMLQuantizationType(kind.number)).view(np.uint8) for chunk in chunks])
 
@@ -175,6 +177,23 @@ def require_gguf() -> ModuleType:
         return import_module("gguf")
     except ImportError:
         raise MissingDependencyError("gguf", "gguf") from None
+
+
+def _in_eight_bits(values: Tensor) -> np.ndarray:
+    """Returns rows, (rows, in) in float32, as Q8_0 stores them: for each block of 32 a float16 scale, and 32 whole numbers.
+
+    Halves are rounded away from zero, as C's ``roundf`` does.
+    """
+    blocks = values.reshape(-1, Q8_0.block)
+    scale = blocks.abs().amax(1, keepdim=True) / 127
+    exact = blocks * torch.where(scale == 0, 0.0, 1 / scale)
+    size = exact.abs()
+    whole = size.floor()
+    whole += size.sub_(whole).mul_(2).floor_()
+    found = torch.empty(len(blocks), Q8_0.block_bytes, dtype=torch.uint8)
+    found[:, :2] = scale.to(torch.float16).view(torch.uint8)
+    found[:, 2:] = whole.copysign_(exact).to(torch.int8).view(torch.uint8)
+    return found.reshape(len(values), -1).numpy()
 
 
 def _quantized(rows: np.ndarray, kind: Stored, importance: np.ndarray | None) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from regraft.models.family import Family
 from regraft.models.view import LayerSizes, ModelView
+from regraft.streaming.once import OnePass
 
 Metadata = dict[str, Any]
 
@@ -28,6 +29,7 @@ class Source:
         tied: Whether the output projection is the token embedding.
         shapes: Shapes of all tensors by name.
         tensor: Returns a tensor by name, computed when it is called.
+        pieces: Yields a matrix by name in blocks of rows; each is the whole matrix, or has a multiple of the given number of rows.
     """
 
     config: Any
@@ -38,6 +40,7 @@ class Source:
     tied: bool
     shapes: Mapping[str, tuple[int, ...]]
     tensor: Callable[[str], Tensor]
+    pieces: Callable[[str, int], Iterable[Tensor]]
 
     @property
     def head_dim(self) -> int:
@@ -56,12 +59,12 @@ class Source:
         return all(size == first for size in self.sizes) and first.query_heads > 0 and first.ffn > 0
 
 
-def source_of(model: PreTrainedModel, tensor: Callable[[str], Tensor] | None = None) -> Source:
+def source_of(model: PreTrainedModel, once: OnePass | None = None) -> Source:
     """Returns what is exported of a model.
 
     Args:
         model: The model, which gives names and shapes.
-        tensor: Returns the values of a parameter by name; by default those in the model.
+        once: The checkpoint that the values are read from; None for those in the model.
     """
     view = ModelView(model)
     state: Mapping[str, Tensor] = model.state_dict()
@@ -76,7 +79,8 @@ def source_of(model: PreTrainedModel, tensor: Callable[[str], Tensor] | None = N
         vocabulary=state[embedding].shape[0],
         tied=head is None or head is parameters[embedding],
         shapes={name: tuple(values.shape) for name, values in state.items()},
-        tensor=tensor or (lambda name: state[name].detach()),
+        tensor=once.tensor if once else lambda name: state[name].detach(),
+        pieces=once.pieces if once else lambda name, together: (state[name].detach(),),
     )
 
 
@@ -91,6 +95,7 @@ class Entry:
         exact: Whether it is kept in float32 whatever the file's type is, as runtimes ask of norms, biases and tables.
         reads: Name of the module whose inputs it multiplies, for an importance matrix; empty where there is none.
         layer: Index of its layer; -1 outside the layers.
+        pieces: Computes the same tensor in blocks of rows, for a large one that is made row by row; None for one that is made at once.
     """
 
     name: str
@@ -99,6 +104,7 @@ class Entry:
     exact: bool = False
     reads: str = ""
     layer: int = -1
+    pieces: Callable[[], Iterable[Tensor]] | None = None
 
 
 @dataclass(frozen=True)

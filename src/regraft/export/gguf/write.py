@@ -1,9 +1,7 @@
-"""Write a GGUF file tensor by tensor, so that memory holds one tensor at a time."""
+"""Write a GGUF file tensor by tensor, so that memory holds one tensor at a time, or blocks of its rows."""
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from regraft.export.gguf.importance import Importance
 from regraft.export.gguf.numbers import QUANTIZATION_VERSION, Scheme, bytes_of, encode, require_gguf, type_of
 from regraft.export.gguf.source import Layout
 from regraft.export.gguf.vocabulary import Vocabulary
+from regraft.streaming.writer import HashedFile
 
 
 def write_file(
@@ -23,7 +22,7 @@ def write_file(
     scheme: Scheme,
     about: Mapping[str, Any],
     importance: Importance | None = None,
-) -> tuple[str, ...]:
+) -> tuple[tuple[str, ...], str]:
     """Writes a file.
 
     Args:
@@ -35,7 +34,7 @@ def write_file(
         importance: Mean square of each input channel, by name of the module.
 
     Returns:
-        What a user should know of how it was stored.
+        What a user should know of how it was stored, and the file's SHA-256.
     """
     kinds = [type_of(entry, scheme, int(layout.metadata["block_count"])) for entry in layout.entries]
     writer = require_gguf().GGUFWriter(path, layout.architecture)
@@ -54,11 +53,17 @@ def write_file(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for entry, kind in zip(layout.entries, kinds, strict=True):
-            weights = (importance or {}).get(entry.reads) if entry.reads else None
-            _write_values(writer, path, encode(entry.make(), kind, weights))
     finally:
         writer.close()
+    head = path.read_bytes()
+    with HashedFile(path) as file:
+        file.write(head)
+        for entry, kind in zip(layout.entries, kinds, strict=True):
+            file.pad(writer.data_alignment)
+            weights = (importance or {}).get(entry.reads) if entry.reads else None
+            for piece in entry.pieces() if entry.pieces else (entry.make(),):
+                file.write(memoryview(encode(piece, kind, weights).reshape(-1).view(np.uint8)))
+        file.pad(writer.data_alignment)
     coarse = [
         entry.name
         for entry, kind in zip(layout.entries, kinds, strict=True)
@@ -66,25 +71,12 @@ def write_file(
     ]
     if coarse:
         block = scheme.usual.block
-        return (
+        remark = (
             f"{len(coarse)} matrices, such as '{coarse[0]}', have rows that do not divide into blocks of {block}, and are stored finer "
-            f"than {scheme.name}; prune with `align={block}` to avoid it where it comes from pruning",
+            f"than {scheme.name}; prune with `align={block}` to avoid it where it comes from pruning"
         )
-    return ()
-
-
-def _write_values(writer: Any, path: Path, values: np.ndarray) -> None:
-    """Writes the values of a tensor.
-
-    Raises:
-        OSError: They do not fit on the disk. numpy gives no reason where fewer bytes were written than there are; this names it.
-    """
-    try:
-        writer.write_tensor_data(values)
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        return (remark,), file.sha256
+    return (), file.sha256
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

@@ -50,6 +50,18 @@ def test_numbers_read_back(kind: Stored, error: float) -> None:
     assert np.abs(back - values.numpy()).mean() < error
 
 
+def test_eight_bits_are_those_of_gguf_py() -> None:
+    halves = torch.tensor([127.0, 0.5, -0.5, 1.5, -2.5, 0.49999997, *[3.5] * 26])
+    values = torch.cat([torch.randn(64, 96), torch.zeros(1, 96), halves.repeat(1, 3), torch.full((1, 96), 1e-30), 1e6 * torch.randn(1, 96)])
+    theirs = gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType.Q8_0)
+    assert np.array_equal(encode(values, Q8_0), theirs)
+    assert np.array_equal(encode(values.bfloat16(), Q8_0), gguf.quants.quantize(values.bfloat16().float().numpy(), theirs_of(Q8_0)))
+
+
+def theirs_of(kind: Stored) -> int:
+    return gguf.GGMLQuantizationType[kind.name]
+
+
 def test_importance_moves_the_error_to_the_channels_that_matter_less() -> None:
     values = torch.randn(64, 256)
     importance = np.where(np.arange(256) % 2 == 0, 100.0, 0.01).astype(np.float32)
