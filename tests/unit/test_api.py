@@ -37,6 +37,7 @@ from regraft.data.text import Corpus, split_corpus
 from regraft.errors import ConfigError, DataError, InputError, ModelError, RegraftError
 from regraft.pipelines import texts
 from regraft.pipelines.export_model import check_text, to_compare
+from regraft.surgery.adapters import inject
 
 # PEFT 0.21 asks for a property that transformers 5.23 renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -525,6 +526,27 @@ def test_an_adapter_that_is_switched_off_learns_all_the_same(model: PreTrainedMo
     result = regraft.recover(adapted, tokenizer=tiny_tokenizer(), data=TEXTS, learning_rate=1e-2, **STEPS)
     assert result.recovered.best_loss < result.recovered.first_loss
     assert not any(parameter.requires_grad for name, parameter in adapted.named_parameters() if "lora_" in name)
+
+
+def test_what_is_no_path_no_report_and_no_keyword_is_said(model: PreTrainedModel, tmp_path: Path) -> None:
+    result = regraft.prune(model, criterion="l2", ratio=0.3)
+    with pytest.raises(InputError, match="folder is a NoneType, no path"):
+        result.save_pretrained(None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="recipe is a LlamaForCausalLM, no path"):
+        regraft.run(model)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="what is compared is a NoneType; give two results of `evaluate_tasks`"):
+        regraft.compare_tasks(None, None)  # pyright: ignore[reportArgumentType]
+    result.save_pretrained(tmp_path / "saved")
+    assert regraft.load(tmp_path / "saved", dtype=torch.bfloat16).model.dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match="dtpye: unknown keyword; did you mean 'dtype'"):
+        regraft.load(tmp_path / "saved", dtpye="float32")
+    assert regraft.TaskSettings(tasks="continuation").tasks == ("continuation",)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_model_with_an_adapter_of_ours_is_named_as_such(model: PreTrainedModel) -> None:
+    inject(model, regraft.RecoverSettings(adapter="nola"), None, 0)
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM carries an adapter of regraft in 'model\.layers\.0.*recover with `merge`"):
+        regraft.prune(model, criterion="l2")
 
 
 def test_settings_are_checked_when_they_are_made() -> None:

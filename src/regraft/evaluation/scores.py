@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from scipy.stats import binomtest
 
-from regraft.errors import InputError
+from regraft.errors import InputError, kind_of
 from regraft.evaluation.questions import VERSION, Task
 from regraft.plans import PairedScore, TaskReport, TaskScore
 
@@ -32,8 +32,11 @@ def compare(first: TaskReport, second: TaskReport, *, seed: int = 0) -> tuple[Pa
         seed: Seed of the bootstrap.
 
     Raises:
-        InputError: The two have different numbers of items for a task.
+        InputError: The two have different numbers of items for a task, or one is no report.
     """
+    for given in (first, second):
+        if not isinstance(given, TaskReport):
+            raise InputError(f"what is compared is {kind_of(given)}; give two results of `evaluate_tasks`")
     others = {(score.task, score.metric): score for score in second.scores}
     pairs = [(score, others[score.task, score.metric]) for score in first.scores if (score.task, score.metric) in others]
     return tuple(_paired(one, other, seed) for one, other in pairs if one.outcomes and other.outcomes)

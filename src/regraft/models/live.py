@@ -27,6 +27,7 @@ from regraft.settings import LoadSettings
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torchao.", "bitsandbytes.")  # modules with these homes
 
+_OUR_ADAPTERS = "regraft.surgery.adapted"  # the room that attaches them, which lies above this one
 _HOLDERS = ("_orig_mod", "module", "model")  # where torch.compile, parallel wrappers, and trainers and results hold their model
 
 _MADE: WeakKeyDictionary[nn.Module, Provenance] = WeakKeyDictionary()  # what we made in memory, as long as somebody holds it
@@ -126,6 +127,12 @@ def held(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Loaded:
         raise ModelError(
             f"{type(model).__name__} carries an adapter of PEFT in '{inside}'; give what merge_and_unload() or unload() of its "
             "PeftModel returns"
+        )
+    ours = next((key for key, module in model.named_modules() if type(module).__module__ == _OUR_ADAPTERS), None)
+    if ours is not None:
+        raise ModelError(
+            f"{type(model).__name__} carries an adapter of regraft in '{ours}'; recover with `merge` and give that model, or save the "
+            "result and give its folder"
         )
     check_predicts(model)
     ModelView(model)  # refuses a family that is not known, and a model that is not built as its family is

@@ -54,7 +54,7 @@ from regraft.models.view import ModelView, fingerprint
 from regraft.models.weights import StoredTensor, read_tensor, stored_tensors, weights_dtype
 from regraft.plans import Provenance
 from regraft.reading import home_expanded, is_folder, is_whole, path_of, read_object
-from regraft.settings import LoadSettings
+from regraft.settings import LoadSettings, takes_settings, with_keywords
 
 SEEDLING = "seedling"
 MAPPINGS: Mapping[Any, Any] = {
@@ -101,18 +101,20 @@ class Loaded:
         return in_short(self)
 
 
-def load(source: str | Path, settings: LoadSettings | None = None) -> Loaded:
+@takes_settings(LoadSettings)
+def load(source: str | Path, settings: LoadSettings | None = None, **keywords: Any) -> Loaded:
     """Loads a model and checks that it is complete.
 
     Args:
         source: A folder or a GGUF file, which never touch the network; ``seedling``, the model in the package; or a hub id.
         settings: Number type, device, and whether code from the folder may run.
+        **keywords: Single settings by name, such as ``dtype="float32"``; they count before those in ``settings``.
 
     Raises:
         ModelError: The model is missing, damaged, unsafe or of an unknown family.
-        InputError: The device does not exist.
+        InputError: The device does not exist, or a keyword.
     """
-    settings = settings or LoadSettings()
+    (settings,) = with_keywords("regraft.load", keywords, settings or LoadSettings())
     device = device_named(settings.device)
     folder = locate_by(source, settings)
     name = str(source)

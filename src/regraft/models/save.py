@@ -18,6 +18,7 @@ from regraft.models.quiet import quiet
 from regraft.models.view import LayerSizes, ModelView
 from regraft.models.weights import stored_tensors, weight_files
 from regraft.plans import Provenance
+from regraft.reading import path_of
 
 
 def save(
@@ -51,7 +52,7 @@ def save(
     model = conform(model)
     view = ModelView(model)
     sizes = [view.sizes(index) for index in range(len(view.layers))]
-    with atomic_folder(Path(folder), replace=replace) as partial:
+    with atomic_folder(path_of(folder, "folder"), replace=replace) as partial:
         with quiet():
             mend_generation_config(model)
             model.save_pretrained(partial)

@@ -40,7 +40,7 @@ from regraft.pipelines.results import Saving
 from regraft.pipelines.texts import Texts, described, in_memory, path_in, read, text_for
 from regraft.plans import LOSS_UNITS, Provenance
 from regraft.progress import Say, say_nothing
-from regraft.reading import is_folder
+from regraft.reading import is_folder, path_of
 from regraft.settings import TRAINING_TOKENS, LoadSettings, RecoverSettings, takes_settings, with_keywords
 from regraft.surgery.adapter_files import is_master
 from regraft.surgery.adapter_folder import ADAPTER_WEIGHTS, attached, base_record, fingerprint_without, is_adapter
@@ -116,7 +116,7 @@ class RecoverResult(Saving):
         Raises:
             OutputError: It cannot be written; what was there before is untouched.
         """
-        return _save(self.recovered, self.loaded, Path(folder), self.settings, self.record, replace=replace)
+        return _save(self.recovered, self.loaded, path_of(folder, "folder"), self.settings, self.record, replace=replace)
 
 
 @takes_settings(RecoverSettings, LoadSettings)

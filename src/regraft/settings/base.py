@@ -62,7 +62,7 @@ def bytes_in(amount: Any) -> int:
     >>> bytes_in("6GB"), bytes_in("1.5 GiB"), bytes_in(1000)
     (6000000000, 1610612736, 1000)
     """
-    text = str(amount)[:100] if not is_whole(amount, 10**30, math.inf) else "that number"
+    text = shown(amount, 100) if not is_whole(amount, 10**30, math.inf) else "that number"
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(|[KMGT]|[KMGT]I)B?\s*", text.upper())
     count = int(min(float(found[1]) * _UNITS[found[2]], 1e30)) if found else 0
     if not 1 <= count < 10**18:

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import (
-    Field,
-)
+from pydantic import BeforeValidator, Field
 
 from regraft.settings.base import (
     MOST_FACTORS,
@@ -16,6 +14,7 @@ from regraft.settings.base import (
     Positive,
     Settings,
     TwoOrMore,
+    named_alone,
 )
 
 
@@ -39,7 +38,7 @@ class EvaluateSettings(Settings):
 class TaskSettings(Settings):
     """Settings of tasks and of several texts, which are measured with one model or two."""
 
-    tasks: tuple[str, ...] = Field(
+    tasks: Annotated[tuple[str, ...], BeforeValidator(named_alone)] = Field(
         default=(),
         description="tasks: names of lm-evaluation-harness (boolq,piqa,...), files with questions, or continuation and repetition, which "
         "are made from the held-out text",

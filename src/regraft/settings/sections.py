@@ -15,6 +15,7 @@ from pydantic import (
     field_validator,
 )
 
+from regraft.errors import shown
 from regraft.plans import RANK_CHOICES, RankPlan, Shape
 from regraft.reading import is_whole
 from regraft.registry import built_in, known_name, listed
@@ -202,7 +203,7 @@ class PruneSettings(Settings):
     @classmethod
     def _is_a_slice(cls, value: str) -> str:
         if not re.fullmatch(r"\s*(-?[0-9]+)?\s*:\s*(-?[0-9]+)?\s*(:\s*(-?0*[1-9][0-9]*)?\s*)?", value):
-            raise ValueError(f"'{value}' is not a range of layers; write it as START:STOP, such as 1:-1")
+            raise ValueError(f"'{shown(value, 100)}' is not a range of layers; write it as START:STOP, such as 1:-1")
         return value
 
 
@@ -347,7 +348,7 @@ class RecoverSettings(Settings):
     def _options_have_values(cls, options: tuple[str, ...]) -> tuple[str, ...]:
         for option in options:
             if not option.partition("=")[0].strip() or "=" not in option:
-                raise ValueError(f"'{option}' is not an option; write it as NAME=VALUE, such as gamma=0.01")
+                raise ValueError(f"'{shown(option, 100)}' is not an option; write it as NAME=VALUE, such as gamma=0.01")
         return options
 
     @field_validator("epochs")

@@ -30,7 +30,7 @@ from regraft.pipelines.run.stages import RunOrder, files_of, make_smaller, make_
 from regraft.pipelines.texts import text_for
 from regraft.plans import Groups, Measurement, PrunePlan, SizeReport
 from regraft.progress import Say, say_nothing
-from regraft.reading import is_file
+from regraft.reading import is_file, path_of
 from regraft.report.summary import RunReport
 from regraft.settings import CALIBRATION_TOKENS, TRAINING_TOKENS, CompressSettings
 from regraft.surgery.cut import cut
@@ -93,8 +93,9 @@ def run(
         OutputError: The run folder exists and ``resume`` is False, or it cannot be written.
         RegraftError: Anything else that the user can mend, in one line.
     """
-    recipe = read_recipe(str(source), overrides)
-    file = find_recipe(str(source))
+    source = str(path_of(source, "recipe"))
+    recipe = read_recipe(source, overrides)
+    file = find_recipe(source)
     name = file.stem
     path = Path(output) if output is not None else Path("runs") / name
     if not (resume or dry_run or is_file(path / RUN_FILE)):  # that a run lies there is said after what is wrong with the files
@@ -104,7 +105,7 @@ def run(
     groups = discover(dense.model, kinds_wanted(recipe.prune) if recipe.prune is not None else USUAL)
     if dry_run:
         return _dry_run(recipe, dense, groups, progress, say)
-    asked = file.name if file.suffix and str(source) != name else name
+    asked = file.name if file.suffix and source != name else name
     command = shlex.join(["regraft", "run", asked, *overrides])
     with open_run(path, _identity(recipe, dense), resume=resume, say=say) as folder:
         order = RunOrder(folder, recipe, dense.fingerprint, command, name, progress, say)
