@@ -219,7 +219,11 @@ def atomic_folder(path: Path, *, replace: bool = False, keep: Callable[[Path], b
             if path.is_dir() and any(path.iterdir()):
                 path.rename(old)
             new.rename(path)
-            _sync(path.parent)
+            try:
+                _sync(path.parent)
+            except OSError:
+                path.rename(new)  # the name may not outlive a loss of power
+                raise
             _finish(path, old)
         except BaseException:
             if old.exists() and not path.exists():
@@ -314,7 +318,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
             yield new
             _sync(new)
             new.replace(path)
-            _sync(path.parent)
+            try:
+                _sync(path.parent)
+            except OSError as error:
+                if not is_disk_full(error):  # both files are whole, whichever of them the name leads to after a loss of power
+                    raise
         finally:
             remove(new)
 

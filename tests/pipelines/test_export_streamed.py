@@ -78,6 +78,10 @@ def test_a_factored_model_that_is_not_compared_is_written_from_memory(tmp_path: 
     folder = saved(toy("llama"), tmp_path / "model")
     line = ["compress", str(folder), "--method", "svd", "--ratio", "0.3", "--device", "cpu", "--quiet", "-o", str(tmp_path / "factored")]
     assert run(line) == 0, capsys.readouterr().err
+    for words in (["prune", "--ratio", "0.2", "--targets", "ffn"], ["compress", "--ratio", "0.2", "--method", "svd"]):
+        line = [words[0], str(tmp_path / "factored"), *words[1:], "--memory", "2GB", "--device", "cpu", "-o", str(tmp_path / "none")]
+        assert run(line) == 2
+        assert "is factored already" in capsys.readouterr().err
     export(tmp_path / "factored", tmp_path / "out", "hf", check=None)
     assert load(tmp_path / "out").fingerprint == load(tmp_path / "factored").fingerprint
 

@@ -184,3 +184,27 @@ def test_files_get_the_rights_that_new_files_have(tmp_path):
         (partial / "model.safetensors").touch(mode=0o600)
     (tmp_path / "plain").touch()
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == (tmp_path / "plain").stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_disk_that_fills_when_the_name_is_flushed_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace: bool) -> None:
+    target, file = tmp_path / "in" / "model", tmp_path / "in" / "file"
+    if replace:
+        with atomic_folder(target) as partial:
+            (partial / "a").write_text("old")
+            write_text(file, "old")
+    before = tree(tmp_path)
+    real = os.fsync
+
+    def full(handle: int) -> None:
+        if os.path.samefile(f"/proc/self/fd/{handle}", tmp_path / "in"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OutputError, match="disk is full"), atomic_folder(target, replace=replace) as partial:
+            (partial / "a").write_text("new")
+        assert tree(tmp_path) == before
+        write_text(file, "new")  # a file is whole before and after
+    assert file.read_text() == "new"

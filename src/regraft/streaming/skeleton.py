@@ -31,7 +31,7 @@ from regraft.models.load import Loaded, check_folder, device_named, give_generat
 from regraft.models.quiet import in_one_line, quiet
 from regraft.models.stored import Source, sources_of
 from regraft.models.tokenizer import load_tokenizer
-from regraft.models.view import ModelView, digest_of, fingerprint_of
+from regraft.models.view import ModelView, digest_of, fingerprint_of, refuse_factored
 from regraft.models.weights import weights_dtype
 from regraft.plans import WHOLE, GroupKind, Groups
 from regraft.settings import LoadSettings
@@ -188,7 +188,7 @@ def open_skeleton(source: str | Path, settings: LoadSettings | None = None, *, f
         fingerprint: Whether to compute the model's fingerprint now, which reads all weights; empty where not.
 
     Raises:
-        ModelError: The model is missing, damaged, unsafe or of an unknown family.
+        ModelError: The model is missing, damaged, unsafe, of an unknown family, or has layers that are stored as two factors.
         InputError: The device does not exist.
     """
     settings = settings or LoadSettings()
@@ -237,6 +237,7 @@ def _empty_model(folder: Path, device: torch.device, *, trust_remote_code: bool)
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever the modelling code raises on a config that does not fit
         raise ModelError(f"'{folder}' cannot be loaded: {in_one_line(error)}; check its config.json") from error
+    refuse_factored(model, f"'{folder}'")
     nan = torch.full((), torch.nan, device=device)
     for module in model.modules():
         for name, parameter in list(own_parameters(module).items()):

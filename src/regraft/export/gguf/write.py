@@ -62,7 +62,7 @@ def write_file(
             file.pad(writer.data_alignment)
             weights = (importance or {}).get(entry.reads) if entry.reads else None
             for piece in entry.pieces() if entry.pieces else (entry.make(),):
-                file.write(memoryview(encode(piece, kind, weights).reshape(-1).view(np.uint8)))
+                file.write(encode(piece, kind, weights).reshape(-1).view(np.uint8).data)
         file.pad(writer.data_alignment)
     coarse = [
         entry.name

@@ -16,7 +16,6 @@ from regraft.atomic import atomic_folder
 from regraft.compression import RANK_CHOICES, Compressor, Decomposed, Evidence, decompose_one, factor_plan, remembered
 from regraft.errors import InputError
 from regraft.models.load import Loaded
-from regraft.models.view import refuse_factored
 from regraft.pipelines.compress.prepare import layer_of, moved_plan, projections_of, read_texts, saved_moments, space_of
 from regraft.pipelines.compress.record import card_of, record_of, refuse_short_text
 from regraft.pipelines.prune.score_cache import checksum_of
@@ -100,7 +99,6 @@ def compress_streamed(request: StreamedCompress) -> Streamed:
         OutputError: The output cannot be written.
     """
     skeleton = open_skeleton(request.source, request.load)
-    refuse_factored(skeleton.loaded.model, f"'{request.source}'")
     with ExitStack() as stack:
         if request.output is None:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="regraft-")))
