@@ -137,7 +137,7 @@ def main() -> int:
         if not named:
             add_row(FILE, dict(zip(HEAD, rows[-1], strict=True)))
     if not named:
-        rows = [[row[column] for column in HEAD] for row in read_rows(FILE)]
+        rows = sorted([row[column] for column in HEAD] for row in read_rows(FILE))
         draw(rows, len(every))
     return faults_in(rows)
 

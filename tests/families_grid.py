@@ -41,7 +41,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": ("gpt_oss", {**MIXTURE, "num_local_experts": 4}),
 }  # fmt: skip
 
-# The same, of which only what is cut is looked at.
+# The same, of which what is cut is looked at, and what becomes of a pruned model.
 _TWO = {**SIZES, "num_hidden_layers": 2}
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3-Next": ("qwen3_next", {**DELTA_NET, "mlp_only_layers": [0, 1]}),
@@ -72,7 +72,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
          "v_head_dim": 8},
     ),
     "Granite SWA": ("granite_swa", {**_TWO, "layer_types": ["sliding_attention", FULL]}),
-    "SmolLM3": ("smollm3", {**_TWO, "no_rope_layers": [1, 0]}),
+    "SmolLM3": ("smollm3", {**_TWO, "no_rope_layers": [1, 1]}),
     "Ministral 3": ("ministral3", {**_TWO, "rope_parameters": None}),
     "Arcee": ("arcee", _TWO),
     "Hunyuan, dense": ("hunyuan_v1_dense", _TWO),
@@ -92,6 +92,9 @@ COLUMNS = {
     "compress": "compress", "hf": "hf", "hf-uniform": "hf-uniform", "peft-lora": "peft-lora", "gguf": "gguf",
 }  # fmt: skip
 
+# What is done with models of other families: pruned layer by layer, and the result recovered and exported.
+PRUNED = {"memory": "`--memory`", "recover": "recover", "hf": "hf", "peft-lora": "peft-lora", "gguf": "gguf"}
+
 _TABLE = {"residual": "the norms of a family without a table cannot be rescaled with certainty", "gguf": "has no GGUF form here"}
 _DENSE = _TABLE | {"experts": "none"}
 GRID: dict[str, dict[str, str]] = {
@@ -109,25 +112,26 @@ GRID: dict[str, dict[str, str]] = {
     "Qwen3-MoE": {"residual": _TABLE["residual"], "ffn": "none", "mixer_heads": "none"},
     "gpt-oss": _TABLE | {"ffn": "none", "mixer_heads": "none"},
 }
-_PLAIN = {"residual": _TABLE["residual"], "mixer_heads": "none", "experts": "none"}
+_PLAIN = {"gguf": _TABLE["gguf"], "residual": _TABLE["residual"], "mixer_heads": "none", "experts": "none"}
 _NORMED = dict.fromkeys(("heads", "query_heads"), "computes one number from all channels, so that removing one changes the others")
-_EXPERTS = {"residual": _TABLE["residual"], "mixer_heads": "none", "ffn": "none"}
+_EXPERTS = {"gguf": _TABLE["gguf"], "residual": _TABLE["residual"], "mixer_heads": "none", "ffn": "none"}
 GRID |= {
     "Qwen3-Next": _DENSE,
-    "Qwen3-Next, with experts": {"residual": _TABLE["residual"], "ffn": "none"},
+    "Qwen3-Next, with experts": _TABLE | {"ffn": "none"},
     "OLMo-Hybrid": _DENSE | _NORMED,
     "DeepSeek-V3": {
-        "residual": _TABLE["residual"],
+        **_TABLE,
         "mixer_heads": "none",
         **dict.fromkeys(("heads", "query_heads"), "it has no attention that writes the stream through one matrix"),
         "experts": "has an entry for each expert that is no parameter",
     },
     "Gemma 3n": _PLAIN | {"heads": "lets layers use the keys and values of others"},
     "LFM3": _PLAIN,
-    "LFM2-MoE": {"residual": _TABLE["residual"], "mixer_heads": "none"},
+    "LFM2-MoE": _TABLE | {"mixer_heads": "none"},
     "Falcon-H1": _PLAIN | {"mixer_heads": "yes"},
     "Bamba": _PLAIN | {"mixer_heads": "is none of the mixers whose heads are known here"},
-    **dict.fromkeys(("Granite SWA", "SmolLM3", "Ministral 3", "Arcee", "Hunyuan, dense", "ERNIE 4.5", "Apertus"), _PLAIN),
+    **dict.fromkeys(("Granite SWA", "Ministral 3", "Arcee", "Apertus"), _PLAIN),
+    **dict.fromkeys(("SmolLM3", "Hunyuan, dense", "ERNIE 4.5"), _PLAIN | {"gguf": "yes"}),
     "Mixtral": _EXPERTS,
     "OLMoE": _EXPERTS | _NORMED,
     "Granite MoE": _EXPERTS,
@@ -146,5 +150,9 @@ def table() -> str:
         head = f"| family | {' | '.join(columns.values())} |\n|{'---|' * (len(columns) + 1)}\n"
         return head + "\n".join(f"| {family} | {' | '.join(cell(family, column) for column in columns)} |" for family in families)
 
-    tables = f"{rows(MODELS, COLUMNS)}\n\nIn others only what is cut is looked at:\n\n{rows(OTHERS, CUT)}"
+    others = (
+        "In others the last columns say what becomes of the model that `--memory` leaves, which holds the same tensors, bit for bit, as "
+        "what is cut in memory:"
+    )
+    tables = f"{rows(MODELS, COLUMNS)}\n\n{others}\n\n{rows(OTHERS, CUT | PRUNED)}"
     return f"{tables}\n\n" + "\n".join(f'- {letter}: "... {reason} ..."' for reason, letter in notes.items())

@@ -53,6 +53,14 @@ def dequantized() -> dict[str, Any]:
     return {"quantization_config": transformers.GgufConfig(dequantize=True)} if "GgufConfig" in dir(transformers) else {}
 
 
+def names_of_experts(model_type: str) -> frozenset[str]:
+    """Returns the ends of names that PEFT takes for stacked experts in a family, also where such a module is a matrix of its own (PEFT)."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type, "")
+    return frozenset(conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, {}))
+
+
 def attention_kernel(config: PreTrainedConfig) -> str | None:
     """Returns which implementation of attention a model of transformers runs, such as ``sdpa``."""
     return config._attn_implementation

@@ -10,17 +10,20 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from families_grid import COLUMNS, CUT, GRID, KINDS, MODELS, OTHERS
+from families_grid import COLUMNS, CUT, GRID, KINDS, MODELS, OTHERS, PRUNED
 from folders import text_file, tiny_tokenizer
 from regraft.cli.app import run
 from regraft.errors import RegraftError
 from regraft.groups.discover import look_for
 from regraft.groups.experts import expert_groups
 from regraft.groups.traced import Traced
+from regraft.models.load import load
 from regraft.plans import Cut, GroupKind, Groups, PrunePlan
+from regraft.surgery.cut import cut
+from regraft.surgery.experts import cut_experts
 from regraft.surgery.vocabulary import cut_vocabulary, ids_of_configs, vocabulary_groups
 
-KINDS_OF_GROUPS: tuple[GroupKind, ...] = ("heads", "ffn", "mixer_heads", "layer", "residual")
+KINDS_OF_GROUPS: tuple[GroupKind, ...] = ("heads", "query_heads", "ffn", "mixer_heads", "layer", "residual")
 SHORT = ("--samples", "2", "--seq-len", "16")
 
 
@@ -77,8 +80,18 @@ def cut_of_vocabulary(family: str) -> str:
     return "yes"
 
 
+@cache
+def short_text() -> Path:
+    """Returns a file with a few thousand characters, so that reading it costs little beside the model."""
+    path = text_file().with_name("short.txt")
+    path.write_text(text_file().read_text(encoding="utf-8")[:6000], encoding="utf-8")
+    return path
+
+
 def command_of(family: str, column: str, folder: Path) -> list[str]:
-    model, text = str(folder / "model"), str(text_file())
+    text = str(short_text())
+    # Other families go on with what was pruned layer by layer, which equals what is cut in memory.
+    model = str(folder / ("memory" if family in OTHERS and column != "memory" else "model"))
     if column == "memory":
         target = "ffn" if cut_of_kind(family, "ffn") == "yes" else "experts"
         asked = ["--align", "8"] if target == "ffn" else ["--calibration", text, *SHORT]
@@ -130,10 +143,23 @@ def test_every_command_works_or_says_why_not(family: str, tmp_path: Path, capsys
         assert want in mark, (family, column, mark)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", list(OTHERS))
-def test_what_is_cut_in_other_families(family: str) -> None:
+def test_other_families_are_cut_layer_by_layer_as_in_memory_and_recovered_and_exported(family: str, tmp_path: Path, capsys: Any) -> None:
     marks = {column: what_is_cut(family, column) for column in CUT}
+    model_of(family).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    marks |= {column: verdict(family, column, tmp_path, capsys) for column in PRUNED}
     for column, mark in marks.items():
         assert GRID[family].get(column, "yes") in mark, (family, column, mark)
+    streamed = load(tmp_path / "memory")
+    assert streamed.provenance is not None
+    plan = streamed.provenance.plan
+    assert plan is not None
+    model, got = model_of(family), streamed.model.state_dict()
+    experts = marks["ffn"] == "none"
+    whole = cut_experts(model, expert_groups(model), plan) if experts else cut(model, found_in(family).groups, plan)
+    assert whole.num_parameters() < model.num_parameters()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(got[name], tensor), (family, name)

@@ -168,7 +168,7 @@ def test_mixers_whose_heads_are_not_known_are_named_in_one_line(tmp_path: Path, 
 def test_a_value_head_of_every_group_goes_where_no_norm_runs_over_them(tmp_path: Path) -> None:
     groups_of_heads, per_group, size = 2, 4, 8
     sizes = {"mamba_n_groups": groups_of_heads, "mamba_n_heads": 8, "mamba_d_ssm": 64, "ssm_multipliers": [0.5, 0.7, 1.3, 0.9, 1.1]}
-    model = random_model("falcon_h1", {**OTHERS["Falcon-H1"][1], **sizes})
+    model: Any = random_model("falcon_h1", {**OTHERS["Falcon-H1"][1], **sizes})
     groups = discover(model, ("mixer_heads",))
     assert [group.units for group in groups.groups] == [per_group, per_group]
     lost = {0: (1, 3), 1: (0, 2)}
@@ -198,7 +198,7 @@ def test_a_value_head_of_every_group_goes_where_no_norm_runs_over_them(tmp_path:
 
 
 def test_heads_of_a_mixer_with_a_norm_over_its_groups_stay() -> None:
-    config = CONFIG_MAPPING["falcon_h1"](**OTHERS["Falcon-H1"][1], mamba_rms_norm=True)
+    config = CONFIG_MAPPING["falcon_h1"](**{**OTHERS["Falcon-H1"][1], "mamba_rms_norm": True})
     found, refused = mixer_head_groups(ModelView(AutoModelForCausalLM.from_config(config)))
     assert not found
     assert "is none of the mixers whose heads are known here" in refused[0].reason

@@ -62,6 +62,11 @@ def test_a_loaded_model_knows_how_its_tensors_were_renamed(llama: LlamaForCausal
     assert compat.CONVERSIONS in vars(LlamaForCausalLM.from_pretrained(tmp_path))
 
 
+def test_names_that_peft_takes_for_experts_are_known() -> None:
+    assert compat.names_of_experts("deepseek_v3") == compat.names_of_experts("qwen3_next") == {"gate", "gate_proj", "up_proj", "down_proj"}
+    assert compat.names_of_experts("llama") == compat.names_of_experts("regraft_qwen3_next") == frozenset()
+
+
 def test_names_that_saved_models_use_without_this_package(llama: LlamaForCausalLM) -> None:
     assert llama.config._attn_implementation_internal == "eager", "models/uneven writes it into the configs of layers"
     assert llama.config._experts_implementation_internal == "eager", "and this"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from regraft.compat import names_of_experts
 from regraft.errors import ModelError
 from regraft.models.family import Family, family_of
 from regraft.models.mixers import NO_ATTENTION, NO_MLP, mixer_of
@@ -159,11 +160,14 @@ class ModelView:
     def adapted_modules(self) -> dict[str, nn.Linear]:
         """Returns every linear projection of every layer by full name, which LoRA adapts by default.
 
-        A projection that is stored as two factors is represented by these.
+        A projection that is stored as two factors is represented by these. Names that PEFT takes for experts are left out.
         """
         found: dict[str, nn.Linear] = {}
+        experts = names_of_experts(self.model.config.model_type)
         for index in range(len(self.layers)):
             for name in self.linear_names():
+                if name.rpartition(".")[2] in experts:
+                    continue
                 module, full = self.module(index, name), f"{self.layer_name(index)}.{name}"
                 match module:
                     case nn.Linear():

@@ -9,8 +9,9 @@ from fnmatch import fnmatchcase
 from torch import nn
 from transformers import PreTrainedModel
 
-from regraft.adapters.linear_like import is_site, is_table
+from regraft.adapters.linear_like import is_site, is_table, shape_of
 from regraft.adapters.stock_files import problem_of
+from regraft.compat import names_of_experts
 from regraft.errors import InputError, did_you_mean
 from regraft.surgery.adapted import Adapted
 
@@ -22,8 +23,8 @@ def find_targets(model: PreTrainedModel, patterns: Iterable[str] = ()) -> dict[s
 
     Args:
         model: A model with or without adapters; for adapted modules, the plain modules inside are returned.
-        patterns: As :func:`matching` takes them. Empty for every projection of every layer, without embeddings, heads, and matrices that
-            a kernel of a mixer reads by itself.
+        patterns: As :func:`matching` takes them. Empty for every projection of every layer, without embeddings, heads, gates of one
+            number, matrices that a kernel of a mixer reads by itself, and names that PEFT takes for experts.
 
     Raises:
         InputError: A pattern matches no module; the message lists the modules.
@@ -32,7 +33,12 @@ def find_targets(model: PreTrainedModel, patterns: Iterable[str] = ()) -> dict[s
     wanted = list(patterns)
     if not wanted:
         inside = {name: module for name, module in sites.items() if not is_table(module) and _in_a_layer(model, name)}
-        found = {name: module for name, module in inside.items() if not _read_by_a_kernel(model, name)}
+        experts = names_of_experts(model.config.model_type)
+        found = {
+            name: module
+            for name, module in inside.items()
+            if not _read_by_a_kernel(model, name) and min(shape_of(module)) > 1 and name.rpartition(".")[2] not in experts
+        }
         if not found:
             raise InputError(f"no layer of {type(model).__name__} has a linear projection to adapt; name modules with `targets`")
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,5 +54,16 @@ def test_the_last_matrix_of_a_mamba_mixer_is_no_target_by_default() -> None:
     model: Any = nn.Module()
     model.layers = nn.ModuleList([nn.Module(), nn.Module()])
     model.layers[0].mixer, model.layers[1].self_attn = mixer, attention
+    model.config = SimpleNamespace(model_type="bamba")
     assert list(find_targets(model)) == [names[0], names[2]]
     assert list(find_targets(model, ["mixer.out_proj"])) == [names[1]]
+
+
+def test_names_that_peft_takes_for_experts_and_gates_of_one_number_are_no_targets_by_default() -> None:
+    model: Any = nn.Module()
+    model.config = SimpleNamespace(model_type="deepseek_v3")
+    model.layers = nn.ModuleList([nn.Module()])
+    model.layers[0].up_proj, model.layers[0].q_proj, model.layers[0].shared_gate = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1)
+    assert list(find_targets(model)) == ["layers.0.q_proj"]
+    model.config.model_type = "llama"
+    assert list(find_targets(model)) == ["layers.0.up_proj", "layers.0.q_proj"]
