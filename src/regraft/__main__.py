@@ -13,6 +13,7 @@ def main() -> None:
     signals.install()
     try:
         code = importlib.import_module("regraft.cli.app").run(sys.argv[1:])
+        signals.close()
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         code = signals.exit_code()

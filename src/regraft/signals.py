@@ -25,6 +25,7 @@ _POLL_SECONDS = 0.5
 
 
 _came: list[int] = []  # the signals that came, in order
+_through: list[bool] = []  # not empty when the command is through
 
 
 def exit_code() -> int:
@@ -44,9 +45,21 @@ def install() -> None:
     threading.Thread(target=_watch, args=(receiver,), name="regraft-signals", daemon=True).start()
 
 
+def has_come() -> bool:
+    """Returns whether a signal has come to this process since :func:`install`."""
+    return bool(_came)
+
+
+def close() -> None:
+    """Lets signals interrupt no more: the command is through, and what is left to do at the exit takes moments."""
+    _through.append(True)
+
+
 def _raise(number: int, frame: FrameType | None) -> None:
+    """Interrupts the main thread at the first signal; a second one would interrupt the clearing up, which has its time anyway."""
     _came.append(number)
-    raise KeyboardInterrupt
+    if len(_came) == 1 and not _through:
+        raise KeyboardInterrupt
 
 
 def _watch(receiver: int) -> None:

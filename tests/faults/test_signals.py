@@ -221,6 +221,33 @@ def workers(command: Command) -> list[psutil.Process]:
     return found
 
 
+ODD_MOMENTS = {
+    "again, while it clears up": (
+        "try:\n send(SIGINT); time.sleep(5)\nexcept KeyboardInterrupt:\n send(SIGTERM); send(SIGINT); send(SIGHUP); time.sleep(0.1)\n"
+        " print('cleared up')\nraise SystemExit(signals.exit_code())",
+        128 + signal.SIGINT,
+        "cleared up\n",
+        "",
+    ),
+    "when it is through": ("signals.close(); send(SIGTERM); time.sleep(0.1); print('through')", 0, "through\n", ""),
+    "where a library makes another error of it": (
+        "def broken(name):\n try:\n  send(SIGHUP); time.sleep(5)\n except KeyboardInterrupt:\n  raise RuntimeError('lost') from None\n"
+        "app.load_command = broken\nraise SystemExit(app.run(['recover', 'x']))",
+        128 + signal.SIGHUP,
+        "",
+        "error: interrupted; the same command with --resume goes on from what is finished\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("moment", ODD_MOMENTS)
+def test_a_signal_at_an_odd_moment(moment: str) -> None:
+    code, returned, out, said = ODD_MOMENTS[moment]
+    first = "import os, time\nfrom signal import *\nfrom regraft import signals\nfrom regraft.cli import app\nsignals.install()\n"
+    done = fresh.run(["-c", f"{first}send = lambda number: os.kill(os.getpid(), number)\n{code}"])
+    assert (done.returncode, done.stdout, done.stderr) == (returned, out, said)
+
+
 def test_closed_streams_are_opened_before_a_file_takes_their_number() -> None:
     code = (
         "import os, sys; [os.close(n) for n in (0, 1)]; sys.stdin = sys.stdout = None;"

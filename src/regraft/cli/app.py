@@ -28,7 +28,7 @@ from regraft.cli.later import later
 from regraft.cli.no_memory import is_no_memory, no_memory_line
 from regraft.cli.screen import Screen
 from regraft.errors import RegraftError, shown
-from regraft.signals import exit_code
+from regraft.signals import exit_code, has_come
 
 if TYPE_CHECKING:
     from regraft.cli.words import as_options
@@ -134,19 +134,22 @@ def run(arguments: Sequence[str]) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except RegraftError as error:
+        if has_come():  # it is what the interrupt became, such as a worker that ended
+            return _interrupted(arguments)
         say_error(as_options(str(error), of_recipe=list(arguments[:1]) == ["run"]))
     except _USAGE_ERRORS as error:
         message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
         context = error.ctx  # pyright: ignore[reportAttributeAccessIssue]
         say_error(f"{shown(message.rstrip('.'), 2000)}; see: {context.command_path if context is not None else 'regraft'} --help")
     except (KeyboardInterrupt, typer.Abort):
-        say_error(f"interrupted{_how_to_go_on(arguments)}")
-        return exit_code()
+        return _interrupted(arguments)
     except SystemExit as error:  # how the standard output is given up when its reader has gone
         if error.code in (0, None):
             return 0
         say_error("the standard output was closed before everything was written")
     except Exception as error:
+        if has_come():  # a library made something else of it
+            return _interrupted(arguments)
         if is_no_memory(error):
             say_error(no_memory_line(error, arguments))
             return 2
@@ -184,6 +187,12 @@ def _refused(error: OSError) -> str:
 def is_full(error: OSError) -> bool:
     """Returns whether a disk is full, or a quota used up."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _interrupted(arguments: Sequence[str]) -> int:
+    """Says that a signal ended the command and how to go on, and returns the exit code."""
+    say_error(f"interrupted{_how_to_go_on(arguments)}")
+    return exit_code()
 
 
 def _how_to_go_on(arguments: Sequence[str]) -> str:

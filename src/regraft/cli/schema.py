@@ -11,6 +11,7 @@ import typer
 from regraft.atomic import json_with, reserved_file, write_text
 from regraft.cli.later import later
 from regraft.cli.screen import Screen
+from regraft.errors import shown
 
 if TYPE_CHECKING:
     from regraft.pipelines.run.recipe import recipe_schema
@@ -28,4 +29,5 @@ def schema(
         return
     with reserved_file(output, json_with("$schema", "properties")):
         write_text(output, text)
-    Screen().print(f"written to {output}; first line of a recipe: # yaml-language-server: $schema={output}", soft_wrap=True, markup=False)
+    name = shown(output)
+    Screen().print(f"written to {name}; first line of a recipe: # yaml-language-server: $schema={name}", soft_wrap=True, markup=False)

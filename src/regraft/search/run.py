@@ -20,7 +20,7 @@ from regraft.search.leases import Leases
 from regraft.search.pools import Pool
 from regraft.search.postings import Postings
 from regraft.search.sampler import AllocatorSampler
-from regraft.search.storage import Storage, quiet_optuna, storage_errors, together
+from regraft.search.storage import Storage, check_readable, quiet_optuna, storage_errors, together
 
 _IDENTITY = "identity"
 _POLL_SECONDS = 1.0
@@ -63,6 +63,7 @@ def open_search(storage: Storage, name: str, space: RankSpace, sampler: Allocato
                 storage=storage.backend, study_name=name, sampler=sampler, direction="minimize", load_if_exists=True
             )
         )
+        check_readable(study, storage.shown)
         before = study.user_attrs.get(_IDENTITY)
         if before is None:
             study.set_user_attr(_IDENTITY, identity)

@@ -84,11 +84,11 @@ class AllocatorSampler(BaseSampler):
             StorageError: A round cannot be read.
         """
         written = study.user_attrs
-        numbers = sorted(int(name.removeprefix(_ROUND)) for name in written if name.startswith(_ROUND))
         try:
+            numbers = sorted(int(name.removeprefix(_ROUND)) for name in written if name.startswith(_ROUND))
             listed = [json.loads(written[f"{_ROUND}{number}"]) for number in numbers]
             return [tuple(from_json(Job, json.dumps(values)) for values in jobs) for jobs in listed]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise StorageError(f"study '{study.study_name}' holds rounds that are not of regraft ({error}); use another study") from None
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:

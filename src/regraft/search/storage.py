@@ -220,6 +220,20 @@ def storage_errors(shown: str) -> Iterator[None]:
         raise StorageError(f"storage {shown} was made by another version of Optuna; run: optuna storage upgrade, or use another") from error
 
 
+def check_readable(study: optuna.Study, shown: str) -> None:
+    """Reads everything that a study holds, once: Optuna takes the values of its tables as it finds them.
+
+    Raises:
+        StorageError: A value is of another kind.
+    """
+    try:
+        _ = study.user_attrs
+        study.get_trials(deepcopy=False)
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise StorageError(f"storage {shown} is corrupt ({reason}); restore it from a copy, or remove it to begin anew") from error
+
+
 def _explained(error: BaseException, shown: str) -> str:
     reason = " ".join(str(getattr(error, "orig", None) or error).split())
     reason = reason.split(" (Background on")[0][:200]

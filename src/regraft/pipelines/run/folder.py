@@ -28,7 +28,7 @@ from regraft.atomic import MANIFEST, atomic_folder, refuse_existing, sha256_of, 
 from regraft.claims import SUFFIX, WORK, claimed, is_mark, is_work_folder, lock_file, remove, resolved, work_folder
 from regraft.errors import OutputError, shown
 from regraft.progress import Say
-from regraft.reading import entry, read_object
+from regraft.reading import entry, is_file, read_object
 
 RUN_FILE = "run.json"
 TIMINGS = "timings.json"
@@ -165,7 +165,7 @@ class RunFolder:
             if not lies_in(name, path):
                 return f"its {MANIFEST} names '{shown(name)}', which is not in it"
             file = path / name
-            if not file.is_file():
+            if not is_file(file):
                 return f"{path.name}/{shown(name)} is missing"
             if sha256_of(file) != checksum:
                 return f"{path.name}/{shown(name)} does not match its checksum"
