@@ -70,7 +70,7 @@ def measure(name: str) -> None:
     looked = time.process_time()
     model: Any = without_weights(config)
     found = look_for(model, ("heads", "query_heads", "ffn", "attention", "mlp", "layer"))
-    kinds = {kind: len(found.groups.of(kind)) for kind in ("heads", "ffn", "layer")}  # pyright: ignore[reportArgumentType]
+    kinds = {kind: len(found.groups.of(kind)) for kind in ("heads", "query_heads", "ffn", "layer")}  # pyright: ignore[reportArgumentType]
     row = {
         "model": name,
         "family": family,
@@ -90,8 +90,18 @@ def main() -> None:
         done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, check=True)
         rows.append({**json.loads(done.stdout.splitlines()[-1]), "machine": machine(), "versions": versions("torch", "transformers")})
     write_rows(RESULTS / "discovery_real_sizes.csv", rows)
-    head = ["model", "parameters", "layers with heads", "with FFN", "layers", "family, s", "tracing, s", "memory grown, MB", "peak, MB"]
-    keys = ("heads_groups", "ffn_groups", "layer_groups", "family_seconds", "tracing_seconds", "memory_grown_MB", "memory_peak_MB")
+    head = ["model", "parameters", "layers with heads", "query heads", "FFN", "that can go", "family, s", "tracing, s", "memory grown, MB"]
+    head += ["peak, MB"]
+    keys = (
+        "heads_groups",
+        "query_heads_groups",
+        "ffn_groups",
+        "layer_groups",
+        "family_seconds",
+        "tracing_seconds",
+        "memory_grown_MB",
+        "memory_peak_MB",
+    )
     lines = ["# Groups of models of real sizes", "", "Written by `benchmarks/discovery_real_sizes.py`; do not edit by hand.", ""]
     lines += [f"{rows[0]['machine']}; {rows[0]['versions']}; processor time, one thread, without the imports.", ""]
     lines += table(head, [[row["model"], f"{row['parameters']:,}", *(str(row[key]) for key in keys)] for row in rows])

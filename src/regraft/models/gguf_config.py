@@ -49,7 +49,7 @@ def complete_config(config: Any, header: GgufHeader, path: Path) -> None:
         config.n_inner, config.n_positions = int(said["feed_forward_length"]), int(said["context_length"])
         return
     head_dim = said.get("attention.key_length")
-    if head_dim and hasattr(config, "head_dim"):  # for some families the reader leaves it at the class's default
+    if head_dim and "head_dim" in config.to_dict():  # for some families the reader leaves it at the class's default
         config.head_dim = int(head_dim)
     if header.architecture in SCALED_BY_WIDTH:
         _gemma(config, header.architecture, said)
@@ -135,7 +135,7 @@ def _rotation(config: Any, before: Mapping[str, Any], header: GgufHeader, said: 
     if LONG in header.tensors:
         factors = {"long_factor": _values(header, LONG, path).tolist(), "short_factor": _values(header, SHORT, path).tolist()}
         original = int(said["rope.scaling.original_context_length"])
-        if hasattr(config, "original_max_position_embeddings"):
+        if "original_max_position_embeddings" in config.to_dict():
             config.original_max_position_embeddings = original
         return {**found, "rope_type": "longrope", **factors, **attention, "original_max_position_embeddings": original}
     if FREQUENCIES in header.tensors:
