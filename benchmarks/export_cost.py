@@ -116,7 +116,7 @@ def make(folder: Path, layers: int) -> int:
 def measured(code: str, folder: Path, output: Path, *more: str) -> tuple[float, int]:
     """Returns seconds and peak memory of a copy or an export."""
     os.sync()  # what earlier work still has to write would slow this one down
-    done = subprocess.run([sys.executable, "-c", code, str(folder), str(output), *more], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, str(folder), str(output), *more], stdout=subprocess.PIPE, text=True, check=True)
     shutil.rmtree(output)
     seconds, peak = json.loads(done.stdout.splitlines()[-1])
     return float(seconds), int(peak)

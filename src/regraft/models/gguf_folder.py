@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from regraft.atomic import atomic_folder
 from regraft.claims import claimed
@@ -34,6 +35,7 @@ CACHE = "REGRAFT_CACHE"
 SUFFIX = ".gguf"
 # Architectures whose name is not that of the family; all others are looked for as they are.
 NAMES = {"gemma3": "gemma3_text"}
+WITHOUT_TABLE = ("lfm2",)  # families that are read, and inferred
 _UNPACKING_SECONDS = 600.0  # how long a second process waits for the first
 _LAYER = re.compile(r"blk\.([0-9]{1,9})\.")
 
@@ -76,15 +78,12 @@ def _check(path: Path, header: GgufHeader) -> None:
     Raises:
         ModelError: The architecture is not known, or the sizes that the keys claim are not those of the tensors.
     """
-    architecture = NAMES.get(header.architecture, header.architecture)
-    try:
-        family_of(architecture)
-    except ModelError:
-        known = ", ".join(sorted(families()))
+    if not _is_read(header.architecture):
+        known = [name for name in sorted(GGUF_SUPPORTED_ARCHITECTURES) if NAMES.get(name, name) in (*families(), *WITHOUT_TABLE)]
         raise ModelError(
-            f"'{path}' is of the GGUF architecture '{header.architecture}', which is not read (known: {known}); "
+            f"'{path}' is of the GGUF architecture '{header.architecture}', which is not read (read are: {', '.join(known)}); "
             "give the Hugging Face folder that it was made from"
-        ) from None
+        )
     embedding = header.tensors.get("token_embd.weight")
     layers = max((int(match[1]) for name in header.tensors if (match := _LAYER.match(name))), default=-1) + 1
     said = {key: header.metadata.get(f"{header.architecture}.{key}") for key in ("block_count", "embedding_length")}
@@ -98,6 +97,14 @@ def _check(path: Path, header: GgufHeader) -> None:
     tokens = header.metadata.get("tokenizer.ggml.tokens")
     if tokens != embedding.shape[0]:
         raise ModelError(f"'{path}' has {tokens} tokens for {embedding.shape[0]} rows of the embedding; copy or download it again")
+
+
+def _is_read(architecture: str) -> bool:
+    """Returns whether transformers' reader and we know an architecture."""
+    try:
+        return architecture in GGUF_SUPPORTED_ARCHITECTURES and bool(family_of(NAMES.get(architecture, architecture)))
+    except ModelError:
+        return False
 
 
 def _unpack(path: Path, header: GgufHeader, folder: Path) -> None:

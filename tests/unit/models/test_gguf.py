@@ -95,6 +95,12 @@ def test_scales_caps_and_rotations_of_a_file_are_read(tmp_path: Path, name: str)
     assert again.words == export(as_loaded(model), tmp_path / "other", "gguf", check=None).words
 
 
+def test_an_architecture_that_is_only_written_is_refused_with_those_that_are_read(tmp_path: Path) -> None:
+    export(as_loaded(toy("smollm3")), tmp_path / "out", "gguf", check=None)
+    with pytest.raises(ModelError, match=r"'smollm3', which is not read \(read are: .*lfm2, llama, .*qwen3.*\); give"):
+        load(tmp_path / "out" / "model.gguf")
+
+
 def test_a_scaling_that_is_not_known_is_refused(tmp_path: Path) -> None:
     file = written_with(tmp_path, {"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0})
     with pytest.raises(ModelError, match="'longrope' is not read"):
