@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,15 +12,16 @@ from rich.table import Table
 
 from regraft.cli.later import later
 from regraft.cli.screen import Screen
-from regraft.errors import InputError
+from regraft.errors import InputError, shown
 
 if TYPE_CHECKING:
-    from regraft.pipelines.report import figures_of, list_runs, remove_run, run_named
+    from regraft.pipelines.report import figures_of, list_runs, remove_run, run_named, without_page
 else:
     figures_of = later("regraft.pipelines.report", "figures_of")
     list_runs = later("regraft.pipelines.report", "list_runs")
     remove_run = later("regraft.pipelines.report", "remove_run")
     run_named = later("regraft.pipelines.report", "run_named")
+    without_page = later("regraft.pipelines.report", "without_page")
 
 
 def runs(
@@ -45,6 +47,9 @@ def runs(
     if as_json:
         print(json.dumps(lines, indent=2, ensure_ascii=False))
         return
+    for path in without_page(folder):
+        line = f"note: {shown(path)} has no page; write it by: regraft report {shlex.quote(shown(path))}"
+        Screen(stderr=True, highlight=False, soft_wrap=True).print(line, markup=False)
     if not found:
         raise InputError(f"'{folder}' holds no runs; make one with: regraft run quickstart")
     table = Table()

@@ -154,6 +154,31 @@ def list_runs(folder: Path) -> list[Listed]:
     return runs
 
 
+def without_page(folder: Path) -> list[Path]:
+    """Returns what lies in a folder and has a page as a rule, but none now: its command was killed at the very end, or was to write none.
+
+    These are finished runs, folders that ``prune``, ``recover`` or ``compress`` wrote, and finished searches of ``allocate``.
+    """
+    found: list[Path] = []
+    for path in sorted(folder.iterdir()):
+        if not is_folder(path) or is_file(path / PAGE):
+            continue
+        is_run = is_file(path / REPORT) or (path.suffix == ".search" and is_file(path / SEARCH))
+        if is_run or (not is_file(path / RUN_FILE) and _made_by(path) in ("prune", "recover", "compress")):
+            found.append(path)
+    return found
+
+
+def _made_by(folder: Path) -> str:
+    """Returns the command of regraft that wrote a folder; an empty text for any other folder."""
+    try:
+        made = read_provenance(folder)
+    except RegraftError:
+        return ""
+    words = made.command.split() if made is not None else []
+    return words[1] if len(words) > 1 and words[0] == "regraft" else ""
+
+
 def run_named(folder: Path, name: str) -> Listed:
     """Returns the run of a name in a folder.
 

@@ -13,8 +13,9 @@ import regraft
 from folders import tiny_tokenizer
 from regraft.cli import app
 from regraft.errors import InputError
+from regraft.models.provenance import provenance_text
 from regraft.pipelines.report import list_runs, past_of, report_of, write_page
-from regraft.plans import LossReport, Measurement, SizeReport, to_json
+from regraft.plans import LossReport, Measurement, Provenance, SizeReport, to_json
 from regraft.report.summary import RunReport
 
 
@@ -35,6 +36,8 @@ def test_runs_are_listed_compared_and_removed(tmp_path: Path, capsys: pytest.Cap
     run_at(tmp_path / "elsewhere", 1.0, 10, text="another text")
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "run.json").write_text("{}")
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "regraft.json").write_text(provenance_text(Provenance("regraft prune x", "x", "", 0, {})))
     (tmp_path / "plan.search").mkdir()  # of `allocate`, not finished
     (tmp_path / "plan.search" / "run.json").write_text('{"allocate": {}, "recover": {}}')
     assert [run.name for run in list_runs(tmp_path)] == ["begun", "elsewhere", "one", "two"]
@@ -52,7 +55,10 @@ def test_runs_are_listed_compared_and_removed(tmp_path: Path, capsys: pytest.Cap
     page = write_page(one).read_text(encoding="utf-8")
     assert "Size against loss, over all runs" in page
     assert app.run(["runs", str(tmp_path)]) == 0
-    assert "elsewhere" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "elsewhere" in said.out
+    noted = [line.rpartition("/")[2] for line in said.err.splitlines() if "has no page; write it by: regraft report" in line]
+    assert noted == ["elsewhere", "killed", "two"]  # "one" has its page, the others are not finished
     assert app.run(["runs", str(tmp_path), "--json"]) == 0
     assert [line["model"] for line in json.loads(capsys.readouterr().out)] == ["not finished", "pruned", "pruned", "pruned"]
     assert app.run(["runs", str(tmp_path), "--remove", "twoo", "--yes"]) == 2
