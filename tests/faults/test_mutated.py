@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -187,7 +187,7 @@ def test_every_value_in_the_store_of_a_search(tmp_path: Path) -> None:
     """The texts and numbers in the tables that hold rounds and trials, of which all but their kind is ours."""
 
     def sampler() -> AllocatorSampler:
-        return AllocatorSampler(SPACE, PlantedLearner(), SCHEDULE, seed=0)
+        return AllocatorSampler(SPACE, cast(Any, PlantedLearner()), SCHEDULE, seed=0)
 
     def look(folder: Path) -> object:
         opened = open_search(open_storage(None, folder), "one", SPACE, sampler(), "", resume=True)

@@ -27,7 +27,7 @@ def test_every_pair_beats_chance(tmp_path: Path, select: str) -> None:
     """Criteria without text (l1, l2) have no calibration windows to be judged on; they are left out here."""
     loaded = load(MODEL)
     stories = read_corpus(STORIES, "test").documents
-    for name, part in (("calibration", stories[:400]), ("held", stories[-60:])):
+    for name, part in (("calibration", stories[:400]), ("held", stories[-12:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in part), encoding="utf-8")
     held = read_corpus(tmp_path / "held.jsonl", "test")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from scipy.stats import binomtest
@@ -34,7 +35,8 @@ def compare(first: TaskReport, second: TaskReport, *, seed: int = 0) -> tuple[Pa
     Raises:
         InputError: The two have different numbers of items for a task, or one is no report.
     """
-    for given in (first, second):
+    reports: tuple[Any, ...] = (first, second)  # callers without a type checker pass anything
+    for given in reports:
         if not isinstance(given, TaskReport):
             raise InputError(f"what is compared is {kind_of(given)}; give two results of `evaluate_tasks`")
     others = {(score.task, score.metric): score for score in second.scores}
