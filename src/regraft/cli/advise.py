@@ -26,6 +26,7 @@ else:
     bytes_in = later("regraft.settings.base", "bytes_in")
 
 TOKENS = 200 * 8 * 256  # of a recovery by its defaults
+LARGE_VOCABULARY = 0.15  # share of the parameters from which on tokens are worth a thought
 
 
 def advise(
@@ -52,6 +53,11 @@ def advise(
     console.print(found.words)
     if found.ratio:
         minutes = least_minutes(facts, TOKENS)
+        if facts.outside >= LARGE_VOCABULARY:
+            console.print(
+                f"{facts.outside:.0%} of its parameters are rows of tokens, but for a few; --targets heads,ffn,vocabulary takes these into the "
+                "budget, and may lose less with text of every kind."
+            )
         console.print(f"A recovery of 200 steps takes at least {minutes:,.1f} minutes here, by its operations alone.")
     for step in found.steps:
         options = (part for name, value in step.settings.items() for part in ((flag(name),) if value is True else (flag(name), str(value))))

@@ -59,6 +59,11 @@ class Facts:
         return self.parameters - self.looked_up
 
     @property
+    def outside(self) -> float:
+        """Share of the parameters that lie outside of the layers: rows of tokens, but for a few norms."""
+        return 1.0 - self.prunable / self.parameters
+
+    @property
     def fastest(self) -> float:
         """The speed of decoding at the narrowest widths, as a multiple, where reading the weights decides it."""
         return self.read / (self.read - self.prunable + self.least)

@@ -30,6 +30,7 @@ def test_the_files_tell_the_size_of_the_model(family: str, make_model: Callable[
         name: parameter for name, parameter in named.items() if parameter.ndim == 2 and any(part.isdigit() for part in name.split("."))
     }
     assert facts.prunable == sum(parameter.numel() for parameter in layers.values())
+    assert facts.outside == pytest.approx(1 - facts.prunable / facts.parameters)
     heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
     width = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
     assert facts.cache_bytes == 2 * 2 * 3 * heads * width * 64  # three layers, a context of 64
