@@ -55,8 +55,8 @@ def advise(
         minutes = least_minutes(facts, TOKENS)
         if facts.outside >= LARGE_VOCABULARY:
             console.print(
-                f"{facts.outside:.0%} of its parameters are rows of tokens, but for a few; --targets heads,ffn,vocabulary takes these into the "
-                "budget, and may lose less with text of every kind."
+                f"{facts.outside:.0%} of its parameters are rows of tokens, but for a few; --targets heads,ffn,vocabulary takes these into "
+                "the budget, and may lose less with text of every kind."
             )
         console.print(f"A recovery of 200 steps takes at least {minutes:,.1f} minutes here, by its operations alone.")
     for step in found.steps:

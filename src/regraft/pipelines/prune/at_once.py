@@ -1,4 +1,6 @@
-"""The knapsack's answer for equal layers, beside the same share of every kind: both are cut and measured.
+"""The knapsack's answer beside a simpler one, where its sum of curves says too little: both are cut and measured.
+
+For equal layers the other is the same share of every kind; where tokens go too, it is the answer without them.
 
 Curves are measured with one group cut, and the knapsack adds them up. Where all layers lose the same, that is far from what they lose
 together: half of the attention is little in any layer, and much in all of them. Both models are therefore made as the result will be, their
@@ -18,6 +20,7 @@ from regraft.errors import InputError
 from regraft.models.precision import float32_on_cpu
 from regraft.models.view import ModelView
 from regraft.numerics.divergence import log_probabilities, mean_divergence
+from regraft.pipelines.prune.priced_tokens import PricedTokens, within_layers
 from regraft.plans import Groups, PrunePlan, Scores
 from regraft.progress import Say
 from regraft.selection import Budget, select
@@ -25,6 +28,7 @@ from regraft.surgery.apply_plan import apply_plan
 from regraft.surgery.cut import cut
 from regraft.surgery.damage_curves import JUDGED_WINDOWS
 from regraft.surgery.refit_layerwise import RefitMethod
+from regraft.surgery.vocabulary import VOCABULARY
 
 FITTED_WINDOWS = 32  # enough to rank two shapes, for a quarter of the time of the re-fit that follows
 
@@ -60,6 +64,8 @@ class Making:
 
     def of(self, plan: PrunePlan) -> PreTrainedModel:
         """Returns the model of a plan."""
+        if not plan.cuts:
+            return self.view.model
         if not self.fits:
             return cut(self.view.model, self.groups, plan)
         rest_NT = self.windows_NT[: -len(self.judging_NT)] if len(self.windows_NT) > 1 else self.windows_NT
@@ -91,6 +97,29 @@ def better_at_once(making: Making, scores: Scores, budget: Budget, plan: PrunePl
         f"the same share of every kind is taken: it loses {shared:.3f} nats a token in all layers at once, the knapsack's answer {ours:.3f}"
     )
     return replace(even, selection=plan.selection)
+
+
+def better_with_tokens(making: Making, tokens: PricedTokens, plan: PrunePlan, alone: PrunePlan, say: Say) -> PrunePlan:
+    """Returns a plan that removes tokens too, or one of the same budget without them where its model predicts text better.
+
+    What widths cost is a divergence, and what tokens cost a difference of losses. The two are alike only where the model's predictions are
+    right: on text that it does not know, narrower layers move predictions far without making them much worse.
+
+    Args:
+        making: How both models are made.
+        tokens: Tokens that may go, and text that they were not counted on.
+        plan: A plan that names tokens by their places in the order.
+        alone: A plan without tokens.
+        say: Called with a line on what is compared.
+    """
+    if all(entry.group != VOCABULARY for entry in plan.cuts):
+        return plan
+    say("comparing fewer tokens with all of them at the same number of parameters")
+    ours, whole = (tokens.loss(making.of(within_layers(making.groups, one)), one) for one in (plan, alone))
+    if ours <= whole:
+        return plan
+    say(f"all tokens stay: {whole:.4f} nats a byte on text that they were not counted on, against {ours:.4f} with fewer")
+    return alone
 
 
 @torch.no_grad()

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from regraft.data.text import Corpus
 from regraft.data.tokens import calibration_windows, window_tokens
-from regraft.errors import PlanError
+from regraft.errors import InputError, PlanError
 from regraft.importance import CRITERIA, Evidence, score
 from regraft.importance.passes import Passes, WholeModel
 from regraft.importance.two_sided import readers
 from regraft.models.load import Loaded, require_tokenizer
 from regraft.models.view import ModelView
-from regraft.pipelines.prune.at_once import Making, better_at_once
+from regraft.pipelines.prune.at_once import Making, better_at_once, better_with_tokens
 from regraft.pipelines.prune.effort import EFFORTS
 from regraft.pipelines.prune.priced_tokens import PricedTokens
 from regraft.pipelines.prune.removal_record import removed_by, renumbered, together
@@ -108,10 +108,10 @@ class Planning:
         ranked = scores
         if selector.compares_layers and not CRITERIA.get(settings.criterion).between_layers:
             ranked = as_shares(groups, scores)
-        plan = self._selected(by, view, groups, ranked, budget, auto)
+        plan, settled = self._selected(by, view, groups, ranked, budget, auto), budget
         if budget.curves is not None and self._predicted:
-            curves = self._rescaled(view, groups, scores, budget.curves, plan, passes)
-            plan = self._selected(by, view, groups, scores, replace(budget, curves=curves), auto)
+            settled = replace(budget, curves=self._rescaled(view, groups, scores, budget.curves, plan, passes))
+            plan = self._selected(by, view, groups, scores, settled, auto)
         if budget.curves is not None and in_memory and self._equal_layers(budget):
             assert self.windows is not None
             making = Making(view, groups, self.windows, self.resolved.layerwise, bridged=settings.bridge)
@@ -123,6 +123,7 @@ class Planning:
             scores = learn_gates(Gating(view, groups, scores, aligned, plan, self.windows, resolved.layerwise, resolved.seed, self.say))
             plan = select(settings.select, groups, scores, aligned)
         if self.tokens is not None:
+            plan = self._with_tokens(self.tokens, view, groups, scores, settled, plan)
             return self.tokens.in_ids(replace(plan, removed=removed_by(every, self.tokens.scored(scores), plan.cuts)))
         return replace(plan, removed=removed_by(groups, scores, plan.cuts))
 
@@ -132,6 +133,19 @@ class Planning:
             budget = replace(budget, curves=self.tokens.drawn(budget.curves, view.model.dtype.itemsize))
             groups, scores = self.tokens.beside(groups), self.tokens.scored(scores)
         return select(by, groups, scores, budget, auto_align=auto)
+
+    def _with_tokens(
+        self, tokens: PricedTokens, view: ModelView, groups: Groups, scores: Scores, budget: Budget, plan: PrunePlan
+    ) -> PrunePlan:
+        """Returns a plan, or that of the other targets alone where its model predicts text better."""
+        assert self.windows is not None
+        settings = self.resolved.settings
+        try:
+            alone = select(settings.select, groups, scores, budget, auto_align=settings.align == "auto")
+        except InputError:  # without tokens the ratio is out of reach
+            return plan
+        making = Making(view, groups, self.windows, self.resolved.layerwise, bridged=settings.bridge)
+        return better_with_tokens(making, tokens, plan, alone, self.say)
 
     def _equal_layers(self, budget: Budget) -> bool:
         """Returns whether all layers get the same sizes, so that whole answers have to be compared."""

@@ -39,6 +39,50 @@ HELD_OUT = 0.1  # share of each source whose tokens are not counted
 
 
 @dataclass(frozen=True)
+class _Text:
+    """A text that judges: what is read, and what is predicted after it."""
+
+    first: str
+    rest: str
+
+
+@dataclass(frozen=True)
+class Judging:
+    """Texts whose tokens were not counted, and what encodes them.
+
+    Attributes:
+        tokenizer: The whole tokenizer.
+        vocabulary: Its vocabulary.
+        texts: The texts, so short that they fit the context however they are spelled.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: Vocabulary
+    texts: tuple[_Text, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of what is predicted."""
+        return sum(len(text.rest.encode()) for text in self.texts)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of it, as the whole tokenizer counts."""
+        return sum(len(self.tokenizer.encode(text.rest, add_special_tokens=False)) for text in self.texts)
+
+    def nats(self, model: PreTrainedModel, kept: Sequence[int], *, whole: bool) -> float:
+        """Returns the summed loss of the texts with the logits of some tokens alone.
+
+        Args:
+            model: A model with a row for every token.
+            kept: Ids of the tokens, ascending.
+            whole: Whether these are all.
+        """
+        tokenizer = self.tokenizer if whole else smaller_tokenizer(self.tokenizer, self.vocabulary, kept)
+        return _loss(model, tokenizer, torch.tensor(kept), self.texts)
+
+
+@dataclass(frozen=True)
 class PricedTokens:
     """Tokens that may go, the dearest first.
 
@@ -49,6 +93,7 @@ class PricedTokens:
         prices: Predicted loss in nats for each byte of text, one for each of ``order``, never rising.
         damage: Number of kept tokens of ``order``, ascending, to the measured loss in nats for each token of text.
         bytes_per_token: Mean length of a token of the text on which damage was measured.
+        judging: That text.
     """
 
     whole: Group
@@ -57,6 +102,7 @@ class PricedTokens:
     prices: tuple[float, ...]
     damage: dict[int, float]
     bytes_per_token: float
+    judging: Judging
 
     @property
     def group(self) -> Group:
@@ -84,6 +130,17 @@ class PricedTokens:
 
     def _by_ids(self, entry: Cut) -> Cut:
         return Cut(VOCABULARY, tuple(sorted({*self.needed, *(self.order[unit] for unit in entry.kept)})))
+
+    def loss(self, model: PreTrainedModel, plan: PrunePlan) -> float:
+        """Returns the loss of a plan on text that was not counted, in nats for each byte.
+
+        Args:
+            model: The model with everything cut but tokens.
+            plan: A plan that names tokens by their places in the order.
+        """
+        entry = next((self._by_ids(entry) for entry in plan.cuts if entry.group == VOCABULARY), None)
+        kept = range(self.whole.units) if entry is None else entry.kept
+        return self.judging.nats(model, kept, whole=entry is None) / max(1, self.judging.bytes)
 
     def note(self, plan: PrunePlan) -> str:
         """Returns a line on what was chosen."""
@@ -123,18 +180,18 @@ def priced_tokens(loaded: Loaded, parts: Sequence[Part], seed: int, say: Say) ->
     counts, judged = counted_and_judged(parts, tokenizer, seed)
     order, prices = ranked_tokens(vocabulary, needed, counts, whole.units)
     fewest = smaller_tokenizer(tokenizer, vocabulary, sorted(needed))
-    texts = _texts(judged, tokenizer, fewest, context_limit(model.config))
+    judging = Judging(tokenizer, vocabulary, tuple(_texts(judged, tokenizer, fewest, context_limit(model.config))))
     sizes = sorted({*(round(share * len(order)) for share in SHARES), len(order)})
     losses: dict[int, float] = {}
     for number, size in enumerate(sizes, start=1):
-        kept = sorted({*needed, *order[:size]}) if size < len(order) else list(range(whole.units))
-        smaller = smaller_tokenizer(tokenizer, vocabulary, kept) if size < len(order) else tokenizer
-        losses[size] = _loss(model, smaller, torch.tensor(kept), texts)
+        whole_one = size == len(order)
+        kept = range(whole.units) if whole_one else sorted({*needed, *order[:size]})
+        losses[size] = judging.nats(model, kept, whole=whole_one)
         say(Step("measuring the damage of fewer tokens", number, len(sizes)))
-    tokens = sum(len(tokenizer.encode(text.rest, add_special_tokens=False)) for text in texts)
-    damage = {size: (loss - losses[len(order)]) / max(1, tokens) for size, loss in losses.items()}
-    per_token = sum(len(text.rest.encode()) for text in texts) / max(1, tokens)
-    return PricedTokens(whole, needed, order, tuple(price / per_token for price in prices), damage, per_token)
+    tokens = max(1, judging.tokens)
+    damage = {size: (loss - losses[len(order)]) / tokens for size, loss in losses.items()}
+    per_token = judging.bytes / tokens
+    return PricedTokens(whole, needed, order, tuple(price / per_token for price in prices), damage, per_token, judging)
 
 
 def counted_and_judged(parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[dict[int, float], list[list[int]]]:
@@ -236,14 +293,6 @@ def without_tokens(
     groups = vocabulary_groups(model)
     part = replace(plan, fingerprint=groups.fingerprint, cuts=(entry,))
     return cut_vocabulary(model, groups, part), checked_tokenizer(tokenizer, vocabulary_of(tokenizer), entry.kept)
-
-
-@dataclass(frozen=True)
-class _Text:
-    """A text that judges: what is read, and what is predicted after it."""
-
-    first: str
-    rest: str
 
 
 def _texts(

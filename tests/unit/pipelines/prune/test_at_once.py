@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from regraft.groups.discover import discover
 from regraft.models.view import ModelView
-from regraft.pipelines.prune.at_once import Making, better_at_once
+from regraft.pipelines.prune.at_once import Making, better_at_once, better_with_tokens
+from regraft.pipelines.prune.priced_tokens import within_layers
 from regraft.plans import Cut, PrunePlan, Scores
 from regraft.selection import Budget, select
 from regraft.selection.budget import best_units
+from regraft.surgery.vocabulary import VOCABULARY
 
 
 def test_the_even_share_is_taken_where_it_does_less_harm(make_model: Callable[..., PreTrainedModel]) -> None:
@@ -71,3 +75,35 @@ def test_answers_are_compared_as_the_result_will_be(make_model: Callable[..., Pr
     assert chosen(fitted) == copies
     assert len(cut_alone.judging_NT) == 16
     assert len(fitted.judging_NT) == 4  # the others are fitted to
+
+
+def test_tokens_stay_where_they_are_dearer_than_widths(make_model: Callable[..., PreTrainedModel]) -> None:
+    model = make_model("llama")
+    view, text = ModelView(model), torch.randint(3, 90, (4, 16), generator=torch.Generator().manual_seed(0))
+    groups = discover(view, ("ffn",))
+    budget = Budget(0.1, "uniform", tuple(range(groups.layers)), ("ffn",), 1)
+    scores = Scores(groups.fingerprint, "planted", {group.name: tuple(map(float, range(group.units))) for group in groups.groups})
+    alone = select("uniform", groups, scores, budget)
+    joint = replace(alone, cuts=(*alone.cuts[:1], Cut(VOCABULARY, (0, 1, 2))))
+
+    def better(nats: float) -> tuple[PrunePlan, list[str]]:
+        said: list[str] = []
+        seen: list[int] = []
+
+        def loss(narrower: PreTrainedModel, plan: PrunePlan) -> float:
+            seen.append(narrower.num_parameters())
+            return nats if any(entry.group == VOCABULARY for entry in plan.cuts) else 0.7
+
+        tokens: Any = SimpleNamespace(loss=loss)
+        found = better_with_tokens(Making(view, groups, text, None), tokens, joint, alone, lambda line: said.append(str(line)))
+        # Both are judged with their widths cut, and the tokens still there.
+        assert seen[0] == model.num_parameters() - (groups.parameters - within_layers(groups, joint).parameters_after)
+        assert seen[1] == alone.parameters_after
+        return found, said
+
+    assert better(0.6)[0] is joint
+    found, said = better(0.8)
+    assert found is alone
+    assert "all tokens stay: 0.7000 nats a byte on text that they were not counted on, against 0.8000 with fewer" in said[-1]
+    untouched: Any = SimpleNamespace()
+    assert better_with_tokens(Making(view, groups, text, None), untouched, alone, alone, lambda line: None) is alone
