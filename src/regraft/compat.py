@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
     from peft.tuners.adalora import RankAllocator
     from torch import Tensor, nn
-    from transformers import PreTrainedConfig, TrainingArguments
+    from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+
+_RECOMPUTING = ("activation_checkpointing", "gradient_checkpointing")  # the new name and the old one
 
 CONVERSIONS = "_weight_conversions"  # attribute of a model of transformers: how its tensors were renamed and stacked when it was loaded
 
@@ -44,6 +46,24 @@ def train_on_one_gpu(arguments: TrainingArguments) -> None:
     """Keeps the Trainer of transformers from spreading each batch over all GPUs of a machine with DataParallel."""
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
+
+
+def recomputing() -> dict[str, Any]:
+    """Returns the arguments of ``TrainingArguments`` that recompute activations in the backward pass (transformers renamed them)."""
+    import dataclasses
+
+    import transformers
+
+    known = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    word = next(word for word in _RECOMPUTING if word in known)
+    return {word: True, f"{word}_kwargs": {"use_reentrant": False}}
+
+
+def stop_recomputing(arguments: TrainingArguments, model: PreTrainedModel) -> None:
+    """Lets a model keep its activations again after a training that recomputed them."""
+    for word in _RECOMPUTING:
+        if getattr(arguments, word, False):
+            return getattr(model, f"{word}_disable")()
 
 
 def dequantized() -> dict[str, Any]:

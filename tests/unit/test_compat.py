@@ -51,6 +51,20 @@ def test_the_trainer_takes_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert arguments.n_gpu == 1
 
 
+def test_activations_are_recomputed_and_kept_again(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **compat.recomputing())
+    (getattr(llama, "activation_checkpointing_enable", None) or llama.gradient_checkpointing_enable)()
+
+    def recomputes() -> bool:
+        return any(getattr(module, "gradient_checkpointing", False) for module in llama.modules())
+
+    assert recomputes()
+    compat.stop_recomputing(TrainingArguments(output_dir=str(tmp_path), use_cpu=True), llama)
+    assert recomputes()
+    compat.stop_recomputing(arguments, llama)
+    assert not recomputes()
+
+
 def test_the_attention_that_a_model_runs_is_known(llama: LlamaForCausalLM) -> None:
     assert compat.attention_kernel(llama.config) == "eager"
     llama.set_attn_implementation("sdpa")

@@ -28,6 +28,7 @@ from regraft.adapters import Evidence
 from regraft.adapters.seeding import isolated
 from regraft.atomic import write_text
 from regraft.claims import output_of
+from regraft.compat import stop_recomputing
 from regraft.data.labelled import Labelled
 from regraft.data.text import Corpus
 from regraft.errors import InputError, OutputError, TrainingError
@@ -287,8 +288,7 @@ def _with_best_weights(trainer: RecoveryTrainer, keeper: Keeper, injected: Injec
     keeper.put_best()
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     trainer.accelerator.free_memory()
-    if trainer.args.activation_checkpointing:
-        injected.model.activation_checkpointing_disable()
+    stop_recomputing(trainer.args, injected.model)
     if skeleton is None:
         return injected
     inner = next(name for name, module in injected.module.named_modules() if module is injected.model)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from regraft.compat import train_on_one_gpu
+from regraft.compat import recomputing, train_on_one_gpu
 from regraft.errors import TrainingError
 from regraft.surgery.adapters import Injected
 from regraft.training.batches import Example, collate
@@ -21,8 +21,6 @@ from regraft.training.distributed import any_process, in_surroundings, is_sharde
 from regraft.training.job import Batch, Job, SummedLoss
 from regraft.training.optimizer import ParameterGroup, optimizer_arguments, scheduler_name
 from regraft.training.teacher_cache import TeacherCache
-
-_CHECKPOINTING: dict[str, Any] = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 def training_arguments(job: Job) -> TrainingArguments:
@@ -60,7 +58,7 @@ def training_arguments(job: Job) -> TrainingArguments:
         report_to=list(settings.report_to) or "none",
         disable_tqdm=True,
         log_level="error",
-        **(_CHECKPOINTING if settings.gradient_checkpointing else {}),
+        **(recomputing() if settings.gradient_checkpointing else {}),
     )
     # The chosen dtype takes precedence over the environment (accelerate's launcher can request float16).
     arguments.mixed_precision = "bf16" if arguments.bf16 else "no"
