@@ -37,8 +37,14 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 32,
     "vocab_size": 32000,
 }
+# The peak as Linux counts it for a program: ``ru_maxrss`` starts from that of the process that started it.
+PEAK = """
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+"""
 COPY = """
-import json, os, pathlib, resource, shutil, sys, time
+import json, os, pathlib, shutil, sys, time
 from regraft.pipelines.export import export
 start = time.perf_counter()
 os.mkdir(sys.argv[2])
@@ -46,15 +52,15 @@ for file in pathlib.Path(sys.argv[1]).glob("*.safetensors"):
     shutil.copyfile(file, os.path.join(sys.argv[2], file.name))
     with open(os.path.join(sys.argv[2], file.name), "rb") as stream:
         os.fsync(stream.fileno())
-print(json.dumps([time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+print(json.dumps([time.perf_counter() - start, peak()]))
 """
 EXPORT = """
-import json, resource, sys, time
+import json, sys, time
 from regraft.pipelines.export import export
 from regraft.settings import ExportSettings
 start = time.perf_counter()
 export(sys.argv[1], sys.argv[2], sys.argv[3], settings=ExportSettings(quantize=sys.argv[4]), check=None)
-print(json.dumps([time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+print(json.dumps([time.perf_counter() - start, peak()]))
 """
 TARGETS = (("hf", ""), ("hf-uniform", ""), ("gguf", ""), ("gguf", "F16"), ("gguf", "Q8_0"))
 
@@ -74,8 +80,8 @@ def main() -> None:
         exports: dict[tuple[str, str], list[tuple[float, int]]] = {target: [] for target in TARGETS}
         for _ in range(arguments.runs):
             for to, quantize in TARGETS:
-                copies[to, quantize].append(measured(COPY, folder, Path(place) / "copy")[0])
-                exports[to, quantize].append(measured(EXPORT, folder, Path(place) / "out", to, quantize))
+                copies[to, quantize].append(measured(PEAK + COPY, folder, Path(place) / "copy")[0])
+                exports[to, quantize].append(measured(PEAK + EXPORT, folder, Path(place) / "out", to, quantize))
         for (to, quantize), found in exports.items():
             times, before = [time for time, _ in found], copies[to, quantize]
             row = {"to": to, "type": quantize or "BF16", "layers": arguments.layers, "bytes": nbytes}

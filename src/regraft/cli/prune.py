@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
@@ -25,10 +26,13 @@ from regraft.progress import Say
 from regraft.settings import LoadSettings, PruneSettings
 
 if TYPE_CHECKING:
+    from regraft.pipelines.export_model import takes
     from regraft.pipelines.prune.prune import prune as prune_model
     from regraft.pipelines.prune.prune import replay
+    from regraft.pipelines.prune.result import PruneResult
     from regraft.pipelines.prune.summary import collapsed, plan_summary, why_kept
 else:
+    takes = later("regraft.pipelines.export_model", "takes")
     collapsed = later("regraft.pipelines.prune.summary", "collapsed")
     plan_summary = later("regraft.pipelines.prune.summary", "plan_summary")
     why_kept = later("regraft.pipelines.prune.summary", "why_kept")
@@ -37,9 +41,11 @@ else:
 
 OWN_CLASS = """{why}: transformers loads it after `import regraft` or with trust_remote_code=True. What knows stock classes
 alone does not: the models that vLLM and SGLang bring, llama.cpp's converter, most other servers and converters. For these:"""
-UNEVEN_REMEDIES = """  regraft export {folder} --to hf-uniform --output DIR    a stock class, filled up with zeros to equal layers
-  regraft export {folder} --to gguf --output FILE.gguf    llama.cpp, layers as they are
-  regraft prune with --shape uniform, the default         equal layers from the start"""
+UNEVEN_REMEDIES = {
+    "hf-uniform": "  regraft export {folder} --to hf-uniform --output DIR    a stock class, filled up with zeros to equal layers",
+    "gguf": "  regraft export {folder} --to gguf --output FILE.gguf    llama.cpp, layers as they are",
+}
+EQUAL_LAYERS = "  regraft prune with --shape uniform, the default         equal layers from the start"
 EVEN_REMEDY = "  regraft prune with --targets ffn    leaves heads alone, whose number the stock class derives from the width"
 
 
@@ -92,17 +98,25 @@ def prune(
     else:
         console.print(saved_to(output, page=page), soft_wrap=True, markup=False)
         if output is not None:
-            console.print(*who_cannot_load(output), sep="\n", end="", soft_wrap=True, markup=False)
+            console.print(*who_cannot_load(output, result), sep="\n", end="", soft_wrap=True, markup=False)
 
 
-def who_cannot_load(folder: Path) -> list[str]:
-    """Returns lines on the programs that cannot load a saved model and the commands that help; none if it is of a stock class."""
+def who_cannot_load(folder: Path, result: PruneResult) -> list[str]:
+    """Returns lines on the programs that cannot load a saved model and the commands that help; none if it is of a stock class.
+
+    Args:
+        folder: The folder.
+        result: What was saved. Commands that refuse its model are left out, where there is one in memory.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if not str(config["model_type"]).startswith("regraft_"):
         return []
-    differ = bool(config.get("per_layer_config"))
-    why = "its layers differ in size" if differ else "its layers are equal, but have sizes that the stock class of its family cannot hold"
-    return [OWN_CLASS.format(why=why), UNEVEN_REMEDIES.format(folder=folder) if differ else EVEN_REMEDY, ""]
+    if not config.get("per_layer_config"):
+        why = "its layers are equal, but have sizes that the stock class of its family cannot hold"
+        return [OWN_CLASS.format(why=why), EVEN_REMEDY, ""]
+    loaded = None if result.model is None else replace(result.loaded, model=result.model, tokenizer=result.tokenizer)
+    remedies = [line.format(folder=folder) for to, line in UNEVEN_REMEDIES.items() if loaded is None or takes(to, loaded)]
+    return [OWN_CLASS.format(why="its layers differ in size"), *remedies, EQUAL_LAYERS, ""]
 
 
 def figures(groups: Groups, plan: PrunePlan) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from regraft.atomic import atomic_folder
 from regraft.data.own_text import write_own_text
 from regraft.data.text import Corpus, read_corpus
 from regraft.data.tokens import context_limit
-from regraft.errors import DataError, ModelError
-from regraft.export import ModelFormat, Parity, Written
+from regraft.errors import DataError, MissingDependencyError, ModelError, RegraftError
+from regraft.export import EXPORTERS, ModelFormat, Parity, Written
 from regraft.export.parity import CHARACTERS, mixed_text
 from regraft.models.card import loading_section, model_card, sizes_section
 from regraft.models.checks import check_finite
@@ -81,6 +81,24 @@ def export_loaded(
         parity = form.check(loaded, partial, written, text, settings) if text is not None else None
         finish(loaded, partial, to, settings, written, parity, command)
     return ModelExport(written.words, (*written.notes, *remarks), parity)
+
+
+def takes(to: str, loaded: Loaded) -> bool:
+    """Returns whether a format holds a model, as far as can be said before it is written.
+
+    Args:
+        to: Name of a format for whole models.
+        loaded: The model with its tokenizer.
+    """
+    form = EXPORTERS.get(to)
+    assert isinstance(form, ModelFormat)
+    try:
+        form.refuse(loaded, ExportSettings())
+    except MissingDependencyError:  # once it is installed
+        return True
+    except RegraftError:
+        return False
+    return True
 
 
 def finish(loaded: Loaded, partial: Path, to: str, settings: ExportSettings, written: Written, parity: Parity | None, command: str) -> None:

@@ -17,6 +17,7 @@ from regraft.export.nemotron_nas import ffn_mult, read_sizes, round_up, targets
 from regraft.export.ollama import modelfile, observed
 from regraft.models.view import LayerSizes
 from regraft.pipelines.export import export
+from regraft.pipelines.export_model import takes
 from regraft.settings import ExportSettings
 
 IDS = torch.arange(24)[None] + 5
@@ -110,6 +111,14 @@ def test_a_folder_that_computes_something_else_is_refused(tmp_path: Path, monkey
     with pytest.raises(OutputError, match="not the same"):
         export(as_loaded(toy("llama")), tmp_path / "out", "hf", settings=FEW, check=TEXT)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_whether_a_format_takes_a_model_is_known_without_writing() -> None:
+    pytest.importorskip("gguf")
+    model = uneven(toy("llama"), **UNEVEN)
+    assert takes("hf-uniform", as_loaded(model))
+    assert takes("gguf", as_loaded(model))
+    assert not takes("gguf", as_loaded(toy("gpt_neox")))
 
 
 def test_fused_projections_are_not_filled_up(tmp_path: Path) -> None:
