@@ -278,12 +278,15 @@ def layers_differ(groups: Groups, kinds: Collection[GroupKind]) -> str | None:
 
 
 def missed_by_shape(plan: PrunePlan, groups: Groups, config: PreTrainedConfig) -> tuple[str, ...]:
-    """Returns a line on a ratio that layers of equal widths do not meet."""
+    """Returns a line on a ratio that layers of equal widths, or whole layers, do not meet."""
     if plan.shape != "uniform" or abs(plan.achieved - plan.ratio) <= MOST_MISSED:
         return ()
     counted = plan.made_with.get("settings", {}).get("budget", "parameters")
     if counted != "parameters":
         return ()
+    cut = {entry.group for entry in plan.cuts}
+    if {group.kind for group in groups.groups if group.name in cut} == {"layer"}:
+        return (f"whole layers come no closer to {plan.ratio:.2%} than {plan.achieved:.2%}",)
     missed = f"layers of equal widths come no closer to {plan.ratio:.2%} than {plan.achieved:.2%}"
     return (missed if _why_alike(groups, config) else f"{missed}; `shape=per-layer` may",)
 

@@ -116,6 +116,8 @@ def test_a_ratio_that_equal_widths_do_not_meet_is_said(make_model: Make) -> None
     closer = prune(make_model("llama"), None, asked.model_copy(update={"shape": "per-layer"}), dry_run=True)
     assert abs(closer.plan.achieved - 0.08) < abs(missed)
     assert not any("equal widths" in note for note in closer.notes)
+    depth = prune(make_model("llama"), None, PruneSettings(criterion="l2", ratio=0.2, targets=("layers",)), dry_run=True)
+    assert f"whole layers come no closer to 20.00% than {depth.plan.achieved:.2%}" in depth.notes
 
 
 def test_a_recipe_spares_layers_without_a_shape_and_not_with_uniform() -> None:
