@@ -55,7 +55,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def measure(name: str) -> None:
-    """Prints the figures of one model as JSON."""
+    """Prints the figures of one model as JSON.
+
+    Its imports are here, so that the process that starts these stays small: Linux counts the peak of a program from that of its parent.
+    """
     from transformers import CONFIG_MAPPING
 
     from regraft.groups.discover import look_for

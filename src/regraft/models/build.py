@@ -145,13 +145,7 @@ def config_for(
     slopes_of = values.get("alibi_of") or values[names.get(family.keys.heads, family.keys.heads)]
     common = _common(sizes, family)
     values |= {names.get(key, key): value for key, value in common.items()}
-    if family.keys.mixer_total and family.keys.mixer[1] in common:
-        total, of_head = family.keys.mixer_total
-        values[total] = common[family.keys.mixer[1]] * values[of_head]
-    if family.keys.ffn_listed:  # the family's own list says what differs
-        values[family.keys.ffn] = [layer.ffn for layer in sizes]
-    if values.get(family.keys.heads_listed):
-        values[family.keys.heads_listed] = [layer.query_heads or common.get(family.keys.heads, 0) for layer in sizes]
+    values |= _own_entries(values, sizes, family.keys, common)
     per_layer = _overrides(sizes, family, common, _cut_slopes(sizes, slopes_of, family.has_alibi(base)))
     per_layer = {index: entry for index, entry in per_layer.items() if not entry.items() <= own_lists.get(index, {}).items()}
     for new, entry in _beside(base, values, kept, sizes, beside or {}).items():
@@ -170,6 +164,19 @@ def config_for(
     if family.has_alibi(base):
         own |= {"alibi_of": slopes_of, "alibi_heads": None}
     return own_config(family.model_type)(**(values | own), per_layer_config=per_layer or None)
+
+
+def _own_entries(values: Mapping[str, Any], sizes: Sequence[LayerSizes], keys: Keys, common: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a family's config says of sizes by entries of its own: the channels of a mixer, and a list of what differs."""
+    found: dict[str, Any] = {}
+    if keys.mixer_total and keys.mixer[1] in common:
+        total, of_head = keys.mixer_total
+        found[total] = common[keys.mixer[1]] * values[of_head]
+    if keys.ffn_listed:
+        found[keys.ffn] = [layer.ffn for layer in sizes]
+    if values.get(keys.heads_listed):
+        found[keys.heads_listed] = [layer.query_heads or common.get(keys.heads, 0) for layer in sizes]
+    return found
 
 
 def _entries_of_layers(values: Mapping[str, Any], keys: Keys, kept: Sequence[int]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 from torch import Tensor
@@ -13,9 +12,8 @@ from torch import Tensor
 from regraft.models.checks import check_values
 from regraft.models.view import fingerprint_of
 from regraft.models.weights import memory_of
+from regraft.streaming.hashing import HashingThread
 from regraft.streaming.skeleton import Skeleton
-
-_WAITING_BYTES = 1 << 25  # may wait in memory for the thread that hashes
 
 
 class OnePass:
@@ -30,14 +28,13 @@ class OnePass:
     def __init__(self, skeleton: Skeleton) -> None:
         self._skeleton = skeleton
         self._digests: dict[str, hashlib._Hash] = {}
-        self._waiting: deque[tuple[int, Future[None]]] = deque()
 
     def __enter__(self) -> OnePass:
-        self._thread = ThreadPoolExecutor(1)
+        self._thread = HashingThread()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        self._thread.close()
 
     def pieces(self, name: str, together: int = 1) -> Iterator[Tensor]:
         """Yields a parameter in the skeleton's dtype, on the CPU, in blocks of rows that nobody may change.
@@ -52,7 +49,7 @@ class OnePass:
         digest = None if name in self._digests else hashlib.sha256()
         for piece in self._skeleton.pieces(name, together):
             if digest is not None:
-                self._hash(digest, piece)
+                self._thread.update(digest, memory_of(piece.contiguous()))
             yield piece
         if digest is not None:
             self._digests[name] = digest
@@ -67,7 +64,7 @@ class OnePass:
         if name not in self._digests:
             check_values(name, found, self._skeleton.loaded.source)
             self._digests[name] = hashlib.sha256()
-            self._hash(self._digests[name], found)
+            self._thread.update(self._digests[name], memory_of(found.contiguous()))
         return found
 
     def fingerprint(self) -> str:
@@ -76,15 +73,6 @@ class OnePass:
         for name, _ in parameters:
             if name not in self._digests:
                 deque(self.pieces(name), maxlen=0)
-        self._wait(0)
+        self._thread.wait()
         dtype = self._skeleton.dtype
         return fingerprint_of((name, tuple(parameter.shape), dtype, self._digests[name].digest()) for name, parameter in parameters)
-
-    def _hash(self, digest: hashlib._Hash, piece: Tensor) -> None:
-        self._wait(_WAITING_BYTES - piece.nbytes)
-        self._waiting.append((piece.nbytes, self._thread.submit(digest.update, memory_of(piece.contiguous()))))
-
-    def _wait(self, most_bytes: int) -> None:
-        """Waits until no more than this many bytes wait to be hashed."""
-        while self._waiting and sum(nbytes for nbytes, _ in self._waiting) > most_bytes:
-            self._waiting.popleft()[1].result()

@@ -9,9 +9,7 @@ import hashlib
 import json
 import os
 import struct
-from collections import deque
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from regraft.models.weights import memory_of
 from regraft.platforms import let_go
+from regraft.streaming.hashing import HashingThread
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
 
@@ -28,7 +27,6 @@ NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", tor
 # While a file is written, its last bytes up to this many stay in memory; those before are on the disk or on their way.
 WINDOW_BYTES = 1 << 27
 _STEP_BYTES = 1 << 24
-_WAITING = 4  # blocks that may wait for the thread that hashes
 
 
 class HashedFile:
@@ -47,13 +45,12 @@ class HashedFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._digest = hashlib.sha256()
-        self._waiting: deque[Future[None]] = deque()
         self._position = self._begun = 0
         self.sha256 = ""
 
     def __enter__(self) -> HashedFile:
         self._file = self._path.open("wb", buffering=0)
-        self._thread = ThreadPoolExecutor(1)
+        self._thread = HashingThread()
         return self
 
     def write(self, data: bytes | memoryview) -> None:
@@ -62,9 +59,7 @@ class HashedFile:
         Raises:
             OSError: The disk is full.
         """
-        while len(self._waiting) >= _WAITING:
-            self._waiting.popleft().result()
-        self._waiting.append(self._thread.submit(self._digest.update, data))
+        self._thread.update(self._digest, data)
         left = memoryview(data)
         while left:
             left = left[self._file.write(left) :]
@@ -80,11 +75,12 @@ class HashedFile:
 
     def __exit__(self, kind: object, value: object, trace: object) -> None:
         try:
-            self._thread.shutdown(cancel_futures=kind is not None)
             if kind is None:
+                self._thread.wait()
                 os.fsync(self._file.fileno())
                 self.sha256 = self._digest.hexdigest()
         finally:
+            self._thread.close()
             self._file.close()
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from regraft.export.gguf.importance import Importance
-from regraft.export.gguf.numbers import QUANTIZATION_VERSION, Scheme, bytes_of, encode, require_gguf, type_of
+from regraft.export.gguf.numbers import QUANTIZATION_VERSION, Scheme, Stored, bytes_of, encode, require_gguf, type_of
 from regraft.export.gguf.source import Layout
 from regraft.export.gguf.vocabulary import Vocabulary
 from regraft.streaming.writer import HashedFile
@@ -64,6 +64,11 @@ def write_file(
             for piece in entry.pieces() if entry.pieces else (entry.make(),):
                 file.write(encode(piece, kind, weights).reshape(-1).view(np.uint8).data)
         file.pad(writer.data_alignment)
+    return _remarks(layout, kinds, scheme), file.sha256
+
+
+def _remarks(layout: Layout, kinds: Sequence[Stored], scheme: Scheme) -> tuple[str, ...]:
+    """Returns what a user should know of how matrices were stored."""
     coarse = [
         entry.name
         for entry, kind in zip(layout.entries, kinds, strict=True)
@@ -75,8 +80,8 @@ def write_file(
             f"{len(coarse)} matrices, such as '{coarse[0]}', have rows that do not divide into blocks of {block}, and are stored finer "
             f"than {scheme.name}; prune with `align={block}` to avoid it where it comes from pruning"
         )
-        return (remark,), file.sha256
-    return (), file.sha256
+        return (remark,)
+    return ()
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

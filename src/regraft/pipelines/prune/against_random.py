@@ -114,14 +114,16 @@ def worse_than_random(chosen: Chosen) -> tuple[str, ...]:
     drawn: list[Tensor] = []
     for plan in _chances(chosen):
         drawn.append(_losses(chosen.cut(chosen.model, chosen.groups, plan), windows))
-        if _sure(drawn[0] - dense_W) and float((ours_W - dense_W).mean()) < PLAINLY * float((drawn[0] - dense_W).mean()):
+        harm_W = drawn[-1] - dense_W
+        if len(drawn) == 1 and _sure(harm_W) and float((ours_W - dense_W).mean()) < PLAINLY * float(harm_W.mean()):
             return ()
     if not drawn:
         return ()
     theirs_W = torch.stack(drawn).mean(dim=0)
     luckiest = min(float(losses_W.mean()) for losses_W in drawn)
-    harm = float((theirs_W - dense_W).mean())
-    if not _sure(theirs_W - dense_W):
+    harm_W = theirs_W - dense_W
+    harm = float(harm_W.mean())
+    if not _sure(harm_W):
         return ()
     ours, theirs, dense = (float(losses_W.mean()) for losses_W in (ours_W, theirs_W, dense_W))
     if ours - dense <= CLEARLY * harm and ours < luckiest:

@@ -113,9 +113,7 @@ class Planning:
             settled = replace(budget, curves=self._rescaled(view, groups, scores, budget.curves, plan, passes))
             plan = self._selected(by, view, groups, scores, settled, auto)
         if budget.curves is not None and in_memory and self._equal_layers(budget):
-            assert self.windows is not None
-            making = Making(view, groups, self.windows, self.resolved.layerwise, bridged=settings.bridge)
-            plan = better_at_once(making, scores, budget, plan, auto_align=auto, say=self.say)
+            plan = better_at_once(self._making(view, groups), scores, budget, plan, auto_align=auto, say=self.say)
         if selector.learned:
             assert self.windows is not None
             aligned = replace(budget, align=plan.align)
@@ -138,14 +136,17 @@ class Planning:
         self, tokens: PricedTokens, view: ModelView, groups: Groups, scores: Scores, budget: Budget, plan: PrunePlan
     ) -> PrunePlan:
         """Returns a plan, or that of the other targets alone where its model predicts text better."""
-        assert self.windows is not None
         settings = self.resolved.settings
         try:
             alone = select(settings.select, groups, scores, budget, auto_align=settings.align == "auto")
         except InputError:  # without tokens the ratio is out of reach
             return plan
-        making = Making(view, groups, self.windows, self.resolved.layerwise, bridged=settings.bridge)
-        return better_with_tokens(making, tokens, plan, alone, self.say)
+        return better_with_tokens(self._making(view, groups), tokens, plan, alone, self.say)
+
+    def _making(self, view: ModelView, groups: Groups) -> Making:
+        """Returns how whole models are made to be compared."""
+        assert self.windows is not None
+        return Making(view, groups, self.windows, self.resolved.layerwise, bridged=self.resolved.settings.bridge)
 
     def _equal_layers(self, budget: Budget) -> bool:
         """Returns whether all layers get the same sizes, so that whole answers have to be compared."""
